@@ -1,0 +1,516 @@
+"""State-space duality (SSD): the token mixer of Mamba-2, and every linear recurrence with one decay per head.
+
+Symbols: B batch, L length, H heads, P head width, N state size, G groups, Q chunk length; x inputs, dt step sizes,
+A decay rates (negative), B and C input and output maps, h state (B, H, P, N), D skip, z gate.
+
+The recurrence is, for every batch row and head (head h reads B and C of group h // (H / G)),
+
+    h_t = exp(a_t) h_{t-1} + u_t (x) B_t,        y_t = h_t C_t + D x_t,
+
+with a_t = dt_t A and u_t = dt_t x_t in Mamba-2 (:func:`ssd`), and a_t given directly with u_t = x_t in discrete
+Mamba-2, retention and gated linear attention (:func:`ssd_log_decay`).
+
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 (block decomposition of the semiseparable
+matrix) and listing 1.
+
+`seq_idx`: (B, L) integer document index of each token of a packed row, non-decreasing over the real tokens. A negative
+value marks padding, which is skipped as if it were absent. The initial state belongs to the document of the row's first
+real token; the final state is the one after the row's last real token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
+# balance; 64 also keeps the (Q, Q) tiles of a head in a CPU core's L1/L2 cache.
+_CHUNK = 64
+# Tokens worked on at a time: bounds the (H, Q, Q) tiles alive at once to `_PANEL / Q` chunks whatever the length.
+_PANEL = 512
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mamba-2's scan: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
+
+    Args:
+        x: (B, L, H, P) inputs, L >= 1.
+        dt: (B, L, H) step sizes; positive, or any real with `dt_softplus`.
+        A: (H) decay rates, negative (`-exp(A_log)`).
+        B: (B, L, G, N) input maps; G divides H.
+        C: (B, L, G, N) output maps.
+        D: (H) or (H, P) skip, added as `D x`.
+        z: (B, L, H, P) gate: the output, skip included, is multiplied by `silu(z)`.
+        dt_bias: (H) added to `dt` first.
+        dt_softplus: apply softplus to `dt + dt_bias`.
+        dt_limit: range that the step sizes are clamped to, after softplus.
+        initial_state: (B, H, P, N) state before the first token; zero if not given. Gradients flow to it.
+        seq_idx: (B, L) document index of each token, negative for padding (module docstring).
+        return_final_state: also return the state after the last real token.
+        chunk_size: tokens of a chunk; changes rounding and speed only.
+        implementation: "auto" or "torch".
+
+    Returns:
+        (B, L, H, P) outputs in the dtype of `x`; with `return_final_state` also the (B, H, P, N) final state in
+        float32 (float64 for float64 inputs). Sums are accumulated in that precision.
+
+    Raises:
+        ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
+    """
+    _check_implementation(implementation, "ssd")
+    _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
+    _check_shape("A", A, (x.shape[2],))
+    if dt_bias is not None:
+        _check_shape("dt_bias", dt_bias, (x.shape[2],))
+    dt = _step_sizes(dt.to(_accumulator(x)), dt_bias, dt_softplus, dt_limit)
+    log_decay = dt * A.to(dt.dtype)
+    u = x.to(dt.dtype) * dt[..., None]
+    y, state = _scan(u, log_decay, B, C, initial_state, seq_idx, chunk_size)
+    y = _skip_and_gate(y, x, D, z)
+    return (y, state) if return_final_state else y
+
+
+def ssd_log_decay(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """SSD with the decay given directly: `h_t = exp(log_decay_t) h_{t-1} + x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
+
+    Discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (a constant per head) and un-normalised linear attention
+    (zero) are of this form.
+
+    Args:
+        x: (B, L, H, P) inputs, L >= 1.
+        log_decay: (B, L, H) logarithm of the decay, in [-inf, 0]; -inf forgets everything before the token.
+        B: (B, L, G, N) input maps; G divides H.
+        C: (B, L, G, N) output maps.
+        D: (H) or (H, P) skip, added as `D x`.
+        z: (B, L, H, P) gate: the output, skip included, is multiplied by `silu(z)`.
+        initial_state: (B, H, P, N) state before the first token; zero if not given. Gradients flow to it.
+        seq_idx: (B, L) document index of each token, negative for padding (module docstring).
+        return_final_state: also return the state after the last real token.
+        chunk_size: tokens of a chunk; changes rounding and speed only.
+        implementation: "auto" or "torch".
+
+    Returns:
+        As :func:`ssd`.
+
+    Raises:
+        ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
+    """
+    _check_implementation(implementation, "ssd_log_decay")
+    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
+    accumulator = _accumulator(x)
+    y, state = _scan(x.to(accumulator), log_decay.to(accumulator), B, C, initial_state, seq_idx, chunk_size)
+    y = _skip_and_gate(y, x, D, z)
+    return (y, state) if return_final_state else y
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    implementation: str = "auto",
+) -> Tensor:
+    """One token of :func:`ssd`; `state` is updated in place.
+
+    Args:
+        state: (B, H, P, N) state, float32 (or float64).
+        x: (B, H, P) input.
+        dt: (B, H) step sizes.
+        A: (H) decay rates, negative.
+        B: (B, G, N) input map.
+        C: (B, G, N) output map.
+        D: (H) or (H, P) skip.
+        z: (B, H, P) gate.
+        dt_bias: (H) added to `dt` first.
+        dt_softplus: apply softplus to `dt + dt_bias`.
+        dt_limit: range that the step sizes are clamped to.
+        implementation: "auto" or "torch".
+
+    Returns:
+        (B, H, P) output in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape or `implementation` does not fit.
+    """
+    _check_implementation(implementation, "ssd_step")
+    dt = _step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
+    y = _update(state, x.to(state.dtype) * dt[..., None], dt * A.to(state.dtype), B, C)
+    return _skip_and_gate(y, x, D, z)
+
+
+def ssd_log_decay_step(
+    state: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """One token of :func:`ssd_log_decay`; `state` is updated in place.
+
+    Args:
+        state: (B, H, P, N) state, float32 (or float64).
+        x: (B, H, P) input.
+        log_decay: (B, H) logarithm of the decay, in [-inf, 0].
+        B: (B, G, N) input map.
+        C: (B, G, N) output map.
+        D: (H) or (H, P) skip.
+        z: (B, H, P) gate.
+        implementation: "auto" or "torch".
+
+    Returns:
+        (B, H, P) output in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape or `implementation` does not fit.
+    """
+    _check_implementation(implementation, "ssd_log_decay_step")
+    y = _update(state, x.to(state.dtype), log_decay.to(state.dtype), B, C)
+    return _skip_and_gate(y, x, D, z)
+
+
+def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
+    """The mixing matrix of :func:`ssd_log_decay`: the hidden attention of a state-space layer.
+
+    `M[i, j] = (C_i . B_j) exp(sum_{k=j+1..i} log_decay_k)` for j <= i of the same document, else 0, so that
+    `y_i = sum_j M[i, j] x_j`. For :func:`ssd`, `log_decay = dt A` and `x` is `dt x`. Quadratic in L: for inspection and
+    for matrix orientation (MOHAWK stage 1), not for inference.
+
+    Args:
+        log_decay: (B, L, H) logarithm of the decay.
+        B: (B, L, G, N) input maps; G divides H.
+        C: (B, L, G, N) output maps.
+        seq_idx: (B, L) document index of each token, negative for padding.
+
+    Returns:
+        (B, H, L, L) matrix in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if a shape or `seq_idx` does not fit.
+    """
+    batch, length, heads = log_decay.shape
+    _check_maps(batch, length, heads, B, C)
+    accumulator = _accumulator(log_decay)
+    log_decay = log_decay.to(accumulator)
+    real = None
+    if seq_idx is not None:
+        log_decay, real = _with_documents(log_decay, seq_idx)
+    decay = _segment_sum(log_decay.transpose(1, 2)).exp().transpose(-1, -2)  # (B, H, L, L), target by source
+    scores = torch.einsum("blgn,bsgn->bgls", C.to(accumulator), B.to(accumulator))
+    matrix = scores.repeat_interleave(heads // B.shape[2], dim=1) * decay
+    if real is not None:
+        matrix = matrix * (real[:, None, :, None] & real[:, None, None, :])
+    return matrix
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition of :func:`ssd`: a loop over time in float32 (float64 kept). Arguments as there."""
+    _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
+    dt = _step_sizes(dt.to(_accumulator(x)), dt_bias, dt_softplus, dt_limit)
+    u = x.to(dt.dtype) * dt[..., None]
+    y, state = _loop(u, dt * A.to(dt.dtype), B, C, initial_state, seq_idx)
+    y = _skip_and_gate(y, x, D, z)
+    return (y, state) if return_final_state else y
+
+
+def ssd_log_decay_reference(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition of :func:`ssd_log_decay`: a loop over time in float32 (float64 kept). Arguments as there."""
+    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
+    accumulator = _accumulator(x)
+    y, state = _loop(x.to(accumulator), log_decay.to(accumulator), B, C, initial_state, seq_idx)
+    y = _skip_and_gate(y, x, D, z)
+    return (y, state) if return_final_state else y
+
+
+def _loop(
+    u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one token at a time. Returns (B, L, H, P) outputs and the (B, H, P, N) final state."""
+    batch, length, heads, width = u.shape
+    repeats = heads // B.shape[2]
+    B = B.to(u.dtype).repeat_interleave(repeats, dim=2)  # (B, L, H, N)
+    C = C.to(u.dtype).repeat_interleave(repeats, dim=2)
+    state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
+    if seq_idx is not None:
+        _check_seq_idx(seq_idx, batch, length)
+        document = seq_idx.new_full((batch,), -1)  # of the last real token so far
+    outputs = []
+    for t in range(length):
+        decayed = log_decay[:, t, :, None, None].exp() * state
+        if seq_idx is None:
+            state = decayed + u[:, t, :, :, None] * B[:, t, :, None, :]
+        else:
+            real = seq_idx[:, t] >= 0
+            new_document = real & (document >= 0) & (seq_idx[:, t] != document)
+            kept = torch.where(new_document[:, None, None, None], torch.zeros_like(state), decayed)
+            stepped = kept + u[:, t, :, :, None] * B[:, t, :, None, :]
+            state = torch.where(real[:, None, None, None], stepped, state)
+            document = torch.where(real, seq_idx[:, t], document)
+        outputs.append((state * C[:, t, :, None, :]).sum(-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def _scan(
+    u: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence by chunks, panel after panel. Arguments and results as :func:`_loop`."""
+    batch, length, heads, width = u.shape
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if seq_idx is not None:
+        log_decay, real = _with_documents(log_decay, seq_idx)
+        u = u.masked_fill(~real[:, :, None, None], 0)
+    B, C = B.to(u.dtype), C.to(u.dtype)
+    state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
+    chunk = min(chunk_size or _CHUNK, length)
+    panel = max(_PANEL // chunk, 1) * chunk
+    outputs = []
+    for start in range(0, length, panel):
+        part = slice(start, start + panel)
+        y, state = _chunked(u[:, part], log_decay[:, part], B[:, part], C[:, part], state, chunk)
+        outputs.append(y)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+
+
+def _chunked(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Block decomposition of the semiseparable matrix (arXiv 2405.21060, section 6): all chunks at once, then a short
+    loop that carries the state over the chunks."""
+    batch, length, heads, width = u.shape
+    groups, size = B.shape[2:]
+    per_group = heads // groups
+    padding = -length % chunk
+    if padding:  # zero input and zero log-decay leave the state alone
+        u = F.pad(u, (0, 0, 0, 0, 0, padding))
+        log_decay = F.pad(log_decay, (0, 0, 0, padding))
+        B = F.pad(B, (0, 0, 0, 0, 0, padding))
+        C = F.pad(C, (0, 0, 0, 0, 0, padding))
+    chunks = (length + padding) // chunk
+    u = u.reshape(batch, chunks, chunk, heads, width).transpose(2, 3)  # (B, c, H, Q, P)
+    log_decay = log_decay.reshape(batch, chunks, chunk, heads).transpose(2, 3)  # (B, c, H, Q)
+    B = B.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)  # (B, c, G, Q, N)
+    C = C.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)
+
+    segments = _segment_sum(log_decay)  # (B, c, H, Q source, Q target)
+    decay = segments.exp()
+    scores = (B @ C.transpose(-1, -2))[:, :, :, None]  # (B, c, G, 1, Q source, Q target)
+    mix = (decay.unflatten(2, (groups, per_group)) * scores).flatten(2, 3)
+    y = mix.transpose(-1, -2) @ u  # (B, c, H, Q, P), from inside the chunk
+
+    to_end = decay[..., -1]  # (B, c, H, Q): decay from each token to the end of its chunk
+    weighted = (u * to_end[..., None]).unflatten(2, (groups, per_group))  # (B, c, G, H/G, Q, P)
+    inflow = (weighted.transpose(-1, -2) @ B[:, :, :, None]).flatten(2, 3)  # (B, c, H, P, N)
+
+    from_start = log_decay.cumsum(-1).exp()  # (B, c, H, Q): decay from the chunk's start through each token
+    whole = from_start[..., -1, None, None]  # (B, c, H, 1, 1)
+    carried = []
+    for index in range(chunks):
+        carried.append(state)
+        state = whole[:, index] * state + inflow[:, index]
+    entering = torch.stack(carried, dim=1).unflatten(2, (groups, per_group))  # (B, c, G, H/G, P, N)
+    read = (C[:, :, :, None] @ entering.transpose(-1, -2)).flatten(2, 3)  # (B, c, H, Q, P)
+    y = y + read * from_start[..., None]
+    y = y.transpose(2, 3).reshape(batch, chunks * chunk, heads, width)
+    return (y[:, :length] if padding else y), state
+
+
+def _segment_sum(log_decay: Tensor) -> Tensor:
+    """(..., Q) to (..., Q source j, Q target i): the sum of `log_decay` over k = j+1..i, -inf for i < j.
+
+    Only the terms that count are added: a difference of two cumulative sums cancels when the decays are strong, and is
+    NaN for a decay of -inf.
+    """
+    length = log_decay.shape[-1]
+    ones = torch.ones(length, length, dtype=torch.bool, device=log_decay.device)
+    summed = log_decay[..., None, :].expand(*log_decay.shape, length).masked_fill(~ones.triu(1), 0).cumsum(-1)
+    return summed.masked_fill(~ones.triu(), -math.inf)
+
+
+def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn documents and padding into decays: -inf at a document's first token, 0 at padding.
+
+    Returns:
+        (B, L, H) decays and the (B, L) mask of the real tokens.
+    """
+    _check_seq_idx(seq_idx, log_decay.shape[0], log_decay.shape[1])
+    real = seq_idx >= 0
+    document = seq_idx.cummax(dim=1).values
+    before = F.pad(document[:, :-1], (1, 0), value=-1)
+    first = (document != before) & (before >= 0)
+    return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
+
+
+def _update(state: Tensor, u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """One step in place: returns (B, H, P) in the state's dtype."""
+    heads = state.shape[1]
+    _check_shape("x", u, state.shape[:3])
+    _check_shape("decay", log_decay, state.shape[:2])
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() != 3 or tensor.shape[0] != state.shape[0] or tensor.shape[2] != state.shape[3]:
+            raise ValueError(f"{name} must be (B, G, N) = ({state.shape[0]}, G, {state.shape[3]}), got {_dims(tensor)}")
+        if heads % tensor.shape[1]:
+            raise ValueError(f"{name}: the number of groups must divide the {heads} heads, got {tensor.shape[1]}")
+    B = B.to(state.dtype).repeat_interleave(heads // B.shape[1], dim=1)
+    C = C.to(state.dtype).repeat_interleave(heads // C.shape[1], dim=1)
+    state.mul_(log_decay.exp()[..., None, None]).add_(u[..., None] * B[:, :, None, :])
+    return (state @ C[..., None])[..., 0]
+
+
+def _step_sizes(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
+) -> Tensor:
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
+        dt = dt.clamp(*dt_limit)
+    return dt
+
+
+def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    if D is not None:
+        y = y + (D[:, None] if D.dim() == 1 else D).to(y.dtype) * x.to(y.dtype)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dims(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
+def _check_implementation(implementation: str, name: str) -> None:
+    if implementation not in ("auto", "torch"):
+        raise ValueError(
+            f"implementation={implementation!r} is not available for {name} yet; accepted: 'auto', 'torch'"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {_dims(tensor)}")
+
+
+def _check_maps(batch: int, length: int, heads: int, B: Tensor, C: Tensor) -> None:
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() != 4 or tuple(tensor.shape[:2]) != (batch, length):
+            raise ValueError(f"{name} must be (B, L, G, N) = ({batch}, {length}, G, N), got {_dims(tensor)}")
+        if tensor.shape[2] < 1 or heads % tensor.shape[2]:
+            raise ValueError(f"{name}: the number of groups must divide the {heads} heads, got {tensor.shape[2]}")
+    _check_shape("C", C, tuple(B.shape))
+
+
+def _check_inputs(
+    x: Tensor,
+    decay: Tensor,
+    decay_name: str,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise ValueError(f"x must be (B, L, H, P) with L >= 1, got {_dims(x)}")
+    batch, length, heads, width = x.shape
+    _check_shape(decay_name, decay, (batch, length, heads))
+    _check_maps(batch, length, heads, B, C)
+    if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
+        raise ValueError(f"D must have shape ({heads}) or ({heads}, {width}), got {_dims(D)}")
+    if z is not None:
+        _check_shape("z", z, (batch, length, heads, width))
+    if initial_state is not None:
+        _check_shape("initial_state", initial_state, (batch, heads, width, B.shape[3]))
+    for name, tensor in (("x", x), (decay_name, decay), ("B", B), ("C", C)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def _check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
+    _check_shape("seq_idx", seq_idx, (batch, length))
+    if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
+        raise ValueError(f"seq_idx must have an integer dtype, got {seq_idx.dtype}")
+    if bool(((seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)).any()):
+        raise ValueError("seq_idx must be non-decreasing along each row (negative values mark padding)")

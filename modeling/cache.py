@@ -1,0 +1,185 @@
+"""Cache layers of recurrent and windowed token mixers, for transformers' own cache classes.
+
+`DynamicCache(config=...)` and `StaticCache(config=...)` build these layers from `config.layer_types`: "zoo_recurrent"
+gives a :class:`RecurrentLayer` and "zoo_window" a :class:`WindowLayer`. transformers' own layers for the same purposes
+do not fit: its linear-attention layer does not know how many tokens it has seen (`generate` asks), and neither that one
+nor its sliding layer leaves out the padding of a right-padded batch.
+
+Symbols: B batch, H heads, P head width, N state size, D convolution channels, K convolution width, L length.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+)
+
+
+class _ZooLayer(CacheLayerMixin):
+    """What both layers share: a fixed set of (B, ...) tensors, and the number of columns seen."""
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+    is_sliding = False
+    _tensors: tuple[str, ...] = ()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.columns = 0  # tokens seen, padding included: what `generate` counts
+        for name in self._tensors:
+            setattr(self, name, None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def _map(self, function: Any) -> None:
+        for name in self._tensors:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def reset(self) -> None:
+        for name in self._tensors:
+            setattr(self, name, None)
+        self.columns = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        self._device = next((getattr(self, name).device for name in self._tensors if self.is_initialized), None)
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        device = getattr(self, "_device", None)
+        if device is not None:
+            self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"{type(self).__name__} keeps a state, not a history: crop({tokens_to_remove}) cannot take tokens "
+                "back. Take a snapshot before them and restore it instead."
+            )
+
+
+class RecurrentLayer(_ZooLayer):
+    """State of one state-space layer: `conv_state` (B, D, K-1), the last real inputs of the convolution, and
+    `recurrent_state` (B, H, P, N) in float32. Both are None before the first token."""
+
+    _layer_type = "zoo_recurrent"
+    _tensors = ("conv_state", "recurrent_state")
+
+    conv_state: Tensor | None
+    recurrent_state: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError("RecurrentLayer holds states, not keys and values: use set_states")
+
+    def set_states(self, conv_state: Tensor, recurrent_state: Tensor, tokens: int) -> None:
+        """Store the states after a forward over `tokens` more columns."""
+        self.conv_state, self.recurrent_state = conv_state, recurrent_state
+        self.columns += tokens
+        self.is_initialized = True
+
+
+class WindowLayer(_ZooLayer):
+    """Keys and values of the last `window - 1` real tokens of each row, right-aligned, with their positions.
+
+    Positions count the real tokens of a row from 0, so that padding anywhere takes no place in the window; -1 marks an
+    empty column.
+    """
+
+    _layer_type = "zoo_window"
+    _tensors = ("keys", "values", "positions", "counts")
+    is_sliding = True
+
+    keys: Tensor | None
+    values: Tensor | None
+    positions: Tensor | None
+    counts: Tensor | None
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, *, window: int, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Append L columns and drop what no later query can see.
+
+        Args:
+            key_states: (B, H, L, P) keys.
+            value_states: (B, H, L, P) values.
+            window: tokens that a query sees, itself included.
+            real: (B, L) False at padding; None if there is none.
+
+        Returns:
+            (B, H, M, P) keys and values of the cached and the new columns, their (B, M) positions, and the (B, L)
+            positions of the queries.
+        """
+        batch, _, length, _ = key_states.shape
+        if self.counts is None:
+            self.counts = key_states.new_zeros(batch, dtype=torch.long)
+        present = key_states.new_ones(batch, length, dtype=torch.bool) if real is None else real
+        new = (self.counts[:, None] + present.cumsum(-1) - 1).masked_fill(~present, -1)
+        keys, values, positions = key_states, value_states, new
+        if self.keys is not None:
+            keys = torch.cat([self.keys, key_states], dim=2)
+            values = torch.cat([self.values, value_states], dim=2)
+            positions = torch.cat([self.positions, new], dim=1)
+        kept = keys, values, positions
+        if real is not None:  # empty columns to the left, so that the last ones are the last real tokens
+            order = (positions >= 0).to(torch.int8).argsort(dim=1, stable=True)
+            column = order[:, None, :, None].expand_as(keys)
+            kept = keys.gather(2, column), values.gather(2, column), positions.gather(1, order)
+        first = max(keys.shape[2] - (window - 1), 0)
+        self.keys, self.values = kept[0][:, :, first:], kept[1][:, :, first:]
+        self.positions = kept[2][:, first:]
+        self.counts = self.counts + present.sum(-1)
+        self.columns += length
+        self.is_initialized = True
+        return keys, values, positions, new
+
+
+# Both are of fixed or bounded size, so that a static cache uses them as they are.
+for _layer in (RecurrentLayer, WindowLayer):
+    DYNAMIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
+    STATIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
+
+
+def snapshot(cache: Cache) -> list[dict[str, Any]]:
+    """Copy everything that `cache` holds, for :func:`restore`: prefix reuse, or going back after a rejected draft."""
+    return [copy.deepcopy(vars(layer)) for layer in cache.layers]
+
+
+def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
+    """Put a :func:`snapshot` back into a cache with the same layers. The snapshot can be restored again later.
+
+    Raises:
+        ValueError: if the number of layers differs.
+    """
+    if len(saved) != len(cache.layers):
+        raise ValueError(f"snapshot has {len(saved)} layers, the cache has {len(cache.layers)}")
+    for layer, state in zip(cache.layers, saved, strict=True):
+        vars(layer).clear()
+        vars(layer).update(copy.deepcopy(state))

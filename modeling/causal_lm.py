@@ -1,0 +1,316 @@
+"""The shell that all families share: embedding, loop over blocks, final norm, head, loss, cache and saving.
+
+What is peculiar to a model (its mixer, its block, its initialisation) stands in its own `modeling_<m>.py`.
+
+Symbols: B batch, L length, D width, V vocabulary.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ..kernels.rms_norm import rms_norm
+from .cache import RecurrentLayer
+from .hub_code import upload, write_code, write_default_card
+from .sequence import Sequence, make_sequence
+
+# Importing the cache layers registers them with transformers' cache classes, which build them by name.
+assert RecurrentLayer._layer_type == "zoo_recurrent"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    """What every zoo model is: stateful, exportable with its code, A_log, D and dt_bias in float32 whatever the dtype."""
+
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _is_stateful = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
+
+    auto_classes: ClassVar[dict[str, str]] = {}
+    """Auto class of transformers to class name, for the exported config's `auto_map`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Save weights, config, the code that loads them, its licence and a card: a folder that needs no ssm-zoo.
+
+        Arguments as in transformers. A model that was itself loaded with `trust_remote_code` saves its own files.
+        """
+        if not self._travels_with_code():
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            return
+        modeling, configuration = type(self).__module__, type(self.config).__module__
+        self.config.auto_map = {
+            "AutoConfig": f"{configuration.rpartition('.')[2]}.{type(self.config).__name__}",
+            **{auto: f"{modeling.rpartition('.')[2]}.{name}" for auto, name in self.auto_classes.items()},
+        }
+        push = kwargs.pop("push_to_hub", False)
+        hub = {key: kwargs.pop(key) for key in ("commit_message", "private", "create_pr") if key in kwargs}
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            folder = Path(save_directory)
+            write_code(folder, [modeling, configuration])
+            write_default_card(
+                folder,
+                model_type=self.config.model_type,
+                class_name=type(self).__name__,
+                parameters=self.num_parameters(),
+            )
+            if push:
+                upload(folder, repo_id, token=kwargs.get("token"), **hub)
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes. A card that the repository already has is kept.
+
+        Arguments as in transformers.
+
+        Returns:
+            Address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return upload(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                tags=tags,
+            )
+
+    def _travels_with_code(self) -> bool:
+        return bool(self.auto_classes) and not self.is_remote_code()
+
+
+class ZooModel(ZooPreTrainedModel):
+    """Embedding, blocks and final norm. A family says in `make_block` what a block is.
+
+    A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns the
+    (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
+        self.norm_f = RMSNorm(config.hidden_size, self.norm_eps(config))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_block(self, config: PreTrainedConfig, layer_idx: int) -> nn.Module:
+        """The block at `layer_idx`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def norm_eps(config: PreTrainedConfig) -> float:
+        """Epsilon of the norms."""
+        raise NotImplementedError
+
+    def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
+        """Add to `sequence` what the family's layers share, rotary tables say."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the blocks.
+
+        Args:
+            input_ids: (B, L) token ids; or
+            inputs_embeds: (B, L, D) embeddings.
+            attention_mask: (B, past + L), non-zero at real tokens; padding may stand left, right or anywhere.
+            position_ids: (B, L) positions, for layers that use them; where they restart, a new document starts.
+            past_key_values: cache to continue.
+            use_cache: return a cache; `config.use_cache` if not given, never while training.
+            seq_idx: (B, L) document index of each token of a packed row, non-decreasing, negative at padding.
+            cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
+            output_hidden_states: return the embeddings and every block's output; the last one after the final norm.
+            output_attentions: return every layer's (B, H, L, L) mixing matrix; needs an empty cache.
+            return_dict: return a ModelOutput rather than a tuple.
+            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read; other entries are the loss's.
+
+        Raises:
+            ValueError: if the arguments contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if cu_seqlens is None and seq_idx is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+
+        sequence = make_sequence(
+            hidden_states.shape[0],
+            hidden_states.shape[1],
+            hidden_states.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            past_key_values=past_key_values,
+        )
+        self.prepare(sequence, hidden_states)
+        if use_cache is None:  # a packed row is no prompt to go on from, unless the caller says so
+            use_cache = config.use_cache and not self.training and not sequence.packed
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        if use_cache and sequence.packed:
+            raise ValueError("use_cache=True: packed documents (seq_idx, cu_seqlens) have no single state to continue")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if output_attentions and sequence.past:
+            raise ValueError(f"output_attentions=True needs an empty cache, this one holds {sequence.past} tokens")
+
+        all_hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
+        for block in self.layers:
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            hidden_states, attention = block(
+                hidden_states, sequence, past_key_values=past_key_values, output_attentions=output_attentions
+            )
+            if output_attentions:
+                attentions.append(attention)
+        hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+        if output_hidden_states:
+            all_hidden_states.append(hidden_states)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
+    """A language-modelling head over a family's `backbone_class`."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    backbone_class: ClassVar[type[ZooModel]]
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.backbone = self.backbone_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Next-token logits, and the loss if `labels` are given. Arguments as in :meth:`ZooModel.forward`, and:
+
+        Args:
+            labels: (B, L) token ids, -100 where there is no loss; shifted inside. In packed rows set the label of
+                each document's first token to -100, as transformers' padding-free collators do.
+            logits_to_keep: compute the logits of that many last positions only (0: all), or of the given positions.
+            **kwargs: `num_items_in_batch` goes to the loss.
+
+        Returns:
+            `logits` (B, L or fewer, V) in the head's dtype, `loss`, `past_key_values`, `hidden_states`, `attentions`.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept].to(self.lm_head.weight.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output if return_dict else output.to_tuple()

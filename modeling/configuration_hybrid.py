@@ -1,0 +1,147 @@
+"""Configuration of `zoo_hybrid`."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .configuration_mamba2 import ZooMamba2Config
+
+MIXER_TYPES = ("full_attention", "sliding_attention", "mamba2", "discrete_mamba2")
+FEATURE_MAPS = ("identity", "softplus")
+
+
+@strict
+class ZooHybridConfig(PreTrainedConfig):
+    """A Llama-shaped decoder whose token mixer is chosen layer by layer.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        hidden_size: D, model width.
+        intermediate_size: width of the gated MLP.
+        num_hidden_layers: blocks.
+        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "mamba2" or "discrete_mamba2";
+            all "full_attention" if not given.
+        num_attention_heads: H, heads of attention and of discrete Mamba-2.
+        num_key_value_heads: key and value heads of attention; H if not given.
+        head_dim: P, width of an attention or discrete Mamba-2 head; `hidden_size / num_attention_heads` if not given.
+        hidden_act: activation of the MLP.
+        rms_norm_eps: epsilon of every RMSNorm.
+        attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
+        mlp_bias: bias in the MLP.
+        max_position_embeddings: context that the rotary embedding was made for.
+        rope_parameters: rotary embedding, as in transformers.
+        sliding_window: tokens that a query of sliding attention sees, itself included.
+        state_size: N, state channels of a Mamba-2 or discrete Mamba-2 head; `head_dim` if not given.
+        conv_kernel: K, width of the short convolution, at least 2.
+        feature_map: map on B and C of discrete Mamba-2: "identity", or "softplus" (positive features).
+        normalize: divide each output of discrete Mamba-2 by its row sum, as softmax does; needs positive features.
+        ssm_rotary: apply the rotary embedding to B and C of discrete Mamba-2, as attention does to k and q.
+        expand: inner over model width of Mamba-2.
+        mamba_head_dim: P of Mamba-2.
+        n_groups: groups of Mamba-2 heads that share B and C.
+        initializer_range: standard deviation of projections and embedding at initialisation.
+    """
+
+    model_type = "zoo_hybrid"
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    mixer_types: list[str] | None = None
+    num_attention_heads: int = 9
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 8192
+    rope_parameters: dict[str, Any] | None = None
+    sliding_window: int = 256
+    state_size: int | None = None
+    conv_kernel: int = 4
+    feature_map: str = "identity"
+    normalize: bool = False
+    ssm_rotary: bool = False
+    expand: int = 2
+    mamba_head_dim: int = 64
+    n_groups: int = 1
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mixer_types is None:
+            self.mixer_types = ["full_attention"] * self.num_hidden_layers
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.state_size is None:
+            self.state_size = self.head_dim
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of cache layer of each block."""
+        kinds = {"full_attention": "full_attention", "sliding_attention": "zoo_window"}
+        return [kinds.get(mixer, "zoo_recurrent") for mixer in self.mixer_types or []]
+
+    @property
+    def mamba2(self) -> ZooMamba2Config:
+        """Sizes of the Mamba-2 mixers."""
+        return ZooMamba2Config(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            state_size=self.state_size,
+            expand=self.expand,
+            head_dim=self.mamba_head_dim,
+            n_groups=self.n_groups,
+            conv_kernel=self.conv_kernel,
+            layer_norm_epsilon=self.rms_norm_eps,
+        )
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+
+    def validate_architecture(self) -> None:
+        """Raise ValueError where the sizes or choices contradict each other."""
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        for name in [*sizes, "num_key_value_heads", "head_dim", "state_size", "sliding_window", "expand", "n_groups"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        mixers = self.mixer_types or []
+        if len(mixers) != self.num_hidden_layers:
+            raise ValueError(f"mixer_types must name {self.num_hidden_layers} mixers, got {len(mixers)}")
+        for index, mixer in enumerate(mixers):
+            if mixer not in MIXER_TYPES:
+                raise ValueError(f"mixer_types[{index}] must be one of {', '.join(MIXER_TYPES)}, got {mixer!r}")
+        if self.num_attention_heads % int(self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.num_key_value_heads}"
+            )
+        if int(self.head_dim or 1) % 2:
+            raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
+        if self.ssm_rotary and self.state_size != self.head_dim:
+            raise ValueError(
+                f"ssm_rotary needs state_size equal to head_dim ({self.head_dim}), got state_size {self.state_size}"
+            )
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if self.normalize and self.feature_map == "identity":
+            raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
+        if "mamba2" in mixers:
+            _ = self.mamba2  # checks itself
+
+
+__all__ = ["ZooHybridConfig"]

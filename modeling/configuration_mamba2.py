@@ -1,0 +1,105 @@
+"""Configuration of `zoo_mamba2`."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class ZooMamba2Config(PreTrainedConfig):
+    """Mamba-2 (arXiv 2405.21060). Keys are transformers' `Mamba2Config`'s; the defaults are the paper's 130M model.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        hidden_size: D, model width.
+        num_hidden_layers: blocks.
+        state_size: N, state channels of a head.
+        expand: E / D, inner over model width.
+        num_heads: H; `expand * hidden_size / head_dim` if not given.
+        head_dim: P, width of a head.
+        n_groups: G, groups of heads that share B and C; divides H.
+        conv_kernel: K, width of the short convolution, at least 2.
+        use_bias: bias in `in_proj` and `out_proj`.
+        use_conv_bias: bias in the convolution.
+        layer_norm_epsilon: epsilon of every RMSNorm.
+        residual_in_fp32: keep the residual stream in float32.
+        time_step_min: smallest step size at initialisation.
+        time_step_max: largest step size at initialisation.
+        time_step_floor: step sizes at initialisation are clamped to at least this.
+        time_step_limit: range that step sizes are clamped to when the model runs.
+        A_init_range: range of the decay rate -A at initialisation, uniform.
+        initializer_range: standard deviation of the embedding at initialisation.
+    """
+
+    model_type = "zoo_mamba2"
+
+    vocab_size: int = 50288
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    state_size: int = 128
+    expand: int = 2
+    num_heads: int | None = None
+    head_dim: int = 64
+    n_groups: int = 1
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    A_init_range: list[float] | tuple[float, ...] = (1.0, 16.0)
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.num_heads is None and self.head_dim > 0:
+            self.num_heads = self.expand * self.hidden_size // self.head_dim
+        super().__post_init__(**kwargs)
+
+    @property
+    def intermediate_size(self) -> int:
+        """E, the inner width."""
+        return self.expand * self.hidden_size
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of cache layer of each block."""
+        return ["zoo_recurrent"] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+
+    def validate_architecture(self) -> None:
+        """Raise ValueError where the sizes contradict each other."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "head_dim", "n_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads is None or self.num_heads * self.head_dim != self.intermediate_size:
+            raise ValueError(
+                f"num_heads * head_dim ({self.num_heads} * {self.head_dim}) must equal expand * hidden_size "
+                f"({self.expand} * {self.hidden_size})"
+            )
+        if self.num_heads % self.n_groups:
+            raise ValueError(f"n_groups must divide num_heads ({self.num_heads}), got {self.n_groups}")
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
+        for name in ("time_step_limit", "A_init_range"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 0 <= value[0] <= value[1]:
+                raise ValueError(f"{name} must be (low, high) with 0 <= low <= high, got {value}")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"time_step_min and time_step_max must satisfy 0 < min <= max, got {self.time_step_min} and "
+                f"{self.time_step_max}"
+            )
+
+
+__all__ = ["ZooMamba2Config"]

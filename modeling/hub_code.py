@@ -1,0 +1,169 @@
+"""What travels with a checkpoint: the model's own code, flattened for the Hub, its licence, a card; and the upload.
+
+transformers loads remote code from one flat folder and finds a file's companions by their relative import lines. In the
+package the ops live in `kernels/`; an exported file differs from the repository's in one respect only: what it imports
+from there, it imports from beside itself.
+"""
+
+import ast
+import importlib.metadata
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+_FROM_KERNELS = re.compile(r"^from \.\.kernels\.(\w+) import", flags=re.MULTILINE)
+
+
+def collect_code(module_names: list[str]) -> dict[str, str]:
+    """The files that `module_names` and everything they import from the package need, by flat file name.
+
+    Args:
+        module_names: full names of loaded modules, `ssm_zoo.modeling.modeling_mamba2` say.
+
+    Returns:
+        File name to text, in a fixed order.
+
+    Raises:
+        ValueError: if a file imports the package in a way that does not survive flattening, or two files share a name.
+    """
+    pending = [Path(str(sys.modules[name].__file__)) for name in module_names]
+    found: dict[str, Path] = {}
+    texts: dict[str, str] = {}
+    while pending:
+        path = pending.pop()
+        if found.get(path.name) == path:
+            continue
+        if path.name in found:
+            raise ValueError(f"two files are called {path.name}: {found[path.name]} and {path}; a Hub folder is flat")
+        found[path.name] = path
+        text = path.read_text(encoding="utf-8")
+        pending += _companions(path, text)
+        texts[path.name] = _FROM_KERNELS.sub(r"from .\1 import", text)
+    return dict(sorted(texts.items()))
+
+
+def _companions(path: Path, text: str) -> list[Path]:
+    """The package's files that `path` imports."""
+    companions = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        if any(name.split(".")[0] == "ssm_zoo" for name in names):
+            raise ValueError(f"{path.name}, line {node.lineno}: an exported file must import the package relatively")
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        parts = (node.module or "").split(".")
+        if node.level == 1 and len(parts) == 1 and parts[0]:
+            companions.append(path.parent / f"{parts[0]}.py")
+        elif node.level == 2 and len(parts) == 2 and parts[0] == "kernels":
+            companions.append(path.parent.parent / "kernels" / f"{parts[1]}.py")
+        else:
+            raise ValueError(
+                f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can be "
+                "exported"
+            )
+    return companions
+
+
+def write_code(folder: Path, module_names: list[str]) -> None:
+    """Write the files of :func:`collect_code` into `folder`, and the licence of the code beside them."""
+    texts = collect_code(module_names)
+    licence = _licence()
+    if licence is not None and not (folder / "LICENSE").exists():
+        texts["LICENSE"] = licence
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+
+
+def write_default_card(folder: Path, *, model_type: str, class_name: str, parameters: int) -> None:
+    """Write a minimal README.md, unless there is one already: what the model is and how to load it."""
+    if (folder / "README.md").exists():
+        return
+    data = ModelCardData(library_name="transformers", tags=["ssm-zoo", model_type, "custom_code"])
+    card = ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {folder.resolve().name}
+
+A `{model_type}` model (`{class_name}`, {parameters:,} parameters) from ssm-zoo. The code is in this repository: loading
+it needs torch and transformers only.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("<this repository>", trust_remote_code=True)
+```
+"""
+    )
+    write_atomically(folder / "README.md", str(card))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary file in the same folder, so that no half-written file is ever seen."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _licence() -> str | None:
+    """Text of the installed distribution's licence file, None where the package is not installed."""
+    try:
+        distribution = importlib.metadata.distribution("ssm-zoo")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return distribution.read_text("licenses/LICENSE") or distribution.read_text("LICENSE")
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+) -> str:
+    """Upload `folder` to a model repository, made if it does not exist. A card that the repository has is kept.
+
+    Returns:
+        Address of the commit.
+    """
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    if tags:
+        card = ModelCard.load(folder / "README.md")
+        card.data.tags = sorted({*(card.data.tags or []), *tags})
+        card.save(folder / "README.md")
+    keep_card = api.file_exists(repo_id, "README.md", token=token)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        ignore_patterns=["README.md"] if keep_card else None,
+    )
+    return str(commit.commit_url)

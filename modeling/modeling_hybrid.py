@@ -1,0 +1,327 @@
+"""A Llama-shaped decoder whose token mixer is chosen layer by layer: what distillation turns a Transformer into.
+
+Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of Llama
+(transformers' `modeling_llama.py`). Mixers: softmax attention, full or over a sliding window; Mamba-2
+(`modeling_mamba2.py`); and discrete Mamba-2, defined here.
+
+Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
+`modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar decay
+per token and head without a step size, an identity-initialised short convolution without activation, and a gate that
+starts open.
+
+Symbols: B batch, L length, D width, H heads, P head width, N state size, K convolution width.
+
+Deviations from Phi-Mamba: the log-decay goes to the op directly instead of through `x / softplus(a)`; the decay has a
+bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and `ssm_rotary` bring the
+mixing matrix closer to softmax attention (all off gives Phi-Mamba).
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
+from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .configuration_hybrid import ZooHybridConfig
+from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .sequence import Sequence
+
+OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
+_SMALLEST_ROW_SUM = 1e-6
+
+
+class Attention(nn.Module):
+    """Softmax attention with rotary positions and grouped key-value heads; `window` limits what a query sees."""
+
+    def __init__(self, config: ZooHybridConfig, layer_idx: int, window: int | None) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.window = window
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
+        self.head_dim = int(config.head_dim or 0)
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
+        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        assert sequence.rotary is not None
+        q, k = apply_rotary_pos_emb(q, k, *sequence.rotary)
+        if self.window is None:
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_idx)
+            mask = sequence.full_mask(k.shape[2])
+        else:
+            query_positions = key_positions = None
+            if past_key_values is not None:
+                cache: Any = past_key_values.layers[self.layer_idx]
+                k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
+            mask = sequence.window_mask(self.window, query_positions, key_positions)
+        repeats = self.num_heads // self.num_kv_heads
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scale = self.head_dim**-0.5
+        attention = None
+        if output_attentions or self.config._attn_implementation == "eager":
+            attention = _attention_matrix(q, k, mask, scale)
+            y = attention.to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
+            )
+        return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
+
+
+def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, H, L, M) softmax in float32; causal where `mask` is None."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if mask is None:
+        length, keys = scores.shape[-2:]
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+class DiscreteMamba2Mixer(nn.Module):
+    """Discrete Mamba-2: `h_t = sigmoid(-a_t) h_{t-1} + x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t + z_bias)`.
+
+    With identity convolution, open gate, D = 0 and the projections of an attention layer this is un-normalised linear
+    attention with a decay; with `feature_map="softplus"` and `normalize` it is linear attention with rows that sum to 1.
+    """
+
+    def __init__(self, config: ZooHybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, int(config.head_dim or 0)
+        self.state_size = int(config.state_size or 0)
+        self.feature_map, self.normalize, self.rotary = config.feature_map, config.normalize, config.ssm_rotary
+        inner, maps = self.num_heads * self.head_dim, self.num_heads * self.state_size
+        # rows in the order x, B, C, z, a
+        self.conv_split = [inner, maps, maps]
+        self.split = [inner + 2 * maps, inner, self.num_heads]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.attention_bias)
+        # Holds the weights under the field's names; the op reads them.
+        self.conv1d = nn.Conv1d(
+            self.split[0], self.split[0], config.conv_kernel, groups=self.split[0], bias=True
+        )
+        self.z_bias = nn.Parameter(torch.empty(inner))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) to (B, L, D), and the (B, H, L, L) mixing matrix if asked for."""
+        cache: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        started = cache is not None and cache.is_initialized
+        length = hidden_states.shape[1]
+        single = started and length == 1 and sequence.seq_idx is None and not torch.is_grad_enabled()
+        xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        if single:
+            xBC = causal_conv1d_step(xBC[:, 0], cache.conv_state, weight, bias)[:, None]
+            conv_state = cache.conv_state
+        else:
+            xBC, conv_state = causal_conv1d(
+                xBC,
+                weight,
+                bias,
+                initial_state=cache.conv_state if started else None,
+                seq_idx=sequence.seq_idx,
+                return_final_state=True,
+            )
+        x, B, C, log_decay = self.maps(xBC, a, sequence)
+        values = F.pad(x, (0, 1), value=1.0) if self.normalize else x  # the column of ones gives the row sums
+        if single:
+            y = ssd_log_decay_step(cache.recurrent_state, values[:, 0], log_decay[:, 0], B[:, 0], C[:, 0])[:, None]
+            cache.columns += 1
+        else:
+            y, state = ssd_log_decay(
+                values,
+                log_decay,
+                B,
+                C,
+                initial_state=cache.recurrent_state if started else None,
+                seq_idx=sequence.seq_idx,
+                return_final_state=True,
+            )
+            if cache is not None:
+                cache.set_states(conv_state, state, length)
+        if self.normalize:
+            y = y[..., :-1] / y[..., -1:].clamp(min=_SMALLEST_ROW_SUM)
+        y = y + self.D.to(y.dtype)[:, None] * x
+        y = y.flatten(2) * F.silu(z + self.z_bias)
+        attention = self.mixing_matrix(log_decay, B, C, sequence) if output_attentions else None
+        return self.out_proj(y), attention
+
+    def maps(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the recurrence reads, from the convolved (B, L, ...) projections and the (B, L, H) decay logits.
+
+        Returns:
+            x (B, L, H, P), B and C (B, L, H, N) with rotary embedding and feature map applied, log-decay (B, L, H) in
+            float32.
+        """
+        x, B, C = xBC.split(self.conv_split, dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B = B.unflatten(-1, (self.num_heads, self.state_size))
+        C = C.unflatten(-1, (self.num_heads, self.state_size))
+        if self.rotary:
+            assert sequence.rotary is not None
+            C, B = apply_rotary_pos_emb(C, B, *sequence.rotary, unsqueeze_dim=2)
+        if self.feature_map == "softplus":
+            B, C = F.softplus(B), F.softplus(C)
+        return x, B, C, -F.softplus(a.float() + self.dt_bias)
+
+    def mixing_matrix(self, log_decay: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
+        """(B, H, L, L) hidden attention: y = M x per head, before the gate; the skip D on the diagonal included."""
+        matrix = ssd_matrix(log_decay, B, C, seq_idx=sequence.seq_idx)
+        if self.normalize:
+            matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=_SMALLEST_ROW_SUM)
+        return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(h)) * up(h))`."""
+
+    def __init__(self, config: ZooHybridConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class HybridBlock(GradientCheckpointingLayer):
+    """norm -> mixer -> add, norm -> MLP -> add."""
+
+    def __init__(self, config: ZooHybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = make_mixer(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, attention = self.mixer(
+            self.input_layernorm(hidden_states), sequence, past_key_values, output_attentions
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), attention
+
+
+def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
+    """The token mixer that `config.mixer_types` names for a layer."""
+    kind = (config.mixer_types or [])[layer_idx]
+    if kind == "mamba2":
+        return Mamba2Mixer(config.mamba2, layer_idx)
+    if kind == "discrete_mamba2":
+        return DiscreteMamba2Mixer(config, layer_idx)
+    return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
+
+
+def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer, config: ZooHybridConfig) -> None:
+    """Initialisation of discrete Mamba-2 after its projections have theirs.
+
+    | parameter | value |
+    |---|---|
+    | conv1d | identity: last tap 1, others 0; bias 0 |
+    | z rows of in_proj, z_bias | 0 and OPEN_GATE: the gate is open, whatever the input |
+    | dt_bias | half-lives of 4 to 64 tokens, geometric over the heads |
+    | D | 1 |
+    """
+    identity = torch.zeros_like(mixer.conv1d.weight)
+    identity[:, :, -1] = 1.0
+    init.copy_(mixer.conv1d.weight, identity)
+    init.zeros_(mixer.conv1d.bias)
+    weight = mixer.in_proj.weight.detach().clone()
+    start = mixer.split[0]
+    weight[start : start + mixer.split[1]] = 0.0
+    init.copy_(mixer.in_proj.weight, weight)
+    init.constant_(mixer.z_bias, OPEN_GATE)
+    span = torch.linspace(0.0, 1.0, mixer.num_heads, device=mixer.dt_bias.device, dtype=torch.float32)
+    init.copy_(mixer.dt_bias, half_life_to_bias(4.0 * 16.0**span))
+    init.ones_(mixer.D)
+
+
+def half_life_to_bias(half_life: Tensor) -> Tensor:
+    """The `dt_bias` with which a head that sees no decay input halves its state every `half_life` tokens (> 0)."""
+    rate = math.log(2.0) / half_life
+    return rate + torch.log(-torch.expm1(-rate))  # inverse softplus
+
+
+class ZooHybridPreTrainedModel(ZooPreTrainedModel):
+    """The hybrid's configuration, blocks and initialisation."""
+
+    config_class = ZooHybridConfig
+    _no_split_modules = ["HybridBlock"]
+    auto_classes = {"AutoModel": "ZooHybridModel", "AutoModelForCausalLM": "ZooHybridForCausalLM"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mamba2Mixer):  # after its projections, which it initialises again
+            init_mamba2_mixer(module, self.config.mamba2)
+        elif isinstance(module, DiscreteMamba2Mixer):
+            init_discrete_mamba2_mixer(module, self.config)
+
+
+class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
+    """The hybrid without a head."""
+
+    def __init__(self, config: ZooHybridConfig) -> None:
+        super().__init__(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+        self.post_init()
+
+    def make_block(self, config: ZooHybridConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return HybridBlock(config, layer_idx)
+
+    @staticmethod
+    def norm_eps(config: ZooHybridConfig) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return config.rms_norm_eps
+
+    def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
+        sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
+
+
+class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM):
+    """The hybrid with a language-modelling head."""
+
+    backbone_class = ZooHybridModel
+
+
+__all__ = ["ZooHybridForCausalLM", "ZooHybridModel", "ZooHybridPreTrainedModel"]

@@ -1,0 +1,208 @@
+"""Where the tokens of a batch stand: documents, padding and positions, worked out once for all layers.
+
+Every way of saying it comes in here (a 2-D attention mask, `seq_idx`, `cu_seqlens`, restarting `position_ids`), and two
+things come out: `seq_idx` for the recurrent ops and boolean masks for softmax attention.
+
+Symbols: B batch, L new tokens, M key columns.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+@dataclass
+class Sequence:
+    """Positions, documents and padding of one forward.
+
+    Attributes:
+        position_ids: (B, L) position of each token in its document, for rotary embeddings.
+        seq_idx: (B, L) document index, negative at padding; None if each row is one document without padding.
+        attention_mask: (B, past + L) True at real tokens; None if there is no padding.
+        past: columns in the cache before this forward.
+        packed: whether a row may hold more than one document.
+        rotary: (B, L, P) cosines and sines of the rotary embedding, where a family's layers use it.
+    """
+
+    position_ids: Tensor
+    seq_idx: Tensor | None
+    attention_mask: Tensor | None
+    past: int
+    packed: bool
+    rotary: tuple[Tensor, Tensor] | None = None
+    _masks: dict[tuple, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def real(self) -> Tensor | None:
+        """(B, L) False at padding, None if there is none among the new tokens."""
+        return None if self.seq_idx is None else self.seq_idx >= 0
+
+    def full_mask(self, keys: int) -> Tensor | None:
+        """(B or 1, 1, L, M) True where a query may look, for `keys` columns that start at the row's first.
+
+        None where plain causal attention over equally many queries and keys says the same. A padding query sees itself,
+        so that its softmax is over something.
+        """
+        batch, length = self.position_ids.shape
+        if self.attention_mask is None and self.seq_idx is None and (keys == length or length == 1 == keys - self.past):
+            return None
+        key = ("full", keys)
+        if key not in self._masks:
+            device = self.position_ids.device
+            query_column = self.past + torch.arange(length, device=device)
+            key_column = torch.arange(keys, device=device)
+            mask = (key_column <= query_column[:, None])[None]
+            if self.attention_mask is not None:
+                present = F.pad(self.attention_mask, (0, keys - self.attention_mask.shape[1]), value=True)
+                mask = mask & present[:, None, :]
+            if self.seq_idx is not None and self.past == 0:
+                documents = F.pad(self.seq_idx, (0, keys - length), value=-1)
+                mask = mask & (self.seq_idx[:, :, None] == documents[:, None, :])
+            mask = mask | (key_column == query_column[:, None])
+            self._masks[key] = mask[:, None]
+        return self._masks[key]
+
+    def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
+        """(B or 1, 1, L, M) True where a query may look: at most `window` real tokens of its document, itself included.
+
+        Args:
+            window: tokens that a query sees, itself included.
+            query_positions: (B, L) positions among the row's real tokens, from the cache; None without a cache.
+            key_positions: (B, M) positions of the columns, -1 where empty.
+        """
+        if query_positions is None or key_positions is None:
+            query_positions = key_positions = self._row_positions()
+        key = ("window", window, key_positions.shape[1])
+        if key not in self._masks:
+            distance = query_positions[:, :, None] - key_positions[:, None, :]
+            mask = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None, :]
+            length, keys = mask.shape[1:]
+            if self.seq_idx is not None and self.past == 0:
+                mask = mask & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
+            itself = torch.arange(keys, device=mask.device) == keys - length + torch.arange(
+                length, device=mask.device
+            ).unsqueeze(-1)
+            self._masks[key] = (mask | itself)[:, None]
+        mask = self._masks[key]
+        assert mask is not None
+        return mask
+
+    def _row_positions(self) -> Tensor:
+        length = self.position_ids.shape[1]
+        if self.seq_idx is None:
+            return torch.arange(length, device=self.position_ids.device)[None]
+        real = self.seq_idx >= 0
+        return (real.cumsum(-1) - 1).masked_fill(~real, -1)
+
+
+def make_sequence(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    past_key_values: Cache | None,
+) -> Sequence:
+    """Work out a :class:`Sequence` for B rows of L new tokens.
+
+    Args:
+        batch: B.
+        length: L.
+        device: of the inputs.
+        attention_mask: (B, past + L), non-zero at real tokens; padding may stand left, right or anywhere.
+        position_ids: (B, L) or (1, L) positions; where they restart inside a row (and no mask and no cache says more)
+            a new document starts.
+        seq_idx: (B, L) document index, non-decreasing, negative at padding.
+        cu_seqlens: (documents + 1) starts of the documents of a single row, then its length.
+        past_key_values: cache before this forward.
+
+    Raises:
+        ValueError: if a shape does not fit, or packed documents come with a cache that already holds tokens.
+    """
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            raise ValueError(
+                f"attention_mask must be (B, past + L) = ({batch}, {past + length}), got {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.shape[1] != past + length:
+            raise ValueError(
+                f"attention_mask must cover the {past} cached and the {length} new tokens, "
+                f"got length {attention_mask.shape[1]}"
+            )
+        attention_mask = attention_mask.to(device=device) != 0
+        if bool(attention_mask.all()):
+            attention_mask = None
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
+            raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")
+        position_ids = position_ids.to(device).expand(batch, length)
+    seq_idx = _documents(batch, length, device, seq_idx, cu_seqlens, position_ids, attention_mask, past)
+    packed = seq_idx is not None
+    if packed and past:
+        raise ValueError(
+            f"packed documents (seq_idx, cu_seqlens) cannot continue a cache that holds {past} tokens; "
+            "pass past_key_values=None"
+        )
+    if position_ids is None:
+        position_ids = _positions(batch, length, device, seq_idx, attention_mask, past)
+    if attention_mask is not None:
+        now = attention_mask[:, past:]
+        if seq_idx is not None:
+            seq_idx = seq_idx.masked_fill(~now, -1)
+        elif not bool(now.all()):
+            seq_idx = now.to(torch.int32) - 1
+    return Sequence(position_ids, seq_idx, attention_mask, past, packed)
+
+
+def _documents(
+    batch: int,
+    length: int,
+    device: torch.device,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    past: int,
+) -> Tensor | None:
+    """(B, L) document index, from whichever argument tells it; None for one document a row."""
+    if seq_idx is not None and cu_seqlens is not None:
+        raise ValueError("pass seq_idx or cu_seqlens, not both")
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (batch, length):
+            raise ValueError(f"seq_idx must be (B, L) = ({batch}, {length}), got {tuple(seq_idx.shape)}")
+        return seq_idx.to(device=device, dtype=torch.int32)
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(device)
+        if batch != 1 or starts.dim() != 1 or int(starts[0]) != 0 or int(starts[-1]) != length:
+            raise ValueError(
+                f"cu_seqlens must run from 0 to L = {length} over a single row, got {cu_seqlens.tolist()} for {batch} rows"
+            )
+        column = torch.arange(length, device=device)
+        return (torch.searchsorted(starts, column, right=True) - 1).to(torch.int32)[None]
+    if position_ids is not None and attention_mask is None and past == 0 and length > 1:
+        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if bool(restarts.any()):
+            return F.pad(restarts, (1, 0)).cumsum(-1).to(torch.int32)
+    return None
+
+
+def _positions(
+    batch: int, length: int, device: torch.device, seq_idx: Tensor | None, attention_mask: Tensor | None, past: int
+) -> Tensor:
+    """(B, L) positions from 0 in each document, padding not counted."""
+    column = torch.arange(length, device=device)
+    if seq_idx is not None:
+        first = torch.ones_like(seq_idx, dtype=torch.bool)
+        first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        start = torch.where(first, column, 0).cummax(-1).values
+        return column - start
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    return (past + column).expand(batch, length)
