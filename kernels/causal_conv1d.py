@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .arguments import accumulator, check_implementation, check_seq_idx, check_tensor
+
 
 def causal_conv1d(
     x: Tensor,
@@ -56,10 +58,10 @@ def causal_conv1d(
             decreases.
     """
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
-    _check_implementation(implementation)
+    check_implementation(implementation, "causal_conv1d")
     B, L, D = x.shape
     width = weight.shape[1]
-    dtype = _accumulation_dtype(x)
+    dtype = accumulator(x)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     history = None if initial_state is None else initial_state.transpose(1, 2)  # (B, K-1, D)
@@ -114,10 +116,10 @@ def causal_conv1d_step(
         ValueError: if a shape, a dtype, `activation` or `implementation` is not one of the above.
     """
     _check_parameters(weight, bias, activation)
-    _check_tensor("x", x, (None, weight.shape[0]), "(B, D)")
-    _check_tensor("state", state, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
-    _check_implementation(implementation)
-    dtype = _accumulation_dtype(x)
+    check_tensor("x", x, (None, weight.shape[0]), "(B, D)")
+    check_tensor("state", state, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
+    check_implementation(implementation, "causal_conv1d_step")
+    dtype = accumulator(x)
     window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(-1)], dim=-1)  # (B, D, K)
     y = (window * weight.to(dtype)).sum(-1)
     if bias is not None:
@@ -140,7 +142,7 @@ def causal_conv1d_reference(
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
-    dtype = _accumulation_dtype(x)
+    dtype = accumulator(x)
     inputs, taps = x.to(dtype), weight.to(dtype)
     zero = inputs.new_zeros(D)
     offset = zero if bias is None else bias.to(dtype)
@@ -274,32 +276,12 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
     return F.silu(y) if activation == "silu" else y
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _check_implementation(implementation: str) -> None:
-    if implementation not in ("auto", "torch"):
-        known = "is not available for causal_conv1d yet" if implementation == "triton" else "is unknown"
-        raise ValueError(f"implementation={implementation!r} {known}; accepted: 'auto', 'torch'")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:
-    """Compare with the expected sizes (None: any) and require a floating point dtype."""
-    fits = tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
-    if not fits:
-        sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} must be {symbols} = ({sizes}), got shape {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-
-
 def _check_parameters(weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
-    _check_tensor("weight", weight, (None, None), "(D, K)")
+    check_tensor("weight", weight, (None, None), "(D, K)")
     if weight.shape[1] < 2:
         raise ValueError(f"weight must be (D, K) with K >= 2 taps, got shape {tuple(weight.shape)}")
     if bias is not None:
-        _check_tensor("bias", bias, (weight.shape[0],), "(D)")
+        check_tensor("bias", bias, (weight.shape[0],), "(D)")
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
 
@@ -313,24 +295,11 @@ def _check_sequence(
     seq_idx: Tensor | None,
 ) -> None:
     _check_parameters(weight, bias, activation)
-    _check_tensor("x", x, (None, None, weight.shape[0]), "(B, L, D)")
+    check_tensor("x", x, (None, None, weight.shape[0]), "(B, L, D)")
     B, L, _ = x.shape
     if L == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
     if initial_state is not None:
-        _check_tensor("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
-    if seq_idx is None:
-        return
-    if seq_idx.shape != (B, L):
-        raise ValueError(f"seq_idx must be (B, L) = ({B}, {L}), got shape {tuple(seq_idx.shape)}")
-    if seq_idx.is_floating_point() or seq_idx.is_complex() or seq_idx.dtype == torch.bool:
-        raise ValueError(f"seq_idx must be of an integer dtype, got {seq_idx.dtype}")
-    # Padding is negative, so it never raises the running maximum.
-    highest = seq_idx.long().cummax(1).values
-    wrong = ((seq_idx >= 0) & (seq_idx < highest)).nonzero().tolist()
-    if wrong:
-        b, t = wrong[0]
-        raise ValueError(
-            "seq_idx must not decrease along a row (negative entries are padding), "
-            f"got {int(seq_idx[b, t])} after {int(highest[b, t])} in row {b}"
-        )
+        check_tensor("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
+    if seq_idx is not None:
+        check_seq_idx(seq_idx, B, L)

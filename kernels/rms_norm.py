@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .arguments import accumulator, check_implementation
+
 
 def rms_norm(
     x: Tensor,
@@ -50,13 +52,11 @@ def rms_norm(
         ValueError: if a shape, a dtype, `group_size` or `implementation` is not one of the above.
     """
     group_size = _check(x, weight, z, group_size)
-    if implementation not in ("auto", "torch"):
-        known = "is not available for rms_norm yet" if implementation == "triton" else "is unknown"
-        raise ValueError(f"implementation={implementation!r} {known}; accepted: 'auto', 'torch'")
+    check_implementation(implementation, "rms_norm")
     y = _RmsNorm.apply(x, weight, None if norm_before_gate else z, eps, group_size)
     assert isinstance(y, Tensor)  # `apply` is untyped
     if z is not None and norm_before_gate:
-        dtype = _computation_dtype(x)
+        dtype = accumulator(x)
         y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
     return y
 
@@ -72,7 +72,7 @@ def rms_norm_reference(
 ) -> Tensor:
     """The definition of `rms_norm`, differentiated by autograd. Arguments and result as there."""
     group_size = _check(x, weight, z, group_size)
-    dtype = _computation_dtype(x)
+    dtype = accumulator(x)
     u = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
     if gate is not None and not norm_before_gate:
@@ -92,10 +92,10 @@ class _RmsNorm(torch.autograd.Function):
     Backward, with dn = weight dy:  dweight = sum over rows of dy n,  du = r (dn - n mean(dn n)),
     dx = du silu(z),  dz = du x silu'(z).
 
-    Written out because autograd's own backward takes more than ten passes over memory. Measured on 2 CPU cores,
-    fp32, torch 2.13, (1, 1024, 1792), ms forward / forward + backward, medians of 25:
-        no gate:  the reference 1.0 / 7.6    F.rms_norm 1.1 / 12    this 0.9 / 2.9
-        gated:    the reference 1.8 / 17     F.rms_norm 2.2 / 16    this 1.7 / 5.9
+    Written out because autograd's own backward takes more than ten passes over memory. Measured on 1 CPU core,
+    fp32, torch 2.13, (1, 1024, 1792), ms forward / forward + backward, fastest of 40:
+        no gate:  the reference 1.0 / 5.7    F.rms_norm 1.1 / 13    this 1.1 / 2.8
+        gated:    the reference 2.0 / 12     F.rms_norm 1.8 / 11    this 1.7 / 6.9
     Only x, z and r are kept for it. `F.rms_norm` also rounds half precision elsewhere (after the weight).
     """
 
@@ -121,7 +121,7 @@ class _RmsNorm(torch.autograd.Function):
         products = dy * n
         dx = dweight = dz = None
         if needs_weight:
-            dweight = products.sum(tuple(range(products.dim() - 2))).view_as(weight).to(weight.dtype)
+            dweight = products.reshape(-1, *scale.shape).sum(0).view_as(weight).to(weight.dtype)
         if needs_x or needs_z:
             mean = products.mul_(scale).mean(-1, keepdim=True)
             du = torch.mul(dy, scale, out=products).addcmul_(n, mean, value=-1).mul_(r).flatten(-2)
@@ -138,14 +138,10 @@ class _RmsNorm(torch.autograd.Function):
 
 def _gated_groups(x: Tensor, z: Tensor | None, group_size: int) -> Tensor:
     """x, or x * silu(z), in the dtype of the computation, as (..., D/S, S)."""
-    u = x.to(_computation_dtype(x))
+    u = x.to(accumulator(x))
     if z is not None:
         u = F.silu(z.to(u.dtype)).mul_(u)
     return u.unflatten(-1, (-1, group_size))
-
-
-def _computation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:

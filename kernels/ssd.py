@@ -21,10 +21,13 @@ real token; the final state is the one after the row's last real token.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .arguments import accumulator, check_device, check_implementation, check_seq_idx, check_tensor
 
 # Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
 # balance; 64 also keeps the (Q, Q) tiles of a head in a CPU core's L1/L2 cache.
@@ -77,12 +80,13 @@ def ssd(
     Raises:
         ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
     """
-    _check_implementation(implementation, "ssd")
+    check_implementation(implementation, "ssd")
     _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
-    _check_shape("A", A, (x.shape[2],))
+    check_tensor("A", A, (x.shape[2],), "(H)")
     if dt_bias is not None:
-        _check_shape("dt_bias", dt_bias, (x.shape[2],))
-    dt = _step_sizes(dt.to(_accumulator(x)), dt_bias, dt_softplus, dt_limit)
+        check_tensor("dt_bias", dt_bias, (x.shape[2],), "(H)")
+    x, dt, B, C, z = _blank_padding(seq_idx, x, dt, B, C, z)
+    dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     log_decay = dt * A.to(dt.dtype)
     u = x.to(dt.dtype) * dt[..., None]
     y, state = _scan(u, log_decay, B, C, initial_state, seq_idx, chunk_size)
@@ -106,8 +110,7 @@ def ssd_log_decay(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD with the decay given directly: `h_t = exp(log_decay_t) h_{t-1} + x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
 
-    Discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (a constant per head) and un-normalised linear attention
-    (zero) are of this form.
+    So are discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (one constant per head) and linear attention (zero).
 
     Args:
         x: (B, L, H, P) inputs, L >= 1.
@@ -128,10 +131,11 @@ def ssd_log_decay(
     Raises:
         ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
     """
-    _check_implementation(implementation, "ssd_log_decay")
+    check_implementation(implementation, "ssd_log_decay")
     _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
-    accumulator = _accumulator(x)
-    y, state = _scan(x.to(accumulator), log_decay.to(accumulator), B, C, initial_state, seq_idx, chunk_size)
+    x, log_decay, B, C, z = _blank_padding(seq_idx, x, log_decay, B, C, z)
+    sums = accumulator(x)
+    y, state = _scan(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx, chunk_size)
     y = _skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
@@ -173,7 +177,11 @@ def ssd_step(
     Raises:
         ValueError: if a shape or `implementation` does not fit.
     """
-    _check_implementation(implementation, "ssd_step")
+    check_implementation(implementation, "ssd_step")
+    check_tensor("dt", dt, state.shape[:2], "(B, H)")
+    check_tensor("A", A, state.shape[1:2], "(H)")
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, state.shape[1:2], "(H)")
     dt = _step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
     y = _update(state, x.to(state.dtype) * dt[..., None], dt * A.to(state.dtype), B, C)
     return _skip_and_gate(y, x, D, z)
@@ -193,22 +201,10 @@ def ssd_log_decay_step(
     """One token of :func:`ssd_log_decay`; `state` is updated in place.
 
     Args:
-        state: (B, H, P, N) state, float32 (or float64).
-        x: (B, H, P) input.
-        log_decay: (B, H) logarithm of the decay, in [-inf, 0].
-        B: (B, G, N) input map.
-        C: (B, G, N) output map.
-        D: (H) or (H, P) skip.
-        z: (B, H, P) gate.
-        implementation: "auto" or "torch".
-
-    Returns:
-        (B, H, P) output in the dtype of `x`.
-
-    Raises:
-        ValueError: if a shape or `implementation` does not fit.
+        log_decay: (B, H) logarithm of the decay, in [-inf, 0]. The others are those of :func:`ssd_step`, and so are
+            the result and the errors.
     """
-    _check_implementation(implementation, "ssd_log_decay_step")
+    check_implementation(implementation, "ssd_log_decay_step")
     y = _update(state, x.to(state.dtype), log_decay.to(state.dtype), B, C)
     return _skip_and_gate(y, x, D, z)
 
@@ -234,13 +230,13 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     """
     batch, length, heads = log_decay.shape
     _check_maps(batch, length, heads, B, C)
-    accumulator = _accumulator(log_decay)
-    log_decay = log_decay.to(accumulator)
+    sums = accumulator(log_decay)
+    log_decay = log_decay.to(sums)
     real = None
     if seq_idx is not None:
         log_decay, real = _with_documents(log_decay, seq_idx)
     decay = _segment_sum(log_decay.transpose(1, 2)).exp().transpose(-1, -2)  # (B, H, L, L), target by source
-    scores = torch.einsum("blgn,bsgn->bgls", C.to(accumulator), B.to(accumulator))
+    scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
     matrix = scores.repeat_interleave(heads // B.shape[2], dim=1) * decay
     if real is not None:
         matrix = matrix * (real[:, None, :, None] & real[:, None, None, :])
@@ -265,7 +261,8 @@ def ssd_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of :func:`ssd`: a loop over time in float32 (float64 kept). Arguments as there."""
     _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
-    dt = _step_sizes(dt.to(_accumulator(x)), dt_bias, dt_softplus, dt_limit)
+    x, dt, B, C, z = _blank_padding(seq_idx, x, dt, B, C, z)
+    dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
     y, state = _loop(u, dt * A.to(dt.dtype), B, C, initial_state, seq_idx)
     y = _skip_and_gate(y, x, D, z)
@@ -286,8 +283,9 @@ def ssd_log_decay_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of :func:`ssd_log_decay`: a loop over time in float32 (float64 kept). Arguments as there."""
     _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
-    accumulator = _accumulator(x)
-    y, state = _loop(x.to(accumulator), log_decay.to(accumulator), B, C, initial_state, seq_idx)
+    x, log_decay, B, C, z = _blank_padding(seq_idx, x, log_decay, B, C, z)
+    sums = accumulator(x)
+    y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
     y = _skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
@@ -302,7 +300,7 @@ def _loop(
     C = C.to(u.dtype).repeat_interleave(repeats, dim=2)
     state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
     if seq_idx is not None:
-        _check_seq_idx(seq_idx, batch, length)
+        check_seq_idx(seq_idx, batch, length)
         document = seq_idx.new_full((batch,), -1)  # of the last real token so far
     outputs = []
     for t in range(length):
@@ -334,8 +332,7 @@ def _scan(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if seq_idx is not None:
-        log_decay, real = _with_documents(log_decay, seq_idx)
-        u = u.masked_fill(~real[:, :, None, None], 0)
+        log_decay, _ = _with_documents(log_decay, seq_idx)
     B, C = B.to(u.dtype), C.to(u.dtype)
     state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
     chunk = min(chunk_size or _CHUNK, length)
@@ -401,13 +398,27 @@ def _segment_sum(log_decay: Tensor) -> Tensor:
     return summed.masked_fill(~ones.triu(), -math.inf)
 
 
+def _blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
+    if seq_idx is None:
+        return tensors
+    check_seq_idx(seq_idx, tensors[0].shape[0], tensors[0].shape[1])
+    padding = seq_idx < 0
+    if not bool(padding.any()):
+        return tensors
+    return tuple(
+        None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)
+        for tensor in tensors
+    )
+
+
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     """Turn documents and padding into decays: -inf at a document's first token, 0 at padding.
 
     Returns:
         (B, L, H) decays and the (B, L) mask of the real tokens.
     """
-    _check_seq_idx(seq_idx, log_decay.shape[0], log_decay.shape[1])
+    check_seq_idx(seq_idx, log_decay.shape[0], log_decay.shape[1])
     real = seq_idx >= 0
     document = seq_idx.cummax(dim=1).values
     before = F.pad(document[:, :-1], (1, 0), value=-1)
@@ -418,11 +429,10 @@ def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]
 def _update(state: Tensor, u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """One step in place: returns (B, H, P) in the state's dtype."""
     heads = state.shape[1]
-    _check_shape("x", u, state.shape[:3])
-    _check_shape("decay", log_decay, state.shape[:2])
+    check_tensor("x", u, tuple(state.shape[:3]), "(B, H, P)")
+    check_tensor("log_decay", log_decay, tuple(state.shape[:2]), "(B, H)")
     for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() != 3 or tensor.shape[0] != state.shape[0] or tensor.shape[2] != state.shape[3]:
-            raise ValueError(f"{name} must be (B, G, N) = ({state.shape[0]}, G, {state.shape[3]}), got {_dims(tensor)}")
+        check_tensor(name, tensor, (state.shape[0], None, state.shape[3]), "(B, G, N)")
         if heads % tensor.shape[1]:
             raise ValueError(f"{name}: the number of groups must divide the {heads} heads, got {tensor.shape[1]}")
     B = B.to(state.dtype).repeat_interleave(heads // B.shape[1], dim=1)
@@ -431,9 +441,7 @@ def _update(state: Tensor, u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -
     return (state @ C[..., None])[..., 0]
 
 
-def _step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
-) -> Tensor:
+def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -451,33 +459,11 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     return y.to(x.dtype)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _dims(tensor: Tensor) -> str:
-    return f"({', '.join(map(str, tensor.shape))})"
-
-
-def _check_implementation(implementation: str, name: str) -> None:
-    if implementation not in ("auto", "torch"):
-        raise ValueError(
-            f"implementation={implementation!r} is not available for {name} yet; accepted: 'auto', 'torch'"
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {_dims(tensor)}")
-
-
 def _check_maps(batch: int, length: int, heads: int, B: Tensor, C: Tensor) -> None:
-    for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() != 4 or tuple(tensor.shape[:2]) != (batch, length):
-            raise ValueError(f"{name} must be (B, L, G, N) = ({batch}, {length}, G, N), got {_dims(tensor)}")
-        if tensor.shape[2] < 1 or heads % tensor.shape[2]:
-            raise ValueError(f"{name}: the number of groups must divide the {heads} heads, got {tensor.shape[2]}")
-    _check_shape("C", C, tuple(B.shape))
+    check_tensor("B", B, (batch, length, None, None), "(B, L, G, N)")
+    if B.shape[2] < 1 or heads % B.shape[2]:
+        raise ValueError(f"B: the number of groups must divide the {heads} heads, got {B.shape[2]}")
+    check_tensor("C", C, tuple(B.shape), "(B, L, G, N)")
 
 
 def _check_inputs(
@@ -490,27 +476,18 @@ def _check_inputs(
     z: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    if x.dim() != 4 or x.shape[1] == 0:
-        raise ValueError(f"x must be (B, L, H, P) with L >= 1, got {_dims(x)}")
+    check_tensor("x", x, (None, None, None, None), "(B, L, H, P)")
     batch, length, heads, width = x.shape
-    _check_shape(decay_name, decay, (batch, length, heads))
+    if length == 0:
+        raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
+    check_tensor(decay_name, decay, (batch, length, heads), "(B, L, H)")
     _check_maps(batch, length, heads, B, C)
     if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
-        raise ValueError(f"D must have shape ({heads}) or ({heads}, {width}), got {_dims(D)}")
+        raise ValueError(f"D must be (H) or (H, P) = ({heads}) or ({heads}, {width}), got shape {tuple(D.shape)}")
     if z is not None:
-        _check_shape("z", z, (batch, length, heads, width))
+        check_tensor("z", z, (batch, length, heads, width), "(B, L, H, P)")
     if initial_state is not None:
-        _check_shape("initial_state", initial_state, (batch, heads, width, B.shape[3]))
-    for name, tensor in (("x", x), (decay_name, decay), ("B", B), ("C", C)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-
-
-def _check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
-    _check_shape("seq_idx", seq_idx, (batch, length))
-    if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
-        raise ValueError(f"seq_idx must have an integer dtype, got {seq_idx.dtype}")
-    if bool(((seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)).any()):
-        raise ValueError("seq_idx must be non-decreasing along each row (negative values mark padding)")
+        check_tensor("initial_state", initial_state, (batch, heads, width, B.shape[3]), "(B, H, P, N)")
+    for name, tensor in ((decay_name, decay), ("B", B), ("C", C), ("z", z), ("initial_state", initial_state)):
+        if tensor is not None:
+            check_device(name, tensor, x)

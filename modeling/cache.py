@@ -1,9 +1,9 @@
 """Cache layers of recurrent and windowed token mixers, for transformers' own cache classes.
 
-`DynamicCache(config=...)` and `StaticCache(config=...)` build these layers from `config.layer_types`: "zoo_recurrent"
-gives a :class:`RecurrentLayer` and "zoo_window" a :class:`WindowLayer`. transformers' own layers for the same purposes
-do not fit: its linear-attention layer does not know how many tokens it has seen (`generate` asks), and neither that one
-nor its sliding layer leaves out the padding of a right-padded batch.
+`DynamicCache(config=...)` and `StaticCache(config=...)` build these layers from `config.layer_types`:
+"zoo_recurrent" gives a :class:`RecurrentLayer` and "zoo_window" a :class:`WindowLayer`. transformers' own layers
+for the same purposes do not fit: its linear-attention layer does not know how many tokens it has seen (`generate`
+asks), and neither that one nor its sliding layer leaves out the padding of a right-padded batch.
 
 Symbols: B batch, H heads, P head width, N state size, D convolution channels, K convolution width, L length.
 """
@@ -70,13 +70,10 @@ class _ZooLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor[indices])
 
     def offload(self) -> None:
-        self._device = next((getattr(self, name).device for name in self._tensors if self.is_initialized), None)
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        """Nothing: of fixed or bounded size, it stays where it is."""
 
     def prefetch(self) -> None:
-        device = getattr(self, "_device", None)
-        if device is not None:
-            self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Nothing, as nothing was offloaded."""
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -109,8 +106,8 @@ class RecurrentLayer(_ZooLayer):
 class WindowLayer(_ZooLayer):
     """Keys and values of the last `window - 1` real tokens of each row, right-aligned, with their positions.
 
-    Positions count the real tokens of a row from 0, so that padding anywhere takes no place in the window; -1 marks an
-    empty column.
+    Positions count the real tokens of a row from 0, so that padding anywhere takes no place in the window; -1
+    marks an empty column.
     """
 
     _layer_type = "zoo_window"
@@ -143,7 +140,7 @@ class WindowLayer(_ZooLayer):
         present = key_states.new_ones(batch, length, dtype=torch.bool) if real is None else real
         new = (self.counts[:, None] + present.cumsum(-1) - 1).masked_fill(~present, -1)
         keys, values, positions = key_states, value_states, new
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None and self.positions is not None:
             keys = torch.cat([self.keys, key_states], dim=2)
             values = torch.cat([self.values, value_states], dim=2)
             positions = torch.cat([self.positions, new], dim=1)
@@ -162,14 +159,30 @@ class WindowLayer(_ZooLayer):
 
 
 # Both are of fixed or bounded size, so that a static cache uses them as they are.
-for _layer in (RecurrentLayer, WindowLayer):
-    DYNAMIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
-    STATIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
+for _mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
+    _mapping.update({"zoo_recurrent": RecurrentLayer, "zoo_window": WindowLayer})
+
+
+def layer_of(cache: Cache | None, layer_idx: int) -> Any:
+    """The cache layer of a block, None without a cache."""
+    return None if cache is None else cache.layers[layer_idx]
+
+
+def check_layers(cache: Cache, layer_types: list[str]) -> None:
+    """Raise ValueError if a model with `layer_types` cannot use `cache`: it was made without its configuration."""
+    for index, layer_type in enumerate(layer_types):
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        # By name: a model loaded with its own code brings its own classes.
+        if layer_type.startswith("zoo_") and getattr(layer, "_layer_type", None) != layer_type:
+            raise ValueError(
+                f"past_key_values: layer {index} must be a {layer_type!r} layer, got {layer}; make the cache by "
+                f"{type(cache).__name__}(config=model.config)"
+            )
 
 
 def snapshot(cache: Cache) -> list[dict[str, Any]]:
-    """Copy everything that `cache` holds, for :func:`restore`: prefix reuse, or going back after a rejected draft."""
-    return [copy.deepcopy(vars(layer)) for layer in cache.layers]
+    """Copy what `cache` holds, for :func:`restore`: to reuse a prefix, or to go back after a rejected draft."""
+    return [_copied(vars(layer)) for layer in cache.layers]
 
 
 def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
@@ -182,4 +195,9 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
         raise ValueError(f"snapshot has {len(saved)} layers, the cache has {len(cache.layers)}")
     for layer, state in zip(cache.layers, saved, strict=True):
         vars(layer).clear()
-        vars(layer).update(copy.deepcopy(state))
+        vars(layer).update(_copied(state))
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by `clone`, which keeps their gradients' graph and of a view the viewed part only."""
+    return {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()}

@@ -17,12 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..kernels.rms_norm import rms_norm
-from .cache import RecurrentLayer
+from .cache import check_layers
 from .hub_code import upload, write_code, write_default_card
 from .sequence import Sequence, make_sequence
-
-# Importing the cache layers registers them with transformers' cache classes, which build them by name.
-assert RecurrentLayer._layer_type == "zoo_recurrent"
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class ZooPreTrainedModel(PreTrainedModel):
-    """What every zoo model is: stateful, exportable with its code, A_log, D and dt_bias in float32 whatever the dtype."""
+    """What every zoo model is: stateful, exported with its code, and A_log, D and dt_bias always in float32."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -53,23 +50,28 @@ class ZooPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Save weights, config, the code that loads them, its licence and a card: a folder that needs no ssm-zoo.
 
-        Arguments as in transformers. A model that was itself loaded with `trust_remote_code` saves its own files.
+        Arguments as in transformers; with `push_to_hub=True` those of :meth:`push_to_hub` too. A model that was
+        itself loaded with `trust_remote_code` saves its own code; one that carries adapters saves the adapters
+        alone.
         """
-        if not self._travels_with_code():
+        if self._saves_adapters():
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             return
         modeling, configuration = type(self).__module__, type(self.config).__module__
+        # A configuration from the Hub names the repository that it came from; the code is saved here too.
         self.config.auto_map = {
             "AutoConfig": f"{configuration.rpartition('.')[2]}.{type(self.config).__name__}",
             **{auto: f"{modeling.rpartition('.')[2]}.{name}" for auto, name in self.auto_classes.items()},
         }
         push = kwargs.pop("push_to_hub", False)
-        hub = {key: kwargs.pop(key) for key in ("commit_message", "private", "create_pr") if key in kwargs}
+        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             folder = Path(save_directory)
-            write_code(folder, [modeling, configuration])
+            if not self.is_remote_code():
+                write_code(folder, [modeling, configuration])
             write_default_card(
                 folder,
                 model_type=self.config.model_type,
@@ -99,6 +101,18 @@ class ZooPreTrainedModel(PreTrainedModel):
         Returns:
             Address of the commit.
         """
+        if self._saves_adapters():
+            return super().push_to_hub(
+                repo_id,  # pyright: ignore[reportArgumentType]
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                max_shard_size=max_shard_size,
+                tags=tags,
+            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -114,15 +128,15 @@ class ZooPreTrainedModel(PreTrainedModel):
                 tags=tags,
             )
 
-    def _travels_with_code(self) -> bool:
-        return bool(self.auto_classes) and not self.is_remote_code()
+    def _saves_adapters(self) -> bool:
+        return bool(getattr(self, "_hf_peft_config_loaded", False))
 
 
 class ZooModel(ZooPreTrainedModel):
     """Embedding, blocks and final norm. A family says in `make_block` what a block is.
 
-    A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns the
-    (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for.
+    A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns
+    the (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -144,6 +158,13 @@ class ZooModel(ZooPreTrainedModel):
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
         """Add to `sequence` what the family's layers share, rotary tables say."""
+
+    def sequence_of(self, hidden_states: Tensor) -> Sequence:
+        """The :class:`Sequence` of whole, unpadded rows of (B, L, D) hidden states, to run a mixer by itself."""
+        batch, length = hidden_states.shape[:2]
+        sequence = make_sequence(batch, length, hidden_states.device)
+        self.prepare(sequence, hidden_states)
+        return sequence
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -177,10 +198,12 @@ class ZooModel(ZooPreTrainedModel):
             use_cache: return a cache; `config.use_cache` if not given, never while training.
             seq_idx: (B, L) document index of each token of a packed row, non-decreasing, negative at padding.
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
-            output_hidden_states: return the embeddings and every block's output; the last one after the final norm.
+            output_hidden_states: return the embeddings and every block's output; the last one after the final
+                norm.
             output_attentions: return every layer's (B, H, L, L) mixing matrix; needs an empty cache.
             return_dict: return a ModelOutput rather than a tuple.
-            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read; other entries are the loss's.
+            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read; other entries are the
+                loss's.
 
         Raises:
             ValueError: if the arguments contradict each other.
@@ -209,11 +232,20 @@ class ZooModel(ZooPreTrainedModel):
         if use_cache is None:  # a packed row is no prompt to go on from, unless the caller says so
             use_cache = config.use_cache and not self.training and not sequence.packed
         if self.gradient_checkpointing and self.training:
+            if sequence.past:
+                raise ValueError(
+                    f"gradient checkpointing cannot continue a cache, past_key_values holds {sequence.past} tokens"
+                )
             use_cache, past_key_values = False, None
-        if use_cache and sequence.packed:
-            raise ValueError("use_cache=True: packed documents (seq_idx, cu_seqlens) have no single state to continue")
+        if sequence.packed and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "packed documents (seq_idx, cu_seqlens) leave no single state to go on from: use_cache must be "
+                f"False and past_key_values None, got {use_cache} and {past_key_values}"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
+        if past_key_values is not None:
+            check_layers(past_key_values, config.layer_types)
         if output_attentions and sequence.past:
             raise ValueError(f"output_attentions=True needs an empty cache, this one holds {sequence.past} tokens")
 
@@ -257,6 +289,16 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
 
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The 2-D mask itself: `generate` would make it 4-D for a static cache, and recurrent layers read it too."""
+        return attention_mask
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Never: a forward looks at the values of its mask and at the cache's length, and compiling would run anew for
+        every token."""
+        return False
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -279,11 +321,13 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, L) token ids, -100 where there is no loss; shifted inside. In packed rows set the label of
                 each document's first token to -100, as transformers' padding-free collators do.
-            logits_to_keep: compute the logits of that many last positions only (0: all), or of the given positions.
+            logits_to_keep: compute the logits of that many last positions only (0: all), or of the given
+                positions.
             **kwargs: `num_items_in_batch` goes to the loss.
 
         Returns:
-            `logits` (B, L or fewer, V) in the head's dtype, `loss`, `past_key_values`, `hidden_states`, `attentions`.
+            `logits` (B, L or fewer, V) in the head's dtype, `loss`, `past_key_values`, `hidden_states`,
+            `attentions`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(

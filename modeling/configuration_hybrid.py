@@ -4,6 +4,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .configuration_mamba2 import ZooMamba2Config
 
@@ -20,11 +21,12 @@ class ZooHybridConfig(PreTrainedConfig):
         hidden_size: D, model width.
         intermediate_size: width of the gated MLP.
         num_hidden_layers: blocks.
-        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "mamba2" or "discrete_mamba2";
-            all "full_attention" if not given.
+        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "mamba2" or
+            "discrete_mamba2"; all "full_attention" if not given.
         num_attention_heads: H, heads of attention and of discrete Mamba-2.
         num_key_value_heads: key and value heads of attention; H if not given.
-        head_dim: P, width of an attention or discrete Mamba-2 head; `hidden_size / num_attention_heads` if not given.
+        head_dim: P, width of an attention or discrete Mamba-2 head; `hidden_size / num_attention_heads` if not
+            given.
         hidden_act: activation of the MLP.
         rms_norm_eps: epsilon of every RMSNorm.
         attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
@@ -81,6 +83,11 @@ class ZooHybridConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}) if "
+                    f"head_dim is not given, got {self.hidden_size}"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.state_size is None:
             self.state_size = self.head_dim
@@ -100,7 +107,7 @@ class ZooHybridConfig(PreTrainedConfig):
         return ZooMamba2Config(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
-            state_size=self.state_size,
+            state_size=int(self.state_size or 0),
             expand=self.expand,
             head_dim=self.mamba_head_dim,
             n_groups=self.n_groups,
@@ -114,7 +121,8 @@ class ZooHybridConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
         sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        for name in [*sizes, "num_key_value_heads", "head_dim", "state_size", "sliding_window", "expand", "n_groups"]:
+        sizes += ["num_key_value_heads", "head_dim", "state_size", "sliding_window", "expand", "n_groups"]
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         mixers = self.mixer_types or []
@@ -131,11 +139,13 @@ class ZooHybridConfig(PreTrainedConfig):
         if int(self.head_dim or 1) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
         if self.ssm_rotary and self.state_size != self.head_dim:
-            raise ValueError(
-                f"ssm_rotary needs state_size equal to head_dim ({self.head_dim}), got state_size {self.state_size}"
-            )
+            raise ValueError(f"ssm_rotary needs state_size equal to head_dim ({self.head_dim}), got {self.state_size}")
         if self.conv_kernel < 2:
             raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation of transformers, got {self.hidden_act!r}")
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
         if self.normalize and self.feature_map == "identity":

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 @strict
 class ZooMamba2Config(PreTrainedConfig):
-    """Mamba-2 (arXiv 2405.21060). Keys are transformers' `Mamba2Config`'s; the defaults are the paper's 130M model.
+    """Mamba-2 (arXiv 2405.21060). Keys are those of transformers' `Mamba2Config`, the defaults its paper's 130M.
 
     Args:
         vocab_size: V, rows of the embedding.
@@ -79,7 +79,8 @@ class ZooMamba2Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes contradict each other."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "head_dim", "n_groups"):
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "head_dim", "n_groups"]
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_heads is None or self.num_heads * self.head_dim != self.intermediate_size:
@@ -91,10 +92,12 @@ class ZooMamba2Config(PreTrainedConfig):
             raise ValueError(f"n_groups must divide num_heads ({self.num_heads}), got {self.n_groups}")
         if self.conv_kernel < 2:
             raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
+        if self.layer_norm_epsilon <= 0:
+            raise ValueError(f"layer_norm_epsilon must be positive, got {self.layer_norm_epsilon}")
         for name in ("time_step_limit", "A_init_range"):
             value = getattr(self, name)
-            if len(value) != 2 or not 0 <= value[0] <= value[1]:
-                raise ValueError(f"{name} must be (low, high) with 0 <= low <= high, got {value}")
+            if len(value) != 2 or not 0 <= value[0] <= value[1] or value[1] == 0:
+                raise ValueError(f"{name} must be (low, high) with 0 <= low <= high and 0 < high, got {value}")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"time_step_min and time_step_max must satisfy 0 < min <= max, got {self.time_step_min} and "

@@ -1,8 +1,8 @@
-"""What travels with a checkpoint: the model's own code, flattened for the Hub, its licence, a card; and the upload.
+"""What travels with a checkpoint: the model's own code, flattened for the Hub, its licence, a card; the upload.
 
-transformers loads remote code from one flat folder and finds a file's companions by their relative import lines. In the
-package the ops live in `kernels/`; an exported file differs from the repository's in one respect only: what it imports
-from there, it imports from beside itself.
+transformers loads remote code from one flat folder and finds a file's companions by their relative import lines.
+In the package the ops live in `kernels/`; an exported file differs from the repository's in one respect only: what
+it imports from there, it imports from beside itself.
 """
 
 import ast
@@ -12,10 +12,11 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-_FROM_KERNELS = re.compile(r"^from \.\.kernels\.(\w+) import", flags=re.MULTILINE)
+_FROM_KERNELS = re.compile(r"^(\s*)from \.\.kernels\.(\w+) import", flags=re.MULTILINE)
 
 
 def collect_code(module_names: list[str]) -> dict[str, str]:
@@ -28,7 +29,8 @@ def collect_code(module_names: list[str]) -> dict[str, str]:
         File name to text, in a fixed order.
 
     Raises:
-        ValueError: if a file imports the package in a way that does not survive flattening, or two files share a name.
+        ValueError: if a file imports the package in a way that does not survive flattening, or two files share a
+            name.
     """
     pending = [Path(str(sys.modules[name].__file__)) for name in module_names]
     found: dict[str, Path] = {}
@@ -42,7 +44,7 @@ def collect_code(module_names: list[str]) -> dict[str, str]:
         found[path.name] = path
         text = path.read_text(encoding="utf-8")
         pending += _companions(path, text)
-        texts[path.name] = _FROM_KERNELS.sub(r"from .\1 import", text)
+        texts[path.name] = _FROM_KERNELS.sub(r"\1from .\2 import", text)
     return dict(sorted(texts.items()))
 
 
@@ -67,8 +69,8 @@ def _companions(path: Path, text: str) -> list[Path]:
             companions.append(path.parent.parent / "kernels" / f"{parts[1]}.py")
         else:
             raise ValueError(
-                f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can be "
-                "exported"
+                f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can "
+                "be exported"
             )
     return companions
 
@@ -95,8 +97,8 @@ def write_default_card(folder: Path, *, model_type: str, class_name: str, parame
 
 # {folder.resolve().name}
 
-A `{model_type}` model (`{class_name}`, {parameters:,} parameters) from ssm-zoo. The code is in this repository: loading
-it needs torch and transformers only.
+A `{model_type}` model (`{class_name}`, {parameters:,} parameters) from ssm-zoo. The code is in this repository:
+loading it needs torch and transformers only.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -109,7 +111,7 @@ model = AutoModelForCausalLM.from_pretrained("<this repository>", trust_remote_c
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file in the same folder, so that no half-written file is ever seen."""
+    """Write `text` to `path` through a temporary file beside it, so that no half-written file is ever seen."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -122,12 +124,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _licence() -> str | None:
-    """Text of the installed distribution's licence file, None where the package is not installed."""
-    try:
-        distribution = importlib.metadata.distribution("ssm-zoo")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return distribution.read_text("licenses/LICENSE") or distribution.read_text("LICENSE")
+    """Text of the licence file of the repository, or of the installed distribution; None where neither is."""
+    repository = Path(__file__).resolve().parents[1] / "LICENSE"
+    if repository.is_file():
+        return repository.read_text(encoding="utf-8")
+    for distribution in importlib.metadata.distributions(name="ssm-zoo"):
+        text = distribution.read_text("licenses/LICENSE") or distribution.read_text("LICENSE")
+        if text:
+            return text
+    return None
 
 
 def upload(
@@ -153,9 +158,10 @@ def upload(
         api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     if tags:
         card = ModelCard.load(folder / "README.md")
-        card.data.tags = sorted({*(card.data.tags or []), *tags})
+        data: Any = card.data
+        data.tags = sorted({*(data.tags or []), *tags})
         card.save(folder / "README.md")
-    keep_card = api.file_exists(repo_id, "README.md", token=token)
+    keep_card = api.file_exists(repo_id, "README.md", revision=revision, token=token)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

@@ -1,23 +1,22 @@
 """A Llama-shaped decoder whose token mixer is chosen layer by layer: what distillation turns a Transformer into.
 
-Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of Llama
-(transformers' `modeling_llama.py`). Mixers: softmax attention, full or over a sliding window; Mamba-2
+Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of
+Llama (transformers' `modeling_llama.py`). Mixers: softmax attention, full or over a sliding window; Mamba-2
 (`modeling_mamba2.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
-`modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar decay
-per token and head without a step size, an identity-initialised short convolution without activation, and a gate that
-starts open.
+`modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar
+decay per token and head without a step size, an identity-initialised short convolution without activation, and a
+gate that starts open.
 
 Symbols: B batch, L length, D width, H heads, P head width, N state size, K convolution width.
 
-Deviations from Phi-Mamba: the log-decay goes to the op directly instead of through `x / softplus(a)`; the decay has a
-bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and `ssm_rotary` bring the
-mixing matrix closer to softmax attention (all off gives Phi-Mamba).
+Deviations from Phi-Mamba: the log-decay goes to the op directly instead of through `x / softplus(a)`; the decay
+has a bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and
+`ssm_rotary` bring the mixing matrix closer to softmax attention (all off gives Phi-Mamba).
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +27,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
+from .cache import layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
-from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .modeling_mamba2 import Mamba2Mixer, ShortConvolution, init_mamba2_mixer
 from .sequence import Sequence
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
@@ -70,12 +69,14 @@ class Attention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *sequence.rotary)
         if self.window is None:
             if past_key_values is not None:
+                if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
+                    past_key_values.layers[self.layer_idx].prefetch()
                 k, v = past_key_values.update(k, v, self.layer_idx)
             mask = sequence.full_mask(k.shape[2])
         else:
             query_positions = key_positions = None
-            if past_key_values is not None:
-                cache: Any = past_key_values.layers[self.layer_idx]
+            cache = layer_of(past_key_values, self.layer_idx)
+            if cache is not None:
                 k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
             mask = sequence.window_mask(self.window, query_positions, key_positions)
         repeats = self.num_heads // self.num_kv_heads
@@ -104,8 +105,9 @@ def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -
 class DiscreteMamba2Mixer(nn.Module):
     """Discrete Mamba-2: `h_t = sigmoid(-a_t) h_{t-1} + x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t + z_bias)`.
 
-    With identity convolution, open gate, D = 0 and the projections of an attention layer this is un-normalised linear
-    attention with a decay; with `feature_map="softplus"` and `normalize` it is linear attention with rows that sum to 1.
+    With identity convolution, open gate, D = 0 and the projections of an attention layer this is un-normalised
+    linear attention with a decay; with `feature_map="softplus"` and `normalize` it is linear attention with rows
+    that sum to 1.
     """
 
     def __init__(self, config: ZooHybridConfig, layer_idx: int) -> None:
@@ -119,10 +121,7 @@ class DiscreteMamba2Mixer(nn.Module):
         self.conv_split = [inner, maps, maps]
         self.split = [inner + 2 * maps, inner, self.num_heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.attention_bias)
-        # Holds the weights under the field's names; the op reads them.
-        self.conv1d = nn.Conv1d(
-            self.split[0], self.split[0], config.conv_kernel, groups=self.split[0], bias=True
-        )
+        self.conv1d = ShortConvolution(self.split[0], config.conv_kernel, bias=True)
         self.z_bias = nn.Parameter(torch.empty(inner))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
@@ -136,24 +135,12 @@ class DiscreteMamba2Mixer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, H, L, L) mixing matrix if asked for."""
-        cache: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        started = cache is not None and cache.is_initialized
+        cache = layer_of(past_key_values, self.layer_idx)
+        started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         length = hidden_states.shape[1]
         single = started and length == 1 and sequence.seq_idx is None and not torch.is_grad_enabled()
         xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        if single:
-            xBC = causal_conv1d_step(xBC[:, 0], cache.conv_state, weight, bias)[:, None]
-            conv_state = cache.conv_state
-        else:
-            xBC, conv_state = causal_conv1d(
-                xBC,
-                weight,
-                bias,
-                initial_state=cache.conv_state if started else None,
-                seq_idx=sequence.seq_idx,
-                return_final_state=True,
-            )
+        xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx, in_place=single)
         x, B, C, log_decay = self.maps(xBC, a, sequence)
         values = F.pad(x, (0, 1), value=1.0) if self.normalize else x  # the column of ones gives the row sums
         if single:
@@ -182,8 +169,8 @@ class DiscreteMamba2Mixer(nn.Module):
         """What the recurrence reads, from the convolved (B, L, ...) projections and the (B, L, H) decay logits.
 
         Returns:
-            x (B, L, H, P), B and C (B, L, H, N) with rotary embedding and feature map applied, log-decay (B, L, H) in
-            float32.
+            x (B, L, H, P), B and C (B, L, H, N) with rotary embedding and feature map applied, log-decay (B, L, H)
+            in float32.
         """
         x, B, C = xBC.split(self.conv_split, dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -196,8 +183,20 @@ class DiscreteMamba2Mixer(nn.Module):
             B, C = F.softplus(B), F.softplus(C)
         return x, B, C, -F.softplus(a.float() + self.dt_bias)
 
+    def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
+        """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
+        xBC, _, a = self.in_proj(hidden_states).split(self.split, dim=-1)
+        xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
+        _, B, C, log_decay = self.maps(xBC, a, sequence)
+        return self.mixing_matrix(log_decay, B, C, sequence)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states."""
+        a = self.in_proj(hidden_states)[..., -self.num_heads :]
+        return -F.softplus(a.float() + self.dt_bias)
+
     def mixing_matrix(self, log_decay: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
-        """(B, H, L, L) hidden attention: y = M x per head, before the gate; the skip D on the diagonal included."""
+        """(B, H, L, L) hidden attention: y = M x per head, before the gate, with the skip D on the diagonal."""
         matrix = ssd_matrix(log_decay, B, C, seq_idx=sequence.seq_idx)
         if self.normalize:
             matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=_SMALLEST_ROW_SUM)
@@ -236,9 +235,7 @@ class HybridBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        mixed, attention = self.mixer(
-            self.input_layernorm(hidden_states), sequence, past_key_values, output_attentions
-        )
+        mixed, attention = self.mixer(self.input_layernorm(hidden_states), sequence, past_key_values, output_attentions)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), attention
 
@@ -266,6 +263,7 @@ def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer, config: ZooHybridConf
     identity = torch.zeros_like(mixer.conv1d.weight)
     identity[:, :, -1] = 1.0
     init.copy_(mixer.conv1d.weight, identity)
+    assert mixer.conv1d.bias is not None
     init.zeros_(mixer.conv1d.bias)
     weight = mixer.in_proj.weight.detach().clone()
     start = mixer.split[0]
@@ -286,6 +284,7 @@ def half_life_to_bias(half_life: Tensor) -> Tensor:
 class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     """The hybrid's configuration, blocks and initialisation."""
 
+    config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
     auto_classes = {"AutoModel": "ZooHybridModel", "AutoModelForCausalLM": "ZooHybridForCausalLM"}

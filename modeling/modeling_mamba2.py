@@ -1,14 +1,15 @@
 """Mamba-2: a stack of state-space dual mixers without attention or MLP.
 
-Paper: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 7; official code: state-spaces/mamba@e9594ce,
-`modules/mamba2.py`. Parameter names and shapes are those of the official and of transformers' checkpoints.
+Paper: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 7; official code:
+state-spaces/mamba@e9594ce, `modules/mamba2.py`. Parameter names and shapes are those of the official and of
+transformers' checkpoints.
 
-Symbols: B batch, L length, D width, E inner width, H heads, P head width, N state size, G groups, K convolution width;
-z gate, x inputs, B and C input and output maps, dt step sizes, A decay rates.
+Symbols: B batch, L length, D width, E inner width, H heads, P head width, N state size, G groups, K convolution
+width; z gate, x inputs, B and C input and output maps, dt step sizes, A decay rates.
 
-Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm ->
-mixer); `D_has_hdim` and `d_ssm` are not offered. The classes are named after the mixer (SSD): transformers' `generate`
-hands its cache to classes with "mamba" in their name under another keyword than `past_key_values`.
+Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
+-> mixer); `D_has_hdim` and `d_ssm` are not offered. The classes are named after the mixer (SSD): transformers'
+`generate` hands its cache to classes with "mamba" in their name under another keyword than `past_key_values`.
 """
 
 import math
@@ -23,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.rms_norm import rms_norm
 from ..kernels.ssd import ssd, ssd_matrix, ssd_step
+from .cache import layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba2 import ZooMamba2Config
 from .sequence import Sequence
@@ -41,6 +43,47 @@ class GatedRMSNorm(nn.Module):
         return rms_norm(hidden_states, self.weight, self.eps, z=gate, group_size=self.group_size)
 
 
+class ShortConvolution(nn.Conv1d):
+    """A causal depthwise convolution: PyTorch's parameters, our op.
+
+    A module that is called, so that hooks on it (offloading, say) see every use of its weights.
+    """
+
+    def __init__(self, channels: int, width: int, *, bias: bool, activation: str | None = None) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=bias)
+        self.activation = activation
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve along L.
+
+        Args:
+            x: (B, L, D) inputs.
+            state: (B, D, K-1) the inputs before them.
+            seq_idx: (B, L) document of each token, negative at padding.
+            in_place: update `state`, which is then needed, in place; L must be 1 and `seq_idx` None.
+
+        Returns:
+            (B, L, D) outputs and the (B, D, K-1) state after them.
+        """
+        weight = self.weight[:, 0]
+        if in_place:
+            assert state is not None and seq_idx is None
+            y = causal_conv1d_step(x[:, 0], state, weight, self.bias, activation=self.activation)
+            return y[:, None], state
+        y, state = causal_conv1d(
+            x,
+            weight,
+            self.bias,
+            activation=self.activation,
+            initial_state=state,
+            seq_idx=seq_idx,
+            return_final_state=True,
+        )
+        return y, state
+
+
 class Mamba2Mixer(nn.Module):
     """The Mamba-2 mixer (arXiv 2405.21060, section 7.1)."""
 
@@ -56,13 +99,8 @@ class Mamba2Mixer(nn.Module):
         self.split = [inner, inner + 2 * maps, self.num_heads]
         self.conv_split = [inner, maps, maps]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.use_bias)
-        # Holds the weights under the field's names; the op reads them.
-        self.conv1d = nn.Conv1d(
-            sum(self.conv_split),
-            sum(self.conv_split),
-            config.conv_kernel,
-            groups=sum(self.conv_split),
-            bias=config.use_conv_bias,
+        self.conv1d = ShortConvolution(
+            sum(self.conv_split), config.conv_kernel, bias=config.use_conv_bias, activation="silu"
         )
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -78,21 +116,13 @@ class Mamba2Mixer(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, H, L, L) mixing matrix if asked for."""
-        cache: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = layer_of(past_key_values, self.layer_idx)
         z, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
         if _is_single_step(hidden_states, sequence, cache):
             return self.step(z, xBC, dt, cache), None
 
-        started = cache is not None and cache.is_initialized
-        xBC, conv_state = causal_conv1d(
-            xBC,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            activation="silu",
-            initial_state=cache.conv_state if started else None,
-            seq_idx=sequence.seq_idx,
-            return_final_state=True,
-        )
+        started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
+        xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx)
         x, B, C = xBC.split(self.conv_split, dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))  # (B, L, H, P)
         B = B.unflatten(-1, (self.n_groups, self.state_size))  # (B, L, G, N)
@@ -119,10 +149,8 @@ class Mamba2Mixer(nn.Module):
 
     def step(self, z: Tensor, xBC: Tensor, dt: Tensor, cache: Any) -> Tensor:
         """One token: (B, 1, ...) projections to (B, 1, D); the cache's states are updated in place."""
-        xBC = causal_conv1d_step(
-            xBC[:, 0], cache.conv_state, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu"
-        )
-        x, B, C = xBC.split(self.conv_split, dim=-1)
+        xBC, _ = self.conv1d(xBC, cache.conv_state, in_place=True)
+        x, B, C = xBC[:, 0].split(self.conv_split, dim=-1)
         y = ssd_step(
             cache.recurrent_state,
             x.unflatten(-1, (self.num_heads, self.head_dim)),
@@ -138,6 +166,21 @@ class Mamba2Mixer(nn.Module):
         cache.columns += 1
         return self.out_proj(self.norm(y.flatten(1)[:, None], z))
 
+    def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
+        """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
+        _, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
+        xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
+        _, B, C = xBC.split(self.conv_split, dim=-1)
+        B = B.unflatten(-1, (self.n_groups, self.state_size))
+        C = C.unflatten(-1, (self.n_groups, self.state_size))
+        return self.mixing_matrix(dt, -self.A_log.float().exp(), B, C, sequence)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states."""
+        dt = self.in_proj(hidden_states)[..., -self.num_heads :]
+        steps = nn.functional.softplus(dt.float() + self.dt_bias).clamp(*self.time_step_limit)
+        return -steps * self.A_log.float().exp()
+
     def mixing_matrix(self, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) hidden attention: y = M x per head, step sizes and the skip D on the diagonal included."""
         steps = nn.functional.softplus(dt.float() + self.dt_bias).clamp(*self.time_step_limit)
@@ -146,7 +189,7 @@ class Mamba2Mixer(nn.Module):
 
 
 def _is_single_step(hidden_states: Tensor, sequence: Sequence, cache: Any) -> bool:
-    """Whether the in-place step may be taken: one token, a state to go on from, no padding, no gradients wanted."""
+    """Whether the in-place step may be taken: one token, a state to go on from, no padding, no gradients."""
     return (
         cache is not None
         and cache.is_initialized
@@ -190,7 +233,8 @@ def init_mamba2_mixer(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
     | out_proj | the same over sqrt(number of layers) |
     """
     low, high = (float(bound) for bound in config.A_init_range)
-    init.copy_(mixer.A_log, torch.empty_like(mixer.A_log).uniform_(max(low, 1e-4), high).log())
+    rates = torch.empty_like(mixer.A_log).uniform_(low, high).clamp(min=1e-6)  # a range may start at 0
+    init.copy_(mixer.A_log, rates.log())
     span = math.log(config.time_step_max) - math.log(config.time_step_min)
     dt = (torch.rand_like(mixer.dt_bias) * span + math.log(config.time_step_min)).exp()
     dt = dt.clamp(min=config.time_step_floor)
@@ -212,6 +256,7 @@ def init_mamba2_mixer(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
 class ZooSSDPreTrainedModel(ZooPreTrainedModel):
     """Mamba-2's configuration, blocks and initialisation."""
 
+    config: ZooMamba2Config
     config_class = ZooMamba2Config
     _no_split_modules = ["Mamba2Block"]
     auto_classes = {"AutoModel": "ZooSSDModel", "AutoModelForCausalLM": "ZooSSDForCausalLM"}

@@ -1,12 +1,12 @@
 """Where the tokens of a batch stand: documents, padding and positions, worked out once for all layers.
 
-Every way of saying it comes in here (a 2-D attention mask, `seq_idx`, `cu_seqlens`, restarting `position_ids`), and two
-things come out: `seq_idx` for the recurrent ops and boolean masks for softmax attention.
+Every way of saying it comes in here (a 2-D attention mask, `seq_idx`, `cu_seqlens`, restarting `position_ids`),
+and two things come out: `seq_idx` for the recurrent ops and boolean masks for softmax attention.
 
 Symbols: B batch, L new tokens, M key columns.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +33,40 @@ class Sequence:
     past: int
     packed: bool
     rotary: tuple[Tensor, Tensor] | None = None
-    _masks: dict[tuple, Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple, Tensor | None] = field(default_factory=dict, init=False)
+    _elsewhere: dict[torch.device, "Sequence"] = field(default_factory=dict, init=False)
 
     @property
     def real(self) -> Tensor | None:
         """(B, L) False at padding, None if there is none among the new tokens."""
         return None if self.seq_idx is None else self.seq_idx >= 0
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequence":
+        """This on `device`: accelerate calls it between the blocks of a model spread over several devices."""
+        device = torch.device(device)
+        if device == self.position_ids.device:
+            return self
+        if device not in self._elsewhere:
+
+            def moved(tensor: Tensor | None) -> Tensor | None:
+                return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+            self._elsewhere[device] = replace(
+                self,
+                position_ids=self.position_ids.to(device, non_blocking=non_blocking),
+                seq_idx=moved(self.seq_idx),
+                attention_mask=moved(self.attention_mask),
+                rotary=None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device)),
+            )
+        return self._elsewhere[device]
+
     def full_mask(self, keys: int) -> Tensor | None:
         """(B or 1, 1, L, M) True where a query may look, for `keys` columns that start at the row's first.
 
-        None where plain causal attention over equally many queries and keys says the same. A padding query sees itself,
-        so that its softmax is over something.
+        None where plain causal attention over equally many queries and keys says the same. A padding query sees
+        itself, so that its softmax is over something.
         """
-        batch, length = self.position_ids.shape
+        length = self.position_ids.shape[1]
         if self.attention_mask is None and self.seq_idx is None and (keys == length or length == 1 == keys - self.past):
             return None
         key = ("full", keys)
@@ -66,7 +86,7 @@ class Sequence:
         return self._masks[key]
 
     def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
-        """(B or 1, 1, L, M) True where a query may look: at most `window` real tokens of its document, itself included.
+        """(B or 1, 1, L, M) True where a query may look: itself and `window - 1` earlier tokens of its document.
 
         Args:
             window: tokens that a query sees, itself included.
@@ -103,11 +123,11 @@ def make_sequence(
     length: int,
     device: torch.device,
     *,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    past_key_values: Cache | None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    past_key_values: Cache | None = None,
 ) -> Sequence:
     """Work out a :class:`Sequence` for B rows of L new tokens.
 
@@ -116,8 +136,8 @@ def make_sequence(
         length: L.
         device: of the inputs.
         attention_mask: (B, past + L), non-zero at real tokens; padding may stand left, right or anywhere.
-        position_ids: (B, L) or (1, L) positions; where they restart inside a row (and no mask and no cache says more)
-            a new document starts.
+        position_ids: (B, L) or (1, L) positions; where they restart inside a row (and no mask and no cache says
+            more) a new document starts.
         seq_idx: (B, L) document index, non-decreasing, negative at padding.
         cu_seqlens: (documents + 1) starts of the documents of a single row, then its length.
         past_key_values: cache before this forward.
@@ -150,14 +170,12 @@ def make_sequence(
             f"packed documents (seq_idx, cu_seqlens) cannot continue a cache that holds {past} tokens; "
             "pass past_key_values=None"
         )
+    if seq_idx is not None and attention_mask is not None:
+        seq_idx = seq_idx.masked_fill(~attention_mask, -1)
     if position_ids is None:
         position_ids = _positions(batch, length, device, seq_idx, attention_mask, past)
-    if attention_mask is not None:
-        now = attention_mask[:, past:]
-        if seq_idx is not None:
-            seq_idx = seq_idx.masked_fill(~now, -1)
-        elif not bool(now.all()):
-            seq_idx = now.to(torch.int32) - 1
+    if seq_idx is None and attention_mask is not None and not bool(attention_mask[:, past:].all()):
+        seq_idx = attention_mask[:, past:].to(torch.int32) - 1
     return Sequence(position_ids, seq_idx, attention_mask, past, packed)
 
 
@@ -177,12 +195,18 @@ def _documents(
     if seq_idx is not None:
         if tuple(seq_idx.shape) != (batch, length):
             raise ValueError(f"seq_idx must be (B, L) = ({batch}, {length}), got {tuple(seq_idx.shape)}")
+        if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
+            raise ValueError(f"seq_idx must have an integer dtype, got {seq_idx.dtype}")
+        if bool(((seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)).any()):
+            raise ValueError("seq_idx must be non-decreasing along each row (negative values mark padding)")
         return seq_idx.to(device=device, dtype=torch.int32)
     if cu_seqlens is not None:
         starts = cu_seqlens.to(device)
-        if batch != 1 or starts.dim() != 1 or int(starts[0]) != 0 or int(starts[-1]) != length:
+        runs = starts.dim() == 1 and starts.numel() > 1 and int(starts[0]) == 0 and int(starts[-1]) == length
+        if batch != 1 or not runs or bool((starts.diff() < 0).any()):
             raise ValueError(
-                f"cu_seqlens must run from 0 to L = {length} over a single row, got {cu_seqlens.tolist()} for {batch} rows"
+                f"cu_seqlens must rise from 0 to L = {length} over a single row, got {cu_seqlens.tolist()} for "
+                f"{batch} rows"
             )
         column = torch.arange(length, device=device)
         return (torch.searchsorted(starts, column, right=True) - 1).to(torch.int32)[None]
@@ -197,12 +221,13 @@ def _positions(
     batch: int, length: int, device: torch.device, seq_idx: Tensor | None, attention_mask: Tensor | None, past: int
 ) -> Tensor:
     """(B, L) positions from 0 in each document, padding not counted."""
-    column = torch.arange(length, device=device)
     if seq_idx is not None:
-        first = torch.ones_like(seq_idx, dtype=torch.bool)
-        first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        start = torch.where(first, column, 0).cummax(-1).values
-        return column - start
+        real = seq_idx >= 0
+        count = real.cumsum(-1) - 1  # of the row's real tokens
+        document = seq_idx.cummax(dim=1).values
+        first = real & (document != F.pad(document[:, :-1], (1, 0), value=-1))
+        start = torch.where(first, count, 0).cummax(-1).values
+        return (count - start).clamp(min=0)
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-    return (past + column).expand(batch, length)
+    return (past + torch.arange(length, device=device)).expand(batch, length)

@@ -1,0 +1,64 @@
+# Every target sets itself up: on a fresh machine `make demo` and `make test` first create .venv and install into it,
+# once, and again when pyproject.toml or constraints.txt change. pip's own settings (PIP_INDEX_URL, ...) are respected.
+
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+# Tools run as modules: pip makes no script in .venv for what the base Python already has. -P keeps the repository root
+# off sys.path, as the script would.
+TOOL := $(RUN) -P -m
+PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-gpu lint format type bench dev
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## distil, export, reload and evaluate a small model on this machine
+	$(RUN) -m ssm_zoo.cli.demo --hub-stand-in tests/hub_stand_in.py
+
+test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
+	$(TOOL) pytest -q $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
+	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
+	else f'make test-gpu: torch {torch.__version__} finds no CUDA device; use make test')"
+	$(TOOL) pytest -q tests/test_ssd.py tests/test_causal_conv1d.py tests/test_rms_norm.py $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and formatting
+	$(TOOL) ruff check .
+	$(TOOL) ruff format --check .
+
+format: $(STAMP) ## repair what `make lint` finds, where it can be done mechanically
+	$(TOOL) ruff check --fix .
+	$(TOOL) ruff format .
+
+type: $(STAMP) ## check types
+	$(TOOL) pyright --pythonpath $(RUN)
+
+bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH_ARGS adds arguments)
+	$(RUN) benchmarks/cpu_paths.py $(BENCH_ARGS)
+
+dev: $(STAMP) ## set up for development, with the pre-commit hooks
+	$(TOOL) pre_commit install
+
+# Without an NVIDIA GPU the constraints apply. With one, a torch that the base Python already sees the device with is
+# kept: it was built for that machine's driver, and a second copy of several gigabytes may not fit it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'ssm-zoo needs Python 3.11 or newer; \
+	$(PYTHON) is %d.%d. Choose another: make PYTHON=python3.12 ...' % sys.version_info[:2])"
+	@echo "setting up $(VENV) (once; this downloads torch and transformers)"
+	@set -e; \
+	constraints="-c constraints.txt"; site=""; \
+	if command -v nvidia-smi > /dev/null 2>&1; then \
+		constraints=""; \
+		if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" > /dev/null 2>&1; then \
+			site="--system-site-packages"; \
+		fi; \
+	fi; \
+	$(PYTHON) -m venv $$site $(VENV); \
+	$(PIP) install $$constraints --editable '.[dev]'
+	@touch $@

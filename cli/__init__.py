@@ -1,0 +1,1 @@
+"""The `ssm-zoo` command: thin, one sub-command per verb."""

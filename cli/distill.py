@@ -1,0 +1,68 @@
+"""`ssm-zoo distill`: carry out a recipe."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def distill(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a preset, or path of a YAML file.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder of the run. A run of the same recipe in it goes on.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the recipe: a dotted key and a YAML value, stages.1.learning_rate=1e-3 say.",
+        ),
+    ] = None,
+) -> None:
+    """Distil a Transformer as a recipe says. Evaluates before and after every stage.
+
+    Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
+    """
+    from ..distill.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    from accelerate import Accelerator
+    from rich.console import Console
+
+    from ..distill.report import print_table
+    from ..distill.run import distill as run
+
+    accelerator = Accelerator()
+    if accelerator.num_processes != _processes_started():
+        # Each would carry out the run by itself, all in one folder.
+        raise ValueError(
+            f"accelerate: {_processes_started()} processes were started, but it sees {accelerator.num_processes}; "
+            "on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    report = run(checked, output, command=distill_command(recipe, output, overrides or []))
+    if accelerator.is_main_process:
+        print_table(report, Console())
+        typer.echo(f"report: {output / 'report.md'}   student: {output / 'student'}")
+
+
+def distill_command(recipe: str, output: Path, overrides: list[str]) -> str:
+    """The command line that repeats a run, for its report."""
+    program = ["ssm-zoo"]
+    processes = _processes_started()
+    if processes > 1:  # what `accelerate launch` comes down to, on GPUs and on CPUs
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        nodes = ["--nnodes", str(processes // here)] if here < processes else []
+        program = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "ssm_zoo.cli.main"]
+    arguments = ["distill", recipe, str(output)]
+    for override in overrides:
+        arguments += ["--set", override]
+    setting = "ACCELERATE_USE_CPU"
+    prefix = f"{setting}={os.environ[setting]} " if processes > 1 and setting in os.environ else ""
+    return prefix + shlex.join([*program, *arguments])
+
+
+def _processes_started() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,91 @@
+"""The `ssm-zoo` command: one sub-command per verb, each a few lines around what the package does.
+
+What a command needs is imported when it runs, so that help and mistakes in the arguments answer at once.
+"""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .distill import distill
+from .errors import ReportingGroup
+from .generate import generate
+from .push import push
+from .run_folder import model_source, student_folder
+
+app = typer.Typer(
+    cls=ReportingGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ssm-zoo {importlib.metadata.version('ssm-zoo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def ssm_zoo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from, not its message alone.")
+    ] = False,
+) -> None:
+    """Distil Transformers into sub-quadratic sequence models, run them, and bring them to the Hugging Face Hub."""
+
+
+app.command()(distill)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a checkpoint, or folder of a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to.")],
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load the folder without ssm-zoo and compare the logits.")
+    ] = True,
+) -> None:
+    """Make a checkpoint a self-contained folder. It loads without ssm-zoo, by the code it brings."""
+    from transformers.utils import logging
+
+    from ..conversion.export import export as write
+
+    logging.disable_progress_bar()
+    written = write(model_source(source), folder, revision=revision, verify=verify)
+    proven = "loads without ssm-zoo and gives the same logits, bit for bit" if verify else "not verified"
+    typer.echo(f"{written}: {proven}")
+
+
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a finished distillation.")],
+    repo_id: Annotated[
+        str | None, typer.Option("--repo-id", metavar="ID", help="Hub id that the card tells its readers to load.")
+    ] = None,
+) -> None:
+    """Write a student's model card anew. All of it comes from the run's report."""
+    student = student_folder(run)
+    from ..conversion.card import write_card
+    from ..distill.run import read_report
+
+    write_card(student, read_report(run), repo_id=repo_id)
+    typer.echo(student / "README.md")
+
+
+app.command()(generate)
+app.command()(push)
+
+if __name__ == "__main__":
+    app(prog_name="ssm-zoo")

@@ -1,0 +1,51 @@
+"""Load an exported folder where `ssm_zoo` cannot be imported: a program that `export.verify_export` runs.
+
+    python -P isolated_load.py FOLDER AUTO_CLASS THREADS INPUT OUTPUT
+
+INPUT and OUTPUT are safetensors files: (1, L) token ids under "input_ids", and the model's first output for them
+under "output".
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+class _NoPackage:
+    """Keeps the import system from finding ssm_zoo, installed or not."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == "ssm_zoo":
+            raise ModuleNotFoundError(f"an exported folder must not need {name}", name=name)
+
+
+def first_output(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The logits of (1, L) token ids, or the last hidden states of a model without a head.
+
+    A loaded weight is a view into its file, at any multiple of 8 bytes, and a matrix product may sum in another
+    order at another alignment. To be comparable bit for bit, the weights are moved to where torch allocates.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        return model.eval()(input_ids, use_cache=False)[0].contiguous()
+
+
+def main(folder: str, auto_class: str, threads: str, input_file: str, output_file: str) -> None:
+    """Load the tokenizer, if there is one, and the model with the folder's own code; write its output."""
+    sys.meta_path.insert(0, _NoPackage)
+    torch.set_num_threads(int(threads))
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = getattr(transformers, auto_class).from_pretrained(
+        folder, trust_remote_code=True, dtype="auto", use_safetensors=True
+    )
+    save_file({"output": first_output(model, load_file(input_file)["input_ids"])}, output_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Distillation of Transformers into sub-quadratic students: teachers, recipes, stages and the training loop."""

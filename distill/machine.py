@@ -1,0 +1,70 @@
+"""What a run computes on: what every measurement is published with, and nothing that names the machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_DISTRIBUTIONS = ("torch", "transformers", "accelerate", "ssm-zoo")
+
+
+def describe_machine() -> dict[str, dict[str, Any]]:
+    """Hardware and versions, without host names, paths or serial numbers.
+
+    Returns:
+        "hardware": "cpu" (its name, or None), "cores" (those this process may use), "memory_bytes" (of the
+        machine, or None) and "gpu" (CUDA devices that torch sees, or None); "versions": of Python and of what
+        computes.
+    """
+    versions = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # run from a source tree
+    if torch.cuda.is_available() and torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    hardware = {"cpu": _cpu(), "cores": _cores(), "memory_bytes": _memory(), "gpu": _gpu()}
+    return {"hardware": hardware, "versions": versions}
+
+
+def _cpu() -> str | None:
+    """The processor's name; where the system does not tell, its architecture."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    elif sys.platform == "darwin":
+        query = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        answer = subprocess.run(query, check=False, capture_output=True, text=True)
+        if answer.returncode == 0 and answer.stdout.strip():
+            return answer.stdout.strip()
+    return platform.processor() or platform.machine() or None
+
+
+def _cores() -> int | None:
+    # What the process may run on is fewer than what the machine has in containers and under batch systems.
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _memory() -> int | None:
+    if sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gpu() -> str | None:
+    """Names of the CUDA devices with their number, "2 x NVIDIA H100 80GB HBM3" say."""
+    if not torch.cuda.is_available():
+        return None
+    devices = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(f"{number} x {name}" for name, number in devices.items())

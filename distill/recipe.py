@@ -1,0 +1,456 @@
+"""Distillation recipes: what a run is, as data, checked before anything is loaded.
+
+A recipe is a YAML file, or a preset that ships with the package, naming a teacher, a student, texts and a list of
+stages. Everything a run computes follows from it, so its fingerprint identifies the run. Unknown keys are refused
+at every level: a misspelt key would otherwise be a setting that silently does nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from .recipe_values import (
+    LAYERS_ACCEPTED,
+    Betas,
+    ConvKernel,
+    Count,
+    Decay,
+    HalfLife,
+    Identifier,
+    Layers,
+    Length,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    Sources,
+    Text,
+    Warmup,
+    layers,
+    whole_number,
+)
+from .recipe_yaml import merge, override, read_yaml, write_yaml
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StudentSpec(_Spec):
+    """What replaces the teacher's attention, where, and what it starts from.
+
+    Attributes:
+        layers: which layers are converted; see `resolve_layers`.
+        mixer: the token mixer put there.
+        conv_kernel: K, width of the short convolution, which starts as the identity.
+        feature_map: what B and C pass through before the state update. Only of `discrete_mamba2`.
+        normalize: divide by the row sums of the mixing matrix, as linear attention does. Only of
+            `discrete_mamba2`.
+        rotary: keep the teacher's rotary embedding on B and C. Only of `discrete_mamba2`.
+        half_life: "calibrated" (from the teacher's attention distances), or the shortest and longest half-life in
+            tokens, spread geometrically over the heads.
+        calibration: closed-form fit to the teacher's mixer outputs before training: nothing, one scale per head,
+            or a ridge regression of the output projection.
+        calibration_tokens: training tokens that "calibrated" half-lives and the calibration look at.
+        copy_projections: start from the teacher's projections (q to C, k to B, v to x, o to out_proj) instead of
+            random ones.
+    """
+
+    layers: Layers = "all"
+    mixer: Literal["discrete_mamba2", "mamba2", "sliding_attention"] = "discrete_mamba2"
+    conv_kernel: ConvKernel = 4
+    feature_map: Literal["identity", "softplus"] = "identity"
+    normalize: bool = False
+    rotary: bool = False
+    half_life: HalfLife = "calibrated"
+    calibration: Literal["none", "head_scale", "ridge"] = "none"
+    calibration_tokens: Count = 8192
+    copy_projections: bool = True
+
+    @model_validator(mode="after")
+    def _refuse_what_the_mixer_lacks(self) -> StudentSpec:
+        for field in ("feature_map", "normalize", "rotary"):
+            default = type(self).model_fields[field].default
+            if self.mixer != "discrete_mamba2" and getattr(self, field) != default:
+                raise _misplaced(field, getattr(self, field), "mixer", ("discrete_mamba2",), self.mixer)
+        return self
+
+
+class DataSpec(_Spec):
+    """The texts. A source is a UTF-8 text file or a text that ships with the package ("builtin:wikitext2").
+
+    Attributes:
+        train: sources of the training tokens, in order.
+        heldout: sources of the evaluation tokens.
+        sequence_length: L of the windows of every stage and of the evaluation that does not name its own.
+    """
+
+    train: Sources
+    heldout: Sources
+    sequence_length: Length = 256
+
+
+# A field of a stage that means something only under some values of another field. Setting it elsewhere is refused,
+# since it would have no effect; `as_mapping` leaves it out there.
+_MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
+    "target": ("objective", ("hidden_state_alignment",)),
+    "refit": ("objective", ("matrix_orientation", "hidden_state_alignment")),
+    "kl": ("objective", ("logit_distillation",)),
+    "temperature": ("objective", ("logit_distillation",)),
+    "ce_weight": ("objective", ("logit_distillation",)),
+    "other_learning_rate": ("train", ("all", "mixers+norms")),
+    "decay": ("schedule", ("wsd",)),
+    "final_learning_rate_ratio": ("schedule", ("cosine", "wsd")),
+}
+
+
+class StageSpec(_Spec):
+    """One stage: an objective, what it trains, for how many tokens, and the optimiser (AdamW).
+
+    Attributes:
+        name: unique in the recipe; names the stage in reports and checkpoints.
+        objective: matrix orientation and hidden-state alignment are MOHAWK's stages 1 and 2 (arXiv 2408.10189),
+            logit distillation is its stage 3.
+        train: the new mixers alone, all weights, or mixers and norms.
+        tokens: how many tokens the stage reads; the last step is a full one.
+        sequence_length: L, tokens per sequence.
+        batch_size: sequences per optimiser step, over all processes.
+        learning_rate: peak learning rate of the mixers.
+        other_learning_rate: peak learning rate of what is trained besides them; None: the same.
+        schedule: "wsd" is warm-up, stable, linear decay; "constant" is a warm-up and nothing else.
+        warmup: share of the steps in which the learning rate rises linearly from 0.
+        decay: share of the steps in which "wsd" falls.
+        final_learning_rate_ratio: last learning rate over the peak.
+        weight_decay: decoupled weight decay.
+        betas: AdamW's.
+        max_grad_norm: the gradient is scaled down to this norm; in a layer-wise objective each layer's by itself.
+        target: what alignment compares, the mixer's output or the whole block's.
+        refit: closed-form fit of the output projections after the stage, as `student.calibration`.
+        kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
+        temperature: divides both models' logits.
+        ce_weight: share of the next-token cross-entropy in the loss, the rest being the divergence.
+    """
+
+    name: Identifier
+    objective: Literal["matrix_orientation", "hidden_state_alignment", "logit_distillation"]
+    train: Literal["mixers", "all", "mixers+norms"] = "mixers"
+    tokens: Count
+    sequence_length: Length = 256
+    batch_size: Count
+    learning_rate: Positive
+    other_learning_rate: Positive | None = None
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: Warmup = 0.05
+    decay: Decay = 0.1
+    final_learning_rate_ratio: Share = 0.1
+    weight_decay: NonNegative = 0.0
+    betas: Betas = (0.9, 0.95)
+    max_grad_norm: Positive = 1.0
+    target: Literal["mixer_output", "block_output"] = "mixer_output"
+    refit: Literal["none", "head_scale", "ridge"] = "none"
+    kl: Literal["forward", "reverse"] = "forward"
+    temperature: Positive = 1.0
+    ce_weight: Share = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: the tokens in whole batches, rounded up."""
+        return -(-self.tokens // (self.batch_size * self.sequence_length))
+
+    @property
+    def meaningless(self) -> set[str]:
+        """Fields that have no effect under this stage's objective, schedule and trained parameters."""
+        return {field for field, (key, values) in _MEANINGFUL_UNDER.items() if getattr(self, key) not in values}
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> StageSpec:
+        for field in sorted(self.meaningless & self.model_fields_set):
+            if getattr(self, field) is not None:
+                key, values = _MEANINGFUL_UNDER[field]
+                raise _misplaced(field, getattr(self, field), key, values, getattr(self, key))
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise _wrong("decay", self.decay, f"at most 1 - warmup = {1 - self.warmup:g}")
+        return self
+
+
+class EvaluationSpec(_Spec):
+    """What is measured on the held-out text before the first and after every stage.
+
+    Attributes:
+        tokens: held-out tokens read, in whole windows.
+        sequence_length: L of these windows.
+        batch_size: sequences per forward pass.
+        prompts: texts that the student continues greedily, for the reader of the report.
+        max_new_tokens: length of these continuations.
+    """
+
+    tokens: Count = 16384
+    sequence_length: Length = 256
+    batch_size: Count = 4
+    prompts: list[str] = []
+    max_new_tokens: Count = 32
+
+    @model_validator(mode="after")
+    def _refuse_less_than_a_window(self) -> EvaluationSpec:
+        if self.tokens < self.sequence_length:
+            raise _wrong("tokens", self.tokens, f"at least sequence_length = {self.sequence_length}")
+        return self
+
+
+class Recipe(_Spec):
+    """A whole distillation run. The output folder is not part of it, so that a run can be repeated elsewhere.
+
+    Attributes:
+        teacher: a folder, a Hub repository, or a .gguf file.
+        student: what is built.
+        data: what is read.
+        stages: what is trained, in order.
+        evaluation: what is measured.
+        seed: of new weights and of the order of the windows.
+        dtype: what the forward passes compute in; the trained weights are float32 in any case.
+        checkpoint_every: steps between two checkpoints; every stage also ends with one.
+    """
+
+    teacher: Text
+    student: StudentSpec
+    data: DataSpec
+    stages: list[StageSpec] = Field(min_length=1)
+    evaluation: EvaluationSpec = EvaluationSpec()
+    seed: Seed = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: Count = 100
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pass_on_sequence_length(cls, values: Any) -> Any:
+        """Give `data.sequence_length` to the stages and the evaluation that do not name their own."""
+        if not isinstance(values, Mapping):
+            return values
+        data = values.get("data")
+        length = data.get("sequence_length") if isinstance(data, Mapping) else None
+        if isinstance(data, DataSpec):
+            length = data.sequence_length
+        if whole_number(2)(length) is None:
+            return values
+
+        def complete(part: Any) -> Any:
+            if isinstance(part, Mapping):
+                return {"sequence_length": length, **part}
+            if isinstance(part, StageSpec | EvaluationSpec) and "sequence_length" not in part.model_fields_set:
+                return type(part)(**{"sequence_length": length, **part.model_dump(exclude_unset=True)})
+            return part
+
+        stages = values.get("stages")
+        completed = {**values, "evaluation": complete(values.get("evaluation", {}))}
+        if isinstance(stages, list):
+            completed["stages"] = [complete(stage) for stage in stages]
+        return completed
+
+    @model_validator(mode="after")
+    def _refuse_stages_of_one_name(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise _wrong(f"stages.{index}.name", name, "a name that no earlier stage has")
+        return self
+
+
+def _wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
+    return PydanticCustomError(
+        "wrong_field",
+        "{field}: got {value}; accepted: {accepted}",
+        {"field": field, "value": repr(value), "accepted": accepted},
+    )
+
+
+def _misplaced(field: str, value: Any, key: str, values: Sequence[str], actual: str) -> PydanticCustomError:
+    options = " or ".join(map(repr, values))
+    accepted = f"nothing, since it has no effect with {key} {actual!r}, only with {key} {options}"
+    return _wrong(field, value, accepted)
+
+
+def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
+    """Layer numbers that a recipe's `student.layers` means for a teacher of `num_layers` layers.
+
+    "odd" and "even" go by the number counted from 0. "every:N" takes the N-th layer of each run of N (N - 1,
+    2N - 1, ...). "interleave:F" takes the share F of the layers (a decimal or a ratio such as 3/4, rounded to the
+    nearest count, halves up) at even distances.
+
+    Args:
+        spec: see `LAYERS_ACCEPTED`.
+        num_layers: layers of the teacher.
+
+    Returns:
+        Ascending layer numbers from 0, at least one.
+
+    Raises:
+        ValueError: if `spec` is malformed, names a layer that is not there, or selects none.
+    """
+    if layers(spec) is None:
+        raise ValueError(f"layers: got {spec!r}; accepted: {LAYERS_ACCEPTED}")
+    kind, _, argument = spec.partition(":") if isinstance(spec, str) else ("list", "", "")
+    if kind == "list":
+        numbers = sorted(int(layer) for layer in spec)
+    elif kind == "every":
+        numbers = list(range(int(argument) - 1, num_layers, int(argument)))
+    elif kind == "interleave":
+        count = int(Fraction(argument) * num_layers + Fraction(1, 2))
+        # The middles of `count` equal parts of [0, num_layers), in integers so that no rounding differs.
+        numbers = [(2 * part + 1) * num_layers // (2 * count) for part in range(count)]
+    else:
+        numbers = list(range(1 if kind == "odd" else 0, num_layers, 1 if kind == "all" else 2))
+    if not numbers:
+        raise ValueError(f"layers: {spec!r} selects no layer of {num_layers}")
+    if numbers[-1] >= num_layers:
+        raise ValueError(f"layers: got {spec!r}, but the last of {num_layers} layers is number {num_layers - 1}")
+    return numbers
+
+
+def as_mapping(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON-able values: every key that has an effect, defaults included."""
+    values = recipe.model_dump(mode="json")
+    for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
+        for field in stage.meaningless:
+            del mapping[field]
+    return values
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of the recipe's canonical JSON: equal for recipes that compute the same."""
+    text = json.dumps(as_mapping(recipe), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML text that `load_recipe` reads back to an equal recipe."""
+    return write_yaml(as_mapping(recipe))
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    files = resources.files("ssm_zoo.distill").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file or preset, lay it over the preset that it names, carry out overrides, check the result.
+
+    A recipe with the key `preset: NAME` takes over what the preset says wherever it says nothing itself; mappings
+    are merged key by key, lists are replaced. Relative paths in a recipe start at the working directory.
+
+    Args:
+        recipe: name of a preset, or path of a YAML file. A text that is a preset's name means the preset; write
+            ./NAME for a file of that name.
+        overrides: "dotted.key=YAML value", list items by index, e.g. "stages.1.learning_rate=1e-3".
+
+    Returns:
+        The checked recipe.
+
+    Raises:
+        ValueError: naming each key that is unknown, missing or has a value that is not accepted.
+    """
+    if isinstance(recipe, str) and recipe in preset_names():
+        values, source = {"preset": recipe}, f"preset {recipe}"
+    else:
+        values, source = _read_file(recipe), f"recipe {recipe}"
+    return parse_recipe(override(_inherit(values, source, ()), overrides), source)
+
+
+def _read_file(path: str | Path) -> Any:
+    if not Path(path).is_file():
+        raise ValueError(f"recipe: got {str(path)!r}; accepted: a YAML file or one of {', '.join(preset_names())}")
+    try:
+        return read_yaml(Path(path).read_text(encoding="utf-8"), f"recipe {path}")
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe {path} is not UTF-8 text") from None
+
+
+def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, Any]:
+    """Lay a recipe over the preset that its key `preset` names, if it has one."""
+    if not isinstance(values, dict):
+        accepted = f"a mapping with the keys {_keys_of(Recipe)}"
+        raise ValueError(f"{source}: got {reprlib.repr(values)}; accepted: {accepted}")
+    if "preset" not in values:
+        return values
+    own = dict(values)
+    name = own.pop("preset")
+    available = [preset for preset in preset_names() if preset not in visited]
+    if name not in available:
+        raise ValueError(f"{source}: preset: got {name!r}; accepted: {', '.join(available)}")
+    preset, file = f"preset {name}", resources.files("ssm_zoo.distill").joinpath("presets", f"{name}.yaml")
+    inherited = _inherit(read_yaml(file.read_text(encoding="utf-8"), preset), preset, (*visited, name))
+    return merge(inherited, own)
+
+
+def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
+    """Check a recipe given as nested dicts and lists.
+
+    Args:
+        values: what a recipe file holds, after inheritance.
+        source: what to call it in an error.
+
+    Raises:
+        ValueError: naming each key that is unknown, missing or has a value that is not accepted.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(detail) for detail in error.errors(include_url=False)]
+        separator = "\n  " if len(problems) > 1 else " "
+        raise ValueError(separator.join([f"{source}:", *problems])) from None
+
+
+# What is accepted, where pydantic's own words are about Python.
+_ACCEPTED = {
+    "bool_type": "true or false",
+    "invalid_key": "texts as keys",
+    "list_type": "a list",
+    "string_type": "a text",
+    "too_short": "one or more",
+}
+
+
+def _describe(detail: ErrorDetails) -> str:
+    """One line on one problem: the dotted key, the value, what is accepted."""
+    kind, location, value = detail["type"], detail["loc"], reprlib.repr(detail["input"])
+    key = ".".join(map(str, location)) or "recipe"
+    if kind == "wrong_field":
+        return ".".join([*map(str, location), detail["msg"]])
+    if kind in ("extra_forbidden", "missing"):
+        spec = _spec_at(location[:-1])
+        if kind == "missing":
+            required = [name for name, field in spec.model_fields.items() if field.is_required()]
+            return f"{key} is missing; required keys: {', '.join(required)}"
+        close = difflib.get_close_matches(str(location[-1]), spec.model_fields, n=1)
+        suggestion = f"did you mean {close[0]!r}? " if close else ""
+        return f"{key}: unknown key (value {value}); {suggestion}accepted keys: {_keys_of(spec)}"
+    if kind == "model_type":
+        return f"{key}: got {value}; accepted: a mapping with the keys {_keys_of(_spec_at(location))}"
+    accepted = _ACCEPTED.get(kind, detail["msg"].removeprefix("Input should be "))
+    return f"{key}: got {value}; accepted: {accepted}"
+
+
+def _spec_at(location: Sequence[int | str]) -> type[BaseModel]:
+    """The model of the mapping at a place in a recipe: of () `Recipe`, of ("stages", 0) `StageSpec`."""
+    model: type[BaseModel] = Recipe
+    for key in location:
+        if isinstance(key, str):
+            annotation = model.model_fields[key].annotation
+            options = (annotation, *get_args(annotation))
+            model = next(part for part in options if isinstance(part, type) and issubclass(part, BaseModel))
+    return model
+
+
+def _keys_of(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)

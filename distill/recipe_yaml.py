@@ -1,0 +1,109 @@
+"""YAML for recipes: texts and overrides to plain mappings, and back. Knows nothing of what a recipe means.
+
+Two departures from PyYAML's defaults: `1e-3` is a number (as in YAML 1.2; PyYAML follows 1.1 and reads a string),
+and a key that stands twice in a mapping is an error instead of the last one winning.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+_EXPONENT_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here rather than at construction, where merge keys (<<) have put what they bring into the node.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    problem = f"the key {key_node.value!r} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key_node.value)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    # The dumper needs it too: it then quotes a text that would read back as a number.
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT_FLOAT, list("-+.0123456789"))
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Parse one YAML document.
+
+    Args:
+        text: the document.
+        source: what to call it in an error.
+
+    Raises:
+        ValueError: if it is not YAML, or repeats a key.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        # PyYAML lets a ValueError of int() or date() through, e.g. for the date 2024-13-45.
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def write_yaml(value: Any) -> str:
+    """The YAML text that `read_yaml` turns back into `value`, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def merge(base: Any, changes: Any) -> Any:
+    """`changes` laid over `base`: mappings key by key, at every depth; all else, lists included, is replaced."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = merge(base[key], value) if key in base else value
+    return merged
+
+
+def override(values: Any, assignments: Sequence[str]) -> Any:
+    """`values` with `dotted.key=YAML value` assignments carried out in order, e.g. "stages.1.learning_rate=1e-3".
+
+    A number as key is a list index; mappings that are missing on the way are made, list items are not.
+
+    Args:
+        values: nested dicts and lists; not changed.
+        assignments: the assignments.
+
+    Raises:
+        ValueError: if an assignment has no key or no "=", or its key leads nowhere.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
+            accepted = "dotted.key=value, e.g. stages.0.tokens=100000"
+            raise ValueError(f"override: got {assignment!r}; accepted: {accepted}")
+        values = _assign(values, keys, read_yaml(text, f"override {assignment!r}: the value"), assignment)
+    return values
+
+
+def _assign(values: Any, keys: list[str], value: Any, assignment: str, depth: int = 0) -> Any:
+    if depth == len(keys):
+        return value
+    key, here = keys[depth], ".".join(keys[:depth]) or "the recipe"
+    if isinstance(values, dict):
+        return {**values, key: _assign(values.get(key, {}), keys, value, assignment, depth + 1)}
+    if not isinstance(values, list):
+        raise ValueError(f"override {assignment!r}: {here} is {values!r}, which has nothing below it")
+    if not (key.isascii() and key.isdecimal() and int(key) < len(values)):
+        accepted = f"0 to {len(values) - 1}" if values else "no index, since it is empty"
+        raise ValueError(f"override {assignment!r}: {here} is a list; got {key!r}; accepted: {accepted}")
+    index = int(key)
+    item = _assign(values[index], keys, value, assignment, depth + 1)
+    return [*values[:index], item, *values[index + 1 :]]

@@ -1,0 +1,226 @@
+"""The report of a distillation: `report.json`, `report.md` with `plots/`, and a table for the terminal.
+
+All of them are made from one dict (`ssm_zoo.conversion.report_schema`), so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..conversion.formatting import MISSING, code, count, number, percent, seconds, short, table
+from ..conversion.report_schema import Report, parse_report
+from ..conversion.report_sections import (
+    PLOT_CAPTIONS,
+    command_block,
+    evaluations_table,
+    layers_table,
+    limits_list,
+    machine_table,
+    plot_image,
+    recipe_block,
+    samples_section,
+    stages_table,
+    verdict_list,
+)
+from ..conversion.results import (
+    EvaluationRow,
+    evaluation_rows,
+    recovered_sentence,
+    summary_sentence,
+    verdicts,
+)
+from .checkpoint import write_json
+from .machine import describe_machine
+from .plots import draw
+
+__all__ = ["EvaluationRow", "describe_machine", "evaluation_table", "print_table", "write_report"]
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `plots/*.png`, `report.md` and, last, `report.json`, each so that it is never seen half-written.
+
+    Plots of an earlier report in the folder that this one has no data for are removed. Numbers that are not finite
+    become null in `report.json`: JSON has no word for them.
+
+    Args:
+        folder: of the run; made if missing.
+        report: see `ssm_zoo.conversion.report_schema`.
+
+    Raises:
+        ValueError: if a key of the report is missing or has a value that is not accepted; nothing is written then.
+    """
+    checked = parse_report(report)
+    figures = draw(checked)
+    folder = Path(folder)
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        _replace(plots / name, partial(figure.savefig, format="png"))
+    for name in PLOT_CAPTIONS.keys() - figures.keys():
+        (plots / name).unlink(missing_ok=True)
+    text = _markdown(checked, figures)
+    _replace(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(folder / "report.json", _finite(report))
+
+
+def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:
+    """The evaluations of a report with the gap to the teacher, one row each, in their order.
+
+    Raises:
+        ValueError: as `write_report`.
+    """
+    return evaluation_rows(parse_report(report))
+
+
+def print_table(report: dict[str, Any], console: Console) -> None:
+    """Print the table of evaluations, what each stage gained, and the recovered fraction.
+
+    Raises:
+        ValueError: as `write_report`.
+    """
+    checked = parse_report(report)
+    evaluations = Table(title=Text(f"{checked.teacher.source} to {checked.student.model_type}"), title_justify="left")
+    evaluations.add_column("model")
+    for heading in ("loss", "gap", "KL", "top-1", "tokens", "seconds"):
+        evaluations.add_column(heading, justify="right", no_wrap=True)
+    for row in evaluation_rows(checked):
+        cells = (
+            f"after {row.name}" if row.kind == "stage" else row.name,
+            number(row.loss),
+            number(row.gap, sign=True),
+            number(row.kl),
+            percent(row.top1_agreement),
+            count(row.trained_tokens),
+            seconds(row.trained_seconds),
+        )
+        # As Text: a name in square brackets is not a style.
+        evaluations.add_row(*map(Text, cells))
+    console.print(evaluations)
+    for verdict in verdicts(checked):
+        console.print(Text(f"{verdict.stage} {verdict.sentence}", style="" if verdict.improved else "bold yellow"))
+    console.print(Text(summary_sentence(checked)))
+    console.print(Text(recovered_sentence(checked)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name, then give it its own."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _markdown(report: Report, plots: Iterable[str]) -> str:
+    """The text of report.md."""
+    student, data = report.student, report.data
+    trained = sum(stage.tokens for stage in report.stages)
+    duration = sum(stage.seconds for stage in report.stages)
+    evaluating = sum(part.seconds for part in report.evaluations)
+    images = {name: plot_image(f"plots/{name}") for name in plots}
+    parts = [
+        f"# Distillation of {code(report.teacher.source)} to {code(student.model_type)}",
+        f"{summary_sentence(report)} {recovered_sentence(report)}",
+        "## What was done",
+        f"{count(len(student.layers))} of the {count(student.num_layers)} layers of {code(report.teacher.source)} "
+        f"({code(report.teacher.model_type)}, {count(report.teacher.parameters)} parameters, licence "
+        f"{code(report.teacher.licence) if report.teacher.licence else 'not known'}) got another token mixer. The "
+        f"student has {count(student.parameters)} parameters. Its stages read {count(trained)} tokens in "
+        f"{seconds(duration)} seconds, out of a text of {count(data.train_tokens)} tokens "
+        f"({_sources(data.train_sources)}); the held-out text has {count(data.heldout_tokens)} "
+        f"({_sources(data.heldout_sources)}). The evaluations took {seconds(evaluating)} seconds more.",
+        layers_table(report),
+        stages_table(report) if report.stages else "",
+        "## Evaluations",
+        "On the held-out text. *Mixers zeroed* is the student whose converted mixers add nothing: the floor. "
+        "*Step 0* is the student before training. Tokens and seconds are those of training, over all stages so "
+        "far.",
+        evaluations_table(report),
+        images.get("heldout.png", ""),
+        "## Did every stage help?",
+        verdict_list(report),
+        images.get("losses.png", ""),
+        *_layer_parts(report, images),
+        *_sample_parts(report),
+        "## Limits",
+        limits_list(report),
+        "## To repeat it",
+        command_block(report),
+        machine_table(report),
+        "The recipe that was run, with every default spelt out:",
+        recipe_block(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _layer_parts(report: Report, images: dict[str, str]) -> list[str]:
+    """Errors of the converted layers, before and after."""
+    measured = [part for part in report.students if part.layers]
+    if not measured:
+        return []
+    errors = [{row.layer: row for row in part.layers} for part in measured]
+    header = ["Layer", *(f"Output error, {_when(part.name, part.kind)}" for part in measured)]
+    header += ["Matrix error, first", "Matrix error, last", "Half-life (tokens)"]
+    rows = []
+    for layer in sorted(set().union(*errors)):
+        found = [rows_of.get(layer) for rows_of in errors]
+        present = [row for row in found if row is not None]
+        half_lives = [value for value in present[-1].half_life if value is not None]
+        still = len(present[-1].half_life) - len(half_lives)
+        spread = MISSING
+        if half_lives:
+            spread = f"{short(median(half_lives))} ({short(min(half_lives))} to {short(max(half_lives))})"
+        if still:
+            spread += f", {still} without decay"
+        outputs = [short(row.output_error) if row is not None else MISSING for row in found]
+        rows.append((str(layer), *outputs, _mean(present[0].matrix_error), _mean(present[-1].matrix_error), spread))
+    return [
+        "## Layers",
+        "Relative errors of each converted mixer on the teacher's hidden states: of its output, "
+        "`||y - t|| / ||t||`, and of its mixing matrix, the mean over the heads. 1 is as far off as no output at "
+        "all. The half-life, median (shortest to longest head) at the end, is the number of tokens in which a "
+        "head's state halves.",
+        table(header, rows),
+        images.get("layers.png", ""),
+        images.get("heads.png", ""),
+    ]
+
+
+def _sample_parts(report: Report) -> list[str]:
+    samples = samples_section(report.evaluations)
+    if not samples:
+        return []
+    return ["## What it writes", "Greedy continuations, unedited, of the recipe's prompts.", samples]
+
+
+def _when(name: str, kind: str) -> str:
+    return f"after {code(name)}" if kind == "stage" else name
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return short(sum(known) / len(known)) if known else MISSING
+
+
+def _sources(sources: list[str]) -> str:
+    return ", ".join(code(source) for source in sources) or "source not recorded"
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every float in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,442 @@
+"""A whole distillation run: from a recipe to a folder with a student that loads anywhere, and a report.
+
+The output folder holds `run.json` and `recipe.yaml` (what the run is), `checkpoints/` while it trains, and at the end
+`student/` (a self-contained Hub folder with card), `report.json`, `report.md` and `plots/`. Starting the same recipe on
+the same folder goes on where it stopped.
+"""
+
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..conversion.card import write_card
+from ..evaluation.language_modeling import evaluate_language_model, generation_sample
+from ..modeling import ZooHybridForCausalLM
+from .calibrate import calibrate, fit_output_projections
+from .checkpoint import Checkpoint, claim_output_folder, load_latest, restore, save_checkpoint
+from .data import TokenWindows, check_vocabulary, read_texts, shard, tokenize
+from .objectives import LOSS_NAMES, layer_errors, objective
+from .optimizer import average_gradients, clip_gradients, make_optimizer, schedule_factor, trained_parameters
+from .provenance import provenance
+from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
+from .report import describe_machine, write_report
+from .student import build_student, zeroed_mixers
+from .teacher import load_teacher, teacher_adapter
+
+# Points of a stage's curve that are kept, whatever its length.
+_HISTORY = 200
+# Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
+_LAYER_WINDOWS = 2
+# What a process may run under: gradients are averaged over whole replicas.
+_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+@dataclass
+class _Progress:
+    """What a run has measured so far: saved with every checkpoint."""
+
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    output: Path
+    accelerator: Accelerator
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    student: ZooHybridForCausalLM
+    layers: list[int]
+    train: TokenWindows
+    heldout: TokenWindows
+    progress: _Progress
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def compute(self) -> Any:
+        """Context of every forward and backward: autocast to the recipe's dtype."""
+        if self.recipe.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+
+
+def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -> dict[str, Any]:
+    """Carry out a recipe, or go on with it.
+
+    Args:
+        recipe: what to do.
+        output: a new or empty folder, or the folder of an earlier start of the same recipe.
+        command: what was typed, for the report; the command line of this process if not given.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        ValueError: if the recipe, the teacher, the texts and the folder do not fit together; nothing is written then.
+    """
+    accelerator = Accelerator()
+    if accelerator.distributed_type not in _REPLICATED:
+        raise ValueError(
+            f"accelerate: got distributed type {accelerator.distributed_type.value}, accepted: one process, or data "
+            "parallel over CPU processes or GPUs"
+        )
+    for index, stage in enumerate(recipe.stages):
+        if stage.objective == "matrix_orientation" and recipe.student.mixer == "sliding_attention":
+            raise ValueError(
+                f"stages.{index}.objective: got 'matrix_orientation' for the mixer 'sliding_attention', which is "
+                "attention already; accepted: 'hidden_state_alignment', 'logit_distillation'"
+            )
+        if stage.batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
+                f"{accelerator.num_processes} processes"
+            )
+    run = _prepare(recipe, Path(output), accelerator)
+    found = load_latest(run.output / "checkpoints")
+    if found is None:
+        _first_evaluations(run)
+    else:
+        _go_back_to(run, found)
+    done = (0, 0) if found is None else (found.stage, found.step)
+    for index in range(done[0], len(recipe.stages)):
+        _train_stage(run, index, found if index == done[0] else None)
+    report = _report(run, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
+    if run.main:
+        _write_results(run, report)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def _go_back_to(run: _Run, found: Checkpoint) -> None:
+    """Put the student and the measurements back to where a checkpoint was saved."""
+    for split, here in _fingerprints(run).items():
+        if found.extra["data"][split] != here:
+            raise ValueError(f"data.{split}: not the texts that {found.path} was made with; give the same texts")
+    restore(found, None, parameters=_saved_parameters(run))
+    run.progress = _Progress(**found.extra["progress"])
+    if run.main:
+        stage = run.recipe.stages[found.stage].name if found.stage < len(run.recipe.stages) else "the report"
+        tqdm.write(f"going on from {found.path.name}: {stage}, step {found.step}")
+
+
+def _fingerprints(run: _Run) -> dict[str, str]:
+    return {"train": run.train.fingerprint(), "heldout": run.heldout.fingerprint()}
+
+
+def _saved_parameters(run: _Run) -> dict[str, Tensor]:
+    """Every parameter that calibration or a stage changes."""
+    saved: dict[str, Tensor] = {}
+    for stage in run.recipe.stages:
+        mixers, others = trained_parameters(run.student, stage.train, run.layers)
+        saved |= mixers | others
+    return saved
+
+
+def _save(
+    run: _Run, stage: int, step: int, optimizer: torch.optim.Optimizer, names: list[str], entry: dict[str, Any]
+) -> None:
+    run.progress.peak_memory_bytes = _peak_memory(run.progress.peak_memory_bytes)
+    if run.main:
+        save_checkpoint(
+            run.output / "checkpoints",
+            stage=stage,
+            step=step,
+            parameters=_saved_parameters(run),
+            optimizer=optimizer,
+            named=names,
+            extra={"data": _fingerprints(run), "progress": asdict(run.progress), "stage": entry},
+        )
+    run.accelerator.wait_for_everyone()
+
+
+def _steps_before(run: _Run, index: int) -> int:
+    """Steps of a stage's own size that cover what the stages before it read: no stage starts with their windows."""
+    stage = run.recipe.stages[index]
+    read = sum(part.steps * part.batch_size * part.sequence_length for part in run.recipe.stages[:index])
+    return -(-read // (stage.batch_size * stage.sequence_length))
+
+
+def _stage_entry(stage: StageSpec) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "objective": stage.objective,
+        "tokens": stage.steps * stage.batch_size * stage.sequence_length,
+        "steps": stage.steps,
+        "seconds": 0.0,
+        "loss_name": LOSS_NAMES[stage.objective],
+        "history": [],
+        "_pending": [],
+    }
+
+
+def _note(entry: dict[str, Any], stage: StageSpec, step: int, loss: float, norm: float, rate: float) -> None:
+    """Add a step to a stage's curve: a point is the mean over the steps since the one before."""
+    if not math.isfinite(loss):
+        raise ValueError(f"stages.{stage.name}: the loss is {loss} at step {step + 1}; lower learning_rate")
+    entry["_pending"].append((loss, norm))
+    if (step + 1) % -(-stage.steps // _HISTORY) == 0 or step + 1 == stage.steps:
+        losses, norms = zip(*entry["_pending"], strict=True)
+        entry["history"].append(
+            {
+                "step": step + 1,
+                "loss": sum(losses) / len(losses),
+                "learning_rate": rate,
+                "gradient_norm": sum(norms) / len(norms),
+            }
+        )
+        entry["_pending"] = []
+
+
+def _peak_memory(before: int) -> int:
+    """Most memory that this process, or an earlier start of the run, had resident, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _report(run: _Run, command: str) -> dict[str, Any]:
+    recipe = run.recipe
+    source, licence = provenance(recipe.teacher)
+    return {
+        "format": 1,
+        "kind": "distillation",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **describe_machine(),
+        "recipe": as_mapping(recipe),
+        "teacher": {
+            "source": source,
+            "model_type": run.teacher.config.model_type,
+            "parameters": run.teacher.num_parameters(),
+            "licence": licence,
+        },
+        "student": {
+            "model_type": run.student.config.model_type,
+            "parameters": run.student.num_parameters(),
+            "layers": run.layers,
+            "num_layers": run.student.config.num_hidden_layers,
+            "mixer_types": run.student.config.mixer_types,
+        },
+        "data": {
+            "train_tokens": len(run.train),
+            "heldout_tokens": len(run.heldout),
+            "train_sources": _names(recipe.data.train),
+            "heldout_sources": _names(recipe.data.heldout),
+        },
+        "evaluations": run.progress.evaluations,
+        "stages": run.progress.stages,
+        "processes": run.accelerator.num_processes,
+        "peak_memory_bytes": _peak_memory(run.progress.peak_memory_bytes),
+    }
+
+
+def _names(sources: str | list[str]) -> list[str]:
+    """Sources without the folders of this machine."""
+    names = [sources] if isinstance(sources, str) else list(sources)
+    return [name if name.startswith("builtin:") else Path(name).name for name in names]
+
+
+def _write_results(run: _Run, report: dict[str, Any]) -> None:
+    """The report, and the student as a folder that appears whole."""
+    write_report(run.output, report)
+    folder, temporary = run.output / "student", run.output / ".student"
+    shutil.rmtree(temporary, ignore_errors=True)
+    run.student.save_pretrained(temporary)
+    run.tokenizer.save_pretrained(temporary)
+    shutil.copytree(run.output / "plots", temporary / "plots")
+    write_card(temporary, report)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
+    """Load and check everything, then claim the folder, then build and calibrate the student."""
+    main = accelerator.is_main_process
+    texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
+    teacher, tokenizer = load_teacher(recipe.teacher)
+    teacher.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    check_vocabulary(tokenizer, teacher.config)
+    layers = resolve_layers(recipe.student.layers, teacher_adapter(teacher).num_layers)
+    student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
+    windows = {split: TokenWindows(tokenize(text, tokenizer, progress=main)) for split, text in texts.items()}
+    _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
+    for length in sorted({recipe.data.sequence_length, *(stage.sequence_length for stage in recipe.stages)}):
+        _check_length(windows["train"], "data.train", length)
+    for index, prompt in enumerate(recipe.evaluation.prompts):
+        if not tokenizer(prompt)["input_ids"]:
+            raise ValueError(f"evaluation.prompts.{index}: got {prompt!r}; accepted: a text of at least one token")
+    if main:
+        claim_output_folder(output, as_mapping(recipe))
+        temporary = output / ".tmp-recipe.yaml"
+        temporary.write_text(dump(recipe), encoding="utf-8")
+        temporary.replace(output / "recipe.yaml")
+    accelerator.wait_for_everyone()
+    return _Run(
+        recipe,
+        output,
+        accelerator,
+        teacher,
+        tokenizer,
+        student,
+        layers,
+        windows["train"],
+        windows["heldout"],
+        _Progress(),
+    )
+
+
+def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:
+    try:
+        windows.count(sequence_length)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
+def _calibration_windows(run: _Run) -> Tensor:
+    length = run.recipe.data.sequence_length
+    count = max(run.recipe.student.calibration_tokens // length, 1)
+    # Windows of a seed of their own: training starts with others.
+    return run.train.batch(0, count, length, run.recipe.seed + 1)
+
+
+def _first_evaluations(run: _Run) -> None:
+    """The teacher, the floor (converted mixers say nothing) and the student before training."""
+    _evaluate(run, "teacher", "teacher", model=run.teacher)
+    with zeroed_mixers(run.student, run.layers):
+        _evaluate(run, "mixers zeroed", "zeroed")
+    with run.compute():
+        windows = _calibration_windows(run)
+        calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
+    _evaluate(run, "step 0", "start")
+
+
+def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = None) -> None:
+    """Measure a model on the held-out text, in the recipe's dtype and on the main process, and note it."""
+    started = time.monotonic()
+    row: dict[str, Any] = {"name": name, "kind": kind}
+    if run.main:
+        with run.compute():
+            row |= _measure(run, kind, model or run.student)
+        row["trained_tokens"] = sum(stage["tokens"] for stage in run.progress.stages)
+        row["seconds"] = time.monotonic() - started
+        tqdm.write(_one_line(row))
+    run.accelerator.wait_for_everyone()
+    run.progress.evaluations.append(row)
+
+
+def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Scores, continuations of the recipe's prompts, and the errors of the converted layers."""
+    spec = run.recipe.evaluation
+    windows = run.heldout.windows(spec.sequence_length)[: max(spec.tokens // spec.sequence_length, 1)]
+    teacher = None if kind == "teacher" else run.teacher
+    scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
+    row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
+    row["samples"] = []
+    if kind != "zeroed" and spec.prompts:
+        row["samples"] = generation_sample(model, run.tokenizer, spec.prompts, spec.max_new_tokens)
+    row["layers"] = []
+    if kind in ("start", "stage"):
+        ids = windows[:_LAYER_WINDOWS].to(run.accelerator.device)
+        row["layers"] = layer_errors(run.student, run.teacher, run.layers, ids)
+    return row
+
+
+def _one_line(row: dict[str, Any]) -> str:
+    text = f"{row['name']}: held-out loss {row['loss']:.4f}"
+    if row["kl"] is not None:
+        text += f", KL {row['kl']:.4f}, top-1 agreement {row['top1_agreement']:.1%}"
+    return f"{text} ({row['seconds']:.0f} s)"
+
+
+def _train_stage(run: _Run, index: int, found: Checkpoint | None) -> None:
+    """Train one stage, from its checkpoint if there is one, and evaluate the student after it."""
+    stage = run.recipe.stages[index]
+    mixers, others = trained_parameters(run.student, stage.train, run.layers)
+    run.student.requires_grad_(False)
+    for parameter in (*mixers.values(), *others.values()):
+        parameter.requires_grad_(True)
+    optimizer, names = make_optimizer(stage, mixers, others)
+    entry = _stage_entry(stage)
+    first = 0
+    if found is not None and found.step > 0:
+        restore(found, optimizer, parameters=_saved_parameters(run), named=names)
+        entry, first = found.extra["stage"], found.step
+    step_loss = objective(stage, run.student, run.teacher, run.layers)
+    parameters = [*mixers.values(), *others.values()]
+    started = time.monotonic() - entry["seconds"]
+    bar = tqdm(
+        range(first, stage.steps), desc=stage.name, initial=first, total=stage.steps, unit="step", disable=not run.main
+    )
+    for step in bar:
+        loss, norm, rate = _train_step(run, stage, index, step, optimizer, parameters, step_loss)
+        _note(entry, stage, step, loss, norm, rate)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        entry["seconds"] = time.monotonic() - started
+        last = step + 1 == stage.steps
+        if not last and (step + 1) % run.recipe.checkpoint_every == 0:
+            _save(run, index, step + 1, optimizer, names, entry)
+    optimizer.zero_grad()
+    if stage.refit != "none":
+        with run.compute():
+            windows = _calibration_windows(run)
+            fit_output_projections(run.student, run.teacher, run.layers, windows, stage.refit, progress=run.main)
+        entry["seconds"] = time.monotonic() - started
+    run.progress.stages.append({key: value for key, value in entry.items() if not key.startswith("_")})
+    _evaluate(run, stage.name, "stage")
+    # The next stage's start: its optimiser is made anew, this one's is saved but not put back.
+    _save(run, index + 1, 0, optimizer, names, entry)
+
+
+def _train_step(
+    run: _Run,
+    stage: StageSpec,
+    index: int,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[Tensor],
+    step_loss: Callable[[Tensor], float],
+) -> tuple[float, float, float]:
+    """One optimiser step. Returns the loss, the gradient's norm before clipping and the mixers' learning rate."""
+    factor = schedule_factor(stage, step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    batch = run.train.batch(_steps_before(run, index) + step, stage.batch_size, stage.sequence_length, run.recipe.seed)
+    ids = shard(batch, run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
+    optimizer.zero_grad()
+    with run.compute():
+        loss = step_loss(ids)
+    loss = average_gradients(run.accelerator, parameters, loss)
+    norm = clip_gradients(run.student, stage, run.layers, parameters)
+    optimizer.step()
+    return loss, norm, optimizer.param_groups[0]["lr"]
+
+
+def read_report(output: str | Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+        ValueError: if the folder holds none.
+    """
+    path = Path(output) / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{output} holds no report.json: not a distillation run, or not finished")
+    return json.loads(path.read_text(encoding="utf-8"))

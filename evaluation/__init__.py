@@ -1,0 +1,1 @@
+"""Evaluation of language models, alone and against a teacher."""

@@ -1,0 +1,51 @@
+"""Checks of what callers give to the ops: one message names the argument, what it is and what is accepted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    """The dtype that sums over `x` are kept in: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_implementation(implementation: str, name: str) -> None:
+    """Raise ValueError if the op `name` has no such implementation."""
+    if implementation not in ("auto", "torch"):
+        known = f"is not available for {name} yet" if implementation == "triton" else "is unknown"
+        raise ValueError(f"implementation={implementation!r} {known}; accepted: 'auto', 'torch'")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:
+    """Raise ValueError unless the sizes are as expected (None: any) and the dtype is floating point."""
+    fits = tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        sizes = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} must be {symbols} = ({sizes}), got shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless a tensor is where `x` is."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
+    """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens."""
+    if tuple(seq_idx.shape) != (batch, length):
+        raise ValueError(f"seq_idx must be (B, L) = ({batch}, {length}), got shape {tuple(seq_idx.shape)}")
+    if seq_idx.is_floating_point() or seq_idx.is_complex() or seq_idx.dtype == torch.bool:
+        raise ValueError(f"seq_idx must be of an integer dtype, got {seq_idx.dtype}")
+    # Padding is negative, so it never raises the running maximum.
+    highest = seq_idx.long().cummax(1).values
+    wrong = ((seq_idx >= 0) & (seq_idx < highest)).nonzero().tolist()
+    if wrong:
+        row, column = wrong[0]
+        raise ValueError(
+            "seq_idx must not decrease along a row (negative entries are padding), "
+            f"got {int(seq_idx[row, column])} after {int(highest[row, column])} in row {row}"
+        )

@@ -1,0 +1,54 @@
+"""What holds for every test: no usage statistics, one thread, interpreted Triton where no CUDA device is."""
+
+import os
+
+# Read when huggingface_hub and tokenizers are imported, hence before anything else. HF_HUB_OFFLINE stays unset:
+# tests talk to a Hub stand-in on their own machine through the real client.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# Triton looks at this when a kernel is decorated, so it has to be set before a kernel file is imported. torch does
+# not import triton by itself.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The tensors of the tests are tiny: more threads only wait for each other, and one thread sums in a fixed order.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty` and its relatives return with NaN, or the largest integer, or True.
+
+    Uninitialised memory is often zero, which hides an output that a kernel forgot to write. Ask for it with
+    `@pytest.mark.usefixtures("poisoned_empty")`.
+    """
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            with torch.no_grad():
+                if tensor.is_floating_point() or tensor.is_complex():
+                    tensor.fill_(float("nan"))
+                elif tensor.dtype == torch.bool:
+                    tensor.fill_(True)
+                else:
+                    tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return tensor
+
+        return allocate_poisoned
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

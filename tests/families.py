@@ -1,0 +1,130 @@
+"""The model families that the model tests run over, in tiny sizes: a family is tested by being registered here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ssm_zoo.modeling import (
+    ZooHybridConfig,
+    ZooHybridForCausalLM,
+    ZooHybridModel,
+    ZooMamba2Config,
+    ZooSSDForCausalLM,
+    ZooSSDModel,
+)
+
+VOCAB = 61
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to make one tiny model.
+
+    Attributes:
+        config: makes the configuration; keyword arguments override.
+        causal_lm: class with a language-modelling head.
+        backbone: class without.
+    """
+
+    config: Callable[..., Any]
+    causal_lm: type[PreTrainedModel]
+    backbone: type[PreTrainedModel]
+
+
+def _mamba2(**sizes: Any) -> Family:
+    def config(**changes: Any) -> ZooMamba2Config:
+        tiny = {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "state_size": 8,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        return ZooMamba2Config(**(tiny | sizes | changes))
+
+    return Family(config, ZooSSDForCausalLM, ZooSSDModel)
+
+
+def _hybrid(*mixers: str, **sizes: Any) -> Family:
+    def config(**changes: Any) -> ZooHybridConfig:
+        tiny = {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": len(mixers),
+            "mixer_types": list(mixers),
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "sliding_window": 5,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+        }
+        return ZooHybridConfig(**(tiny | sizes | changes))
+
+    return Family(config, ZooHybridForCausalLM, ZooHybridModel)
+
+
+FAMILIES: dict[str, Family] = {
+    "mamba2": _mamba2(),
+    "mamba2-groups": _mamba2(
+        n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.02, 0.6)
+    ),
+    "full-discrete": _hybrid("full_attention", "discrete_mamba2", state_size=7, attention_bias=True, mlp_bias=True),
+    "sliding-discrete": _hybrid(
+        "sliding_attention",
+        "discrete_mamba2",
+        feature_map="softplus",
+        normalize=True,
+        ssm_rotary=True,
+        tie_word_embeddings=True,
+    ),
+    "mamba2-full": _hybrid("mamba2", "full_attention", state_size=8),
+    "all-four": _hybrid("discrete_mamba2", "sliding_attention", "mamba2", "full_attention", ssm_rotary=True),
+    "discrete": _hybrid("discrete_mamba2", "discrete_mamba2", feature_map="softplus", conv_kernel=2),
+}
+
+
+def make_config(name: str, **changes: Any) -> PreTrainedConfig:
+    """Tiny configuration of a registered family, with `changes`."""
+    return FAMILIES[name].config(**changes)
+
+
+def make_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """Tiny causal LM of a registered family in evaluation mode, with seeded weights of which none is trivial.
+
+    An initialised model has identity convolutions, open gates, unit norms and zero biases: whatever goes wrong
+    there would not show. Here noise is added to every parameter, but little enough for logits of order 1.
+    """
+    torch.manual_seed(seed)
+    model = FAMILIES[name].causal_lm(make_config(name, **changes))
+    perturb(model, seed)
+    return model.eval()
+
+
+def perturb(model: torch.nn.Module, seed: int = 0) -> None:
+    """Add seeded noise to every parameter: half over the root of its fan-in to a matrix, a quarter to others.
+
+    Mamba-2's first step sizes, 0.001 to 0.1, let little into the state: they become seven times as large, and the
+    decay rates smaller, so that what is wrong with the state shows in the logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            matrix = parameter.dim() == 2
+            scale = 0.5 * parameter.shape[1] ** -0.5 if matrix else 0.25
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+        for module in model.modules():
+            if hasattr(module, "A_log"):
+                module.dt_bias.add_(2.0)
+                module.A_log.sub_(1.0)
+
+
+def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Seeded token ids; 0 is left for padding, which `generate` looks for in a prompt without a mask."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,136 @@
+"""Tiny Llama teachers for the distillation tests: random ones, one that has learnt a small language, a tokenizer.
+
+The sizes are those of a grown-up in small: grouped keys and values, several heads, and every parameter of its own, so
+that nothing that mixes up heads, layers or projections goes unseen.
+"""
+
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 320
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+
+
+def make_teacher(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama in evaluation mode whose activations and logits are of order 1.
+
+    Args:
+        seed: of the weights.
+        **changes: entries of the configuration.
+    """
+    model = LlamaForCausalLM(LlamaConfig(**{**_SIZES, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 1 or "embed" in name:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+def draw_ids(*shape: int, seed: int = 0) -> Tensor:
+    """Seeded token ids."""
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_text(sentences: int, seed: int = 0) -> str:
+    """English-like lines. The second sentence of a line repeats what the first one introduced: attention is needed."""
+    draw = random.Random(seed)
+    names = ["Ada", "Ben", "Cleo", "Dora", "Emil", "Fritz", "Gina", "Hugo"]
+    colours = ["red", "old", "tiny", "blue", "kind", "loud"]
+    animals = ["fox", "owl", "hen", "cat", "goat", "crab", "newt", "mole"]
+    verbs = ["sees", "feeds", "finds", "calls", "hears"]
+    lines = []
+    for _ in range(sentences // 2):
+        name, colour, animal = draw.choice(names), draw.choice(colours), draw.choice(animals)
+        first, second = draw.sample(verbs, 2)
+        lines.append(
+            f"{name} {first} the {colour} {animal}. Then {name} {second} it, since the {animal} is {colour}.\n"
+        )
+    return "".join(lines)
+
+
+@functools.cache
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer for `small_text`; any other text has tokens too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([small_text(400)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def text_windows(sentences: int, length: int, seed: int = 0) -> Tensor:
+    """(N, length) token windows of a `small_text`."""
+    ids = torch.tensor(small_tokenizer()(small_text(sentences, seed), verbose=False)["input_ids"])
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+@functools.cache
+def _learnt_weights() -> dict[str, Tensor]:
+    """Weights after a few seconds of training: far better than chance, and by attention."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
+    windows = text_windows(2000, 48, seed=1)
+    steps = 120
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min((step + 1) / 10, 1.0, (steps - step) / (steps / 2))
+        ids = windows[torch.arange(8 * step, 8 * step + 8) % len(windows)]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def trained_teacher() -> LlamaForCausalLM:
+    """A Llama that has learnt `small_text` (seed 1), in evaluation mode; trained once in a process."""
+    model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    model.load_state_dict(_learnt_weights())
+    return model.eval().requires_grad_(False)
+
+
+def save_teacher(folder: Path, model: LlamaForCausalLM | None = None) -> Path:
+    """Write a teacher (a random one if none is given) and its tokenizer into a folder, and return the folder."""
+    (model or make_teacher()).save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,370 @@
+"""The `ssm-zoo` command: its help, and that a mistake ends in one line and writes nothing."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import save_zoo_checkpoint
+from typer.testing import CliRunner, Result
+
+from ssm_zoo.cli.distill import distill_command
+from ssm_zoo.cli.main import app
+from ssm_zoo.conversion import export as export_module
+from ssm_zoo.distill import run as run_module
+
+TOKEN = "hf_" + "x" * 20
+REPO = "tester/model"
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "zoo"
+    save_zoo_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def ssm_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command line in this process, in an empty folder."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeeds(result: Result) -> str:
+    assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    return result.stdout
+
+
+def fails(result: Result, message: str) -> None:
+    """With status 2, one line on stderr, nothing on stdout, nothing written."""
+    assert result.exit_code == 2, f"{result.stdout}\n{result.exception!r}"
+    assert result.stdout == ""
+    assert re.fullmatch(r"ssm-zoo: [^\n]+\n", result.stderr), result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert list(Path.cwd().iterdir()) == []
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [None, "distill", "export", "card", "generate", "push"])
+def test_help_explains_every_argument(ssm_zoo: Callable[..., Result], command: str | None) -> None:
+    group: Any = typer.main.get_command(app)
+    assert set(group.commands) == {"distill", "export", "card", "generate", "push"}
+    described = group if command is None else group.commands[command]
+    text = " ".join(succeeds(ssm_zoo(*([command] if command else []), "--help")).split())
+    if command is not None:
+        assert len(described.params) >= 2
+    for parameter in described.params:
+        assert parameter.help
+        assert " ".join(parameter.help.split()) in text
+        names = parameter.opts if parameter.opts[0].startswith("-") else [parameter.metavar]
+        for name in names:
+            assert name in text
+
+
+def test_version_is_the_installed_one(ssm_zoo: Callable[..., Result]) -> None:
+    assert re.fullmatch(r"ssm-zoo \d+\.\d+\.\d+\n", succeeds(ssm_zoo("--version")))
+
+
+def test_help_needs_no_torch() -> None:
+    program = (
+        "import sys; from typer.testing import CliRunner; from ssm_zoo.cli.main import app;"
+        "codes = [CliRunner().invoke(app, [*c, '--help']).exit_code for c in ([], ['distill'], ['generate'])];"
+        "assert codes == [0, 0, 0]; assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# Mistakes
+
+
+def without(key: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        del values[key]
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return change
+
+
+def with_value(key: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, key: value}))
+
+    return change
+
+
+def tensors_changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def change_file(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change_file
+
+
+def nothing(folder: Path) -> None:
+    """Leaves the model as it is."""
+
+
+# Command line, where {model} is the zoo's folder after the change; the change; what the message says.
+MISTAKES = [
+    pytest.param("distill nope out", nothing, "recipe: got 'nope'; accepted: a YAML file or one of", id="recipe"),
+    pytest.param("distill zoo out --set sede=1", nothing, "sede: unknown key.*did you mean 'seed'", id="set"),
+    pytest.param("distill zoo {model}", nothing, "teacher", id="no-teacher"),
+    pytest.param("export ./nope out", nothing, "there is no folder './nope'", id="export-nothing"),
+    pytest.param("export nope out", nothing, "source: got 'nope'; accepted: an existing folder", id="export-name"),
+    pytest.param("export {model} {model}", nothing, "folder: .* exists and is not empty", id="export-onto-it"),
+    pytest.param("export {model} out --revision v1", nothing, "revision: got 'v1', but .* a folder", id="revision"),
+    pytest.param(
+        "export {model} out",
+        with_value("model_type", "llama"),
+        "model_type: got 'llama'; accepted: .*zoo_hybrid, zoo_mamba2",
+        id="export-another-family",
+    ),
+    pytest.param(
+        "export {model} out",
+        with_value("architectures", ["ZooOther"]),
+        "architectures: got 'ZooOther'; accepted: .*ZooHybridForCausalLM",
+        id="export-another-class",
+    ),
+    pytest.param(
+        "export {model} out", with_value("n_groups", 0), "ValueError: n_groups must be", id="export-wrong-config"
+    ),
+    pytest.param(
+        "export {model} out",
+        lambda folder: (folder / "config.json").unlink(),
+        "holds no config.json",
+        id="export-no-config",
+    ),
+    pytest.param(
+        "export {model} out",
+        tensors_changed(lambda tensors: tensors.pop("lm_head.weight")),
+        "missing weights, 1: lm_head.weight",
+        id="export-weight-missing",
+    ),
+    pytest.param(
+        "export {model} out",
+        tensors_changed(lambda tensors: tensors.update({"extra": torch.ones(1)})),
+        "unexpected weights, 1: extra",
+        id="export-weight-too-many",
+    ),
+    pytest.param(
+        "export {model} out",
+        tensors_changed(lambda tensors: tensors.update({"lm_head.weight": torch.ones(3, 16)})),
+        "mismatched weights, 1: lm_head.weight",
+        id="export-weight-of-another-shape",
+    ),
+    pytest.param(
+        "export {model} out",
+        tensors_changed(lambda tensors: tensors["lm_head.weight"].fill_(float("nan"))),
+        "not finite",
+        id="export-nan",
+    ),
+    pytest.param(
+        "export {model} out",
+        lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors"),
+        "deserializing|[Hh]eader",
+        id="export-damaged-weights",
+    ),
+    pytest.param(
+        "export {model} out",
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "holds an adapter; merge it",
+        id="export-adapter",
+    ),
+    pytest.param("generate ./nope abc", nothing, "there is no folder './nope'", id="generate-nothing"),
+    pytest.param("generate {model} abc --seed 1", nothing, "--seed: got 1, but nothing is drawn", id="seed"),
+    pytest.param("generate {model} abc --top-p 0.5", nothing, "--top-p: got 0.5, but nothing", id="top-p"),
+    pytest.param("generate {model} abc --top-p 0 --temperature 1", nothing, "--top-p: got 0;", id="top-p-0"),
+    pytest.param("generate {model} abc --temperature inf", nothing, "--temperature: got inf", id="temperature"),
+    pytest.param("generate {model} \u00e4", nothing, "PROMPT: the tokenizer of .* no token for", id="no-token-for-it"),
+    pytest.param(
+        "generate {model} abc --chat",
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        "--chat: the tokenizer of .* has no chat template",
+        id="no-chat-template",
+    ),
+    pytest.param(
+        "generate {model} abc",
+        with_value("model_type", "of-somebody-else"),
+        "MODEL: .* brings code of its own .*'of-somebody-else'.* with --trust-remote-code",
+        id="code-of-somebody-else",
+    ),
+    pytest.param("push ./nope a/b", nothing, "FOLDER: there is no folder nope", id="push-nothing"),
+    pytest.param(
+        "push {model} a/b",
+        lambda folder: (folder / "config.json").unlink(),
+        "FOLDER: .* holds no config.json",
+        id="push-no-config",
+    ),
+    pytest.param("push {model} a/b", without("auto_map"), "FOLDER: .* has no auto_map", id="push-no-auto-map"),
+    pytest.param(
+        "push {model} a/b",
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.bin"),
+        "FOLDER: .* holds no weights",
+        id="push-no-safetensors",
+    ),
+    pytest.param(
+        "push {model} a/b",
+        lambda folder: (folder / "modeling_hybrid.py").unlink(),
+        "FOLDER: .* names modeling_hybrid.ZooHybridModel, but there is no modeling_hybrid.py",
+        id="push-no-code",
+    ),
+    pytest.param("push {model} a/b/c", nothing, "Repo id must", id="push-wrong-id"),
+    pytest.param("push {model} a/b --create-pr --revision x", nothing, "--revision: got 'x'", id="push-pr-branch"),
+    pytest.param("push {model} a/b", nothing, "no Hugging Face token: .*`hf auth login`.*HF_TOKEN", id="no-token"),
+    pytest.param("card {model}", nothing, "has no student/config.json", id="card-no-run"),
+]
+
+
+@pytest.mark.parametrize(("line", "change", "message"), MISTAKES)
+def test_mistake_ends_in_one_line_and_writes_nothing(
+    ssm_zoo: Callable[..., Result],
+    zoo: Path,
+    tmp_path: Path,
+    line: str,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    model = shutil.copytree(zoo, tmp_path / "model")
+    change(model)
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    fails(ssm_zoo(*(part.format(model=model) for part in line.split())), message)
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+
+
+def test_empty_prompt_is_refused(ssm_zoo: Callable[..., Result], zoo: Path) -> None:
+    fails(ssm_zoo("generate", zoo, ""), "PROMPT: got an empty text")
+
+
+def test_unfinished_run_has_no_student(ssm_zoo: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for command in (["card"], ["push", REPO], ["export", "out"], ["generate", "abc"]):
+        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "accepted: the folder of a finished distillation")
+
+
+@pytest.fixture
+def run_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes the distillation itself end with an exception."""
+
+    def end_with(error: BaseException) -> None:
+        def raise_error(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(run_module, "distill", raise_error)
+
+    return end_with
+
+
+DISTILL = ["distill", "zoo", "out", "--set", "teacher=t", "--set", "data.train=a", "--set", "data.heldout=b"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        pytest.param(ValueError("recipe x:\n  a: b\n\n  c: d."), "recipe x: a: b; c: d.", id="lines"),
+        pytest.param(FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file", id="file"),
+        pytest.param(ValueError(), "ValueError", id="no-message"),
+        pytest.param(OSError(f"401 for {TOKEN} and the-token-of-this-user"), "401 for *** and ***", id="token"),
+    ],
+)
+def test_error_is_told_in_one_line(
+    ssm_zoo: Callable[..., Result],
+    run_that: Callable[[BaseException], None],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    line: str,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "the-token-of-this-user")
+    run_that(error)
+    result = ssm_zoo(*DISTILL)
+    assert (result.exit_code, result.stderr) == (2, f"ssm-zoo: {line}\n")
+    monkeypatch.setenv("RANK", "3")
+    assert ssm_zoo(*DISTILL).stderr == f"ssm-zoo: process 3: {line}\n"
+
+
+def test_traceback_is_shown_on_request_without_the_token(
+    ssm_zoo: Callable[..., Result], run_that: Callable[[BaseException], None]
+) -> None:
+    run_that(ValueError(f"refused {TOKEN}"))
+    result = ssm_zoo("--traceback", *DISTILL)
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last):" in result.stderr
+    assert result.stderr.endswith("ValueError: refused ***\n")
+
+
+def test_bug_is_not_hidden(ssm_zoo: Callable[..., Result], run_that: Callable[[BaseException], None]) -> None:
+    run_that(RuntimeError("a bug"))
+    result = ssm_zoo(*DISTILL)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RuntimeError)
+
+
+def test_interrupt_says_how_to_go_on(
+    ssm_zoo: Callable[..., Result],
+    run_that: Callable[[BaseException], None],
+    monkeypatch: pytest.MonkeyPatch,
+    zoo: Path,
+) -> None:
+    run_that(KeyboardInterrupt())
+    result = ssm_zoo(*DISTILL)
+    again = "ssm-zoo: interrupted; give the same command again to go on\n"
+    assert (result.exit_code, result.stderr) == (130, again)
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "_verify", interrupt)
+    result = ssm_zoo("export", zoo, "out")
+    assert (result.exit_code, result.stderr) == (130, "ssm-zoo: interrupted\n")
+    assert list(Path.cwd().iterdir()) == []
+    monkeypatch.setenv("RANK", "1")
+    result = ssm_zoo(*DISTILL)
+    assert (result.exit_code, result.stderr) == (130, "")
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(
+    ssm_zoo: Callable[..., Result], run_that: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_that(RuntimeError("not to be reached"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(ssm_zoo(*DISTILL), "accelerate: 2 processes were started, but it sees 1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "start"),
+    [
+        pytest.param({}, "ssm-zoo", id="one"),
+        pytest.param({"WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2 -m ssm_zoo.cli.main", id="two"),
+        pytest.param(
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "ACCELERATE_USE_CPU": "true"},
+            "ACCELERATE_USE_CPU=true torchrun --nnodes 2 --nproc-per-node 4 -m ssm_zoo.cli.main",
+            id="two-nodes-without-gpu",
+        ),
+    ],
+)
+def test_command_repeats_the_run(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], start: str) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = distill_command("my recipe.yaml", Path("out"), ["seed=1", "teacher=a b"])
+    assert command == f"{start} distill 'my recipe.yaml' out --set seed=1 --set 'teacher=a b'"

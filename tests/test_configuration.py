@@ -1,0 +1,142 @@
+"""Configurations: derived sizes, what is accepted, and one clear error for each thing that is not."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8, "state_size": 4}
+HYBRID = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+MALFORMED = [
+    (ZooMamba2Config, {"vocab_size": 0}, r"vocab_size must be at least 1, got 0"),
+    (ZooMamba2Config, {"hidden_size": -16}, r"hidden_size must be at least 1, got -16"),
+    (ZooMamba2Config, {"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1, got 0"),
+    (ZooMamba2Config, {"head_dim": 0}, r"head_dim must be at least 1, got 0"),
+    (ZooMamba2Config, {"state_size": 0}, r"state_size must be at least 1, got 0"),
+    (ZooMamba2Config, {"expand": 0}, r"expand must be at least 1, got 0"),
+    (ZooMamba2Config, {"hidden_size": 15}, r"num_heads \* head_dim \(3 \* 8\) must equal expand \* hidden_size"),
+    (ZooMamba2Config, {"num_heads": 3}, r"num_heads \* head_dim \(3 \* 8\) must equal .* \(2 \* 16\)"),
+    (ZooMamba2Config, {"n_groups": 3}, r"n_groups must divide num_heads \(4\), got 3"),
+    (ZooMamba2Config, {"conv_kernel": 1}, r"conv_kernel must be at least 2, got 1"),
+    (ZooMamba2Config, {"layer_norm_epsilon": 0.0}, r"layer_norm_epsilon must be positive, got 0.0"),
+    (
+        ZooMamba2Config,
+        {"time_step_limit": (0.5, 0.1)},
+        r"time_step_limit must be \(low, high\) .* got \(0.5, 0.1\)",
+    ),
+    (ZooMamba2Config, {"time_step_limit": [0.5]}, r"time_step_limit must be \(low, high\) .* got \[0.5\]"),
+    (ZooMamba2Config, {"A_init_range": (-1.0, 1.0)}, r"A_init_range must be \(low, high\) .* got \(-1.0, 1.0\)"),
+    (ZooMamba2Config, {"A_init_range": (0.0, 0.0)}, r"A_init_range must .* got \(0.0, 0.0\)"),
+    (ZooMamba2Config, {"time_step_min": 0.2}, r"0 < min <= max, got 0.2 and 0.1"),
+    (ZooMamba2Config, {"hidden_size": "16"}, r"'hidden_size' expected int, got str \(value: '16'\)"),
+    (ZooMamba2Config, {"use_bias": 1.5}, r"'use_bias' expected bool, got float"),
+    (ZooHybridConfig, {"intermediate_size": 0}, r"intermediate_size must be at least 1, got 0"),
+    (ZooHybridConfig, {"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0"),
+    (ZooHybridConfig, {"mixer_types": ["mamba2"]}, r"mixer_types must name 2 mixers, got 1"),
+    (ZooHybridConfig, {"mixer_types": ["mamba2", "rnn"]}, r"mixer_types\[1\] must be one of full_.*, got 'rnn'"),
+    (
+        ZooHybridConfig,
+        {"num_key_value_heads": 3},
+        r"num_key_value_heads must divide num_attention_heads \(4\), got 3",
+    ),
+    (ZooHybridConfig, {"num_key_value_heads": 0}, r"num_key_value_heads must be at least 1, got 0"),
+    (ZooHybridConfig, {"head_dim": 5}, r"head_dim must be even, for the rotary embedding, got 5"),
+    (ZooHybridConfig, {"hidden_size": 18}, r"hidden_size .* multiple of num_attention_heads \(4\) .* got 18"),
+    (
+        ZooHybridConfig,
+        {"ssm_rotary": True, "state_size": 6},
+        r"ssm_rotary needs state_size .* head_dim \(4\), got 6",
+    ),
+    (ZooHybridConfig, {"conv_kernel": 0}, r"conv_kernel must be at least 2, got 0"),
+    (ZooHybridConfig, {"sliding_window": 0}, r"sliding_window must be at least 1, got 0"),
+    (ZooHybridConfig, {"feature_map": "relu"}, r"feature_map must be one of identity, softplus, got 'relu'"),
+    (
+        ZooHybridConfig,
+        {"normalize": True},
+        r"normalize=True needs .* feature_map must be 'softplus', got 'identity'",
+    ),
+    (ZooHybridConfig, {"hidden_act": "swash"}, r"hidden_act must be an activation of transformers, got 'swash'"),
+    (ZooHybridConfig, {"rms_norm_eps": -1e-5}, r"rms_norm_eps must be positive, got -1e-05"),
+    (
+        ZooHybridConfig,
+        {"mixer_types": ["mamba2", "mamba2"], "mamba_head_dim": 7},
+        r"num_heads \* head_dim \(4 \* 7\) must equal expand \* hidden_size \(2 \* 16\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [pytest.param(*case, id=f"{case[0].model_type}-{'-'.join(case[1])}") for case in MALFORMED],
+)
+def test_malformed_raises(kind: type, change: dict[str, Any], message: str) -> None:
+    sizes = SMALL if kind is ZooMamba2Config else HYBRID
+    kind(**sizes)
+    with pytest.raises((ValueError, StrictDataclassError), match=f"(?s){message}"):
+        kind(**(sizes | change))
+
+
+def test_derived_sizes_of_mamba2() -> None:
+    config = ZooMamba2Config(**SMALL)
+    assert (config.num_heads, config.intermediate_size) == (4, 32)
+    assert config.layer_types == ["zoo_recurrent", "zoo_recurrent"]
+    published = ZooMamba2Config()
+    assert (published.num_heads, published.intermediate_size, published.time_step_limit) == (
+        24,
+        1536,
+        (0.0, math.inf),
+    )
+
+
+def test_derived_sizes_of_the_hybrid() -> None:
+    config = ZooHybridConfig(**HYBRID)
+    assert (config.head_dim, config.state_size, config.num_key_value_heads) == (4, 4, 4)
+    assert config.mixer_types == ["full_attention", "full_attention"]
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    mixed = ["sliding_attention", "mamba2", "discrete_mamba2", "full_attention"]
+    config = ZooHybridConfig(**(HYBRID | {"num_hidden_layers": 4}), mixer_types=mixed, mamba_head_dim=8, n_groups=2)
+    assert config.layer_types == ["zoo_window", "zoo_recurrent", "zoo_recurrent", "full_attention"]
+    inner = config.mamba2
+    assert (inner.num_heads, inner.head_dim, inner.n_groups, inner.state_size, inner.hidden_size) == (
+        4,
+        8,
+        2,
+        4,
+        16,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(ZooMamba2Config(**SMALL, time_step_limit=(0.0, math.inf)), id="zoo_mamba2-unlimited"),
+        pytest.param(ZooMamba2Config(**SMALL, time_step_limit=(0.1, 2.5), n_groups=2), id="zoo_mamba2"),
+        pytest.param(
+            ZooHybridConfig(
+                **HYBRID,
+                mixer_types=["sliding_attention", "discrete_mamba2"],
+                rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+                eos_token_id=[1, 2],
+            ),
+            id="zoo_hybrid",
+        ),
+    ],
+)
+def test_saved_and_loaded(config: Any, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is type(config)
+    for name, value in config.to_dict().items():
+        actual = getattr(loaded, name) if hasattr(loaded, name) else loaded.to_dict()[name]
+        if name not in ("_name_or_path", "transformers_version"):
+            assert (tuple(actual) if isinstance(value, tuple) else actual) == value, name
+    assert loaded.layer_types == config.layer_types

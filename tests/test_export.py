@@ -1,0 +1,365 @@
+"""A saved or pushed model is complete: it loads, bit for bit, where ssm_zoo cannot be imported, and saves itself again.
+
+The processes of the users are `read_checkpoint.py`; they run once for all tests of this file.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import make_model
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
+
+from hub_stand_in import HubStandIn
+from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_default_card
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPORTED = ["mamba2-groups", "all-four"]
+SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "configuration_mamba2.py", "hub_code.py"]
+SHARED += ["modeling_mamba2.py", "rms_norm.py", "sequence.py", "ssd.py"]
+CODE = {
+    "mamba2-groups": sorted(SHARED),
+    "all-four": sorted([*SHARED, "configuration_hybrid.py", "modeling_hybrid.py"]),
+}
+DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
+AUTO_MAP = {
+    "mamba2-groups": {
+        "AutoConfig": "configuration_mamba2.ZooMamba2Config",
+        "AutoModel": "modeling_mamba2.ZooSSDModel",
+        "AutoModelForCausalLM": "modeling_mamba2.ZooSSDForCausalLM",
+    },
+    "all-four": {
+        "AutoConfig": "configuration_hybrid.ZooHybridConfig",
+        "AutoModel": "modeling_hybrid.ZooHybridModel",
+        "AutoModelForCausalLM": "modeling_hybrid.ZooHybridForCausalLM",
+    },
+}
+# What a user need not have. Without triton the torch paths are all there is.
+NOT_NEEDED = ["ssm_zoo", "mamba_ssm", "causal_conv1d", "fla", "einops", "peft", "accelerate"]
+
+
+@dataclass
+class Run:
+    """What one process found: a report and tensors for every job."""
+
+    report: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+
+
+def execute(folder: Path, *command: str, **variables: str) -> str:
+    """Output of a Python process whose caches are in `folder`."""
+    home = {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment | home | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def read(folder: Path, sources: list[tuple[str, str | None]], blocked: list[str], **variables: str) -> Run:
+    folder.mkdir()
+    jobs = [
+        {"source": source, "revision": revision, "save": str(folder / f"saved-{index}")}
+        for index, (source, revision) in enumerate(sources)
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    report = folder / "report.json"
+    script = str(Path(__file__).with_name("read_checkpoint.py"))
+    execute(folder, "-I", script, str(folder / "jobs.json"), str(report), *blocked, **variables)
+    return Run(json.loads(report.read_text()), load_file(f"{report}.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Saved models, one for every entry of EXPORTED."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name in EXPORTED:
+        make_model(name).save_pretrained(folder / name)
+    return [folder / name for name in EXPORTED]
+
+
+@pytest.fixture(scope="module")
+def in_package(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The folders read with ssm_zoo's own classes."""
+    return read(tmp_path_factory.mktemp("users") / "package", [(str(folder), None) for folder in folders], [])
+
+
+PUSH = """
+import json, sys
+from transformers import AutoModelForCausalLM
+import ssm_zoo.modeling
+
+results = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    results[name] = model.push_to_hub(f"tester/{name}", commit_message="first", tags=["tiny"])
+    model.backbone.norm_f.weight.data.mul_(2)
+    model.push_to_hub(f"tester/{name}", revision="doubled", private=False)
+    model.push_to_hub(f"tester/{name}", commit_message="second")
+    model.push_to_hub("with-card")
+    model.save_pretrained(f"saved-{name}", push_to_hub=True, commit_message="saved", private=True)
+    model.save_pretrained("elsewhere", push_to_hub=True, repo_id=f"tester/{name}-pr", create_pr=True)
+print(json.dumps(results))
+"""
+
+
+@dataclass
+class Pushed:
+    hub: HubStandIn
+    api: HfApi
+    commits: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def pushed(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Hub with the models, pushed by another process in all the ways that there are."""
+    home = tmp_path_factory.mktemp("pusher")
+    with HubStandIn() as hub:
+        api = HfApi(endpoint=hub.endpoint, token="hub-stand-in")
+        api.create_repo("tester/with-card")
+        card = b"---\nlicense: mit\n---\nwritten by hand\n"
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="tester/with-card")
+        sources = json.dumps({name: str(folder) for name, folder in zip(EXPORTED, folders, strict=True)})
+        output = execute(home, "-c", PUSH, sources, **hub.environment(home / "home"))
+        commits = json.loads(output.splitlines()[-1])
+        yield Pushed(hub, api, {name: url.rpartition("/")[2] for name, url in commits.items()})
+
+
+@pytest.fixture(scope="module")
+def without_package(pushed: Pushed, folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The folders, and then the repositories at their first commit, read where ssm_zoo cannot be imported."""
+    folder = tmp_path_factory.mktemp("users") / "bare"
+    sources = [(str(path), None) for path in folders]
+    sources += [(f"tester/{name}", pushed.commits[name]) for name in EXPORTED]
+    return read(folder, sources, NOT_NEEDED, **pushed.hub.environment(folder / "home"))
+
+
+@pytest.fixture(scope="module")
+def without_triton(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("users") / "no-triton"
+    return read(folder, [(str(path), None) for path in folders], [*NOT_NEEDED, "triton"])
+
+
+# The folder
+
+
+@pytest.mark.parametrize("index", range(len(EXPORTED)), ids=EXPORTED)
+def test_the_folder_holds_what_is_needed_and_nothing_else(folders: list[Path], index: int) -> None:
+    folder, name = folders[index], EXPORTED[index]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*DATA, "LICENSE", *CODE[name]])
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP[name]
+    assert (folder / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"ssm-zoo", "custom_code", json.loads((folder / "config.json").read_text())["model_type"]} <= set(
+        card.data.tags
+    )
+    assert f"# {name}" in card.text and "trust_remote_code=True" in card.text
+
+
+@pytest.mark.parametrize("index", range(len(EXPORTED)), ids=EXPORTED)
+def test_exported_code_differs_in_its_imports_from_kernels_only(folders: list[Path], index: int) -> None:
+    for name in CODE[EXPORTED[index]]:
+        text = (folders[index] / name).read_text()
+        originals = [path for path in (ROOT / "modeling" / name, ROOT / "kernels" / name) if path.exists()]
+        assert len(originals) == 1
+        for line, original in zip(text.split("\n"), originals[0].read_text().split("\n"), strict=True):
+            flat = original.lstrip().startswith("from ..kernels.")
+            assert line == (original.replace("from ..kernels.", "from .") if flat else original)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("ssm_zoo") for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level <= 1 and not (node.module or "").startswith("ssm_zoo")
+                assert node.level == 0 or f"{node.module}.py" in CODE[EXPORTED[index]]
+
+
+def test_saving_keeps_a_card_and_a_licence_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "LICENSE").write_text("another")
+    make_model("mamba2").save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "LICENSE").read_text() == "another"
+
+
+def test_the_backbone_is_exported_too(tmp_path: Path) -> None:
+    make_model("mamba2-groups").backbone.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["ZooSSDModel"] and config["auto_map"] == AUTO_MAP["mamba2-groups"]
+    assert set(CODE["mamba2-groups"]) < {path.name for path in tmp_path.iterdir()}
+
+
+def test_another_rank_writes_nothing_but_its_weights(tmp_path: Path) -> None:
+    make_model("mamba2").save_pretrained(tmp_path, is_main_process=False)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".safetensors"}
+
+
+# Loading without the package
+
+
+@pytest.mark.parametrize("user", ["in_package", "without_package", "without_triton"])
+def test_the_right_code_was_run(user: str, request: pytest.FixtureRequest) -> None:
+    package = "ssm_zoo.modeling." if user == "in_package" else "transformers_modules."
+    for job in request.getfixturevalue(user).report:
+        assert all(module.startswith(package) for module in job["modules"]), job["modules"]
+
+
+@pytest.mark.parametrize("index", range(len(EXPORTED)), ids=EXPORTED)
+@pytest.mark.parametrize("user", ["without_package", "without_triton"])
+def test_bit_equal_to_the_package(in_package: Run, user: str, index: int, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(user)
+    for name in ("logits", "hidden", "tokens", "beams"):
+        expected = in_package.tensors[f"{index}/{name}"]
+        assert torch.equal(run.tensors[f"{index}/{name}"], expected), name
+        assert expected.float().std() > 0.1
+    assert run.report[index]["config"].items() >= json_of_config(index).items()
+
+
+def json_of_config(index: int) -> dict[str, Any]:
+    sizes = {"mamba2-groups": {"n_groups": 4, "conv_kernel": 3}, "all-four": {"sliding_window": 5, "head_dim": 6}}
+    return sizes[EXPORTED[index]] | {"model_type": ["zoo_mamba2", "zoo_hybrid"][index]}
+
+
+@pytest.mark.parametrize("user", ["in_package", "without_package", "without_triton"])
+def test_saved_again_and_loaded_again(user: str, request: pytest.FixtureRequest) -> None:
+    """By a process that knows the code from the checkpoint alone; and not by a reference to where it came from."""
+    for index, job in enumerate(request.getfixturevalue(user).report):
+        name = EXPORTED[index % 2]
+        assert job["same_again"]
+        assert job["saved_auto_map"] == AUTO_MAP[name]
+        # The licence does not travel with code that transformers loaded.
+        licence = ["LICENSE"] if user == "in_package" else []
+        assert job["saved_files"] == sorted([*DATA, *licence, *CODE[name]])
+
+
+# The Hub
+
+
+@pytest.mark.parametrize("index", range(len(EXPORTED)), ids=EXPORTED)
+def test_pushed_and_loaded_at_a_revision(in_package: Run, without_package: Run, index: int) -> None:
+    """The first commit, although the weights were changed since."""
+    from_hub = index + len(EXPORTED)
+    for name in ("logits", "hidden", "tokens", "beams"):
+        expected = in_package.tensors[f"{index}/{name}"]
+        assert torch.equal(without_package.tensors[f"{from_hub}/{name}"], expected), name
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_is_on_the_hub(pushed: Pushed, name: str) -> None:
+    api, repository = pushed.api, f"tester/{name}"
+    info = api.model_info(repository)
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+    assert files == {*DATA, "LICENSE", *CODE[name]}
+    assert {"tiny", "ssm-zoo", "custom_code"} <= set(info.tags or [])
+    titles = [commit.title for commit in api.list_repo_commits(repository)]
+    assert titles[0] == "second" and "first" in titles
+    assert any(commit.commit_id == pushed.commits[name] for commit in api.list_repo_commits(repository))
+    assert "doubled" in [branch.name for branch in api.list_repo_refs(repository).branches]
+    assert api.file_exists(repository, "model.safetensors", revision="doubled")
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_save_pretrained_pushes_too(pushed: Pushed, name: str) -> None:
+    api, repository = pushed.api, f"tester/saved-{name}"
+    info = api.model_info(repository)
+    assert info.private
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+    assert files == {*DATA, "LICENSE", *CODE[name]}
+    assert api.list_repo_commits(repository)[0].title == "saved"
+    assert api.file_exists(f"tester/{name}-pr", "config.json", revision="refs/pr/1")
+    assert not api.file_exists(f"tester/{name}-pr", "config.json")
+
+
+def test_a_card_that_the_repository_has_is_kept(pushed: Pushed, tmp_path: Path) -> None:
+    path = pushed.api.hf_hub_download("tester/with-card", "README.md", local_dir=tmp_path)
+    assert Path(path).read_text().endswith("written by hand\n")
+    assert pushed.api.file_exists("tester/with-card", "model.safetensors")
+
+
+# Collecting the code
+
+
+def collect(monkeypatch: pytest.MonkeyPatch, root: Path, files: dict[str, str]) -> dict[str, str]:
+    """`collect_code` for `modeling/modeling_a.py` in a tree of files."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setitem(sys.modules, "pkg.modeling_a", SimpleNamespace(__file__=str(root / "modeling/modeling_a.py")))
+    return collect_code(["pkg.modeling_a"])
+
+
+def test_code_is_followed_and_flattened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "import torch\nfrom ..kernels.scan import (\n    scan,\n)\nfrom .b import b\n\n\ndef f():\n"
+    files = {
+        "modeling/modeling_a.py": text + "    from ..kernels.late import late\n",
+        "modeling/b.py": "from .modeling_a import f\nX = 'from ..kernels.scan import nothing'\n",
+        "modeling/unused.py": "",
+        "kernels/scan.py": "from ._tiles import tiles\n",
+        "kernels/_tiles.py": "",
+        "kernels/late.py": "",
+    }
+    found = collect(monkeypatch, tmp_path, files)
+    assert list(found) == ["_tiles.py", "b.py", "late.py", "modeling_a.py", "scan.py"]
+    flat = text.replace("..kernels.", ".") + "    from .late import late\n"
+    assert found["modeling_a.py"] == flat
+    assert found["b.py"] == files["modeling/b.py"]
+
+
+RELATIVELY = "an exported file must import the package relatively"
+ONLY = "only `from .name import` and `from ..kernels.name import` can be exported"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        pytest.param("import ssm_zoo.kernels.ssd", RELATIVELY, id="import"),
+        pytest.param("from ssm_zoo.kernels.ssd import ssd", RELATIVELY, id="from-import"),
+        pytest.param("from . import b", ONLY, id="bare-dot"),
+        pytest.param("from .sub.b import c", ONLY, id="deeper"),
+        pytest.param("from ..conversion.b import c", ONLY, id="another-package"),
+        pytest.param("from ..kernels import b", ONLY, id="kernels-itself"),
+        pytest.param("from ...kernels.b import c", ONLY, id="too-far-up"),
+    ],
+)
+def test_an_import_that_cannot_be_flattened_raises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"modeling_a.py, line 2: {message}")):
+        collect(monkeypatch, tmp_path, {"modeling/modeling_a.py": f"import torch\n{line}\n"})
+
+
+def test_two_files_of_one_name_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {
+        "modeling/modeling_a.py": "from ..kernels.cache import x\nfrom .cache import y\n",
+        "modeling/cache.py": "",
+        "kernels/cache.py": "",
+    }
+    with pytest.raises(ValueError, match=r"two files are called cache\.py: .*; a Hub folder is flat"):
+        collect(monkeypatch, tmp_path, files)
+
+
+def test_writing_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    write_atomically(target, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, "new")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_the_default_card_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_default_card(Path("."), model_type="zoo_x", class_name="X", parameters=12345)
+    text = (tmp_path / "README.md").read_text()
+    assert f"# {tmp_path.name}\n" in text and "12,345 parameters" in text and "`zoo_x`" in text

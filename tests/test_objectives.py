@@ -1,0 +1,409 @@
+"""The objectives against straightforward versions that keep everything; what a stage trains, and how fast."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from teachers import draw_ids, make_teacher
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from ssm_zoo.distill.objectives import LOSS_NAMES, layer_errors, objective
+from ssm_zoo.distill.optimizer import average_gradients, make_optimizer, schedule_factor, trained_parameters
+from ssm_zoo.distill.recipe import StageSpec, StudentSpec
+from ssm_zoo.distill.student import build_student, student_mixer
+from ssm_zoo.modeling import ZooHybridForCausalLM
+
+LAYERS = [0, 1, 3]
+MIXERS = [
+    pytest.param({}, id="discrete"),
+    pytest.param({"rotary": True, "feature_map": "softplus", "normalize": True}, id="softplus"),
+    pytest.param({"mixer": "mamba2"}, id="mamba2"),
+]
+
+
+def stage(objective: str = "logit_distillation", **changes: Any) -> StageSpec:
+    values = {"name": "a", "objective": objective, "tokens": 640, "sequence_length": 16, "batch_size": 4}
+    return StageSpec(**{**values, "learning_rate": 1e-3, **changes})
+
+
+def make_student(teacher: LlamaForCausalLM, layers: Sequence[int] = LAYERS, **spec: Any) -> ZooHybridForCausalLM:
+    """A student in which everything that training changes has moved a little, so that no gradient is 0 by chance."""
+    student = build_student(teacher, StudentSpec(**{"half_life": (2.0, 16.0), **spec}), layers)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return student
+
+
+def teacher_activations(teacher: LlamaForCausalLM, ids: Tensor) -> list[dict[str, Tensor]]:
+    """Everything that a forward of the teacher computes, layer by layer, by its own modules."""
+    decoder = teacher.model
+    teacher.set_attn_implementation("eager")
+    hidden = decoder.embed_tokens(ids)
+    length = ids.shape[1]
+    rotary = decoder.rotary_emb(hidden, torch.arange(length)[None])
+    mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
+    records = []
+    with torch.no_grad():
+        for block in decoder.layers:
+            normed = block.input_layernorm(hidden)
+            output, matrix = block.self_attn(normed, position_embeddings=rotary, attention_mask=mask)
+            after = hidden + output
+            after = after + block.mlp(block.post_attention_layernorm(after))
+            records.append({"input": hidden, "normed": normed, "output": output, "matrix": matrix, "after": after})
+            hidden = after
+    return records
+
+
+def straightforward(
+    stage: StageSpec, student: ZooHybridForCausalLM, teacher: LlamaForCausalLM, layers: Sequence[int], ids: Tensor
+) -> Tensor:
+    """A stage's loss, all layers at once."""
+    if stage.objective == "logit_distillation":
+        targets = F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
+        log_q = student(input_ids=ids).logits.flatten(0, 1).log_softmax(-1)
+        log_p = teacher(input_ids=ids).logits.flatten(0, 1).log_softmax(-1)
+        divergence = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+        surprise = F.nll_loss(log_q, targets, ignore_index=-100, reduction="sum")
+        return ((1 - stage.ce_weight) * divergence + stage.ce_weight * surprise) / ids.numel()
+    terms = []
+    for layer, record in enumerate(teacher_activations(teacher, ids)):
+        if layer not in layers:
+            continue
+        sequence = student.backbone.sequence_of(record["normed"])
+        if stage.objective == "matrix_orientation":
+            # The matrix of the model's own forward, which distillation does not run.
+            _, matrix = student_mixer(student, layer)(record["normed"], sequence, output_attentions=True)
+            distances = (matrix - record["matrix"]).square().sum((2, 3)).sqrt()
+            terms.append(distances.mean())
+            continue
+        if stage.target == "mixer_output":
+            output, _ = student_mixer(student, layer)(record["normed"], sequence)
+            wanted = record["output"]
+        else:
+            block: Any = student.backbone.layers[layer]
+            output = block(record["input"], sequence)[0] - record["input"]
+            wanted = record["after"] - record["input"]
+        errors = (output - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
+        terms.append(errors.mean())
+    return torch.stack(terms).mean()
+
+
+def gradients(student: ZooHybridForCausalLM) -> dict[str, Tensor]:
+    """What is there by name, taken away."""
+    taken = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    student.zero_grad()
+    return taken
+
+
+def choose(student: ZooHybridForCausalLM, train: str) -> set[str]:
+    """Let a stage's parameters require gradients and no others, as a run does, and return their names."""
+    mixers, others = trained_parameters(student, train, LAYERS)
+    student.requires_grad_(False)
+    for parameter in (*mixers.values(), *others.values()):
+        parameter.requires_grad_(True)
+    return {*mixers, *others}
+
+
+STAGES = [
+    pytest.param({"objective": "matrix_orientation"}, id="matrix orientation"),
+    pytest.param({"objective": "hidden_state_alignment"}, id="mixer output"),
+    pytest.param({"objective": "hidden_state_alignment", "target": "block_output"}, id="block output"),
+    pytest.param({"objective": "logit_distillation"}, id="logits"),
+    pytest.param({"objective": "logit_distillation", "ce_weight": 0.4}, id="logits and cross-entropy"),
+]
+
+
+@pytest.mark.parametrize("train", ["mixers", "all"])
+@pytest.mark.parametrize("spec", MIXERS)
+@pytest.mark.parametrize("options", STAGES)
+def test_streamed_gradients_are_those_of_keeping_everything(
+    options: dict[str, Any], spec: dict[str, Any], train: str
+) -> None:
+    teacher, ids, part = make_teacher(), draw_ids(3, 16), stage(**options)
+    student = make_student(teacher, **spec)
+    chosen = choose(student, train)
+    value = objective(part, student, teacher, LAYERS)(ids)
+    streamed = gradients(student)
+    loss = straightforward(part, student, teacher, LAYERS, ids)
+    loss.backward()
+    expected = gradients(student)
+    assert value == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert streamed.keys() == expected.keys() <= chosen
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(streamed[name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=name)
+    moving = {name for name, gradient in streamed.items() if gradient.abs().max() > 0}
+    if part.objective == "logit_distillation":
+        assert moving == chosen
+    elif part.objective == "hidden_state_alignment":
+        assert moving >= set(trained_parameters(student, "mixers", LAYERS)[0])
+    else:
+        # What makes B, C, decay and skip; values, gate and output projection stay.
+        decay = ("dt_bias", "A_log") if spec.get("mixer") == "mamba2" else ("dt_bias",)
+        parts = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "D", *decay)
+        assert moving == {f"backbone.layers.{layer}.mixer.{name}" for layer in LAYERS for name in parts}
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_gradients_reach_the_chosen_parameters_alone(options: dict[str, Any]) -> None:
+    teacher, ids, part = make_teacher(), draw_ids(2, 12), stage(**options)
+    for train in ("mixers", "mixers+norms"):
+        student = make_student(teacher)
+        chosen = choose(student, train)
+        before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+        objective(part, student, teacher, LAYERS)(ids)
+        assert gradients(student).keys() <= chosen
+        for name, parameter in student.named_parameters():
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_gradients_add_up_over_calls() -> None:
+    teacher, ids = make_teacher(), draw_ids(2, 12)
+    student = make_student(teacher)
+    choose(student, "mixers")
+    step = objective(stage("hidden_state_alignment"), student, teacher, LAYERS)
+    step(ids)
+    once = gradients(student)
+    step(ids)
+    step(ids)
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(gradient, 2 * once[name], msg=name)
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_every_objective_can_be_followed_downhill(options: dict[str, Any]) -> None:
+    teacher, ids = make_teacher(), draw_ids(4, 16)
+    student = make_student(teacher)
+    part = stage(schedule="constant", warmup=0.0, learning_rate=3e-3, **options)
+    choose(student, "mixers")
+    optimizer, _ = make_optimizer(part, *trained_parameters(student, "mixers", LAYERS))
+    step, values = objective(part, student, teacher, LAYERS), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        values.append(step(ids))
+        optimizer.step()
+    assert values[-1] < 0.95 * values[0]
+    assert part.objective in LOSS_NAMES
+
+
+def test_the_block_target_is_what_the_block_adds() -> None:
+    teacher, ids = make_teacher(), draw_ids(2, 12)
+    identical = build_student(teacher, StudentSpec(mixer="sliding_attention"), LAYERS)
+    silent = build_student(teacher, StudentSpec(half_life=(4.0, 4.0)), LAYERS)
+    with torch.no_grad():
+        for layer in LAYERS:
+            block: Any = silent.backbone.layers[layer]
+            block.mixer.out_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    part = stage("hidden_state_alignment", target="block_output")
+    assert objective(part, identical, teacher, LAYERS)(ids) < 1e-8
+    assert objective(part, silent, teacher, LAYERS)(ids) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("spec", MIXERS)
+def test_layer_errors_are_relative_distances(spec: dict[str, Any]) -> None:
+    teacher, ids = make_teacher(), draw_ids(2, 16)
+    student = make_student(teacher, **spec)
+    records = teacher_activations(teacher, ids)
+    rows = layer_errors(student, teacher, LAYERS, ids)
+    assert [row["layer"] for row in rows] == LAYERS
+    for row in rows:
+        record: dict[str, Any] = records[row["layer"]]
+        mixer: Any = student_mixer(student, row["layer"])
+        with torch.no_grad():
+            sequence = student.backbone.sequence_of(record["normed"])
+            output, matrix = mixer(record["normed"], sequence, output_attentions=True)
+            rates = -mixer.log_decay(record["normed"]).mean((0, 1))
+        distance = (output - record["output"]).norm() / record["output"].norm()
+        assert row["output_error"] == pytest.approx(float(distance), rel=1e-4)
+        for head in range(6):
+            target = record["matrix"][:, head]
+            distance = (matrix[:, head] - target).norm() / target.norm()
+            assert row["matrix_error"][head] == pytest.approx(float(distance), rel=1e-4)
+            assert row["half_life"][head] == pytest.approx(math.log(2) / float(rates[head]), rel=1e-4)
+        assert len(row["matrix_error"]) == len(row["half_life"]) == 6
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_a_head_that_does_not_decay_has_no_half_life() -> None:
+    teacher = make_teacher()
+    student = build_student(teacher, StudentSpec(half_life=(8.0, 8.0)), [1])
+    with torch.no_grad():
+        student_mixer(student, 1).get_parameter("dt_bias")[2] = -100.0
+    (row,) = layer_errors(student, teacher, [1], draw_ids(1, 8))
+    assert row["half_life"][2] is None
+    assert row["half_life"][3] == pytest.approx(8.0, rel=1e-5)
+
+
+def test_attention_has_an_output_error_alone() -> None:
+    teacher = make_teacher()
+    student = build_student(teacher, StudentSpec(mixer="sliding_attention"), [2])
+    (row,) = layer_errors(student, teacher, [2], draw_ids(1, 8))
+    assert row["output_error"] < 1e-5
+    assert row["matrix_error"] == row["half_life"] == []
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_stage_trains_mixers_norms_or_all(tied: bool) -> None:
+    student = build_student(make_teacher(tie_word_embeddings=tied), StudentSpec(mixer="mamba2"), [1, 3])
+    of_mixers = {
+        name for name, _ in student.named_parameters() if ".layers.1.mixer." in name or ".layers.3.mixer." in name
+    }
+    # The norm inside a Mamba-2 mixer is the mixer's own.
+    assert "backbone.layers.1.mixer.norm.weight" in of_mixers
+    for train in ("mixers", "mixers+norms", "all"):
+        assert set(trained_parameters(student, train, [1, 3])[0]) == of_mixers
+    assert trained_parameters(student, "mixers", [1, 3])[1] == {}
+    norms = {
+        f"backbone.layers.{layer}.{kind}_layernorm.weight" for layer in range(4) for kind in ("input", "post_attention")
+    }
+    assert set(trained_parameters(student, "mixers+norms", [1, 3])[1]) == norms | {"backbone.norm_f.weight"}
+    mixers, others = trained_parameters(student, "all", [1, 3])
+    chosen = [*mixers.values(), *others.values()]
+    assert len({id(parameter) for parameter in chosen}) == len(chosen)
+    assert {id(parameter) for parameter in chosen} == {id(parameter) for parameter in student.parameters()}
+    assert ("lm_head.weight" in others) == (not tied)
+    assert "backbone.embeddings.weight" in others
+
+
+@pytest.mark.parametrize("other_rate", [None, 1e-5], ids=["same rate", "own rate"])
+def test_optimizer_groups_have_their_rates_and_decay(other_rate: float | None) -> None:
+    student = make_student(make_teacher())
+    part = stage(train="all", learning_rate=2e-3, other_learning_rate=other_rate, weight_decay=0.1, betas=(0.8, 0.9))
+    mixers, others = trained_parameters(student, "all", LAYERS)
+    optimizer, names = make_optimizer(part, mixers, others)
+    assert len(names) == len(set(names)) == len(mixers) + len(others)
+    at = iter(names)
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.9)
+        for parameter in group["params"]:
+            name = next(at)
+            assert parameter is (mixers | others)[name]
+            assert group["lr"] == group["peak"] == (2e-3 if name in mixers else other_rate or 2e-3)
+            vector = name.endswith(("dt_bias", "z_bias", ".D", "norm.weight", "norm_f.weight", "conv1d.bias"))
+            assert group["weight_decay"] == (0.0 if vector else 0.1), name
+    assert next(at, None) is None
+
+
+def test_an_optimizer_of_mixers_alone_has_no_empty_group() -> None:
+    student = make_student(make_teacher())
+    optimizer, names = make_optimizer(stage(), *trained_parameters(student, "mixers", LAYERS))
+    assert len(optimizer.param_groups) == 2
+    assert all(group["params"] for group in optimizer.param_groups)
+    assert all(".mixer." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "expected"),
+    [
+        pytest.param(4, {"schedule": "constant", "warmup": 0.0}, [1, 1, 1, 1], id="constant"),
+        pytest.param(4, {"schedule": "constant", "warmup": 0.5}, [0.5, 1, 1, 1], id="warm-up"),
+        pytest.param(4, {"schedule": "constant", "warmup": 0.3}, [0.5, 1, 1, 1], id="warm-up rounded up"),
+        pytest.param(
+            5,
+            {"schedule": "cosine", "warmup": 0.0, "final_learning_rate_ratio": 0.2},
+            [1, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5)), 0.2],
+            id="cosine",
+        ),
+        pytest.param(
+            5,
+            {"schedule": "cosine", "warmup": 0.4, "final_learning_rate_ratio": 0.0},
+            [0.5, 1, 1, 0.5, 0],
+            id="cosine after warm-up",
+        ),
+        pytest.param(
+            6,
+            {"schedule": "wsd", "warmup": 1 / 6, "decay": 0.5, "final_learning_rate_ratio": 0.1},
+            [1, 1, 1, 0.7, 0.4, 0.1],
+            id="wsd",
+        ),
+        pytest.param(
+            4,
+            {"schedule": "wsd", "warmup": 0.5, "decay": 0.5, "final_learning_rate_ratio": 0.0},
+            [0.5, 1, 0.5, 0],
+            id="wsd without a stable part",
+        ),
+        pytest.param(
+            3,
+            {"schedule": "wsd", "warmup": 0.0, "decay": 1.0, "final_learning_rate_ratio": 0.25},
+            [0.75, 0.5, 0.25],
+            id="wsd that only falls",
+        ),
+        pytest.param(2, {"schedule": "cosine", "warmup": 0.0, "final_learning_rate_ratio": 0.5}, [1, 0.5], id="two"),
+        pytest.param(1, {"schedule": "cosine"}, [1], id="one step, cosine"),
+        pytest.param(1, {"schedule": "cosine", "warmup": 0.0}, [1], id="one step, cosine without warm-up"),
+        pytest.param(1, {"schedule": "wsd"}, [1], id="one step, wsd"),
+        pytest.param(1, {"schedule": "constant"}, [1], id="one step, constant"),
+    ],
+)
+def test_schedules(steps: int, options: dict[str, Any], expected: list[float]) -> None:
+    part = stage(tokens=steps * 64, **options)
+    assert part.steps == steps
+    assert [schedule_factor(part, step) for step in range(steps)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 100, 1000])
+def test_a_schedule_rises_stays_and_falls_within_its_bounds(schedule: str, steps: int) -> None:
+    shares = {"warmup": 0.07} | ({"decay": 0.28} if schedule == "wsd" else {})
+    part = stage(tokens=steps * 64, schedule=schedule, **shares)
+    factors = [schedule_factor(part, step) for step in range(steps)]
+    # 0.07 * 100 is 7.000000000000001 in floating point: still seven steps.
+    warm = math.ceil(steps * 7 / 100)
+    assert factors[:warm] == pytest.approx([(step + 1) / warm for step in range(warm)])
+    assert all(before >= after for before, after in zip(factors[warm - 1 :], factors[warm:], strict=False))
+    if steps > 3:
+        assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    if schedule == "wsd":
+        assert sum(factor == 1.0 for factor in factors) == steps - warm + 1 - math.ceil(steps * 28 / 100) or steps < 7
+
+
+def test_one_process_keeps_its_own_gradients() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
+    assert average_gradients(Accelerator(), [parameter], 0.25) == 0.25
+    assert parameter.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+class FourProcesses:
+    """An accelerator whose other three processes have gradients and a loss of zero."""
+
+    num_processes, device = 4, torch.device("cpu")
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        assert reduction == "mean" and tensor.device == self.device
+        return tensor / 4
+
+
+def test_gradients_and_loss_are_averaged_over_the_processes() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (4,))]
+    parameters[0].grad = torch.arange(6.0).view(2, 3)
+    parameters[2].grad = torch.full((4,), 8.0)
+    accelerator: Any = FourProcesses()
+    assert average_gradients(accelerator, parameters, 2.0) == 0.5
+    torch.testing.assert_close(parameters[0].grad, torch.arange(6.0).view(2, 3) / 4)
+    assert parameters[1].grad is None
+    assert parameters[2].grad.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_shards_of_a_batch_average_to_the_whole(options: dict[str, Any]) -> None:
+    teacher, ids, part = make_teacher(), draw_ids(4, 12), stage(**options)
+    student = make_student(teacher)
+    choose(student, "mixers")
+    step = objective(part, student, teacher, LAYERS)
+    whole = step(ids)
+    expected = gradients(student)
+    shards = [step(ids[:2]), step(ids[2:])]
+    assert sum(shards) / 2 == pytest.approx(whole, rel=1e-5)
+    for name, gradient in gradients(student).items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient / 2, expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=name)

@@ -1,0 +1,288 @@
+"""Recipes that are refused: every message names the key, the value and what is accepted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssm_zoo.distill.recipe import load_recipe, parse_recipe, resolve_layers
+
+TEXT = """
+teacher: folder/of/teacher
+student: {layers: odd, mixer: discrete_mamba2}
+data: {train: train.txt, heldout: [a.txt, b.txt], sequence_length: 64}
+stages:
+  - {name: align, objective: hidden_state_alignment, tokens: 1000, batch_size: 4, learning_rate: 2e-3}
+  - {name: distil, objective: logit_distillation, tokens: 1e6, batch_size: 2, learning_rate: 5e-4, schedule: wsd}
+"""
+
+
+def write(tmp_path: Path, text: str = TEXT) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    stage = {"name": "one", "objective": "matrix_orientation", "tokens": 8, "batch_size": 1, "learning_rate": 1.0}
+    base = {"teacher": "t", "student": {}, "data": {"train": "a", "heldout": "b"}, "stages": [stage]}
+    return {**base, **changes}
+
+
+REFUSED = [
+    pytest.param(["teacher=1e5"], ["teacher: got 100000.0; accepted: a text"], id="number-for-text"),
+    pytest.param(["teacher=''"], ["teacher: got ''; accepted: a text that is not empty"], id="empty-text"),
+    pytest.param(
+        ["stages.1.learning_rte=1"],
+        ["stages.1.learning_rte", "did you mean 'learning_rate'?", "accepted keys: name, objective, train"],
+        id="misspelt-key",
+    ),
+    pytest.param(["zzz=1"], ["zzz: unknown key (value 1); accepted keys: teacher, student"], id="unknown-key"),
+    pytest.param(
+        ["data.test=a"],
+        ["data.test: unknown key (value 'a')", "train, heldout, sequence_length"],
+        id="unknown-nested-key",
+    ),
+    pytest.param(
+        ["stages.0={name: x}"],
+        [
+            "stages.0.objective is missing",
+            "stages.0.tokens is missing",
+            "required keys: name, objective, tokens, batch_size, learning_rate",
+        ],
+        id="missing-keys",
+    ),
+    pytest.param(
+        ["stages.0.learning_rate=fast"],
+        ["stages.0.learning_rate: got 'fast'; accepted: a number above 0"],
+        id="text-for-number",
+    ),
+    pytest.param(["stages.0.learning_rate=0"], ["stages.0.learning_rate: got 0;"], id="zero-learning-rate"),
+    pytest.param(["stages.0.learning_rate=.nan"], ["stages.0.learning_rate: got nan;"], id="nan"),
+    pytest.param(["stages.0.weight_decay=.inf"], ["stages.0.weight_decay: got inf;"], id="infinity"),
+    pytest.param(["stages.0.weight_decay=true"], ["stages.0.weight_decay: got True;"], id="bool-for-number"),
+    pytest.param(
+        ["stages.0.weight_decay=-1e-9"],
+        ["weight_decay: got -1e-09; accepted: a number of 0 or more"],
+        id="negative",
+    ),
+    pytest.param(
+        ["stages.0.tokens=1.5"],
+        ["stages.0.tokens: got 1.5; accepted: a whole number of 1 or more"],
+        id="fraction-of-a-token",
+    ),
+    pytest.param(["stages.0.tokens=0"], ["stages.0.tokens: got 0;"], id="no-tokens"),
+    pytest.param(["stages.0.tokens=true"], ["stages.0.tokens: got True;"], id="bool-for-count"),
+    pytest.param(
+        ["stages.0.sequence_length=1"],
+        ["stages.0.sequence_length: got 1; accepted: a whole number of 2"],
+        id="one-token",
+    ),
+    pytest.param(["data.sequence_length=x"], ["data.sequence_length: got 'x'"], id="bad-length-is-not-passed-on"),
+    pytest.param(
+        ["stages.0.warmup=0.6"],
+        ["stages.0.warmup: got 0.6; accepted: a share of the steps from 0 to 0.5"],
+        id="warmup",
+    ),
+    pytest.param(
+        ["stages.1.warmup=0.5", "stages.1.decay=0.6"],
+        ["stages.1.decay: got 0.6; accepted: at most"],
+        id="warmup-and-decay",
+    ),
+    pytest.param(
+        ["stages.0.betas=[0.9, 1]"], ["stages.0.betas: got [0.9, 1]; accepted: two numbers"], id="beta-of-1"
+    ),
+    pytest.param(["stages.0.betas=[0.9]"], ["stages.0.betas: got [0.9];"], id="one-beta"),
+    pytest.param(["stages.0.max_grad_norm=0"], ["stages.0.max_grad_norm: got 0;"], id="max-grad-norm"),
+    pytest.param(["stages.1.temperature=0"], ["stages.1.temperature: got 0;"], id="temperature"),
+    pytest.param(
+        ["stages.1.ce_weight=1.1"], ["stages.1.ce_weight: got 1.1; accepted: a number from 0 to 1"], id="ce-weight"
+    ),
+    pytest.param(
+        ["stages.0.schedule=linear"],
+        ["stages.0.schedule: got 'linear'; accepted: 'cosine', 'wsd' or"],
+        id="schedule",
+    ),
+    pytest.param(
+        ["stages.0.name=Stage 1"], ["stages.0.name: got 'Stage 1'; accepted: lower-case letters"], id="stage-name"
+    ),
+    pytest.param(
+        ["stages.1.name=align"],
+        ["stages.1.name: got 'align'; accepted: a name that no earlier stage has"],
+        id="stage-names-twice",
+    ),
+    pytest.param(["stages=[]"], ["stages: got []; accepted: one or more"], id="no-stage"),
+    pytest.param(["stages={}"], ["stages: got {}; accepted: a list"], id="mapping-for-list"),
+    pytest.param(
+        ["student=odd"],
+        ["student: got 'odd'; accepted: a mapping with the keys layers, mixer"],
+        id="text-for-mapping",
+    ),
+    pytest.param(
+        ["student.conv_kernel=9"],
+        ["student.conv_kernel: got 9; accepted: a whole number from 2 to 8"],
+        id="conv-kernel",
+    ),
+    pytest.param(
+        ["student.half_life=[8, 4]"],
+        ["student.half_life: got [8, 4]; accepted: 'calibrated' or"],
+        id="half-life-order",
+    ),
+    pytest.param(["student.half_life=[0, 4]"], ["student.half_life: got [0, 4];"], id="half-life-zero"),
+    pytest.param(["student.half_life=auto"], ["student.half_life: got 'auto';"], id="half-life-text"),
+    pytest.param(
+        ["student.normalize=1"], ["student.normalize: got 1; accepted: true or false"], id="number-for-bool"
+    ),
+    pytest.param(
+        ["student.layers=every:0"], ["student.layers: got 'every:0'; accepted: a list of distinct"], id="layers"
+    ),
+    pytest.param(["student.layers=[1, 1]"], ["student.layers: got [1, 1];"], id="layers-twice"),
+    pytest.param(["data.train=[]"], ["data.train: got []; accepted: a path, 'builtin:NAME'"], id="no-text"),
+    pytest.param(["data.train=[a, 3]"], ["data.train: got ['a', 3];"], id="number-for-path"),
+    pytest.param(["evaluation.prompts=[3]"], ["evaluation.prompts.0: got 3; accepted: a text"], id="prompt"),
+    pytest.param(
+        ["evaluation.tokens=63"],
+        ["evaluation.tokens: got 63; accepted: at least sequence_length = 64"],
+        id="less-than-a-window",
+    ),
+    pytest.param(["dtype=float16"], ["dtype: got 'float16'; accepted: 'float32' or 'bfloat16'"], id="dtype"),
+    pytest.param(["seed=-1"], ["seed: got -1; accepted: a whole number of 0 or more"], id="seed"),
+    pytest.param(["checkpoint_every=0"], ["checkpoint_every: got 0;"], id="checkpoint-every"),
+    pytest.param(["seed=-1", "dtype=x"], ["seed: got -1", "dtype: got 'x'"], id="all-problems-at-once"),
+    pytest.param(["preset=mohawk"], ["preset: unknown key"], id="preset-by-override"),
+    pytest.param(["seed"], ["override: got 'seed'; accepted: dotted.key=value"], id="override-without-value"),
+    pytest.param(["=1"], ["override: got '=1'"], id="override-without-key"),
+    pytest.param(["a..b=1"], ["override: got 'a..b=1'"], id="override-with-empty-key"),
+    pytest.param(
+        ["stages.2.tokens=1"], ["stages is a list; got '2'; accepted: 0 to 1"], id="override-beyond-list"
+    ),
+    pytest.param(
+        ["stages.x.tokens=1"], ["stages is a list; got 'x'; accepted: 0 to 1"], id="override-name-in-list"
+    ),
+    pytest.param(
+        ["teacher.name=1"], ["teacher is 'folder/of/teacher', which has nothing below"], id="below-a-text"
+    ),
+    pytest.param(["seed=[1"], ["override 'seed=[1': the value is not valid YAML"], id="override-not-yaml"),
+    pytest.param(["seed=2024-13-45"], ["is not valid YAML"], id="override-impossible-date"),
+    pytest.param(["student={mixer: mamba2, mixer: mamba2}"], ["the key 'mixer' stands twice"], id="key-twice"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "messages"), REFUSED)
+def test_what_is_not_accepted_is_named(tmp_path: Path, overrides: list[str], messages: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write(tmp_path), overrides)
+    assert type(caught.value) is ValueError
+    text = str(caught.value)
+    for message in messages:
+        assert message in text, text
+
+
+def test_one_problem_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write(tmp_path), ["data.sequence_length=x"])
+    assert str(caught.value).count("got") == 1
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write(tmp_path), ["student.layers=[0, 0]"])
+    assert str(caught.value).count("got") == 1
+
+
+ONLY_FOR_ONE = [
+    pytest.param("matrix_orientation", "target", "mixer_output", id="orientation-target"),
+    pytest.param("logit_distillation", "target", "block_output", id="logits-target"),
+    pytest.param("matrix_orientation", "kl", "forward", id="orientation-kl"),
+    pytest.param("hidden_state_alignment", "kl", "reverse", id="alignment-kl"),
+    pytest.param("hidden_state_alignment", "temperature", 1.0, id="alignment-temperature"),
+    pytest.param("matrix_orientation", "ce_weight", 0.0, id="orientation-ce-weight"),
+    pytest.param("matrix_orientation", "other_learning_rate", 1e-3, id="mixers-only-other-learning-rate"),
+    pytest.param("matrix_orientation", "decay", 0.1, id="cosine-decay"),
+]
+
+
+@pytest.mark.parametrize(("objective", "field", "value"), ONLY_FOR_ONE)
+def test_a_stage_setting_without_effect_is_refused(objective: str, field: str, value: Any) -> None:
+    stage = {"name": "one", "objective": objective, "tokens": 8, "batch_size": 1, "learning_rate": 1.0}
+    parse_recipe(values(stages=[stage]))
+    with pytest.raises(ValueError, match=rf"recipe: stages\.0\.{field}: got .* no effect with"):
+        parse_recipe(values(stages=[{**stage, field: value}]))
+
+
+def test_constant_has_no_final_learning_rate() -> None:
+    stage = {**values()["stages"][0], "schedule": "constant"}
+    assert parse_recipe(values(stages=[stage])).stages[0].schedule == "constant"
+    with pytest.raises(ValueError, match=r"stages\.0\.final_learning_rate_ratio: got 0\.5"):
+        parse_recipe(values(stages=[{**stage, "final_learning_rate_ratio": 0.5}]))
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "sliding_attention"])
+@pytest.mark.parametrize(
+    ("field", "value", "default"),
+    [
+        pytest.param("feature_map", "softplus", "identity", id="feature-map"),
+        pytest.param("normalize", True, False, id="normalize"),
+        pytest.param("rotary", True, False, id="rotary"),
+    ],
+)
+def test_a_mixer_setting_without_effect_is_refused(mixer: str, field: str, value: Any, default: Any) -> None:
+    parse_recipe(values(student={"mixer": "discrete_mamba2", field: value}))
+    parse_recipe(values(student={"mixer": mixer, field: default}))
+    with pytest.raises(ValueError, match=rf"student\.{field}: got .* only with mixer 'discrete_mamba2'"):
+        parse_recipe(values(student={"mixer": mixer, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("- a\n", "accepted: a mapping with the keys teacher, student", id="list"),
+        pytest.param("", "got None; accepted: a mapping", id="empty"),
+        pytest.param("a: [", "is not valid YAML", id="not-yaml"),
+        pytest.param("teacher: a\nteacher: b\n", "the key 'teacher' stands twice", id="key-twice"),
+        pytest.param("preset: nope\n", "preset: got 'nope'; accepted: ", id="unknown-preset"),
+        pytest.param("preset: ../presets/mohawk\n", "preset: got '../presets/mohawk'", id="preset-is-no-path"),
+        pytest.param("preset: [mohawk]\n", "preset: got ['mohawk']", id="preset-is-one"),
+        pytest.param("teacher: !!python/object/apply:os.getcwd []\n", "is not valid YAML", id="no-python-objects"),
+        pytest.param("1: a\n", "1: got 1; accepted: texts as keys", id="number-as-key"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write(tmp_path, text))
+    assert message in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_a_name_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"recipe: got 'mohak'; accepted: a YAML file or one of .*mohawk"):
+        load_recipe("mohak")
+    with pytest.raises(ValueError, match="accepted: a YAML file"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("teacher: \xe4".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_layers", "message"),
+    [
+        pytest.param([0, 3], 3, r"got \[0, 3\], but the last of 3 layers is number 2", id="out-of-range"),
+        pytest.param([-1], 3, r"got \[-1\]; accepted", id="negative"),
+        pytest.param([1, 1], 3, r"got \[1, 1\]; accepted", id="twice"),
+        pytest.param([], 3, r"got \[\]; accepted", id="empty-list"),
+        pytest.param([True], 3, r"got \[True\]; accepted", id="bool"),
+        pytest.param([1.0], 3, r"got \[1.0\]; accepted", id="float"),
+        pytest.param("odd", 1, "'odd' selects no layer of 1", id="none-odd"),
+        pytest.param("every:4", 3, "'every:4' selects no layer of 3", id="none-every"),
+        pytest.param("interleave:0.1", 3, "'interleave:0.1' selects no layer of 3", id="none-interleaved"),
+        pytest.param("interleave:0", 3, "got 'interleave:0'; accepted", id="share-0"),
+        pytest.param("interleave:1.5", 3, "got 'interleave:1.5'; accepted", id="share-above-1"),
+        pytest.param("interleave:1/0", 3, "got 'interleave:1/0'; accepted", id="share-no-number"),
+        pytest.param("every:0", 3, "got 'every:0'; accepted", id="every-0"),
+        pytest.param("every:-2", 3, "got 'every:-2'; accepted", id="every-negative"),
+        pytest.param("every:²", 3, "got 'every:²'; accepted", id="every-superscript"),
+        pytest.param("thirds", 3, "got 'thirds'; accepted", id="unknown"),
+        pytest.param("all", 0, "'all' selects no layer of 0", id="no-layers"),
+    ],
+)
+def test_resolve_layers_refuses(spec: Any, num_layers: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_layers(spec, num_layers)

@@ -1,0 +1,362 @@
+"""The report of a distillation: its check, numbers, sentences, files and plots, and the table for a terminal."""
+
+import json
+import math
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+from report_example import CONVERTED, HEADS, HOSTILE, example_report, hostile_report, markup, table_after
+from rich.console import Console
+
+from ssm_zoo.conversion.report_schema import parse_report
+from ssm_zoo.conversion.report_sections import verdict_list
+from ssm_zoo.conversion.results import limits, recovered_fraction, recovered_sentence, verdicts
+from ssm_zoo.distill.report import evaluation_table, print_table, write_report
+
+PLOTS = {"heads.png", "heldout.png", "layers.png", "losses.png"}
+
+
+def test_all_files_are_written_and_the_json_is_the_report(tmp_path: Path):
+    report = example_report()
+    write_report(tmp_path / "new" / "run", report)
+    folder = tmp_path / "new" / "run"
+    assert {path.name for path in folder.iterdir()} == {"plots", "report.json", "report.md"}
+    assert {path.name for path in (folder / "plots").iterdir()} == PLOTS
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    for name in PLOTS:
+        assert text.count(f"](plots/{name})") == 1
+
+
+def test_the_table_of_evaluations_holds_the_numbers_of_the_report(tmp_path: Path):
+    report = example_report()
+    write_report(tmp_path, report)
+    rows = table_after((tmp_path / "report.md").read_text(encoding="utf-8"), "Evaluations")
+    teacher = report["evaluations"][0]["loss"]
+    assert len(rows) == len(report["evaluations"]) == 6
+    for cells, part in zip(rows, report["evaluations"], strict=True):
+        assert f"`{part['name']}`" in cells[0]
+        assert cells[1] == f"{part['loss']:.4f}"
+        if part["kind"] == "teacher":
+            assert [cells[2], *cells[4:6]] == ["—"] * 3
+        else:
+            assert [cells[2], *cells[4:6]] == [
+                f"{part['loss'] - teacher:+.4f}",
+                f"{part['kl']:.4f}",
+                f"{part['top1_agreement']:.1%}",
+            ]
+        assert cells[6] == f"{part['trained_tokens']:,}"
+    assert [cells[7] for cells in rows] == ["0", "0", "0", "120", "371", "682"]  # 120.5, + 250.25, + 310.75
+
+
+def test_rows_for_programs_are_not_rounded():
+    report = example_report()
+    rows = evaluation_table(report)
+    assert [row.name for row in rows] == [part["name"] for part in report["evaluations"]]
+    assert rows[0].gap is None
+    assert rows[-1].gap == 3.7215 - 3.6741
+    assert rows[-1].trained_seconds == 120.5 + 250.25 + 310.75
+    assert (rows[-1].kl, rows[-1].top1_agreement, rows[-1].trained_tokens) == (0.1012, 0.8123, 204_800)
+
+
+def test_layers_and_stages_are_listed_with_their_numbers(tmp_path: Path):
+    report = example_report()
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = table_after(text, "Layers")
+    assert [int(cells[0]) for cells in rows] == CONVERTED
+    first, last = (report["evaluations"][index]["layers"] for index in (2, -1))
+    for cells, before, after in zip(rows, first, last, strict=True):
+        assert cells[1] == f"{before['output_error']:.3g}"
+        assert cells[4] == f"{after['output_error']:.3g}"
+        assert cells[5] == f"{sum(before['matrix_error']) / HEADS:.3g}"
+        assert cells[6] == f"{sum(after['matrix_error']) / HEADS:.3g}"
+    assert rows[0][7] == "33 (9 to 129), 1 without decay"  # of 9, 17, 33, 65 and 129
+    assert rows[1][7] == "27 (7 to 131)"  # of 7, 11, 19, 35, 67 and 131
+    assert "| `align` | `hidden_state_alignment` | `mixers` | 102,400 | 100 | 256 | 4 | 0.002 | 250 |" in text
+    assert "| `full_attention`, softmax attention over the whole context | 0, 2, 4, 6, 8, 10 | 6 |" in text
+
+
+CASES = [
+    pytest.param(
+        {"loss": 3.95, "kl": 0.3, "top1_agreement": 0.7},
+        False,
+        "did not improve on the one before: the held-out loss rose from 3.9023 to 3.9500 nats per token "
+        "(+0.0477); KL to the teacher rose from 0.2811 to 0.3000; top-1 agreement fell from 71.2% to 70.0%.",
+        id="worse",
+    ),
+    pytest.param(
+        {"loss": 3.90226, "kl": 0.2811, "top1_agreement": 0.7122},
+        False,
+        "did not improve on the one before: the held-out loss stayed at 3.9023; "
+        "KL to the teacher stayed at 0.2811; top-1 agreement stayed at 71.2%.",
+        id="better-by-less-than-is-shown",
+    ),
+    pytest.param(
+        {"loss": 3.9, "kl": 0.3, "top1_agreement": 0.72},
+        True,
+        "lowered the held-out loss from 3.9023 to 3.9000 nats per token (-0.0023); "
+        "KL to the teacher rose from 0.2811 to 0.3000; top-1 agreement rose from 71.2% to 72.0%.",
+        id="better-but-further-from-the-teacher",
+    ),
+    pytest.param(
+        {"loss": math.nan, "kl": math.inf, "top1_agreement": 0.0},
+        False,
+        "did not improve on the one before: the held-out loss is not finite.",
+        id="diverged",
+    ),
+]
+
+
+@pytest.mark.parametrize(("scores", "improved", "sentence"), CASES)
+def test_every_stage_is_told_whether_it_improved(scores: dict[str, float], improved: bool, sentence: str):
+    report = example_report()
+    report["evaluations"][-1] |= scores
+    found = verdicts(parse_report(report))
+    assert [verdict.improved for verdict in found] == [True, True, improved]
+    assert found[-1].sentence == sentence
+    line = f"`distil` {sentence}"
+    assert verdict_list(parse_report(report)).splitlines()[-1] == (f"- {line}" if improved else f"- **{line}**")
+
+
+@pytest.mark.parametrize(
+    ("zeroed", "student", "fraction"),
+    [
+        pytest.param(8.6688, 3.7215, (8.6688 - 3.7215) / (8.6688 - 3.6741), id="most"),
+        pytest.param(8.0, 9.0, -1.0 / (8.0 - 3.6741), id="worse-than-nothing"),
+        pytest.param(8.0, 3.5, (8.0 - 3.5) / (8.0 - 3.6741), id="better-than-the-teacher"),
+        pytest.param(3.6741, 3.7, None, id="mixers-were-worth-nothing"),
+        pytest.param(math.inf, 3.7, None, id="floor-not-finite"),
+        pytest.param(8.0, math.nan, None, id="student-not-finite"),
+    ],
+)
+def test_recovered_fraction(zeroed: float, student: float, fraction: float | None):
+    report = example_report()
+    report["evaluations"][1]["loss"], report["evaluations"][-1]["loss"] = zeroed, student
+    found = recovered_fraction(parse_report(report))
+    assert found == (None if fraction is None else pytest.approx(fraction, rel=1e-12))
+    shown = "is not defined here" if fraction is None else f"= {fraction:.1%}, with L0 = {zeroed:.4f}"
+    assert shown in recovered_sentence(parse_report(report))
+
+
+def test_numbers_that_are_not_finite_become_null_and_read_back_the_same(tmp_path: Path):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    report = example_report()
+    report["evaluations"][2] |= {"loss": math.inf, "perplexity": math.inf, "kl": math.nan}
+    report["evaluations"][2]["layers"][0]["matrix_error"][1] = math.nan
+    report["stages"][0]["history"][3]["loss"] = -math.inf
+    write_report(tmp_path, report)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    again = json.loads(text, parse_constant=refuse)
+    assert again["evaluations"][2]["loss"] is None
+    assert again["stages"][0]["history"][3]["loss"] is None
+    assert again["evaluations"][2]["layers"][0]["matrix_error"][1] is None
+    assert parse_report(again) == parse_report(report)
+
+
+def test_limits_are_those_of_the_run():
+    report = example_report()
+    text = " ".join(limits(parse_report(report)))
+    for expected in (
+        "204,800 training tokens",
+        "in-domain",
+        "No benchmark",
+        "up to 256 tokens",
+        "biases",
+        "10.0% of",
+    ):
+        assert expected in text
+    report["data"]["heldout_sources"] = ["novel.txt"]
+    report["stages"][0]["tokens"] = 10**9
+    text = " ".join(limits(parse_report(report)))
+    assert "in-domain" not in text
+    assert "small budget" not in text
+
+
+def paths_of(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The places of all keys that the schema requires: of the last item of each list, not inside the recipe."""
+    found: list[tuple[str | int, ...]] = []
+    if isinstance(value, dict):
+        for key, part in value.items():
+            found.append((*prefix, key))
+            if key not in ("recipe", "versions"):
+                found += paths_of(part, (*prefix, key))
+    elif isinstance(value, list) and value:
+        found += paths_of(value[-1], (*prefix, len(value) - 1))
+    return found
+
+
+def test_every_missing_key_is_named_in_one_line():
+    places = paths_of(example_report())
+    assert len(places) == 60
+    for place in places:
+        report = example_report()
+        parent: Any = report
+        for key in place[:-1]:
+            parent = parent[key]
+        del parent[place[-1]]
+        with pytest.raises(ValueError) as caught:
+            parse_report(report)
+        message = str(caught.value)
+        assert message.startswith(f"report: {'.'.join(map(str, place))} is missing; required keys: "), message
+        assert str(place[-1]) in message.split("required keys: ")[1]
+        assert "\n" not in message
+
+
+def set_at(*place: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(report: dict[str, Any]) -> None:
+        parent: Any = report
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(set_at("format", to=2), "report: format: got 2; accepted: 1", id="format"),
+        pytest.param(set_at("kind", to="x"), "report: kind: got 'x'; accepted: 'distillation'", id="kind"),
+        pytest.param(
+            set_at("evaluations", 1, "loss", to="low"),
+            "report: evaluations.1.loss: got 'low'; accepted: a valid number",
+            id="text-for-a-number",
+        ),
+        pytest.param(
+            set_at("evaluations", 2, "kind", to="begin"),
+            "report: evaluations.2.kind: got 'begin'; accepted: 'teacher', 'zeroed', 'start' or 'stage'",
+            id="unknown-kind",
+        ),
+        pytest.param(
+            set_at("teacher", to="a/b"),
+            "report: teacher: got 'a/b'; accepted: a mapping with the keys source, model_type, parameters, licence",
+            id="text-for-a-mapping",
+        ),
+        pytest.param(
+            lambda report: report["evaluations"].pop(0),
+            "report: evaluations: got 0 of kind 'teacher'; accepted: one",
+            id="no-teacher",
+        ),
+        pytest.param(
+            lambda report: report["evaluations"].pop(),
+            "report: evaluations: got of kind 'stage' ['matrices', 'align']; "
+            "accepted: one after each stage, in their order: ['matrices', 'align', 'distil']",
+            id="stage-not-evaluated",
+        ),
+        pytest.param(
+            set_at("student", "layers", to=[1, 12]),
+            "report: student.layers: got 12; accepted: 0 to 11",
+            id="layer-that-is-not-there",
+        ),
+        pytest.param(
+            set_at("student", "num_layers", to=13),
+            "report: student.mixer_types: got 12 names; accepted: one for each of num_layers = 13",
+            id="names-of-mixers",
+        ),
+    ],
+)
+def test_a_bad_report_is_refused_before_anything_is_written(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+):
+    report = example_report()
+    change(report)
+    with pytest.raises(ValueError) as caught:
+        write_report(tmp_path / "run", report)
+    assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_a_mapping_is_refused():
+    with pytest.raises(ValueError, match=r"report: got \[\]; accepted: a mapping with the keys format, kind, created"):
+        parse_report([])
+
+
+def test_keys_of_a_later_version_are_ignored():
+    report = example_report()
+    report["colour"] = "blue"
+    report["teacher"]["age"] = 3
+    assert parse_report(report) == parse_report(example_report())
+
+
+def test_texts_from_outside_stay_texts(tmp_path: Path):
+    write_report(tmp_path, hostile_report())
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    html, targets, headings = markup(text)
+    assert html == []
+    assert set(targets) == {f"plots/{name}" for name in PLOTS}
+    assert headings[1:] == [
+        "What was done",
+        "Evaluations",
+        "Did every stage help?",
+        "Layers",
+        "What it writes",
+        "Limits",
+        "To repeat it",
+    ]
+    assert "\x1b" not in text
+    # No name adds a column or ends a row.
+    assert [len(cells) for cells in table_after(text, "Evaluations")] == [8] * 6
+    assert [len(cells) for cells in table_after(text, "What was done")] == [3, 3, 3]
+    fences = [token.content for token in MarkdownIt().parse(text) if token.type == "fence"]
+    assert HOSTILE.replace("\x1b", "\N{REPLACEMENT CHARACTER}") + "\n" in fences
+
+
+def test_what_a_run_did_not_measure_is_not_drawn(tmp_path: Path):
+    write_report(tmp_path, example_report())
+    report = example_report()
+    for part in report["evaluations"]:
+        part["layers"] = []
+    for stage in report["stages"]:
+        stage["history"] = []
+    write_report(tmp_path, report)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["heldout.png"]
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## Layers" not in text
+    assert text.count("](plots/") == 1
+
+
+def test_a_write_that_fails_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_figure: Figure, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    write_report(tmp_path, example_report())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(tmp_path, hostile_report())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def printed(report: dict[str, Any], width: int = 80) -> str:
+    stream = StringIO()
+    print_table(report, Console(file=stream, width=width, force_terminal=False))
+    return stream.getvalue()
+
+
+def test_the_table_fits_a_terminal_and_names_are_no_styles():
+    report = example_report()
+    report["evaluations"][-1] |= {"name": "[red]end", "loss": 4.0}
+    report["stages"][-1]["name"] = "[red]end"
+    text = printed(report)
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line for line in text.splitlines() if "│" in line]
+    assert [cell.strip() for cell in rows[-1].strip("│").split("│")] == [
+        "after [red]end",
+        "4.0000",
+        "+0.3259",
+        "0.1012",
+        "81.2%",
+        "204,800",
+        "682",
+    ]
+    assert "[red]end did not improve on the one before" in text.replace("\n", " ")
+    assert "Recovered fraction (L0 - LS) / (L0 - LT) = 93.5%" in " ".join(text.split())
