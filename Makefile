@@ -17,8 +17,8 @@ PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## distil, export, reload and evaluate a small model on this machine
-	$(RUN) -m ssm_zoo.cli.demo --hub-stand-in tests/hub_stand_in.py
+demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (under ten minutes)
+	$(TOOL) ssm_zoo.cli.demo --hub-stand-in tests/hub_stand_in.py
 
 test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 	$(TOOL) pytest -q $(PYTEST_ARGS)
@@ -26,7 +26,8 @@ test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	else f'make test-gpu: torch {torch.__version__} finds no CUDA device; use make test')"
-	$(TOOL) pytest -q tests/test_ssd.py tests/test_causal_conv1d.py tests/test_rms_norm.py $(PYTEST_ARGS)
+	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_matrix.py tests/test_ssd_arguments.py tests/test_causal_conv1d.py \
+		tests/test_rms_norm.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(TOOL) ruff check .

@@ -254,9 +254,7 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         # The first call of either side, so a step starts from the same state here; later calls only warm up.
         error = disagreement(result, theirs())
         if not error <= AGREEMENT:
-            raise RuntimeError(
-                f"{case.name}: ours and theirs {setting} differ by {error:.1e}, at most {AGREEMENT}"
-            )
+            raise RuntimeError(f"{case.name}: ours and theirs {setting} differ by {error:.1e}, at most {AGREEMENT}")
     for _ in range(3):
         case.ours()  # warmed up as often as each setting of the peer
     trials = {name: min(seconds(run) for _ in range(3)) for name, run in case.peers.items()}

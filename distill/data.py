@@ -86,9 +86,7 @@ def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, progre
     """
     eos = tokenizer.eos_token_id
     ids: list[int] = []
-    with tqdm(
-        total=sum(map(len, texts)), desc="tokenising", unit="char", unit_scale=True, disable=not progress
-    ) as bar:
+    with tqdm(total=sum(map(len, texts)), desc="tokenising", unit="char", unit_scale=True, disable=not progress) as bar:
         for index, text in enumerate(texts):
             if index > 0 and isinstance(eos, int):
                 ids.append(eos)

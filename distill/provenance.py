@@ -39,4 +39,5 @@ def _hub_licence(repo_id: str) -> str | None:
         card = model_info(repo_id).card_data
     except (HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, OSError):
         return None  # the model itself may be in the local cache while the Hub cannot be reached
-    return card.license if card is not None and isinstance(card.license, str) else None
+    licence = getattr(card, "license", None)
+    return licence if isinstance(licence, str) else None

@@ -85,9 +85,7 @@ def _check_place(source: str | Path) -> None:
     """Raise a ValueError for what is neither a folder with a model nor can be a Hub id."""
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
-            raise ValueError(
-                f"teacher: the folder {source} has no config.json; accepted: a folder of save_pretrained"
-            )
+            raise ValueError(f"teacher: the folder {source} has no config.json; accepted: a folder of save_pretrained")
         return
     try:
         validate_repo_id(str(source))
@@ -205,9 +203,7 @@ class AttentionView:
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
 
-    def head_outputs(
-        self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def head_outputs(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """What each head puts into the output projection, without an L x L matrix in memory where torch can.
 
         Args:
@@ -437,9 +433,7 @@ def capture(
                     handles.append(module.register_forward_hook(_output_hook(receive, layer, name)))
         # Tensors made in inference mode could not be saved for a student's backward.
         with torch.inference_mode(False), torch.no_grad():
-            return model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
+            return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
     except _ForwardStoppedError:
         return None
     finally:

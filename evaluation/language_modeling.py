@@ -67,21 +67,15 @@ def evaluate_language_model(
     models = [model] if teacher is None else [model, teacher]
     for scored in models:
         if scored.device.type != device.type:
-            raise ValueError(
-                f"device: got {device}, but a model is on {scored.device}; accepted: one device for all"
-            )
+            raise ValueError(f"device: got {device}, but a model is on {scored.device}; accepted: one device for all")
     sums: dict[str, float] = {}
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     # no_grad and not inference mode: a rotary embedding that grows with the length keeps what it computes here.
     with _evaluating(*models), torch.no_grad():
         sizes = [_checked_vocabulary(scored, windows, device) for scored in models]
         if len(set(sizes)) > 1:
-            raise ValueError(
-                f"teacher: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; accepted: equal"
-            )
-        for batch in tqdm(
-            windows.split(batch_size), desc="evaluate", unit="batch", leave=False, disable=not progress
-        ):
+            raise ValueError(f"teacher: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; accepted: equal")
+        for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", leave=False, disable=not progress):
             ids = batch.to(device)
             states = [_head_input(scored, ids)[:, :-1].flatten(0, 1) for scored in models]
             targets = ids[:, 1:].flatten()
@@ -131,9 +125,7 @@ def generation_sample(
     encoded = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
     for prompt, inputs in zip(prompts, encoded, strict=True):
         if inputs["input_ids"].shape[1] == 0:
-            raise ValueError(
-                f"prompts: got {prompt!r}, which has no tokens; accepted: texts of at least one token"
-            )
+            raise ValueError(f"prompts: got {prompt!r}, which has no tokens; accepted: texts of at least one token")
     # What is not set here is filled in from the model's own generation config.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,

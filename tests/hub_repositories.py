@@ -87,9 +87,7 @@ class Commit:
                 found.setdefault(folder, {"type": "directory", "path": folder, "size": 0})
         for folder, entry in found.items():
             if entry["type"] == "directory":  # any hash will do that changes with what lies below
-                below = sorted(
-                    (path, file.oid) for path, file in self.files.items() if path.startswith(f"{folder}/")
-                )
+                below = sorted((path, file.oid) for path, file in self.files.items() if path.startswith(f"{folder}/"))
                 entry["oid"] = hashlib.sha1(json.dumps(below).encode()).hexdigest()
         return dict(sorted(found.items()))
 

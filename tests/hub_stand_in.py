@@ -235,9 +235,7 @@ def main() -> None:
     """Serve as a process until it is interrupted or terminated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0, help="TCP port; 0 takes a free one")
-    parser.add_argument(
-        "--ready-file", type=Path, required=True, help="file to write the endpoint to once it serves"
-    )
+    parser.add_argument("--ready-file", type=Path, required=True, help="file to write the endpoint to once it serves")
     parser.add_argument("--storage", type=Path, help="folder to keep everything in; without, memory")
     parser.add_argument("--lfs", action="store_true", help="ask for LFS uploads where the Hub would")
     options = parser.parse_args()

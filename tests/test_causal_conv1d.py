@@ -150,9 +150,7 @@ def test_options_match_the_oracle(
 @pytest.mark.parametrize("initial", [False, True], ids=["from-zero", "initial-state"])
 @pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_rows_match_the_oracle(
-    op: Callable[..., Any], initial: bool, K: int, layout: list[list[int]]
-) -> None:
+def test_packed_rows_match_the_oracle(op: Callable[..., Any], initial: bool, K: int, layout: list[list[int]]) -> None:
     values = draw(len(layout), len(layout[0]), 3, K, initial=initial)
     check_against_oracle(op, values, torch.float32, "silu", layout)
 
@@ -323,9 +321,7 @@ BAD = [
     pytest.param({"weight": torch.zeros(3, 1)}, "K >= 2", id="one-tap"),
     pytest.param({"bias": torch.zeros(4)}, r"bias must be \(D\) = \(3\)", id="bias"),
     pytest.param({"initial_state": torch.zeros(2, 3, 4)}, r"initial_state .* \(2, 3, 3\)", id="state"),
-    pytest.param(
-        {"initial_state": torch.zeros(2, 3, 3).long()}, "initial_state must be floating", id="state-dtype"
-    ),
+    pytest.param({"initial_state": torch.zeros(2, 3, 3).long()}, "initial_state must be floating", id="state-dtype"),
     pytest.param({"activation": "relu"}, "activation must be None or 'silu', got 'relu'", id="activation"),
     pytest.param({"seq_idx": torch.zeros(2, 4).long()}, r"seq_idx must be \(B, L\) = \(2, 5\)", id="seq-shape"),
     pytest.param({"seq_idx": torch.zeros(2, 5)}, "seq_idx must be of an integer dtype", id="seq-float"),

@@ -387,9 +387,7 @@ def test_an_empty_folder_may_be_claimed(tmp_path: Path) -> None:
     [
         pytest.param("thesis.tex", "text", id="somebodys-file"),
         pytest.param(".hidden", "", id="hidden-file"),
-        pytest.param(
-            "run.json", '{"kind": "something else", "format": 1, "recipe": {}}', id="another-tools-marker"
-        ),
+        pytest.param("run.json", '{"kind": "something else", "format": 1, "recipe": {}}', id="another-tools-marker"),
         pytest.param("run.json", '{"kind": "ssm-zoo distillation run", "format": 9}', id="another-format"),
         pytest.param("run.json", "not JSON", id="not-a-marker"),
     ],

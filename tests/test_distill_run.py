@@ -24,6 +24,7 @@ from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.conversion.report_schema import parse_report
 from ssm_zoo.distill import run
 from ssm_zoo.distill.data import TokenWindows, tokenize
+from ssm_zoo.distill.optimizer import schedule_factor
 from ssm_zoo.distill.recipe import load_recipe, parse_recipe
 from ssm_zoo.distill.run import distill, read_report
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
@@ -165,12 +166,14 @@ def test_the_report_tells_the_whole_run(finished: Path) -> None:
         ("logits", "stage"),
     ]
     assert [row["trained_tokens"] for row in report["evaluations"]] == [0, 0, 0, 1024, 2304, 3840]
-    for row, stage, steps in zip(report["stages"], STAGES, STEPS, strict=True):
-        assert (row["name"], row["objective"], row["steps"]) == (stage["name"], stage["objective"], steps)
+    stages = load_recipe(finished / "recipe.yaml").stages
+    for row, stage, steps in zip(report["stages"], stages, STEPS, strict=True):
+        assert (row["name"], row["objective"], row["steps"]) == (stage.name, stage.objective, steps)
         assert row["tokens"] == steps * 128
         assert [point["step"] for point in row["history"]] == list(range(1, steps + 1))
         assert row["seconds"] > 0
-        assert max(point["learning_rate"] for point in row["history"]) == pytest.approx(stage["learning_rate"])
+        rates = [stage.learning_rate * schedule_factor(stage, step) for step in range(steps)]
+        assert [point["learning_rate"] for point in row["history"]] == pytest.approx(rates)
         assert all(point["gradient_norm"] > 0 for point in row["history"])
     assert report["processes"] == 1 and report["peak_memory_bytes"] > 2**20
     assert report["data"]["train_sources"] == ["train.txt"] and report["data"]["heldout_sources"] == ["heldout.txt"]
@@ -257,6 +260,23 @@ def test_processes_share_a_batch(processes: int, finished: Path, place: Path, tm
         assert losses(report)[name] == pytest.approx(values, rel=1e-5), name
     for row, expected in zip(report["evaluations"], plain["evaluations"], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), row["name"]
+
+
+def test_a_stage_starts_with_texts_that_none_before_it_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = recipe_values(place)
+    sizes = [{"tokens": 256}, {"tokens": 150, "batch_size": 3, "sequence_length": 16}, {"tokens": 128}]
+    values["stages"] = [{**stage, **size} for stage, size in zip(STAGES, sizes, strict=True)]
+    values["evaluation"]["prompts"] = []
+    read: list[tuple[int, ...]] = []
+    batch = TokenWindows.batch
+    monkeypatch.setattr(TokenWindows, "batch", lambda *arguments: read.append(arguments[1:]) or batch(*arguments))
+    distill(parse_recipe(values), place / "order")
+    # Step, batch size, length, seed; the calibration and the refit read windows of another seed.
+    trained = [arguments for arguments in read if arguments[3] == 0]
+    assert {arguments[3] for arguments in read} == {0, 1}
+    # 2 steps of 128 tokens are 5.3 steps of 48; those and 4 of 48 are 3.5 of 128.
+    first, second, third = [(0, 4, 32, 0), (1, 4, 32, 0)], [(step, 3, 16, 0) for step in range(6, 10)], [(4, 4, 32, 0)]
+    assert trained == first + second + third
 
 
 def test_another_seed_is_another_run(finished: Path, place: Path) -> None:

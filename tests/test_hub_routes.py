@@ -98,12 +98,8 @@ def test_ranges(hub: HubStandIn, api: HfApi, asked: str | None, status: int, par
         pytest.param([None, {"key": "file", "value": {"path": "../a", "content": ""}}], "relative", id="upwards"),
         pytest.param([None, {"key": "file", "value": {"path": "/a", "content": ""}}], "relative", id="absolute"),
         pytest.param([None, {"key": "file", "value": {"path": "d", "content": ""}}], "a folder's", id="is-folder"),
-        pytest.param(
-            [None, {"key": "file", "value": {"path": "d/a/b", "content": ""}}], "below a file", id="in-file"
-        ),
-        pytest.param(
-            [None, {"key": "lfsFile", "value": {"path": "b", "oid": "0"}}], "not uploaded", id="no-object"
-        ),
+        pytest.param([None, {"key": "file", "value": {"path": "d/a/b", "content": ""}}], "below a file", id="in-file"),
+        pytest.param([None, {"key": "lfsFile", "value": {"path": "b", "oid": "0"}}], "not uploaded", id="no-object"),
     ],
 )
 def test_malformed_commit_changes_nothing(hub: HubStandIn, api: HfApi, lines: list[Any], message: str) -> None:
@@ -125,9 +121,7 @@ def test_malformed_commit_changes_nothing(hub: HubStandIn, api: HfApi, lines: li
     [
         pytest.param(lambda api: api.create_repo("tester/new"), id="create"),
         pytest.param(lambda api: api.delete_repo(REPO), id="delete"),
-        pytest.param(
-            lambda api: api.upload_file(path_or_fileobj=b"x", path_in_repo="a", repo_id=REPO), id="upload"
-        ),
+        pytest.param(lambda api: api.upload_file(path_or_fileobj=b"x", path_in_repo="a", repo_id=REPO), id="upload"),
         pytest.param(lambda api: api.delete_file(".gitattributes", REPO), id="delete-file"),
         pytest.param(lambda api: api.create_branch(REPO, branch="b"), id="branch"),
         pytest.param(lambda api: api.create_tag(REPO, tag="t"), id="tag"),

@@ -80,9 +80,7 @@ def test_repository_is_created_read_and_deleted(api: HfApi, tmp_path: Path, repo
     with pytest.raises(HfHubHTTPError, match="409"):
         api.create_repo("tester/thing", repo_type=repo_type, space_sdk=sdk)
 
-    commit = api.upload_file(
-        path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="tester/thing", repo_type=repo_type
-    )
+    commit = api.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="tester/thing", repo_type=repo_type)
     assert (commit.repo_url.repo_id, commit.repo_url.repo_type) == ("tester/thing", repo_type)
     info = api.repo_info("tester/thing", repo_type=repo_type)
     assert (info.id, info.author, info.sha, info.private) == ("tester/thing", "tester", commit.oid, False)
@@ -176,9 +174,7 @@ def test_every_kind_of_revision_resolves(api: HfApi, tmp_path: Path) -> None:
     api.create_repo(REPO)
     oids = []
     for text in ("one", "two"):
-        made = api.upload_file(
-            path_or_fileobj=text.encode(), path_in_repo="a.txt", repo_id=REPO, commit_message=text
-        )
+        made = api.upload_file(path_or_fileobj=text.encode(), path_in_repo="a.txt", repo_id=REPO, commit_message=text)
         oids.append(made.oid)
     api.create_tag(REPO, tag="v1.0", revision=oids[0])
     api.create_branch(REPO, branch="feature/x", revision=oids[0])
@@ -288,9 +284,7 @@ def test_what_does_not_exist_raises_its_own_error(api: HfApi, tmp_path: Path) ->
 def test_broken_download_is_resumed(
     hub: HubStandIn, api: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        constants, "DOWNLOAD_CHUNK_SIZE", 2**16
-    )  # what the client loses at most when the line breaks
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 2**16)  # what the client loses at most when the line breaks
     api.create_repo(REPO)
     api.upload_file(path_or_fileobj=BIG, path_in_repo="big.bin", repo_id=REPO)
     hub.cut_next_download = 1_500_000

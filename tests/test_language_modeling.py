@@ -74,9 +74,7 @@ def assert_scores(actual: dict[str, float], expected: dict[str, float], rel: flo
         assert actual[name] == pytest.approx(value, rel=rel, abs=rel), name
 
 
-@pytest.mark.parametrize(
-    "chunk", [1, 3, 10_000], ids=["one prediction at a time", "ragged chunks", "whole batches"]
-)
+@pytest.mark.parametrize("chunk", [1, 3, 10_000], ids=["one prediction at a time", "ragged chunks", "whole batches"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_scores_equal_the_definition(batch_size, chunk, monkeypatch):
     monkeypatch.setattr(language_modeling, "LOGITS_BYTES", chunk * VOCAB * 4 * language_modeling.LOGITS_COPIES)
@@ -230,13 +228,9 @@ class HeadUnused(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(
-            {"windows": torch.zeros(5).long()}, r"windows: got torch.int64 of shape \(5,\)", id="one row"
-        ),
+        pytest.param({"windows": torch.zeros(5).long()}, r"windows: got torch.int64 of shape \(5,\)", id="one row"),
         pytest.param({"windows": torch.zeros(0, 5).long()}, r"windows: .* of shape \(0, 5\), accepted", id="none"),
-        pytest.param(
-            {"windows": torch.zeros(5, 1).long()}, r"windows: .* of shape \(5, 1\)", id="nothing to predict"
-        ),
+        pytest.param({"windows": torch.zeros(5, 1).long()}, r"windows: .* of shape \(5, 1\)", id="nothing to predict"),
         pytest.param({"windows": torch.zeros(5, 4)}, r"windows: got torch.float32", id="floats"),
         pytest.param(
             {"windows": torch.tensor([[0, VOCAB]])}, rf"ids 0 to {VOCAB}, accepted by Llama.*: 0 to 60", id="id"

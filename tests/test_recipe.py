@@ -158,12 +158,8 @@ def test_every_preset_is_whole_but_for_teacher_and_texts(name: str) -> None:
     [
         pytest.param([], id="as-it-is"),
         pytest.param(["teacher='1e5'", "data.train='007'"], id="texts-like-numbers"),
-        pytest.param(
-            ["teacher='no'", "data.train='2024-01-01'", "data.heldout=['~', 'ä: #']"], id="texts-like-yaml"
-        ),
-        pytest.param(
-            ["student.layers=[3, 1]", "student.half_life=[0.5, 1e3]", "student.rotary=yes"], id="student"
-        ),
+        pytest.param(["teacher='no'", "data.train='2024-01-01'", "data.heldout=['~', 'ä: #']"], id="texts-like-yaml"),
+        pytest.param(["student.layers=[3, 1]", "student.half_life=[0.5, 1e3]", "student.rotary=yes"], id="student"),
         pytest.param(["student.mixer=sliding_attention"], id="other-mixer"),
         pytest.param(["stages.0.schedule=constant", "stages.0.learning_rate=1e-7"], id="constant"),
         pytest.param(["evaluation.prompts=['a\\nb', '']", "dtype=bfloat16"], id="prompts"),
@@ -190,12 +186,8 @@ def test_fingerprint_is_of_what_is_computed(tmp_path: Path) -> None:
 
 def test_a_setting_without_effect_is_not_dumped(tmp_path: Path) -> None:
     align, distil = as_mapping(load_recipe(write(tmp_path)))["stages"]
-    assert "target" in align and not {"kl", "temperature", "ce_weight", "decay", "other_learning_rate"} & set(
-        align
-    )
-    assert "target" not in distil and {"kl", "temperature", "ce_weight", "decay", "other_learning_rate"} <= set(
-        distil
-    )
+    assert "target" in align and not {"kl", "temperature", "ce_weight", "decay", "other_learning_rate"} & set(align)
+    assert "target" not in distil and {"kl", "temperature", "ce_weight", "decay", "other_learning_rate"} <= set(distil)
 
 
 def test_recipes_cannot_be_changed(tmp_path: Path) -> None:

@@ -89,9 +89,7 @@ REFUSED = [
         ["stages.1.decay: got 0.6; accepted: at most"],
         id="warmup-and-decay",
     ),
-    pytest.param(
-        ["stages.0.betas=[0.9, 1]"], ["stages.0.betas: got [0.9, 1]; accepted: two numbers"], id="beta-of-1"
-    ),
+    pytest.param(["stages.0.betas=[0.9, 1]"], ["stages.0.betas: got [0.9, 1]; accepted: two numbers"], id="beta-of-1"),
     pytest.param(["stages.0.betas=[0.9]"], ["stages.0.betas: got [0.9];"], id="one-beta"),
     pytest.param(["stages.0.max_grad_norm=0"], ["stages.0.max_grad_norm: got 0;"], id="max-grad-norm"),
     pytest.param(["stages.1.temperature=0"], ["stages.1.temperature: got 0;"], id="temperature"),
@@ -130,9 +128,7 @@ REFUSED = [
     ),
     pytest.param(["student.half_life=[0, 4]"], ["student.half_life: got [0, 4];"], id="half-life-zero"),
     pytest.param(["student.half_life=auto"], ["student.half_life: got 'auto';"], id="half-life-text"),
-    pytest.param(
-        ["student.normalize=1"], ["student.normalize: got 1; accepted: true or false"], id="number-for-bool"
-    ),
+    pytest.param(["student.normalize=1"], ["student.normalize: got 1; accepted: true or false"], id="number-for-bool"),
     pytest.param(
         ["student.layers=every:0"], ["student.layers: got 'every:0'; accepted: a list of distinct"], id="layers"
     ),
@@ -153,15 +149,9 @@ REFUSED = [
     pytest.param(["seed"], ["override: got 'seed'; accepted: dotted.key=value"], id="override-without-value"),
     pytest.param(["=1"], ["override: got '=1'"], id="override-without-key"),
     pytest.param(["a..b=1"], ["override: got 'a..b=1'"], id="override-with-empty-key"),
-    pytest.param(
-        ["stages.2.tokens=1"], ["stages is a list; got '2'; accepted: 0 to 1"], id="override-beyond-list"
-    ),
-    pytest.param(
-        ["stages.x.tokens=1"], ["stages is a list; got 'x'; accepted: 0 to 1"], id="override-name-in-list"
-    ),
-    pytest.param(
-        ["teacher.name=1"], ["teacher is 'folder/of/teacher', which has nothing below"], id="below-a-text"
-    ),
+    pytest.param(["stages.2.tokens=1"], ["stages is a list; got '2'; accepted: 0 to 1"], id="override-beyond-list"),
+    pytest.param(["stages.x.tokens=1"], ["stages is a list; got 'x'; accepted: 0 to 1"], id="override-name-in-list"),
+    pytest.param(["teacher.name=1"], ["teacher is 'folder/of/teacher', which has nothing below"], id="below-a-text"),
     pytest.param(["seed=[1"], ["override 'seed=[1': the value is not valid YAML"], id="override-not-yaml"),
     pytest.param(["seed=2024-13-45"], ["is not valid YAML"], id="override-impossible-date"),
     pytest.param(["student={mixer: mamba2, mixer: mamba2}"], ["the key 'mixer' stands twice"], id="key-twice"),

@@ -140,9 +140,7 @@ def leaves(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def differentiate(
-    y: Tensor, state: Tensor, values: dict[str, Tensor], real: Tensor | None = None
-) -> dict[str, Tensor]:
+def differentiate(y: Tensor, state: Tensor, values: dict[str, Tensor], real: Tensor | None = None) -> dict[str, Tensor]:
     """Gradients, by name, of a random linear form of the real tokens' outputs and the final state."""
     generator = torch.Generator().manual_seed(0)
     loss = torch.zeros((), dtype=torch.float64)

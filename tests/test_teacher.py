@@ -31,9 +31,7 @@ FAMILIES = [
     pytest.param({"num_key_value_heads": 1}, id="one key head"),
     pytest.param({"num_key_value_heads": 2, "attention_bias": True}, id="grouped with bias"),
     pytest.param({"num_key_value_heads": 2, "head_dim": 6}, id="head_dim is not D over H"),
-    pytest.param(
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}, id="linear rope"
-    ),
+    pytest.param({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}, id="linear rope"),
     pytest.param({"num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE}, id="llama3 rope"),
     pytest.param({"rope_parameters": YARN_ROPE}, id="yarn rope scales cos and sin"),
 ]
@@ -109,9 +107,7 @@ def test_heads_of_the_test_model_differ():
 def test_attention_is_rebuilt_at_given_positions():
     model = tiny_llama(num_key_value_heads=2)
     positions = torch.tensor([[0, 1, 2, 5, 6, 9, 14, 15, 20, 21, 30]])
-    records = attention_records(
-        model, input_ids=token_ids(1), position_ids=positions, attention_mask=torch.ones(1, 11)
-    )
+    records = attention_records(model, input_ids=token_ids(1), position_ids=positions, attention_mask=torch.ones(1, 11))
     assert_rebuilt(model, records, position_ids=positions)
     without = teacher_adapter(model).attention_matrix(0, records[0]["hidden"])
     assert (without - records[0]["matrix"]).abs().max() > 1e-3
@@ -191,9 +187,7 @@ def test_view_shares_the_teachers_weights_without_gradients():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(
-            {"num_key_value_heads": 3}, r"num_key_value_heads: got 3, accepted: a divisor of 4", id="groups"
-        ),
+        pytest.param({"num_key_value_heads": 3}, r"num_key_value_heads: got 3, accepted: a divisor of 4", id="groups"),
         pytest.param({"k": torch.zeros(5, 32)}, r"k: got shape \(5, 32\), expected \(32, 32\)", id="weight"),
         pytest.param({"o_bias": torch.zeros(5)}, r"o_bias: got shape \(5,\), expected \(32,\)", id="bias"),
     ],
@@ -226,9 +220,7 @@ def test_capture_hands_over_what_the_layers_computed():
         # The last of transformers' hidden states is behind the final norm.
         final_norm = model.model.norm
     seen: dict[int, dict[str, Tensor]] = {}
-    result = capture(
-        model, ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors})
-    )
+    result = capture(model, ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors}))
     assert result is None
     assert list(seen) == [0, 1, 2]
     for layer, tensors in seen.items():
@@ -363,9 +355,7 @@ def test_capture_removes_its_hooks():
         pytest.param({"what": []}, r"what: got \[\], accepted: .*normed_input", id="nothing"),
         pytest.param({"what": ["logits"]}, r"what: got \['logits'\], accepted: .*block_output", id="unknown"),
         pytest.param({"what": "normed_input"}, r"what: got 'normed_input', accepted", id="text for a list"),
-        pytest.param(
-            {"input_ids": torch.zeros(5).long()}, r"input_ids: got torch.int64 of shape \(5,\)", id="one row"
-        ),
+        pytest.param({"input_ids": torch.zeros(5).long()}, r"input_ids: got torch.int64 of shape \(5,\)", id="one row"),
         pytest.param({"input_ids": torch.zeros(1, 5)}, r"input_ids: got torch.float32 of shape", id="floats"),
     ],
 )
