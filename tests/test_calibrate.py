@@ -119,12 +119,15 @@ def test_windows_count_alike_whatever_the_batches() -> None:
     assert (fewer[key] - one[key]).abs().max() > 1e-3
 
 
-def relative_matrix_errors(teacher: LlamaForCausalLM, layer: int, windows: Tensor, options: dict[str, Any]) -> Tensor:
-    """(H, candidates) squared error of each candidate's mixing matrix, scaled as well as can be, over the teacher's."""
+def relative_errors(teacher: LlamaForCausalLM, layer: int, windows: Tensor, options: dict[str, Any]) -> Tensor:
+    """(H, candidates) squared error of what each candidate makes of the teacher's values, over the teacher's square.
+
+    Each head's output is scaled as well as can be.
+    """
     view = teacher_adapter(teacher).attention(layer)
     seen: list[Tensor] = []
     capture(teacher, windows, [layer], ["normed_input"], on_layer=lambda _, normed_input: seen.append(normed_input))
-    attention = view.attention_matrix(seen[0]).double()
+    values, targets = view.values(seen[0]).double(), view.head_outputs(seen[0]).double()
     queries, keys = view.queries_keys(seen[0])
     if not options.get("rotary"):
         queries = F.linear(seen[0], view.q).unflatten(-1, (6, 8))
@@ -141,9 +144,10 @@ def relative_matrix_errors(teacher: LlamaForCausalLM, layer: int, windows: Tenso
         matrix = scores * torch.tril(0.5 ** (age.clamp(min=0).double() / half_life))
         if options.get("normalize"):
             matrix = matrix / matrix.sum(-1, keepdim=True)
+        outputs = torch.einsum("bhij,bjhp->bihp", matrix, values)
         errors = []
         for head in range(6):
-            design, target = matrix[:, head].flatten()[:, None].numpy(), attention[:, head].flatten().numpy()
+            design, target = outputs[:, :, head].flatten()[:, None].numpy(), targets[:, :, head].flatten().numpy()
             _, residual, _, _ = np.linalg.lstsq(design, target, rcond=None)
             errors.append(float(residual[0]) / float((target**2).sum()))
         columns.append(errors)
@@ -158,7 +162,7 @@ def test_calibrated_half_lives_are_the_best_of_the_candidates(mixer: dict[str, A
     chosen = set()
     for layer in layers:
         # Half-lives are read from two windows.
-        errors = relative_matrix_errors(teacher, layer, windows[:2], mixer)
+        errors = relative_errors(teacher, layer, windows[:2], mixer)
         decays: Any = student_mixer(student, layer)
         half_lives = -np.log(2) / decays.log_decay(torch.zeros(1, 1, 48))[0, 0].detach().double()
         for head in range(6):

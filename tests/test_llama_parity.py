@@ -1,4 +1,4 @@
-"""zoo_hybrid with full attention in every layer against transformers' Llama with the same random weights."""
+"""zoo_hybrid with attention in every layer against transformers' Llama, and with a window against its Mistral."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import draw_ids, perturb
 from torch import Tensor
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
 
@@ -36,6 +36,7 @@ VARIANTS = [
     pytest.param({"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}, id="biases"),
     pytest.param({"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 128}, id="llama3-rope"),
     pytest.param({"rms_norm_eps": 1e-3, "attn_implementation": "eager"}, id="eager"),
+    pytest.param({"sliding_window": 5, "num_key_value_heads": 2}, id="window"),
 ]
 
 
@@ -44,7 +45,11 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """transformers' model and ours."""
     options = SIZES | {"tie_word_embeddings": False} | request.param
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    if "sliding_window" in options:
+        theirs = MistralForCausalLM(MistralConfig(**options)).eval()
+        options["mixer_types"] = ["sliding_attention"] * options["num_hidden_layers"]
+    else:
+        theirs = LlamaForCausalLM(LlamaConfig(**options)).eval()
     perturb(theirs)
     ours = ZooHybridForCausalLM(ZooHybridConfig(**options)).eval()
     ours.load_state_dict({renamed(name): value for name, value in theirs.state_dict().items()})
@@ -75,7 +80,7 @@ def test_logits_of_a_left_padded_batch(pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
     ids, mask = draw_ids(3, 17), torch.ones(3, 17, dtype=torch.long)
     mask[0, :9] = mask[1, :15] = 0
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)  # Llama's own are not shifted, and rotary needs no absolute ones
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)  # theirs own are not shifted, and rotary needs no absolute ones
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask, position_ids=position_ids).logits
         close(ours(ids, attention_mask=mask).logits[mask == 1], expected[mask == 1])
@@ -102,7 +107,7 @@ def test_generate_does_not_compile_by_itself(pair: tuple[Any, Any], monkeypatch:
         everywhere._compile_all_devices = True  # or only on a GPU
         settings = {"cache_implementation": "static", "compile_config": everywhere, "pad_token_id": 0}
         model.generate(ids, do_sample=False, max_new_tokens=3, **settings)
-    assert len(compiled) == 1  # Llama's
+    assert len(compiled) == 1  # theirs
 
 
 def test_attention_matrices(pair: tuple[Any, Any]) -> None:
