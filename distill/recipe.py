@@ -47,6 +47,20 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# A field of a student that means something only for some mixers.
+_STATE_SPACE = ("discrete_mamba2", "mamba2")
+_MIXERS_WITH: dict[str, tuple[str, ...]] = {
+    "feature_map": ("discrete_mamba2",),
+    "normalize": ("discrete_mamba2",),
+    "rotary": ("discrete_mamba2",),
+    "sliding_window": ("sliding_attention",),
+    "conv_kernel": _STATE_SPACE,
+    "half_life": _STATE_SPACE,
+    "calibration": _STATE_SPACE,
+    "copy_projections": _STATE_SPACE,
+}
+
+
 class StudentSpec(_Spec):
     """What replaces the teacher's attention, where, and what it starts from.
 
@@ -58,6 +72,7 @@ class StudentSpec(_Spec):
         normalize: divide by the row sums of the mixing matrix, as linear attention does. Only of
             `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C. Only of `discrete_mamba2`.
+        sliding_window: tokens that a query sees, itself included. Only of `sliding_attention`.
         half_life: "calibrated" (from the teacher's attention distances), or the shortest and longest half-life in
             tokens, spread geometrically over the heads.
         calibration: closed-form fit to the teacher's mixer outputs before training: nothing, one scale per head,
@@ -73,6 +88,7 @@ class StudentSpec(_Spec):
     feature_map: Literal["identity", "softplus"] = "identity"
     normalize: bool = False
     rotary: bool = False
+    sliding_window: Count = 256
     half_life: HalfLife = "calibrated"
     calibration: Literal["none", "head_scale", "ridge"] = "none"
     calibration_tokens: Count = 8192
@@ -80,10 +96,10 @@ class StudentSpec(_Spec):
 
     @model_validator(mode="after")
     def _refuse_what_the_mixer_lacks(self) -> StudentSpec:
-        for field in ("feature_map", "normalize", "rotary"):
+        for field, mixers in _MIXERS_WITH.items():
             default = type(self).model_fields[field].default
-            if self.mixer != "discrete_mamba2" and getattr(self, field) != default:
-                raise _misplaced(field, getattr(self, field), "mixer", ("discrete_mamba2",), self.mixer)
+            if self.mixer not in mixers and getattr(self, field) != default:
+                raise _misplaced(field, getattr(self, field), "mixer", mixers, self.mixer)
         return self
 
 

@@ -221,6 +221,23 @@ def test_a_mixer_setting_without_effect_is_refused(mixer: str, field: str, value
 
 
 @pytest.mark.parametrize(
+    ("mixer", "field", "value"),
+    [
+        pytest.param("discrete_mamba2", "sliding_window", 64, id="window-of-a-state-space-layer"),
+        pytest.param("sliding_attention", "half_life", [2, 32], id="half-life-of-attention"),
+        pytest.param("sliding_attention", "calibration", "ridge", id="calibration-of-attention"),
+        pytest.param("sliding_attention", "conv_kernel", 3, id="convolution-of-attention"),
+        pytest.param("sliding_attention", "copy_projections", False, id="random-attention"),
+    ],
+)
+def test_a_setting_of_the_other_kind_of_mixer_is_refused(mixer: str, field: str, value: Any) -> None:
+    other = "mamba2" if mixer == "sliding_attention" else "sliding_attention"
+    parse_recipe(values(student={"mixer": other, field: value}))
+    with pytest.raises(ValueError, match=rf"student\.{field}: got .* only with mixer '"):
+        parse_recipe(values(student={"mixer": mixer, field: value}))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         pytest.param("- a\n", "accepted: a mapping with the keys teacher, student", id="list"),
