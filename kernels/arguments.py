@@ -5,17 +5,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._triton import HAS_TRITON, INTERPRETED
+
 
 def accumulator(x: Tensor) -> torch.dtype:
     """The dtype that sums over `x` are kept in: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_implementation(implementation: str, name: str) -> None:
-    """Raise ValueError if the op `name` has no such implementation."""
-    if implementation not in ("auto", "torch"):
-        known = f"is not available for {name} yet" if implementation == "triton" else "is unknown"
-        raise ValueError(f"implementation={implementation!r} {known}; accepted: 'auto', 'torch'")
+def choose_implementation(implementation: str, name: str, x: Tensor, supports_triton: bool = True) -> str:
+    """The implementation that the op `name` takes for `x`.
+
+    Args:
+        implementation: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed and serves the
+            call, torch otherwise.
+        name: the op, for the message.
+        x: a tensor of the call; its device and dtype decide. Triton kernels sum in float32 and so take no float64.
+        supports_triton: whether the op's Triton kernels serve this call.
+
+    Returns:
+        "triton" or "torch".
+
+    Raises:
+        ValueError: if `implementation` is unknown, or is "triton" and cannot be had.
+    """
+    if implementation == "torch":
+        return "torch"
+    if implementation == "auto":
+        served = supports_triton and HAS_TRITON and x.dtype != torch.float64
+        return "triton" if served and x.is_cuda else "torch"
+    if implementation != "triton":
+        raise ValueError(
+            f"implementation={implementation!r} is unknown for {name}; accepted: 'auto', 'torch', 'triton'"
+        )
+    obstacle = None
+    if not supports_triton:
+        obstacle = "is not available for these arguments"
+    elif not HAS_TRITON:
+        obstacle = "needs Triton, which is not installed"
+    elif x.dtype == torch.float64:
+        obstacle = "computes in float32 and takes no torch.float64"
+    elif not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+        obstacle = f"takes CUDA tensors, got one on {x.device}"
+    if obstacle is not None:
+        raise ValueError(f"implementation='triton' of {name} {obstacle}; accepted: 'auto', 'torch'")
+    return "triton"
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_implementation, check_seq_idx, check_tensor
+from .arguments import accumulator, check_device, check_seq_idx, check_tensor, choose_implementation
+from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
 
 
 def causal_conv1d(
@@ -45,7 +46,8 @@ def causal_conv1d(
         seq_idx: (B, L) integer document of each token, non-decreasing along a row. A token sees its own document
             only. A negative entry marks padding: the token is skipped as if it were absent and its output is 0.
         return_final_state: also return the last K-1 inputs.
-        implementation: "auto" or "torch".
+        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: K > 4 or
+            float64), "triton" or "torch".
 
     Returns:
         (B, L, D) outputs, in the dtype of `x`; accumulated in float32 (float64 for float64 inputs). With
@@ -58,9 +60,12 @@ def causal_conv1d(
             decreases.
     """
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
-    check_implementation(implementation, "causal_conv1d")
     B, L, D = x.shape
     width = weight.shape[1]
+    if choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS) == "triton":
+        _check_devices(x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
+        y, state = causal_conv1d_triton(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
+        return y if state is None else (y, state)
     dtype = accumulator(x)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -107,7 +112,8 @@ def causal_conv1d_step(
         weight: (D, K) taps, oldest first, K >= 2.
         bias: (D) added before the activation.
         activation: None or "silu".
-        implementation: "auto" or "torch".
+        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: K > 4,
+            float64, or a gradient to be recorded), "triton" or "torch".
 
     Returns:
         (B, D) outputs, in the dtype of `x`.
@@ -118,7 +124,11 @@ def causal_conv1d_step(
     _check_parameters(weight, bias, activation)
     check_tensor("x", x, (None, weight.shape[0]), "(B, D)")
     check_tensor("state", state, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
-    check_implementation(implementation, "causal_conv1d_step")
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias))
+    served = weight.shape[1] in WIDTHS and not recorded  # the kernel has no backward
+    if choose_implementation(implementation, "causal_conv1d_step", x, served) == "triton":
+        _check_devices(x, state=state, weight=weight, bias=bias)
+        return causal_conv1d_step_triton(x, state, weight, bias, activation)
     dtype = accumulator(x)
     window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(-1)], dim=-1)  # (B, D, K)
     y = (window * weight.to(dtype)).sum(-1)
@@ -274,6 +284,12 @@ def _as_state(inputs: Tensor) -> Tensor:
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
     return F.silu(y) if activation == "silu" else y
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_device(name, tensor, x)
 
 
 def _check_parameters(weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_implementation
+from .arguments import accumulator, check_device, choose_implementation
+from .rms_norm_triton import WIDEST_GROUP, rms_norm_triton
 
 
 def rms_norm(
@@ -43,7 +44,8 @@ def rms_norm(
         z: (..., D) gate; `x` is multiplied by silu(z).
         group_size: S channels that share one root mean square; divides D. None: all D.
         norm_before_gate: apply the gate after the norm and the weight; by default it is applied to `x`.
-        implementation: "auto" or "torch".
+        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or
+            S > 16384), "triton" or "torch".
 
     Returns:
         (..., D), in the dtype of `x`; computed in float32 (float64 for float64 inputs).
@@ -52,7 +54,11 @@ def rms_norm(
         ValueError: if a shape, a dtype, `group_size` or `implementation` is not one of the above.
     """
     group_size = _check(x, weight, z, group_size)
-    check_implementation(implementation, "rms_norm")
+    if choose_implementation(implementation, "rms_norm", x, group_size <= WIDEST_GROUP) == "triton":
+        for name, tensor in (("weight", weight), ("z", z)):
+            if tensor is not None:
+                check_device(name, tensor, x)
+        return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
     y = _RmsNorm.apply(x, weight, None if norm_before_gate else z, eps, group_size)
     assert isinstance(y, Tensor)  # `apply` is untyped
     if z is not None and norm_before_gate:

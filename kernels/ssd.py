@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import accumulator, check_device, check_implementation, check_seq_idx, check_tensor
+from .arguments import accumulator, check_device, check_seq_idx, check_tensor, choose_implementation
+from .ssd_triton import ssd_scan_triton
 
 # Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
 # balance; 64 also keeps the (Q, Q) tiles of a head in a CPU core's L1/L2 cache.
@@ -71,7 +72,7 @@ def ssd(
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
         chunk_size: tokens of a chunk; changes rounding and speed only.
-        implementation: "auto" or "torch".
+        implementation: "auto" (Triton on CUDA tensors), "triton" or "torch".
 
     Returns:
         (B, L, H, P) outputs in the dtype of `x`; with `return_final_state` also the (B, H, P, N) final state in
@@ -80,16 +81,14 @@ def ssd(
     Raises:
         ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
     """
-    check_implementation(implementation, "ssd")
     _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
+    implementation = choose_implementation(implementation, "ssd", x)
     check_tensor("A", A, (x.shape[2],), "(H)")
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (x.shape[2],), "(H)")
     x, dt, B, C, z = _blank_padding(seq_idx, x, dt, B, C, z)
     dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
-    log_decay = dt * A.to(dt.dtype)
-    u = x.to(dt.dtype) * dt[..., None]
-    y, state = _scan(u, log_decay, B, C, initial_state, seq_idx, chunk_size)
+    y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, initial_state, seq_idx, chunk_size, implementation)
     y = _skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
@@ -123,7 +122,7 @@ def ssd_log_decay(
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
         chunk_size: tokens of a chunk; changes rounding and speed only.
-        implementation: "auto" or "torch".
+        implementation: "auto" (Triton on CUDA tensors), "triton" or "torch".
 
     Returns:
         As :func:`ssd`.
@@ -131,11 +130,11 @@ def ssd_log_decay(
     Raises:
         ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
     """
-    check_implementation(implementation, "ssd_log_decay")
     _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
+    implementation = choose_implementation(implementation, "ssd_log_decay", x)
     x, log_decay, B, C, z = _blank_padding(seq_idx, x, log_decay, B, C, z)
-    sums = accumulator(x)
-    y, state = _scan(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx, chunk_size)
+    log_decay = log_decay.to(accumulator(x))
+    y, state = _scan(x, None, log_decay, B, C, initial_state, seq_idx, chunk_size, implementation)
     y = _skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
@@ -177,7 +176,7 @@ def ssd_step(
     Raises:
         ValueError: if a shape or `implementation` does not fit.
     """
-    check_implementation(implementation, "ssd_step")
+    choose_implementation(implementation, "ssd_step", x, supports_triton=False)
     check_tensor("dt", dt, state.shape[:2], "(B, H)")
     check_tensor("A", A, state.shape[1:2], "(H)")
     if dt_bias is not None:
@@ -204,7 +203,7 @@ def ssd_log_decay_step(
         log_decay: (B, H) logarithm of the decay, in [-inf, 0]. The others are those of :func:`ssd_step`, and so are
             the result and the errors.
     """
-    check_implementation(implementation, "ssd_log_decay_step")
+    choose_implementation(implementation, "ssd_log_decay_step", x, supports_triton=False)
     y = _update(state, x.to(state.dtype), log_decay.to(state.dtype), B, C)
     return _skip_and_gate(y, x, D, z)
 
@@ -319,20 +318,25 @@ def _loop(
 
 
 def _scan(
-    u: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
     log_decay: Tensor,
     B: Tensor,
     C: Tensor,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence by chunks, panel after panel. Arguments and results as :func:`_loop`."""
-    batch, length, heads, width = u.shape
+    """The recurrence by chunks, panel after panel; u = scale x. Other arguments and results as :func:`_loop`."""
+    batch, length, heads, width = x.shape
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
+    if implementation == "triton":
+        return ssd_scan_triton(x, scale, log_decay, B, C, initial_state, chunk_size)
+    u = x.to(log_decay.dtype) if scale is None else x.to(log_decay.dtype) * scale[..., None]
     B, C = B.to(u.dtype), C.to(u.dtype)
     state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
     chunk = min(chunk_size or _CHUNK, length)

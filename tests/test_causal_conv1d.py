@@ -9,8 +9,13 @@ from torch import Tensor
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
 from tolerances import TOLERANCES
+from with_triton import DEVICE, NEEDS_TRITON, with_triton
 
-OPS = {"reference": causal_conv1d_reference, "torch": causal_conv1d}
+TORCH = pytest.param(causal_conv1d, id="torch")
+TRITON = pytest.param(with_triton(causal_conv1d), id="triton", marks=NEEDS_TRITON)
+# The two that take float64 and any number of taps.
+OPS = [pytest.param(causal_conv1d_reference, id="reference"), TORCH]
+ALL_OPS = [*OPS, TRITON]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 SHAPES = [
@@ -21,7 +26,7 @@ SHAPES = [
     pytest.param(2, 4, 3, 4, id="one-window"),
     pytest.param(2, 13, 3, 2, id="two-taps"),
     pytest.param(2, 13, 5, 4, id="prime-length"),
-    pytest.param(1, 29, 2, 7, id="wide"),
+    pytest.param(2, 67, 70, 3, id="several-tiles"),
 ]
 # Documents of a packed row; negative marks padding.
 LAYOUTS = [
@@ -128,14 +133,19 @@ def check_against_oracle(
         close(gradient, expected_gradients[name], dtype, f"d{name}")
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("B", "L", "D", "K"), SHAPES)
 def test_matches_the_oracle(op: Callable[..., Any], dtype: torch.dtype, B: int, L: int, D: int, K: int) -> None:
     check_against_oracle(op, draw(B, L, D, K), dtype, "silu")
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", OPS)
+def test_many_taps_match_the_oracle(op: Callable[..., Any]) -> None:
+    check_against_oracle(op, draw(1, 29, 2, 7), torch.float32, "silu")
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("initial", [False, True], ids=["from-zero", "initial-state"])
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -146,7 +156,7 @@ def test_options_match_the_oracle(
     check_against_oracle(op, draw(2, L, 3, 4, bias=bias, initial=initial), torch.float32, activation)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("initial", [False, True], ids=["from-zero", "initial-state"])
 @pytest.mark.parametrize("K", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -155,12 +165,21 @@ def test_packed_rows_match_the_oracle(op: Callable[..., Any], initial: bool, K: 
     check_against_oracle(op, values, torch.float32, "silu", layout)
 
 
+@pytest.mark.parametrize("op", [TORCH, TRITON])
 @pytest.mark.parametrize("layout", LAYOUTS[-3:])
-def test_packed_rows_in_bfloat16_match_the_oracle(layout: list[list[int]]) -> None:
-    check_against_oracle(causal_conv1d, draw(len(layout), len(layout[0]), 3, 4), torch.bfloat16, "silu", layout)
+def test_packed_rows_in_bfloat16_match_the_oracle(op: Callable[..., Any], layout: list[list[int]]) -> None:
+    check_against_oracle(op, draw(len(layout), len(layout[0]), 3, 4), torch.bfloat16, "silu", layout)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", [TORCH, TRITON])
+def test_documents_and_padding_across_tiles_match_the_oracle(op: Callable[..., Any]) -> None:
+    """Tiles hold 32 tokens forward and 64 backward; documents, gaps and states reach over their edges."""
+    documents = [0] * 30 + [-1] * 3 + [0] * 2 + [1] * 27 + [2, 3, -1, 3, 3, -1, 4] + [4] * 60 + [-1] * 2
+    layout = [documents, [-1] * 65 + documents[:-65]]
+    check_against_oracle(op, draw(2, len(documents), 3, 4), torch.float32, "silu", layout)
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("large", [0, 7], ids=["oldest-large", "newest-large"])
 def test_half_precision_accumulates_in_float32(op: Callable[..., Any], large: int) -> None:
     """256 + 1 is 256 in bfloat16: summed there, the ones that come after the large term would vanish."""
@@ -172,7 +191,7 @@ def test_half_precision_accumulates_in_float32(op: Callable[..., Any], large: in
     assert float(causal_conv1d_step(x[:, -1], state, weight)[0, 0]) == 264
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", [None, [[0, 0, 1, -1, 1, 1]]], ids=["plain", "packed"])
 def test_gradcheck(op: Callable[..., Any], layout: list[list[int]] | None) -> None:
     values = leaves(draw(1, 6, 2, 3), torch.float64)
@@ -185,15 +204,16 @@ def test_gradcheck(op: Callable[..., Any], layout: list[list[int]] | None) -> No
     assert torch.autograd.gradcheck(function, tuple(values.values()))
 
 
+@pytest.mark.parametrize("op", [TORCH, TRITON])
 @pytest.mark.parametrize("split", range(1, 9))
-def test_continuing_from_the_state_equals_the_whole(split: int) -> None:
+def test_continuing_from_the_state_equals_the_whole(op: Callable[..., Any], split: int) -> None:
     values = draw(2, 9, 3, 4)
     whole, parts = leaves(values, torch.float32), leaves(values, torch.float32)
-    expected = causal_conv1d(**whole, activation="silu", return_final_state=True)
+    expected = op(**whole, activation="silu", return_final_state=True)
     x, state = parts["x"], parts["initial_state"]
     shared = {"weight": parts["weight"], "bias": parts["bias"], "activation": "silu", "return_final_state": True}
-    head, state = causal_conv1d(x[:, :split], initial_state=state, **shared)
-    tail, state = causal_conv1d(x[:, split:], initial_state=state, **shared)
+    head, state = op(x[:, :split], initial_state=state, **shared)
+    tail, state = op(x[:, split:], initial_state=state, **shared)
     y = torch.cat([head, tail], dim=1)
     close(y, expected[0], torch.float32, "y")
     assert torch.equal(state, expected[1])
@@ -203,17 +223,43 @@ def test_continuing_from_the_state_equals_the_whole(split: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_step_by_step_equals_the_whole(dtype: torch.dtype, bias: bool) -> None:
-    values = {name: value.to(dtype) for name, value in draw(2, 9, 3, 4, bias=bias).items()}
+@pytest.mark.parametrize("K", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("torch", dtype) for dtype in [torch.float64, *DTYPES]]
+    + [pytest.param("triton", dtype, marks=NEEDS_TRITON) for dtype in DTYPES],
+)
+def test_step_by_step_equals_the_whole(implementation: str, dtype: torch.dtype, K: int, bias: bool) -> None:
+    values = {name: value.to(dtype) for name, value in draw(2, 9, 3, K, bias=bias).items()}
     expected, expected_state = causal_conv1d(**values, activation="silu", return_final_state=True)
-    state = values["initial_state"].clone()
-    address = state.data_ptr()
+    device = DEVICE if implementation == "triton" else "cpu"
+    values = {name: value.to(device) for name, value in values.items()}
+    whole = torch.zeros(2, K - 1, 5, dtype=dtype, device=device)
+    state = whole.transpose(1, 2)[:, 1:4]  # inside a larger cache of another layout
+    state.copy_(values["initial_state"])
     for t in range(9):
-        y = causal_conv1d_step(values["x"][:, t], state, values["weight"], values.get("bias"), activation="silu")
-        close(y, expected[:, t], dtype, f"y at {t}")
-    assert state.data_ptr() == address
-    assert torch.equal(state, expected_state), "the step updates the state in place"
+        y = causal_conv1d_step(
+            values["x"][:, t],
+            state,
+            values["weight"],
+            values.get("bias"),
+            activation="silu",
+            implementation=implementation,
+        )
+        close(y.cpu(), expected[:, t], dtype, f"y at {t}")
+    assert torch.equal(state.cpu(), expected_state), "the step updates the state in place"
+    assert not whole[..., [0, 4]].any(), "and nothing beside it"
+
+
+@NEEDS_TRITON
+def test_step_with_more_channels_than_a_tile() -> None:
+    values = {name: value.float() for name, value in draw(2, 1, 131, 4).items()}
+    expected, expected_state = causal_conv1d(**values, return_final_state=True)
+    state = values["initial_state"].clone().to(DEVICE)
+    x, weight, bias = (values[name].to(DEVICE) for name in ("x", "weight", "bias"))
+    y = causal_conv1d_step(x[:, 0], state, weight, bias, implementation="triton")
+    close(y.cpu(), expected[:, 0], torch.float32, "y")
+    assert torch.equal(state.cpu(), expected_state)
 
 
 def test_step_without_activation_is_linear() -> None:
@@ -234,7 +280,7 @@ def test_packed_documents_equal_separate_ones(length: int) -> None:
     assert torch.equal(state, expected_state)
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 def test_nan_in_padding_or_another_document_stays_there(op: Callable[..., Any]) -> None:
     values = {name: value.float() for name, value in draw(1, 8, 3, 4).items()}
     seq_idx = torch.tensor([[0, 0, 1, 1, -1, 1, 1, -1]])
@@ -260,39 +306,58 @@ def test_weights_and_outputs_are_those_of_conv1d() -> None:
     close(causal_conv1d(x, module.weight[:, 0], module.bias, activation="silu"), expected, torch.float32, "y")
 
 
+@pytest.mark.parametrize("op", [TORCH, TRITON])
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "initial_state"])
-def test_one_trainable_argument_gets_the_same_gradient(name: str) -> None:
+def test_one_trainable_argument_gets_the_same_gradient(op: Callable[..., Any], name: str) -> None:
     values = leaves(draw(2, 7, 3, 4), torch.float32)
-    expected = differentiate((causal_conv1d(**values),), values)[name]
+    expected = differentiate((op(**values),), values)[name]
     frozen = {other: value.detach() for other, value in values.items()}
     frozen[name].requires_grad_()
-    gradient = differentiate((causal_conv1d(**frozen),), {name: frozen[name]})[name]
+    gradient = differentiate((op(**frozen),), {name: frozen[name]})[name]
     assert torch.equal(gradient, expected)
 
 
+def sliced(x: Tensor) -> Tensor:
+    """As a model has it: a slice of a projection."""
+    return torch.cat([x, x, x], dim=-1)[..., x.shape[-1] : 2 * x.shape[-1]]
+
+
+def channels_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("op", [TORCH, TRITON])
+@pytest.mark.parametrize("lay_out", [sliced, channels_first])
 @pytest.mark.parametrize("layout", [None, [[0] * 4 + [1] * 5]], ids=["plain", "packed"])
-def test_strided_inputs_and_gradients(layout: list[list[int]] | None) -> None:
-    """In a model, x is a slice of a projection and the gradient may be expanded."""
+def test_strided_inputs_and_gradients(
+    op: Callable[..., Any], lay_out: Callable[[Tensor], Tensor], layout: list[list[int]] | None
+) -> None:
+    """No tensor need be contiguous, and the gradient of a sum is an expanded number."""
     values = {name: value.float() for name, value in draw(1, 9, 3, 4).items()}
     seq_idx = None if layout is None else torch.tensor(layout)
     results = []
-    for wide in (False, True):
-        x = values["x"].clone()
-        if wide:
-            x = torch.cat([x, x, x], dim=-1)[..., 3:6]
-            assert not x.is_contiguous()
-        x.requires_grad_()
-        y = causal_conv1d(x, **{k: v for k, v in values.items() if k != "x"}, seq_idx=seq_idx)
-        results.append((y, *torch.autograd.grad(y.sum(), x)))
-    for narrow, strided in zip(*results, strict=True):
-        assert torch.equal(narrow, strided)
+    for strided in (False, True):
+        given = dict(values)
+        if strided:
+            given["x"] = lay_out(given["x"])
+            given["weight"] = given["weight"].t().contiguous().t()
+            given["initial_state"] = given["initial_state"].transpose(1, 2).contiguous().transpose(1, 2)
+            given["bias"] = given["bias"].repeat_interleave(2)[::2]
+            assert not any(tensor.is_contiguous() for tensor in given.values())
+        for tensor in given.values():
+            tensor.requires_grad_()
+        y, state = op(**given, seq_idx=seq_idx, return_final_state=True)
+        results.append((y, state, *torch.autograd.grad(y.sum() + state.sum(), list(given.values()))))
+    for dense, strided in zip(*results, strict=True):
+        assert torch.equal(strided, dense)
 
 
+@pytest.mark.parametrize("op", [TORCH, TRITON])
 @pytest.mark.parametrize("layout", [None, [[0] * 5]], ids=["plain", "packed"])
-def test_the_final_state_has_memory_of_its_own(layout: list[list[int]] | None) -> None:
-    values = draw(1, 5, 2, 4)
+def test_the_final_state_has_memory_of_its_own(op: Callable[..., Any], layout: list[list[int]] | None) -> None:
+    values = {name: value.float() for name, value in draw(1, 5, 2, 4).items()}
     seq_idx = None if layout is None else torch.tensor(layout)
-    _, state = causal_conv1d(**values, seq_idx=seq_idx, return_final_state=True)
+    _, state = op(**values, seq_idx=seq_idx, return_final_state=True)
     before = state.clone()
     values["x"].zero_()
     values["initial_state"].zero_()
@@ -300,13 +365,14 @@ def test_the_final_state_has_memory_of_its_own(layout: list[list[int]] | None) -
 
 
 @pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("op", [TORCH, TRITON])
 @pytest.mark.parametrize("layout", [None, [[-1, 0, 0, 1, 1, 1, -1]] * 2], ids=["plain", "packed"])
-def test_runs_are_complete_and_bit_identical(layout: list[list[int]] | None) -> None:
+def test_runs_are_complete_and_bit_identical(op: Callable[..., Any], layout: list[list[int]] | None) -> None:
     values = leaves(draw(2, 7, 3, 4), torch.float32)
     seq_idx = None if layout is None else torch.tensor(layout)
     runs = []
     for _ in range(2):
-        results = causal_conv1d(**values, activation="silu", seq_idx=seq_idx, return_final_state=True)
+        results = op(**values, activation="silu", seq_idx=seq_idx, return_final_state=True)
         runs.append([*results, *differentiate(results, values).values()])
     for first, second in zip(*runs, strict=True):
         assert first.isfinite().all() and torch.equal(first, second)
@@ -334,7 +400,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_input_raises(op: Callable[..., Any], change: dict[str, Any], message: str) -> None:
     arguments = {"x": torch.zeros(2, 5, 3), "weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
@@ -359,13 +425,30 @@ def test_bad_step_input_raises_and_leaves_the_state(change: dict[str, Any], mess
     assert torch.equal(arguments["state"], before)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "cuda"])
-def test_missing_implementation_raises(implementation: str) -> None:
-    x, weight = torch.zeros(1, 4, 2), torch.zeros(2, 4)
-    message = f"implementation='{implementation}' .*accepted: 'auto', 'torch'"
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "taps", "message"),
+    [
+        pytest.param("cuda", torch.float32, 4, "accepted: 'auto', 'torch', 'triton'", id="unknown"),
+        pytest.param("triton", torch.float64, 4, "takes no torch.float64", id="float64", marks=NEEDS_TRITON),
+        pytest.param("triton", torch.float32, 5, "is not available for these arguments", id="five-taps"),
+    ],
+)
+def test_missing_implementation_raises(implementation: str, dtype: torch.dtype, taps: int, message: str) -> None:
+    x, weight = torch.zeros(1, 4, 2, dtype=dtype), torch.zeros(2, taps, dtype=dtype)
+    message = f"implementation='{implementation}' .*{message}"
     with pytest.raises(ValueError, match=message):
         causal_conv1d(x, weight, implementation=implementation)
-    state = torch.ones(1, 2, 3)
+    state = torch.ones(1, 2, taps - 1, dtype=dtype)
     with pytest.raises(ValueError, match=message):
         causal_conv1d_step(x[:, 0], state, weight, implementation=implementation)
     assert (state == 1).all()
+
+
+def test_a_step_that_records_a_gradient_is_not_given_to_triton() -> None:
+    """Its kernel has no backward; without this the gradient would be lost in silence."""
+    x, state = torch.ones(1, 2), torch.zeros(1, 2, 3)
+    weight = torch.ones(2, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="implementation='triton' of causal_conv1d_step is not available for these"):
+        causal_conv1d_step(x, state, weight, implementation="triton")
+    assert not state.any()
+    assert causal_conv1d_step(x, state, weight).requires_grad

@@ -18,13 +18,22 @@ from ssm_zoo.kernels.ssd import (
     ssd_step,
 )
 from tolerances import TOLERANCES
+from with_triton import NEEDS_TRITON, with_triton
 
 Q = 8  # tokens of a chunk, here
 FORMS = ["dt", "log_decay"]
 OPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "dt": {"reference": ssd_reference, "torch": partial(ssd, chunk_size=Q)},
-    "log_decay": {"reference": ssd_log_decay_reference, "torch": partial(ssd_log_decay, chunk_size=Q)},
+    form: {
+        "reference": reference,
+        "torch": partial(op, chunk_size=Q),
+        "torch-default-chunk": op,
+        "triton": with_triton(partial(op, chunk_size=2 * Q)),  # the shortest that its tiles allow
+        "triton-default-chunk": with_triton(op),
+    }
+    for form, op, reference in (("dt", ssd, ssd_reference), ("log_decay", ssd_log_decay, ssd_log_decay_reference))
 }
+TRITON = pytest.param("triton", marks=NEEDS_TRITON)
+TRITON_DEFAULT_CHUNK = pytest.param("triton-default-chunk", marks=NEEDS_TRITON)
 SOFTPLUS = {"dt": {"dt_softplus": True, "dt_limit": (0.05, 1.5)}, "log_decay": {}}
 
 SHAPES = [  # B, L, H, P, G, N
@@ -36,6 +45,7 @@ SHAPES = [  # B, L, H, P, G, N
     pytest.param((1, Q + 1, 4, 2, 2, 3), id="chunk-plus-1"),
     pytest.param((1, 13, 4, 1, 1, 3), id="prime"),
     pytest.param((2, 2 * Q, 2, 2, 1, 1), id="two-chunks"),
+    pytest.param((1, 2 * Q + 1, 8, 2, 1, 3), id="two-chunks-plus-1"),
     pytest.param((1, 4 * Q + 5, 4, 3, 4, 2), id="ragged-chunks"),
 ]
 # Documents of a packed row; negative marks padding.
@@ -185,15 +195,47 @@ def check_against_oracle(
             assert not gradient[~real].any(), f"d{name} at padding"
 
 
-@pytest.mark.parametrize("op", ["reference", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(op, dtype) for op in ("reference", "torch") for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    + [pytest.param("triton", torch.float32, marks=NEEDS_TRITON)],
+)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_the_oracle(form: str, op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check_against_oracle(OPS[form][op], draw(form, shape), dtype, **SOFTPLUS[form])
 
 
-@pytest.mark.parametrize("op", ["reference", "torch"])
+@NEEDS_TRITON
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES[-3:])
+def test_kernels_in_bfloat16_match_the_oracle(form: str, shape: tuple[int, ...]) -> None:
+    check_against_oracle(OPS[form]["triton"], draw(form, shape), torch.bfloat16, **SOFTPLUS[form])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["torch-default-chunk", TRITON_DEFAULT_CHUNK])
+@pytest.mark.parametrize("form", FORMS)
+def test_wide_heads_match_the_reference(form: str, op: str, dtype: torch.dtype) -> None:
+    """Several tiles of a head, none of them full, and a document that begins inside the second chunk."""
+    values = draw(form, (1, 67, 2, 65, 2, 80))
+    values["B"], values["C"] = values["B"] / 80**0.5, values["C"] / 80**0.5  # as the tolerances assume
+    values["A" if form == "dt" else "log_decay"] *= 0.01  # the state entering a chunk matters to its end
+    seq_idx = torch.tensor([[0] * 65 + [1] * 2])
+    given = leaves(values, dtype)
+    results = []
+    for function, inputs in ((OPS[form][op], given), (OPS[form]["reference"], leaves(given, torch.float64))):
+        y, state = function(**inputs, seq_idx=seq_idx, return_final_state=True, **SOFTPLUS[form])
+        results.append({"y": y, "state": state} | differentiate(y, state, inputs))
+    for name, expected in results[1].items():
+        if dtype == torch.float32 or name == "state":
+            close(results[0][name], expected, torch.float32, name)
+        else:  # a few u of the terms of a long sum: one wrong row or column is an eighth of the norm
+            error = (results[0][name] - expected).norm() / expected.norm()
+            assert error < TOLERANCES[dtype][0] / 2, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("op", ["reference", "torch", TRITON])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_rows_match_the_oracle(form: str, op: str, layout: list[list[int]]) -> None:
@@ -201,7 +243,7 @@ def test_packed_rows_match_the_oracle(form: str, op: str, layout: list[list[int]
     check_against_oracle(OPS[form][op], values, torch.float32, layout, **SOFTPLUS[form])
 
 
-@pytest.mark.parametrize("op", ["reference", "torch"])
+@pytest.mark.parametrize("op", ["reference", "torch", TRITON])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "without",
@@ -247,15 +289,19 @@ def sliced(values: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
     return {name: value[:, part] if name in timed else value for name, value in values.items()}
 
 
+@pytest.mark.parametrize(
+    ("op", "split"),
+    [("torch", split) for split in (1, 3, Q - 1, Q, Q + 1, 2 * Q, 18)]
+    + [pytest.param("triton", split, marks=NEEDS_TRITON) for split in (1, Q + 1, 2 * Q)],
+)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("split", [1, 3, Q - 1, Q, Q + 1, 2 * Q, 18])
-def test_continuing_from_the_state_equals_the_whole(form: str, split: int) -> None:
+def test_continuing_from_the_state_equals_the_whole(form: str, op: str, split: int) -> None:
     values = draw(form, (1, 19, 2, 2, 1, 3))
     whole, parts = leaves(values, torch.float32), leaves(values, torch.float32)
-    op, options = OPS[form]["torch"], SOFTPLUS[form] | {"return_final_state": True}
-    expected = op(**whole, **options)
-    head, state = op(**sliced(parts, slice(split)), **options)
-    tail, state = op(**sliced(parts, slice(split, None)) | {"initial_state": state}, **options)
+    function, options = OPS[form][op], SOFTPLUS[form] | {"return_final_state": True}
+    expected = function(**whole, **options)
+    head, state = function(**sliced(parts, slice(split)), **options)
+    tail, state = function(**sliced(parts, slice(split, None)) | {"initial_state": state}, **options)
     y = torch.cat([head, tail], dim=1)
     close(y, expected[0], torch.float32, "y")
     close(state, expected[1], torch.float32, "the final state")
@@ -306,7 +352,7 @@ def test_packed_documents_equal_separate_ones(form: str, length: int) -> None:
     close(state, expected_state, torch.float32, "the final state")
 
 
-@pytest.mark.parametrize("op", ["reference", "torch"])
+@pytest.mark.parametrize("op", ["reference", "torch", TRITON])
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_in_padding_stays_there(form: str, op: str) -> None:
     layout = torch.tensor([[-1, 0, 0, -1, 0, 0, 0, 0, 1, 1, -1]])
@@ -325,15 +371,20 @@ def test_nan_in_padding_stays_there(form: str, op: str) -> None:
         assert clean.isfinite().all() and torch.equal(clean, poisoned)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "chunk_size"),
+    [("torch", size) for size in (1, 3, 16, 100, None)]
+    + [pytest.param("triton", size, marks=NEEDS_TRITON) for size in (1, 17, None)],
+)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chunk_size", [1, 3, 16, 100, None])
-def test_chunk_size_does_not_matter(form: str, chunk_size: int | None) -> None:
+def test_chunk_size_does_not_matter(form: str, implementation: str, chunk_size: int | None) -> None:
     """70 tokens: more than one of the default chunks."""
     values = leaves(draw(form, (1, 70, 2, 3, 1, 4)), torch.float32)
-    op = ssd if form == "dt" else ssd_log_decay
     results = []
-    for size in (Q, chunk_size):
-        y, state = op(**values, return_final_state=True, chunk_size=size, **SOFTPLUS[form])
+    for op, size in (("torch", Q), (implementation, chunk_size)):
+        y, state = OPS[form][f"{op}-default-chunk"](
+            **values, return_final_state=True, chunk_size=size, **SOFTPLUS[form]
+        )
         results.append({"y": y, "state": state} | differentiate(y, state, values))
     for name, expected in results[0].items():
         close(results[1][name], expected, torch.float32, name)
@@ -365,7 +416,7 @@ def strong_decays(forget: float) -> Tensor:
     return log_decay
 
 
-@pytest.mark.parametrize("op", ["reference", "torch", "default-chunk"])
+@pytest.mark.parametrize("op", ["reference", "torch", "torch-default-chunk", TRITON, TRITON_DEFAULT_CHUNK])
 @pytest.mark.parametrize(
     ("form", "forget"),  # a step size is finite, and so is dt A
     [("dt", -200.0), ("log_decay", -200.0), ("log_decay", -math.inf)],
@@ -377,7 +428,7 @@ def test_strong_decays_are_exact(form: str, forget: float, op: str) -> None:
     if form == "dt":
         values["A"] = torch.tensor([-1.0, -4.0], dtype=torch.float64)
         values["dt"] = values["dt"] / values["A"]
-    function = OPS[form].get(op, ssd if form == "dt" else ssd_log_decay)
+    function = OPS[form][op]
     given = leaves(values, torch.float32)
     exact = leaves(given, torch.float64)
     y, state = function(**given, return_final_state=True)
@@ -394,8 +445,9 @@ def test_strong_decays_are_exact(form: str, forget: float, op: str) -> None:
         close(actual, expected, torch.float32, f"d{name}")
 
 
+@pytest.mark.parametrize("op", ["torch", TRITON])
 @pytest.mark.parametrize("form", FORMS)
-def test_strided_inputs_equal_contiguous_ones(form: str) -> None:
+def test_strided_inputs_equal_contiguous_ones(form: str, op: str) -> None:
     """In a model, x, B and C are slices of one projection."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 11, 4 * 3 + 2 * 2 * 5, generator=generator)
@@ -409,7 +461,7 @@ def test_strided_inputs_equal_contiguous_ones(form: str) -> None:
         if contiguous:
             x, B, C = x.contiguous(), B.contiguous(), C.contiguous()
         values |= {name: value.requires_grad_() for name, value in (("x", x), ("B", B), ("C", C))}
-        y, state = OPS[form]["torch"](**values, return_final_state=True, **SOFTPLUS[form])
+        y, state = OPS[form][op](**values, return_final_state=True, **SOFTPLUS[form])
         gradients = torch.autograd.grad(y.sum() + state.sum(), list(values.values()))
         results.append({"y": y, "state": state} | dict(zip(values, gradients, strict=True)))
     for name, expected in results[1].items():
@@ -418,13 +470,31 @@ def test_strided_inputs_equal_contiguous_ones(form: str) -> None:
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("layout", [None, [[-1] * 2 + [0] * 7 + [1] * 4]], ids=["plain", "packed"])
+@pytest.mark.parametrize("op", ["torch", TRITON])
 @pytest.mark.parametrize("form", FORMS)
-def test_runs_are_complete_and_bit_identical(form: str, layout: list[list[int]] | None) -> None:
+def test_runs_are_complete_and_bit_identical(form: str, op: str, layout: list[list[int]] | None) -> None:
     values = leaves(draw(form, (1, 13, 4, 3, 2, 2)), torch.float32)
     seq_idx = None if layout is None else torch.tensor(layout)
     runs = []
     for _ in range(2):
-        y, state = OPS[form]["torch"](**values, seq_idx=seq_idx, return_final_state=True, **SOFTPLUS[form])
+        y, state = OPS[form][op](**values, seq_idx=seq_idx, return_final_state=True, **SOFTPLUS[form])
         runs.append([y, state, *differentiate(y, state, values).values()])
     for first, second in zip(*runs, strict=True):
         assert first.isfinite().all() and torch.equal(first, second)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("used", ["outputs", "state"])
+@pytest.mark.parametrize("form", FORMS)
+def test_mixed_dtypes_and_gradients_of_one_result_equal_the_torch_path(form: str, used: str) -> None:
+    values = leaves(draw(form, (1, 19, 2, 3, 1, 4)), torch.float32)
+    values["x"] = values["x"].detach().bfloat16().requires_grad_()  # and float32 maps
+    results = []
+    for op in ("torch", "triton"):
+        y, state = OPS[form][op](**values, return_final_state=True, **SOFTPLUS[form])
+        unused = torch.zeros(())
+        gradients = differentiate(y, unused, values) if used == "outputs" else differentiate(unused, state, values)
+        results.append({"y": y, "state": state} | gradients)
+    for name, expected in results[0].items():
+        assert results[1][name].dtype == expected.dtype
+        close(results[1][name], expected, expected.dtype, name)

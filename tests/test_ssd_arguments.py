@@ -76,7 +76,11 @@ def test_bad_input_raises(form: str, op: str, change: dict[str, Any], message: s
         pytest.param({"A": torch.ones(1)}, r"A must be \(H\) = \(4\)", id="A"),
         pytest.param({"dt_bias": torch.ones(2, 4)}, r"dt_bias must be \(H\) = \(4\)", id="dt_bias"),
         pytest.param({"chunk_size": 0}, "chunk_size must be at least 1, got 0", id="chunk"),
-        pytest.param({"implementation": "triton"}, "implementation='triton' .*'auto', 'torch'", id="triton"),
+        pytest.param(
+            {"x": torch.zeros(2, 5, 4, 3, dtype=torch.float64), "implementation": "triton"},
+            "implementation='triton' of ssd.* accepted: 'auto', 'torch'$",
+            id="triton",
+        ),
         pytest.param({"implementation": "cuda"}, "implementation='cuda' .*'auto', 'torch'", id="unknown"),
     ],
 )

@@ -1,0 +1,35 @@
+"""Triton where it is installed, and otherwise a stand-in that lets kernel files be imported.
+
+A kernel file takes `triton` and `tl` from here and starts with `from __future__ import annotations`, so that an
+annotation such as `BLOCK: tl.constexpr` is not evaluated where `tl` is None. Without Triton a decorated kernel is
+the plain function, which nobody calls: `arguments.choose_implementation` refuses first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    triton: Any
+    tl: Any
+    HAS_TRITON: bool
+    INTERPRETED: bool
+else:
+    try:
+        import triton
+        import triton.language as tl
+
+        HAS_TRITON = True
+        # Triton reads TRITON_INTERPRET when it decorates a kernel, which is right after this file is imported. An
+        # interpreted kernel takes CPU tensors, a compiled one does not.
+        INTERPRETED = bool(triton.knobs.runtime.interpret)
+    except ImportError:
+
+        class _Absent:
+            """Accepts the decorators of kernel files, bare or with options."""
+
+            @staticmethod
+            def jit(fn=None, **options):
+                return fn if fn is not None else lambda kernel: kernel
+
+        triton, tl, HAS_TRITON, INTERPRETED = _Absent(), None, False, False

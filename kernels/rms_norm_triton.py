@@ -1,0 +1,260 @@
+"""Triton kernels of `rms_norm`.
+
+Symbols: R rows (all dimensions but the last), D normalised width, S group size.
+
+A program holds whole groups: the statistics of a group never leave it, and x and z are read once. Rounding is that
+of the torch path: float32 up to the division, one rounding to the dtype of x, then the weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._triton import tl, triton
+
+# A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, backward spills up to 100 bytes of registers per
+# thread at 8192 numbers and up to 420 at 16384; wider groups are left to torch.
+WIDEST_GROUP = 16384
+
+# Rows that one program of the backward kernel sums dweight over, 32 by 32: enough that the partial sums are a
+# sixteenth of the traffic of a bfloat16 x, few enough that some thousand rows fill a GPU.
+_SUMMED_ROWS = 32
+
+
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, z: Tensor | None, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    """The result of `rms_norm`. Arguments are checked there; `group_size` is at most `WIDEST_GROUP`."""
+    y = _RmsNormTriton.apply(x, weight, z, eps, group_size, norm_before_gate)
+    assert isinstance(y, Tensor)  # `apply` is untyped
+    return y
+
+
+class _RmsNormTriton(torch.autograd.Function):
+    """y = weight * n,  n = r u,  r = (mean(u^2) + eps)^(-1/2),  u = x silu(z); or u = x and y = weight n silu(z).
+
+    Backward, with dn = weight dy (dy silu(z) if the norm is first):  dweight = sum over rows of dn n / weight,
+    du = r (dn - n mean(dn n)), and the gate by the product rule. Only x, z and r are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        z: Tensor | None,
+        eps: float,
+        group_size: int,
+        norm_before_gate: bool,
+    ) -> Tensor:
+        width = x.shape[-1]
+        x_rows = x.reshape(-1, width)
+        z_rows = None if z is None else z.reshape(-1, width)
+        rows, groups = x_rows.shape[0], width // group_size
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        r = x.new_empty(rows, groups, dtype=torch.float32)
+        block_rows, block, warps = _tile(group_size)
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(rows, block_rows), groups)](
+                x_rows,
+                weight,
+                z_rows,
+                y,
+                r,
+                rows,
+                group_size,
+                eps,
+                *x_rows.stride(),
+                *weight.stride(),
+                *_strides(z_rows),
+                NORM_FIRST=norm_before_gate,
+                BLOCK_R=block_rows,
+                BLOCK_S=block,
+                num_warps=warps,
+            )
+        ctx.save_for_backward(x, weight, z, r)
+        ctx.norm_before_gate = norm_before_gate
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
+        x, weight, z, r = ctx.saved_tensors
+        needs_x, needs_weight, needs_z = ctx.needs_input_grad[:3]
+        width = x.shape[-1]
+        rows, groups = r.shape
+        group_size = width // groups
+        x_rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)
+        z_rows = None if z is None else z.reshape(-1, width)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        dz = None if z is None or not needs_z else torch.empty_like(z, memory_format=torch.contiguous_format)
+        block_rows, block, warps = _tile(group_size)
+        programs = triton.cdiv(rows, _SUMMED_ROWS)
+        partial = x.new_empty(programs, width, dtype=torch.float32) if needs_weight else None
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs, groups)](
+                x_rows,
+                weight,
+                z_rows,
+                r,
+                dy_rows,
+                dx,
+                dz,
+                partial,
+                rows,
+                group_size,
+                *x_rows.stride(),
+                *weight.stride(),
+                *_strides(z_rows),
+                *dy_rows.stride(),
+                NORM_FIRST=ctx.norm_before_gate,
+                ROWS=_SUMMED_ROWS,
+                BLOCK_R=block_rows,
+                BLOCK_S=block,
+                num_warps=warps,
+            )
+        # One order of summation, whatever the order in which programs end.
+        dweight = None if partial is None else partial.sum(0).to(weight.dtype)
+        return dx, dweight, dz, None, None, None
+
+
+def _tile(group_size: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a tile: 2048 numbers over 4 warps, 16 per thread, up to 32 rows of narrow groups.
+
+    Wider groups take one row and more warps, 32 at most, so that a thread has 16 numbers.
+    """
+    block = triton.next_power_of_2(group_size)
+    rows = min(max(2048 // block, 1), _SUMMED_ROWS)
+    return rows, block, min(max(rows * block // 512, 1), 32)
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))  # log2(e)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr,
+    weight_ptr,
+    z_ptr,
+    y_ptr,
+    r_ptr,
+    rows,
+    group_size,
+    eps,
+    x_row,
+    x_column,
+    weight_column,
+    z_row,
+    z_column,
+    NORM_FIRST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    group = tl.program_id(1).to(tl.int64)
+    groups = tl.num_programs(1)
+    s = tl.arange(0, BLOCK_S)
+    column = group * group_size + s
+    inside_s = s < group_size
+    inside = (row < rows)[:, None] & inside_s[None, :]
+    u = tl.load(x_ptr + row[:, None] * x_row + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
+    if z_ptr is not None:
+        z = tl.load(z_ptr + row[:, None] * z_row + column[None, :] * z_column, mask=inside, other=0.0).to(tl.float32)
+        gate = z * _sigmoid(z)
+        if not NORM_FIRST:
+            u *= gate
+    r = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps)  # (BLOCK_R)
+    w = tl.load(weight_ptr + column * weight_column, mask=inside_s, other=0.0).to(tl.float32)
+    n = (u * r[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
+    y = (n * w[None, :]).to(y_ptr.dtype.element_ty)
+    if z_ptr is not None and NORM_FIRST:
+        y = (y.to(tl.float32) * gate).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row[:, None] * groups * group_size + column[None, :], y, mask=inside)
+    tl.store(r_ptr + row * groups + group, r, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    x_ptr,
+    weight_ptr,
+    z_ptr,
+    r_ptr,
+    dy_ptr,
+    dx_ptr,
+    dz_ptr,
+    partial_ptr,
+    rows,
+    group_size,
+    x_row,
+    x_column,
+    weight_column,
+    z_row,
+    z_column,
+    dy_row,
+    dy_column,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    group = tl.program_id(1).to(tl.int64)
+    groups = tl.num_programs(1)
+    width = groups * group_size
+    s = tl.arange(0, BLOCK_S)
+    column = group * group_size + s
+    inside_s = s < group_size
+    w = tl.load(weight_ptr + column * weight_column, mask=inside_s, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_S,), dtype=tl.float32)  # of dweight, over the program's rows
+    for start in range(0, ROWS, BLOCK_R):
+        row = first + start + tl.arange(0, BLOCK_R)
+        inside = (row < rows)[:, None] & inside_s[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_row + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+        dy_offset = row[:, None] * dy_row + column[None, :] * dy_column
+        dy = tl.load(dy_ptr + dy_offset, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + row * groups + group, mask=row < rows, other=0.0)[:, None]
+        offset = row[:, None] * width + column[None, :]
+        if z_ptr is None:
+            n = x * r
+            dw = dy * n
+            dn = dy * w[None, :]
+            dx = r * (dn - n * (tl.sum(dn * n, axis=1) / group_size)[:, None])
+        else:
+            z_offset = row[:, None] * z_row + column[None, :] * z_column
+            z = tl.load(z_ptr + z_offset, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = _sigmoid(z)
+            gate = z * sigmoid
+            slope = sigmoid * (1.0 + z * (1.0 - sigmoid))  # of silu
+            if NORM_FIRST:
+                n = x * r
+                dw = dy * gate * n
+                dn = dy * gate * w[None, :]
+                dz = dy * n * w[None, :] * slope
+                dx = r * (dn - n * (tl.sum(dn * n, axis=1) / group_size)[:, None])
+            else:
+                n = x * gate * r
+                dw = dy * n
+                dn = dy * w[None, :]
+                du = r * (dn - n * (tl.sum(dn * n, axis=1) / group_size)[:, None])
+                dz = du * x * slope
+                dx = du * gate
+            if dz_ptr is not None:
+                tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:
+            tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if partial_ptr is not None:
+            total += tl.sum(dw, axis=0)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * width + column, total, mask=inside_s)

@@ -1,0 +1,229 @@
+"""The compatibility layer gives what mamba_ssm and causal-conv1d define, in their layouts, on any device."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_zoo.kernels import compat
+from ssm_zoo.kernels.ssd import ssd_reference
+
+# Names and order of the arguments, as the other projects' callers pass them by position.
+SIGNATURES = {
+    "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus "
+    "dt_limit return_final_states return_varlen_states state_dtype",
+    "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
+    "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
+    "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
+    "causal_conv1d_update": "x conv_state weight bias activation cache_seqlens conv_state_indices",
+}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 7 * len(shape) + sum(shape)))
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_arguments_are_theirs(name: str) -> None:
+    parameters = inspect.signature(getattr(compat, name)).parameters
+    assert list(parameters) == SIGNATURES[name].split()
+    assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+
+
+def ssd_arguments() -> dict[str, Any]:
+    return {
+        "x": draw(2, 9, 4, 3),
+        "dt": draw(2, 9, 4),
+        "A": -draw(4).exp(),
+        "B": draw(2, 9, 2, 5),
+        "C": draw(2, 9, 2, 5, seed=1),
+        "D": draw(4, 3),
+        "z": draw(2, 9, 4, 3, seed=1),
+        "dt_bias": draw(4, seed=1),
+        "seq_idx": torch.tensor([[0] * 4 + [1] * 5, [0] * 9], dtype=torch.int32),
+        "dt_softplus": True,
+        "dt_limit": (0.1, 2.0),
+    }
+
+
+def test_chunk_scan_is_the_definition() -> None:
+    arguments, state = ssd_arguments(), draw(2, 4, 3, 5)
+    expected = ssd_reference(**arguments, initial_state=state, return_final_state=True)
+    got = compat.mamba_chunk_scan_combined(
+        **arguments, chunk_size=4, initial_states=state, return_final_states=True, state_dtype=torch.float32
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    alone = compat.mamba_chunk_scan_combined(**arguments, chunk_size=4, initial_states=state)
+    assert isinstance(alone, Tensor) and torch.equal(alone, got[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"return_varlen_states": True}, "return_varlen_states=True is not offered", id="varlen"),
+        pytest.param({"state_dtype": torch.bfloat16}, "state_dtype must be None or torch.float32", id="state-dtype"),
+        pytest.param({"chunk_size": 0}, "chunk_size must be at least 1", id="chunk"),
+    ],
+)
+def test_chunk_scan_refuses_what_it_does_not_offer(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compat.mamba_chunk_scan_combined(**{**ssd_arguments(), "chunk_size": 4, **change})
+
+
+def scan_oracle(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mamba-1's recurrence, channel first, in float64, one channel and token at a time; B and C are (B, G, N, L)."""
+    u, delta, A, B, C, D, z, bias = (tensor.double() for tensor in (u, delta, A, B, C, D, z, bias))
+    batch, channels, length = u.shape
+    state = torch.zeros(batch, channels, A.shape[1], dtype=torch.float64)
+    out = torch.zeros_like(u)
+    for t in range(length):
+        for channel in range(channels):
+            group = channel * B.shape[1] // channels
+            step = torch.log1p((delta[:, channel, t] + bias[channel]).exp())
+            decay = (step[:, None] * A[channel]).exp()
+            state[:, channel] = decay * state[:, channel] + (step * u[:, channel, t])[:, None] * B[:, group, :, t]
+            y = (state[:, channel] * C[:, group, :, t]).sum(-1) + D[channel] * u[:, channel, t]
+            gate = z[:, channel, t]
+            out[:, channel, t] = y * gate / (1 + (-gate).exp())
+    return out, state
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_selective_scan_is_the_recurrence(groups: int | None) -> None:
+    u, delta, z = draw(2, 6, 7), draw(2, 6, 7, seed=1), draw(2, 6, 7, seed=2)
+    A, D, bias = -draw(6, 4).exp(), draw(6), draw(6, seed=1)
+    shape = (2, 4, 7) if groups is None else (2, groups, 4, 7)
+    B, C = draw(*shape), draw(*shape, seed=1)
+    grouped = [tensor[:, None] if groups is None else tensor for tensor in (B, C)]
+    expected = scan_oracle(u, delta, A, grouped[0], grouped[1], D, z, bias)
+    got = compat.selective_scan_fn(u, delta, A, B, C, D, z, bias, True, True)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(compat.selective_scan_fn(u, delta, A, B, C, D, z, bias, delta_softplus=True), got[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"A": torch.zeros(6, 4, dtype=torch.complex64)}, "A must be real", id="complex"),
+        pytest.param({"B": torch.zeros(6, 4)}, r"B must be \(B, N, L\) or \(B, G, N, L\)", id="constant-map"),
+    ],
+)
+def test_selective_scan_refuses_what_it_does_not_offer(change: dict[str, Tensor], message: str) -> None:
+    arguments = {"u": draw(2, 6, 7), "delta": draw(2, 6, 7), "A": -draw(6, 4).exp()}
+    arguments |= {"B": draw(2, 4, 7), "C": draw(2, 4, 7)}
+    with pytest.raises(ValueError, match=message):
+        compat.selective_scan_fn(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["rows", "indexed"])
+@pytest.mark.parametrize("heads", [None, 4], ids=["mamba1", "mamba2"])
+def test_state_update_is_one_step(heads: int | None, indexed: bool) -> None:
+    middle = () if heads is None else (heads,)
+    groups = () if heads is None else (2,)
+    arguments = {
+        "x": draw(3, *middle, 5),
+        "dt": draw(3, *middle, 5, seed=1),
+        "A": -draw(*middle, 5, 6).exp(),
+        "B": draw(3, *groups, 6),
+        "C": draw(3, *groups, 6, seed=1),
+        "D": draw(*middle, 5),
+        "z": draw(3, *middle, 5, seed=2),
+        "dt_bias": draw(*middle, 5, seed=1),
+    }
+    state = draw(7 if indexed else 3, *middle, 5, 6)
+    before = state.clone()
+    rows = torch.tensor([5, 0, 2], dtype=torch.int32) if indexed else torch.arange(3)
+    got = compat.selective_state_update(
+        state, **arguments, dt_softplus=True, state_batch_indices=rows if indexed else None
+    )
+    expected, new = torch.empty_like(got), before.clone()
+    for row, place in enumerate(rows.tolist()):
+        for head in range(heads or 1):
+            at = () if heads is None else (head,)
+            group = () if heads is None else (head // 2,)
+            step = torch.log1p((arguments["dt"][row][at] + arguments["dt_bias"][at]).exp())  # (P)
+            value = arguments["x"][row][at]
+            h = before[place][at] * (step[:, None] * arguments["A"][at]).exp()
+            h = h + torch.outer(step * value, arguments["B"][row][group])
+            new[place][at] = h
+            gate = arguments["z"][row][at]
+            y = h @ arguments["C"][row][group] + arguments["D"][at] * value
+            expected[row][at] = y * gate / (1 + (-gate).exp())
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, new, rtol=1e-4, atol=1e-5)
+
+
+def test_state_update_refuses_shapes_that_do_not_fit() -> None:
+    state = torch.zeros(2, 3, 4)
+    fitting = {"x": draw(2, 3), "dt": draw(2, 3), "A": draw(3, 4), "B": draw(2, 4), "C": draw(2, 4)}
+    compat.selective_state_update(state.clone(), **fitting)
+    for name, wrong in (("x", draw(2, 4)), ("dt", draw(2, 1)), ("A", draw(3, 5)), ("B", draw(2, 5)), ("C", draw(1, 4))):
+        with pytest.raises(ValueError, match=rf"^{name} must be"):
+            compat.selective_state_update(state, **{**fitting, name: wrong})
+    assert not state.any()
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "swish"])
+def test_convolution_is_a_convolution(activation: str | None) -> None:
+    x, weight, bias, before = draw(2, 5, 9), draw(5, 4), draw(5), draw(2, 5, 3)
+    expected = F.conv1d(torch.cat([before, x], -1), weight[:, None], bias, groups=5)
+    expected = expected if activation is None else F.silu(expected)
+    y, final = compat.causal_conv1d_fn(x, weight, bias, None, before, True, None, activation)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(final, x[..., -3:])
+    kept = torch.empty(2, 5, 3)
+    _, returned = compat.causal_conv1d_fn(
+        x, weight, bias, initial_states=before, return_final_states=True, final_states_out=kept
+    )
+    assert returned is kept and torch.equal(kept, final)
+    assert isinstance(compat.causal_conv1d_fn(x, weight), Tensor)
+
+
+def test_convolution_of_packed_rows_keeps_states() -> None:
+    x, weight, before = draw(1, 5, 9), draw(5, 4), draw(1, 5, 3)
+    idx = torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)
+    y, final = compat.causal_conv1d_fn(x, weight, seq_idx=idx, initial_states=before, return_final_states=True)
+    first = compat.causal_conv1d_fn(x[..., :4], weight, initial_states=before)
+    second, last = compat.causal_conv1d_fn(x[..., 4:], weight, return_final_states=True)
+    torch.testing.assert_close(y, torch.cat([first, second], -1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(final, last)
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["rows", "indexed"])
+@pytest.mark.parametrize("ring", [False, True], ids=["shifted", "ring"])
+@pytest.mark.parametrize("size", [3, 6], ids=["exact", "longer"])
+@pytest.mark.parametrize("steps", [(1, 1, 1, 1, 1, 1, 1, 1, 1), (4, 2, 3), (9,)], ids=str)
+def test_updates_go_on_from_a_convolution(steps: tuple[int, ...], size: int, ring: bool, indexed: bool) -> None:
+    x, weight, bias = draw(2, 5, 9), draw(5, 4), draw(5)
+    expected = F.silu(F.conv1d(F.pad(x, (3, 0)), weight[:, None], bias, groups=5))
+    state = torch.zeros(4 if indexed else 2, 5, size)
+    rows = torch.tensor([3, 1], dtype=torch.int32) if indexed else None
+    outputs, start = [], 0
+    for tokens in steps:
+        part = x[..., start : start + tokens]
+        seen = torch.full((2,), start, dtype=torch.int32) if ring else None
+        single = tokens == 1
+        y = compat.causal_conv1d_update(part[..., 0] if single else part, state, weight, bias, "silu", seen, rows)
+        outputs.append(y[..., None] if single else y)
+        start += tokens
+    torch.testing.assert_close(torch.cat(outputs, -1), expected, rtol=1e-5, atol=1e-6)
+    kept = state if rows is None else state[rows.long()]
+    last = x[..., -size:]
+    assert torch.equal(kept, last.roll(9 % size, dims=-1) if ring else last)
+    if indexed:
+        assert not state[[0, 2]].any()
+
+
+def test_convolution_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="activation must be None, 'silu' or 'swish', got 'gelu'"):
+        compat.causal_conv1d_fn(draw(1, 5, 9), draw(5, 4), activation="gelu")
+    with pytest.raises(ValueError, match="conv_state must hold at least K - 1 = 3 inputs"):
+        compat.causal_conv1d_update(draw(1, 5), torch.zeros(1, 5, 2), draw(5, 4))
+    y = compat.causal_conv1d_update(draw(1, 5), torch.zeros(1, 5, 3), torch.zeros(5, 4))
+    assert torch.equal(y, torch.zeros(1, 5))
