@@ -43,6 +43,7 @@ type: $(STAMP) ## check types
 
 bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH_ARGS adds arguments)
 	$(RUN) benchmarks/cpu_paths.py $(BENCH_ARGS)
+	$(RUN) benchmarks/cpu_mixers.py
 
 dev: $(STAMP) ## set up for development, with the pre-commit hooks
 	$(TOOL) pre_commit install
