@@ -234,7 +234,7 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     real = None
     if seq_idx is not None:
         log_decay, real = _with_documents(log_decay, seq_idx)
-    decay = _segment_sum(log_decay.transpose(1, 2)).exp().transpose(-1, -2)  # (B, H, L, L), target by source
+    decay = _decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
     scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
     matrix = scores.repeat_interleave(heads // B.shape[2], dim=1) * decay
     if real is not None:
@@ -367,8 +367,7 @@ def _chunked(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, 
     B = B.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)  # (B, c, G, Q, N)
     C = C.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)
 
-    segments = _segment_sum(log_decay)  # (B, c, H, Q source, Q target)
-    decay = segments.exp()
+    decay = _decay_matrix(log_decay)  # (B, c, H, Q source, Q target)
     scores = (B @ C.transpose(-1, -2))[:, :, :, None]  # (B, c, G, 1, Q source, Q target)
     mix = (decay.unflatten(2, (groups, per_group)) * scores).flatten(2, 3)
     y = mix.transpose(-1, -2) @ u  # (B, c, H, Q, P), from inside the chunk
@@ -390,16 +389,14 @@ def _chunked(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, 
     return (y[:, :length] if padding else y), state
 
 
-def _segment_sum(log_decay: Tensor) -> Tensor:
-    """(..., Q) to (..., Q source j, Q target i): the sum of `log_decay` over k = j+1..i, -inf for i < j.
+def _decay_matrix(log_decay: Tensor) -> Tensor:
+    """(..., Q) to (..., Q source j, Q target i): exp of the sum of `log_decay` over k = j+1..i, 0 for i < j.
 
-    Only the terms that count are added: a difference of two cumulative sums cancels when the decays are strong, and is
-    NaN for a decay of -inf.
+    Only the terms that count are added: a difference of two cumulative sums cancels when the decays are strong, and
+    is NaN for a decay of -inf.
     """
     length = log_decay.shape[-1]
-    ones = torch.ones(length, length, dtype=torch.bool, device=log_decay.device)
-    summed = log_decay[..., None, :].expand(*log_decay.shape, length).masked_fill(~ones.triu(1), 0).cumsum(-1)
-    return summed.masked_fill(~ones.triu(), -math.inf)
+    return log_decay[..., None, :].expand(*log_decay.shape, length).triu(1).cumsum(-1).exp().triu()
 
 
 def _blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
