@@ -10,18 +10,14 @@ takes tens of seconds at L512: give few repeats.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cpu_paths import RESULTS, Case, Run, measure, positive, processor, without_gradient, write_rows
+from cpu_paths import RESULTS, Case, Run, circumstances, measure, positive, without_gradient, write_rows
 from torch import Tensor, nn
 from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
@@ -107,15 +103,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     now = datetime.now(UTC)
-    about = {
-        "hardware": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("ssm-zoo", "torch", "transformers")},
-        },
-        "date": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/cpu_mixers.py", *arguments]),
-    }
+    about = circumstances(now, "cpu_mixers.py", arguments)
     rows = []
     for case in cases(options.forward, options.backward):
         row = {"case": f"{case.name} d{WIDTH} B1 float32", **measure(case, options.repeats), **about}

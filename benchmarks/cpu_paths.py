@@ -284,6 +284,19 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def circumstances(now: datetime, script: str, arguments: list[str]) -> dict[str, object]:
+    """Return the part of a row that says on what, with what, when and how it was measured."""
+    return {
+        "hardware": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("ssm-zoo", "torch", "transformers")},
+        },
+        "date": now.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"benchmarks/{script}", *arguments]),
+    }
+
+
 def write_rows(rows: list[dict[str, object]], path: Path) -> None:
     """Write one JSON object per line; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,15 +334,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     shape = SHAPES[options.shape]
     now = datetime.now(UTC)
-    about = {
-        "hardware": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("ssm-zoo", "torch", "transformers")},
-        },
-        "date": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/cpu_paths.py", *arguments]),
-    }
+    about = circumstances(now, "cpu_paths.py", arguments)
     rows: list[dict[str, object]] = []
     for length, case in cases(shape, options.lengths):
         name = f"{case.name} {options.shape} ({shape}) B1 L{length} float32"

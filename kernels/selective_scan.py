@@ -27,7 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_device, check_seq_idx, check_tensor, choose_implementation
+from .arguments import (
+    accumulator,
+    blank_padding,
+    check_device,
+    check_seq_idx,
+    check_tensor,
+    choose_implementation,
+    documents,
+)
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 
 # Numbers of states (rows x D x N) and of tokens that the torch path works on at a time: the operation of one token then
@@ -80,11 +88,11 @@ def selective_scan(
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     real = first = None
     if seq_idx is not None:
-        real, first = _documents(seq_idx)
+        real, first = documents(seq_idx)
     if choose_implementation(implementation, "selective_scan", x) == "triton":
         y, state = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, real, first)
         return (y, state) if return_final_state else y
-    x, dt, B, C, z = _blank_padding(real, x, dt, B, C, z)
+    x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     steps = _step_sizes(dt, dt_bias, dt_softplus, accumulator(x), real)
     sums = steps.dtype
     u = steps * x.to(sums)
@@ -171,8 +179,8 @@ def selective_scan_reference(
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     real = first = None
     if seq_idx is not None:
-        real, first = _documents(seq_idx)
-    x, dt, B, C, z = _blank_padding(real, x, dt, B, C, z)
+        real, first = documents(seq_idx)
+    x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = _step_sizes(dt, dt_bias, dt_softplus, accumulator(x), real)
     per_group = x.shape[2] // B.shape[2]
     maps_in = B.to(dt.dtype).repeat_interleave(per_group, dim=2)  # (B, L, D, N)
@@ -326,24 +334,6 @@ class _Tokens:
         for a_t, before, after in zip(a.unbind(), h_each, h_each[1:], strict=False):
             after.addcmul_(a_t, before)
         return length
-
-
-def _documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
-    real = seq_idx >= 0
-    document = seq_idx.cummax(dim=1).values
-    before = F.pad(document[:, :-1], (1, 0), value=-1)
-    return real, (document != before) & (before >= 0)
-
-
-def _blank_padding(real: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
-    if real is None or bool(real.all()):
-        return tensors
-    return tuple(
-        None if tensor is None else tensor.masked_fill(~real.view(*real.shape, *[1] * (tensor.dim() - 2)), 0)
-        for tensor in tensors
-    )
 
 
 def _step_sizes(

@@ -21,13 +21,20 @@ real token; the final state is the one after the row's last real token.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import accumulator, check_device, check_seq_idx, check_tensor, choose_implementation
+from .arguments import (
+    accumulator,
+    blank_padding,
+    check_device,
+    check_seq_idx,
+    check_tensor,
+    choose_implementation,
+    documents,
+)
 from .ssd_triton import ssd_scan_triton
 
 # Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
@@ -81,12 +88,12 @@ def ssd(
     Raises:
         ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
     """
-    _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
+    _check_inputs(x, dt, "dt", B, C, D, z, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd", x)
     check_tensor("A", A, (x.shape[2],), "(H)")
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (x.shape[2],), "(H)")
-    x, dt, B, C, z = _blank_padding(seq_idx, x, dt, B, C, z)
+    x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, initial_state, seq_idx, chunk_size, implementation)
     y = _skip_and_gate(y, x, D, z)
@@ -130,9 +137,9 @@ def ssd_log_decay(
     Raises:
         ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
     """
-    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
+    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd_log_decay", x)
-    x, log_decay, B, C, z = _blank_padding(seq_idx, x, log_decay, B, C, z)
+    x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     log_decay = log_decay.to(accumulator(x))
     y, state = _scan(x, None, log_decay, B, C, initial_state, seq_idx, chunk_size, implementation)
     y = _skip_and_gate(y, x, D, z)
@@ -233,6 +240,7 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     log_decay = log_decay.to(sums)
     real = None
     if seq_idx is not None:
+        check_seq_idx(seq_idx, batch, length)
         log_decay, real = _with_documents(log_decay, seq_idx)
     decay = _decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
     scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
@@ -259,8 +267,8 @@ def ssd_reference(
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of :func:`ssd`: a loop over time in float32 (float64 kept). Arguments as there."""
-    _check_inputs(x, dt, "dt", B, C, D, z, initial_state)
-    x, dt, B, C, z = _blank_padding(seq_idx, x, dt, B, C, z)
+    _check_inputs(x, dt, "dt", B, C, D, z, initial_state, seq_idx)
+    x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
     y, state = _loop(u, dt * A.to(dt.dtype), B, C, initial_state, seq_idx)
@@ -281,8 +289,8 @@ def ssd_log_decay_reference(
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of :func:`ssd_log_decay`: a loop over time in float32 (float64 kept). Arguments as there."""
-    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state)
-    x, log_decay, B, C, z = _blank_padding(seq_idx, x, log_decay, B, C, z)
+    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state, seq_idx)
+    x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     sums = accumulator(x)
     y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
     y = _skip_and_gate(y, x, D, z)
@@ -299,7 +307,6 @@ def _loop(
     C = C.to(u.dtype).repeat_interleave(repeats, dim=2)
     state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
     if seq_idx is not None:
-        check_seq_idx(seq_idx, batch, length)
         document = seq_idx.new_full((batch,), -1)  # of the last real token so far
     outputs = []
     for t in range(length):
@@ -399,31 +406,13 @@ def _decay_matrix(log_decay: Tensor) -> Tensor:
     return log_decay[..., None, :].expand(*log_decay.shape, length).triu(1).cumsum(-1).exp().triu()
 
 
-def _blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
-    if seq_idx is None:
-        return tensors
-    check_seq_idx(seq_idx, tensors[0].shape[0], tensors[0].shape[1])
-    padding = seq_idx < 0
-    if not bool(padding.any()):
-        return tensors
-    return tuple(
-        None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)
-        for tensor in tensors
-    )
-
-
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     """Turn documents and padding into decays: -inf at a document's first token, 0 at padding.
 
     Returns:
         (B, L, H) decays and the (B, L) mask of the real tokens.
     """
-    check_seq_idx(seq_idx, log_decay.shape[0], log_decay.shape[1])
-    real = seq_idx >= 0
-    document = seq_idx.cummax(dim=1).values
-    before = F.pad(document[:, :-1], (1, 0), value=-1)
-    first = (document != before) & (before >= 0)
+    real, first = documents(seq_idx)
     return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
 
 
@@ -476,6 +465,7 @@ def _check_inputs(
     D: Tensor | None,
     z: Tensor | None,
     initial_state: Tensor | None,
+    seq_idx: Tensor | None,
 ) -> None:
     check_tensor("x", x, (None, None, None, None), "(B, L, H, P)")
     batch, length, heads, width = x.shape
@@ -492,3 +482,5 @@ def _check_inputs(
     for name, tensor in ((decay_name, decay), ("B", B), ("C", C), ("z", z), ("initial_state", initial_state)):
         if tensor is not None:
             check_device(name, tensor, x)
+    if seq_idx is not None:
+        check_seq_idx(seq_idx, batch, length)
