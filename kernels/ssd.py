@@ -35,13 +35,8 @@ from .arguments import (
     choose_implementation,
     documents,
 )
+from .ssd_chunked import decay_matrix, skip_and_gate, ssd_scan_torch
 from .ssd_triton import ssd_scan_triton
-
-# Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
-# balance; 64 also keeps the (Q, Q) tiles of a head in a CPU core's L1/L2 cache.
-_CHUNK = 64
-# Tokens worked on at a time: bounds the (H, Q, Q) tiles alive at once to `_PANEL / Q` chunks whatever the length.
-_PANEL = 512
 
 
 def ssd(
@@ -94,9 +89,8 @@ def ssd(
     if dt_bias is not None:
         check_tensor("dt_bias", dt_bias, (x.shape[2],), "(H)")
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
-    dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
-    y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, initial_state, seq_idx, chunk_size, implementation)
-    y = _skip_and_gate(y, x, D, z)
+    dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
+    y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, D, z, initial_state, seq_idx, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -141,78 +135,8 @@ def ssd_log_decay(
     implementation = choose_implementation(implementation, "ssd_log_decay", x)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     log_decay = log_decay.to(accumulator(x))
-    y, state = _scan(x, None, log_decay, B, C, initial_state, seq_idx, chunk_size, implementation)
-    y = _skip_and_gate(y, x, D, z)
+    y, state = _scan(x, None, log_decay, B, C, D, z, initial_state, seq_idx, chunk_size, implementation)
     return (y, state) if return_final_state else y
-
-
-def ssd_step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    implementation: str = "auto",
-) -> Tensor:
-    """One token of :func:`ssd`; `state` is updated in place.
-
-    Args:
-        state: (B, H, P, N) state, float32 (or float64).
-        x: (B, H, P) input.
-        dt: (B, H) step sizes.
-        A: (H) decay rates, negative.
-        B: (B, G, N) input map.
-        C: (B, G, N) output map.
-        D: (H) or (H, P) skip.
-        z: (B, H, P) gate.
-        dt_bias: (H) added to `dt` first.
-        dt_softplus: apply softplus to `dt + dt_bias`.
-        dt_limit: range that the step sizes are clamped to.
-        implementation: "auto" or "torch".
-
-    Returns:
-        (B, H, P) output in the dtype of `x`.
-
-    Raises:
-        ValueError: if a shape or `implementation` does not fit.
-    """
-    choose_implementation(implementation, "ssd_step", x, supports_triton=False)
-    check_tensor("dt", dt, state.shape[:2], "(B, H)")
-    check_tensor("A", A, state.shape[1:2], "(H)")
-    if dt_bias is not None:
-        check_tensor("dt_bias", dt_bias, state.shape[1:2], "(H)")
-    dt = _step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
-    y = _update(state, x.to(state.dtype) * dt[..., None], dt * A.to(state.dtype), B, C)
-    return _skip_and_gate(y, x, D, z)
-
-
-def ssd_log_decay_step(
-    state: Tensor,
-    x: Tensor,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    implementation: str = "auto",
-) -> Tensor:
-    """One token of :func:`ssd_log_decay`; `state` is updated in place.
-
-    Args:
-        log_decay: (B, H) logarithm of the decay, in [-inf, 0]. The others are those of :func:`ssd_step`, and so are
-            the result and the errors.
-    """
-    choose_implementation(implementation, "ssd_log_decay_step", x, supports_triton=False)
-    y = _update(state, x.to(state.dtype), log_decay.to(state.dtype), B, C)
-    return _skip_and_gate(y, x, D, z)
 
 
 def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
@@ -242,7 +166,7 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     if seq_idx is not None:
         check_seq_idx(seq_idx, batch, length)
         log_decay, real = _with_documents(log_decay, seq_idx)
-    decay = _decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
+    decay = decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
     scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
     matrix = scores.repeat_interleave(heads // B.shape[2], dim=1) * decay
     if real is not None:
@@ -269,10 +193,10 @@ def ssd_reference(
     """The definition of :func:`ssd`: a loop over time in float32 (float64 kept). Arguments as there."""
     _check_inputs(x, dt, "dt", B, C, D, z, initial_state, seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
-    dt = _step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
+    dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
     y, state = _loop(u, dt * A.to(dt.dtype), B, C, initial_state, seq_idx)
-    y = _skip_and_gate(y, x, D, z)
+    y = skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
 
@@ -293,7 +217,7 @@ def ssd_log_decay_reference(
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     sums = accumulator(x)
     y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
-    y = _skip_and_gate(y, x, D, z)
+    y = skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
 
@@ -326,84 +250,26 @@ def _loop(
 
 def _scan(
     x: Tensor,
-    scale: Tensor | None,
+    dt: Tensor | None,
     log_decay: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
     chunk_size: int | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence by chunks, panel after panel; u = scale x. Other arguments and results as :func:`_loop`."""
-    batch, length, heads, width = x.shape
+    """Outputs and final state by the implementation asked for."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
     if implementation == "triton":
-        return ssd_scan_triton(x, scale, log_decay, B, C, initial_state, chunk_size)
-    u = x.to(log_decay.dtype) if scale is None else x.to(log_decay.dtype) * scale[..., None]
-    B, C = B.to(u.dtype), C.to(u.dtype)
-    state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
-    chunk = min(chunk_size or _CHUNK, length)
-    panel = max(_PANEL // chunk, 1) * chunk
-    outputs = []
-    for start in range(0, length, panel):
-        part = slice(start, start + panel)
-        y, state = _chunked(u[:, part], log_decay[:, part], B[:, part], C[:, part], state, chunk)
-        outputs.append(y)
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
-
-
-def _chunked(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Block decomposition of the semiseparable matrix (arXiv 2405.21060, section 6): all chunks at once, then a short
-    loop that carries the state over the chunks."""
-    batch, length, heads, width = u.shape
-    groups, size = B.shape[2:]
-    per_group = heads // groups
-    padding = -length % chunk
-    if padding:  # zero input and zero log-decay leave the state alone
-        u = F.pad(u, (0, 0, 0, 0, 0, padding))
-        log_decay = F.pad(log_decay, (0, 0, 0, padding))
-        B = F.pad(B, (0, 0, 0, 0, 0, padding))
-        C = F.pad(C, (0, 0, 0, 0, 0, padding))
-    chunks = (length + padding) // chunk
-    u = u.reshape(batch, chunks, chunk, heads, width).transpose(2, 3)  # (B, c, H, Q, P)
-    log_decay = log_decay.reshape(batch, chunks, chunk, heads).transpose(2, 3)  # (B, c, H, Q)
-    B = B.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)  # (B, c, G, Q, N)
-    C = C.reshape(batch, chunks, chunk, groups, size).transpose(2, 3)
-
-    decay = _decay_matrix(log_decay)  # (B, c, H, Q source, Q target)
-    scores = (B @ C.transpose(-1, -2))[:, :, :, None]  # (B, c, G, 1, Q source, Q target)
-    mix = (decay.unflatten(2, (groups, per_group)) * scores).flatten(2, 3)
-    y = mix.transpose(-1, -2) @ u  # (B, c, H, Q, P), from inside the chunk
-
-    to_end = decay[..., -1]  # (B, c, H, Q): decay from each token to the end of its chunk
-    weighted = (u * to_end[..., None]).unflatten(2, (groups, per_group))  # (B, c, G, H/G, Q, P)
-    inflow = (weighted.transpose(-1, -2) @ B[:, :, :, None]).flatten(2, 3)  # (B, c, H, P, N)
-
-    from_start = log_decay.cumsum(-1).exp()  # (B, c, H, Q): decay from the chunk's start through each token
-    whole = from_start[..., -1, None, None]  # (B, c, H, 1, 1)
-    carried = []
-    for index in range(chunks):
-        carried.append(state)
-        state = whole[:, index] * state + inflow[:, index]
-    entering = torch.stack(carried, dim=1).unflatten(2, (groups, per_group))  # (B, c, G, H/G, P, N)
-    read = (C[:, :, :, None] @ entering.transpose(-1, -2)).flatten(2, 3)  # (B, c, H, Q, P)
-    y = y + read * from_start[..., None]
-    y = y.transpose(2, 3).reshape(batch, chunks * chunk, heads, width)
-    return (y[:, :length] if padding else y), state
-
-
-def _decay_matrix(log_decay: Tensor) -> Tensor:
-    """(..., Q) to (..., Q source j, Q target i): exp of the sum of `log_decay` over k = j+1..i, 0 for i < j.
-
-    Only the terms that count are added: a difference of two cumulative sums cancels when the decays are strong, and
-    is NaN for a decay of -inf.
-    """
-    length = log_decay.shape[-1]
-    return log_decay[..., None, :].expand(*log_decay.shape, length).triu(1).cumsum(-1).exp().triu()
+        y, state = ssd_scan_triton(x, dt, log_decay, B, C, initial_state, chunk_size)
+        return skip_and_gate(y, x, D, z), state
+    return ssd_scan_torch(x, dt, log_decay, B, C, D, z, initial_state, chunk_size)
 
 
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -416,22 +282,8 @@ def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]
     return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
 
 
-def _update(state: Tensor, u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """One step in place: returns (B, H, P) in the state's dtype."""
-    heads = state.shape[1]
-    check_tensor("x", u, tuple(state.shape[:3]), "(B, H, P)")
-    check_tensor("log_decay", log_decay, tuple(state.shape[:2]), "(B, H)")
-    for name, tensor in (("B", B), ("C", C)):
-        check_tensor(name, tensor, (state.shape[0], None, state.shape[3]), "(B, G, N)")
-        if heads % tensor.shape[1]:
-            raise ValueError(f"{name}: the number of groups must divide the {heads} heads, got {tensor.shape[1]}")
-    B = B.to(state.dtype).repeat_interleave(heads // B.shape[1], dim=1)
-    C = C.to(state.dtype).repeat_interleave(heads // C.shape[1], dim=1)
-    state.mul_(log_decay.exp()[..., None, None]).add_(u[..., None] * B[:, :, None, :])
-    return (state @ C[..., None])[..., 0]
-
-
-def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
+def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
+    """The step sizes proper, of raw ones."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -439,14 +291,6 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit:
     if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
         dt = dt.clamp(*dt_limit)
     return dt
-
-
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    if D is not None:
-        y = y + (D[:, None] if D.dim() == 1 else D).to(y.dtype) * x.to(y.dtype)
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype)
 
 
 def _check_maps(batch: int, length: int, heads: int, B: Tensor, C: Tensor) -> None:

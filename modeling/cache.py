@@ -9,6 +9,7 @@ Symbols: B batch, H heads, P head width, N state size, D convolution channels, K
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE_FIELD = next(
+    field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values")
+)
+"""What transformers' outputs call the cache: "cache" since 5.24, "past_key_values" before."""
 
 
 class _ZooLayer(CacheLayerMixin):
@@ -201,3 +208,14 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """Tensors by `clone`, which keeps their gradients' graph and of a view the viewed part only."""
     return {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()}
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache of a call, which may come under either of transformers' names for it.
+
+    Raises:
+        ValueError: if it comes under both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("pass the cache as `cache` or as `past_key_values`, not as both")
+    return past_key_values if cache is None else cache

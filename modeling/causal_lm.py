@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..kernels.rms_norm import rms_norm
-from .cache import check_layers
+from .cache import CACHE_FIELD, check_layers, one_cache
 from .hub_code import upload, write_code, write_default_card
 from .sequence import Sequence, make_sequence
 
@@ -185,6 +185,7 @@ class ZooModel(ZooPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks.
@@ -202,6 +203,7 @@ class ZooModel(ZooPreTrainedModel):
                 norm.
             output_attentions: return every layer's (B, H, L, L) mixing matrix; needs an empty cache.
             return_dict: return a ModelOutput rather than a tuple.
+            cache: transformers' later name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read; other entries are the
                 loss's.
 
@@ -211,6 +213,7 @@ class ZooModel(ZooPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = one_cache(past_key_values, cache)
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -264,9 +267,9 @@ class ZooModel(ZooPreTrainedModel):
             all_hidden_states.append(hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            **{CACHE_FIELD: past_key_values if use_cache else None},
         )
         return output if return_dict else output.to_tuple()
 
@@ -314,6 +317,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Next-token logits, and the loss if `labels` are given. Arguments as in :meth:`ZooModel.forward`, and:
@@ -326,15 +330,15 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             **kwargs: `num_items_in_batch` goes to the loss.
 
         Returns:
-            `logits` (B, L or fewer, V) in the head's dtype, `loss`, `past_key_values`, `hidden_states`,
-            `attentions`.
+            `logits` (B, L or fewer, V) in the head's dtype, `loss`, the cache under transformers' name for it,
+            `hidden_states`, `attentions`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_idx=seq_idx,
@@ -353,8 +357,8 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
         )
         return output if return_dict else output.to_tuple()

@@ -27,7 +27,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
+from ..kernels.ssd import ssd_log_decay, ssd_matrix
+from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig

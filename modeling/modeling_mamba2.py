@@ -9,7 +9,8 @@ width; z gate, x inputs, B and C input and output maps, dt step sizes, A decay r
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `D_has_hdim` and `d_ssm` are not offered. The classes are named after the mixer (SSD): transformers'
-`generate` hands its cache to classes with "mamba" in their name under another keyword than `past_key_values`.
+`generate`, before 5.24, hands its cache to classes with "mamba" in their name under another keyword than
+`past_key_values`.
 """
 
 import math
@@ -23,7 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.rms_norm import rms_norm
-from ..kernels.ssd import ssd, ssd_matrix, ssd_step
+from ..kernels.ssd import ssd, ssd_matrix
+from ..kernels.ssd_step import ssd_step
 from .cache import layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba2 import ZooMamba2Config

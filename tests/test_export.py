@@ -28,7 +28,7 @@ EXPORTED = ["mamba2-groups", "all-four"]
 SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "configuration_mamba2.py", "hub_code.py"]
 SHARED += ["modeling_mamba2.py", "rms_norm.py", "sequence.py", "ssd.py"]
 SHARED += ["_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py", "rms_norm_triton.py"]
-SHARED += ["ssd_triton.py", "ssd_triton_kernels.py"]
+SHARED += ["ssd_chunked.py", "ssd_step.py", "ssd_triton.py", "ssd_triton_kernels.py"]
 CODE = {
     "mamba2-groups": sorted(SHARED),
     "all-four": sorted([*SHARED, "configuration_hybrid.py", "modeling_hybrid.py"]),

@@ -263,3 +263,15 @@ def test_checkpointing_does_not_drop_a_cache_silently(request: pytest.FixtureReq
     trained.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"gradient checkpointing cannot continue a cache, .* 6 tokens"):
         trained(IDS, past_key_values=cache)
+
+
+def test_the_cache_goes_by_either_name(model: Any) -> None:
+    """transformers 5.24 calls `cache` what was `past_key_values`; a model takes both, and not both at once."""
+    ids = draw_ids(2, 7)
+    expected = model(ids).logits[:, 4:]
+    for keyword in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :4], use_cache=True, **{keyword: cache})
+        torch.testing.assert_close(model(ids[:, 4:], **{keyword: cache}).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="not as both"):
+        model(ids, cache=DynamicCache(config=model.config), past_key_values=DynamicCache(config=model.config))

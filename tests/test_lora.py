@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, draw_ids, make_model
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -140,6 +143,10 @@ def test_an_adapter_finds_its_base_model(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers' add_adapter asks for peft {MIN_PEFT_VERSION}",
+)
 def test_an_adapter_added_to_the_model_itself_is_saved_alone(name: str, tmp_path: Path) -> None:
     """transformers' `add_adapter`: neither weights nor code of the base model belong beside the adapter."""
     model = make_model(name)

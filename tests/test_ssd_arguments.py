@@ -10,10 +10,9 @@ from ssm_zoo.kernels.ssd import (
     ssd,
     ssd_log_decay,
     ssd_log_decay_reference,
-    ssd_log_decay_step,
     ssd_reference,
-    ssd_step,
 )
+from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
 
 FORMS = ["dt", "log_decay"]
 OPS: dict[str, dict[str, Callable[..., Any]]] = {
