@@ -22,6 +22,9 @@ from torch.autograd.function import once_differentiable
 from .arguments import accumulator, check_device, check_seq_idx, check_tensor, choose_implementation
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
 
+# Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
+_PANEL_ELEMENTS = 128 * 1024
+
 
 def causal_conv1d(
     x: Tensor,
@@ -73,7 +76,7 @@ def causal_conv1d(
 
     if seq_idx is None:
         past = None if history is None else history.to(dtype)
-        y = _activate(_depthwise(x.to(dtype), weight, bias, past), activation).to(x.dtype)
+        y = _depthwise(x, weight, bias, past, activation)
         if not return_final_state:
             return y
         past = x.new_zeros(B, width - 1, D) if history is None else history.to(x.dtype)
@@ -87,8 +90,7 @@ def causal_conv1d(
     line = x.new_zeros(length, D).index_copy_(0, slots, inputs)
     if history is not None:
         line.index_copy_(0, first_slots.flatten(), history.reshape(-1, D).to(x.dtype))
-    y = _depthwise(line[None].to(dtype), weight, bias, None)[0].index_select(0, slots)
-    y = _activate(y, activation).to(x.dtype)
+    y = _depthwise(line[None], weight, bias, None, activation)[0].index_select(0, slots)
     if padded:
         y = x.new_zeros(B * L, D).index_copy_(0, tokens, y)
     y = y.view(B, L, D)
@@ -182,68 +184,108 @@ def causal_conv1d_reference(
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """y_t = bias + sum_j w_j x_{t-j}, with x_{-1}, x_{-2}, ... the rows of `history` from its end.
+    """y_t = silu(p_t) or p_t, p_t = bias + sum_j w_j x_{t-j}, with x_{-1}, x_{-2}, ... the rows of `history` from its
+    end.
 
-    Backward: dx_t = sum_j w_j dy_{t+j},  dw_j = sum_{b,t} dy_t x_{t-j},  dbias = sum_{b,t} dy_t.
+    Backward, with dp_t = dy_t silu'(p_t):  dx_t = sum_j w_j dp_{t+j},  dw_j = sum_{b,t} dp_t x_{t-j},
+    dbias = sum_{b,t} dp_t.  Only the inputs are kept for it; p is computed again.
 
-    Why not `F.conv1d(groups=D)`: it wants (B, D, L), and its backward is slow. Measured on 2 CPU cores, fp32,
-    torch 2.13, B 1, D 1792, K 4, silu included, ms forward / forward + backward, medians of 25:
-        L 64:    F.conv1d 0.41 / 1.15    shifted sums by autograd 0.23 / 0.85    this 0.13 / 0.53
-        L 256:   F.conv1d 0.97 / 4.3     shifted sums by autograd 0.76 / 3.5     this 0.38 / 1.7
-        L 1024:  F.conv1d 3.7  / 22      shifted sums by autograd 2.9  / 21      this 1.1  / 4.4
-    The gain is memory traffic: K multiply-adds into one buffer in place, without padded or transposed copies.
+    Why not `F.conv1d(groups=D)`: it wants (B, D, L), and its backward is slow. Here K multiply-adds go into one buffer
+    in place, without padded or transposed copies, on panels of tokens that stay in the cache until they are done.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> Tensor:
-        width, L = weight.shape[1], x.shape[1]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, activation: str | None
+    ) -> Tensor:
         taps = weight.flip(1).t().contiguous()  # (K, D), taps[j] looks j tokens back
-        y = x * taps[0] if bias is None else torch.addcmul(bias, x, taps[0])
-        for j in range(1, width):
-            y[:, j:].addcmul_(x[:, : max(L - j, 0)], taps[j])
-            if history is not None:
-                reach = min(j, L)  # the tokens that look beyond the row's first one
-                start = width - 1 - j
-                y[:, :reach].addcmul_(history[:, start : start + reach], taps[j])
-        ctx.save_for_backward(x, taps, history)
-        ctx.has_bias = bias is not None
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start, stop in _panels(x, taps):
+            part = y[:, start:stop]
+            if y.dtype == taps.dtype:
+                _convolve(x, taps, bias, history, start, stop, part)
+                if activation is not None:
+                    F.silu(part, inplace=True)
+            else:
+                part.copy_(_activate(_convolve(x, taps, bias, history, start, stop), activation))
+        ctx.save_for_backward(x, taps, bias, history)
+        ctx.activation = activation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
-        x, taps, history = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_history = ctx.needs_input_grad
+        x, taps, bias, history = ctx.saved_tensors
         width, L = taps.shape[0], x.shape[1]
-        dx = dweight = dbias = dhistory = None
-        if needs_x:
-            dx = dy * taps[0]
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dtaps = torch.zeros_like(taps)
+        dbias = torch.zeros_like(taps[0])
+        dhistory = None if history is None else torch.zeros_like(history)
+        after = dy.new_zeros(x.shape[0], 0, x.shape[2], dtype=taps.dtype)  # dp of the tokens that follow, at most K - 1
+        for start, stop in reversed(_panels(x, taps)):
+            dp = dy[:, start:stop].to(taps.dtype)
+            if ctx.activation is not None:
+                dp = torch.ops.aten.silu_backward(dp, _convolve(x, taps, bias, history, start, stop))
+            inputs = x[:, max(start - width + 1, 0) : stop].to(taps.dtype)
+            behind = inputs.shape[1] - (stop - start)  # inputs that stand before the panel
+            dx_part = dp * taps[0]
             for j in range(1, width):
-                dx[:, : max(L - j, 0)].addcmul_(dy[:, j:], taps[j])
-        if needs_weight:
-            dtaps = torch.zeros_like(taps)
-            products = torch.empty_like(dy)
-            for j in range(min(width, L)):
-                dtaps[j] = torch.mul(dy[:, j:], x[:, : L - j], out=products[:, j:]).sum((0, 1))
-            if history is not None:
+                dx_part[:, : max(stop - start - j, 0)].addcmul_(dp[:, j:], taps[j])
+                reach = min(j, after.shape[1])
+                first = stop - start - j  # the first token that looks past the panel, if it stands in it
+                dx_part[:, max(first, 0) : max(first, 0) + reach].addcmul_(after[:, :reach], taps[j])
+            dx[:, start:stop] = dx_part
+            product = torch.empty_like(dp)
+            for j in range(min(width, stop)):
+                low = max(j - behind, 0)  # the first token of the panel whose input j tokens back is in the row
+                torch.mul(dp[:, low:], inputs[:, low + behind - j : inputs.shape[1] - j], out=product[:, low:])
+                dtaps[j] += product[:, low:].sum((0, 1))
+            dbias += dp.sum((0, 1))
+            if history is not None and dhistory is not None and start == 0:
                 for j in range(1, width):
-                    reach, start = min(j, L), width - 1 - j
-                    dtaps[j] += (dy[:, :reach] * history[:, start : start + reach]).sum((0, 1))
-            dweight = dtaps.t().flip(1)
-        if ctx.has_bias and needs_bias:
-            dbias = dy.sum((0, 1))
-        if history is not None and needs_history:
-            dhistory = torch.zeros_like(history)
-            for j in range(1, width):
-                reach, start = min(j, L), width - 1 - j
-                dhistory[:, start : start + reach].addcmul_(dy[:, :reach], taps[j])
-        return dx, dweight, dbias, dhistory
+                    reach, at = min(j, L), width - 1 - j
+                    dtaps[j] += (dp[:, :reach] * history[:, at : at + reach]).sum((0, 1))
+                    dhistory[:, at : at + reach].addcmul_(dp[:, :reach], taps[j])
+            after = dp[:, : width - 1]
+        return dx, dtaps.t().flip(1), None if bias is None else dbias, dhistory, None
 
 
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> Tensor:
-    """(B, L, D) convolution without activation, everything in one dtype; history (B, K-1, D) or None."""
-    y = _DepthwiseConv.apply(x, weight, bias, history)
+def _panels(x: Tensor, taps: Tensor) -> list[tuple[int, int]]:
+    """Ranges of tokens to work on at a time: a panel of them fits a core's L2 cache, and holds a window's reach."""
+    batch, length, channels = x.shape
+    tokens = max(_PANEL_ELEMENTS // (batch * channels), taps.shape[0] - 1)
+    return [(start, min(start + tokens, length)) for start in range(0, length, tokens)]
+
+
+def _convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    start: int,
+    stop: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(B, stop - start, D) convolution, without activation, of the tokens from `start` to before `stop`."""
+    behind = min(start, taps.shape[0] - 1)
+    inputs = x[:, start - behind : stop].to(taps.dtype)
+    now = inputs[:, behind:]
+    y = torch.mul(now, taps[0], out=out) if bias is None else torch.addcmul(bias, now, taps[0], out=out)
+    for j in range(1, taps.shape[0]):
+        low = max(j - behind, 0)  # the first token whose input j tokens back is in the row
+        y[:, low:].addcmul_(inputs[:, low + behind - j : max(inputs.shape[1] - j, 0)], taps[j])
+        if history is not None and start == 0:
+            reach, at = min(j, stop), taps.shape[0] - 1 - j  # the tokens that look beyond the row's first one
+            y[:, :reach].addcmul_(history[:, at : at + reach], taps[j])
+    return y
+
+
+def _depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, activation: str | None
+) -> Tensor:
+    """(B, L, D) convolution in the dtype of x; the others are of one dtype, in which it is computed."""
+    y = _DepthwiseConv.apply(x, weight, bias, history, activation)
     assert isinstance(y, Tensor)  # `apply` is untyped
     return y
 

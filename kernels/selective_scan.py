@@ -20,7 +20,7 @@ token.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,14 +93,11 @@ def selective_scan(
         y, state = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, real, first)
         return (y, state) if return_final_state else y
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
-    steps = _step_sizes(dt, dt_bias, dt_softplus, accumulator(x), real)
-    sums = steps.dtype
-    u = steps * x.to(sums)
+    sums = accumulator(x)
     state = x.new_zeros(x.shape[0], *A.shape, dtype=sums) if initial_state is None else initial_state.to(sums)
     y, state = _SelectiveScan.apply(  # type: ignore[misc]
-        u, steps, A.to(sums), B.to(sums), C.to(sums), state, first, torch.is_grad_enabled()
+        x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, real, first, torch.is_grad_enabled()
     )
-    y = _skip_and_gate(y, x, D, z)
     return (y, state) if return_final_state else y
 
 
@@ -204,12 +201,14 @@ def _decay(dt: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + B_t u_t, y_t = C_t h_t, with a_t = exp(dt_t A): chunk after chunk, token after token.
+    """h_t = a_t h_{t-1} + B_t u_t, y_t = C_t h_t, with a_t = exp(dt_t A) and u_t = dt_t x_t: chunk after chunk, token
+    after token.
 
     Backward, with g_t the gradient at h_t:  g_t = C_t dy_t + a_{t+1} g_{t+1};  du_t = sum_n B_t g_t;
     dB_t = sum_d u_t g_t;  dC_t = sum_d dy_t h_t;  e_t = g_t a_t h_{t-1} is the gradient at dt_t A, hence
-    ddt_t = sum_n A e_t and dA = sum_t dt_t e_t. The forward keeps the state entering each chunk; the backward
-    recomputes the others of a chunk from it, so that (Q, D, N) is the largest thing that ever exists.
+    ddt_t = sum_n A e_t + x_t du_t and dA = sum_t dt_t e_t. The forward keeps the inputs and the state entering each
+    chunk; the backward recomputes the rest of a chunk from them, so that (Q, D, N) is the largest thing that ever
+    exists beside the results. Step sizes, skip and gate are worked out within the chunk too, while it is in the cache.
 
     Within a chunk everything but the recurrence is one operation on all its tokens, and the recurrence is one
     multiply-add per token, in place. States lie as (N, D): the inner loop then runs over D neighbours, for which x and
@@ -222,48 +221,61 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        u: Tensor,
+        x: Tensor,
         dt: Tensor,
         A: Tensor,
         B: Tensor,
         C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
         state: Tensor,
+        dt_softplus: bool,
+        real: Tensor | None,
         first: Tensor | None,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(u.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
             ctx.set_materialize_grads(False)
             keep = grad_enabled and any(ctx.needs_input_grad)
-            tokens = _Tokens(u, dt, A, B, C, first)
-            y, final = torch.empty_like(u), torch.empty_like(state)
+            tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, dt_softplus, real, first, state.dtype)
+            y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
             y_tokens, (entering, leaving) = tokens.view(y), (tokens.view_state(state), tokens.view_state(final))
-            saved = u.new_empty(len(tokens.chunks) if keep else 0, *entering.shape)
+            saved = state.new_empty(len(tokens.chunks) if keep else 0, *entering.shape)
             for rows in tokens.blocks:
                 decay, states = tokens.buffer(rows, 0), tokens.buffer(rows, 1)
                 states[0].copy_(entering[rows])
                 for index, part in enumerate(tokens.chunks):
                     if keep:
                         saved[index, rows].copy_(states[0])
-                    length = tokens.run(decay, states, part, rows)
-                    y_tokens[part, rows] = tokens.C[part, rows].transpose(-1, -2) @ states[1 : length + 1]
+                    now = tokens.inputs(part, rows)
+                    length = tokens.run(decay, states, part, rows, now)
+                    out = tokens.outputs(states, part, rows, now)
+                    if tokens.z is not None:
+                        out *= F.silu(tokens.z[part, rows].to(out.dtype))
+                    y_tokens[part, rows] = out
                     states[0].copy_(states[length])
                 leaving[rows] = states[0]
-            ctx.save_for_backward(u, dt, A, B, C, saved, first)
+            ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, saved, real, first)
+            ctx.dt_softplus = dt_softplus
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, dt, A, B, C, saved, first = ctx.saved_tensors
-        with torch.autocast(u.device.type, enabled=False):
+        x, dt, A, B, C, D, z, dt_bias, saved, real, first = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
             dy, dfinal = gradients
-            tokens = _Tokens(u, dt, A, B, C, first)
-            dy_tokens = tokens.view(torch.zeros_like(u) if dy is None else dy)
-            du, ddt, dB, dC = (torch.empty_like(tensor) for tensor in (u, dt, B, C))
-            du_tokens, ddt_tokens = tokens.view(du), tokens.view(ddt)
+            sums = saved.dtype
+            tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, real, first, sums)
+            dy_tokens = tokens.view(torch.zeros_like(x) if dy is None else dy)
+            dx, ddt, dB, dC = (torch.empty_like(tensor) for tensor in (x, dt, B, C))
+            dz = None if z is None else torch.empty_like(z)
+            dx_tokens, ddt_tokens = tokens.view(dx), tokens.view(ddt)
             dB_tokens, dC_tokens = tokens.view_map(dB), tokens.view_map(dC)
             dA = torch.zeros_like(tokens.A)
-            dstate = u.new_zeros(u.shape[0], *A.shape) if dfinal is None else dfinal.clone()
+            dbias, dskip = torch.zeros_like(tokens.A[:, :1]), torch.zeros_like(tokens.A[:, :1])
+            dstate = saved.new_zeros(x.shape[0], *A.shape) if dfinal is None else dfinal.clone()
             dstates = tokens.view_state(dstate)
             for rows in tokens.blocks:
                 decay, states, slopes = (tokens.buffer(rows, extra) for extra in (0, 1, 0))
@@ -271,33 +283,96 @@ class _SelectiveScan(torch.autograd.Function):
                 for index in range(len(tokens.chunks) - 1, -1, -1):
                     part = tokens.chunks[index]
                     states[0].copy_(saved[index, rows])
-                    length = tokens.run(decay, states, part, rows)
+                    now = tokens.inputs(part, rows)
+                    length = tokens.run(decay, states, part, rows, now)
                     a, h, g = decay[:length], states[: length + 1], slopes[:length]
-                    torch.mul(tokens.C[part, rows], dy_tokens[part, rows], out=g)
+                    dy_now = dy_tokens[part, rows].to(sums)
+                    if tokens.z is not None and dz is not None:
+                        gate = tokens.z[part, rows].to(sums)
+                        smooth = gate.sigmoid()
+                        out = tokens.outputs(states, part, rows, now)
+                        tokens.view(dz)[part, rows] = out.mul_(dy_now).mul_(smooth * (1 + gate * (1 - smooth)))
+                        dy_now = dy_now * (gate * smooth)
+                    torch.mul(tokens.C[part, rows], dy_now, out=g)
                     g[-1].add_(carry)
                     a_each, g_each = a.unbind(), g.unbind()
                     for t in range(length - 2, -1, -1):
                         g_each[t].addcmul_(a_each[t + 1], g_each[t + 1])
                     torch.mul(a[0], g[0], out=carry)
-                    dC_tokens[part, rows] = h[1:] @ dy_tokens[part, rows].transpose(-1, -2)
-                    dB_tokens[part, rows] = g @ tokens.u[part, rows].transpose(-1, -2)
-                    du_tokens[part, rows] = tokens.B[part, rows].transpose(-1, -2) @ g
+                    dC_tokens[part, rows] = h[1:] @ dy_now.transpose(-1, -2)
+                    dB_tokens[part, rows] = g @ now.u.transpose(-1, -2)
+                    du = tokens.B[part, rows].transpose(-1, -2) @ g
                     e = a.mul_(h[:-1]).mul_(g)
                     if ctx.needs_input_grad[2]:
-                        dA += torch.mul(e, tokens.dt[part, rows], out=g).sum((0, 1))
-                    ddt_tokens[part, rows] = e.mul_(tokens.A).sum(-2, keepdim=True)
+                        dA += torch.mul(e, now.steps, out=g).sum((0, 1))
+                    dsteps = e.mul_(tokens.A).sum(-2, keepdim=True).addcmul_(du, now.x)
+                    if tokens.real is not None:
+                        dsteps *= tokens.real[part, rows]
+                    if ctx.dt_softplus:
+                        dsteps *= now.raw.sigmoid()
+                    ddt_tokens[part, rows] = dsteps
+                    dbias += dsteps.sum((0, 1))
+                    du *= now.steps
+                    if tokens.D is not None:
+                        dskip += (dy_now * now.x).sum((0, 1))
+                        du.addcmul_(tokens.D, dy_now)
+                    dx_tokens[part, rows] = du
                 dstates[rows] = carry
-            return du, ddt, dA.transpose(1, 2).reshape(A.shape), dB, dC, dstate, None, None
+            return (
+                dx,
+                ddt,
+                dA.transpose(1, 2).reshape(A.shape).to(A.dtype),
+                dB,
+                dC,
+                None if D is None else dskip.flatten().to(D.dtype),
+                dz,
+                None if dt_bias is None else dbias.flatten().to(dt_bias.dtype),
+                dstate,
+                *[None] * 4,
+            )
+
+
+class _Inputs(NamedTuple):
+    """What goes into some tokens' recurrence, (Q, rows, G, 1, D / G) in the dtype of the sums."""
+
+    x: Tensor
+    raw: Tensor
+    """`dt + dt_bias`"""
+    steps: Tensor
+    """step sizes proper, 0 at padding"""
+    u: Tensor
+    """`steps x`"""
 
 
 class _Tokens:
-    """The scan's operands, time first and channels last: (L, B, G, 1, D / G), maps (L, B, G, N, 1), all views."""
+    """The scan's operands, time first and channels last: (L, B, G, 1, D / G), maps (L, B, G, N, 1), mostly views."""
 
-    def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor | None) -> None:
-        batch, length, self.channels = u.shape
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        dt_softplus: bool,
+        real: Tensor | None,
+        first: Tensor | None,
+        sums: torch.dtype,
+    ) -> None:
+        batch, length, self.channels = x.shape
         self.groups, self.size = B.shape[2:]
-        self.u, self.dt, self.B, self.C = self.view(u), self.view(dt), self.view_map(B), self.view_map(C)
-        self.A = self.view_state(A[None])[0].contiguous()  # (G, N, D / G)
+        self.x, self.dt = self.view(x), self.view(dt)
+        self.z = None if z is None else self.view(z)
+        self.B, self.C = self.view_map(B.to(sums)), self.view_map(C.to(sums))
+        self.A = self.view_state(A.to(sums)[None])[0].contiguous()  # (G, N, D / G)
+        self.D, self.dt_bias = (
+            None if vector is None else vector.to(sums).view(self.groups, 1, -1) for vector in (D, dt_bias)
+        )
+        self.dt_softplus = dt_softplus
+        self.real = None if real is None else real.t()[:, :, None, None, None]
         self.first = None if first is None else first.t()[:, :, None, None, None]
         self.starts = None if first is None else first.any(0).tolist()  # tokens at which a document starts in any row
         self.chunk = min(_CHUNK, length)
@@ -320,20 +395,34 @@ class _Tokens:
     def buffer(self, rows: slice, extra: int) -> Tensor:
         """(Q + extra, rows, G, N, D / G) uninitialised."""
         sizes = (rows.stop - rows.start, *self.A.shape)
-        return self.u.new_empty(self.chunk + extra, *sizes)
+        return self.A.new_empty(self.chunk + extra, *sizes)
 
-    def run(self, decay: Tensor, states: Tensor, part: slice, rows: slice) -> int:
+    def inputs(self, part: slice, rows: slice) -> _Inputs:
+        x, raw = self.x[part, rows].to(self.A.dtype), self.dt[part, rows].to(self.A.dtype)
+        if self.dt_bias is not None:
+            raw = raw + self.dt_bias
+        steps = F.softplus(raw) if self.dt_softplus else raw
+        if self.real is not None:
+            steps = steps * self.real[part, rows]
+        return _Inputs(x, raw, steps, steps * x)
+
+    def run(self, decay: Tensor, states: Tensor, part: slice, rows: slice, now: _Inputs) -> int:
         """Fill a chunk's decays, and its states after `states[0]`. Returns its number of tokens."""
         length = part.stop - part.start
         a, h = decay[:length], states[: length + 1]
-        _decay(self.dt[part, rows], self.A, out=a)
+        _decay(now.steps, self.A, out=a)
         if self.first is not None and self.starts is not None and any(self.starts[part]):
             a.masked_fill_(self.first[part, rows], 0)
-        torch.mul(self.B[part, rows], self.u[part, rows], out=h[1:])
+        torch.mul(self.B[part, rows], now.u, out=h[1:])
         h_each = h.unbind()
         for a_t, before, after in zip(a.unbind(), h_each, h_each[1:], strict=False):
             after.addcmul_(a_t, before)
         return length
+
+    def outputs(self, states: Tensor, part: slice, rows: slice, now: _Inputs) -> Tensor:
+        """(Q, rows, G, 1, D / G) outputs of a chunk before the gate."""
+        y = self.C[part, rows].transpose(-1, -2) @ states[1 : part.stop - part.start + 1]
+        return y if self.D is None else y.addcmul_(self.D, now.x)
 
 
 def _step_sizes(

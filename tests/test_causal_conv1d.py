@@ -452,3 +452,25 @@ def test_a_step_that_records_a_gradient_is_not_given_to_triton() -> None:
         causal_conv1d_step(x, state, weight, implementation="triton")
     assert not state.any()
     assert causal_conv1d_step(x, state, weight).requires_grad
+
+
+@pytest.mark.parametrize("elements", [1, 17, 40], ids=lambda elements: f"panels-of-{elements}")
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("history", [False, True], ids=["from-zero", "from-a-state"])
+def test_panels(monkeypatch: pytest.MonkeyPatch, elements: int, activation: str | None, history: bool) -> None:
+    """Outputs, state and every gradient do not depend on how many tokens the torch path takes at a time."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 11, 3), "weight": (3, 4), "bias": (3,), "initial_state": (2, 3, 3)}
+    tensors = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, shape in shapes.items()
+        if history or name != "initial_state"
+    }
+    results = []
+    for panel in (10**6, elements):
+        monkeypatch.setattr("ssm_zoo.kernels.causal_conv1d._PANEL_ELEMENTS", panel)
+        y, state = causal_conv1d(**tensors, activation=activation, return_final_state=True)
+        gradients = torch.autograd.grad((y.sin().sum() + state.cos().sum()), list(tensors.values()))
+        results.append([y, state, *gradients])
+    for name, whole, parts in zip(["y", "state", *tensors], *results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")

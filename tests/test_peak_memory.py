@@ -1,0 +1,93 @@
+"""Peak memory of the recurrences: inputs, outputs, their gradients and the states between chunks, and little else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from peak_memory import PeakMemory, nbytes, peak_of_gradients
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d
+from ssm_zoo.kernels.selective_scan import selective_scan
+from ssm_zoo.kernels.ssd import ssd
+
+LENGTH = 4096
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def test_the_measure() -> None:
+    """Two of three buffers live at once; views are free; what was there before counts."""
+    held = torch.zeros(10)
+    with PeakMemory(held) as memory:
+        first = torch.zeros(100)
+        view = first[:50]
+        del first, view
+        second = torch.zeros(70)
+        third = second + 1
+        del second, third
+    assert memory.peak == 4 * (10 + 140)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_ssd(gated: bool) -> None:
+    heads, width, size, chunk = 4, 32, 32, 64
+    x, B, C = draw(1, LENGTH, heads, width), draw(1, LENGTH, 1, size), draw(1, LENGTH, 1, size)
+    inputs = leaves(x, draw(1, LENGTH, heads), -draw(heads).exp(), B, C, draw(heads), draw(1, LENGTH, heads, width))
+
+    def op(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        result = ssd(x, dt, A, B, C, D=D, z=z, dt_softplus=True, return_final_state=True, chunk_size=chunk)
+        assert isinstance(result, tuple)
+        return result
+
+    def plain(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> tuple[Tensor, ...]:
+        result = ssd(x, dt, A, B, C, D=D, dt_softplus=True, return_final_state=True, chunk_size=chunk)
+        assert isinstance(result, tuple)
+        return result
+
+    peak, needed = peak_of_gradients(op, inputs) if gated else peak_of_gradients(plain, inputs[:-1])
+    states = 4 * (LENGTH // chunk) * heads * width * size
+    assert peak <= 1.2 * (needed + states), (peak, needed, states)
+
+
+def test_selective_scan() -> None:
+    channels, size = 64, 16
+    x, dt, z = draw(1, LENGTH, channels), draw(1, LENGTH, channels), draw(1, LENGTH, channels)
+    B, C = draw(1, LENGTH, 1, size), draw(1, LENGTH, 1, size)
+    inputs = leaves(x, dt, -draw(channels, size).exp(), B, C, draw(channels), z)
+
+    def op(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        result = selective_scan(x, dt, A, B, C, D=D, z=z, dt_softplus=True, return_final_state=True)
+        assert isinstance(result, tuple)
+        return result
+
+    peak, needed = peak_of_gradients(op, inputs)
+    states = 4 * (LENGTH // 32) * channels * size
+    assert peak <= 1.2 * (needed + states), (peak, needed, states)
+
+
+def test_convolution() -> None:
+    channels = 512
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y = causal_conv1d(x, weight, bias, activation="silu")
+        assert isinstance(y, Tensor)
+        return (y,)
+
+    peak, needed = peak_of_gradients(op, leaves(draw(1, LENGTH, channels), draw(channels, 4), draw(channels)))
+    assert peak <= 1.2 * needed
+
+
+def test_memory_without_gradients_does_not_grow_with_the_states() -> None:
+    """A forward alone holds one state."""
+    heads, width, size = 2, 32, 128
+    x, B, C = draw(1, LENGTH, heads, width), draw(1, LENGTH, 1, size), draw(1, LENGTH, 1, size)
+    dt, A = draw(1, LENGTH, heads).exp(), -draw(heads).exp()
+    with torch.no_grad(), PeakMemory(x, dt, A, B, C) as memory:
+        y = ssd(x, dt, A, B, C)
+    assert isinstance(y, Tensor)
+    assert memory.peak <= 1.2 * nbytes(x, dt, A, B, C, y)
