@@ -11,7 +11,7 @@ TOOL := $(RUN) -P -m
 PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format type bench dev
+.PHONY: help demo test test-gpu lint format type bench bench-gpu dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -26,8 +26,8 @@ test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	else f'make test-gpu: torch {torch.__version__} finds no CUDA device; use make test')"
-	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_matrix.py tests/test_ssd_arguments.py tests/test_causal_conv1d.py \
-		tests/test_rms_norm.py tests/test_selective_scan.py tests/test_selective_scan_arguments.py tests/test_compat.py \
+	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_matrix.py tests/test_causal_conv1d.py \
+		tests/test_rms_norm.py tests/test_add_rms_norm.py tests/test_selective_scan.py tests/test_compat.py \
 		tests/test_implementation.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting
@@ -44,6 +44,9 @@ type: $(STAMP) ## check types
 bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH_ARGS adds arguments)
 	$(RUN) benchmarks/cpu_paths.py $(BENCH_ARGS)
 	$(RUN) benchmarks/cpu_mixers.py
+
+bench-gpu: $(STAMP) ## time the kernels beside their peers; without a CUDA device at small sizes (BENCH_ARGS adds arguments)
+	$(RUN) benchmarks/gpu_kernels.py $(BENCH_ARGS)
 
 dev: $(STAMP) ## set up for development, with the pre-commit hooks
 	$(TOOL) pre_commit install

@@ -16,78 +16,42 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from cpu_paths import RESULTS, Case, Run, circumstances, measure, positive, without_gradient, write_rows
-from torch import Tensor, nn
-from transformers import Mamba2Config, MambaConfig
-from transformers.models.mamba.modeling_mamba import MambaMixer
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMamba2Mixer
-
-from ssm_zoo.kernels.causal_conv1d import causal_conv1d
-from ssm_zoo.kernels.selective_scan import selective_scan
-from ssm_zoo.modeling import ZooMamba2Config, ZooSSDModel
+from circumstances import RESULTS, circumstances, positive, write_rows
+from cpu_paths import Case, Run, measure, with_backward, without_gradient
+from mixers import mamba1_parts, mamba2_parts
+from torch import Tensor
 
 # Of the published 130M checkpoints.
 WIDTH = 768
 
 
-Side = tuple[Callable[[Tensor], Tensor], nn.Module]
+Side = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
-def mamba2() -> tuple[Side, Side]:
-    """Our mixer and theirs, with the same weights: the function of each, and what holds its parameters."""
-    sizes = {"hidden_size": WIDTH, "state_size": 128, "num_heads": 24, "head_dim": 64, "n_groups": 1}
-    theirs = TheirMamba2Mixer(Mamba2Config(**sizes, num_hidden_layers=1), layer_idx=0)
-    model = ZooSSDModel(ZooMamba2Config(**sizes, num_hidden_layers=1, vocab_size=8))
-    ours = model.layers[0].get_submodule("mixer")
-    with torch.no_grad():
-        theirs.out_proj.weight.normal_(std=0.02)
-    ours.load_state_dict(theirs.state_dict())
-    return (lambda x: ours(x, model.sequence_of(x))[0], ours), (theirs, theirs)
+def run_of(side: Side, x: Tensor, parameters: dict[str, Tensor]) -> Run:
+    """A run of the mixer."""
+    return without_gradient(lambda x: side(x, parameters), (x,))
 
 
-def mamba1() -> tuple[Side, Side]:
-    """Their weights through our ops, and their mixer."""
-    mixer = MambaMixer(MambaConfig(hidden_size=WIDTH, num_hidden_layers=1), layer_idx=0)
-    states, rank = mixer.ssm_state_size, mixer.time_step_rank
-
-    def ours(hidden: Tensor) -> Tensor:
-        x, z = mixer.in_proj(hidden).chunk(2, dim=-1)
-        x = causal_conv1d(x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, activation="silu")
-        assert isinstance(x, Tensor)
-        step, B, C = mixer.x_proj(x).split([rank, states, states], dim=-1)
-        dt = F.linear(step, mixer.dt_proj.weight)
-        A = -mixer.A_log.float().exp()
-        y = selective_scan(
-            x, dt, A, B[:, :, None], C[:, :, None], D=mixer.D, z=z, dt_bias=mixer.dt_proj.bias, dt_softplus=True
-        )
-        assert isinstance(y, Tensor)
-        return mixer.out_proj(y)
-
-    return (ours, mixer), (mixer, mixer)
-
-
-def training(side: Side, x: Tensor, cotangent: Tensor) -> Run:
+def training(side: Side, x: Tensor, parameters: dict[str, Tensor], cotangent: Tensor) -> Run:
     """A run of the mixer and of its gradients with respect to its input and every parameter."""
-    forward, module = side
-    parameters = [parameter for _, parameter in sorted(module.named_parameters())]
 
-    def run() -> tuple[Tensor, ...]:
-        leaf = x.detach().requires_grad_()
-        y = forward(leaf)
-        return y.detach(), *torch.autograd.grad(y, (leaf, *parameters), cotangent)
+    def forward(x: Tensor, *values: Tensor) -> Tensor:
+        return side(x, dict(zip(parameters, values, strict=True)))
 
-    return run
+    return with_backward(forward, (x, *parameters.values()), cotangent)
 
 
 def cases(forward: list[int], backward: list[int]) -> Iterator[Case]:
-    for name, (ours, theirs) in (("mamba2 mixer", mamba2()), ("mamba1 mixer", mamba1())):
+    for name, parts in (("mamba2 mixer", mamba2_parts(WIDTH)), ("mamba1 mixer", mamba1_parts(WIDTH))):
+        parameters = parts.parameters(torch.float32, torch.device("cpu"))
         for length in forward:
-            x = (torch.randn(1, length, WIDTH),)
-            yield Case(f"{name} forward L{length}", without_gradient(ours[0], x), {"": without_gradient(theirs[0], x)})
+            x = torch.randn(1, length, WIDTH)
+            mine, peer = (run_of(side, x, parameters) for side in (parts.ours, parts.theirs))
+            yield Case(f"{name} forward L{length}", mine, {"": peer})
         for length in backward:
             x, cotangent = torch.randn(1, length, WIDTH), torch.randn(1, length, WIDTH)
-            mine, peer = training(ours, x, cotangent), training(theirs, x, cotangent)
+            mine, peer = (training(side, x, parameters, cotangent) for side in (parts.ours, parts.theirs))
             yield Case(f"{name} forward+backward L{length}", mine, {"": peer})
 
 

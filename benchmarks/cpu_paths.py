@@ -16,10 +16,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import itertools
-import json
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -31,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from circumstances import RESULTS, circumstances, positive, write_rows
 from torch import Tensor
 from transformers.models.mamba2 import modeling_mamba2
 
@@ -44,7 +41,6 @@ Run = Callable[[], tuple[Tensor, ...]]
 PEER_CHUNKS = (32, 64, 128, 256)
 # Relative to the largest entry of a result. Both sides work in float32, in different orders.
 AGREEMENT = 1e-4
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -273,46 +269,6 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         "theirs_setting": setting,
         "repeats": repeats,
     }
-
-
-def processor() -> str:
-    """Return the name of the CPU; the machine type where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def circumstances(now: datetime, script: str, arguments: list[str]) -> dict[str, object]:
-    """Return the part of a row that says on what, with what, when and how it was measured."""
-    return {
-        "hardware": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("ssm-zoo", "torch", "transformers")},
-        },
-        "date": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{script}", *arguments]),
-    }
-
-
-def write_rows(rows: list[dict[str, object]], path: Path) -> None:
-    """Write one JSON object per line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted: a whole number of at least 1")
-    return int(text)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 _FAILED, _INTERRUPTED = 2, 130
 # Commands that go on where they stopped when they are given again.
-_RESUMABLE = {"distill"}
+_RESUMABLE = {"distill", "finetune"}
 
 
 class ReportingGroup(TyperGroup):

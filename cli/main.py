@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from .convert import convert
 from .distill import distill
 from .errors import ReportingGroup
+from .finetune import finetune
 from .generate import generate
 from .push import push
 from .run_folder import model_source, student_folder
@@ -40,10 +42,11 @@ def ssm_zoo(
         bool, typer.Option("--traceback", help="Show where an error comes from, not its message alone.")
     ] = False,
 ) -> None:
-    """Distil Transformers into sub-quadratic sequence models, run them, and bring them to the Hugging Face Hub."""
+    """Distil Transformers into sub-quadratic sequence models, finetune and run these, and bring them to the Hub."""
 
 
 app.command()(distill)
+app.add_typer(finetune, name="finetune")
 
 
 @app.command()
@@ -84,6 +87,7 @@ def card(
     typer.echo(student / "README.md")
 
 
+app.command()(convert)
 app.command()(generate)
 app.command()(push)
 

@@ -63,10 +63,10 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> "CommitInfo":
-    """Upload a folder that holds a model and its code.
+    """Upload a folder that holds a model and its code, or an adapter.
 
     Args:
-        folder: what `save_pretrained` of a zoo model wrote.
+        folder: what `save_pretrained` of a zoo model, or of one with adapters, wrote.
         repo: OWNER/NAME, or NAME in the name space of the token's user; made if it does not exist.
         private: refuse a repository that is public, and make a new one private.
         message: first line of the commit message.
@@ -77,19 +77,16 @@ def push_folder(
         The commit; `oid` is the revision to pin.
 
     Raises:
-        ValueError: if the folder holds no self-contained model, there is no token, or the repository is public
-            although a private one was asked for; nothing is uploaded then.
+        ValueError: if the folder holds neither a self-contained model nor an adapter, there is no token, or the
+            repository is public although a private one was asked for; nothing is uploaded then.
     """
     check_model_folder(folder)
     if create_pr and revision is not None:
         raise ValueError(f"--revision: got {revision!r}; accepted with --create-pr: none")
-    from huggingface_hub import HfApi, get_token
+    check_repository(repo)
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repo)
-    if get_token() is None:
-        raise ValueError("there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN")
     api = HfApi(library_name="ssm-zoo")
     if "/" not in repo:  # by itself the name may be that of somebody's old repository without an owner
         repo = f"{api.whoami()['name']}/{repo}"
@@ -118,10 +115,27 @@ def push_folder(
     )
 
 
+def check_repository(repo: str) -> None:
+    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo)
+    if get_token() is None:
+        raise ValueError("there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN")
+
+
 def check_model_folder(folder: Path) -> None:
-    """Raise a ValueError if a folder does not hold weights as safetensors, a config and the code it names."""
+    """Raise a ValueError if a folder does not hold weights as safetensors, a config and the code it names.
+
+    An adapter's code is its base model's.
+    """
     if not folder.is_dir():
         raise ValueError(f"FOLDER: there is no folder {folder}")
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(f"FOLDER: {folder} holds no weights (adapter_model.safetensors)")
+        return
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"FOLDER: {folder} is not a model's: it holds no config.json")

@@ -1,4 +1,4 @@
-"""The folder of a distillation run, where a command wants a model: then its student is meant."""
+"""The folder of a run, where a command wants a model: a distillation's student or what a finetuning made is meant."""
 
 import re
 from pathlib import Path
@@ -21,12 +21,14 @@ def model_source(source: str) -> str:
 
 
 def model_folder(folder: Path) -> Path:
-    """The student's folder if `folder` is a distillation run's, otherwise `folder` itself.
+    """The student's folder if `folder` is a distillation run's, the model's if a finetuning's, otherwise `folder`.
 
     Raises:
         ValueError: if it is the folder of a run that is not finished.
     """
     is_run = (folder / "run.json").is_file() and not (folder / "config.json").exists()
+    if is_run and (folder / "model" / "config.json").is_file():
+        return folder / "model"
     return student_folder(folder) if is_run else folder
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,9 @@ from . import isolated_load
 
 __all__ = ["export", "verify_export"]
 
-# What of the source is kept as it is. Weights, config, generation config and code are written anew.
-_KEPT = (
-    "README.md",
+CARRIED = (
     "LICENSE*",
     "NOTICE*",
-    "plots/*",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,6 +39,10 @@ _KEPT = (
     "chat_template.*",
     "additional_chat_templates/*",
 )
+"""Files of a checkpoint that are the same in any format: its licence and its tokenizer."""
+
+# What of the source is kept as it is. Weights, config, generation config and code are written anew.
+_KEPT = ("README.md", "plots/*", *CARRIED)
 _READ = ("*config.json", "*.safetensors", "*.safetensors.index.json")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TOKENS = 16
@@ -76,7 +78,7 @@ def export(source: str | Path, folder: str | Path, *, revision: str | None = Non
         # One level down, because the scratch folder itself is readable by its owner only.
         made = Path(scratch) / folder.name
         made.mkdir()
-        _copy_kept(read_from, made)
+        copy_files(read_from, made, _KEPT)
         model.save_pretrained(made)
         if verify:
             _verify(made, model)
@@ -221,11 +223,18 @@ def _auto_class(kind: type[ZooPreTrainedModel]) -> str:
     return next(auto for auto, name in kind.auto_classes.items() if name == kind.__name__)
 
 
-def _copy_kept(source: Path, folder: Path) -> None:
-    """Copy the tokenizer, card, licence and plots; of a snapshot's links what they point to."""
-    for pattern in _KEPT:
-        for path in source.glob(pattern):
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Copy the files that match a pattern, of a snapshot's links what they point to.
+
+    Returns:
+        Their paths in the folder.
+    """
+    copied = []
+    for pattern in patterns:
+        for path in sorted(source.glob(pattern)):
             if path.is_file():
-                target = folder / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                name = path.relative_to(source)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+                copied.append(name.as_posix())
+    return copied

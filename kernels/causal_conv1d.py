@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_device, check_seq_idx, check_tensor, choose_implementation
+from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
@@ -59,14 +59,13 @@ def causal_conv1d(
         real token.
 
     Raises:
-        ValueError: if a shape, a dtype, `activation` or `implementation` is not one of the above, or `seq_idx`
-            decreases.
+        ValueError: if a shape, a dtype, a device, `activation` or `implementation` is not one of the above, or
+            `seq_idx` decreases.
     """
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
     if choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS) == "triton":
-        _check_devices(x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
         y, state = causal_conv1d_triton(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
         return y if state is None else (y, state)
     dtype = accumulator(x)
@@ -121,15 +120,15 @@ def causal_conv1d_step(
         (B, D) outputs, in the dtype of `x`.
 
     Raises:
-        ValueError: if a shape, a dtype, `activation` or `implementation` is not one of the above.
+        ValueError: if a shape, a dtype, a device, `activation` or `implementation` is not one of the above.
     """
     _check_parameters(weight, bias, activation)
     check_tensor("x", x, (None, weight.shape[0]), "(B, D)")
     check_tensor("state", state, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
+    check_devices(x=x, state=state, weight=weight, bias=bias)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias))
     served = weight.shape[1] in WIDTHS and not recorded  # the kernel has no backward
     if choose_implementation(implementation, "causal_conv1d_step", x, served) == "triton":
-        _check_devices(x, state=state, weight=weight, bias=bias)
         return causal_conv1d_step_triton(x, state, weight, bias, activation)
     dtype = accumulator(x)
     window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(-1)], dim=-1)  # (B, D, K)
@@ -328,12 +327,6 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
     return F.silu(y) if activation == "silu" else y
 
 
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_device(name, tensor, x)
-
-
 def _check_parameters(weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     check_tensor("weight", weight, (None, None), "(D, K)")
     if weight.shape[1] < 2:
@@ -359,5 +352,6 @@ def _check_sequence(
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
     if initial_state is not None:
         check_tensor("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
+    check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
     if seq_idx is not None:
         check_seq_idx(seq_idx, B, L)

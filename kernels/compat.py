@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_devices, check_groups, check_integers, check_tensor
 from .causal_conv1d import causal_conv1d
-from .selective_scan import selective_scan
+from .selective_scan import selective_scan, selective_scan_step
 from .ssd import ssd
+from .ssd_step import ssd_step
 
 
 def mamba_chunk_scan_combined(
@@ -72,6 +73,11 @@ def mamba_chunk_scan_combined(
         raise ValueError("return_varlen_states=True is not offered; accepted: False")
     if state_dtype not in (None, torch.float32):
         raise ValueError(f"state_dtype must be None or torch.float32, got {state_dtype}")
+    if initial_states is not None:  # checked here because the op has another name for it
+        check_tensor("x", x, (None, None, None, None), "(B, L, H, P)")
+        check_tensor("B", B, (None, None, None, None), "(B, L, G, N)")
+        check_tensor("initial_states", initial_states, (x.shape[0], *x.shape[2:], B.shape[3]), "(B, H, P, N)")
+        check_devices(x=x, initial_states=initial_states)
     return ssd(
         x,
         dt,
@@ -126,12 +132,23 @@ def selective_scan_fn(
     """
     if A.is_complex():
         raise ValueError("A must be real, got a complex tensor; complex state spaces are not offered")
+    check_tensor("u", u, (None, None, None), "(B, D, L)")
+    batch, channels, length = u.shape
+    if length == 0:
+        raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
+    check_tensor("delta", delta, tuple(u.shape), "(B, D, L)")
+    check_tensor("A", A, (channels, None), "(D, N)")
     maps = []
     for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() not in (3, 4):
-            raise ValueError(f"{name} must be (B, N, L) or (B, G, N, L), got shape {tuple(tensor.shape)}")
+        groups = (None,) if tensor.dim() == 4 else ()
+        check_tensor(name, tensor, (batch, *groups, A.shape[1], length), "(B, N, L) or (B, G, N, L)")
         grouped = tensor if tensor.dim() == 4 else tensor[:, None]
         maps.append(grouped.permute(0, 3, 1, 2))  # (B, L, G, N)
+    if z is not None:
+        check_tensor("z", z, tuple(u.shape), "(B, D, L)")
+    if delta_bias is not None:
+        check_tensor("delta_bias", delta_bias, (channels,), "(D)")
+    check_devices(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     result = selective_scan(
         u.transpose(1, 2),
         delta.transpose(1, 2),
@@ -148,6 +165,7 @@ def selective_scan_fn(
     return (y, state) if return_last_state else y
 
 
+@torch.no_grad()
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -161,12 +179,16 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token of a selective scan, of Mamba-1 or Mamba-2; `state` is updated in place.
+    """One token of a selective scan, of Mamba-1 or Mamba-2; `state` is updated in place. Without a gradient.
 
-    Mamba-2's tensors have a head axis, Mamba-1's have none.
+    Mamba-2's tensors have a head axis, Mamba-1's have none. Where step sizes, their bias and decay rates are expanded
+    over P and N (stride 0), as Mamba-2's callers pass them, this is one
+    :func:`~ssm_zoo.kernels.ssd_step.ssd_step`, otherwise one
+    :func:`~ssm_zoo.kernels.selective_scan.selective_scan_step`.
 
     Args:
-        state: (B, [H,] P, N) states; more rows than B with `state_batch_indices`.
+        state: (B, [H,] P, N) states, of any floating dtype: computed in float32 (float64 kept); more rows than B with
+            `state_batch_indices`.
         x: (B, [H,] P) inputs.
         dt: (B, [H,] P) step sizes.
         A: ([H,] P, N) decay rates, negative.
@@ -182,48 +204,70 @@ def selective_state_update(
         (B, [H,] P) outputs in the dtype of `x`.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape, dtype, device or group count does not fit.
     """
-    heads = state.dim() == 4
-    if state.dim() not in (3, 4):
-        raise ValueError(f"state must be (B, P, N) or (B, H, P, N), got shape {tuple(state.shape)}")
 
-    def with_heads(tensor: Tensor, dims: int, axis: int) -> Tensor:
-        return tensor.unsqueeze(axis) if tensor.dim() == dims - 1 else tensor
+    def with_heads(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> Tensor:
+        """The tensor, checked and given the head or group axis, of size 1, that it may lack."""
+        axis = int(symbols.startswith("(B"))
+        lacks = tensor.dim() == len(shape) - 1 and shape[axis] in (None, 1)
+        check_tensor(name, tensor, shape[:axis] + shape[axis + 1 :] if lacks else shape, symbols)
+        return tensor.unsqueeze(axis) if lacks else tensor
 
-    states = with_heads(state, 4, 1)
-    rows = states if state_batch_indices is None else states[state_batch_indices.long()]
-    batch, H, P, N = rows.shape
-    inputs, steps, rates = with_heads(x, 3, 1), with_heads(dt, 3, 1), with_heads(A, 3, 0)
-    B, C = with_heads(B, 3, 1), with_heads(C, 3, 1)
-    for name, tensor, shape in (("x", inputs, (batch, H, P)), ("dt", steps, (batch, H, P)), ("A", rates, (H, P, N))):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape} with a head axis, got shape {tuple(tensor.shape)}")
-    for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() != 3 or tensor.shape[::2] != (batch, N) or H % tensor.shape[1]:
-            raise ValueError(
-                f"{name} must be (B, G, N) = ({batch}, G, {N}) with G dividing {H}, got {tuple(tensor.shape)}"
-            )
-    steps = steps.float()
-    if dt_bias is not None:
-        steps = steps + with_heads(dt_bias, 2, 0).float()
-    if dt_softplus:
-        steps = F.softplus(steps)
-    B = B.float().repeat_interleave(H // B.shape[1], dim=1)
-    C = C.float().repeat_interleave(H // C.shape[1], dim=1)
-    inputs = inputs.float()
-    new = rows.float() * (steps[..., None] * rates.float()).exp() + (steps * inputs)[..., None] * B[:, :, None]
-    if state_batch_indices is None:
-        states.copy_(new)
+    check_devices(
+        x=x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_batch_indices=state_batch_indices
+    )
+    states = with_heads("state", state, (None, None, None, None), "(B, [H,] P, N)")
+    batch, H, P, N = states.shape
+    inputs = with_heads("x", x, (batch if state_batch_indices is None else None, H, P), "(B, [H,] P)")
+    batch = inputs.shape[0]
+    steps = with_heads("dt", dt, (batch, H, P), "(B, [H,] P)")
+    rates = with_heads("A", A, (H, P, N), "([H,] P, N)")
+    B = with_heads("B", B, (batch, None, N), "(B, [G,] N)")
+    check_groups("B", B.shape[1], H)
+    C = with_heads("C", C, tuple(B.shape), "(B, [G,] N)")
+    skip = None if D is None else with_heads("D", D, (H, P), "([H,] P)")
+    gate = None if z is None else with_heads("z", z, (batch, H, P), "(B, [H,] P)")
+    bias = None if dt_bias is None else with_heads("dt_bias", dt_bias, (H, P), "([H,] P)")
+    held = states
+    if state_batch_indices is not None:
+        check_integers("state_batch_indices", state_batch_indices, (batch,), "(B)")
+        held = states[state_batch_indices.long()]
+    if state.dtype != torch.float64:
+        held = held.float()
+    if not any((steps.stride(2), *rates.stride()[1:], 0 if bias is None else bias.stride(1))):
+        y = ssd_step(
+            held,
+            inputs,
+            steps[..., 0],
+            rates[:, 0, 0],
+            B,
+            C,
+            D=skip,
+            z=gate,
+            dt_bias=None if bias is None else bias[:, 0],
+            dt_softplus=dt_softplus,
+            dt_limit=(-math.inf, math.inf),
+        )
     else:
-        states[state_batch_indices.long()] = new.to(states.dtype)
-    y = (new * C[:, :, None]).sum(-1)
-    if D is not None:
-        y = y + with_heads(D, 2, 0).float() * inputs
-    if z is not None:
-        y = y * F.silu(with_heads(z, 3, 1).float())
-    y = y.to(x.dtype)
-    return y if heads or x.dim() == 3 else y[:, 0]
+        held = held.contiguous()  # heads and their width become one axis of channels
+        y = selective_scan_step(
+            held.flatten(1, 2),
+            inputs.flatten(1),
+            steps.flatten(1),
+            rates.flatten(0, 1),
+            B,
+            C,
+            D=None if skip is None else skip.flatten(),
+            z=None if gate is None else gate.flatten(1),
+            dt_bias=None if bias is None else bias.flatten(),
+            dt_softplus=dt_softplus,
+        ).unflatten(1, (H, P))
+    if state_batch_indices is not None:
+        states[state_batch_indices.long()] = held.to(states.dtype)
+    elif held is not states:
+        states.copy_(held)
+    return y if state.dim() == 4 or x.dim() == 3 else y[:, 0]
 
 
 def causal_conv1d_fn(
@@ -254,6 +298,12 @@ def causal_conv1d_fn(
     Raises:
         ValueError: if an argument does not fit.
     """
+    check_tensor("x", x, (None, None, None), "(B, D, L)")
+    check_tensor("weight", weight, (x.shape[1], None), "(D, K)")
+    for name, states in (("initial_states", initial_states), ("final_states_out", final_states_out)):
+        if states is not None:
+            check_tensor(name, states, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
+    check_devices(x=x, initial_states=initial_states, final_states_out=final_states_out)
     result = causal_conv1d(
         x.transpose(1, 2),
         weight,
@@ -299,6 +349,22 @@ def causal_conv1d_update(
     Raises:
         ValueError: if a shape does not fit.
     """
+    check_tensor("x", x, (None,) * (2 if x.dim() == 2 else 3), "(B, D) or (B, D, L)")
+    batch, channels = x.shape[:2]
+    check_tensor("weight", weight, (channels, None), "(D, K)")
+    rows = batch if conv_state_indices is None else None
+    check_tensor("conv_state", conv_state, (rows, channels, None), "(B, D, S)")
+    for name, indices in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
+        if indices is not None:
+            check_integers(name, indices, (batch,), "(B)")
+    check_devices(
+        x=x,
+        conv_state=conv_state,
+        weight=weight,
+        bias=bias,
+        cache_seqlens=cache_seqlens,
+        conv_state_indices=conv_state_indices,
+    )
     tokens = x[..., None] if x.dim() == 2 else x
     K, S = weight.shape[1], conv_state.shape[-1]
     if S < K - 1:

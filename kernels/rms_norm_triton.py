@@ -1,4 +1,4 @@
-"""Triton kernels of `rms_norm`.
+"""Triton kernels of `rms_norm` and `add_rms_norm`.
 
 Symbols: R rows (all dimensions but the last), D normalised width, S group size.
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
 
-# A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, backward spills up to 100 bytes of registers per
+# A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, backward spills up to 220 bytes of registers per
 # thread at 8192 numbers and up to 420 at 16384; wider groups are left to torch.
 WIDEST_GROUP = 16384
 
@@ -32,6 +32,14 @@ def rms_norm_triton(
     y = _RmsNormTriton.apply(x, weight, z, eps, group_size, norm_before_gate)
     assert isinstance(y, Tensor)  # `apply` is untyped
     return y
+
+
+def add_rms_norm_triton(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The result of `add_rms_norm`, normed in `dtype`. Arguments are checked there; D is at most `WIDEST_GROUP`."""
+    normed, total = _AddRmsNormTriton.apply(x, residual, weight, eps, dtype)  # type: ignore[misc]
+    return normed, total
 
 
 class _RmsNormTriton(torch.autograd.Function):
@@ -51,31 +59,8 @@ class _RmsNormTriton(torch.autograd.Function):
         group_size: int,
         norm_before_gate: bool,
     ) -> Tensor:
-        width = x.shape[-1]
-        x_rows = x.reshape(-1, width)
-        z_rows = None if z is None else z.reshape(-1, width)
-        rows, groups = x_rows.shape[0], width // group_size
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        r = x.new_empty(rows, groups, dtype=torch.float32)
-        block_rows, block, warps = _tile(group_size)
-        with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(rows, block_rows), groups)](
-                x_rows,
-                weight,
-                z_rows,
-                y,
-                r,
-                rows,
-                group_size,
-                eps,
-                *x_rows.stride(),
-                *weight.stride(),
-                *_strides(z_rows),
-                NORM_FIRST=norm_before_gate,
-                BLOCK_R=block_rows,
-                BLOCK_S=block,
-                num_warps=warps,
-            )
+        r = _forward(x, weight, y, eps, group_size, z=z, norm_before_gate=norm_before_gate)
         ctx.save_for_backward(x, weight, z, r)
         ctx.norm_before_gate = norm_before_gate
         return y
@@ -86,41 +71,144 @@ class _RmsNormTriton(torch.autograd.Function):
         (dy,) = gradients
         x, weight, z, r = ctx.saved_tensors
         needs_x, needs_weight, needs_z = ctx.needs_input_grad[:3]
-        width = x.shape[-1]
-        rows, groups = r.shape
-        group_size = width // groups
-        x_rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)
-        z_rows = None if z is None else z.reshape(-1, width)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         dz = None if z is None or not needs_z else torch.empty_like(z, memory_format=torch.contiguous_format)
-        block_rows, block, warps = _tile(group_size)
-        programs = triton.cdiv(rows, _SUMMED_ROWS)
-        partial = x.new_empty(programs, width, dtype=torch.float32) if needs_weight else None
-        with torch.cuda.device_of(x):
-            _backward_kernel[(programs, groups)](
-                x_rows,
-                weight,
-                z_rows,
-                r,
-                dy_rows,
-                dx,
-                dz,
-                partial,
-                rows,
-                group_size,
-                *x_rows.stride(),
-                *weight.stride(),
-                *_strides(z_rows),
-                *dy_rows.stride(),
-                NORM_FIRST=ctx.norm_before_gate,
-                ROWS=_SUMMED_ROWS,
-                BLOCK_R=block_rows,
-                BLOCK_S=block,
-                num_warps=warps,
-            )
-        # One order of summation, whatever the order in which programs end.
-        dweight = None if partial is None else partial.sum(0).to(weight.dtype)
+        dweight = _backward(x, weight, r, dy, dx, needs_weight, z=z, dz=dz, norm_before_gate=ctx.norm_before_gate)
         return dx, dweight, dz, None, None, None
+
+
+class _AddRmsNormTriton(torch.autograd.Function):
+    """total = residual + x, normed = weight n as above with u = total.
+
+    Backward: du, to which the gradient of `total` is added, is the gradient of x and of the residual, one tensor where
+    they have one dtype. Only total and r are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        total = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        r = _forward(x, weight, normed, eps, x.shape[-1], residual=residual, total=total)
+        ctx.save_for_backward(total, weight, r)
+        ctx.dtypes = x.dtype, residual.dtype
+        return normed, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dnormed, dtotal = gradients
+        total, weight, r = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
+        x_dtype, dtype = ctx.dtypes
+        if dnormed is None:  # nothing was done with the norm
+            return None if dtotal is None else dtotal.to(x_dtype), dtotal, None, None, None
+        same = x_dtype == dtype
+        dx = dresidual = None
+        if needs_x or (needs_residual and same):
+            dx = torch.empty_like(total, dtype=x_dtype)
+        if needs_residual:
+            dresidual = dx if same else torch.empty_like(total)
+        second = None if same else dresidual
+        dweight = _backward(total, weight, r, dnormed, dx, needs_weight, dtotal=dtotal, dresidual=second)
+        return dx, dresidual, dweight, None, None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    eps: float,
+    group_size: int,
+    *,
+    z: Tensor | None = None,
+    norm_before_gate: bool = False,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Fill the contiguous `y`, and `total` if there is a residual; return (R, D / S) reciprocal root mean squares."""
+    width = x.shape[-1]
+    x_rows = x.reshape(-1, width)
+    z_rows, residual_rows = (None if tensor is None else tensor.reshape(-1, width) for tensor in (z, residual))
+    rows, groups = x_rows.shape[0], width // group_size
+    r = x.new_empty(rows, groups, dtype=torch.float32)
+    block_rows, block, warps = _tile(group_size)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(triton.cdiv(rows, block_rows), groups)](
+            x_rows,
+            weight,
+            z_rows,
+            residual_rows,
+            y,
+            total,
+            r,
+            rows,
+            group_size,
+            eps,
+            *x_rows.stride(),
+            *weight.stride(),
+            *_strides(z_rows),
+            *_strides(residual_rows),
+            NORM_FIRST=norm_before_gate,
+            BLOCK_R=block_rows,
+            BLOCK_S=block,
+            num_warps=warps,
+        )
+    return r
+
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    dy: Tensor,
+    dx: Tensor | None,
+    needs_weight: bool,
+    *,
+    z: Tensor | None = None,
+    dz: Tensor | None = None,
+    norm_before_gate: bool = False,
+    dtotal: Tensor | None = None,
+    dresidual: Tensor | None = None,
+) -> Tensor | None:
+    """Fill the contiguous `dx`, `dz` and `dresidual` as far as they are given; return dweight if it is needed."""
+    width = x.shape[-1]
+    x_rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)
+    z_rows, dtotal_rows = (None if tensor is None else tensor.reshape(-1, width) for tensor in (z, dtotal))
+    rows, groups = r.shape
+    group_size = width // groups
+    block_rows, block, warps = _tile(group_size)
+    programs = triton.cdiv(rows, _SUMMED_ROWS)
+    partial = x.new_empty(programs, width, dtype=torch.float32) if needs_weight else None
+    with torch.cuda.device_of(x):
+        _backward_kernel[(programs, groups)](
+            x_rows,
+            weight,
+            z_rows,
+            r,
+            dy_rows,
+            dtotal_rows,
+            dx,
+            dz,
+            dresidual,
+            partial,
+            rows,
+            group_size,
+            *x_rows.stride(),
+            *weight.stride(),
+            *_strides(z_rows),
+            *dy_rows.stride(),
+            *_strides(dtotal_rows),
+            NORM_FIRST=norm_before_gate,
+            ROWS=_SUMMED_ROWS,
+            BLOCK_R=block_rows,
+            BLOCK_S=block,
+            num_warps=warps,
+        )
+    # One order of summation, whatever the order in which programs end.
+    return None if partial is None else partial.sum(0).to(weight.dtype)
 
 
 def _tile(group_size: int) -> tuple[int, int, int]:
@@ -147,7 +235,9 @@ def _forward_kernel(
     x_ptr,
     weight_ptr,
     z_ptr,
+    residual_ptr,
     y_ptr,
+    total_ptr,
     r_ptr,
     rows,
     group_size,
@@ -157,6 +247,8 @@ def _forward_kernel(
     weight_column,
     z_row,
     z_column,
+    residual_row,
+    residual_column,
     NORM_FIRST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -169,6 +261,13 @@ def _forward_kernel(
     inside_s = s < group_size
     inside = (row < rows)[:, None] & inside_s[None, :]
     u = tl.load(x_ptr + row[:, None] * x_row + column[None, :] * x_column, mask=inside, other=0.0).to(tl.float32)
+    offset = row[:, None] * groups * group_size + column[None, :]
+    if residual_ptr is not None:
+        residual_offset = row[:, None] * residual_row + column[None, :] * residual_column
+        u += tl.load(residual_ptr + residual_offset, mask=inside, other=0.0).to(tl.float32)
+        total = u.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offset, total, mask=inside)
+        u = total.to(tl.float32)
     gate = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
     if z_ptr is not None:
         z = tl.load(z_ptr + row[:, None] * z_row + column[None, :] * z_column, mask=inside, other=0.0).to(tl.float32)
@@ -177,11 +276,13 @@ def _forward_kernel(
             u *= gate
     r = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps)  # (BLOCK_R)
     w = tl.load(weight_ptr + column * weight_column, mask=inside_s, other=0.0).to(tl.float32)
-    n = (u * r[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
-    y = (n * w[None, :]).to(y_ptr.dtype.element_ty)
+    n = u * r[:, None]
+    # Rounded to the dtype of what is normalised, than which y may be narrower.
+    n = n.to(y_ptr.dtype.element_ty) if residual_ptr is None else n.to(total_ptr.dtype.element_ty)
+    y = (n.to(tl.float32) * w[None, :]).to(y_ptr.dtype.element_ty)
     if z_ptr is not None and NORM_FIRST:
         y = (y.to(tl.float32) * gate).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row[:, None] * groups * group_size + column[None, :], y, mask=inside)
+    tl.store(y_ptr + offset, y, mask=inside)
     tl.store(r_ptr + row * groups + group, r, mask=row < rows)
 
 
@@ -192,8 +293,10 @@ def _backward_kernel(
     z_ptr,
     r_ptr,
     dy_ptr,
+    dtotal_ptr,
     dx_ptr,
     dz_ptr,
+    dresidual_ptr,
     partial_ptr,
     rows,
     group_size,
@@ -204,6 +307,8 @@ def _backward_kernel(
     z_column,
     dy_row,
     dy_column,
+    dtotal_row,
+    dtotal_column,
     NORM_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -252,6 +357,11 @@ def _backward_kernel(
                 dx = du * gate
             if dz_ptr is not None:
                 tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        if dtotal_ptr is not None:
+            dtotal_offset = row[:, None] * dtotal_row + column[None, :] * dtotal_column
+            dx += tl.load(dtotal_ptr + dtotal_offset, mask=inside, other=0.0).to(tl.float32)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offset, dx.to(dresidual_ptr.dtype.element_ty), mask=inside)
         if dx_ptr is not None:
             tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if partial_ptr is not None:

@@ -30,7 +30,8 @@ from torch.autograd.function import once_differentiable
 from .arguments import (
     accumulator,
     blank_padding,
-    check_device,
+    check_devices,
+    check_groups,
     check_seq_idx,
     check_tensor,
     choose_implementation,
@@ -83,7 +84,7 @@ def selective_scan(
         (float64 for float64 inputs). Sums are accumulated in that precision.
 
     Raises:
-        ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
     """
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     real = first = None
@@ -135,14 +136,9 @@ def selective_scan_step(
         (B, D) output in the dtype of `x`.
 
     Raises:
-        ValueError: if a shape, a dtype or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count or `implementation` does not fit.
     """
-    check_tensor("x", x, (None, None), "(B, D)")
-    # As a row of one token: the same checks, and the same messages less the L.
-    row = [None if tensor is None else tensor[:, None] for tensor in (x, dt, B, C, z)]
-    _check_inputs(row[0], row[1], A, row[2], row[3], D, row[4], dt_bias, None, None, one_token=True)
-    check_tensor("state", state, (*x.shape, A.shape[1]), "(B, D, N)")
-    check_device("state", state, x)
+    _check_inputs(x, dt, A, B, C, D, z, dt_bias, state, None, one_token=True)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
     with torch.no_grad():
@@ -446,43 +442,37 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
 
 
 def _check_inputs(
-    x: Any,
-    dt: Any,
+    x: Tensor,
+    dt: Tensor,
     A: Tensor,
-    B: Any,
-    C: Any,
+    B: Tensor,
+    C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    initial_state: Tensor | None,
+    state: Tensor | None,
     seq_idx: Tensor | None,
     one_token: bool = False,
 ) -> None:
-    def check(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:
-        if one_token:
-            tensor, shape, symbols = tensor[:, 0], (shape[0], *shape[2:]), symbols.replace(" L,", "")
-        check_tensor(name, tensor, shape, symbols)
-
-    check("x", x, (None, None, None), "(B, L, D)")
-    batch, length, channels = x.shape
-    if length == 0:
+    """Check the arguments of a scan, or of one token: without L, and `state` has its name."""
+    lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
+    check_tensor("x", x, (None,) * (3 - one_token), f"({lead}, D)")
+    *rows, channels = x.shape
+    if not one_token and rows[1] == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
-    check("dt", dt, (batch, length, channels), "(B, L, D)")
+    check_tensor("dt", dt, tuple(x.shape), f"({lead}, D)")
     check_tensor("A", A, (channels, None), "(D, N)")
-    check("B", B, (batch, length, None, A.shape[1]), "(B, L, G, N)")
-    if B.shape[2] < 1 or channels % B.shape[2]:
-        raise ValueError(f"B: the number of groups must divide the {channels} channels, got {B.shape[2]}")
-    check("C", C, tuple(B.shape), "(B, L, G, N)")
+    check_tensor("B", B, (*rows, None, A.shape[1]), f"({lead}, G, N)")
+    check_groups("B", B.shape[-2], channels, "channels")
+    check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
     for name, vector in (("D", D), ("dt_bias", dt_bias)):
         if vector is not None:
             check_tensor(name, vector, (channels,), "(D)")
     if z is not None:
-        check("z", z, (batch, length, channels), "(B, L, D)")
-    if initial_state is not None:
-        check_tensor("initial_state", initial_state, (batch, *A.shape), "(B, D, N)")
+        check_tensor("z", z, tuple(x.shape), f"({lead}, D)")
+    if state is not None:
+        check_tensor(state_name, state, (rows[0], *A.shape), "(B, D, N)")
+    named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
+    check_devices(**named, seq_idx=seq_idx)
     if seq_idx is not None:
-        check_seq_idx(seq_idx, batch, length)
-    named = {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    for name, tensor in (named | {"initial_state": initial_state, "seq_idx": seq_idx}).items():
-        if tensor is not None:
-            check_device(name, tensor, x)
+        check_seq_idx(seq_idx, rows[0], rows[1])

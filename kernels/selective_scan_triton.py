@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
+from .softplus_triton import softplus
 
 # Tokens whose loads the forward issues together: the recurrence waits for memory once per so many tokens.
 _FORWARD_CHUNK = 8
@@ -77,7 +78,8 @@ def selective_scan_step_triton(
     held = state.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     call = _Call(row[0], row[1], A, row[2], row[3], D, row[4], dt_bias, None, dt_softplus)
-    call.forward(held, y, held, None)
+    with torch.cuda.device_of(x):
+        call.forward(held, y, held, None)
     if held is not state:
         state.copy_(held)
     return y
@@ -228,16 +230,6 @@ def _decay(dt, rates):
 
 
 @triton.jit
-def _softplus(v):
-    """log(1 + e^v) to full relative precision: what rounding 1 + e^v loses is divided out again."""
-    power = tl.exp(tl.minimum(v, 20.0))
-    above = 1.0 + power
-    small = above == 1.0
-    result = tl.where(small, power, tl.log(above) * (power / tl.where(small, 1.0, above - 1.0)))
-    return tl.where(v > 20.0, v, result)
-
-
-@triton.jit
 def _read_kind(kind_ptr, t, length):
     """Whether token t is a real one, and whether a document starts there."""
     live = t < length
@@ -259,7 +251,7 @@ def _read_step_size(dt_ptr, offset, d, mask, live, bias, SOFTPLUS: tl.constexpr)
     """What softplus takes, and the step size: 0 at padding and beyond the row's end, where the state stays."""
     raw = _read_vector(dt_ptr, offset, d, mask) + bias
     if SOFTPLUS:
-        return raw, tl.where(live, _softplus(raw), 0.0)
+        return raw, tl.where(live, softplus(raw), 0.0)
     else:
         return raw, tl.where(live, raw, 0.0)
 

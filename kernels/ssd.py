@@ -29,7 +29,8 @@ from torch import Tensor
 from .arguments import (
     accumulator,
     blank_padding,
-    check_device,
+    check_devices,
+    check_groups,
     check_seq_idx,
     check_tensor,
     choose_implementation,
@@ -81,13 +82,10 @@ def ssd(
         float32 (float64 for float64 inputs). Sums are accumulated in that precision.
 
     Raises:
-        ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
     """
-    _check_inputs(x, dt, "dt", B, C, D, z, initial_state, seq_idx)
+    check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd", x)
-    check_tensor("A", A, (x.shape[2],), "(H)")
-    if dt_bias is not None:
-        check_tensor("dt_bias", dt_bias, (x.shape[2],), "(H)")
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, D, z, initial_state, seq_idx, chunk_size, implementation)
@@ -129,9 +127,9 @@ def ssd_log_decay(
         As :func:`ssd`.
 
     Raises:
-        ValueError: if a shape, dtype, group count, `seq_idx` or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
     """
-    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state, seq_idx)
+    check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd_log_decay", x)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     log_decay = log_decay.to(accumulator(x))
@@ -156,10 +154,12 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
         (B, H, L, L) matrix in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: if a shape or `seq_idx` does not fit.
+        ValueError: if a shape, dtype, device, group count or `seq_idx` does not fit.
     """
+    check_tensor("log_decay", log_decay, (None, None, None), "(B, L, H)")
     batch, length, heads = log_decay.shape
-    _check_maps(batch, length, heads, B, C)
+    _check_maps([batch, length], heads, B, C, "B, L")
+    check_devices(log_decay=log_decay, B=B, C=C, seq_idx=seq_idx)
     sums = accumulator(log_decay)
     log_decay = log_decay.to(sums)
     real = None
@@ -191,7 +191,7 @@ def ssd_reference(
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of :func:`ssd`: a loop over time in float32 (float64 kept). Arguments as there."""
-    _check_inputs(x, dt, "dt", B, C, D, z, initial_state, seq_idx)
+    check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
@@ -213,7 +213,7 @@ def ssd_log_decay_reference(
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of :func:`ssd_log_decay`: a loop over time in float32 (float64 kept). Arguments as there."""
-    _check_inputs(x, log_decay, "log_decay", B, C, D, z, initial_state, seq_idx)
+    check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     sums = accumulator(x)
     y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
@@ -266,10 +266,8 @@ def _scan(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
-    if implementation == "triton":
-        y, state = ssd_scan_triton(x, dt, log_decay, B, C, initial_state, chunk_size)
-        return skip_and_gate(y, x, D, z), state
-    return ssd_scan_torch(x, dt, log_decay, B, C, D, z, initial_state, chunk_size)
+    scan = ssd_scan_triton if implementation == "triton" else ssd_scan_torch
+    return scan(x, dt, log_decay, B, C, D, z, initial_state, chunk_size)
 
 
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,38 +291,44 @@ def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: 
     return dt
 
 
-def _check_maps(batch: int, length: int, heads: int, B: Tensor, C: Tensor) -> None:
-    check_tensor("B", B, (batch, length, None, None), "(B, L, G, N)")
-    if B.shape[2] < 1 or heads % B.shape[2]:
-        raise ValueError(f"B: the number of groups must divide the {heads} heads, got {B.shape[2]}")
-    check_tensor("C", C, tuple(B.shape), "(B, L, G, N)")
+def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) -> None:
+    check_tensor("B", B, (*rows, None, None), f"({lead}, G, N)")
+    check_groups("B", B.shape[-2], heads)
+    check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
 
 
-def _check_inputs(
+def check_inputs(
     x: Tensor,
-    decay: Tensor,
     decay_name: str,
+    decay: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    initial_state: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
     seq_idx: Tensor | None,
+    one_token: bool = False,
 ) -> None:
-    check_tensor("x", x, (None, None, None, None), "(B, L, H, P)")
-    batch, length, heads, width = x.shape
-    if length == 0:
+    """Check the arguments of a scan, or of one token: without L, and `state` has its name."""
+    lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
+    check_tensor("x", x, (None,) * (4 - one_token), f"({lead}, H, P)")
+    *rows, heads, width = x.shape
+    if not one_token and rows[1] == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
-    check_tensor(decay_name, decay, (batch, length, heads), "(B, L, H)")
-    _check_maps(batch, length, heads, B, C)
-    if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
-        raise ValueError(f"D must be (H) or (H, P) = ({heads}) or ({heads}, {width}), got shape {tuple(D.shape)}")
+    check_tensor(decay_name, decay, (*rows, heads), f"({lead}, H)")
+    _check_maps(rows, heads, B, C, lead)
+    for name, vector in (("A", A), ("dt_bias", dt_bias)):
+        if vector is not None:
+            check_tensor(name, vector, (heads,), "(H)")
+    if D is not None:
+        check_tensor("D", D, (heads,) if D.dim() == 1 else (heads, width), "(H) or (H, P)")
     if z is not None:
-        check_tensor("z", z, (batch, length, heads, width), "(B, L, H, P)")
-    if initial_state is not None:
-        check_tensor("initial_state", initial_state, (batch, heads, width, B.shape[3]), "(B, H, P, N)")
-    for name, tensor in ((decay_name, decay), ("B", B), ("C", C), ("z", z), ("initial_state", initial_state)):
-        if tensor is not None:
-            check_device(name, tensor, x)
+        check_tensor("z", z, tuple(x.shape), f"({lead}, H, P)")
+    if state is not None:
+        check_tensor(state_name, state, (rows[0], heads, width, B.shape[-1]), "(B, H, P, N)")
+    named = {"x": x, decay_name: decay, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
+    check_devices(**named, seq_idx=seq_idx)
     if seq_idx is not None:
-        check_seq_idx(seq_idx, batch, length)
+        check_seq_idx(seq_idx, rows[0], rows[1])

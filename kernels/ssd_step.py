@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-from .arguments import check_tensor, choose_implementation
-from .ssd import step_sizes
+from .arguments import choose_implementation
+from .ssd import check_inputs, step_sizes
 from .ssd_chunked import skip_and_gate
+from .ssd_step_triton import ssd_step_triton
 
 
 def ssd_step(
@@ -28,31 +30,33 @@ def ssd_step(
 ) -> Tensor:
     """One token of :func:`ssd`; `state` is updated in place.
 
+    Nothing waits for the device and the state stays where it is, so that a CUDA graph can hold the step; with Triton it
+    is one launch, and views of one projection are read where they are.
+
     Args:
-        state: (B, H, P, N) state, float32 (or float64).
+        state: (B, H, P, N) state, float32 (or float64), of any strides.
         x: (B, H, P) input.
         dt: (B, H) step sizes.
         A: (H) decay rates, negative.
-        B: (B, G, N) input map.
+        B: (B, G, N) input map; G divides H.
         C: (B, G, N) output map.
         D: (H) or (H, P) skip.
         z: (B, H, P) gate.
         dt_bias: (H) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
-        dt_limit: range that the step sizes are clamped to.
-        implementation: "auto" or "torch".
+        dt_limit: range that the step sizes are clamped to, after softplus.
+        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: a float64
+            state, or a gradient to be recorded), "triton" or "torch".
 
     Returns:
-        (B, H, P) output in the dtype of `x`.
+        (B, H, P) output in the dtype of `x`. Sums are kept in the dtype of `state`.
 
     Raises:
-        ValueError: if a shape or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count or `implementation` does not fit.
     """
-    choose_implementation(implementation, "ssd_step", x, supports_triton=False)
-    check_tensor("dt", dt, state.shape[:2], "(B, H)")
-    check_tensor("A", A, state.shape[1:2], "(H)")
-    if dt_bias is not None:
-        check_tensor("dt_bias", dt_bias, state.shape[1:2], "(H)")
+    chosen = _choose(implementation, "ssd_step", state, x, "dt", dt, A, B, C, D, z, dt_bias)
+    if chosen == "triton":
+        return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
     dt = step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
     y = _update(state, x.to(state.dtype) * dt[..., None], dt * A.to(state.dtype), B, C)
     return skip_and_gate(y, x, D, z)
@@ -75,21 +79,49 @@ def ssd_log_decay_step(
         log_decay: (B, H) logarithm of the decay, in [-inf, 0]. The others are those of :func:`ssd_step`, and so are
             the result and the errors.
     """
-    choose_implementation(implementation, "ssd_log_decay_step", x, supports_triton=False)
+    chosen = _choose(implementation, "ssd_log_decay_step", state, x, "log_decay", log_decay, None, B, C, D, z, None)
+    if chosen == "triton":
+        return ssd_step_triton(state, x, log_decay, None, B, C, D, z)
     y = _update(state, x.to(state.dtype), log_decay.to(state.dtype), B, C)
     return skip_and_gate(y, x, D, z)
 
 
+def _choose(
+    implementation: str,
+    name: str,
+    state: Tensor,
+    x: Tensor,
+    decay_name: str,
+    decay: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> str:
+    """Check the arguments of a step, and say which implementation takes them."""
+    check_inputs(x, decay_name, decay, A, B, C, D, z, dt_bias, state, None, one_token=True)
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state must be float32 or float64, got {state.dtype}")
+    arguments = (state, x, decay, A, B, C, D, z, dt_bias)
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    return choose_implementation(implementation, name, state, not recorded)  # the kernel has no backward
+
+
 def _update(state: Tensor, u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """One step in place: returns (B, H, P) in the state's dtype."""
-    heads = state.shape[1]
-    check_tensor("x", u, tuple(state.shape[:3]), "(B, H, P)")
-    check_tensor("log_decay", log_decay, tuple(state.shape[:2]), "(B, H)")
-    for name, tensor in (("B", B), ("C", C)):
-        check_tensor(name, tensor, (state.shape[0], None, state.shape[3]), "(B, G, N)")
-        if heads % tensor.shape[1]:
-            raise ValueError(f"{name}: the number of groups must divide the {heads} heads, got {tensor.shape[1]}")
-    B = B.to(state.dtype).repeat_interleave(heads // B.shape[1], dim=1)
-    C = C.to(state.dtype).repeat_interleave(heads // C.shape[1], dim=1)
-    state.mul_(log_decay.exp()[..., None, None]).add_(u[..., None] * B[:, :, None, :])
-    return (state @ C[..., None])[..., 0]
+    """One step in place: returns (B, H, P) in the state's dtype.
+
+    All heads of a group meet its maps in one matrix product. Products are written in place because autocast, which
+    would round their operands, leaves such operations alone.
+    """
+    batch, heads, width, size = state.shape
+    batches, rows = batch * B.shape[1], heads // B.shape[1] * width
+    held = state.contiguous()
+    held.mul_(log_decay.exp()[..., None, None])
+    matrix = held.view(batches, rows, size)
+    matrix.baddbmm_(u.reshape(batches, rows, 1), B.to(state.dtype).reshape(batches, 1, size))
+    y = u.new_empty(batches, rows, 1).baddbmm_(matrix, C.to(state.dtype).reshape(batches, size, 1), beta=0)
+    if held is not state:
+        state.copy_(held)
+    return y.view(batch, heads, width)

@@ -31,6 +31,14 @@ def _narrow(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _gate(z_ptr, offsets, mask):
+    """The sigmoid of z and silu(z)."""
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    smooth = tl.sigmoid(z)
+    return smooth, z * smooth
+
+
+@triton.jit
 def _decay_sums(log_decay_ptr, offsets, mask):
     """Inclusive sums, in two parts, of a chunk's log2-decays.
 
@@ -55,36 +63,53 @@ def _to_end(coarse, fine, rows, Q: tl.constexpr):
 
 
 @triton.jit
-def _between(coarse, fine, rows):
-    """(Q target, Q source) decays from each token to each later one; zero above the diagonal."""
+def _between(coarse, fine, rows, BY_SOURCE: tl.constexpr):
+    """(Q target, Q source) decays from each token to each later one, zero above the diagonal; or the transpose."""
     sums = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    # Masked before exp2: above the diagonal the differences are positive.
-    return tl.exp2(tl.where(rows[:, None] >= rows[None, :], sums, -256.0))
+    counts = rows[:, None] >= rows[None, :]
+    if BY_SOURCE:
+        sums = -sums
+        counts = rows[:, None] <= rows[None, :]
+    # Masked before exp2: on the other side of the diagonal the differences are positive.
+    return tl.exp2(tl.where(counts, sums, -256.0))
 
 
-@triton.jit(do_not_specialize=["length", "chunks"])
+@triton.jit(do_not_specialize=["length", "first", "count", "stretch", "stretches", "capacity"])
 def walk_kernel(
     value_ptr,
+    z_ptr,
     key_ptr,
     log_decay_ptr,
     scale_ptr,
     start_ptr,
     states_ptr,
     end_ptr,
+    summary_ptr,
+    passing_ptr,
     length,
-    chunks,
+    first,
+    count,
+    stretch,
+    stretches,
+    capacity,
     heads,
     per_group,
     value_batch,
     value_token,
     value_head,
+    z_batch,
+    z_token,
+    z_head,
     key_batch,
     key_token,
     key_group,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     REVERSE: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    HAS_START: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_Z: tl.constexpr,
     SPLIT: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -92,28 +117,43 @@ def walk_kernel(
     EMULATE: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    walked = stretches
+    if SUMMARY:
+        walked = stretches - 1  # no one starts where the last ends
+    batch = (tl.program_id(2) // walked).to(tl.int64)
+    place = tl.program_id(2) % walked
     rows = tl.arange(0, Q)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     in_p = p < WIDTH
     in_n = n < SIZE
-    in_state = in_p[:, None] & in_n[None, :]
-    inside = p[:, None] * SIZE + n[None, :]  # (P, N) offsets in a head's state
+    in_state = in_n[:, None] & in_p[None, :]
+    inside = n[:, None] + p[None, :] * SIZE  # (P, N) offsets in a head's state
     value_ptr += batch * value_batch + head * value_head
+    z_ptr += batch * z_batch + head * z_head
     key_ptr += batch * key_batch + (head // per_group) * key_group
     dtype = key_ptr.dtype.element_ty
 
     row_state = (batch * heads + head) * (WIDTH * SIZE)
-    state = tl.load(start_ptr + row_state + inside, mask=in_state, other=0.0)
-    for step in range(chunks):
-        chunk = step
+    passing = batch * (stretches - 1) * heads + head  # of the row's first stretch
+    state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
+    decay = tl.full((), 1.0, dtype=tl.float32)
+    if not SUMMARY:
+        if HAS_START:
+            state = tl.load(start_ptr + row_state + inside, mask=in_state, other=0.0)
+        for before in range(place):
+            at = passing + before * heads
+            left = tl.load(summary_ptr + at * (WIDTH * SIZE) + inside, mask=in_state, other=0.0)
+            state = state * tl.load(passing_ptr + at) + left
+    for step in range(place * stretch, tl.minimum((place + 1) * stretch, count)):
+        index = step
         if REVERSE:
-            chunk = chunks - 1 - step
-        at = ((batch * chunks + chunk) * heads + head) * (WIDTH * SIZE)
-        tl.store(states_ptr + at + inside, _narrow(state, dtype, EMULATE), mask=in_state)
+            index = count - 1 - step
+        if not SUMMARY:
+            at = ((batch * capacity + index) * heads + head) * (WIDTH * SIZE)
+            tl.store(states_ptr + at + inside, _narrow(state, dtype, EMULATE), mask=in_state)
 
-        begin = (tl.zeros((), dtype=tl.int64) + chunk) * Q
+        begin = (tl.zeros((), dtype=tl.int64) + first + index) * Q
         present = rows < tl.minimum(length - begin, Q).to(tl.int32)
         scalars = (batch * length + begin) * heads + head
         coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
@@ -122,29 +162,36 @@ def walk_kernel(
             weight = tl.exp2(coarse + fine)
         if HAS_SCALE:
             weight *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
+        in_value = present[:, None] & in_p[None, :]
         value = tl.load(
-            value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :],
-            mask=present[:, None] & in_p[None, :],
-            other=0.0,
-        )  # (Q, P)
-        value = _narrow(value.to(tl.float32), dtype, EMULATE)
+            value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :], mask=in_value, other=0.0
+        ).to(tl.float32)  # (Q, P)
+        if HAS_Z:
+            _, gate = _gate(z_ptr + begin * z_token, rows[:, None] * z_token + p[None, :], in_value)
+            value *= gate
         key = tl.load(
             key_ptr + begin * key_token + rows[:, None] * key_token + n[None, :],
             mask=present[:, None] & in_n[None, :],
             other=0.0,
         )  # (Q, N)
-        weighted = key.to(tl.float32) * weight[:, None]
+        weighted = value * weight[:, None]
         state *= whole
+        decay *= whole
         if SPLIT:
-            # The state adds up a whole row. Two half-precision terms keep 16 or more bits of the weights, where
-            # rounding them once would leave 8: the final state is as good as float32 sums of the given inputs.
+            # The state adds up a whole row. Two half-precision terms keep 16 or more bits of the weighted values,
+            # where rounding them once would leave 8: the final state is as good as float32 sums of the given inputs.
             high = _narrow(weighted, dtype, EMULATE)
             low = _narrow(weighted - high.to(tl.float32), dtype, EMULATE)
-            state = _dot(tl.trans(value), high, state, EMULATE)
-            state = _dot(tl.trans(value), low, state, EMULATE)
+            state = _dot(tl.trans(key), high, state, EMULATE)
+            state = _dot(tl.trans(key), low, state, EMULATE)
         else:
-            state = _dot(tl.trans(value), weighted, state, EMULATE)
-    tl.store(end_ptr + row_state + inside, state, mask=in_state)
+            state = _dot(tl.trans(key), weighted, state, EMULATE)
+    if SUMMARY:
+        at = passing + place * heads
+        tl.store(summary_ptr + at * (WIDTH * SIZE) + inside, state, mask=in_state)
+        tl.store(passing_ptr + at, decay)  # the same from every tile of the head
+    elif place == stretches - 1:
+        tl.store(end_ptr + row_state + inside, state, mask=in_state)
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -154,6 +201,8 @@ def output_kernel(
     scale_ptr,
     B_ptr,
     C_ptr,
+    D_ptr,
+    z_ptr,
     states_ptr,
     y_ptr,
     length,
@@ -169,9 +218,16 @@ def output_kernel(
     C_batch,
     C_token,
     C_group,
+    D_head,
+    D_width,
+    z_batch,
+    z_token,
+    z_head,
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -196,12 +252,14 @@ def output_kernel(
     C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
     scalars = first_row + head
     coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
-    mix = _dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows)  # (Q target, Q source)
+    mix = _dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows, False)  # (Q target, Q source)
     if HAS_SCALE:
         mix *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)[None, :]
     mix = _narrow(mix, dtype, EMULATE)
     from_start = tl.exp2(coarse + fine)[:, None]
     x_ptr += batch * x_batch + begin * x_token + head * x_head
+    D_ptr += head * D_head
+    z_ptr += batch * z_batch + begin * z_token + head * z_head
     y_ptr += scalars * WIDTH
     states_ptr += program * (WIDTH * SIZE)
     for first in range(0, WIDTH, BLOCK_P):
@@ -214,17 +272,24 @@ def output_kernel(
         x = tl.load(x_ptr + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
         y = _dot(C, tl.trans(state), None, EMULATE) * from_start
         y = _dot(mix, x, y, EMULATE)
+        if HAS_D:
+            y += x.to(tl.float32) * tl.load(D_ptr + p * D_width, mask=in_p, other=0.0)[None, :]
+        if HAS_Z:
+            _, gate = _gate(z_ptr, rows[:, None] * z_token + p[None, :], in_x)
+            y *= gate
         y = _narrow(y, y_ptr.dtype.element_ty, EMULATE)
         tl.store(y_ptr + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_x)
 
 
-@triton.jit(do_not_specialize=["length", "chunks"])
+@triton.jit(do_not_specialize=["length", "chunks", "first", "count", "capacity"])
 def chunk_gradients_kernel(
     x_ptr,
     log_decay_ptr,
     scale_ptr,
     B_ptr,
     C_ptr,
+    D_ptr,
+    z_ptr,
     states_ptr,
     dy_ptr,
     dstates_ptr,
@@ -233,8 +298,13 @@ def chunk_gradients_kernel(
     dscale_ptr,
     dB_ptr,
     dC_ptr,
+    dD_ptr,
+    dz_ptr,
     length,
     chunks,
+    first,
+    count,
+    capacity,
     heads,
     per_group,
     x_batch,
@@ -246,6 +316,11 @@ def chunk_gradients_kernel(
     C_batch,
     C_token,
     C_group,
+    D_head,
+    D_width,
+    z_batch,
+    z_token,
+    z_head,
     dy_batch,
     dy_token,
     dy_head,
@@ -253,6 +328,8 @@ def chunk_gradients_kernel(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -261,8 +338,9 @@ def chunk_gradients_kernel(
     program = tl.program_id(0).to(tl.int64)
     parts = heads // TOGETHER
     part = program % parts
-    chunk = (program // parts) % chunks
-    batch = program // parts // chunks
+    index = (program // parts) % count
+    batch = program // parts // count
+    chunk = first + index
     group = part * TOGETHER // per_group
     rows = tl.arange(0, Q)
     n = tl.arange(0, BLOCK_N)
@@ -276,77 +354,99 @@ def chunk_gradients_kernel(
     C_ptr += batch * C_batch + begin * C_token + group * C_group
     B = tl.load(B_ptr + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
     C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
-    scores = _dot(C, tl.trans(B), None, EMULATE)  # (Q target, Q source)
-    dB = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
-    dC = tl.zeros((Q, BLOCK_N), dtype=tl.float32)
+    # This kernel is short of registers. What is computed elementwise enters products on the right, by way of shared
+    # memory, where the left would have it a second time in the layout of an operand; and products are added up with a
+    # factor each, because one product that starts from another makes the compiler lay both out twice over the warps.
+    scores = _dot(B, tl.trans(C), None, EMULATE)  # (Q source, Q target)
+    dB = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
+    dC = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     x_ptr += batch * x_batch + begin * x_token
+    z_ptr += batch * z_batch + begin * z_token
     dy_ptr += batch * dy_batch + begin * dy_token
-    for index in range(TOGETHER):
-        head = part * TOGETHER + index
+    for place in range(TOGETHER):
+        head = part * TOGETHER + place
         scalars = first_row + head
         coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
-        between = _between(coarse, fine, rows)
         to_end, whole = _to_end(coarse, fine, rows, Q)
         from_start = tl.exp2(coarse + fine)
-        mix = _narrow(scores * between, dtype, EMULATE)
         scale = tl.full((Q,), 1.0, dtype=tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
+        mix = _narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
 
-        dmix = tl.zeros((Q, Q), dtype=tl.float32)  # dy_i . x_j
-        dscale = tl.zeros((Q,), dtype=tl.float32)
+        dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
         read = tl.zeros((Q,), dtype=tl.float32)  # by each token from the state entering
-        left = tl.zeros((Q,), dtype=tl.float32)  # by each token in the state leaving
+        left = tl.zeros((Q,), dtype=tl.float32)  # by each token in the state leaving, but for its scale
         passed = tl.zeros((BLOCK_P,), dtype=tl.float32)  # from the one to the other
-        at = ((batch * chunks + chunk) * heads + head) * (WIDTH * SIZE)
-        for first in range(0, WIDTH, BLOCK_P):
-            p = first + tl.arange(0, BLOCK_P)
+        of_head = (batch * chunks + chunk) * heads + head
+        state_ptr = states_ptr + of_head * (WIDTH * SIZE)
+        dstate_ptr = dstates_ptr + ((batch * capacity + index) * heads + head) * (WIDTH * SIZE)
+        for begin_p in range(0, WIDTH, BLOCK_P):
+            p = begin_p + tl.arange(0, BLOCK_P)
             in_p = p < WIDTH
             in_x = present[:, None] & in_p[None, :]
             in_state = in_p[:, None] & in_n[None, :]
             inside = p[:, None] * SIZE + n[None, :]
+            dense = scalars * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
             x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
             dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
-            dy = _narrow(dy.to(tl.float32), dtype, EMULATE)
-            dmix = _dot(dy, tl.trans(x), dmix, EMULATE)
-
-            state = tl.load(states_ptr + at + inside, mask=in_state, other=0.0)  # (P, N)
-            dstate = tl.load(dstates_ptr + at + inside, mask=in_state, other=0.0)
-            passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
+            state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
             carried = _dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
-            read += tl.sum(carried * dy.to(tl.float32), 1)
-            weighted = _narrow(dy.to(tl.float32) * from_start[:, None], dtype, EMULATE)
-            dC = _dot(weighted, state, dC, EMULATE)
+            if HAS_D:
+                D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
+            through = dy.to(tl.float32)  # what reaches the output before the gate
+            if HAS_Z:
+                smooth, gate = _gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
+                slope = through * (smooth + gate * (1.0 - smooth))
+                dz = carried * slope
+                scaled = _narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
+                dz += _dot(tl.trans(mix), scaled, None, EMULATE) * slope
+                if HAS_D:
+                    dz += x.to(tl.float32) * D[None, :] * slope
+                tl.store(dz_ptr + dense, _narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
+                through *= gate
+                dy = _narrow(through, dtype, EMULATE)
+            dmix = _dot(x, tl.trans(dy), dmix, EMULATE)
+            read += tl.sum(carried * through, 1)
+            weighted = _narrow(through * from_start[:, None], dtype, EMULATE)
+            dC = _dot(tl.trans(state), tl.trans(weighted), dC, EMULATE)
 
+            dstate = tl.load(dstate_ptr + inside, mask=in_state, other=0.0)
+            passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
             du = _dot(B, tl.trans(dstate), None, EMULATE) * to_end[:, None]  # (Q, P), the gradient of scale * x
-            left += tl.sum(du * x.to(tl.float32), 1) * scale
+            left += tl.sum(du * x.to(tl.float32), 1)
             weighted = _narrow(x.to(tl.float32) * (to_end * scale)[:, None], dtype, EMULATE)
-            dB = _dot(weighted, dstate, dB, EMULATE)
+            dB = _dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
 
-            du = _dot(tl.trans(mix), dy, du, EMULATE)
-            dscale += tl.sum(du * x.to(tl.float32), 1)
-            dx = _narrow(du * scale[:, None], dtype, EMULATE)
-            tl.store(dx_ptr + scalars * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :], dx, mask=in_x)
+            dx = _dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
+            if HAS_D:
+                dx += through * D[None, :]
+                skipped = tl.sum(through * x.to(tl.float32), 0)
+                tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
+            tl.store(dx_ptr + dense, _narrow(dx, dtype, EMULATE), mask=in_x)
 
+        # Loaded and summed again: kept, the decays between tokens would take up registers all along the loop.
+        coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
+        dmix *= _between(coarse, fine, rows, True)
+        flow = dmix * scores
         if HAS_SCALE:
-            tl.store(dscale_ptr + scalars + rows * heads, dscale, mask=present)
-        dmix *= between * scale[None, :]
+            tl.store(dscale_ptr + scalars + rows * heads, tl.sum(flow, 1) + left, mask=present)
+            dmix *= scale[:, None]
+            flow *= scale[:, None]
+            left *= scale
         half = _narrow(dmix, dtype, EMULATE)
-        dC = _dot(half, B, dC, EMULATE)
-        dB = _dot(tl.trans(half), C, dB, EMULATE)
+        dC = _dot(tl.trans(B), half, dC, EMULATE)
+        dB = _dot(tl.trans(C), tl.trans(half), dB, EMULATE)
 
-        # What passes from token m or before to a token after m is the gradient at m + 1.
-        kept = whole * tl.sum(passed, 0)
-        flow = tl.cumsum(dmix * scores, 1) + read[:, None]
-        later = rows[:, None] > rows[None, :]
-        crossing = tl.sum(tl.where(later, flow, 0.0), 0) + tl.cumsum(left, 0) + kept
-        following = (rows < Q - 1) & (rows + 1 < length - begin)
-        tl.store(dlog_decay_ptr + scalars + (rows + 1) * heads, crossing, mask=following)
-        tl.store(dlog_decay_ptr + scalars, tl.sum(read, 0) + kept)
+        # What passes from before k to k or later: from token to token, into the state leaving, from the one entering.
+        flow = tl.cumsum(flow, 1, reverse=True) + left[:, None]
+        crossing = tl.sum(tl.where(rows[:, None] < rows[None, :], flow, 0.0), 0)
+        crossing += tl.cumsum(read, 0, reverse=True) + whole * tl.sum(passed, 0)
+        tl.store(dlog_decay_ptr + scalars + rows * heads, crossing, mask=present)
 
-    partial = first_row // TOGETHER + part
-    dB_ptr += partial * SIZE
-    dC_ptr += partial * SIZE
-    offsets = rows[:, None] * (parts * SIZE) + n[None, :]
-    tl.store(dB_ptr + offsets, dB, mask=in_maps)
-    tl.store(dC_ptr + offsets, dC, mask=in_maps)
+    # (B, capacity Q, parts, N)
+    partial = ((batch * capacity + index) * Q * parts + part) * SIZE
+    offsets = rows[None, :] * (parts * SIZE) + n[:, None]
+    in_partial = in_n[:, None] & present[None, :]
+    tl.store(dB_ptr + partial + offsets, dB, mask=in_partial)
+    tl.store(dC_ptr + partial + offsets, dC, mask=in_partial)

@@ -1,25 +1,76 @@
 """The model families, registered with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
 from .configuration_hybrid import ZooHybridConfig
+from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
-from .modeling_hybrid import ZooHybridForCausalLM, ZooHybridModel
-from .modeling_mamba2 import ZooSSDForCausalLM, ZooSSDModel
+from .modeling_hybrid import (
+    ZooHybridForCausalLM,
+    ZooHybridForSequenceClassification,
+    ZooHybridForTokenClassification,
+    ZooHybridModel,
+)
+from .modeling_mamba import (
+    ZooS6ForCausalLM,
+    ZooS6ForSequenceClassification,
+    ZooS6ForTokenClassification,
+    ZooS6Model,
+)
+from .modeling_mamba2 import (
+    ZooSSDForCausalLM,
+    ZooSSDForMaskedLM,
+    ZooSSDForSequenceClassification,
+    ZooSSDForTokenClassification,
+    ZooSSDModel,
+)
+from .presets import preset
 
-for _config, _model, _causal_lm in (
-    (ZooMamba2Config, ZooSSDModel, ZooSSDForCausalLM),
-    (ZooHybridConfig, ZooHybridModel, ZooHybridForCausalLM),
+for _config, *_classes in (
+    (
+        ZooMambaConfig,
+        ZooS6Model,
+        ZooS6ForCausalLM,
+        ZooS6ForSequenceClassification,
+        ZooS6ForTokenClassification,
+    ),
+    (
+        ZooMamba2Config,
+        ZooSSDModel,
+        ZooSSDForCausalLM,
+        ZooSSDForMaskedLM,
+        ZooSSDForSequenceClassification,
+        ZooSSDForTokenClassification,
+    ),
+    (
+        ZooHybridConfig,
+        ZooHybridModel,
+        ZooHybridForCausalLM,
+        ZooHybridForSequenceClassification,
+        ZooHybridForTokenClassification,
+    ),
 ):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoModelForCausalLM.register(_config, _causal_lm)
+    transformers.AutoConfig.register(_config.model_type, _config)
+    for _class in _classes:
+        _auto = next(auto for auto, name in _class.auto_classes.items() if name == _class.__name__)
+        getattr(transformers, _auto).register(_config, _class)
 
 __all__ = [
     "ZooHybridConfig",
     "ZooHybridForCausalLM",
+    "ZooHybridForSequenceClassification",
+    "ZooHybridForTokenClassification",
     "ZooHybridModel",
     "ZooMamba2Config",
+    "ZooMambaConfig",
+    "ZooS6ForCausalLM",
+    "ZooS6ForSequenceClassification",
+    "ZooS6ForTokenClassification",
+    "ZooS6Model",
     "ZooSSDForCausalLM",
+    "ZooSSDForMaskedLM",
+    "ZooSSDForSequenceClassification",
+    "ZooSSDForTokenClassification",
     "ZooSSDModel",
+    "preset",
 ]

@@ -92,7 +92,7 @@ class _ZooLayer(CacheLayerMixin):
 
 class RecurrentLayer(_ZooLayer):
     """State of one state-space layer: `conv_state` (B, D, K-1), the last real inputs of the convolution, and
-    `recurrent_state` (B, H, P, N) in float32. Both are None before the first token."""
+    `recurrent_state` in float32, (B, H, P, N) or, of Mamba-1, (B, D, N). Both are None before the first token."""
 
     _layer_type = "zoo_recurrent"
     _tensors = ("conv_state", "recurrent_state")
@@ -106,6 +106,10 @@ class RecurrentLayer(_ZooLayer):
     def set_states(self, conv_state: Tensor, recurrent_state: Tensor, tokens: int) -> None:
         """Store the states after a forward over `tokens` more columns."""
         self.conv_state, self.recurrent_state = conv_state, recurrent_state
+        self.skip(tokens)
+
+    def skip(self, tokens: int) -> None:
+        """Count `tokens` more columns: all that there is to do for a block without a token mixer."""
         self.columns += tokens
         self.is_initialized = True
 
@@ -219,3 +223,20 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     if past_key_values is not None and cache is not None:
         raise ValueError("pass the cache as `cache` or as `past_key_values`, not as both")
     return past_key_values if cache is None else cache
+
+
+def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:
+    """Whether the in-place step may be taken: one token, a state to go on from, no padding, no gradients.
+
+    Args:
+        hidden_states: (B, L, D) inputs of a mixer.
+        sequence: their `Sequence`.
+        cache: the mixer's layer of the cache, or None.
+    """
+    return (
+        cache is not None
+        and cache.is_initialized
+        and hidden_states.shape[1] == 1
+        and sequence.seq_idx is None
+        and not torch.is_grad_enabled()
+    )

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..kernels.rms_norm import rms_norm
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .cache import CACHE_FIELD, check_layers, one_cache
 from .hub_code import upload, write_code, write_default_card
 from .sequence import Sequence, make_sequence
@@ -30,8 +30,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.eps)
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(..., D) normed; with `residual` the norm of `residual + hidden_states`, and that sum."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.eps)
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
+
+
+def is_bidirectional(config: PreTrainedConfig) -> bool:
+    """Whether a token sees those after it, too: then there is no cache, and nothing to generate."""
+    return getattr(config, "bidirectional", False)
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -45,7 +53,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
 
     auto_classes: ClassVar[dict[str, str]] = {}
-    """Auto class of transformers to class name, for the exported config's `auto_map`."""
+    """Auto class of transformers to class name, for its registry and the exported config's `auto_map`."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Save weights, config, the code that loads them, its licence and a card: a folder that needs no ssm-zoo.
@@ -57,12 +65,7 @@ class ZooPreTrainedModel(PreTrainedModel):
         if self._saves_adapters():
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
             return
-        modeling, configuration = type(self).__module__, type(self.config).__module__
-        # A configuration from the Hub names the repository that it came from; the code is saved here too.
-        self.config.auto_map = {
-            "AutoConfig": f"{configuration.rpartition('.')[2]}.{type(self.config).__name__}",
-            **{auto: f"{modeling.rpartition('.')[2]}.{name}" for auto, name in self.auto_classes.items()},
-        }
+        self.name_classes()
         push = kwargs.pop("push_to_hub", False)
         options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
@@ -70,16 +73,30 @@ class ZooPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             folder = Path(save_directory)
-            if not self.is_remote_code():
-                write_code(folder, [modeling, configuration])
-            write_default_card(
-                folder,
-                model_type=self.config.model_type,
-                class_name=type(self).__name__,
-                parameters=self.num_parameters(),
-            )
+            self.save_code(folder)
             if push:
                 upload(folder, repo_id, token=kwargs.get("token"), **hub)
+
+    def name_classes(self) -> None:
+        """Say in the configuration's `auto_map` which class of the saved code each Auto class takes."""
+        modeling, configuration = type(self).__module__, type(self.config).__module__
+        # A configuration from the Hub names the repository that it came from; the code is saved here too.
+        self.config.auto_map = {
+            "AutoConfig": f"{configuration.rpartition('.')[2]}.{type(self.config).__name__}",
+            **{auto: f"{modeling.rpartition('.')[2]}.{name}" for auto, name in self.auto_classes.items()},
+        }
+
+    def save_code(self, folder: Path) -> None:
+        """Write what a folder with weights and configurations lacks: the code that loads them, its licence, a card."""
+        if not self.is_remote_code():
+            write_code(folder, [type(self).__module__, type(self.config).__module__])
+        write_default_card(
+            folder,
+            model_type=self.config.model_type,
+            class_name=type(self).__name__,
+            auto_class=self._auto_class_name(),
+            parameters=self.num_parameters(),
+        )
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -127,6 +144,11 @@ class ZooPreTrainedModel(PreTrainedModel):
                 create_pr=create_pr,
                 tags=tags,
             )
+
+    def _auto_class_name(self) -> str:
+        """The Auto class that loads this model; of a subclass, that of the class it is made of."""
+        autos = {name: auto for auto, name in self.auto_classes.items()}
+        return next((autos[kind.__name__] for kind in type(self).__mro__ if kind.__name__ in autos), "AutoModel")
 
     def _saves_adapters(self) -> bool:
         return bool(getattr(self, "_hf_peft_config_loaded", False))
@@ -196,7 +218,8 @@ class ZooModel(ZooPreTrainedModel):
             attention_mask: (B, past + L), non-zero at real tokens; padding may stand left, right or anywhere.
             position_ids: (B, L) positions, for layers that use them; where they restart, a new document starts.
             past_key_values: cache to continue.
-            use_cache: return a cache; `config.use_cache` if not given, never while training.
+            use_cache: return a cache; `config.use_cache` if not given, but not while training, of a packed row, or
+                where the model is bidirectional.
             seq_idx: (B, L) document index of each token of a packed row, non-decreasing, negative at padding.
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
             output_hidden_states: return the embeddings and every block's output; the last one after the final
@@ -214,6 +237,11 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = one_cache(past_key_values, cache)
+        if is_bidirectional(self.config) and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "a bidirectional model has no state to go on from: use_cache must be False and past_key_values None, "
+                f"got {use_cache} and {past_key_values}"
+            )
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -233,7 +261,7 @@ class ZooModel(ZooPreTrainedModel):
         )
         self.prepare(sequence, hidden_states)
         if use_cache is None:  # a packed row is no prompt to go on from, unless the caller says so
-            use_cache = config.use_cache and not self.training and not sequence.packed
+            use_cache = config.use_cache and not (self.training or sequence.packed or is_bidirectional(config))
         if self.gradient_checkpointing and self.training:
             if sequence.past:
                 raise ValueError(
@@ -274,23 +302,36 @@ class ZooModel(ZooPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
-    """A language-modelling head over a family's `backbone_class`."""
+class ZooHeadModel(ZooPreTrainedModel):
+    """A family's `backbone_class`, where every head finds it: a checkpoint of one head loads into another."""
 
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     backbone_class: ClassVar[type[ZooModel]]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.backbone = self.backbone_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
+
+
+class ZooForCausalLM(ZooHeadModel, GenerationMixin):
+    """A language-modelling head over a family's backbone."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if is_bidirectional(config):
+            raise ValueError(
+                "bidirectional: a causal language model needs False, got True: its tokens would see what they predict. "
+                "Load an encoder with AutoModel, AutoModelForMaskedLM or a classification head"
+            )
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:

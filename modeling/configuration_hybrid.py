@@ -1,5 +1,6 @@
 """Configuration of `zoo_hybrid`."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,7 +9,8 @@ from transformers.activations import ACT2FN
 
 from .configuration_mamba2 import ZooMamba2Config
 
-MIXER_TYPES = ("full_attention", "sliding_attention", "mamba2", "discrete_mamba2")
+MIXER_TYPES = ("full_attention", "sliding_attention", "mamba2", "discrete_mamba2", "none")
+MLP_TYPES = ("gated", "none")
 FEATURE_MAPS = ("identity", "softplus")
 
 
@@ -19,10 +21,12 @@ class ZooHybridConfig(PreTrainedConfig):
     Args:
         vocab_size: V, rows of the embedding.
         hidden_size: D, model width.
-        intermediate_size: width of the gated MLP.
+        intermediate_size: width of the gated MLP; 0 only where no block has one.
         num_hidden_layers: blocks.
-        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "mamba2" or
-            "discrete_mamba2"; all "full_attention" if not given.
+        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "mamba2", "discrete_mamba2" or
+            "none"; all "full_attention" if not given.
+        mlp_types: channel mixer of each block: "gated" or "none"; all "gated" if not given. A block has a token mixer,
+            an MLP, or both, and a norm for each.
         num_attention_heads: H, heads of attention and of discrete Mamba-2.
         num_key_value_heads: key and value heads of attention; H if not given.
         head_dim: P, width of an attention or discrete Mamba-2 head; `hidden_size / num_attention_heads` if not
@@ -32,7 +36,8 @@ class ZooHybridConfig(PreTrainedConfig):
         attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
         mlp_bias: bias in the MLP.
         max_position_embeddings: context that the rotary embedding was made for.
-        rope_parameters: rotary embedding, as in transformers.
+        rope_parameters: rotary embedding, as in transformers. Its `partial_rotary_factor` is the part of a head's
+            channels that is turned, the first ones: 1 if not given, 0 for attention without positions.
         sliding_window: tokens that a query of sliding attention sees, itself included.
         state_size: N, state channels of a Mamba-2 or discrete Mamba-2 head; `head_dim` if not given.
         conv_kernel: K, width of the short convolution, at least 2.
@@ -42,6 +47,9 @@ class ZooHybridConfig(PreTrainedConfig):
         expand: inner over model width of Mamba-2.
         mamba_head_dim: P of Mamba-2.
         n_groups: groups of Mamba-2 heads that share B and C.
+        mamba_proj_bias: bias in `in_proj` and `out_proj` of Mamba-2.
+        mamba_conv_bias: bias in the convolution of Mamba-2.
+        time_step_limit: range that step sizes of Mamba-2 are clamped to.
         initializer_range: standard deviation of projections and embedding at initialisation.
     """
 
@@ -52,6 +60,7 @@ class ZooHybridConfig(PreTrainedConfig):
     intermediate_size: int = 1536
     num_hidden_layers: int = 30
     mixer_types: list[str] | None = None
+    mlp_types: list[str] | None = None
     num_attention_heads: int = 9
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -70,6 +79,9 @@ class ZooHybridConfig(PreTrainedConfig):
     expand: int = 2
     mamba_head_dim: int = 64
     n_groups: int = 1
+    mamba_proj_bias: bool = False
+    mamba_conv_bias: bool = True
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -80,6 +92,8 @@ class ZooHybridConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.mixer_types is None:
             self.mixer_types = ["full_attention"] * self.num_hidden_layers
+        if self.mlp_types is None:
+            self.mlp_types = ["gated"] * self.num_hidden_layers
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -112,6 +126,9 @@ class ZooHybridConfig(PreTrainedConfig):
             head_dim=self.mamba_head_dim,
             n_groups=self.n_groups,
             conv_kernel=self.conv_kernel,
+            use_bias=self.mamba_proj_bias,
+            use_conv_bias=self.mamba_conv_bias,
+            time_step_limit=self.time_step_limit,
             layer_norm_epsilon=self.rms_norm_eps,
         )
 
@@ -120,17 +137,23 @@ class ZooHybridConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
-        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-        sizes += ["num_key_value_heads", "head_dim", "state_size", "sliding_window", "expand", "n_groups"]
+        mixers, mlps = self.mixer_types or [], self.mlp_types or []
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+        sizes += ["head_dim", "state_size", "sliding_window", "expand", "n_groups"]
+        if "gated" in mlps or self.intermediate_size != 0:
+            sizes.append("intermediate_size")
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        mixers = self.mixer_types or []
-        if len(mixers) != self.num_hidden_layers:
-            raise ValueError(f"mixer_types must name {self.num_hidden_layers} mixers, got {len(mixers)}")
-        for index, mixer in enumerate(mixers):
-            if mixer not in MIXER_TYPES:
-                raise ValueError(f"mixer_types[{index}] must be one of {', '.join(MIXER_TYPES)}, got {mixer!r}")
+        for name, kinds, accepted in (("mixer_types", mixers, MIXER_TYPES), ("mlp_types", mlps, MLP_TYPES)):
+            if len(kinds) != self.num_hidden_layers:
+                raise ValueError(f"{name} must name {self.num_hidden_layers} mixers, got {len(kinds)}")
+            for index, kind in enumerate(kinds):
+                if kind not in accepted:
+                    raise ValueError(f"{name}[{index}] must be one of {', '.join(accepted)}, got {kind!r}")
+        for index, kinds in enumerate(zip(mixers, mlps, strict=True)):
+            if set(kinds) == {"none"}:
+                raise ValueError(f"mlp_types[{index}] must be 'gated' where mixer_types[{index}] is 'none', got 'none'")
         if self.num_attention_heads % int(self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
@@ -138,6 +161,12 @@ class ZooHybridConfig(PreTrainedConfig):
             )
         if int(self.head_dim or 1) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
+        part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if not 0 <= part <= 1 or int(int(self.head_dim or 0) * part) % 2:
+            raise ValueError(
+                "rope_parameters['partial_rotary_factor'] must be between 0 and 1 and give an even number of the "
+                f"{self.head_dim} channels of a head, got {part}"
+            )
         if self.ssm_rotary and self.state_size != self.head_dim:
             raise ValueError(f"ssm_rotary needs state_size equal to head_dim ({self.head_dim}), got {self.state_size}")
         if self.conv_kernel < 2:

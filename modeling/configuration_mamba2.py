@@ -24,6 +24,8 @@ class ZooMamba2Config(PreTrainedConfig):
         use_conv_bias: bias in the convolution.
         layer_norm_epsilon: epsilon of every RMSNorm.
         residual_in_fp32: keep the residual stream in float32.
+        bidirectional: every token sees its whole document: each mixer scans it in both directions. An encoder, without
+            a cache and without a causal head.
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
@@ -47,6 +49,7 @@ class ZooMamba2Config(PreTrainedConfig):
     use_conv_bias: bool = True
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
+    bidirectional: bool = False
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4

@@ -78,14 +78,14 @@ def _companions(path: Path, text: str) -> list[Path]:
 def write_code(folder: Path, module_names: list[str]) -> None:
     """Write the files of :func:`collect_code` into `folder`, and the licence of the code beside them."""
     texts = collect_code(module_names)
-    licence = _licence()
+    licence = code_licence()
     if licence is not None and not (folder / "LICENSE").exists():
         texts["LICENSE"] = licence
     for name, text in texts.items():
         write_atomically(folder / name, text)
 
 
-def write_default_card(folder: Path, *, model_type: str, class_name: str, parameters: int) -> None:
+def write_default_card(folder: Path, *, model_type: str, class_name: str, auto_class: str, parameters: int) -> None:
     """Write a minimal README.md, unless there is one already: what the model is and how to load it."""
     if (folder / "README.md").exists():
         return
@@ -101,9 +101,9 @@ A `{model_type}` model (`{class_name}`, {parameters:,} parameters) from ssm-zoo.
 loading it needs torch and transformers only.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained("<this repository>", trust_remote_code=True)
+model = {auto_class}.from_pretrained("<this repository>", trust_remote_code=True)
 ```
 """
     )
@@ -123,7 +123,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _licence() -> str | None:
+def code_licence() -> str | None:
     """Text of the licence file of the repository, or of the installed distribution; None where neither is."""
     repository = Path(__file__).resolve().parents[1] / "LICENSE"
     if repository.is_file():

@@ -1,7 +1,8 @@
 """A Llama-shaped decoder whose token mixer is chosen layer by layer: what distillation turns a Transformer into.
 
 Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of
-Llama (transformers' `modeling_llama.py`). Mixers: softmax attention, full or over a sliding window; Mamba-2
+Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
+first channels of a head, or none. Mixers: softmax attention, full or over a sliding window; Mamba-2
 (`modeling_mamba2.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
@@ -25,15 +26,19 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
-from .cache import layer_of
+from .cache import is_single_step, layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
-from .modeling_mamba2 import Mamba2Mixer, ShortConvolution, init_mamba2_mixer
+from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .sequence import Sequence
+from .short_convolution import ShortConvolution
+from .step_sizes import inverse_softplus
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 _SMALLEST_ROW_SUM = 1e-6
@@ -67,7 +72,7 @@ class Attention(nn.Module):
         k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         assert sequence.rotary is not None
-        q, k = apply_rotary_pos_emb(q, k, *sequence.rotary)
+        q, k = rotate(q, k, *sequence.rotary)
         if self.window is None:
             if past_key_values is not None:
                 if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
@@ -92,6 +97,15 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
             )
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Llama's rotary embedding of the first R of P channels, for (B, L, R) cosines and sines."""
+    turned = cos.shape[-1]
+    if turned == q.shape[-1]:
+        return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    pair = apply_rotary_pos_emb(q[..., :turned], k[..., :turned], cos, sin, unsqueeze_dim=unsqueeze_dim)
+    return torch.cat([pair[0], q[..., turned:]], dim=-1), torch.cat([pair[1], k[..., turned:]], dim=-1)
 
 
 def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -139,7 +153,7 @@ class DiscreteMamba2Mixer(nn.Module):
         cache = layer_of(past_key_values, self.layer_idx)
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         length = hidden_states.shape[1]
-        single = started and length == 1 and sequence.seq_idx is None and not torch.is_grad_enabled()
+        single = is_single_step(hidden_states, sequence, cache)
         xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx, in_place=single)
         x, B, C, log_decay = self.maps(xBC, a, sequence)
@@ -179,7 +193,7 @@ class DiscreteMamba2Mixer(nn.Module):
         C = C.unflatten(-1, (self.num_heads, self.state_size))
         if self.rotary:
             assert sequence.rotary is not None
-            C, B = apply_rotary_pos_emb(C, B, *sequence.rotary, unsqueeze_dim=2)
+            C, B = rotate(C, B, *sequence.rotary, unsqueeze_dim=2)
         if self.feature_map == "softplus":
             B, C = F.softplus(B), F.softplus(C)
         return x, B, C, -F.softplus(a.float() + self.dt_bias)
@@ -220,14 +234,17 @@ class GatedMLP(nn.Module):
 
 
 class HybridBlock(GradientCheckpointingLayer):
-    """norm -> mixer -> add, norm -> MLP -> add."""
+    """norm -> mixer -> add, norm -> MLP -> add; of a block with one of the two, that half."""
 
     def __init__(self, config: ZooHybridConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = make_mixer(config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        self.layer_idx = layer_idx
+        mixes = (config.mixer_types or [])[layer_idx] != "none"
+        gated = (config.mlp_types or [])[layer_idx] != "none"
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if mixes else None
+        self.mixer = make_mixer(config, layer_idx) if mixes else None
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if gated else None
+        self.mlp = GatedMLP(config) if gated else None
 
     def forward(
         self,
@@ -236,9 +253,17 @@ class HybridBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if self.mixer is None or self.input_layernorm is None:
+            assert self.post_attention_layernorm is not None and self.mlp is not None
+            if past_key_values is not None:
+                layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
+            normed = self.post_attention_layernorm(hidden_states)
+            return hidden_states + self.mlp(normed), None
         mixed, attention = self.mixer(self.input_layernorm(hidden_states), sequence, past_key_values, output_attentions)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), attention
+        if self.mlp is None or self.post_attention_layernorm is None:
+            return hidden_states + mixed, attention
+        normed, hidden_states = self.post_attention_layernorm(mixed, residual=hidden_states)
+        return hidden_states + self.mlp(normed), attention
 
 
 def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
@@ -278,8 +303,7 @@ def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer, config: ZooHybridConf
 
 def half_life_to_bias(half_life: Tensor) -> Tensor:
     """The `dt_bias` with which a head that sees no decay input halves its state every `half_life` tokens (> 0)."""
-    rate = math.log(2.0) / half_life
-    return rate + torch.log(-torch.expm1(-rate))  # inverse softplus
+    return inverse_softplus(math.log(2.0) / half_life)
 
 
 class ZooHybridPreTrainedModel(ZooPreTrainedModel):
@@ -288,7 +312,12 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
-    auto_classes = {"AutoModel": "ZooHybridModel", "AutoModelForCausalLM": "ZooHybridForCausalLM"}
+    auto_classes = {
+        "AutoModel": "ZooHybridModel",
+        "AutoModelForCausalLM": "ZooHybridForCausalLM",
+        "AutoModelForSequenceClassification": "ZooHybridForSequenceClassification",
+        "AutoModelForTokenClassification": "ZooHybridForTokenClassification",
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -304,7 +333,8 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
 
     def __init__(self, config: ZooHybridConfig) -> None:
         super().__init__(config)
-        self.rotary_emb = LlamaRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
+        # Llama's, with `partial_rotary_factor`
+        self.rotary_emb = GlmRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def make_block(self, config: ZooHybridConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -324,4 +354,22 @@ class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM):
     backbone_class = ZooHybridModel
 
 
-__all__ = ["ZooHybridForCausalLM", "ZooHybridModel", "ZooHybridPreTrainedModel"]
+class ZooHybridForSequenceClassification(ZooHybridPreTrainedModel, ZooForSequenceClassification):
+    """The hybrid with one score or one set of labels for each row."""
+
+    backbone_class = ZooHybridModel
+
+
+class ZooHybridForTokenClassification(ZooHybridPreTrainedModel, ZooForTokenClassification):
+    """The hybrid with labels for each token."""
+
+    backbone_class = ZooHybridModel
+
+
+__all__ = [
+    "ZooHybridForCausalLM",
+    "ZooHybridForSequenceClassification",
+    "ZooHybridForTokenClassification",
+    "ZooHybridModel",
+    "ZooHybridPreTrainedModel",
+]

@@ -35,6 +35,7 @@ class Sequence:
     rotary: tuple[Tensor, Tensor] | None = None
     _masks: dict[tuple, Tensor | None] = field(default_factory=dict, init=False)
     _elsewhere: dict[torch.device, "Sequence"] = field(default_factory=dict, init=False)
+    _reversal: Tensor | None = field(default=None, init=False)
 
     @property
     def real(self) -> Tensor | None:
@@ -59,6 +60,33 @@ class Sequence:
                 rotary=None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device)),
             )
         return self._elsewhere[device]
+
+    def reverse(self, tensor: Tensor, dim: int = 1) -> Tensor:
+        """Turn every document around where it stands: its first real token changes places with its last one.
+
+        Documents and padding keep their columns, so that `seq_idx` holds for the result too, and doing it twice does
+        nothing.
+
+        Args:
+            tensor: (B, ..., L, ...) values of the new tokens.
+            dim: the axis of length L, behind the batch.
+
+        Returns:
+            A tensor of the same shape.
+        """
+        if self.seq_idx is None:
+            return tensor.flip(dim)
+        if self._reversal is None:
+            # The columns ordered by document, and the same from the right: of each document the last column first.
+            last = self.seq_idx.shape[1] - 1
+            forward = self.seq_idx.argsort(dim=1, stable=True)
+            backward = last - self.seq_idx.flip(1).argsort(dim=1, stable=True)
+            index = torch.empty_like(forward).scatter_(1, forward, backward)
+            row = torch.arange(index.shape[0], device=index.device)[:, None]
+            self._reversal = (row * index.shape[1] + index).flatten()
+        moved = tensor.movedim(dim, 1)
+        turned = moved.flatten(0, 1).index_select(0, self._reversal).view(moved.shape)
+        return turned.movedim(1, dim)
 
     def full_mask(self, keys: int) -> Tensor | None:
         """(B or 1, 1, L, M) True where a query may look, for `keys` columns that start at the row's first.

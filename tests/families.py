@@ -12,6 +12,9 @@ from ssm_zoo.modeling import (
     ZooHybridForCausalLM,
     ZooHybridModel,
     ZooMamba2Config,
+    ZooMambaConfig,
+    ZooS6ForCausalLM,
+    ZooS6Model,
     ZooSSDForCausalLM,
     ZooSSDModel,
 )
@@ -32,6 +35,22 @@ class Family:
     config: Callable[..., Any]
     causal_lm: type[PreTrainedModel]
     backbone: type[PreTrainedModel]
+
+
+def _mamba(**sizes: Any) -> Family:
+    def config(**changes: Any) -> ZooMambaConfig:
+        tiny = {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "time_step_rank": 3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        return ZooMambaConfig(**(tiny | sizes | changes))
+
+    return Family(config, ZooS6ForCausalLM, ZooS6Model)
 
 
 def _mamba2(**sizes: Any) -> Family:
@@ -71,6 +90,17 @@ def _hybrid(*mixers: str, **sizes: Any) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "mamba": _mamba(),
+    "mamba-options": _mamba(
+        state_size=5,
+        time_step_rank=7,
+        conv_kernel=3,
+        use_bias=True,
+        use_conv_bias=False,
+        mixer_rms_eps=1e-3,
+        residual_in_fp32=False,
+        tie_word_embeddings=False,
+    ),
     "mamba2": _mamba2(),
     "mamba2-groups": _mamba2(
         n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.02, 0.6)
@@ -87,12 +117,30 @@ FAMILIES: dict[str, Family] = {
     "mamba2-full": _hybrid("mamba2", "full_attention", state_size=8),
     "all-four": _hybrid("discrete_mamba2", "sliding_attention", "mamba2", "full_attention", ssm_rotary=True),
     "discrete": _hybrid("discrete_mamba2", "discrete_mamba2", feature_map="softplus", conv_kernel=2),
+    "half-blocks": _hybrid(
+        "mamba2",
+        "full_attention",
+        "sliding_attention",
+        mlp_types=["none", "gated", "none"],
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.34},
+        mamba_proj_bias=True,
+        mamba_conv_bias=False,
+        time_step_limit=(0.02, 0.6),
+    ),
+}
+
+# They see the tokens ahead, too: no causal language models, but every other head.
+ENCODERS: dict[str, Family] = {
+    "mamba2-encoder": _mamba2(bidirectional=True),
+    "mamba2-groups-encoder": _mamba2(
+        n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.004, 0.5), bidirectional=True
+    ),
 }
 
 
 def make_config(name: str, **changes: Any) -> PreTrainedConfig:
-    """Tiny configuration of a registered family, with `changes`."""
-    return FAMILIES[name].config(**changes)
+    """Tiny configuration of a registered family or encoder, with `changes`."""
+    return (FAMILIES | ENCODERS)[name].config(**changes)
 
 
 def make_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -107,10 +155,18 @@ def make_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
+def make_head(auto_class: Any, name: str, *, seed: int = 0, **changes: Any) -> Any:
+    """As :func:`make_model`, but of the class that `auto_class`, one of transformers', has for a family or encoder."""
+    torch.manual_seed(seed)
+    model = auto_class.from_config(make_config(name, **changes))
+    perturb(model, seed)
+    return model.eval()
+
+
 def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     """Add seeded noise to every parameter: half over the root of its fan-in to a matrix, a quarter to others.
 
-    Mamba-2's first step sizes, 0.001 to 0.1, let little into the state: they become seven times as large, and the
+    The Mambas' first step sizes, 0.001 to 0.1, let little into the state: they become seven times as large, and the
     decay rates smaller, so that what is wrong with the state shows in the logits.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +177,7 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
         for module in model.modules():
             if hasattr(module, "A_log"):
-                module.dt_bias.add_(2.0)
+                (module.dt_proj.bias if hasattr(module, "dt_proj") else module.dt_bias).add_(2.0)
                 module.A_log.sub_(1.0)
 
 

@@ -61,10 +61,10 @@ def fails(result: Result, message: str) -> None:
 # Help
 
 
-@pytest.mark.parametrize("command", [None, "distill", "export", "card", "generate", "push"])
+@pytest.mark.parametrize("command", [None, "distill", "export", "card", "convert", "generate", "push"])
 def test_help_explains_every_argument(ssm_zoo: Callable[..., Result], command: str | None) -> None:
     group: Any = typer.main.get_command(app)
-    assert set(group.commands) == {"distill", "export", "card", "generate", "push"}
+    assert set(group.commands) == {"distill", "finetune", "export", "card", "convert", "generate", "push"}
     described = group if command is None else group.commands[command]
     text = " ".join(succeeds(ssm_zoo(*([command] if command else []), "--help")).split())
     if command is not None:
@@ -135,7 +135,7 @@ MISTAKES = [
     pytest.param(
         "export {model} out",
         with_value("model_type", "llama"),
-        "model_type: got 'llama'; accepted: .*zoo_hybrid, zoo_mamba2",
+        "model_type: got 'llama'; accepted: .*zoo_hybrid, zoo_mamba, zoo_mamba2",
         id="export-another-family",
     ),
     pytest.param(

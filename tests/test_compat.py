@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssm_zoo.kernels import compat
 from ssm_zoo.kernels.ssd import ssd_reference
+from tolerances import TOLERANCES
 
 # Names and order of the arguments, as the other projects' callers pass them by position.
 SIGNATURES = {
@@ -157,6 +158,43 @@ def test_state_update_is_one_step(heads: int | None, indexed: bool) -> None:
             expected[row][at] = y * gate / (1 + (-gate).exp())
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, new, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "turned", "indexed"])
+@pytest.mark.parametrize("softplus", [False, True], ids=["raw", "softplus"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_state_update_of_expanded_steps_is_that_of_copies(
+    bias: bool, softplus: bool, layout: str, dtype: torch.dtype
+) -> None:
+    """Mamba-2's callers expand step sizes and rates; copies of them go another way to the same result."""
+    arguments = {"x": draw(3, 4, 5), "B": draw(3, 2, 6), "C": draw(3, 2, 6, seed=1), "D": draw(4)[:, None]}
+    arguments |= {"dt": draw(3, 4, 1), "A": -draw(4, 1, 1).exp(), "z": draw(3, 4, 5, seed=2)}
+    sizes = {"D": (4, 5), "dt": (3, 4, 5), "A": (4, 5, 6)}
+    if bias:
+        arguments["dt_bias"], sizes["dt_bias"] = draw(4, 1, seed=1), (4, 5)
+    expanded = arguments | {name: arguments[name].expand(size) for name, size in sizes.items()}
+    copies = {name: value.contiguous() for name, value in expanded.items()}
+    rows = torch.tensor([5, 0, 2]) if layout == "indexed" else None
+    results = []
+    for values in (expanded, copies):
+        state = draw(7 if layout == "indexed" else 3, 4, 6, 5).to(dtype).transpose(2, 3)
+        state = state if layout == "turned" else state.contiguous()
+        address = state.data_ptr()
+        before = state.clone()
+        y = compat.selective_state_update(state, **values, dt_softplus=softplus, state_batch_indices=rows)
+        assert not torch.equal(state, before)
+        assert state.data_ptr() == address and state.dtype == dtype and y.dtype == torch.float32
+        results.append((y, state.float()))
+    for got, expected in zip(*results, strict=True):
+        rtol, atol = TOLERANCES[torch.bfloat16 if dtype == torch.bfloat16 else torch.float32]
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+def test_state_update_records_no_gradient() -> None:
+    x, state = draw(2, 3).requires_grad_(), torch.zeros(2, 3, 4)
+    y = compat.selective_state_update(state, x, draw(2, 3), -draw(3, 4).exp(), draw(2, 4), draw(2, 4))
+    assert not y.requires_grad and not state.requires_grad
 
 
 def test_state_update_refuses_shapes_that_do_not_fit() -> None:

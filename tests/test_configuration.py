@@ -9,12 +9,25 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config
+from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config, ZooMambaConfig
 
+MAMBA = {"hidden_size": 40, "num_hidden_layers": 2}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8, "state_size": 4}
 HYBRID = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 MALFORMED = [
+    (ZooMambaConfig, {"vocab_size": 0}, r"vocab_size must be at least 1, got 0"),
+    (ZooMambaConfig, {"hidden_size": -16}, r"hidden_size must be at least 1, got -16"),
+    (ZooMambaConfig, {"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1, got 0"),
+    (ZooMambaConfig, {"state_size": 0}, r"state_size must be at least 1, got 0"),
+    (ZooMambaConfig, {"expand": 0}, r"expand must be at least 1, got 0"),
+    (ZooMambaConfig, {"time_step_rank": 0}, r"time_step_rank must be at least 1, got 0"),
+    (ZooMambaConfig, {"time_step_rank": "half"}, r"'time_step_rank'.*'auto'.*'half'"),
+    (ZooMambaConfig, {"conv_kernel": 1}, r"conv_kernel must be at least 2, got 1"),
+    (ZooMambaConfig, {"layer_norm_epsilon": 0.0}, r"layer_norm_epsilon must be positive, got 0.0"),
+    (ZooMambaConfig, {"mixer_rms_eps": -1e-6}, r"mixer_rms_eps must be positive, got -1e-06"),
+    (ZooMambaConfig, {"time_step_min": 0.0}, r"0 < min <= max, got 0.0 and 0.1"),
+    (ZooMambaConfig, {"time_step_min": 0.2}, r"0 < min <= max, got 0.2 and 0.1"),
     (ZooMamba2Config, {"vocab_size": 0}, r"vocab_size must be at least 1, got 0"),
     (ZooMamba2Config, {"hidden_size": -16}, r"hidden_size must be at least 1, got -16"),
     (ZooMamba2Config, {"num_hidden_layers": 0}, r"num_hidden_layers must be at least 1, got 0"),
@@ -77,10 +90,19 @@ MALFORMED = [
     [pytest.param(*case, id=f"{case[0].model_type}-{'-'.join(case[1])}") for case in MALFORMED],
 )
 def test_malformed_raises(kind: type, change: dict[str, Any], message: str) -> None:
-    sizes = SMALL if kind is ZooMamba2Config else HYBRID
+    sizes = {ZooMambaConfig: MAMBA, ZooMamba2Config: SMALL, ZooHybridConfig: HYBRID}[kind]
     kind(**sizes)
     with pytest.raises((ValueError, StrictDataclassError), match=f"(?s){message}"):
         kind(**(sizes | change))
+
+
+@pytest.mark.parametrize("rank", [None, "auto"])
+def test_derived_sizes_of_mamba(rank: str | None) -> None:
+    config = ZooMambaConfig(**MAMBA, time_step_rank=rank)
+    assert (config.time_step_rank, config.intermediate_size) == (3, 80)
+    assert config.layer_types == ["zoo_recurrent", "zoo_recurrent"]
+    assert ZooMambaConfig(**MAMBA, time_step_rank=5, expand=3).intermediate_size == 120
+    assert ZooMambaConfig().time_step_rank == 48
 
 
 def test_derived_sizes_of_mamba2() -> None:
@@ -116,6 +138,8 @@ def test_derived_sizes_of_the_hybrid() -> None:
 @pytest.mark.parametrize(
     "config",
     [
+        pytest.param(ZooMambaConfig(**MAMBA), id="zoo_mamba-defaults"),
+        pytest.param(ZooMambaConfig(**MAMBA, time_step_rank=5, mixer_rms_eps=1e-6), id="zoo_mamba"),
         pytest.param(ZooMamba2Config(**SMALL, time_step_limit=(0.0, math.inf)), id="zoo_mamba2-unlimited"),
         pytest.param(ZooMamba2Config(**SMALL, time_step_limit=(0.1, 2.5), n_groups=2), id="zoo_mamba2"),
         pytest.param(

@@ -24,26 +24,41 @@ from hub_stand_in import HubStandIn
 from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_default_card
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORTED = ["mamba2-groups", "all-four"]
-SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "configuration_mamba2.py", "hub_code.py"]
-SHARED += ["modeling_mamba2.py", "rms_norm.py", "sequence.py", "ssd.py"]
+EXPORTED = ["mamba-options", "mamba2-groups", "all-four"]
+SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py", "mixer_block.py"]
+SHARED += ["rms_norm.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py", "step_sizes.py"]
 SHARED += ["_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py", "rms_norm_triton.py"]
-SHARED += ["ssd_chunked.py", "ssd_step.py", "ssd_triton.py", "ssd_triton_kernels.py"]
+SHARED += ["softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
+MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py"]
+MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
 CODE = {
-    "mamba2-groups": sorted(SHARED),
-    "all-four": sorted([*SHARED, "configuration_hybrid.py", "modeling_hybrid.py"]),
+    "mamba-options": sorted([*SHARED, *MAMBA]),
+    "mamba2-groups": sorted([*SHARED, *MAMBA2]),
+    "all-four": sorted([*SHARED, *MAMBA2, "configuration_hybrid.py", "modeling_hybrid.py"]),
 }
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
 AUTO_MAP = {
+    "mamba-options": {
+        "AutoConfig": "configuration_mamba.ZooMambaConfig",
+        "AutoModel": "modeling_mamba.ZooS6Model",
+        "AutoModelForCausalLM": "modeling_mamba.ZooS6ForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_mamba.ZooS6ForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mamba.ZooS6ForTokenClassification",
+    },
     "mamba2-groups": {
         "AutoConfig": "configuration_mamba2.ZooMamba2Config",
         "AutoModel": "modeling_mamba2.ZooSSDModel",
         "AutoModelForCausalLM": "modeling_mamba2.ZooSSDForCausalLM",
+        "AutoModelForMaskedLM": "modeling_mamba2.ZooSSDForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_mamba2.ZooSSDForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mamba2.ZooSSDForTokenClassification",
     },
     "all-four": {
         "AutoConfig": "configuration_hybrid.ZooHybridConfig",
         "AutoModel": "modeling_hybrid.ZooHybridModel",
         "AutoModelForCausalLM": "modeling_hybrid.ZooHybridForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_hybrid.ZooHybridForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_hybrid.ZooHybridForTokenClassification",
     },
 }
 # What a user need not have. Without triton the torch paths are all there is.
@@ -229,15 +244,18 @@ def test_bit_equal_to_the_package(in_package: Run, user: str, index: int, reques
 
 
 def json_of_config(index: int) -> dict[str, Any]:
-    sizes = {"mamba2-groups": {"n_groups": 4, "conv_kernel": 3}, "all-four": {"sliding_window": 5, "head_dim": 6}}
-    return sizes[EXPORTED[index]] | {"model_type": ["zoo_mamba2", "zoo_hybrid"][index]}
+    return {
+        "mamba-options": {"model_type": "zoo_mamba", "time_step_rank": 7, "mixer_rms_eps": 1e-3},
+        "mamba2-groups": {"model_type": "zoo_mamba2", "n_groups": 4, "conv_kernel": 3},
+        "all-four": {"model_type": "zoo_hybrid", "sliding_window": 5, "head_dim": 6},
+    }[EXPORTED[index]]
 
 
 @pytest.mark.parametrize("user", ["in_package", "without_package", "without_triton"])
 def test_saved_again_and_loaded_again(user: str, request: pytest.FixtureRequest) -> None:
     """By a process that knows the code from the checkpoint alone; and not by a reference to where it came from."""
     for index, job in enumerate(request.getfixturevalue(user).report):
-        name = EXPORTED[index % 2]
+        name = EXPORTED[index % len(EXPORTED)]
         assert job["same_again"]
         assert job["saved_auto_map"] == AUTO_MAP[name]
         # The licence does not travel with code that transformers loaded.
@@ -362,6 +380,7 @@ def test_writing_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_the_default_card_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_default_card(Path("."), model_type="zoo_x", class_name="X", parameters=12345)
+    write_default_card(Path("."), model_type="zoo_x", class_name="X", auto_class="AutoModel", parameters=12345)
     text = (tmp_path / "README.md").read_text()
     assert f"# {tmp_path.name}\n" in text and "12,345 parameters" in text and "`zoo_x`" in text
+    assert "model = AutoModel.from_pretrained(" in text

@@ -1,4 +1,5 @@
-"""The initial weights: the tables in the docstrings of `init_mamba2_mixer` and `init_discrete_mamba2_mixer`."""
+"""The initial weights: the tables in the docstrings of `init_mamba_mixer`, `init_mamba2_mixer` and
+`init_discrete_mamba2_mixer`."""
 
 import math
 
@@ -7,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM, ZooMamba2Config, ZooSSDForCausalLM
+from ssm_zoo.modeling import (
+    ZooHybridConfig,
+    ZooHybridForCausalLM,
+    ZooMamba2Config,
+    ZooMambaConfig,
+    ZooS6ForCausalLM,
+    ZooSSDForCausalLM,
+)
 from ssm_zoo.modeling.modeling_hybrid import half_life_to_bias
 
 # Heads enough for their statistics: 128 of each kind.
@@ -19,6 +27,41 @@ def uniform(weight: Tensor, bound: float) -> None:
     assert 0.9 * bound < weight.abs().max() <= bound
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     assert weight.mean().abs() < 0.1 * bound
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_mamba(bias: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "vocab_size": 200, "state_size": 4, "num_hidden_layers": 3, "time_step_rank": 25}
+    model = ZooS6ForCausalLM(ZooMambaConfig(**sizes, use_bias=bias))
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        torch.testing.assert_close(mixer.A_log.exp(), torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(256, 4))
+        steps = F.softplus(mixer.dt_proj.bias)
+        assert steps.min() >= 0.001 * (1 - 1e-4) and steps.max() <= 0.1 * (1 + 1e-4)
+        assert steps.log().mean().item() == pytest.approx(math.log(0.01), abs=0.3)
+        assert steps.log().std().item() == pytest.approx(math.log(100) / math.sqrt(12), rel=0.1)
+        assert (mixer.D == 1).all()
+        uniform(mixer.dt_proj.weight, 0.2)
+        uniform(mixer.in_proj.weight, 128**-0.5)
+        uniform(mixer.x_proj.weight, 256**-0.5)
+        uniform(mixer.conv1d.weight, 0.5)
+        uniform(mixer.conv1d.bias, 0.5)
+        uniform(mixer.out_proj.weight, (256 * 3) ** -0.5)
+        for projection in (mixer.in_proj, mixer.out_proj):
+            assert not projection.bias.any() if bias else projection.bias is None
+    assert not torch.equal(model.backbone.layers[0].mixer.dt_proj.bias, model.backbone.layers[1].mixer.dt_proj.bias)
+    assert model.backbone.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_mamba_options() -> None:
+    torch.manual_seed(0)
+    options = {"time_step_min": 0.5, "time_step_max": 2.0, "time_step_floor": 1.0, "initializer_range": 0.3}
+    model = ZooS6ForCausalLM(ZooMambaConfig(hidden_size=128, vocab_size=200, num_hidden_layers=1, **options))
+    steps = F.softplus(model.backbone.layers[0].mixer.dt_proj.bias)
+    assert steps.min() >= 1 - 1e-5 and steps.max() <= 2 + 1e-5
+    assert (steps < 1 + 1e-5).float().mean().item() == pytest.approx(0.5, abs=0.1)  # at the floor
+    assert model.backbone.embeddings.weight.std().item() == pytest.approx(0.3, rel=0.1)
 
 
 @pytest.mark.parametrize("hybrid", [False, True], ids=["zoo_mamba2", "zoo_hybrid"])

@@ -23,6 +23,8 @@ PROJECTIONS = {
     "o_proj",
     "in_proj",
     "out_proj",
+    "x_proj",
+    "dt_proj",
     "gate_proj",
     "up_proj",
     "down_proj",

@@ -9,6 +9,7 @@ from families import FAMILIES, draw_ids, make_model
 from torch import Tensor, nn
 
 from ssm_zoo.modeling.modeling_hybrid import Attention, DiscreteMamba2Mixer
+from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
 
 LENGTH = 13
@@ -55,6 +56,9 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
         z, xBC, _ = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
         x = mixer.conv1d(xBC, seq_idx=seq_idx)[0].split(mixer.conv_split, dim=-1)[0]
         return mixer.out_proj(mixer.norm(mixed(x.unflatten(-1, (mixer.num_heads, mixer.head_dim))), z))
+    if isinstance(mixer, MambaMixer):
+        x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+        return mixer.out_proj(mixed(mixer.conv1d(x, seq_idx=seq_idx)[0][..., None]) * F.silu(z))
     assert isinstance(mixer, DiscreteMamba2Mixer)
     xBC, z, _ = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
     x = mixer.conv1d(xBC, seq_idx=seq_idx)[0].split(mixer.conv_split, dim=-1)[0]
@@ -69,7 +73,8 @@ def test_the_matrix_applied_to_the_values_is_the_mixer(model: Any, arguments: di
     if "attention_mask" in arguments:
         seq_idx = real.int() - 1
     for mixer, inputs, outputs, matrix in run(model, **arguments):
-        assert matrix.shape == (1, mixer.num_heads, LENGTH, LENGTH)
+        heads = len(mixer.D) if isinstance(mixer, MambaMixer) else mixer.num_heads
+        assert matrix.shape == (1, heads, LENGTH, LENGTH)
         assert matrix.dtype == torch.float32
         with torch.no_grad():
             actual = applied(mixer, inputs, matrix, seq_idx)
@@ -112,7 +117,7 @@ def test_rows_of_normalized_discrete_mamba2_sum_to_one() -> None:
 def test_the_recurrence_alone_is_asked_for_its_matrix(model: Any) -> None:
     """Without the rest of the mixer, as matrix orientation does."""
     for mixer, inputs, _, matrix in run(model):
-        if not isinstance(mixer, Attention):
+        if not isinstance(mixer, (Attention, MambaMixer)):
             with torch.no_grad():
                 alone = mixer.hidden_attention(inputs, model.backbone.sequence_of(inputs))
             torch.testing.assert_close(alone, matrix, rtol=0, atol=1e-6)
@@ -121,7 +126,7 @@ def test_the_recurrence_alone_is_asked_for_its_matrix(model: Any) -> None:
 def test_decays_are_those_of_the_matrix(model: Any) -> None:
     """`log_decay` against the matrix of ones as maps: its entry (i, i - 1) is one token's decay."""
     for mixer, inputs, _, _ in run(model):
-        if isinstance(mixer, Attention):
+        if isinstance(mixer, (Attention, MambaMixer)):
             continue
         with torch.no_grad():
             log_decay = mixer.log_decay(inputs)

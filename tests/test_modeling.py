@@ -240,9 +240,9 @@ def test_bfloat16_keeps_the_recurrence_in_float32(name: str, tmp_path: Path) -> 
     model, ids = make_model(name), draw_ids(2, LENGTH)
     model.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    kept = ("A_log", "D", "dt_bias")
+    kept = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")
     for key, parameter in half.named_parameters():
-        expected = torch.float32 if key.rpartition(".")[2] in kept else torch.bfloat16
+        expected = torch.float32 if key.endswith(kept) else torch.bfloat16
         assert parameter.dtype == expected, key
     with torch.no_grad():
         exact = model(ids).logits

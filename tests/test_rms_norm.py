@@ -262,11 +262,6 @@ def test_runs_are_complete_and_bit_identical(op: Callable[..., Tensor], gated: b
     [
         pytest.param({"x": torch.zeros(())}, r"x must be \(\.\.\., D\)", id="x-scalar"),
         pytest.param({"x": torch.zeros(2, 0), "weight": torch.zeros(0)}, "D >= 1", id="x-empty"),
-        pytest.param({"x": torch.zeros(2, 6).long()}, "x must be floating point, got torch.int64", id="x-integer"),
-        pytest.param({"weight": torch.zeros(5)}, r"weight must be \(D\) = \(6\), got shape \(5,\)", id="weight"),
-        pytest.param({"weight": torch.zeros(1, 6)}, "weight must be", id="weight-2d"),
-        pytest.param({"z": torch.zeros(6)}, r"z must have the shape of x \(2, 6\), got \(6,\)", id="z-broadcast"),
-        pytest.param({"z": torch.zeros(2, 6).bool()}, "z must be floating point", id="z-bool"),
         pytest.param({"group_size": 4}, "group_size must be a positive divisor of D = 6", id="not-a-divisor"),
         pytest.param({"group_size": 0}, "group_size must be .*got 0", id="group-0"),
         pytest.param({"group_size": -3}, "group_size must be .*got -3", id="group-negative"),

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: what reports and model cards say of it."""
+"""Where a teacher or a base model comes from: what reports and model cards say of it."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 from huggingface_hub import ModelCard, model_info
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from .fetch import SOURCE_FILE
+# Written last into a folder that was converted from another file: says from which.
+SOURCE_FILE = "gguf_source.json"
 
 
 def provenance(source: str) -> tuple[str, str | None]:
-    """A teacher's public name and its licence.
+    """A model's public name and its licence.
 
     Args:
-        source: what `load_teacher` took: a Hub id, a folder or a .gguf file.
+        source: what it was loaded from: a Hub id, a folder or a .gguf file.
 
     Returns:
         The Hub id where one is known, otherwise the name of the folder or file without its path; and the licence's

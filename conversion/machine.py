@@ -14,8 +14,11 @@ import torch
 _DISTRIBUTIONS = ("torch", "transformers", "accelerate", "ssm-zoo")
 
 
-def describe_machine() -> dict[str, dict[str, Any]]:
+def describe_machine(*computing: str) -> dict[str, dict[str, Any]]:
     """Hardware and versions, without host names, paths or serial numbers.
+
+    Args:
+        computing: distributions that took part, besides those that always do.
 
     Returns:
         "hardware": "cpu" (its name, or None), "cores" (those this process may use), "memory_bytes" (of the
@@ -23,7 +26,7 @@ def describe_machine() -> dict[str, dict[str, Any]]:
         computes.
     """
     versions = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
+    for name in (*_DISTRIBUTIONS, *computing):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,100 @@
+"""What every benchmark writes beside its numbers, how it writes them, and where."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def processor() -> str:
+    """Return the name of the CPU; the machine type where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu() -> dict[str, str]:
+    """Return name, memory, driver and CUDA version of the current device; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+        f"compute capability {properties.major}.{properties.minor}",
+        "driver": driver(),
+        "cuda": str(torch.version.cuda),
+    }
+
+
+def driver() -> str:
+    """Return the version of NVIDIA's driver, "unknown" where nvidia-smi does not tell."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.partition("\n")[0].strip() or "unknown"
+
+
+def version_of(name: str) -> str | None:
+    """Return the version of a distribution, None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def circumstances(
+    now: datetime, script: str, arguments: list[str], packages: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """Return the part of a row that says on what, with what, when and how it was measured.
+
+    Args:
+        now: when the run began.
+        script: its file name in this folder.
+        arguments: its command line.
+        packages: distributions to name beside torch and transformers, those that are installed.
+    """
+    names = ("ssm-zoo", "torch", "transformers", *packages)
+    return {
+        "hardware": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads",
+        **gpu(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in names if (found := version_of(name)) is not None},
+        },
+        "date": now.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"benchmarks/{script}", *arguments]),
+    }
+
+
+def write_rows(rows: list[dict[str, object]], path: Path) -> None:
+    """Write one JSON object per line; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1 from a command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, accepted: a whole number of at least 1")
+    return int(text)

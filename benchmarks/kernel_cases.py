@@ -1,0 +1,379 @@
+"""What the kernel benchmark runs: our ops, their inputs, and the sizes.
+
+Symbols: B batch, L length, H heads, P head width, N state size, G groups, K convolution width, D channels of a
+convolution, a norm or Mamba-1's scan, and width of a mixer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from mixers import mamba1_parts, mamba2_parts
+from torch import Tensor
+
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference
+from ssm_zoo.kernels.ssd import ssd, ssd_reference
+from ssm_zoo.kernels.ssd_step import ssd_step
+
+Sizes = Mapping[str, int]
+Inputs = dict[str, Tensor]
+Results = dict[str, Tensor]
+Run = Callable[[], Results]
+
+EPS = 1e-5
+TAPS = 4
+FORWARD, TRAINING, EAGER, GRAPH = "forward", "forward+backward", "eager", "graph"
+MIXERS = ("mamba2_mixer", "mamba1_mixer")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size: a group of rows of the result file."""
+
+    op: str
+    mode: str
+    sizes: Sizes
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        sizes = " ".join(f"{symbol}{size}" for symbol, size in self.sizes.items())
+        return f"{self.op} {self.mode} {sizes} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def tokens(self) -> int:
+        return self.sizes["B"] * self.sizes.get("L", 1)
+
+    @property
+    def reduced(self) -> Case:
+        """The case at the size that results are checked at."""
+        return replace(self, sizes=OPS[self.op].reduced(self.sizes))
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as the benchmark sees it.
+
+    Attributes:
+        inputs: makes the arguments, by name.
+        ours: takes them and returns a tensor or several; changes those named in `changed` in place.
+        reference: the same in float64, by other means where there are any.
+        reduced: sizes to check at.
+        changed: arguments that are changed in place; of an op that decodes.
+    """
+
+    inputs: Callable[[Sizes, torch.dtype, torch.device], Inputs]
+    ours: Callable[..., Any]
+    reference: Callable[..., Any]
+    reduced: Callable[[Sizes], Sizes]
+    changed: tuple[str, ...] = ()
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device=device)
+
+
+def first_steps(number: int, device: torch.device) -> Tensor:
+    """(number) biases before the softplus of the step sizes that a fresh Mamba has: 0.001 to 0.1."""
+    return torch.expm1(torch.logspace(-3, -1, number, device=device)).log()
+
+
+def ssd_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return {
+        "x": normal(s["B"], s["L"], s["H"], s["P"], dtype=dtype, device=device),
+        "dt": normal(s["B"], s["L"], s["H"], dtype=dtype, device=device),
+        "A": -torch.linspace(1, 16, s["H"], device=device),
+        "B": normal(s["B"], s["L"], s["G"], s["N"], dtype=dtype, device=device),
+        "C": normal(s["B"], s["L"], s["G"], s["N"], dtype=dtype, device=device),
+        "D": torch.ones(s["H"], device=device),
+        "dt_bias": first_steps(s["H"], device),
+    }
+
+
+def selective_scan_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return {
+        "x": normal(s["B"], s["L"], s["D"], dtype=dtype, device=device),
+        "dt": normal(s["B"], s["L"], s["D"], dtype=dtype, device=device),
+        "A": -torch.arange(1.0, s["N"] + 1, device=device).repeat(s["D"], 1),
+        "B": normal(s["B"], s["L"], 1, s["N"], dtype=dtype, device=device),
+        "C": normal(s["B"], s["L"], 1, s["N"], dtype=dtype, device=device),
+        "D": torch.ones(s["D"], device=device),
+        "z": normal(s["B"], s["L"], s["D"], dtype=dtype, device=device),
+        "dt_bias": first_steps(s["D"], device),
+    }
+
+
+def convolution_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return {
+        "x": normal(s["B"], s["L"], s["D"], dtype=dtype, device=device),
+        "weight": normal(s["D"], s["K"], dtype=dtype, device=device),
+        "bias": normal(s["D"], dtype=dtype, device=device),
+    }
+
+
+def norm_inputs(*names: str) -> Callable[[Sizes, torch.dtype, torch.device], Inputs]:
+    """Inputs of those names as x is, and the weight."""
+
+    def make(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+        wide = {name: normal(s["B"], s["L"], s["D"], dtype=dtype, device=device) for name in names}
+        return {**wide, "weight": 1 + 0.1 * normal(s["D"], dtype=dtype, device=device)}
+
+    return make
+
+
+def decode_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    channels = s["H"] * s["P"] + 2 * s["G"] * s["N"]
+    return {
+        "state": normal(s["B"], s["H"], s["P"], s["N"], dtype=torch.float32, device=device),
+        "conv_state": normal(s["B"], channels, TAPS - 1, dtype=dtype, device=device),
+        "xBC": normal(s["B"], channels, dtype=dtype, device=device),
+        "dt": normal(s["B"], s["H"], dtype=dtype, device=device),
+        "weight": normal(channels, TAPS, dtype=dtype, device=device),
+        "bias": normal(channels, dtype=dtype, device=device),
+        "A": -torch.linspace(1, 16, s["H"], device=device),
+        "D": torch.ones(s["H"], device=device),
+        "dt_bias": first_steps(s["H"], device),
+    }
+
+
+def split_maps(xBC: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., H, P), B and C (..., G, N) of what the convolution returns; `state` is (B, H, P, N)."""
+    heads, width, size = state.shape[1:]
+    maps = (xBC.shape[-1] - heads * width) // 2
+    x, B, C = xBC.split([heads * width, maps, maps], dim=-1)
+    return x.unflatten(-1, (heads, width)), B.unflatten(-1, (-1, size)), C.unflatten(-1, (-1, size))
+
+
+def decode(
+    state: Tensor,
+    conv_state: Tensor,
+    xBC: Tensor,
+    dt: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token through Mamba-2's convolution and recurrence: y (B, H, P) and the two states."""
+    xBC = causal_conv1d_step(xBC, conv_state, weight, bias, activation="silu")
+    x, B, C = split_maps(xBC, state)
+    y = ssd_step(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
+    return y, state, conv_state
+
+
+def decode_reference(
+    state: Tensor,
+    conv_state: Tensor,
+    xBC: Tensor,
+    dt: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As rows of one token, which leaves the states alone."""
+    convolved, conv_state = causal_conv1d_reference(
+        xBC[:, None], weight, bias, activation="silu", initial_state=conv_state, return_final_state=True
+    )
+    x, B, C = split_maps(convolved, state)
+    y, state = ssd_reference(
+        x,
+        dt[:, None],
+        A,
+        B,
+        C,
+        D=D,
+        dt_bias=dt_bias,
+        dt_softplus=True,
+        initial_state=state,
+        return_final_state=True,
+    )
+    return y[:, 0], state, conv_state
+
+
+def reduced(**largest: int) -> Callable[[Sizes], Sizes]:
+    """Sizes of at most so much; lengths are odd, so that the last chunk is cut."""
+    return lambda s: {symbol: min(size, largest.get(symbol, size)) for symbol, size in s.items()}
+
+
+def mixer(kind: str) -> Op:
+    """A whole mixer: x and its parameters to its output.
+
+    The reference is our mixer in float64, where the ops take their torch path. That they agree with the definitions
+    and with transformers at all is what the tests show.
+    """
+    parts = mamba2_parts if kind == "mamba2_mixer" else mamba1_parts
+
+    def inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+        parameters = parts(s["D"]).parameters(dtype, device)
+        return {"x": normal(s["B"], s["L"], s["D"], dtype=dtype, device=device), **parameters}
+
+    def ours(x: Tensor, **parameters: Tensor) -> Tensor:
+        return parts(x.shape[-1]).ours(x, parameters)
+
+    return Op(inputs, ours, ours, reduced(B=1, L=193))
+
+
+def _ssd(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **inputs: op(**inputs, dt_softplus=True)
+
+
+def _convolution(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **inputs: op(**inputs, activation="silu")
+
+
+def _norm(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **inputs: op(**inputs, eps=EPS)
+
+
+OPS: dict[str, Op] = {
+    "ssd": Op(ssd_inputs, _ssd(ssd), _ssd(ssd_reference), reduced(B=1, L=193, H=8)),
+    "selective_scan": Op(
+        selective_scan_inputs, _ssd(selective_scan), _ssd(selective_scan_reference), reduced(B=1, L=193, D=96)
+    ),
+    "causal_conv1d": Op(
+        convolution_inputs, _convolution(causal_conv1d), _convolution(causal_conv1d_reference), reduced(B=1, L=193)
+    ),
+    "rms_norm": Op(norm_inputs("x"), _norm(rms_norm), _norm(rms_norm_reference), reduced(B=1, L=193)),
+    "rms_norm_gated": Op(norm_inputs("x", "z"), _norm(rms_norm), _norm(rms_norm_reference), reduced(B=1, L=193)),
+    "add_rms_norm": Op(
+        norm_inputs("x", "residual"), _norm(add_rms_norm), _norm(add_rms_norm_reference), reduced(B=1, L=193)
+    ),
+    "decode": Op(decode_inputs, decode, decode_reference, reduced(B=3, H=8), changed=("state", "conv_state")),
+    **{kind: mixer(kind) for kind in MIXERS},
+}
+
+HEADLINE = {"B": 1, "L": 8192, "H": 128, "P": 64, "N": 128, "G": 1}
+LENGTHS = tuple(4**k for k in range(4, 11))  # 256 to 1048576
+SCAN_LENGTHS = (512, 2048, 8192, 32768, 131072, 524288)
+
+
+def full_cases() -> Iterator[Case]:
+    """The cases of a GPU, what the bars are about first: a run may be cut off."""
+    bf16 = torch.bfloat16
+    for mode in (FORWARD, TRAINING):
+        yield Case("ssd", mode, HEADLINE, bf16)
+    for mode in (TRAINING, FORWARD):
+        yield Case("selective_scan", mode, {"B": 1, "L": 2048, "D": 1024, "N": 16}, bf16)
+    wide = {"B": 8, "L": 2048}
+    for mode in (FORWARD, TRAINING):
+        yield Case("causal_conv1d", mode, {**wide, "D": 4352, "K": TAPS}, bf16)
+        for op in ("rms_norm_gated", "rms_norm", "add_rms_norm"):
+            yield Case(op, mode, {**wide, "D": 4096}, bf16)
+    for batch in (1, 128, 2, 4, 8, 16, 32, 64):
+        for mode in (GRAPH, EAGER):
+            yield Case("decode", mode, {"B": batch, "H": 64, "P": 64, "N": 128, "G": 1}, bf16)
+    for mode in (FORWARD, TRAINING):
+        for length in (512, 256, 2048, 32768, 131072):
+            yield Case("ssd", mode, {**HEADLINE, "L": length}, bf16)
+        yield Case("ssd", mode, {**HEADLINE, "B": 8, "L": 2048}, bf16)
+        yield Case("ssd", mode, {**HEADLINE, "L": 2048}, torch.float32)
+    for mode in (TRAINING, FORWARD):
+        for length in SCAN_LENGTHS:
+            if length != 2048:
+                yield Case("selective_scan", mode, {"B": 1, "L": length, "D": 1024, "N": 16}, bf16)
+    for kind in MIXERS:
+        for mode in (FORWARD, TRAINING):
+            yield Case(kind, mode, {"B": 1, "L": 2048, "D": 2048}, bf16)
+    # The published 130M checkpoint's mixer, whose heads leave room for a million tokens.
+    for mode in (FORWARD, TRAINING):
+        for length in LENGTHS:
+            yield Case("ssd", mode, {**HEADLINE, "L": length, "H": 24}, bf16)
+
+
+def small_cases() -> Iterator[Case]:
+    """The same kinds of case at sizes that any CPU goes through in seconds. They prove the suite, not a kernel."""
+    fp32 = torch.float32
+    for mode in (FORWARD, TRAINING):
+        for length in (64, 256):
+            yield Case("ssd", mode, {"B": 1, "L": length, "H": 4, "P": 16, "N": 16, "G": 1}, fp32)
+            yield Case("selective_scan", mode, {"B": 1, "L": length, "D": 64, "N": 16}, fp32)
+        yield Case("causal_conv1d", mode, {"B": 2, "L": 64, "D": 96, "K": TAPS}, fp32)
+        for op in ("rms_norm_gated", "rms_norm", "add_rms_norm"):
+            yield Case(op, mode, {"B": 2, "L": 64, "D": 96}, fp32)
+        for kind in MIXERS:
+            yield Case(kind, mode, {"B": 1, "L": 32, "D": 64}, fp32)
+    for batch in (1, 2):
+        for mode in (EAGER, GRAPH):
+            yield Case("decode", mode, {"B": batch, "H": 4, "P": 16, "N": 16, "G": 1}, fp32)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A case's tensors: the same for our side and for every peer."""
+
+    case: Case
+    inputs: Inputs
+    cotangents: tuple[Tensor, ...]  # of the outputs; empty unless there is a backward
+
+    @property
+    def op(self) -> Op:
+        return OPS[self.case.op]
+
+    @property
+    def training(self) -> bool:
+        return self.case.mode == TRAINING
+
+    def own_inputs(self) -> Inputs:
+        """The inputs, with copies of what an op changes in place."""
+        return {name: t.clone() if name in self.op.changed else t for name, t in self.inputs.items()}
+
+
+def prepare(case: Case, device: torch.device) -> Setup:
+    """Draw a case's tensors."""
+    torch.manual_seed(0)
+    op = OPS[case.op]
+    inputs = op.inputs(case.sizes, case.dtype, device)
+    cotangents: tuple[Tensor, ...] = ()
+    if case.mode == TRAINING:
+        outputs = 2 if case.op == "add_rms_norm" else 1
+        cotangents = tuple(torch.randn_like(inputs["x"]) for _ in range(outputs))
+    return Setup(case, inputs, cotangents)
+
+
+def named(outputs: Any) -> Results:
+    """Outputs under the names y, y1, y2."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {f"y{i or ''}": output.detach() for i, output in enumerate(outputs)}
+
+
+def runner(function: Callable[..., Any], inputs: Inputs, cotangents: tuple[Tensor, ...]) -> Run:
+    """A run of `function(**inputs)`, and of the gradients "d<name>" of all inputs if there are cotangents."""
+    if not cotangents:
+
+        def forward() -> Results:
+            with torch.no_grad():
+                return named(function(**inputs))
+
+        return forward
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+
+    def training() -> Results:
+        outputs = function(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        return named(outputs) | {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+    return training
+
+
+def our_run(setup: Setup) -> Run:
+    return runner(setup.op.ours, setup.own_inputs(), setup.cotangents)
+
+
+def reference_results(setup: Setup) -> Results:
+    """Results of the definition on the same numbers, computed in float64."""
+    inputs = {name: tensor.double() for name, tensor in setup.own_inputs().items()}
+    return runner(setup.op.reference, inputs, tuple(c.double() for c in setup.cotangents))()
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Number of bytes that tensors hold."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

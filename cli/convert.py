@@ -1,0 +1,54 @@
+"""`ssm-zoo convert`: checkpoints of other libraries to ours and back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .run_folder import model_source
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a checkpoint, or folder of a run.")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="zoo, transformers or state-spaces. If not given: zoo; of a zoo checkpoint, transformers.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. If not given: the source's."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, of which nothing but tensors is taken.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a checkpoint.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Load both models, in float32, and compare their logits."),
+    ] = True,
+) -> None:
+    """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba; state-spaces; the zoo's.
+
+    Prints what was read and written, and how far the logits of both sides are apart. OUT appears whole or not at
+    all. What the other side cannot express is refused by the name of its field.
+    """
+    from transformers.utils import logging
+
+    from ..conversion.convert import convert as write
+
+    logging.disable_progress_bar()
+    report = write(
+        model_source(source),
+        folder,
+        to=to,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        overwrite=overwrite,
+        verify=verify,
+    )
+    typer.echo("\n".join([str(folder), *report.lines()]))

@@ -1,0 +1,174 @@
+"""`ssm-zoo finetune`: train a model of the zoo further."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .push import check_repository, push_folder
+from .run_folder import model_source
+
+finetune = typer.Typer(no_args_is_help=True, help="Train a model of the zoo further, by adapters or as a whole.")
+
+
+class Method(StrEnum):
+    LORA = "lora"
+    FULL = "full"
+
+
+class Schedule(StrEnum):
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class ComputeDtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+@finetune.callback()
+def group() -> None:
+    """Train a model of the zoo further, by adapters or as a whole."""
+
+
+@finetune.command("lm")
+def language_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a zoo model, or folder of a run.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder of the run. A run with the same settings in it goes on.")
+    ],
+    train: Annotated[
+        list[str],
+        typer.Option(
+            "--train", metavar="TEXT", help="Training text: .txt, .jsonl, datasets:PATH,SPLIT; may be repeated."
+        ),
+    ],
+    heldout: Annotated[
+        list[str], typer.Option("--heldout", metavar="TEXT", help="Text that the loss is measured on before and after.")
+    ],
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            "--separator", metavar="TEXT", help="What stands between the documents of a .txt file; \\n is a line break."
+        ),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option("--text-field", metavar="NAME", help="Where .jsonl files and data sets hold the text.")
+    ] = "text",
+    method: Annotated[Method, typer.Option("--method", help="Adapters, or all weights.")] = Method.LORA,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the adapters.")] = 16,
+    alpha: Annotated[float, typer.Option("--alpha", help="Adapters are scaled by alpha / rank.")] = 32.0,
+    dropout: Annotated[float, typer.Option("--dropout", help="Share of the adapters' inputs dropped.")] = 0.0,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapters.")] = False,
+    target_modules: Annotated[
+        str,
+        typer.Option(
+            "--target-modules", metavar="NAMES", help="Layers with adapters: all-linear, or in_proj,out_proj say."
+        ),
+    ] = "all-linear",
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="Keep the base in 4 bits (QLoRA); needs bitsandbytes.")
+    ] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing/--no-packing", help="Several documents in a row, or one padded row for each.")
+    ] = True,
+    row_tokens: Annotated[int, typer.Option("--row-tokens", help="Most tokens of a row; more are cut.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in one forward, in each process.")] = 4,
+    gradient_accumulation: Annotated[
+        int, typer.Option("--gradient-accumulation", help="Forwards in one optimiser step.")
+    ] = 1,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training text; 1.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps, instead of --epochs.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Peak; 2e-4 for adapters, 5e-5 for all weights.")
+    ] = None,
+    schedule: Annotated[Schedule, typer.Option("--schedule", help="What follows the warm-up.")] = Schedule.COSINE,
+    warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of the matrices.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option("--max-grad-norm", help="Gradients are scaled down to it.")] = 1.0,
+    dtype: Annotated[
+        ComputeDtype, typer.Option("--dtype", help="To compute in; auto is bfloat16 on a GPU that has it.")
+    ] = ComputeDtype.AUTO,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for one more forward.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of initial adapters, order and dropout.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")] = 200,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write the model with the adapter in its weights.")
+    ] = False,
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub", metavar="REPO", help="Upload the adapter; the model, if merged or trained as a whole."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only to a private repository.")] = False,
+) -> None:
+    """Finetune on text as a language model. Measures the held-out loss before and after."""
+    from ..finetune.settings import parse_settings
+
+    values: dict[str, Any] = {
+        "model": model_source(model),
+        "revision": revision,
+        "train": train,
+        "heldout": heldout,
+        "separator": None if separator is None else separator.replace("\\n", "\n"),
+        "text_field": text_field,
+        "method": method.value,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "dora": dora,
+        "target_modules": target_modules if target_modules == "all-linear" else target_modules.split(","),
+        "load_in_4bit": load_in_4bit,
+        "packing": packing,
+        "row_tokens": row_tokens,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "schedule": schedule.value,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "dtype": dtype.value,
+        "gradient_checkpointing": gradient_checkpointing,
+        "seed": seed,
+        "checkpoint_every": checkpoint_every,
+        **({} if epochs is None else {"epochs": epochs}),
+    }
+    settings = parse_settings(values)
+    whole = merge or settings.method == "full"
+    if private and repo is None:
+        raise ValueError("--private: accepted with --push-to-hub only")
+    if repo is not None:
+        check_repository(repo)
+        if not whole and Path(settings.model).is_dir():
+            raise ValueError(
+                f"--push-to-hub: the adapter's base is the folder {settings.model}, which others do not have; push the "
+                "base first and name its Hub id, or push the merged model with --merge"
+            )
+    from ..finetune.language_model import finetune_language_model
+
+    report = finetune_language_model(settings, output, merge=merge)
+    if int(os.environ.get("RANK", "0")):  # of several processes the first one speaks
+        return
+    folder = output / ("model" if whole else "adapter")
+    losses = [evaluation["loss"] for evaluation in report["evaluations"]]
+    typer.echo(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
+    typer.echo(f"report: {output / 'report.json'}   {folder.name}: {folder}")
+    if repo is not None:
+        from ..finetune.card import write_card
+
+        write_card(folder, report, repo_id=repo)
+        commit = push_folder(folder, repo, private=private)
+        typer.echo(f"commit: {commit.commit_url}")
+        typer.echo(f"to pin it: revision={commit.oid}")

@@ -1,0 +1,338 @@
+"""Checkpoints of other libraries to ours and back, proven by the keys, the shapes and the logits of both sides.
+
+Weights go from file to file, a shard at a time. Only the proof loads both models, one after the other, in float32.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..modeling import ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
+from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.hub_code import code_licence
+from . import format_state_spaces
+from .byte_tokenizer import save_byte_tokenizer
+from .export import CARRIED, copy_files
+from .format import Format, read_config
+from .format_bamba import BAMBA
+from .format_mamba import FALCON_MAMBA, MAMBA
+from .format_mamba2 import MAMBA2
+from .parity import Difference, ParityReport, compare, logits_of_folder, logits_of_tensors
+from .rules import LazyTensor, Mapper, check, lazy
+from .weight_files import read_weights, write_weights
+
+__all__ = ["convert"]
+
+FORMATS = (
+    MAMBA,
+    FALCON_MAMBA,
+    MAMBA2,
+    BAMBA,
+    format_state_spaces.MAMBA1,
+    format_state_spaces.MAMBA2,
+    format_state_spaces.MAMBA2_HYBRID,
+)
+_ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (ZooS6ForCausalLM, ZooSSDForCausalLM, ZooHybridForCausalLM)
+_TARGETS = ("zoo", "transformers", "state-spaces")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
+_CARRIED = ("generation_config.json", *CARRIED)
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint as its files and as our model has it.
+
+    Attributes:
+        format: whose layout it is in; None: ours.
+        config: its own configuration, as `format.read` gives it.
+        tensors: its own tensors, without a head that is the embedding.
+        zoo_class: our model.
+        zoo_config: its configuration.
+        ours: its tensors.
+    """
+
+    format: Format | None
+    config: Any
+    tensors: dict[str, LazyTensor]
+    zoo_class: type[ZooForCausalLM]
+    zoo_config: Any
+    ours: dict[str, LazyTensor]
+
+    @property
+    def name(self) -> str:
+        """What format it is in."""
+        return self.format.name if self.format else f"zoo {self.zoo_config.model_type}"
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    to: str | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    max_shard_size: int | str = "5GB",
+) -> ParityReport:
+    """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
+
+    Of transformers `mamba`, `mamba2`, `falcon_mamba` and `bamba` are known, of state-spaces Mamba-1 and Mamba-2, the
+    latter also with an MLP in each block or attention in some. Tokenizer, licence and generation config are carried
+    over; to a state-spaces checkpoint of 256 tokens without a tokenizer, MambaByte's is added. To the zoo the folder
+    is self-contained, as `save_pretrained` of a zoo model writes it.
+
+    Args:
+        source: a folder, or a Hub id.
+        folder: a new or empty folder to write; its parents are made as needed.
+        to: "zoo", "transformers" or "state-spaces"; if not given "transformers" for a zoo checkpoint, else "zoo".
+        dtype: "float32", "bfloat16" or "float16"; that of each tensor if not given. What our models keep in float32
+            (A_log, D and the bias of the step sizes) is written in float32 then.
+        allow_pickle: read `pytorch_model.bin`, with `weights_only=True`, where there is no safetensors file.
+        overwrite: replace a folder that holds a checkpoint.
+        verify: compare logits of both sides for random tokens, where transformers has the model.
+        max_shard_size: bytes of a file of weights, or a text such as "5GB". It bounds the memory taken.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if an argument is wrong; if the source is of an unknown format, holds what ours cannot express, or
+            has keys, shapes or dtypes that its configuration does not promise; or if the logits differ.
+        OSError: if files cannot be read, the Hub not reached or a repository not found.
+    """
+    folder = Path(os.path.abspath(folder))
+    if to is not None and to not in _TARGETS:
+        raise ValueError(f"to: got {to!r}; accepted: {', '.join(_TARGETS)}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}; accepted: {', '.join(_DTYPES)}")
+    _check_folder(folder, overwrite)
+    read_from = _source_folder(source, allow_pickle)
+    if folder == read_from.resolve() or folder in read_from.resolve().parents:
+        raise ValueError(f"folder: {folder} is or holds the source; accepted: another folder")
+    read = _read(read_from, allow_pickle)
+    to = to or ("zoo" if read.format else "transformers")
+    target = None if to == "zoo" else _target_format(to, read)
+    ours = read.ours if dtype is None else _cast(read.ours, _DTYPES[dtype], read.zoo_class)
+    config = target.config(read.zoo_config) if target else read.zoo_config
+    tensors = _tensors_of(target, read, config, ours)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        # One level down, because the scratch folder itself is readable by its owner only.
+        made = Path(scratch) / folder.name
+        made.mkdir()
+        carried = _carry(read, read_from, made, target)
+        write_weights(made, tensors, max_shard_size=max_shard_size)
+        _write_config(made, target, read.zoo_class, config, ours[_EMBEDDING].dtype)
+        logits = _compare(read, ours, target, made) if verify else "not asked for"
+        _put(made, folder, Path(scratch) / "replaced")
+    return ParityReport(
+        source=read.name,
+        target=target.name if target else f"zoo {read.zoo_config.model_type}",
+        keys_read=len(read.tensors),
+        shapes={key: tensor.shape for key, tensor in tensors.items()},
+        dtypes={key: tensor.dtype for key, tensor in tensors.items()},
+        carried=carried,
+        logits=logits,
+    )
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"folder: {folder} exists and is not empty; accepted: a new or empty folder, or with --overwrite "
+            "(overwrite=True) a checkpoint's"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"folder: {folder} is not replaced, as it is no checkpoint: it holds no config.json")
+
+
+def _source_folder(source: str | Path, allow_pickle: bool) -> Path:
+    """The folder to read from: the source itself, or what is needed of a Hub repository, downloaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise ValueError(f"source: got {str(source)!r}; accepted: an existing folder, or a Hub id OWNER/NAME")
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_CARRIED]
+    folder = Path(snapshot_download(source, allow_patterns=patterns))
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
+        return Path(snapshot_download(source, revision=folder.name, allow_patterns=["pytorch_model.bin", *patterns]))
+    return folder
+
+
+def _read(folder: Path, allow_pickle: bool) -> _Checkpoint:
+    """A checkpoint whose keys, shapes and dtypes are what its configuration promises."""
+    values = read_config(folder)
+    found = next((form for form in FORMATS if form.reads(values)), None)
+    zoo_class = found.zoo_class if found else _zoo_class(values)
+    read = found.read if found else zoo_class.config_class.from_pretrained  # pyright: ignore[reportOptionalMemberAccess]
+    try:
+        config: Any = read(folder)
+        zoo_config = found.zoo_config(config) if found else config
+    except StrictDataclassError as error:  # of several lines, the reason in the last
+        raise ValueError(f"config.json: {str(error).strip().splitlines()[-1].strip()}") from None
+    tensors = read_weights(folder, allow_pickle=allow_pickle)
+    if found:
+        tensors = {found.former_keys.get(key, key): tensor for key, tensor in tensors.items()}
+    model = _empty(zoo_class, zoo_config)
+    mapper = Mapper(found.rules(zoo_config), model) if found else None
+    expected = mapper.expected() if mapper else {key: lazy(tensor) for key, tensor in model.items()}
+    embedding = mapper.theirs_of(_EMBEDDING) if mapper else _EMBEDDING
+    if zoo_config.tie_word_embeddings and _HEAD in tensors and embedding in tensors:
+        head = tensors.pop(_HEAD)
+        if head.shape != tensors[embedding].shape or not torch.equal(head.load(), tensors[embedding].load()):
+            raise ValueError(
+                f"{folder.name}: the configuration ties the head to the embedding, but {_HEAD} is not {embedding}"
+            )
+    check(tensors, expected, folder.name)
+    return _Checkpoint(found, config, tensors, zoo_class, zoo_config, mapper.to_ours(tensors) if mapper else tensors)
+
+
+def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
+    """Our model that a config.json of no other library names."""
+    by_type = {str(kind.config_class.model_type): kind for kind in _ZOO_CLASSES}  # pyright: ignore[reportOptionalMemberAccess]
+    model_type = values.get("model_type")
+    if model_type not in by_type:
+        theirs = [form.name.split()[1] for form in FORMATS if form.library == "transformers"]
+        raise ValueError(
+            f"config.json: model_type: got {model_type!r}; accepted: {', '.join([*theirs, *by_type])}, or with none "
+            "that of state-spaces, with d_model and n_layer"
+        )
+    architecture = (values.get("architectures") or [by_type[model_type].__name__])[0]
+    if architecture != by_type[model_type].__name__:
+        raise ValueError(
+            f"config.json: architectures: got {architecture!r}; accepted: {by_type[model_type].__name__}, as only "
+            "language models are converted"
+        )
+    return by_type[model_type]
+
+
+def _empty(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The keys of a model with tensors on the meta device, without a head that is the embedding."""
+    with torch.device("meta"):
+        model = model_class(config)
+    state = model.state_dict()
+    return {key: tensor for key, tensor in state.items() if key != _HEAD or not config.tie_word_embeddings}
+
+
+def _target_format(to: str, read: _Checkpoint) -> Format:
+    """The format to write.
+
+    Raises:
+        ValueError: if the other library has no such model.
+    """
+    formats = [form for form in FORMATS if form.library == to and form.zoo_class is read.zoo_class]
+    for form in formats:
+        if form.writes(read.zoo_config):
+            return form
+    accepted = ", ".join(form.name for form in formats) or "zoo"
+    raise ValueError(f"to: {to} has no model like this {read.zoo_config.model_type}; accepted: {accepted}")
+
+
+def _cast(
+    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, zoo_class: type[ZooForCausalLM]
+) -> dict[str, LazyTensor]:
+    precise = tuple(f".{name}" for name in zoo_class._keep_in_fp32_modules_strict or ())
+    return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in tensors.items()}
+
+
+def _tensors_of(
+    target: Format | None, read: _Checkpoint, config: Any, ours: dict[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """What to write, checked against the model that reads it."""
+    if target is None:
+        return ours
+    mapper = Mapper(target.rules(read.zoo_config), _empty(read.zoo_class, read.zoo_config))
+    tensors = mapper.from_ours(ours)
+    if target.model_class is not None:
+        model = _empty(target.model_class, config)
+        check(tensors, {key: lazy(tensor) for key, tensor in model.items()}, target.name)
+    elif read.zoo_config.tie_word_embeddings:  # state-spaces loads strictly, and has the head as a key of its own
+        tensors[_HEAD] = tensors[mapper.theirs_of(_EMBEDDING)]
+    return tensors
+
+
+def _write_config(
+    folder: Path, target: Format | None, zoo_class: type[ZooForCausalLM], config: Any, dtype: torch.dtype
+) -> None:
+    if target is not None and target.model_class is None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return
+    config.dtype = dtype
+    config.architectures = [(target.model_class if target and target.model_class else zoo_class).__name__]
+    if target is None:
+        with torch.device("meta"):
+            model = zoo_class(config)
+        model.name_classes()
+        model.save_code(folder)
+        config = model.config
+    config.save_pretrained(folder)
+
+
+def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None) -> list[str]:
+    """Copy what is the same in every format; say what was."""
+    carried = copy_files(source, made, _CARRIED)
+    licence = made / "LICENSE"
+    # Where a zoo model's weights have no licence of their own, this is that of its code, which stays behind.
+    of_code = licence.is_file() and licence.read_text(encoding="utf-8") == code_licence()
+    if of_code and read.format is None and target is not None:
+        licence.unlink()
+        carried.remove("LICENSE")
+    tokenizer = any(name.startswith("tokenizer") for name in carried)
+    from_state_spaces = read.format is not None and read.format.library == "state-spaces"
+    is_byte_model = from_state_spaces and read.zoo_config.vocab_size == format_state_spaces.BYTES
+    if is_byte_model and not tokenizer and (target is None or target.library != "state-spaces"):
+        save_byte_tokenizer(made)
+        carried.append("a tokenizer of bytes, which the source lacks")
+    return carried
+
+
+def _compare(read: _Checkpoint, ours: dict[str, LazyTensor], target: Format | None, made: Path) -> Difference | str:
+    """Compare the logits of our model and transformers', one of them loaded from what was written."""
+    form = next((each for each in (target, read.format) if each is not None and each.model_class is not None), None)
+    config = read.config if form is not None and form is read.format else None
+    try:
+        form = form or _target_format("transformers", read)
+        config = config or form.config(read.zoo_config)
+    except ValueError as error:
+        return f"transformers has no such model ({error})"
+    assert form.model_class is not None and isinstance(config, PreTrainedConfig)
+    if form is target:
+        theirs = logits_of_folder(form.model_class, made)
+    else:
+        mapper = Mapper(form.rules(read.zoo_config), _empty(read.zoo_class, read.zoo_config))
+        theirs = logits_of_tensors(form.model_class, config, mapper.from_ours(ours))
+    if target is None:
+        mine = logits_of_folder(read.zoo_class, made)
+    else:
+        again = _read(made, allow_pickle=False)
+        mine = logits_of_tensors(again.zoo_class, again.zoo_config, again.ours)
+    return compare(mine, theirs, f"{form.model_class.__name__} and {read.zoo_class.__name__}")
+
+
+def _put(made: Path, folder: Path, replaced: Path) -> None:
+    """Move the folder to its place, and the one that is there, if any, out of the way."""
+    if folder.exists():
+        os.replace(folder, replaced)
+    try:
+        os.replace(made, folder)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, folder)
+        raise

@@ -1,0 +1,116 @@
+"""What a conversion did, and whether both sides compute the same: the parity report."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .rules import LazyTensor
+
+TOLERANCE = 1e-3
+"""Largest difference of float32 logits, over the largest logit (or 1), that rounding may explain."""
+
+_ROWS, _TOKENS = 2, 40
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the logits of two models for the same random tokens, in float32.
+
+    Attributes:
+        between: the two models.
+        difference: the largest one.
+        largest: the largest logit.
+    """
+
+    between: str
+    difference: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What a conversion did.
+
+    Attributes:
+        source: format read.
+        target: format written.
+        keys_read: tensors of the source.
+        shapes: shape of each tensor written, by its key.
+        dtypes: dtype of each.
+        carried: other files that the target has from the source, or got.
+        logits: comparison of both sides; where there was none, why.
+    """
+
+    source: str
+    target: str
+    keys_read: int
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    carried: list[str]
+    logits: Difference | str
+
+    @property
+    def parameters(self) -> int:
+        """Numbers written."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def lines(self) -> list[str]:
+        """The report, for a reader."""
+        dtypes = Counter(str(dtype).removeprefix("torch.") for dtype in self.dtypes.values())
+        lines = [
+            f"{self.source} -> {self.target}",
+            f"keys: {self.keys_read} read, {len(self.shapes)} written; none missing, none left over",
+            "shapes: all as both configurations promise",
+            f"parameters: {self.parameters:,}",
+            f"dtypes: {', '.join(f'{count} {name}' for name, count in sorted(dtypes.items()))}",
+            f"other files: {', '.join(self.carried) or 'none'}",
+        ]
+        if isinstance(self.logits, str):
+            return [*lines, f"logits: not compared: {self.logits}"]
+        return [
+            *lines,
+            f"logits: {self.logits.difference:.2g} apart at most, of at most {self.logits.largest:.3g}; "
+            f"{self.logits.between}, float32, {_ROWS} x {_TOKENS} random tokens",
+        ]
+
+
+def compare(ours: Tensor, theirs: Tensor, between: str) -> Difference:
+    """Compare the logits of both sides.
+
+    Raises:
+        ValueError: if they are not finite, or further apart than rounding explains.
+    """
+    if not (ours.isfinite().all() and theirs.isfinite().all()):
+        raise ValueError(f"logits of random tokens are not finite ({between})")
+    result = Difference(between, (ours - theirs).abs().max().item(), theirs.abs().max().item())
+    if result.difference > TOLERANCE * max(1.0, result.largest):
+        raise ValueError(
+            f"logits of random tokens are up to {result.difference:.3g} apart, of at most {result.largest:.3g} "
+            f"({between}); nothing is written. With --no-verify (verify=False) it would be"
+        )
+    return result
+
+
+def logits_of_tensors(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]
+) -> Tensor:
+    """Logits of a model with these weights for the random tokens, in float32."""
+    state = {key: tensor.load().float() for key, tensor in tensors.items()}
+    return _logits(model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32))
+
+
+def logits_of_folder(model_class: type[PreTrainedModel], folder: Path) -> Tensor:
+    """Logits of the model in a folder for the random tokens, in float32."""
+    return _logits(model_class.from_pretrained(folder, dtype=torch.float32))
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    ids = torch.randint(model.config.vocab_size, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
+    return model.eval()(ids, use_cache=False).logits

@@ -1,0 +1,190 @@
+"""Rules that turn the tensors of one checkpoint layout into those of another, in either direction.
+
+A format is a list of rules. A rule pairs a key pattern of theirs with key patterns of ours, in which `{layer}` stands
+for the number of a block and `{rest}` for the remainder of a key; between them there may be a transform of the tensors.
+Which of our keys there are is asked of the model itself, so that a list of rules is proven complete before a
+checkpoint is read, and what a checkpoint has to hold follows from it.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is needed.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        load: reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    def to(self, dtype: torch.dtype) -> "LazyTensor":
+        """This in another dtype."""
+        return LazyTensor(self.shape, dtype, lambda: self.load().to(dtype))
+
+
+def lazy(tensor: Tensor) -> LazyTensor:
+    """A tensor that is there already, on the meta device say."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One tensor of theirs is several of ours, one below the other.
+
+    Attributes:
+        sizes: rows of each.
+    """
+
+    sizes: tuple[int, ...]
+
+    def split(self, tensor: LazyTensor) -> list[LazyTensor]:
+        """Ours, of theirs."""
+        parts, start = [], 0
+        for size in self.sizes:
+            rows = slice(start, start + size)
+            parts.append(
+                LazyTensor((size, *tensor.shape[1:]), tensor.dtype, lambda rows=rows: tensor.load()[rows].clone())
+            )
+            start += size
+        return parts
+
+    def join(self, parts: list[LazyTensor]) -> LazyTensor:
+        """Theirs, of ours, which share a dtype."""
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.load() for part in parts]))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One key pattern of theirs, and ours.
+
+    Attributes:
+        theirs: pattern of the key in the other layout.
+        ours: patterns of the zoo's keys: one, or with `transform` several.
+        transform: how one becomes several; None where the tensor is the same.
+        layers: blocks that the rule is for; None: all.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    transform: SplitRows | None = None
+    layers: Collection[int] | None = None
+
+
+class Mapper:
+    """Rules applied to the keys of one model.
+
+    Args:
+        rules: the format.
+        model: every key of the model with its tensor, on the meta device.
+
+    Raises:
+        ValueError: if a key of the model is met by no rule or by several, or a rule meets none.
+    """
+
+    def __init__(self, rules: list[Rule], model: Mapping[str, Tensor]) -> None:
+        self.model = {key: lazy(tensor) for key, tensor in model.items()}
+        self._steps: list[tuple[str, tuple[str, ...], SplitRows | None]] = []
+        unused = []
+        for rule in rules:
+            patterns = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
+            found = [match for match in map(_expression(patterns[0]).fullmatch, model) if match]
+            fields = [match.groupdict() for match in found]
+            fields = [each for each in fields if rule.layers is None or int(each["layer"]) in rule.layers]
+            unused += [] if fields else [rule.theirs]
+            for each in fields:
+                ours = tuple(pattern.format(**each) for pattern in patterns)
+                self._steps.append((rule.theirs.format(**each), ours, rule.transform))
+        met = [key for _, keys, _ in self._steps for key in keys]
+        twice = sorted({key for key in met if met.count(key) > 1}) if len(met) != len(set(met)) else []
+        problems = {"rules that meet nothing": unused, "keys of the model met twice": twice}
+        problems["keys of the model without a rule"] = sorted(set(model) - set(met))
+        problems["rules for keys that the model lacks"] = sorted(set(met) - set(model))
+        _raise("rules", problems)
+
+    def theirs_of(self, key: str) -> str:
+        """Their key that one of ours comes from."""
+        return next(theirs for theirs, ours, _ in self._steps if key in ours)
+
+    def expected(self) -> dict[str, LazyTensor]:
+        """What a checkpoint in their layout holds: keys and shapes."""
+        return self.from_ours(self.model)
+
+    def to_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """The zoo's tensors, of theirs; :func:`check` them first."""
+        result = {}
+        for theirs, ours, transform in self._steps:
+            parts = [tensors[theirs]] if transform is None else transform.split(tensors[theirs])
+            result.update(zip(ours, parts, strict=True))
+        return result
+
+    def from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Their tensors, of the zoo's."""
+        result = {}
+        for theirs, ours, transform in self._steps:
+            parts = [tensors[key] for key in ours]
+            result[theirs] = parts[0] if transform is None else transform.join(parts)
+        return result
+
+
+def check(tensors: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor], where: str) -> None:
+    """Compare a checkpoint with what its configuration promises.
+
+    Args:
+        tensors: what there is.
+        expected: what there has to be.
+        where: name of the checkpoint, for the message.
+
+    Raises:
+        ValueError: if keys are missing or left over, or shapes or dtypes are others: all of it in one message.
+    """
+    common = [key for key in expected if key in tensors]
+    shapes = [
+        f"{key} {list(tensors[key].shape)} instead of {list(expected[key].shape)}"
+        for key in common
+        if tensors[key].shape != expected[key].shape
+    ]
+    dtypes = [f"{key} {_name(tensors[key].dtype)}" for key in common if tensors[key].dtype not in _WEIGHTS]
+    _raise(
+        f"{where}: the weights are not what config.json promises",
+        {
+            "missing": [key for key in expected if key not in tensors],
+            "left over": [key for key in tensors if key not in expected],
+            "of another shape": shapes,
+            f"no weights by their dtype (accepted: {', '.join(map(_name, _WEIGHTS))})": dtypes,
+        },
+    )
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    escaped = re.escape(pattern).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{rest\}", r"(?P<rest>.+)")
+    return re.compile(escaped)
+
+
+def _raise(what: str, problems: dict[str, list[str]]) -> None:
+    """Raise a ValueError that says how many of each problem there are, and which the first are."""
+    texts = []
+    for problem, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > _SHOWN else ""
+            texts.append(f"{len(names)} {problem}: {', '.join(names[:_SHOWN])}{more}")
+    if texts:
+        raise ValueError(f"{what}: {'; '.join(texts)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,154 @@
+"""Base models of the zoo with peft's adapters on their projections, and merged again."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+
+from .. import modeling as _  # noqa: F401 - registers the zoo's classes
+from ..modeling.causal_lm import ZooForCausalLM
+from .settings import LanguageModelSettings
+
+ALL_LINEAR = "all-linear"
+
+
+def compute_dtype(settings: LanguageModelSettings) -> torch.dtype:
+    """What forward and backward compute in: `settings.dtype`, where "auto" goes by the device."""
+    if settings.dtype == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:
+    """The settings with a Hub model's revision as a commit: an adapter fits no other weights.
+
+    Raises:
+        ValueError: if there is a revision of a folder.
+    """
+    if Path(settings.model).is_dir():
+        if settings.revision is not None:
+            raise ValueError(f"revision: got {settings.revision!r}; accepted with the folder {settings.model}: none")
+        return settings
+    # A snapshot's folder has the name of its commit.
+    config = Path(hf_hub_download(settings.model, "config.json", revision=settings.revision))
+    return settings.model_copy(update={"revision": settings.revision})
+
+
+def load_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer."""
+    return AutoTokenizer.from_pretrained(settings.model, revision=settings.revision or "main")
+
+
+def load_base(settings: LanguageModelSettings) -> ZooForCausalLM:
+    """The base model, by the package's own class.
+
+    Its weights are float32 where they are trained or computing is in float32; otherwise, under adapters, they keep the
+    checkpoint's dtype, or have 4 bits.
+
+    Raises:
+        ValueError: if it is no causal language model of the zoo, weights are missing, or 4 bits are asked for where
+            they are not to be had.
+    """
+    if settings.load_in_4bit:
+        _check_4bit()
+    compute = compute_dtype(settings)
+    master = settings.method == "full" or compute == torch.float32
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    model = _load(
+        settings,
+        dtype=torch.float32 if master else "auto",
+        **({"quantization_config": quantisation} if settings.load_in_4bit else {}),
+    )
+    if settings.load_in_4bit:
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
+    return model
+
+
+def _load(settings: LanguageModelSettings, **options: Any) -> ZooForCausalLM:
+    revision = settings.revision or "main"
+    config = AutoConfig.from_pretrained(settings.model, revision=revision, trust_remote_code=False)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not (isinstance(kind, type) and issubclass(kind, ZooForCausalLM)):
+        raise ValueError(
+            f"model: {settings.model} is of model_type {config.model_type!r}; accepted: a causal language model of the "
+            "zoo"
+        )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        config=config,
+        revision=revision,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    model, found = loaded
+    if found["missing_keys"]:
+        names = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ValueError(f"model: {settings.model} lacks {len(found['missing_keys'])} weights: {names}")
+    return model
+
+
+def _check_4bit() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit: needs the package bitsandbytes, which is not installed")
+    if not torch.cuda.is_available():
+        raise ValueError("load_in_4bit: needs a CUDA device; there is none")
+
+
+def add_adapters(model: ZooForCausalLM, settings: LanguageModelSettings) -> PeftModel:
+    """The model with adapters on the layers that the settings name; all else is frozen.
+
+    Adapters are float32. The initial A are drawn from torch's generator; B is zero, so that nothing changes yet.
+
+    Raises:
+        ValueError: if a name is not that of a linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    if settings.target_modules != ALL_LINEAR:
+        for target in settings.target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in linear):
+                raise ValueError(f"target_modules: got {target!r}; accepted: {', '.join(names)}")
+            if target == "lm_head" and model.config.tie_word_embeddings:
+                raise ValueError("target_modules: got 'lm_head', whose weight is the embeddings' too; accepted: others")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.dropout,
+        use_dora=settings.dora,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    config.revision = settings.revision
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def merged(settings: LanguageModelSettings, adapter: Path) -> ZooForCausalLM:
+    """A plain model that computes what the base model with a saved adapter does, in the dtype of the checkpoint.
+
+    The base is loaded anew, so that an adapter that was trained over 4 bits goes into the weights themselves.
+    """
+    base: Any = _load(settings, dtype="auto")
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()  # pyright: ignore

@@ -1,0 +1,211 @@
+"""The model card of a finetuned model or adapter, filled in from the report of its run and from nothing else."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..conversion.formatting import code, count, fenced, gibibytes, number, percent, seconds, table, without_folders
+from ..conversion.hub_licences import HUB_LICENCES
+from ..modeling.hub_code import write_atomically
+
+_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repository, revision = "{repository}", "main"
+model = AutoModelForCausalLM.from_pretrained(repository, revision=revision, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)"""
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, repository, revision = "{base}", "{repository}", "main"
+model = AutoModelForCausalLM.from_pretrained(base{base_revision}, trust_remote_code=True)
+model = PeftModel.from_pretrained(model, repository, revision=revision)
+tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)"""
+
+
+def write_card(folder: Path, report: dict[str, Any], repo_id: str | None = None) -> None:
+    """Write README.md into the folder of an adapter or a model, so that it is never seen half-written.
+
+    Args:
+        folder: what `save_pretrained` wrote; it holds `adapter_config.json` if it is an adapter's.
+        report: of the run; see `ssm_zoo.finetune.language_model`.
+        repo_id: the repository that the card is for, if known: its title, and what the example loads.
+    """
+    adapter = (folder / "adapter_config.json").is_file()
+    template = resources.files("ssm_zoo.model_cards").joinpath("finetuned.md").read_text(encoding="utf-8")
+    card = ModelCard.from_template(
+        _metadata(report, adapter), template_str=template, **_sections(report, adapter, repo_id)
+    )
+    write_atomically(folder / "README.md", f"{str(card).rstrip()}\n")
+
+
+def hub_id(report: dict[str, Any]) -> str | None:
+    """The base model's Hub id, None where it has none."""
+    source = report["base"]["source"]
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return None
+    return source if "/" in source else None
+
+
+def _metadata(report: dict[str, Any], adapter: bool) -> ModelCardData:
+    base, licence = hub_id(report), (report["base"]["licence"] or "").strip()
+    known = licence.lower() in HUB_LICENCES
+    fields: dict[str, Any] = {"license": licence.lower()} if known else {}
+    if licence and not known:  # the Hub refuses identifiers that it does not know
+        fields = {"license": "other", "license_name": licence}
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        tags=["ssm-zoo", report["base"]["model_type"], *(["lora"] if adapter else ["custom_code"])],
+        **fields,
+    )
+
+
+def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dict[str, str]:
+    """What the template's holes are filled with; all of it Markdown."""
+    settings, base = report["settings"], hub_id(report)
+    name = report["base"]["source"]
+    linked = f"[{base}](https://huggingface.co/{base})" if base else code(without_folders(name))
+    revision = f", revision={report['base']['revision']!r}" if report["base"]["revision"] else ""
+    snippet = (_ADAPTER if adapter else _MODEL).format(
+        repository=repo_id or "<this repository>", base=base or "<the base model>", base_revision=revision
+    )
+    loading = (
+        "With torch, transformers and peft; the code of the model is in the base model's repository."
+        if adapter
+        else "With torch and transformers alone; the code of the model is in this repository."
+    )
+    return {
+        "title": code(
+            repo_id.rpartition("/")[2] if repo_id else f"{without_folders(name).rpartition('/')[2]}, finetuned"
+        ),
+        "introduction": f"{linked} ({code(report['base']['model_type'])}), finetuned as a language model with ssm-zoo: "
+        f"{_method(report)}{'' if adapter or settings['method'] == 'full' else ', merged into the weights'}.",
+        "summary": _summary(report),
+        "loading": loading,
+        "snippet": fenced(snippet, "python"),
+        "data": f"Training text: {_text(report['data']['train'])} Held-out text: {_text(report['data']['heldout'])}",
+        "training": _training(report),
+        "adapters": _adapters(report),
+        "evaluations": _evaluations(report),
+        "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
+        "command": fenced(without_folders(report["command"]), "sh"),
+        "machine": _machine(report),
+        "settings": fenced(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100), "yaml"),
+        "licence": _licence(report, adapter),
+    }
+
+
+def _method(report: dict[str, Any]) -> str:
+    settings, parameters = report["settings"], report["parameters"]
+    share = f"{count(parameters['trained'])} of {count(parameters['all'])} parameters trained"
+    if settings["method"] == "full":
+        return f"all weights, {share}"
+    kind = "DoRA" if settings["dora"] else "LoRA"
+    bits = " over a base in 4 bits" if settings["load_in_4bit"] else ""
+    return f"{kind} of rank {count(settings['rank'])} and alpha {settings['alpha']:g}{bits}, {share}"
+
+
+def _summary(report: dict[str, Any]) -> str:
+    before, after = report["evaluations"][0]["loss"], report["evaluations"][-1]["loss"]
+    change = "fell" if after < before else "did not fall"
+    return f"The held-out loss {change}: {number(before)} before, {number(after)} after (nats per token)."
+
+
+def _text(data: dict[str, Any]) -> str:
+    filled = f", {percent(data['filled'])} filled" if data["filled"] is not None else ""
+    sources = ", ".join(map(code, data["sources"]))
+    return (
+        f"{sources}, {count(data['documents'])} documents with {count(data['targets'])} predicted tokens in "
+        f"{count(data['rows'])} rows{filled}."
+    )
+
+
+def _training(report: dict[str, Any]) -> str:
+    settings = report["settings"]
+    rows = settings["batch_size"] * settings["gradient_accumulation"] * report["processes"]
+    how = "packed" if settings["packing"] else "padded"
+    return (
+        f"AdamW, {count(report['steps'])} steps of {count(rows)} {how} rows of up to {count(settings['row_tokens'])} "
+        f"tokens, peak learning rate {settings['learning_rate']:g}, {code(settings['schedule'])} schedule, computed in "
+        f"{code(report['compute_dtype'])}, seed {settings['seed']}; {seconds(report['seconds'])} seconds."
+    )
+
+
+def _adapters(report: dict[str, Any]) -> str:
+    """Which kinds of layers carry adapters, which do not, and which adapters are dead."""
+    coverage = report["coverage"]
+    if coverage is None:
+        return ""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for entry in coverage["adapters"]:
+        kinds.setdefault(entry["kind"], []).append(entry)
+    rows = [
+        (
+            code(kind),
+            count(len(entries)),
+            count(sum(e["parameters"] for e in entries)),
+            count(sum(e["dead"] for e in entries)),
+        )
+        for kind, entries in kinds.items()
+    ]
+    bare = sorted({entry["module"].rpartition(".")[2] for entry in coverage["without_adapter"]})
+    without = f" Linear layers without an adapter: {', '.join(map(code, bare))}." if bare else ""
+    explained = f"*Dead* adapters got no gradient.{without}"
+    return "\n\n".join([table(("Projection", "Adapters", "Parameters", "Dead"), rows), explained])
+
+
+def _evaluations(report: dict[str, Any]) -> str:
+    rows = [
+        (part["name"], number(part["loss"]), number(part["perplexity"], 2), count(part["tokens"]))
+        for part in report["evaluations"]
+    ]
+    return table(("Held-out text", "Loss (nats per token)", "Perplexity", "Predictions"), rows)
+
+
+def _limits(report: dict[str, Any]) -> list[str]:
+    sentences = [
+        "One run with one seed; the held-out text is what was given for it, and no other ability was measured.",
+        "What the base model should not be used for, this one should not either.",
+    ]
+    if report["evaluations"][-1]["loss"] >= report["evaluations"][0]["loss"]:
+        sentences.insert(0, "**The held-out loss did not fall.**")
+    if report["coverage"] is not None and report["coverage"]["dead"]:
+        sentences.insert(
+            0, f"**{count(len(report['coverage']['dead']))} adapters got no gradient and learnt nothing.**"
+        )
+    return sentences
+
+
+def _machine(report: dict[str, Any]) -> str:
+    hardware = report["hardware"]
+    rows = [
+        ("Date", code(report["created"])),
+        ("CPU", f"{code(hardware['cpu'] or 'unknown')}, {hardware['cores']} cores; threads used: {report['threads']}"),
+        ("Memory", gibibytes(hardware["memory_bytes"])),
+        ("GPU", code(hardware["gpu"]) if hardware["gpu"] else "none"),
+        ("Processes", count(report["processes"])),
+        ("Versions", ", ".join(f"{code(name)} {code(version)}" for name, version in report["versions"].items())),
+    ]
+    return table(("Machine and versions", "Value"), rows, left=2)
+
+
+def _licence(report: dict[str, Any], adapter: bool) -> str:
+    licence = (report["base"]["licence"] or "").strip()
+    ours = "" if adapter else " The code in this repository is ssm-zoo's, under Apache-2.0."
+    if not licence:
+        return (
+            "The weights derive from the base model's, whose licence is not recorded: find it out before you use or "
+            f"share them.{ours}"
+        )
+    return f"The weights derive from the base model's and stay under its licence, {code(licence)}.{ours}"

@@ -1,0 +1,142 @@
+"""What a finetuning is, as typed data, checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+# Learning rates for the two methods where none is given: peft's usual one, and a tenth of what one pretrains with.
+_LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
+# What has no effect without adapters, with its default.
+_ADAPTER_FIELDS = ("rank", "alpha", "dropout", "dora", "target_modules", "load_in_4bit")
+
+
+class LanguageModelSettings(BaseModel):
+    """How a causal language model is finetuned on text.
+
+    Attributes:
+        model: folder or Hub id of the base model, with its tokenizer.
+        revision: branch, tag or commit, for a Hub id.
+        train: sources of the training text; see `ssm_zoo.finetune.texts.read_documents`.
+        heldout: sources of the text that the loss is measured on, before and after.
+        separator: what stands between the documents of a text file; None: a file is one document.
+        text_field: where JSON lines and data sets hold the text.
+        method: "lora" trains adapters, "full" all weights.
+        rank: r of the adapters.
+        alpha: their output is scaled by alpha / rank.
+        dropout: share of the adapters' inputs that are dropped in training, below 1.
+        dora: weight-decomposed adapters (DoRA, arXiv 2402.09353).
+        target_modules: names of the linear layers that get adapters, or "all-linear": all but the head.
+        load_in_4bit: keep the base model's linear layers in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes.
+        packing: put several documents into a row; False: each has a padded row of its own.
+        row_tokens: most tokens of a row, 2 or more; longer documents are cut.
+        batch_size: rows in one forward and backward, in each process.
+        gradient_accumulation: forwards and backwards in one optimiser step.
+        epochs: passes over the training text.
+        steps: optimiser steps, instead of `epochs`.
+        learning_rate: peak; None: 2e-4 for adapters, 5e-5 for all weights.
+        schedule: what follows the warm-up; "cosine" and "linear" end at 0.
+        warmup: share of the steps in which the learning rate rises from 0, at most 0.5.
+        weight_decay: of matrices, without the SSMs' decay rates; decoupled.
+        max_grad_norm: the gradient is scaled down to this norm.
+        dtype: what forward and backward compute in; the trained weights are float32. "auto": bfloat16 on a GPU that
+            has it, float32 elsewhere.
+        gradient_checkpointing: keep the blocks' inputs alone and compute the rest anew in the backward.
+        seed: of the adapters' initial weights, the order of the rows and dropout.
+        checkpoint_every: optimiser steps from one checkpoint to the next.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: _Text
+    revision: _Text | None = None
+    train: Annotated[list[_Text], Field(min_length=1)]
+    heldout: Annotated[list[_Text], Field(min_length=1)]
+    separator: _Text | None = None
+    text_field: _Text = "text"
+    method: Literal["lora", "full"] = "lora"
+    rank: _Count = 16
+    alpha: _Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dora: bool = False
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    load_in_4bit: bool = False
+    packing: bool = True
+    row_tokens: Annotated[int, Field(ge=2)] = 1024
+    batch_size: _Count = 4
+    gradient_accumulation: _Count = 1
+    epochs: _Positive = 1.0
+    steps: _Count | None = None
+    learning_rate: _Positive | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    weight_decay: _NonNegative = 0.0
+    max_grad_norm: _Positive = 1.0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    checkpoint_every: _Count = 200
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or the method's own."""
+        return self.learning_rate or _LEARNING_RATES[self.method]
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> LanguageModelSettings:
+        if self.target_modules == []:
+            raise _wrong("target_modules", [], "'all-linear', or the names of one linear layer or more")
+        if self.method == "full":
+            for field in _ADAPTER_FIELDS:
+                value = getattr(self, field)
+                if value != type(self).model_fields[field].default:
+                    raise _wrong(field, value, "nothing with method 'full', where there are no adapters")
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise _wrong("steps", self.steps, "either steps or epochs, not both")
+        return self
+
+
+def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
+    """Check settings.
+
+    Raises:
+        ValueError: with a sentence for every field that is unknown, missing or has a value that is not accepted.
+    """
+    try:
+        return LanguageModelSettings.model_validate(values)
+    except ValidationError as error:
+        # A union is wrong in each of its members: one sentence will do.
+        problems = {str(detail["loc"][:1]): _describe(detail) for detail in error.errors(include_url=False)}
+        raise ValueError("\n".join(problems.values())) from None
+
+
+def _wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
+    text = "{field}: got {value}; accepted: {accepted}"
+    return PydanticCustomError("wrong_field", text, {"field": field, "value": repr(value), "accepted": accepted})
+
+
+def _describe(detail: ErrorDetails) -> str:
+    """The field, the value, what is accepted."""
+    kind, field = detail["type"], ".".join(map(str, detail["loc"][:1]))
+    if kind == "wrong_field":
+        return detail["msg"]
+    if kind == "missing":
+        return f"{field}: missing"
+    if kind == "extra_forbidden":
+        close = difflib.get_close_matches(field, LanguageModelSettings.model_fields, n=1)
+        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{field}: unknown{suggestion}"
+    if field == "target_modules":
+        accepted = "'all-linear', or a list of names of linear layers"
+    else:
+        accepted = detail["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
+    return f"{field}: got {reprlib.repr(detail['input'])}; accepted: {accepted}"

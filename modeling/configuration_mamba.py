@@ -1,0 +1,94 @@
+"""Configuration of `zoo_mamba`."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class ZooMambaConfig(PreTrainedConfig):
+    """Mamba (arXiv 2312.00752). Keys are those of transformers' `MambaConfig`, the defaults its paper's 130M.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        hidden_size: D, model width.
+        num_hidden_layers: blocks.
+        state_size: N, states of an inner channel.
+        expand: E / D, inner over model width.
+        time_step_rank: R, rank of the projection to the step sizes; D / 16, rounded up, if "auto" or not given.
+        conv_kernel: K, width of the short convolution, at least 2.
+        use_bias: bias in `in_proj` and `out_proj`.
+        use_conv_bias: bias in the convolution.
+        layer_norm_epsilon: epsilon of the blocks' norms and of the last one.
+        mixer_rms_eps: epsilon of FalconMamba's RMSNorms without weights on what `x_proj` gives: the low-rank step
+            sizes, B and C. No such norms if not given.
+        residual_in_fp32: keep the residual stream in float32.
+        time_step_min: smallest step size at initialisation.
+        time_step_max: largest step size at initialisation.
+        time_step_floor: step sizes at initialisation are clamped to at least this.
+        initializer_range: standard deviation of the embedding at initialisation.
+    """
+
+    model_type = "zoo_mamba"
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    state_size: int = 16
+    expand: int = 2
+    time_step_rank: int | Literal["auto"] | None = None
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    mixer_rms_eps: float | None = None
+    residual_in_fp32: bool = True
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.time_step_rank in (None, "auto"):
+            self.time_step_rank = -(-self.hidden_size // 16)
+        super().__post_init__(**kwargs)
+
+    @property
+    def intermediate_size(self) -> int:
+        """E, the inner width."""
+        return self.expand * self.hidden_size
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of cache layer of each block."""
+        return ["zoo_recurrent"] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+
+    def validate_architecture(self) -> None:
+        """Raise ValueError where a size or a bound is out of its range."""
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "time_step_rank"]
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
+        for name in ("layer_norm_epsilon", "mixer_rms_eps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                f"time_step_min and time_step_max must satisfy 0 < min <= max, got {self.time_step_min} and "
+                f"{self.time_step_max}"
+            )
+
+
+__all__ = ["ZooMambaConfig"]

@@ -1,0 +1,199 @@
+"""The heads that all families share, other than the causal one: labels of a row, labels of tokens, masked tokens.
+
+Embeddings need no head: `AutoModel` returns the last hidden states, which sentence-transformers' `Pooling` reads.
+
+Symbols: B batch, L new tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
+
+from .cache import CACHE_FIELD, one_cache
+from .causal_lm import ZooHeadModel, is_bidirectional
+
+
+class ZooForSequenceClassification(ZooHeadModel):
+    """A linear `score` without bias on the hidden state of each row's last real token.
+
+    Parameter, labels and losses are those of transformers' classification heads on causal models. These look for the
+    last token in the ids alone, and skip a real end-of-text token where padding has the same id; here a mask decides.
+    """
+
+    # To the Trainer: the loss is a mean over the rows of this call, whatever `num_items_in_batch` says.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0), bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_dict: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """Label rows. Arguments as in :meth:`ZooModel.forward`, which `kwargs` go to, and:
+
+        Args:
+            attention_mask: (B, past + L), non-zero at real tokens; the last one among the L is read. Without a mask
+                that is the last column, or the last token other than `config.pad_token_id` where that is set.
+            labels: (B) classes; or (B) or (B, num_labels) numbers, for regression; or (B, num_labels) of 0.0 and 1.0,
+                where several labels may hold. `config.problem_type` says which: "single_label_classification",
+                "regression" or "multi_label_classification"; if not set, `num_labels` and the dtype do, as in
+                transformers.
+            use_cache: return a cache, to go on from; only if asked for.
+
+        Returns:
+            `logits` (B, num_labels) in the head's dtype, `loss`, the cache under transformers' name for it,
+            `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: if the arguments contradict each other, or rows hold more than one document.
+        """
+        packed = seq_idx is not None or cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None
+        if position_ids is not None and attention_mask is None:
+            packed = packed or bool((position_ids.diff(dim=1) != 1).any())
+        if packed:
+            raise ValueError(
+                "a row gets one set of logits, and so must be one document: seq_idx and cu_seqlens must be None and "
+                "position_ids must not restart; pad the documents instead"
+            )
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=one_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        row = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        pooled = hidden_states[row, self._last_tokens(hidden_states, input_ids, attention_mask)]
+        logits = self.score(pooled.to(self.score.weight.dtype))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits.float(), config=self.config)
+        output = SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _last_tokens(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """(B or 1) column of each row's last real token; 0 in a row of padding alone."""
+        column = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        if attention_mask is not None:
+            real = attention_mask[:, -len(column) :] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            return column[-1:]
+        return (column * real.to(column.device)).amax(-1)
+
+
+class _ZooTokenHead(ZooHeadModel):
+    """A linear layer on every token's hidden state, the loss at the same token; `output_class` holds the results."""
+
+    output_class: type[TokenClassifierOutput] | type[MaskedLMOutput]
+
+    def head(self) -> nn.Linear:
+        """The layer."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput | MaskedLMOutput | tuple:
+        """Logits of every token. Arguments as in :meth:`ZooModel.forward`, which `kwargs` go to, and:
+
+        Args:
+            labels: (B, L) classes or token ids, -100 where there is no loss.
+            **kwargs: `num_items_in_batch` goes to the loss.
+
+        Returns:
+            `logits` (B, L, num_labels or V) in the head's dtype, `loss`, `hidden_states`, `attentions`.
+        """
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            return_dict=True,
+            **{"use_cache": False, **kwargs},
+        )
+        head = self.head()
+        logits = head(outputs.last_hidden_state.to(head.weight.dtype))
+        loss = None
+        if labels is not None:
+            sizes = {"config": self.config, "vocab_size": self.config.vocab_size}  # what one or the other loss reads
+            loss = self.loss_function(logits=logits, labels=labels, **sizes, **kwargs)
+        output = self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class ZooForTokenClassification(_ZooTokenHead):
+    """A linear `score` with bias on every token."""
+
+    output_class = TokenClassifierOutput
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        self.post_init()
+
+    def head(self) -> nn.Linear:
+        return self.score
+
+
+class ZooForMaskedLM(_ZooTokenHead):
+    """A vocabulary for every token of a bidirectional backbone: what an encoder is pretrained with."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    output_class = MaskedLMOutput
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if not is_bidirectional(config):
+            raise ValueError(
+                "bidirectional: a masked language model needs True, got False: a token that sees nothing ahead cannot "
+                "fill a gap. Load a causal model with AutoModelForCausalLM"
+            )
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def head(self) -> nn.Linear:
+        return self.lm_head

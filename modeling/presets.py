@@ -1,0 +1,44 @@
+"""The sizes of published models, by the names of their checkpoints: to train one from scratch.
+
+    from ssm_zoo.modeling import preset
+
+    model = AutoModelForCausalLM.from_config(preset("mamba-130m"))
+
+Sizes are those of the checkpoints `state-spaces/<name>` on the Hub. All else has its default: the vocabulary of
+GPT-NeoX's tokenizer (50277 padded to a multiple of 8 in Mamba, of 16 in Mamba-2), tied embeddings.
+"""
+
+from typing import Any
+
+from .configuration_mamba import ZooMambaConfig
+from .configuration_mamba2 import ZooMamba2Config
+
+PRESETS: dict[str, tuple[type[ZooMambaConfig] | type[ZooMamba2Config], dict[str, Any]]] = {
+    "mamba-130m": (ZooMambaConfig, {"hidden_size": 768, "num_hidden_layers": 24}),
+    "mamba-370m": (ZooMambaConfig, {"hidden_size": 1024, "num_hidden_layers": 48}),
+    "mamba-790m": (ZooMambaConfig, {"hidden_size": 1536, "num_hidden_layers": 48}),
+    "mamba-1.4b": (ZooMambaConfig, {"hidden_size": 2048, "num_hidden_layers": 48}),
+    "mamba-2.8b": (ZooMambaConfig, {"hidden_size": 2560, "num_hidden_layers": 64}),
+    "mamba2-130m": (ZooMamba2Config, {"hidden_size": 768, "num_hidden_layers": 24}),
+    "mamba2-370m": (ZooMamba2Config, {"hidden_size": 1024, "num_hidden_layers": 48}),
+    "mamba2-780m": (ZooMamba2Config, {"hidden_size": 1536, "num_hidden_layers": 48}),
+    "mamba2-1.3b": (ZooMamba2Config, {"hidden_size": 2048, "num_hidden_layers": 48}),
+    "mamba2-2.7b": (ZooMamba2Config, {"hidden_size": 2560, "num_hidden_layers": 64}),
+}
+"""Name to configuration class and its arguments."""
+
+
+def preset(name: str, **changes: Any) -> ZooMambaConfig | ZooMamba2Config:
+    """The configuration of a published size.
+
+    Args:
+        name: a key of PRESETS.
+        **changes: arguments of the configuration that differ, `vocab_size` say.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
+    kind, sizes = PRESETS[name]
+    return kind(**(sizes | changes))

@@ -1,0 +1,300 @@
+"""Encoders: what a token sees, the two directions against a loop over time, and what cannot be had with them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import ENCODERS, VOCAB, draw_ids, make_config, make_head, make_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
+
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d_reference
+from ssm_zoo.kernels.rms_norm import rms_norm_reference
+from ssm_zoo.kernels.ssd import ssd_reference
+from ssm_zoo.modeling import ZooSSDForMaskedLM
+from ssm_zoo.modeling.cache import CACHE_FIELD
+from ssm_zoo.modeling.sequence import make_sequence
+
+# transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+LENGTH = 13
+SEQ_IDX = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 3, 3]])
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0]])
+INPUTS = [
+    pytest.param({}, id="whole"),
+    pytest.param({"seq_idx": SEQ_IDX}, id="packed"),
+    pytest.param({"attention_mask": MASK}, id="padded"),
+    pytest.param({"attention_mask": MASK, "seq_idx": SEQ_IDX}, id="packed-and-padded"),
+]
+
+
+@pytest.fixture(params=ENCODERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def labelled(arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(L) document of each column, and the real ones."""
+    real = arguments.get("attention_mask", torch.ones(1, LENGTH))[0] != 0
+    return arguments.get("seq_idx", torch.zeros(1, LENGTH))[0], real
+
+
+# Turning documents around
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reverse_turns_every_document_where_it_stands(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    seq_idx = torch.randint(0, 2, (3, 17), generator=generator).cumsum(1)
+    seq_idx[torch.rand(3, 17, generator=generator) < 0.3] = -1
+    values = torch.randn(3, 17, 2, generator=generator)
+    sequence = make_sequence(3, 17, values.device, seq_idx=seq_idx)
+    turned = sequence.reverse(values)
+    for row in range(3):
+        for document in seq_idx[row].unique():
+            if document >= 0:
+                columns = seq_idx[row] == document
+                assert torch.equal(turned[row, columns], values[row, columns].flip(0))
+    assert torch.equal(sequence.reverse(turned), values)
+    assert torch.equal(sequence.reverse(values.transpose(1, 2), dim=2), turned.transpose(1, 2))
+
+
+def test_reverse_without_documents_or_padding_is_a_flip() -> None:
+    values = torch.randn(2, 5, 3)
+    assert torch.equal(make_sequence(2, 5, values.device).reverse(values), values.flip(1))
+
+
+# The mixer
+
+
+def scanned(scan: Any, xBC: Tensor, dt: Tensor) -> Tensor:
+    """One direction over one document, in a loop over time."""
+    bias = scan.conv1d.bias
+    xBC = causal_conv1d_reference(xBC, scan.conv1d.weight[:, 0], bias, activation="silu")
+    x, B, C = xBC.split(scan.conv_split, dim=-1)
+    heads = {"x": x.unflatten(-1, (scan.num_heads, -1)), "dt": dt, "A": -scan.A_log.exp()}
+    maps = {"B": B.unflatten(-1, (scan.n_groups, -1)), "C": C.unflatten(-1, (scan.n_groups, -1))}
+    steps = {"dt_bias": scan.dt_bias, "dt_softplus": True, "dt_limit": scan.time_step_limit}
+    return ssd_reference(**heads, **maps, D=scan.D, **steps).flatten(2)
+
+
+@pytest.mark.parametrize("length", [1, 2, 13, 70])
+def test_the_mixer_is_the_sum_of_two_scans(name: str, length: int) -> None:
+    """In float64, in a loop over time."""
+    model = make_head(AutoModel, name)
+    hidden_states = torch.randn(2, length, 16, generator=torch.Generator().manual_seed(0))
+    mixer = model.layers[1].mixer
+    with torch.no_grad():
+        actual, _ = mixer(hidden_states, model.sequence_of(hidden_states))
+        mixer.double()
+        z, xBC, dt = mixer.in_proj(hidden_states.double()).split(mixer.split, dim=-1)
+        y = scanned(mixer, xBC, dt) + scanned(mixer.reverse, xBC.flip(1), dt.flip(1)).flip(1)
+        y = rms_norm_reference(y, mixer.norm.weight, mixer.norm.eps, z=z, group_size=mixer.norm.group_size)
+        expected = mixer.out_proj(y)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_equal_directions_have_no_preference(name: str) -> None:
+    """With the parameters of `reverse` equal to the others, turned tokens give the outputs turned."""
+    model = make_head(AutoModel, name)
+    for block in model.layers:
+        block.mixer.reverse.load_state_dict(block.mixer.state_dict(), strict=False)
+    ids = draw_ids(2, LENGTH)
+    with torch.no_grad():
+        forward, backward = model(ids).last_hidden_state, model(ids.flip(1)).last_hidden_state
+    torch.testing.assert_close(backward.flip(1), forward, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", INPUTS)
+def test_a_token_is_seen_by_its_whole_document_and_nothing_else(name: str, arguments: dict[str, Tensor]) -> None:
+    model, ids = make_head(AutoModel, name), draw_ids(1, LENGTH)
+    document, real = labelled(arguments)
+    with torch.no_grad():
+        states = model(ids, **arguments).last_hidden_state
+        for t in range(LENGTH):
+            changed = ids.clone()
+            changed[0, t] = ids[0, t] % (VOCAB - 1) + 1
+            differs = (model(changed, **arguments).last_hidden_state != states).any(-1)[0]
+            assert torch.equal(differs[real], ((document == document[t]) & real[t])[real])
+
+
+@pytest.mark.parametrize("arguments", INPUTS)
+def test_the_matrices_of_both_directions_are_the_mixer(name: str, arguments: dict[str, Tensor]) -> None:
+    model = make_head(AutoModel, name)
+    seen: list[tuple[Tensor, Tensor]] = []
+    for block in model.layers:
+        block.mixer.register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs[0])))
+    with torch.no_grad():
+        attentions = model(draw_ids(1, LENGTH), output_attentions=True, **arguments).attentions
+        sequence = make_sequence(1, LENGTH, torch.device("cpu"), **arguments)
+        document, real = labelled(arguments)
+        together = (document[:, None] == document) & real[:, None] & real
+        for block, (inputs, outputs), matrix in zip(model.layers, seen, attentions, strict=True):
+            mixer = block.mixer
+            assert matrix.shape == (1, 2 * mixer.num_heads, LENGTH, LENGTH) and matrix.dtype == torch.float32
+            back, ahead = matrix[0].chunk(2)
+            assert ((back[:, real][:, :, real] != 0) == together.tril()[real][:, real]).all()
+            assert ((ahead[:, real][:, :, real] != 0) == together.triu()[real][:, real]).all()
+            assert not matrix[0, :, real][:, :, ~real].any()
+            z, xBC, _ = mixer.in_proj(inputs).split(mixer.split, dim=-1)
+            x = mixer.maps(mixer.conv1d(xBC, seq_idx=sequence.seq_idx)[0])[0]
+            x_ahead = mixer.reverse.maps(mixer.reverse.conv1d(sequence.reverse(xBC), seq_idx=sequence.seq_idx)[0])[0]
+            values = torch.cat([x, sequence.reverse(x_ahead)], dim=2)
+            y = torch.einsum("bhls,bshp->bhlp", matrix, values).unflatten(1, (2, -1)).sum(1)
+            applied = mixer.out_proj(mixer.norm(y.transpose(1, 2).flatten(2), z))
+            torch.testing.assert_close(applied[0, real], outputs[0, real], rtol=0, atol=1e-5)
+
+
+# Training
+
+
+def masked(length: int = LENGTH) -> dict[str, Tensor]:
+    """A batch with padding, some of its tokens masked, and these as labels."""
+    ids, mask = draw_ids(3, length), torch.ones(3, length, dtype=torch.long)
+    mask[0, :4] = mask[1, -5:] = 0
+    hidden = (torch.rand(3, length, generator=torch.Generator().manual_seed(1)) < 0.4) & (mask == 1)
+    labels = ids.masked_fill(~hidden, -100)
+    return {"input_ids": ids.masked_fill(hidden, VOCAB - 1), "attention_mask": mask, "labels": labels}
+
+
+def test_loss_is_the_cross_entropy_of_the_masked_tokens(name: str) -> None:
+    model, batch = make_head(AutoModelForMaskedLM, name), masked()
+    with torch.no_grad():
+        output = model(**batch)
+        expected = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
+        torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-6)
+        count = (batch["labels"] >= 0).sum()
+        by_items = model(**batch, num_items_in_batch=2 * count).loss
+        torch.testing.assert_close(by_items, expected / 2, rtol=0, atol=1e-6)
+        as_tuple = model(**batch, return_dict=False)
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embeddings_are_tied_if_the_configuration_says_so(name: str, tied: bool, tmp_path: Path) -> None:
+    model = make_head(AutoModelForMaskedLM, name, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    for each in (model, AutoModelForMaskedLM.from_pretrained(tmp_path)):
+        assert (each.get_output_embeddings().weight is each.get_input_embeddings().weight) == tied
+
+
+def test_every_parameter_is_trained(name: str) -> None:
+    model = make_head(AutoModelForMaskedLM, name).train()
+    model(**masked()).loss.backward()
+    assert sum(".reverse." in key for key, _ in model.named_parameters()) >= 2 * 4
+    for key, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient.isfinite().all(), key
+        used = gradient if gradient.dim() == 1 else gradient.flatten(1).any(-1)
+        assert used.any() if key.endswith("embeddings.weight") else used.all(), key
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["not-reentrant", "reentrant"])
+def test_gradient_checkpointing_changes_nothing(name: str, use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_head(AutoModelForMaskedLM, name).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model(**masked()).loss.backward()
+        gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_it_fills_in_from_what_follows() -> None:
+    """The first token is the last one repeated: only a model that sees ahead can tell."""
+    model = make_head(AutoModelForMaskedLM, "mamba2-encoder").train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        ids = torch.randint(1, 7, (16, 5), generator=generator)
+        labels = torch.full_like(ids, -100)
+        labels[:, 0] = ids[:, -1]
+        ids[:, 0] = VOCAB - 1
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 * math.log(6)
+
+
+def test_lora_on_every_projection(name: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=12, target_modules="all-linear")
+    model = get_peft_model(make_head(AutoModelForMaskedLM, name), config).train()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert {key.split(".")[-4] for key in trained} == {"in_proj", "out_proj"}
+    optimizer = torch.optim.Adam(trained.values(), lr=0.03)
+    losses = []
+    for _ in range(15):
+        loss = model(**masked()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# Loading
+
+
+def test_a_causal_checkpoint_loads_and_the_reverse_direction_is_new(tmp_path: Path) -> None:
+    causal = make_model("mamba2")
+    causal.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model, found = ZooSSDForMaskedLM.from_pretrained(tmp_path, bidirectional=True, output_loading_info=True)
+    new = {f"layers.{i}.mixer.reverse.{key}" for i in range(2) for key in ("A_log", "D", "dt_bias")}
+    new |= {f"layers.{i}.mixer.reverse.conv1d.{key}" for i in range(2) for key in ("weight", "bias")}
+    assert set(found["missing_keys"]) == {f"backbone.{key}" for key in new}
+    assert not found["unexpected_keys"] and not found["mismatched_keys"]
+    state = model.state_dict()
+    for key, value in causal.state_dict().items():
+        assert torch.equal(state[key], value), key
+    for block in model.backbone.layers:
+        scan = block.mixer.reverse
+        assert (scan.D == 1).all() and scan.conv1d.weight.any() and scan.conv1d.weight.abs().max() <= 0.5
+        assert scan.A_log.min() >= 0 and scan.A_log.max() <= math.log(16)
+        steps = F.softplus(scan.dt_bias)
+        assert steps.min() >= 0.001 - 1e-6 and steps.max() <= 0.1 + 1e-6
+
+
+def test_bfloat16_keeps_both_recurrences_in_float32(name: str, tmp_path: Path) -> None:
+    model = make_head(AutoModelForMaskedLM, name)
+    model.save_pretrained(tmp_path)
+    half = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for key, parameter in half.named_parameters():
+        kept = key.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), key
+    ids = draw_ids(2, LENGTH)
+    with torch.no_grad():
+        difference = (half(ids).logits.float() - model(ids).logits).abs()
+    assert difference.max() < 0.06 and difference.mean() < 0.01
+
+
+# What there is not
+
+
+def test_there_is_no_cache(name: str) -> None:
+    model, ids = make_head(AutoModel, name), draw_ids(1, 3)
+    assert model.config.use_cache and getattr(model(ids), CACHE_FIELD) is None
+    for arguments in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(
+            ValueError, match="a bidirectional model has no state to go on from: use_cache must be False"
+        ):
+            model(ids, **arguments)
+
+
+def test_there_is_no_causal_language_model(name: str) -> None:
+    with pytest.raises(ValueError, match="bidirectional: a causal language model needs False, got True"):
+        AutoModelForCausalLM.from_config(make_config(name))
+
+
+def test_a_causal_model_fills_in_nothing() -> None:
+    with pytest.raises(ValueError, match="bidirectional: a masked language model needs True, got False"):
+        AutoModelForMaskedLM.from_config(make_config("mamba2"))

@@ -1,0 +1,259 @@
+"""Bad arguments of every op raise one ValueError that names the argument, what was got and what is accepted.
+
+One table of the ops' arguments, every one of which is spoiled in every way; nothing is written to a state.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_zoo.kernels import arguments, compat
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
+from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_log_decay_reference, ssd_matrix, ssd_reference
+from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
+
+# Batch, length, heads or channels, head width, groups, states, taps, taps less one, a longer state's places and rows
+SIZES = {"B": 2, "L": 5, "H": 4, "P": 3, "G": 2, "N": 6, "K": 4, "J": 3, "S": 5, "R": 7}
+INDICES = ("seq_idx", "cache_seqlens", "state_batch_indices", "conv_state_indices")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, and its tensors as `name:shape` with a letter for a dimension.
+
+    Attributes:
+        op: what is called.
+        shapes: the tensors; the others have to be on the device of the first one.
+        written: tensors that a successful call writes to.
+        options: other arguments.
+    """
+
+    op: Callable[..., Any]
+    shapes: str
+    written: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        return dict(entry.split(":") for entry in self.shapes.split())
+
+    def arguments(self) -> dict[str, Any]:
+        values = {}
+        for name, letters in self.tensors.items():
+            shape = [SIZES[letter] for letter in letters]
+            values[name] = torch.zeros(shape, dtype=torch.long) if name in INDICES else torch.full(shape, -0.5)
+        return values | self.options
+
+
+SSD = "B:BLGN C:BLGN D:HP z:BLHP initial_state:BHPN seq_idx:BL"
+SSD_STEP = "B:BGN C:BGN D:HP z:BHP"
+SCAN = "x:BLH dt:BLH A:HN B:BLGN C:BLGN D:H z:BLH dt_bias:H initial_state:BHN seq_idx:BL"
+CONVOLUTION = "x:BLH weight:HK bias:H initial_state:BHJ seq_idx:BL"
+EPS = {"eps": 1e-5}
+
+OPS: dict[str, Op] = {
+    "ssd": Op(ssd, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
+    "ssd_reference": Op(ssd_reference, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
+    "ssd_log_decay": Op(ssd_log_decay, f"x:BLHP log_decay:BLH {SSD}"),
+    "ssd_log_decay_reference": Op(ssd_log_decay_reference, f"x:BLHP log_decay:BLH {SSD}"),
+    "ssd_step": Op(ssd_step, f"x:BHP state:BHPN dt:BH A:H {SSD_STEP} dt_bias:H", ("state",)),
+    "ssd_log_decay_step": Op(ssd_log_decay_step, f"x:BHP state:BHPN log_decay:BH {SSD_STEP}", ("state",)),
+    "ssd_matrix": Op(ssd_matrix, "log_decay:BLH B:BLGN C:BLGN seq_idx:BL"),
+    "selective_scan": Op(selective_scan, SCAN),
+    "selective_scan_reference": Op(selective_scan_reference, SCAN),
+    "selective_scan_step": Op(
+        selective_scan_step, "x:BH state:BHN dt:BH A:HN B:BGN C:BGN D:H z:BH dt_bias:H", ("state",)
+    ),
+    "causal_conv1d": Op(causal_conv1d, CONVOLUTION),
+    "causal_conv1d_reference": Op(causal_conv1d_reference, CONVOLUTION),
+    "causal_conv1d_step": Op(causal_conv1d_step, "x:BH weight:HK state:BHJ bias:H", ("state",)),
+    "rms_norm": Op(rms_norm, "x:BH weight:H z:BH", options=EPS),
+    "rms_norm_reference": Op(rms_norm_reference, "x:BH weight:H z:BH", options=EPS),
+    "add_rms_norm": Op(add_rms_norm, "x:BH residual:BH weight:H", options=EPS),
+    "add_rms_norm_reference": Op(add_rms_norm_reference, "x:BH residual:BH weight:H", options=EPS),
+    "mamba_chunk_scan_combined": Op(
+        compat.mamba_chunk_scan_combined,
+        f"x:BLHP dt:BLH A:H {SSD} dt_bias:H".replace("initial_state", "initial_states"),
+        options={"chunk_size": 4},
+    ),
+    "selective_scan_fn": Op(compat.selective_scan_fn, "u:BHL delta:BHL A:HN B:BGNL C:BGNL D:H z:BHL delta_bias:H"),
+    "selective_state_update": Op(
+        compat.selective_state_update,
+        "x:BHP state:BHPN dt:BHP A:HPN B:BGN C:BGN D:HP z:BHP dt_bias:HP",
+        ("state",),
+    ),
+    "selective_state_update of Mamba-1": Op(
+        compat.selective_state_update,
+        "x:BP state:RPN dt:BP A:PN B:BN C:BN D:P z:BP dt_bias:P state_batch_indices:B",
+        ("state",),
+    ),
+    "causal_conv1d_fn": Op(
+        compat.causal_conv1d_fn,
+        "x:BHL weight:HK bias:H seq_idx:BL initial_states:BHJ final_states_out:BHJ",
+        ("final_states_out",),
+        {"return_final_states": True},
+    ),
+    "causal_conv1d_update": Op(
+        compat.causal_conv1d_update, "x:BHL conv_state:BHS weight:HK bias:H cache_seqlens:B", ("conv_state",)
+    ),
+    "causal_conv1d_update of indexed rows": Op(
+        compat.causal_conv1d_update, "x:BH conv_state:RHS weight:HK bias:H conv_state_indices:B", ("conv_state",)
+    ),
+}
+CASES = [pytest.param(op, name, id=f"{key}-{name}") for key, op in OPS.items() for name in op.tensors]
+IMPLEMENTED = [key for key, op in OPS.items() if "implementation" in inspect.signature(op.op).parameters]
+GROUPED = [key for key, op in OPS.items() if "G" in op.tensors.get("B", "")]
+PACKED = [key for key, op in OPS.items() if "seq_idx" in op.tensors]
+
+
+def message_of(op: Op, **changes: Any) -> str:
+    """What the op says of the changed arguments; what it writes to must be as before."""
+    values = op.arguments() | changes
+    kept = {name: values[name].clone() for name in op.written if not values[name].is_meta}
+    with pytest.raises(ValueError) as caught:
+        op.op(**values)
+    assert type(caught.value) is ValueError
+    for name, before in kept.items():
+        assert torch.equal(values[name], before), f"{name} was written to"
+    return str(caught.value)
+
+
+def resized(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The tensor with one more and one less at every dimension in turn."""
+    for dim, size in enumerate(tensor.shape):
+        yield dim, torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+        yield dim, tensor.narrow(dim, 0, size - 1)
+
+
+def test_every_op_is_in_the_table() -> None:
+    """Ops are the functions with an `implementation`, and those of the compatibility layer."""
+    ops = set()
+    for path in Path(arguments.__file__).parent.glob("[!_]*.py"):
+        module = importlib.import_module(f"ssm_zoo.kernels.{path.stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            public = function.__module__ == module.__name__ and not name.startswith("_")
+            if public and (module is compat or "implementation" in inspect.signature(function).parameters):
+                ops.add(function)
+    assert ops - {arguments.choose_implementation} <= {op.op for op in OPS.values()}
+
+
+@pytest.mark.parametrize("key", OPS)
+def test_the_table_is_accepted(key: str) -> None:
+    OPS[key].op(**OPS[key].arguments())
+
+
+@pytest.mark.parametrize(("op", "name"), CASES)
+def test_wrong_rank(op: Op, name: str) -> None:
+    tensor = op.arguments()[name]
+    scalar = torch.zeros((), dtype=tensor.dtype)
+    # x of a norm has any number of dimensions but none.
+    for wrong in (scalar,) if op.options is EPS and name == "x" else (scalar, tensor[None, None]):
+        message = message_of(op, **{name: wrong})
+        assert re.match(rf"{name} must be .*, got shape {re.escape(str(tuple(wrong.shape)))}$", message), message
+
+
+@pytest.mark.parametrize(("op", "name"), CASES)
+def test_wrong_size(op: Op, name: str) -> None:
+    """The first two tensors that share a size may be what the others are compared with; then another is named."""
+    for dim, wrong in resized(op.arguments()[name]):
+        letter = op.tensors[name][dim].replace("J", "K")
+        sharing = [other for other, letters in op.tensors.items() if letter in letters.replace("J", "K")]
+        if len(sharing) > 1:  # else it is for this argument to say
+            named = "|".join(sharing) if name in sharing[:2] else name
+            message = message_of(op, **{name: wrong})
+            assert re.match(rf"({named})\b.* must .*, got ", message), f"{letter} of {name}: {message}"
+
+
+@pytest.mark.parametrize(("op", "name"), CASES)
+def test_wrong_dtype(op: Op, name: str) -> None:
+    tensor = op.arguments()[name]
+    accepted, wrong = ("of an integer dtype", torch.float32) if name in INDICES else ("floating point", torch.int64)
+    for dtype in (torch.bool, wrong):
+        message = message_of(op, **{name: tensor.to(dtype)})
+        assert message == f"{name} must be {accepted}, got {dtype}"
+
+
+@pytest.mark.parametrize(("op", "name"), CASES)
+def test_wrong_device(op: Op, name: str) -> None:
+    first = next(iter(op.tensors))
+    message = message_of(op, **{name: op.arguments()[name].to("meta")})
+    if name == first:
+        assert re.match(rf"\w+ must be on the device of {first}, meta, got cpu$", message), message
+    else:
+        assert message == f"{name} must be on the device of {first}, cpu, got meta"
+
+
+@pytest.mark.parametrize("key", GROUPED)
+@pytest.mark.parametrize("groups", [0, 3, 8])
+def test_wrong_group_count(key: str, groups: int) -> None:
+    op = OPS[key]
+    shape = [groups if letter == "G" else SIZES[letter] for letter in op.tensors["B"]]
+    message = message_of(op, B=torch.zeros(shape), C=torch.zeros(shape))
+    assert re.match(rf"B: the number of groups must divide the 4 (heads|channels), got {groups}$", message), message
+
+
+@pytest.mark.parametrize("key", PACKED)
+def test_documents_that_decrease(key: str) -> None:
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1], [0, 2, -1, 1, 2]])
+    message = "seq_idx must not decrease along a row (negative entries are padding), got 1 after 2 in row 1"
+    assert message_of(OPS[key], seq_idx=seq_idx) == message
+
+
+@pytest.mark.parametrize("key", IMPLEMENTED)
+def test_unknown_implementation(key: str) -> None:
+    message = f"implementation='cuda' is unknown for {key}; accepted: 'auto', 'torch', 'triton'"
+    assert message_of(OPS[key], implementation="cuda") == message
+
+
+@pytest.mark.parametrize("key", IMPLEMENTED)
+def test_triton_on_the_cpu(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "HAS_TRITON", True)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
+    obstacle = "takes CUDA tensors, got one on cpu"
+    message = f"implementation='triton' of {key} {obstacle}; accepted: 'auto', 'torch'"
+    assert message_of(OPS[key], implementation="triton") == message
+
+
+@pytest.mark.parametrize("key", IMPLEMENTED)
+def test_triton_in_float64(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "HAS_TRITON", True)
+    double = {name: value.double() for name, value in OPS[key].arguments().items() if isinstance(value, Tensor)}
+    double = {name: value for name, value in double.items() if name not in INDICES}
+    obstacle = "computes in float32 and takes no torch.float64"
+    message = f"implementation='triton' of {key} {obstacle}; accepted: 'auto', 'torch'"
+    assert message_of(OPS[key], **double, implementation="triton") == message
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "expected"),
+    [
+        ("ssd", {"x": torch.zeros(2, 0, 4, 3)}, "x must hold at least one token, got shape (2, 0, 4, 3)"),
+        ("selective_scan", {"x": torch.zeros(2, 0, 4)}, "x must hold at least one token, got shape (2, 0, 4)"),
+        ("selective_scan_fn", {"u": torch.zeros(2, 4, 0)}, "u must hold at least one token, got shape (2, 4, 0)"),
+        ("causal_conv1d", {"x": torch.zeros(2, 0, 4)}, "x must hold at least one token, got shape (2, 0, 4)"),
+        ("causal_conv1d", {"weight": torch.zeros(4, 1)}, "weight must be (D, K) with K >= 2 taps, got shape (4, 1)"),
+        ("ssd", {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ("ssd_log_decay", {"chunk_size": -1}, "chunk_size must be at least 1, got -1"),
+        ("causal_conv1d", {"activation": "gelu"}, "activation must be None or 'silu', got 'gelu'"),
+        ("causal_conv1d_step", {"activation": "gelu"}, "activation must be None or 'silu', got 'gelu'"),
+    ],
+)
+def test_other_arguments(key: str, change: dict[str, Any], expected: str) -> None:
+    assert message_of(OPS[key], **change) == expected
+
+
+@pytest.mark.parametrize("key", ["ssd_step", "ssd_log_decay_step", "selective_scan_step"])
+def test_states_of_half_precision(key: str) -> None:
+    """A state that is updated in place a thousand times would lose what it sums."""
+    state = OPS[key].arguments()["state"].bfloat16()
+    assert message_of(OPS[key], state=state) == "state must be float32 or float64, got torch.bfloat16"
