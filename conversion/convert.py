@@ -121,7 +121,7 @@ def convert(
         raise ValueError(f"dtype: got {dtype!r}; accepted: {', '.join(_DTYPES)}")
     _check_folder(folder, overwrite)
     read_from = _source_folder(source, allow_pickle)
-    if folder == read_from.resolve() or folder in read_from.resolve().parents:
+    if folder.resolve() in (read_from.resolve(), *read_from.resolve().parents):
         raise ValueError(f"folder: {folder} is or holds the source; accepted: another folder")
     read = _read(read_from, allow_pickle)
     to = to or ("zoo" if read.format else "transformers")

@@ -44,7 +44,7 @@ def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:
         return settings
     # A snapshot's folder has the name of its commit.
     config = Path(hf_hub_download(settings.model, "config.json", revision=settings.revision))
-    return settings.model_copy(update={"revision": settings.revision})
+    return settings.model_copy(update={"revision": config.parent.name})
 
 
 def load_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizerBase:

@@ -191,10 +191,29 @@ def test_state_update_of_expanded_steps_is_that_of_copies(
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("varied", ["dt", "A over P", "A over N", "dt_bias"])
+def test_state_update_with_one_argument_that_is_not_expanded(varied: str) -> None:
+    name, _, axis = varied.partition(" over ")
+    arguments = {"x": draw(3, 4, 5), "B": draw(3, 2, 6), "C": draw(3, 2, 6, seed=1)}
+    steps, rates, bias = draw(3, 4, 5, seed=2), -draw(4, 5, 6).exp(), draw(4, 5)
+    rates = rates[:, :1] if axis == "N" else rates[..., :1] if axis == "P" else rates[:, :1, :1]
+    arguments |= {"dt": steps if name == "dt" else steps[..., :1].expand(3, 4, 5), "A": rates.expand(4, 5, 6)}
+    arguments |= {"dt_bias": bias if name == "dt_bias" else bias[:, :1].expand(4, 5)}
+    copies = {name: value.contiguous() for name, value in arguments.items()}
+    states = [draw(3, 4, 5, 6) for _ in range(2)]
+    got, expected = (
+        compat.selective_state_update(state, **values, dt_softplus=True)
+        for state, values in zip(states, (arguments, copies), strict=True)
+    )
+    assert torch.equal(got, expected) and torch.equal(*states)
+
+
 def test_state_update_records_no_gradient() -> None:
-    x, state = draw(2, 3).requires_grad_(), torch.zeros(2, 3, 4)
-    y = compat.selective_state_update(state, x, draw(2, 3), -draw(3, 4).exp(), draw(2, 4), draw(2, 4))
-    assert not y.requires_grad and not state.requires_grad
+    for rates in (-draw(2, 3, 4).exp(), (-draw(2, 1, 1).exp()).expand(2, 3, 4)):
+        state, x = torch.zeros(2, 2, 3, 4), draw(2, 2, 3).requires_grad_()
+        dt = draw(2, 2, 1).expand(2, 2, 3)
+        y = compat.selective_state_update(state, x, dt, rates, draw(2, 1, 4), draw(2, 1, 4))
+        assert not y.requires_grad and not state.requires_grad
 
 
 def test_state_update_refuses_shapes_that_do_not_fit() -> None:

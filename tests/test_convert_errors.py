@@ -44,7 +44,7 @@ def source(tmp_path: Path) -> Path:
     """transformers' Mamba-2."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "num_heads": 4}
-    Mamba2ForCausalLM(Mamba2Config(**sizes, head_dim=8, n_groups=2)).save_pretrained(tmp_path / "source")
+    Mamba2ForCausalLM(Mamba2Config(**sizes, head_dim=8, n_groups=1)).save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
 

@@ -39,10 +39,10 @@ EXTRAS = [  # what there is of the optional arguments
 ]
 
 
-def draw(form: str, sizes: tuple[int, ...], extras: set[str], seed: int = 0) -> dict[str, Tensor]:
+def draw(form: str, sizes: tuple[int, ...], extras: set[str]) -> dict[str, Tensor]:
     """A row of L tokens in float32, with the state before it."""
     batch, H, P, G, N = sizes
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         "x": (batch, L, H, P),
         "B": (batch, L, G, N),
@@ -137,8 +137,10 @@ def test_views_are_read_and_written_where_they_are(layout: str, implementation: 
     """All inputs are parts of one projection, and the state is part of a cache of another layout."""
     H, P, G, N = 4, 5, 2, 7
     device = DEVICE if implementation == "triton" else "cpu"
-    projection = torch.randn(2, L, 1 + H + 2 * (H * P + G * N), generator=torch.Generator().manual_seed(0))
-    _, dt, x, B, z, C = projection.to(device).split([1, H, H * P, G * N, H * P, G * N], dim=-1)
+    projection = torch.randn(2, L, 2 + 2 * H + 4 * (H * P + G * N), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    _, dt, x, B, z, C = projection[..., ::2].split([1, H, H * P, G * N, H * P, G * N], dim=-1)
     vectors = torch.linspace(-1, 1, 4 * H, device=device)[: 3 * H].view(H, 3)
     values = {"dt": dt, "x": x.unflatten(-1, (H, P)), "z": z.unflatten(-1, (H, P)), "A": -vectors[:, 0].exp()}
     values |= {"B": B.unflatten(-1, (G, N)), "C": C.unflatten(-1, (G, N)), "dt_bias": vectors[:, 1]}
@@ -162,7 +164,6 @@ def test_views_are_read_and_written_where_they_are(layout: str, implementation: 
         close(y, expected.cpu(), torch.float32, f"y at {t}")
     close(state, before.cpu(), torch.float32, "the state")
     assert (rest == 9).all(), "nothing beside the state is written"
-    assert not rest.numel() or layout in ("cut", "every-second-row")
     assert torch.equal(projection, kept)
 
 
