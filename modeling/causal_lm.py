@@ -5,6 +5,7 @@ What is peculiar to a model (its mixer, its block, its initialisation) stands in
 Symbols: B batch, L length, D width, V vocabulary.
 """
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -162,6 +163,9 @@ class ZooModel(ZooPreTrainedModel):
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        declared = {field.name for field in dataclasses.fields(type(config))}
+        if is_bidirectional(config) and "bidirectional" not in declared:
+            raise ValueError(f"bidirectional: {config.model_type} has no such option, got True; accepted: leave it out")
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import ENCODERS, VOCAB, draw_ids, make_config, make_head, make_model
+from families import ENCODERS, FAMILIES, VOCAB, draw_ids, make_config, make_head, make_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
@@ -298,3 +298,10 @@ def test_there_is_no_causal_language_model(name: str) -> None:
 def test_a_causal_model_fills_in_nothing() -> None:
     with pytest.raises(ValueError, match="bidirectional: a masked language model needs True, got False"):
         AutoModelForMaskedLM.from_config(make_config("mamba2"))
+
+
+@pytest.mark.parametrize("name", ["mamba", "all-four"])
+def test_a_family_without_the_option_refuses_it(name: str) -> None:
+    """transformers keeps any keyword of a configuration: it must not pass for an encoder and then scan one way."""
+    with pytest.raises(ValueError, match=r"bidirectional: zoo_(mamba|hybrid) has no such option, got True"):
+        FAMILIES[name].backbone(make_config(name, bidirectional=True))
