@@ -147,7 +147,8 @@ def _first_look(run: _Run) -> tuple[dict[str, Any], dict[str, Any] | None]:
                 coverage = adapter_coverage(run.model, batch)
         before = _evaluate(run, "before")
         if run.state.is_main_process:
-            write_json(run.output / "coverage.json", coverage)
+            if coverage is not None:
+                write_json(run.output / "coverage.json", coverage)
             write_json(run.output / "before.json", before)
         run.state.wait_for_everyone()
     if run.state.is_main_process and coverage is not None:
