@@ -60,9 +60,11 @@ def ssd_scan_torch(
     if D is not None and D.dim() == 1:
         D = D[:, None]
     arguments = (x, scale, log_decay, B, C, D, z, initial_state)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
-        return _Scan.apply(*arguments, chunk_size or _CHUNK)
-    return _forward(*arguments, chunk_size or _CHUNK, None)
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        if recorded:
+            return _Scan.apply(*arguments, chunk_size or _CHUNK)
+        return _forward(*arguments, chunk_size or _CHUNK, None)
 
 
 class _Chunk(NamedTuple):
