@@ -26,9 +26,9 @@ test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	else f'make test-gpu: torch {torch.__version__} finds no CUDA device; use make test')"
-	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_matrix.py tests/test_causal_conv1d.py \
-		tests/test_rms_norm.py tests/test_add_rms_norm.py tests/test_selective_scan.py tests/test_compat.py \
-		tests/test_implementation.py $(PYTEST_ARGS)
+	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_triton.py tests/test_ssd_step.py tests/test_ssd_matrix.py \
+		tests/test_causal_conv1d.py tests/test_rms_norm.py tests/test_add_rms_norm.py tests/test_selective_scan.py \
+		tests/test_compat.py tests/test_kernel_errors.py tests/test_implementation.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(TOOL) ruff check .

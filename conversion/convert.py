@@ -5,8 +5,6 @@ Weights go from file to file, a shard at a time. Only the proof loads both model
 
 import json
 import os
-import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +21,12 @@ from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.hub_code import code_licence
 from . import format_state_spaces
 from .byte_tokenizer import save_byte_tokenizer
-from .export import CARRIED, copy_files
+from .export import CARRIED, copy_files, hub_id
 from .format import Format, read_config
 from .format_bamba import BAMBA
 from .format_mamba import FALCON_MAMBA, MAMBA
 from .format_mamba2 import MAMBA2
+from .output_folder import new_folder
 from .parity import Difference, ParityReport, compare, logits_of_folder, logits_of_tensors
 from .rules import LazyTensor, Mapper, check, lazy
 from .weight_files import read_weights, write_weights
@@ -48,7 +47,6 @@ _TARGETS = ("zoo", "transformers", "state-spaces")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
 _CARRIED = ("generation_config.json", *CARRIED)
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -129,16 +127,11 @@ def convert(
     ours = read.ours if dtype is None else _cast(read.ours, _DTYPES[dtype], read.zoo_class)
     config = target.config(read.zoo_config) if target else read.zoo_config
     tensors = _tensors_of(target, read, config, ours)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        # One level down, because the scratch folder itself is readable by its owner only.
-        made = Path(scratch) / folder.name
-        made.mkdir()
+    with new_folder(folder, overwrite=overwrite) as made:
         carried = _carry(read, read_from, made, target)
         write_weights(made, tensors, max_shard_size=max_shard_size)
         _write_config(made, target, read.zoo_class, config, ours[_EMBEDDING].dtype)
         logits = _compare(read, ours, target, made) if verify else "not asked for"
-        _put(made, folder, Path(scratch) / "replaced")
     return ParityReport(
         source=read.name,
         target=target.name if target else f"zoo {read.zoo_config.model_type}",
@@ -166,8 +159,7 @@ def _source_folder(source: str | Path, allow_pickle: bool) -> Path:
     """The folder to read from: the source itself, or what is needed of a Hub repository, downloaded."""
     if Path(source).is_dir():
         return Path(source)
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"source: got {str(source)!r}; accepted: an existing folder, or a Hub id OWNER/NAME")
+    source = hub_id(source)
     patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_CARRIED]
     folder = Path(snapshot_download(source, allow_patterns=patterns))
     if allow_pickle and not any(folder.glob("*.safetensors")):
@@ -324,15 +316,3 @@ def _compare(read: _Checkpoint, ours: dict[str, LazyTensor], target: Format | No
         again = _read(made, allow_pickle=False)
         mine = logits_of_tensors(again.zoo_class, again.zoo_config, again.ours)
     return compare(mine, theirs, f"{form.model_class.__name__} and {read.zoo_class.__name__}")
-
-
-def _put(made: Path, folder: Path, replaced: Path) -> None:
-    """Move the folder to its place, and the one that is there, if any, out of the way."""
-    if folder.exists():
-        os.replace(folder, replaced)
-    try:
-        os.replace(made, folder)
-    except BaseException:
-        if replaced.exists():
-            os.replace(replaced, folder)
-        raise

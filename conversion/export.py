@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from .. import modeling
 from ..modeling.causal_lm import ZooPreTrainedModel
 from . import isolated_load
+from .output_folder import new_folder
 
 __all__ = ["export", "verify_export"]
 
@@ -73,18 +74,11 @@ def export(source: str | Path, folder: str | Path, *, revision: str | None = Non
         raise ValueError(f"folder: {folder} exists and is not empty; accepted: a new or empty folder")
     read_from = _source_folder(source, revision)
     model = _load(read_from)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        # One level down, because the scratch folder itself is readable by its owner only.
-        made = Path(scratch) / folder.name
-        made.mkdir()
+    with new_folder(folder) as made:
         copy_files(read_from, made, _KEPT)
         model.save_pretrained(made)
         if verify:
             _verify(made, model)
-        if folder.exists():
-            folder.rmdir()  # empty, as it was at the start; a folder that is not stays and is an error
-        os.replace(made, folder)
     return folder
 
 
@@ -166,12 +160,22 @@ def _source_folder(source: str | Path, revision: str | None) -> Path:
             raise ValueError(f"revision: got {revision!r}, but {source} is a folder; accepted: none")
         _model_class(path)
         return path
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"source: got {str(source)!r}; accepted: an existing folder, or a Hub id OWNER/NAME")
+    source = hub_id(source)
     config_only = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json"]))
     _model_class(config_only)
     # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
     return Path(snapshot_download(source, revision=config_only.name, allow_patterns=[*_READ, *_KEPT]))
+
+
+def hub_id(source: str | Path) -> str:
+    """The source, which is no folder, as a Hub id.
+
+    Raises:
+        ValueError: if it cannot be one.
+    """
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise ValueError(f"source: got {str(source)!r}; accepted: an existing folder, or a Hub id OWNER/NAME")
+    return source
 
 
 def _load(folder: Path) -> ZooPreTrainedModel:

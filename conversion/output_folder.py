@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and JSON files in it that are never seen half-written.
+"""The folder of a run: whose it is; files and folders that are never seen half-written.
 
 A run's folder is claimed by `run.json`, which holds what the run computes, so that the same run goes on in it and
 another one is refused.
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,57 @@ def write_json(path: str | Path, value: Any) -> None:
     flush(temporary)
     os.replace(temporary, path)
     flush(path.parent)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name, then give it its own."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, anywhere, which takes its place and name when it is whole; nothing is left of a failure.
+
+    Args:
+        folder: where it goes; there may be an empty folder. Parents are made as needed.
+        overwrite: take the place of a folder that is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        # One level down, because the scratch folder itself is readable by its owner only.
+        made, replaced = Path(scratch) / folder.name, Path(scratch) / "replaced"
+        made.mkdir()
+        yield made
+        if folder.exists() and overwrite:
+            os.replace(folder, replaced)
+        elif folder.exists():
+            folder.rmdir()  # empty, as it was at the start; a folder that is not stays and is an error
+        try:
+            os.replace(made, folder)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, folder)
+            raise
+
+
+@contextmanager
+def result_folder(folder: Path) -> Iterator[Path]:
+    """As :func:`new_folder`, in a run's own folder: it takes the place of an earlier result, and what a killed run left
+    under the temporary name goes when the next one comes here."""
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> Any:

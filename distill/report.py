@@ -6,8 +6,7 @@ All of them are made from one dict (`ssm_zoo.conversion.report_schema`), so they
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..conversion.formatting import MISSING, code, count, number, percent, seconds, short, table
-from ..conversion.output_folder import write_json
+from ..conversion.output_folder import write_json, write_whole
 from ..conversion.report_schema import Report, parse_report
 from ..conversion.report_sections import (
     PLOT_CAPTIONS,
@@ -64,11 +63,11 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        _replace(plots / name, partial(figure.savefig, format="png"))
+        write_whole(plots / name, partial(figure.savefig, format="png"))
     for name in PLOT_CAPTIONS.keys() - figures.keys():
         (plots / name).unlink(missing_ok=True)
     text = _markdown(checked, figures)
-    _replace(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(folder / "report.json", _finite(report))
 
 
@@ -109,16 +108,6 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         console.print(Text(f"{verdict.stage} {verdict.sentence}", style="" if verdict.improved else "bold yellow"))
     console.print(Text(summary_sentence(checked)))
     console.print(Text(recovered_sentence(checked)))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, then give it its own."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _markdown(report: Report, plots: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
 from ..conversion.machine import describe_machine
-from ..conversion.output_folder import claim_output_folder
+from ..conversion.output_folder import claim_output_folder, result_folder
 from ..conversion.provenance import provenance
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
@@ -260,14 +260,11 @@ def _names(sources: str | list[str]) -> list[str]:
 def _write_results(run: _Run, report: dict[str, Any]) -> None:
     """The report, and the student as a folder that appears whole."""
     write_report(run.output, report)
-    folder, temporary = run.output / "student", run.output / ".student"
-    shutil.rmtree(temporary, ignore_errors=True)
-    run.student.save_pretrained(temporary)
-    run.tokenizer.save_pretrained(temporary)
-    shutil.copytree(run.output / "plots", temporary / "plots")
-    write_card(temporary, report)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    with result_folder(run.output / "student") as folder:
+        run.student.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        shutil.copytree(run.output / "plots", folder / "plots")
+        write_card(folder, report)
 
 
 def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 
 from ..conversion.formatting import without_folders
 from ..conversion.machine import describe_machine
-from ..conversion.output_folder import claim_output_folder, read_json, write_json
+from ..conversion.output_folder import claim_output_folder, read_json, result_folder, write_json
 from ..conversion.provenance import provenance
 from ..modeling.causal_lm import ZooForCausalLM
 from .adapters import add_adapters, compute_dtype, load_base, load_tokenizer, merged, pinned
@@ -337,7 +337,7 @@ def _write_results(run: _Run, report: dict[str, Any], merge: bool) -> None:
     plots.mkdir(exist_ok=True)
     write_loss_plot(report, plots / "loss.png")
     if isinstance(run.model, PeftModel):
-        with _Appearing(run.output / "adapter") as folder:
+        with result_folder(run.output / "adapter") as folder:
             run.model.save_pretrained(str(folder), save_embedding_layers=False)
             _add_company(run, report, folder)
     if merge:
@@ -348,7 +348,7 @@ def _write_results(run: _Run, report: dict[str, Any], merge: bool) -> None:
 
 
 def _write_model(run: _Run, report: dict[str, Any], model: ZooForCausalLM) -> None:
-    with _Appearing(run.output / "model") as folder:
+    with result_folder(run.output / "model") as folder:
         model.save_pretrained(folder)
         _add_company(run, report, folder)
 
@@ -358,22 +358,3 @@ def _add_company(run: _Run, report: dict[str, Any], folder: Path) -> None:
     run.tokenizer.save_pretrained(folder)
     shutil.copytree(run.output / "plots", folder / "plots")
     write_card(folder, report)
-
-
-class _Appearing:
-    """A folder that is written under another name, and takes its own, over an older one, when it is whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.temporary = folder, folder.with_name(f".tmp-{folder.name}")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
-        return self.temporary
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.temporary.replace(self.folder)
-        else:
-            shutil.rmtree(self.temporary)

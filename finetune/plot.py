@@ -1,10 +1,11 @@
 """The figure of a finetuning: training loss over the steps, with the held-out loss before and after."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from ..conversion.output_folder import write_whole
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _BLUE, _ORANGE = "#0072B2", "#E69F00"
@@ -23,6 +24,4 @@ def write_loss_plot(report: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".tmp-{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

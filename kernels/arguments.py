@@ -69,17 +69,12 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbo
         raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_device(name: str, tensor: Tensor, x: Tensor, x_name: str = "x") -> None:
-    """Raise ValueError unless a tensor is where `x` is."""
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {tensor.device}")
-
-
 def check_devices(**tensors: Tensor | None) -> None:
     """Raise ValueError unless the named tensors are where the first one is."""
     (x_name, x), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in others:
-        check_device(name, tensor, x, x_name)
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of {x_name}, {x.device}, got {tensor.device}")
 
 
 def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], symbols: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from families import draw_ids, perturb
-from torch import Tensor
+from parity import check_gradients, check_logits, close
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
@@ -62,18 +62,9 @@ def renamed(name: str) -> str:
     return name.replace("backbone.norm.", "backbone.norm_f.")
 
 
-def close(actual: Tensor, expected: Tensor, name: str = "logits") -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
-
-
 @pytest.mark.parametrize("length", [1, 40])
 def test_logits(pair: tuple[Any, Any], length: int) -> None:
-    theirs, ours = pair
-    ids = draw_ids(2, length)
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        assert expected.std() > 0.3
-        close(ours(ids).logits, expected)
+    check_logits(pair, length)
 
 
 def test_logits_of_a_left_padded_batch(pair: tuple[Any, Any]) -> None:
@@ -123,15 +114,4 @@ def test_attention_matrices(pair: tuple[Any, Any]) -> None:
 
 
 def test_gradients_of_the_loss(pair: tuple[Any, Any]) -> None:
-    losses, gradients = [], []
-    ids = draw_ids(2, 19)
-    for model in pair:
-        model.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({renamed(name): parameter.grad for name, parameter in model.named_parameters()})
-    close(losses[1], losses[0], "loss")
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        close(gradients[1][name], gradient, name)
+    check_gradients(pair, renamed)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from families import draw_ids, perturb
+from parity import check_gradients, check_left_padded_batch, check_logits, close
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import DynamicCache, FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssm_zoo.modeling import ZooMambaConfig, ZooS6ForCausalLM
@@ -59,30 +59,13 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return theirs, ours
 
 
-def close(actual: Tensor, expected: Tensor, name: str = "logits") -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
-
-
 @pytest.mark.parametrize("length", [1, 3, 37])
 def test_logits(pair: tuple[Any, Any], length: int) -> None:
-    theirs, ours = pair
-    ids = draw_ids(2, length)
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        assert expected.std() > 0.3
-        close(ours(ids).logits, expected)
+    check_logits(pair, length)
 
 
 def test_logits_of_a_left_padded_batch(pair: tuple[Any, Any]) -> None:
-    theirs, ours = pair
-    ids, mask = draw_ids(3, 17), torch.ones(3, 17, dtype=torch.long)
-    mask[0, :9] = mask[1, :15] = 0
-    with torch.no_grad():
-        actual = ours(ids, attention_mask=mask).logits
-        if not theirs.config.use_bias:  # with it, transformers' padding leaks through the bias of in_proj
-            close(actual[mask == 1], theirs(ids, attention_mask=mask).logits[mask == 1])
-        for i, row in enumerate(ids):
-            close(actual[i, mask[i] == 1], theirs(row[None, mask[i] == 1]).logits[0])
+    check_left_padded_batch(pair)
 
 
 def test_greedy_tokens(pair: tuple[Any, Any]) -> None:
@@ -97,19 +80,8 @@ def test_greedy_tokens(pair: tuple[Any, Any]) -> None:
 
 
 def test_gradients_of_the_loss(pair: tuple[Any, Any]) -> None:
-    losses, gradients = [], []
-    ids = draw_ids(2, 19)
-    for model in pair:
-        model.zero_grad()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.detach())
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    close(losses[1], losses[0], "loss")
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
+    for name, gradient in check_gradients(pair).items():
         assert gradient.any(), name
-        close(gradients[1][name], gradient, name)
 
 
 def test_several_tokens_at_once_go_on_from_a_cache(pair: tuple[Any, Any]) -> None:
