@@ -5,6 +5,7 @@ import transformers
 from .configuration_hybrid import ZooHybridConfig
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
+from .configuration_taipan import TaipanConfig
 from .modeling_hybrid import (
     ZooHybridForCausalLM,
     ZooHybridForSequenceClassification,
@@ -23,6 +24,12 @@ from .modeling_mamba2 import (
     ZooSSDForSequenceClassification,
     ZooSSDForTokenClassification,
     ZooSSDModel,
+)
+from .modeling_taipan import (
+    TaipanForCausalLM,
+    TaipanForSequenceClassification,
+    TaipanForTokenClassification,
+    TaipanModel,
 )
 from .presets import preset
 
@@ -49,6 +56,13 @@ for _config, *_classes in (
         ZooHybridForSequenceClassification,
         ZooHybridForTokenClassification,
     ),
+    (
+        TaipanConfig,
+        TaipanModel,
+        TaipanForCausalLM,
+        TaipanForSequenceClassification,
+        TaipanForTokenClassification,
+    ),
 ):
     transformers.AutoConfig.register(_config.model_type, _config)
     for _class in _classes:
@@ -56,6 +70,11 @@ for _config, *_classes in (
         getattr(transformers, _auto).register(_config, _class)
 
 __all__ = [
+    "TaipanConfig",
+    "TaipanForCausalLM",
+    "TaipanForSequenceClassification",
+    "TaipanForTokenClassification",
+    "TaipanModel",
     "ZooHybridConfig",
     "ZooHybridForCausalLM",
     "ZooHybridForSequenceClassification",

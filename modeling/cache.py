@@ -131,7 +131,13 @@ class WindowLayer(_ZooLayer):
     counts: Tensor | None
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, key_states: Tensor, value_states: Tensor, *, window: int, real: Tensor | None
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *,
+        window: int,
+        real: Tensor | None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Append L columns and drop what no later query can see.
 
@@ -140,29 +146,31 @@ class WindowLayer(_ZooLayer):
             value_states: (B, H, L, P) values.
             window: tokens that a query sees, itself included.
             real: (B, L) False at padding; None if there is none.
+            kept: (B, L) False at tokens whose key nobody may see, though they count; None if there are none.
 
         Returns:
-            (B, H, M, P) keys and values of the cached and the new columns, their (B, M) positions, and the (B, L)
-            positions of the queries.
+            (B, H, M, P) keys and values of the cached and the new columns, their (B, M) positions, -1 where nobody may
+            look, and the (B, L) positions of the queries.
         """
         batch, _, length, _ = key_states.shape
         if self.counts is None:
             self.counts = key_states.new_zeros(batch, dtype=torch.long)
         present = key_states.new_ones(batch, length, dtype=torch.bool) if real is None else real
         new = (self.counts[:, None] + present.cumsum(-1) - 1).masked_fill(~present, -1)
-        keys, values, positions = key_states, value_states, new
+        visible = new if kept is None else new.masked_fill(~kept, -1)
+        keys, values, positions = key_states, value_states, visible
         if self.keys is not None and self.values is not None and self.positions is not None:
             keys = torch.cat([self.keys, key_states], dim=2)
             values = torch.cat([self.values, value_states], dim=2)
-            positions = torch.cat([self.positions, new], dim=1)
-        kept = keys, values, positions
-        if real is not None:  # empty columns to the left, so that the last ones are the last real tokens
+            positions = torch.cat([self.positions, visible], dim=1)
+        stored = keys, values, positions
+        if real is not None or kept is not None:  # empty columns to the left: the last ones are the last visible keys
             order = (positions >= 0).to(torch.int8).argsort(dim=1, stable=True)
             column = order[:, None, :, None].expand_as(keys)
-            kept = keys.gather(2, column), values.gather(2, column), positions.gather(1, order)
+            stored = keys.gather(2, column), values.gather(2, column), positions.gather(1, order)
         first = max(keys.shape[2] - (window - 1), 0)
-        self.keys, self.values = kept[0][:, :, first:], kept[1][:, :, first:]
-        self.positions = kept[2][:, first:]
+        self.keys, self.values = stored[0][:, :, first:], stored[1][:, :, first:]
+        self.positions = stored[2][:, first:]
         self.counts = self.counts + present.sum(-1)
         self.columns += length
         self.is_initialized = True

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .cache import CACHE_FIELD, check_layers, one_cache
 from .hub_code import upload, write_code, write_default_card
+from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
 from .sequence import Sequence, make_sequence
 
 
@@ -159,7 +159,8 @@ class ZooModel(ZooPreTrainedModel):
     """Embedding, blocks and final norm. A family says in `make_block` what a block is.
 
     A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns
-    the (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for.
+    the (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for; one that chooses
+    tokens also its (B, L, 2) scores and (B, L) decisions.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -213,7 +214,7 @@ class ZooModel(ZooPreTrainedModel):
         return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> ZooModelOutput | tuple:
         """Run the blocks.
 
         Args:
@@ -286,22 +287,26 @@ class ZooModel(ZooPreTrainedModel):
 
         all_hidden_states: list[Tensor] = []
         attentions: list[Tensor] = []
+        choices: list[Any] = []
         for block in self.layers:
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            hidden_states, attention = block(
+            hidden_states, attention, *choice = block(
                 hidden_states, sequence, past_key_values=past_key_values, output_attentions=output_attentions
             )
+            if choice:
+                choices.append(choice)
             if output_attentions:
                 attentions.append(attention)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
-        output = BaseModelOutputWithPast(
+        output = ZooModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             **{CACHE_FIELD: past_key_values if use_cache else None},
+            **(routing_outputs(choices, sequence.real, config.attention_capacity) if choices else {}),
         )
         return output if return_dict else output.to_tuple()
 
@@ -364,7 +369,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> ZooCausalLMOutput | tuple:
         """Next-token logits, and the loss if `labels` are given. Arguments as in :meth:`ZooModel.forward`, and:
 
         Args:
@@ -376,7 +381,8 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
 
         Returns:
             `logits` (B, L or fewer, V) in the head's dtype, `loss`, the cache under transformers' name for it,
-            `hidden_states`, `attentions`.
+            `hidden_states`, `attentions`; of a model that chooses tokens also `aux_loss`, `router_logits` and
+            `selection_rate` (:class:`ZooModelOutput`), and while training the weighted `aux_loss` in the loss.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
@@ -399,11 +405,13 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
+            if self.training:
+                loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
+        output = ZooCausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
+            **{name: getattr(outputs, name) for name in (CACHE_FIELD, *ROUTING_FIELDS)},
         )
         return output if return_dict else output.to_tuple()

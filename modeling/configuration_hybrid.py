@@ -8,8 +8,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .configuration_mamba2 import ZooMamba2Config
+from .configuration_taipan import check_selective_attention
 
-MIXER_TYPES = ("full_attention", "sliding_attention", "mamba2", "discrete_mamba2", "none")
+MIXER_TYPES = ("full_attention", "sliding_attention", "selective_attention", "mamba2", "discrete_mamba2", "none")
 MLP_TYPES = ("gated", "none")
 FEATURE_MAPS = ("identity", "softplus")
 
@@ -23,8 +24,8 @@ class ZooHybridConfig(PreTrainedConfig):
         hidden_size: D, model width.
         intermediate_size: width of the gated MLP; 0 only where no block has one.
         num_hidden_layers: blocks.
-        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "mamba2", "discrete_mamba2" or
-            "none"; all "full_attention" if not given.
+        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "selective_attention", "mamba2",
+            "discrete_mamba2" or "none"; all "full_attention" if not given.
         mlp_types: channel mixer of each block: "gated" or "none"; all "gated" if not given. A block has a token mixer,
             an MLP, or both, and a norm for each.
         num_attention_heads: H, heads of attention and of discrete Mamba-2.
@@ -38,7 +39,13 @@ class ZooHybridConfig(PreTrainedConfig):
         max_position_embeddings: context that the rotary embedding was made for.
         rope_parameters: rotary embedding, as in transformers. Its `partial_rotary_factor` is the part of a head's
             channels that is turned, the first ones: 1 if not given, 0 for attention without positions.
-        sliding_window: tokens that a query of sliding attention sees, itself included.
+        sliding_window: tokens that a query of sliding or selective attention sees, itself included.
+        attention_capacity: share of the tokens that selective attention is to choose, as in `TaipanConfig`, which also
+            explains the next four.
+        gumbel_tau: temperature of the gate's choice while training.
+        router_aux_loss_coef: weight of the capacity loss while training.
+        sal_key_source: "all" or "selected".
+        sal_dense_training: attend for all tokens while training.
         state_size: N, state channels of a Mamba-2 or discrete Mamba-2 head; `head_dim` if not given.
         conv_kernel: K, width of the short convolution, at least 2.
         feature_map: map on B and C of discrete Mamba-2: "identity", or "softplus" (positive features).
@@ -54,6 +61,7 @@ class ZooHybridConfig(PreTrainedConfig):
     """
 
     model_type = "zoo_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits", "selection_rate"]
 
     vocab_size: int = 49152
     hidden_size: int = 576
@@ -71,6 +79,11 @@ class ZooHybridConfig(PreTrainedConfig):
     max_position_embeddings: int = 8192
     rope_parameters: dict[str, Any] | None = None
     sliding_window: int = 256
+    attention_capacity: float = 0.15
+    gumbel_tau: float = 1.0
+    router_aux_loss_coef: float = 1.0
+    sal_key_source: str = "all"
+    sal_dense_training: bool = False
     state_size: int | None = None
     conv_kernel: int = 4
     feature_map: str = "identity"
@@ -112,7 +125,8 @@ class ZooHybridConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Kind of cache layer of each block."""
-        kinds = {"full_attention": "full_attention", "sliding_attention": "zoo_window"}
+        kinds = {"full_attention": "full_attention"}
+        kinds |= {"sliding_attention": "zoo_window", "selective_attention": "zoo_window"}
         return [kinds.get(mixer, "zoo_recurrent") for mixer in self.mixer_types or []]
 
     @property
@@ -179,6 +193,8 @@ class ZooHybridConfig(PreTrainedConfig):
             raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
         if self.normalize and self.feature_map == "identity":
             raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
+        if "selective_attention" in mixers:
+            check_selective_attention(self)
         if "mamba2" in mixers:
             _ = self.mamba2  # checks itself
 

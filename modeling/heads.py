@@ -15,6 +15,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 
 from .cache import CACHE_FIELD, one_cache
 from .causal_lm import ZooHeadModel, is_bidirectional
+from .routing import add_aux_loss
 
 
 class ZooForSequenceClassification(ZooHeadModel):
@@ -90,6 +91,8 @@ class ZooForSequenceClassification(ZooHeadModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits.float(), config=self.config)
+            if self.training:
+                loss = add_aux_loss(loss, outputs, self.config, labels)
         output = SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -158,6 +161,8 @@ class _ZooTokenHead(ZooHeadModel):
         if labels is not None:
             sizes = {"config": self.config, "vocab_size": self.config.vocab_size}  # what one or the other loss reads
             loss = self.loss_function(logits=logits, labels=labels, **sizes, **kwargs)
+            if self.training:
+                loss = add_aux_loss(loss, outputs, self.config, labels, kwargs.get("num_items_in_batch"))
         output = self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

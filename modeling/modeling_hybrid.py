@@ -2,8 +2,9 @@
 
 Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
-first channels of a head, or none. Mixers: softmax attention, full or over a sliding window; Mamba-2
-(`modeling_mamba2.py`); and discrete Mamba-2, defined here.
+first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
+tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-2 (`modeling_mamba2.py`);
+and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
 `modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar
@@ -23,19 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import is_single_step, layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
+from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .rotary import rotate
+from .selective_attention import SelectiveAttention
 from .sequence import Sequence
 from .short_convolution import ShortConvolution
 from .step_sizes import inverse_softplus
@@ -72,7 +74,8 @@ class Attention(nn.Module):
         k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         assert sequence.rotary is not None
-        q, k = rotate(q, k, *sequence.rotary)
+        cos, sin = (table[:, None] for table in sequence.rotary)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.window is None:
             if past_key_values is not None:
                 if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
@@ -97,15 +100,6 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
             )
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
-
-
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Llama's rotary embedding of the first R of P channels, for (B, L, R) cosines and sines."""
-    turned = cos.shape[-1]
-    if turned == q.shape[-1]:
-        return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    pair = apply_rotary_pos_emb(q[..., :turned], k[..., :turned], cos, sin, unsqueeze_dim=unsqueeze_dim)
-    return torch.cat([pair[0], q[..., turned:]], dim=-1), torch.cat([pair[1], k[..., turned:]], dim=-1)
 
 
 def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -193,7 +187,8 @@ class DiscreteMamba2Mixer(nn.Module):
         C = C.unflatten(-1, (self.num_heads, self.state_size))
         if self.rotary:
             assert sequence.rotary is not None
-            C, B = rotate(C, B, *sequence.rotary, unsqueeze_dim=2)
+            cos, sin = (table[:, :, None] for table in sequence.rotary)
+            C, B = rotate(C, cos, sin), rotate(B, cos, sin)
         if self.feature_map == "softplus":
             B, C = F.softplus(B), F.softplus(C)
         return x, B, C, -F.softplus(a.float() + self.dt_bias)
@@ -218,21 +213,6 @@ class DiscreteMamba2Mixer(nn.Module):
         return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
 
 
-class GatedMLP(nn.Module):
-    """`down(act(gate(h)) * up(h))`."""
-
-    def __init__(self, config: ZooHybridConfig) -> None:
-        super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
-        self.act = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
 class HybridBlock(GradientCheckpointingLayer):
     """norm -> mixer -> add, norm -> MLP -> add; of a block with one of the two, that half."""
 
@@ -244,7 +224,7 @@ class HybridBlock(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if mixes else None
         self.mixer = make_mixer(config, layer_idx) if mixes else None
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if gated else None
-        self.mlp = GatedMLP(config) if gated else None
+        self.mlp = make_mlp(config) if gated else None
 
     def forward(
         self,
@@ -252,18 +232,24 @@ class HybridBlock(GradientCheckpointingLayer):
         sequence: Sequence,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
+        """(B, L, D) hidden states to (B, L, D), the mixer's matrix if asked for, and what a mixer adds to that."""
         if self.mixer is None or self.input_layernorm is None:
             assert self.post_attention_layernorm is not None and self.mlp is not None
             if past_key_values is not None:
                 layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
             normed = self.post_attention_layernorm(hidden_states)
             return hidden_states + self.mlp(normed), None
-        mixed, attention = self.mixer(self.input_layernorm(hidden_states), sequence, past_key_values, output_attentions)
+        mixed, *others = self.mixer(self.input_layernorm(hidden_states), sequence, past_key_values, output_attentions)
         if self.mlp is None or self.post_attention_layernorm is None:
-            return hidden_states + mixed, attention
+            return hidden_states + mixed, *others
         normed, hidden_states = self.post_attention_layernorm(mixed, residual=hidden_states)
-        return hidden_states + self.mlp(normed), attention
+        return hidden_states + self.mlp(normed), *others
+
+
+def make_mlp(config: ZooHybridConfig) -> GatedMLP:
+    """The channel mixer of a block that has one."""
+    return GatedMLP(config.hidden_size, config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias)
 
 
 def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
@@ -273,6 +259,8 @@ def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
         return Mamba2Mixer(config.mamba2, layer_idx)
     if kind == "discrete_mamba2":
         return DiscreteMamba2Mixer(config, layer_idx)
+    if kind == "selective_attention":
+        return SelectiveAttention(config, layer_idx, bias=config.attention_bias)
     return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
 
 

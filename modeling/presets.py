@@ -1,19 +1,26 @@
-"""The sizes of published models, by the names of their checkpoints: to train one from scratch.
+"""The sizes of published models, by their names: to train one from scratch.
 
     from ssm_zoo.modeling import preset
 
     model = AutoModelForCausalLM.from_config(preset("mamba-130m"))
 
-Sizes are those of the checkpoints `state-spaces/<name>` on the Hub. All else has its default: the vocabulary of
-GPT-NeoX's tokenizer (50277 padded to a multiple of 8 in Mamba, of 16 in Mamba-2), tied embeddings.
+Sizes of Mamba and Mamba-2 are those of the checkpoints `state-spaces/<name>` on the Hub. All else has its default: the
+vocabulary of GPT-NeoX's tokenizer (50277 padded to a multiple of 8 in Mamba, of 16 in Mamba-2), tied embeddings.
+
+Taipan's are inferred: its paper (arXiv 2410.18572) names them by their parameters alone. With Llama 3's vocabulary,
+tied embeddings, Mamba-2 of the published shape and a block of selective attention after every six, widths 768, 1024
+and 2048 come within 2 % of those names as 18 + 3, 36 + 6 and 30 + 5 blocks.
 """
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
+from .configuration_taipan import TaipanConfig
 
-PRESETS: dict[str, tuple[type[ZooMambaConfig] | type[ZooMamba2Config], dict[str, Any]]] = {
+PRESETS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mamba-130m": (ZooMambaConfig, {"hidden_size": 768, "num_hidden_layers": 24}),
     "mamba-370m": (ZooMambaConfig, {"hidden_size": 1024, "num_hidden_layers": 48}),
     "mamba-790m": (ZooMambaConfig, {"hidden_size": 1536, "num_hidden_layers": 48}),
@@ -24,11 +31,14 @@ PRESETS: dict[str, tuple[type[ZooMambaConfig] | type[ZooMamba2Config], dict[str,
     "mamba2-780m": (ZooMamba2Config, {"hidden_size": 1536, "num_hidden_layers": 48}),
     "mamba2-1.3b": (ZooMamba2Config, {"hidden_size": 2048, "num_hidden_layers": 48}),
     "mamba2-2.7b": (ZooMamba2Config, {"hidden_size": 2560, "num_hidden_layers": 64}),
+    "taipan-190m": (TaipanConfig, {"hidden_size": 768, "num_hidden_layers": 21}),
+    "taipan-450m": (TaipanConfig, {"hidden_size": 1024, "num_hidden_layers": 42}),
+    "taipan-1.3b": (TaipanConfig, {"hidden_size": 2048, "num_hidden_layers": 35}),
 }
 """Name to configuration class and its arguments."""
 
 
-def preset(name: str, **changes: Any) -> ZooMambaConfig | ZooMamba2Config:
+def preset(name: str, **changes: Any) -> PreTrainedConfig:
     """The configuration of a published size.
 
     Args:

@@ -122,7 +122,7 @@ class Sequence:
             key_positions: (B, M) positions of the columns, -1 where empty.
         """
         if query_positions is None or key_positions is None:
-            query_positions = key_positions = self._row_positions()
+            query_positions = key_positions = self.row_positions()
         key = ("window", window, key_positions.shape[1])
         if key not in self._masks:
             distance = query_positions[:, :, None] - key_positions[:, None, :]
@@ -138,7 +138,8 @@ class Sequence:
         assert mask is not None
         return mask
 
-    def _row_positions(self) -> Tensor:
+    def row_positions(self) -> Tensor:
+        """(B or 1, L) place of each token among the row's real ones, whatever document it is of; -1 at padding."""
         length = self.position_ids.shape[1]
         if self.seq_idx is None:
             return torch.arange(length, device=self.position_ids.device)[None]

@@ -52,3 +52,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def without_gate_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let selective attention choose in training as in evaluation, so that two runs choose the same tokens."""
+    from ssm_zoo.modeling import selective_attention
+
+    monkeypatch.setattr(selective_attention, "logistic_noise", torch.zeros_like)

@@ -8,6 +8,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssm_zoo.modeling import (
+    TaipanConfig,
+    TaipanForCausalLM,
+    TaipanModel,
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooHybridModel,
@@ -89,6 +92,28 @@ def _hybrid(*mixers: str, **sizes: Any) -> Family:
     return Family(config, ZooHybridForCausalLM, ZooHybridModel)
 
 
+def _taipan(**sizes: Any) -> Family:
+    def config(**changes: Any) -> TaipanConfig:
+        tiny = {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "sal_every": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "intermediate_size": 24,
+            "sliding_window": 5,
+            "attention_capacity": 0.3,
+            "router_aux_loss_coef": 0.0,  # of a row: packed documents would not train as they do alone
+            "mamba_head_dim": 8,
+            "state_size": 8,
+        }
+        return TaipanConfig(**(tiny | sizes | changes))
+
+    return Family(config, TaipanForCausalLM, TaipanModel)
+
+
 FAMILIES: dict[str, Family] = {
     "mamba": _mamba(),
     "mamba-options": _mamba(
@@ -126,6 +151,19 @@ FAMILIES: dict[str, Family] = {
         mamba_proj_bias=True,
         mamba_conv_bias=False,
         time_step_limit=(0.02, 0.6),
+    ),
+    "selective-mamba2": _hybrid(
+        "selective_attention", "mamba2", "selective_attention", state_size=8, router_aux_loss_coef=0.0
+    ),
+    "taipan": _taipan(),
+    "taipan-options": _taipan(
+        num_hidden_layers=4,
+        sal_layer_idx=[0, 2],
+        num_key_value_heads=4,
+        sal_key_source="selected",
+        sal_fusion="residual",
+        residual_in_fp32=False,
+        tie_word_embeddings=False,
     ),
 }
 

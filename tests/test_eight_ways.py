@@ -18,7 +18,15 @@ from ssm_zoo.kernels.causal_conv1d import causal_conv1d_reference
 from ssm_zoo.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
-from ssm_zoo.modeling import causal_lm, modeling_hybrid, modeling_mamba, modeling_mamba2, short_convolution
+from ssm_zoo.kernels.window_attention import window_attention_reference
+from ssm_zoo.modeling import (
+    causal_lm,
+    modeling_hybrid,
+    modeling_mamba,
+    modeling_mamba2,
+    selective_attention,
+    short_convolution,
+)
 from ssm_zoo.modeling.cache import restore, snapshot
 
 # Largest difference of two logits, float32. The logits are of order 1 and 1e-6 away from those in float64.
@@ -77,6 +85,7 @@ def test_whole_is_the_definition(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(modeling_mamba2, "ssd", ssd_reference)
     monkeypatch.setattr(modeling_hybrid, "ssd_log_decay", ssd_log_decay_reference)
     monkeypatch.setattr(short_convolution, "causal_conv1d", causal_conv1d_reference)
+    monkeypatch.setattr(selective_attention, "window_attention", window_attention_reference)
     for module in (modeling_mamba2, causal_lm):
         monkeypatch.setattr(module, "rms_norm", rms_norm_reference)
     monkeypatch.setattr(causal_lm, "add_rms_norm", add_rms_norm_reference)

@@ -24,17 +24,26 @@ from hub_stand_in import HubStandIn
 from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_default_card
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORTED = ["mamba-options", "mamba2-groups", "all-four"]
+EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options"]
 SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py", "mixer_block.py"]
-SHARED += ["rms_norm.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py", "step_sizes.py"]
-SHARED += ["_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py", "rms_norm_triton.py"]
+SHARED += ["rms_norm.py", "routing.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py"]
+SHARED += [
+    "step_sizes.py",
+    "_triton.py",
+    "causal_conv1d_triton.py",
+    "causal_conv1d_triton_kernels.py",
+    "rms_norm_triton.py",
+]
 SHARED += ["softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
 MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py"]
 MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
+SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
+SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),
     "mamba2-groups": sorted([*SHARED, *MAMBA2]),
-    "all-four": sorted([*SHARED, *MAMBA2, "configuration_hybrid.py", "modeling_hybrid.py"]),
+    "all-four": sorted([*SHARED, *MAMBA2, *SELECTIVE, "configuration_hybrid.py", "modeling_hybrid.py"]),
+    "taipan-options": sorted([*SHARED, *MAMBA2, *SELECTIVE, "modeling_taipan.py"]),
 }
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
 AUTO_MAP = {
@@ -59,6 +68,13 @@ AUTO_MAP = {
         "AutoModelForCausalLM": "modeling_hybrid.ZooHybridForCausalLM",
         "AutoModelForSequenceClassification": "modeling_hybrid.ZooHybridForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_hybrid.ZooHybridForTokenClassification",
+    },
+    "taipan-options": {
+        "AutoConfig": "configuration_taipan.TaipanConfig",
+        "AutoModel": "modeling_taipan.TaipanModel",
+        "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_taipan.TaipanForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_taipan.TaipanForTokenClassification",
     },
 }
 # What a user need not have. Without triton the torch paths are all there is.
@@ -248,6 +264,7 @@ def json_of_config(index: int) -> dict[str, Any]:
         "mamba-options": {"model_type": "zoo_mamba", "time_step_rank": 7, "mixer_rms_eps": 1e-3},
         "mamba2-groups": {"model_type": "zoo_mamba2", "n_groups": 4, "conv_kernel": 3},
         "all-four": {"model_type": "zoo_hybrid", "sliding_window": 5, "head_dim": 6},
+        "taipan-options": {"model_type": "taipan", "sal_layer_idx": [0, 2], "sal_fusion": "residual"},
     }[EXPORTED[index]]
 
 

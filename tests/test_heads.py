@@ -26,7 +26,10 @@ from transformers import (
 from ssm_zoo.modeling.cache import CACHE_FIELD
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("without_gate_noise"),
+]
 
 TOLERANCE = 1e-5
 LABELS = 3

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from ssm_zoo.conversion.hybrid_pattern import blocks_of_pattern
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
-from ssm_zoo.modeling.modeling_hybrid import rotate
+from ssm_zoo.modeling.rotary import rotate
 
 HALVES = {"mixer_types": ["none", "mamba2", "full_attention", "none"], "mlp_types": ["gated", "none", "gated", "gated"]}
 
@@ -125,7 +125,8 @@ def test_the_first_channels_are_turned(turned: int) -> None:
     model = ZooHybridForCausalLM(ZooHybridConfig(**sizes, head_dim=10, rope_parameters=rotary))
     q, k = torch.randn(2, 3, 2, 7, 10, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(7)[None]
-    actual = rotate(q, k, *model.backbone.rotary_emb(q, positions))
+    tables = [table[:, None] for table in model.backbone.rotary_emb(q, positions)]
+    actual = rotate(q, *tables), rotate(k, *tables)
     for x, y in zip((q, k), actual, strict=True):
         assert torch.equal(y[..., turned:], x[..., turned:])
     if turned:

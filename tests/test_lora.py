@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("without_gate_noise"),
+]
 
 PROJECTIONS = {
     "q_proj",
     "k_proj",
     "v_proj",
     "o_proj",
+    "gate",
     "in_proj",
     "out_proj",
     "x_proj",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssm_zoo.modeling.modeling_hybrid import Attention, DiscreteMamba2Mixer
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
+from ssm_zoo.modeling.selective_attention import SelectiveAttention
 
 LENGTH = 13
 SEQ_IDX = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 3, 3]])
@@ -30,10 +31,14 @@ def model(request: pytest.FixtureRequest) -> Any:
 def run(model: Any, **arguments: Any) -> list[tuple[nn.Module, Tensor, Tensor, Tensor]]:
     """Mixer, its input, its output and its matrix, for every block."""
     seen: list[tuple[Tensor, Tensor]] = []
-    hooks = [
-        block.mixer.register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs[0])))
-        for block in model.backbone.layers
-    ]
+
+    def record(mixer: nn.Module, inputs: tuple, options: dict, outputs: tuple) -> None:
+        output = outputs[0]
+        if options.get("stream") is not None:  # attention replaces a share of the stream: what it adds itself
+            output = output + share_of(mixer, inputs[0], outputs[3])[..., None] * options["stream"]
+        seen.append((inputs[0], output))
+
+    hooks = [block.mixer.register_forward_hook(record, with_kwargs=True) for block in model.backbone.layers]
     with torch.no_grad():
         matrices = model(draw_ids(1, LENGTH), output_attentions=True, **arguments).attentions
     for hook in hooks:
@@ -43,15 +48,24 @@ def run(model: Any, **arguments: Any) -> list[tuple[nn.Module, Tensor, Tensor, T
     return [(mixer, *pair, matrix) for mixer, pair, matrix in zip(mixers, seen, matrices, strict=True)]
 
 
+def share_of(mixer: Any, hidden_states: Tensor, decision: Tensor) -> Tensor:
+    """(1, L) weight of selective attention's output, 0 where a token passes by."""
+    return decision * mixer.gate(hidden_states).softmax(-1)[..., 1]
+
+
 def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor | None) -> Tensor:
     """What the mixer gives for (1, L, D) hidden states, by its (1, H, L, L) matrix."""
 
     def mixed(values: Tensor) -> Tensor:
         return torch.einsum("bhls,bshp->blhp", matrix, values).flatten(2)
 
-    if isinstance(mixer, Attention):
+    if isinstance(mixer, (Attention, SelectiveAttention)):
         values = mixer.v_proj(hidden_states).unflatten(-1, (mixer.num_kv_heads, mixer.head_dim))
-        return mixer.o_proj(mixed(values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=2)))
+        output = mixer.o_proj(mixed(values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=2)))
+        if isinstance(mixer, Attention):
+            return output
+        selected = matrix.any(-1).any(1)  # the rows of the others are zero
+        return output * share_of(mixer, hidden_states, selected)[..., None]
     if isinstance(mixer, Mamba2Mixer):
         z, xBC, _ = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
         x = mixer.conv1d(xBC, seq_idx=seq_idx)[0].split(mixer.conv_split, dim=-1)[0]
@@ -92,16 +106,25 @@ def test_the_matrix_is_causal_and_keeps_documents_and_padding_apart(model: Any, 
         allowed &= real[None]
     for mixer, _, _, matrix in run(model, **arguments):
         reachable = allowed.clone()
-        if isinstance(mixer, Attention) and mixer.window is not None:
+        if isinstance(mixer, (Attention, SelectiveAttention)) and mixer.window is not None:
             order = real.cumsum(0)
             reachable &= order[:, None] - order[None] < mixer.window
+        if isinstance(mixer, SelectiveAttention):
+            selected = matrix[0].any(-1).any(0)
+            assert selected.sum() < real.sum() and (selected.any() or "attention_mask" in arguments)
+            reachable &= selected[:, None]
+            if mixer.key_source == "selected":
+                reachable &= selected[None]
         assert ((matrix[0, :, real] != 0) == reachable[real]).all()
 
 
 def test_rows_of_softmax_attention_sum_to_one(model: Any) -> None:
     for mixer, _, _, matrix in run(model):
-        if isinstance(mixer, Attention):
-            torch.testing.assert_close(matrix.sum(-1), torch.ones(1, mixer.num_heads, LENGTH))
+        if isinstance(mixer, (Attention, SelectiveAttention)):
+            sums = torch.ones(1, mixer.num_heads, LENGTH)
+            if isinstance(mixer, SelectiveAttention):
+                sums = sums * matrix.any(-1)
+            torch.testing.assert_close(matrix.sum(-1), sums)
             assert (matrix >= 0).all()
 
 
@@ -117,7 +140,7 @@ def test_rows_of_normalized_discrete_mamba2_sum_to_one() -> None:
 def test_the_recurrence_alone_is_asked_for_its_matrix(model: Any) -> None:
     """Without the rest of the mixer, as matrix orientation does."""
     for mixer, inputs, _, matrix in run(model):
-        if not isinstance(mixer, (Attention, MambaMixer)):
+        if not isinstance(mixer, (Attention, MambaMixer, SelectiveAttention)):
             with torch.no_grad():
                 alone = mixer.hidden_attention(inputs, model.backbone.sequence_of(inputs))
             torch.testing.assert_close(alone, matrix, rtol=0, atol=1e-6)
@@ -126,7 +149,7 @@ def test_the_recurrence_alone_is_asked_for_its_matrix(model: Any) -> None:
 def test_decays_are_those_of_the_matrix(model: Any) -> None:
     """`log_decay` against the matrix of ones as maps: its entry (i, i - 1) is one token's decay."""
     for mixer, inputs, _, _ in run(model):
-        if isinstance(mixer, (Attention, MambaMixer)):
+        if isinstance(mixer, (Attention, MambaMixer, SelectiveAttention)):
             continue
         with torch.no_grad():
             log_decay = mixer.log_decay(inputs)

@@ -20,7 +20,10 @@ from transformers import (
 LENGTH = 13
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("without_gate_noise"),
+]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -52,7 +55,8 @@ def test_causal(name: str) -> None:
         for t in range(LENGTH):
             changed = ids.clone()
             changed[0, t] = ids[0, t] % (VOCAB - 1) + 1
-            differs = (model(changed).logits != logits).any(-1)[0]
+            # Not to the bit: attention of selected tokens computes them in blocks, which another token regroups.
+            differs = ((model(changed).logits - logits).abs() > 1e-6).any(-1)[0]
             assert not differs[:t].any() and differs[t]
             assert t + 1 == LENGTH or differs[t + 1 :].any()
 
@@ -148,7 +152,8 @@ def test_trainer_trains_and_saves(name: str, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     ids = draw_ids(1, 6)
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+        # Not to the bit: the product with a single selected token depends on where the weights lie in memory.
+        torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-6)
 
 
 # Loss and logits
@@ -194,7 +199,7 @@ def test_hidden_states_and_backbone(name: str) -> None:
         assert torch.equal(states[-1], backbone.norm_f(blocks[-1]))
         assert torch.equal(model.lm_head(states[-1]), output.logits)
         bare = backbone(ids, return_dict=False, use_cache=False)
-        assert len(bare) == 1 and torch.equal(bare[0], states[-1])
+        assert isinstance(bare, tuple) and torch.equal(bare[0], states[-1])
         embedded = model(inputs_embeds=backbone.embeddings(ids)).logits
     assert torch.equal(embedded, output.logits)
     assert model(ids).hidden_states is None and model(ids).attentions is None

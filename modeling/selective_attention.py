@@ -1,0 +1,156 @@
+"""Selective attention: a gate decides token by token which ones attend, over a window and without a dense mask.
+
+Source: Taipan (arXiv 2410.18572), section 3.2, equations 1 to 5. No code or checkpoint of it is public.
+
+Symbols: B batch, L new tokens, M selected ones, K key columns, D width, H heads, G key-value heads, P head width;
+s gate scores, m decisions, a mixing weights, o outputs of attention, h the residual stream.
+
+    s_t = gate(x_t),  m_t = argmax(s_t + Gumbel noise) in training, argmax(s_t) otherwise,  a_t = softmax(s_t)[1],
+    h_t + m_t a_t (o_t - h_t)   ("convex", equation 5)     or     h_t + m_t a_t o_t   ("residual")
+
+Where the paper leaves something open or reads two ways:
+
+* Backward through m is straight-through, with the probability of class 1 as the surrogate. Equation 3 as printed takes
+  the probability of the class that was chosen, which has the wrong sign where class 0 was.
+* The noise is of the training alone. Then every selected token has a > 1/2 otherwise, and decoding is deterministic.
+* A token that passes by gives no gradient of the language model's loss to the gate, since its o is not computed
+  (the capacity loss reaches it). `sal_dense_training` computes it: the exact straight-through gradient, at the cost of
+  attention for every token.
+* A query sees the tokens of its window whether they were selected or not (equation 4); figure 2 draws selected keys
+  alone, which `sal_key_source="selected"` gives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..kernels.window_attention import window_attention, window_attention_matrix
+from .cache import layer_of
+from .rotary import rotate
+from .sequence import Sequence
+
+
+class SelectiveAttention(nn.Module):
+    """Sliding-window attention for the tokens that a gate selects; the others are left as they are."""
+
+    def __init__(self, config: Any, layer_idx: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.window, self.tau = config.sliding_window, config.gumbel_tau
+        self.key_source, self.dense_training = config.sal_key_source, config.sal_dense_training
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
+        self.head_dim = int(config.head_dim or 0)
+        width = config.hidden_size
+        self.gate = nn.Linear(width, 2)
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        *,
+        stream: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Attend where the gate says so.
+
+        Args:
+            hidden_states: (B, L, D) normed inputs.
+            sequence: where the tokens stand.
+            past_key_values: cache to continue.
+            output_attentions: return the matrix.
+            stream: (B, L, D) the residual stream, of which attention replaces a share ("convex"); None: attention is
+                added to it ("residual").
+
+        Returns:
+            (B, L, D) what to add to the residual stream, zero at tokens that pass by; the (B, H, L, L) matrix of the
+            attention, with rows of zeros there, or None; the (B, L, 2) gate scores; the (B, L) decisions.
+        """
+        scores = self.gate(hidden_states)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        margin = scores[..., 1] - scores[..., 0]
+        selected, decision = self.decide(margin, sequence.real)
+        keys, values, positions = self.keys(hidden_states, selected, sequence, past_key_values)
+
+        queries = selected
+        if self.training and self.dense_training:
+            queries = torch.ones_like(selected) if sequence.real is None else sequence.real
+        token = queries.flatten().nonzero()[:, 0]  # (M), in the flattened (B, L)
+        q = self.q_proj(hidden_states.flatten(0, 1)[token]).unflatten(-1, (self.num_heads, self.head_dim))
+        if sequence.rotary is not None:
+            cos, sin = (table.expand(*queries.shape, -1).flatten(0, 1)[token] for table in sequence.rotary)
+            q = rotate(q, cos[:, None], sin[:, None])
+        length, columns = queries.shape[1], keys.shape[1]
+        index = token + (token // length + 1) * (columns - length)  # the new columns are a row's last
+        where: dict[str, Any] = {
+            "window": self.window,
+            "positions": positions,
+            "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
+        }
+        o = self.o_proj(window_attention(q, keys, values, index=index, **where).flatten(1))  # (M, D)
+
+        weight = (decision * margin.sigmoid()).flatten()[token, None]
+        kept = o if stream is None else o - stream.flatten(0, 1)[token]
+        update = kept.new_zeros(hidden_states.shape).flatten(0, 1).index_copy(0, token, (weight * kept).to(kept.dtype))
+        attention = None
+        if output_attentions:  # the cache was empty: columns are tokens
+            chosen = selected.flatten()[token]
+            rows = window_attention_matrix(q[chosen], keys, index=index[chosen], **where)
+            attention = rows.new_zeros(selected.numel(), self.num_heads, columns).index_copy(0, token[chosen], rows)
+            attention = attention.unflatten(0, selected.shape).transpose(1, 2)
+        return update.view_as(hidden_states), attention, scores, decision
+
+    def decide(self, margin: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which tokens attend.
+
+        Args:
+            margin: (B, L) score of attending less score of passing by.
+            real: (B, L) False at padding, which never attends; None if there is none.
+
+        Returns:
+            (B, L) booleans; and the same as numbers, through which gradients reach the scores while training.
+        """
+        if self.training:
+            probability = ((margin + logistic_noise(margin)) / self.tau).sigmoid()
+            selected = probability > 0.5
+            decision = selected + (probability - probability.detach())
+        else:
+            selected = margin > 0
+            decision = selected.to(margin.dtype)
+        if real is not None:
+            selected, decision = selected & real, decision * real
+        return selected, decision
+
+    def keys(
+        self, hidden_states: Tensor, selected: Tensor, sequence: Sequence, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, K, G, P) keys and values of the cached and the new tokens, and their (B, K) positions, -1 at columns
+        that nobody may see; None where the columns are the positions."""
+        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if sequence.rotary is not None:
+            cos, sin = sequence.rotary
+            k = rotate(k, cos[:, :, None], sin[:, :, None])
+        kept = selected if self.key_source == "selected" else None
+        cache = layer_of(past_key_values, self.layer_idx)
+        if cache is not None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            k, v, positions, _ = cache.update(k, v, window=self.window, real=sequence.real, kept=kept)
+            return k.transpose(1, 2), v.transpose(1, 2), positions
+        positions = None
+        if sequence.seq_idx is not None or kept is not None:
+            positions = sequence.row_positions().expand(k.shape[:2])
+            if kept is not None:
+                positions = positions.masked_fill(~kept, -1)
+        return k, v, positions
+
+
+def logistic_noise(like: Tensor) -> Tensor:
+    """Noise of the shape and dtype of `like`: the difference of two Gumbel variables is logistic."""
+    return torch.rand_like(like).clamp_(1e-7, 1 - 1e-7).logit()
