@@ -1,0 +1,194 @@
+"""The torch path of `window_attention`: blocks of queries against the range of keys that they see.
+
+Symbols as there: K columns, M selected tokens, H query heads, G key-value heads, P head width, w window; T queries of a
+block, S columns of its range.
+
+The queries of a row are sorted, so a block of T sees one range of columns: w, and as many as lie between its first and
+its last query. Nothing is larger than a block's (H, T, S) scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .arguments import accumulator
+
+# Queries of a block.
+_BLOCK = 64
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, index: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
+) -> Tensor:
+    """Attention of queries that all see at least themselves, differentiable.
+
+    Args:
+        q: (M, H, P) queries.
+        k, v: (B, K, G, P) keys and values.
+        scale: of the scores.
+        index: (M) `row * K + column` of the queries, increasing.
+        starts: (M) first column that a query sees, non-decreasing over the queries of a row.
+        ends: (M) column after the last that it sees, increasing over the queries of a row.
+        real: (B, K) columns that hold a token, None for all.
+
+    Returns:
+        (M, H, P) in the dtype of q.
+    """
+    o = _Blocks.apply(q, k, v, scale, index // k.shape[1], starts, ends, real)
+    assert isinstance(o, Tensor)  # `apply` is untyped
+    return o
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor, ends: Tensor, real: Tensor | None
+) -> Tensor:
+    """One query per row, as in decoding: M = B, all rows at once. Arguments and result as above."""
+    column = torch.arange(k.shape[1], device=k.device)
+    seen = (column >= starts[:, None]) & (column < ends[:, None])  # (B, K)
+    if real is not None:
+        seen = seen & real
+        hidden = ~real[..., None, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    weights = weights_of(q[:, None], k, seen[:, None], scale)  # (B, 1, H, K)
+    weights = weights.squeeze(1).unflatten(1, (k.shape[2], -1))  # (B, G, H/G, K)
+    o = weights @ v.to(weights.dtype).transpose(1, 2)
+    return o.flatten(1, 2).to(q.dtype)
+
+
+def weights_of(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """The probabilities that queries of a row give to its columns.
+
+    Args:
+        q: (..., N, H, P) queries.
+        k: (..., K, G, P) keys.
+        seen: (..., N, K) what a query sees; one that sees nothing gets zeros.
+        scale: of the scores.
+
+    Returns:
+        (..., N, H, K) in float32 (float64 for float64 queries).
+    """
+    dtype = accumulator(q)
+    queries = (q.to(dtype) * scale).unflatten(-2, (k.shape[-2], -1)).movedim(-4, -2)  # (..., G, H/G, N, P)
+    scores = queries.flatten(-3, -2) @ k.to(dtype).movedim(-3, -1)  # (..., G, H/G N, K)
+    scores = scores.unflatten(-2, queries.shape[-3:-1])
+    hidden = ~seen[..., None, None, :, :]
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0).movedim(-2, -4).flatten(-3, -2)
+
+
+class _Blocks(torch.autograd.Function):
+    """Keeps its inputs only; scores and probabilities p are computed again.
+
+    Backward, with ds = p (do . v - sum_j p_j do . v_j):  dq = scale sum_j ds_j k_j,  dk_j = scale sum_m ds_mj q_m,
+    dv_j = sum_m p_mj do_m.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        rows: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        real: Tensor | None,
+    ) -> Tensor:
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for block in _blocks(rows, starts, ends):
+            queries = _by_group(q[block.queries], k.shape[2]).mul_(scale)
+            weights = _weights(queries, _range(k, block, real), starts, ends, real, block)
+            o[block.queries] = _by_query(weights @ _range(v, block, real), q.shape[1])
+        ctx.save_for_backward(q, k, v, rows, starts, ends, real)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (do,) = gradients
+        q, k, v, rows, starts, ends, real = ctx.saved_tensors
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.zeros(t.shape, dtype=accumulator(q), device=t.device) for t in (k, v))
+        for block in _blocks(rows, starts, ends):
+            queries = _by_group(q[block.queries], k.shape[2]).mul_(ctx.scale)
+            keys, values = _range(k, block, real), _range(v, block, real)
+            cotangents = _by_group(do[block.queries], k.shape[2])
+            weights = _weights(queries, keys, starts, ends, real, block)
+            dv[block.row, block.columns] += (weights.mT @ cotangents).transpose(0, 1)
+            dweights = cotangents @ values.mT
+            delta = (weights * dweights).sum(-1, keepdim=True)
+            dscores = dweights.sub_(delta).mul_(weights)
+            dk[block.row, block.columns] += (dscores.mT @ queries).transpose(0, 1)
+            dq[block.queries] = _by_query(dscores @ keys, q.shape[1]).mul_(ctx.scale)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """T queries of a row, and the S columns that they see.
+
+    Attributes:
+        row: the row.
+        queries: of all M.
+        columns: of the row.
+        shared: columns, counted from the first of `columns`, that are in the range of every query.
+    """
+
+    row: int
+    queries: slice
+    columns: slice
+    shared: slice
+
+
+def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
+    """Cut every row's queries, at most `_BLOCK` together."""
+    _, counts = rows.unique_consecutive(return_counts=True)
+    first = 0
+    starts, ends, row_of = starts.tolist(), ends.tolist(), rows.tolist()
+    for count in counts.tolist():
+        for begin in range(first, first + count, _BLOCK):
+            end = min(begin + _BLOCK, first + count)
+            low, high = starts[begin], ends[end - 1]
+            shared = slice(starts[end - 1] - low, ends[begin] - low)
+            yield _Block(row_of[begin], slice(begin, end), slice(low, high), shared)
+        first += count
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(T, H, P) to (G, H/G T, P), a copy in the dtype of the computation."""
+    by_head = x.to(accumulator(x)).transpose(0, 1)
+    return by_head.reshape(groups, -1, x.shape[2])
+
+
+def _by_query(x: Tensor, heads: int) -> Tensor:
+    """(G, H/G T, P) to (T, H, P)."""
+    return x.reshape(heads, -1, x.shape[2]).transpose(0, 1)
+
+
+def _range(x: Tensor, block: _Block, real: Tensor | None) -> Tensor:
+    """(G, S, P) keys or values of a block's range, with zeros where a column holds no token."""
+    part = x[block.row, block.columns].to(accumulator(x))
+    if real is not None:
+        part = part.masked_fill(~real[block.row, block.columns, None, None], 0)
+    return part.transpose(0, 1)
+
+
+def _weights(queries: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None, block: _Block) -> Tensor:
+    """(G, H/G T, S) probabilities; only the ends of the range, where some queries see and some do not, need masks."""
+    scores = queries @ keys.mT
+    by_query = scores.unflatten(1, (-1, block.queries.stop - block.queries.start))
+    column = torch.arange(block.columns.start, block.columns.stop, device=scores.device)
+    low, high = block.shared.start, block.shared.stop
+    by_query[..., :low].masked_fill_(column[:low] < starts[block.queries, None], -math.inf)
+    by_query[..., high:].masked_fill_(column[high:] >= ends[block.queries, None], -math.inf)
+    if real is not None:
+        by_query.masked_fill_(~real[block.row, block.columns], -math.inf)
+    return scores.softmax(-1)
