@@ -16,6 +16,8 @@ tokens that nobody may see) without moving the others. How many tokens are selec
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def window_attention(
     """
     _check(q, k, v, window, index, positions, seq_idx)
     choose_implementation(implementation, "window_attention", q, supports_triton=False)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
     if real is None or bool(real.all()):
@@ -102,7 +104,7 @@ def window_attention_matrix(
         ValueError: as :func:`window_attention`.
     """
     _check(q, k, k, window, index, positions, seq_idx)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     K = k.shape[1]
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
@@ -133,7 +135,7 @@ def window_attention_reference(
     _check(q, k, v, window, index, positions, seq_idx)
     M, H, P = q.shape
     B, K, G, _ = k.shape
-    scale = P**-0.5 if scale is None else scale
+    scale = 1 / math.sqrt(P) if scale is None else scale
     sums = accumulator(q)
     place = torch.arange(K, device=k.device).expand(B, K) if positions is None else positions
     document = torch.zeros_like(place) if seq_idx is None else seq_idx
@@ -205,6 +207,8 @@ def _check(
 ) -> None:
     check_tensor("q", q, (None, None, None), "(M, H, P)")
     M, heads, width = q.shape
+    if heads * width == 0:
+        raise ValueError(f"q must be (M, H, P) with H and P >= 1, got shape {tuple(q.shape)}")
     check_tensor("k", k, (None, None, None, width), "(B, K, G, P)")
     B, K, G, _ = k.shape
     if B * K == 0:

@@ -152,12 +152,12 @@ def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
     """Cut every row's queries, at most `_BLOCK` together."""
     _, counts = rows.unique_consecutive(return_counts=True)
     first = 0
-    starts, ends, row_of = starts.tolist(), ends.tolist(), rows.tolist()
+    row_of, lows, highs = rows.tolist(), starts.tolist(), ends.tolist()
     for count in counts.tolist():
         for begin in range(first, first + count, _BLOCK):
             end = min(begin + _BLOCK, first + count)
-            low, high = starts[begin], ends[end - 1]
-            shared = slice(starts[end - 1] - low, ends[begin] - low)
+            low, high = lows[begin], highs[end - 1]
+            shared = slice(lows[end - 1] - low, highs[begin] - low)
             yield _Block(row_of[begin], slice(begin, end), slice(low, high), shared)
         first += count
 
