@@ -10,6 +10,7 @@ its last query. Nothing is larger than a block's (H, T, S) scores.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import accumulator
 
-# Queries of a block.
-_BLOCK = 64
+# Queries of a block, at most; and its columns: so many times those of its first query, or so many. Where few tokens are
+# selected, the range of more of them together would mostly be columns that one of them sees and the others do not.
+_BLOCK, _STRETCH, _NARROW = 32, 2, 256
 
 
 def attend_blocks(
@@ -122,12 +124,11 @@ class _Blocks(torch.autograd.Function):
             keys, values = _range(k, block, real), _range(v, block, real)
             cotangents = _by_group(do[block.queries], k.shape[2])
             weights = _weights(queries, keys, starts, ends, real, block)
-            dv[block.row, block.columns] += (weights.mT @ cotangents).transpose(0, 1)
             dweights = cotangents @ values.mT
-            delta = (weights * dweights).sum(-1, keepdim=True)
-            dscores = dweights.sub_(delta).mul_(weights)
-            dk[block.row, block.columns] += (dscores.mT @ queries).transpose(0, 1)
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq[block.queries] = _by_query(dscores @ keys, q.shape[1]).mul_(ctx.scale)
+            dk[block.row, block.columns].transpose(0, 1).baddbmm_(dscores.mT, queries)
+            dv[block.row, block.columns].transpose(0, 1).baddbmm_(weights.mT, cotangents)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
 
 
@@ -149,17 +150,19 @@ class _Block:
 
 
 def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
-    """Cut every row's queries, at most `_BLOCK` together."""
+    """Cut every row's queries into blocks."""
     _, counts = rows.unique_consecutive(return_counts=True)
     first = 0
     row_of, lows, highs = rows.tolist(), starts.tolist(), ends.tolist()
     for count in counts.tolist():
-        for begin in range(first, first + count, _BLOCK):
-            end = min(begin + _BLOCK, first + count)
-            low, high = lows[begin], highs[end - 1]
-            shared = slice(lows[end - 1] - low, highs[begin] - low)
-            yield _Block(row_of[begin], slice(begin, end), slice(low, high), shared)
-        first += count
+        begin, first = first, first + count
+        while begin < first:
+            low, own = lows[begin], highs[begin]
+            widest = low + max(_STRETCH * (own - low), _NARROW)
+            end = bisect_right(highs, widest, begin + 1, min(begin + _BLOCK, first))
+            shared = slice(lows[end - 1] - low, own - low)
+            yield _Block(row_of[begin], slice(begin, end), slice(low, highs[end - 1]), shared)
+            begin = end
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
