@@ -31,6 +31,7 @@ from .arguments import (
     choose_implementation,
 )
 from .window_attention_blocks import attend_blocks, attend_rows, weights_of
+from .window_attention_triton import window_attention_triton
 
 
 def window_attention(
@@ -70,10 +71,12 @@ def window_attention(
             `index` does not increase within the rows, or `positions` or `seq_idx` decreases along a row.
     """
     _check(q, k, v, window, index, positions, seq_idx)
-    choose_implementation(implementation, "window_attention", q, supports_triton=False)
+    implementation = choose_implementation(implementation, "window_attention", q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
+    if implementation == "triton":
+        return window_attention_triton(q, k, v, scale, index, starts, ends, real)
     if real is None or bool(real.all()):
         return _attend(q, k, v, scale, index, starts, ends, None)
     own = real.flatten()[index]
