@@ -1,7 +1,7 @@
 """The Triton kernels of `window_attention`, launched from `window_attention_triton.py`.
 
-Symbols: K columns, M selected tokens, H query heads, G key-value heads, P head width; T queries and S columns of a tile;
-s_mj = scale q_m . k_j, of which the kernels have the logarithm to base 2: `factor` is scale log2(e).
+Symbols: K columns, M selected tokens, H query heads, G key-value heads, P head width; T queries and S columns of a
+tile; s_mj = scale q_m . k_j, of which the kernels have the logarithm to base 2: `factor` is scale log2(e).
 
 A query sees the real columns from its start to before its end. One in a column that holds no token has the end 0: its
 values are not read. Offsets count in 64 bits up to a tile and in 32 bits inside it.
@@ -161,14 +161,14 @@ def query_gradients_kernel(
     inside = t < count
     starts, ends = _ranges(starts_ptr, ends_ptr, first + t, inside)
     low, high = _span(starts, ends)
-    mask = (ends > 0)[:, None] & in_p
+    live = (ends > 0)[:, None] & in_p
     place = first * heads + head
     offset = t[:, None] * (heads * WIDTH) + p[None, :]
     q_offset = t[:, None] * q_query + p[None, :]
     do_offset = t[:, None] * do_query + p[None, :]
-    q = tl.load(q_ptr + first * q_query + head * q_head + q_offset, mask=mask, other=0.0)
-    do = tl.load(do_ptr + first * do_query + head * do_head + do_offset, mask=mask, other=0.0)
-    o = tl.load(o_ptr + place * WIDTH + offset, mask=mask, other=0.0)
+    q = tl.load(q_ptr + first * q_query + head * q_head + q_offset, mask=live, other=0.0)
+    do = tl.load(do_ptr + first * do_query + head * do_head + do_offset, mask=live, other=0.0)
+    o = tl.load(o_ptr + place * WIDTH + offset, mask=live, other=0.0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     lse = tl.load(lse_ptr + place + t * heads, mask=inside, other=0.0)
     tl.store(delta_ptr + place + t * heads, delta, mask=inside)
@@ -259,11 +259,11 @@ def key_gradients_kernel(
         for m in range(first, last, T):
             starts, ends = _ranges(starts_ptr, ends_ptr, m + t, m + t < last)
             live = ends > 0
-            mask = live[:, None] & in_p
+            read = live[:, None] & in_p
             q_offset = t[:, None] * q_query + p[None, :]
             do_offset = t[:, None] * do_query + p[None, :]
-            q = tl.load(q_ptr + m * q_query + head * q_head + q_offset, mask=mask, other=0.0)
-            do = tl.load(do_ptr + m * do_query + head * do_head + do_offset, mask=mask, other=0.0)
+            q = tl.load(q_ptr + m * q_query + head * q_head + q_offset, mask=read, other=0.0)
+            do = tl.load(do_ptr + m * do_query + head * do_head + do_offset, mask=read, other=0.0)
             place = m * heads + head
             lse = tl.load(lse_ptr + place + t * heads, mask=live, other=0.0)
             delta = tl.load(delta_ptr + place + t * heads, mask=live, other=0.0)
