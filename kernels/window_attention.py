@@ -31,7 +31,7 @@ from .arguments import (
     choose_implementation,
 )
 from .window_attention_blocks import attend_blocks, attend_rows, weights_of
-from .window_attention_triton import window_attention_triton
+from .window_attention_triton import WIDEST_HEAD, window_attention_triton
 
 
 def window_attention(
@@ -60,7 +60,8 @@ def window_attention(
         seq_idx: (B, K) integer document of each column, non-decreasing over the real ones and negative at padding,
             which holds no token either. A query sees its own document only. None: a row is one document.
         scale: factor of the scores; P^(-1/2) if not given.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and for float64), "triton" or "torch".
+        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or
+            P > 256), "triton" or "torch".
 
     Returns:
         (M, H, P) in the dtype of `q`: zero for a query whose own column holds no token. Scores, softmax and sums are
@@ -71,7 +72,7 @@ def window_attention(
             `index` does not increase within the rows, or `positions` or `seq_idx` decreases along a row.
     """
     _check(q, k, v, window, index, positions, seq_idx)
-    implementation = choose_implementation(implementation, "window_attention", q)
+    implementation = choose_implementation(implementation, "window_attention", q, q.shape[2] <= WIDEST_HEAD)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
@@ -120,7 +121,8 @@ def window_attention_matrix(
         k = k.masked_fill(~real[..., None, None], 0)
     counts = (index // K).bincount(minlength=k.shape[0]).tolist()
     parts = zip(q.split(counts), seen.split(counts), k, strict=True)
-    return torch.cat([weights_of(rows, keys, mask, scale) for rows, mask, keys in parts])
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.cat([weights_of(rows, keys, mask, scale) for rows, mask, keys in parts])
 
 
 def window_attention_reference(
@@ -164,9 +166,10 @@ def _attend(
 ) -> Tensor:
     """The torch path, for queries that all see at least themselves."""
     B, K = k.shape[:2]
-    if q.shape[0] == B and torch.equal(index // K, torch.arange(B, device=index.device)):
-        return attend_rows(q, k, v, scale, starts, ends, real)
-    return attend_blocks(q, k, v, scale, index, starts, ends, real)
+    with torch.autocast(q.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        if q.shape[0] == B and torch.equal(index // K, torch.arange(B, device=index.device)):
+            return attend_rows(q, k, v, scale, starts, ends, real)
+        return attend_blocks(q, k, v, scale, index, starts, ends, real)
 
 
 def _visible(

@@ -105,7 +105,7 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         for block in _blocks(rows, starts, ends):
-            queries = _by_group(q[block.queries], k.shape[2]).mul_(scale)
+            queries = _by_group(q[block.queries], k.shape[2]) * scale
             weights = _weights(queries, _range(k, block, real), starts, ends, real, block)
             o[block.queries] = _by_query(weights @ _range(v, block, real), q.shape[1])
         ctx.save_for_backward(q, k, v, rows, starts, ends, real)
@@ -120,13 +120,13 @@ class _Blocks(torch.autograd.Function):
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.zeros(t.shape, dtype=accumulator(q), device=t.device) for t in (k, v))
         for block in _blocks(rows, starts, ends):
-            queries = _by_group(q[block.queries], k.shape[2]).mul_(ctx.scale)
+            queries = _by_group(q[block.queries], k.shape[2]) * ctx.scale
             keys, values = _range(k, block, real), _range(v, block, real)
             cotangents = _by_group(do[block.queries], k.shape[2])
             weights = _weights(queries, keys, starts, ends, real, block)
             dweights = cotangents @ values.mT
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dq[block.queries] = _by_query(dscores @ keys, q.shape[1]).mul_(ctx.scale)
+            dq[block.queries] = _by_query(dscores @ keys, q.shape[1]) * ctx.scale
             dk[block.row, block.columns].transpose(0, 1).baddbmm_(dscores.mT, queries)
             dv[block.row, block.columns].transpose(0, 1).baddbmm_(weights.mT, cotangents)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
@@ -166,7 +166,7 @@ def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(T, H, P) to (G, H/G T, P), a copy in the dtype of the computation."""
+    """(T, H, P) to (G, H/G T, P), in the dtype of the computation."""
     by_head = x.to(accumulator(x)).transpose(0, 1)
     return by_head.reshape(groups, -1, x.shape[2])
 

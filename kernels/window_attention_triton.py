@@ -22,6 +22,21 @@ from torch.autograd.function import once_differentiable
 from ._triton import INTERPRETED, triton
 from .window_attention_triton_kernels import forward_kernel, key_gradients_kernel, query_gradients_kernel
 
+# (T, S, warps) of the programs that hold queries (forward, dq) and of those that hold keys and values (dk and dv), by
+# bytes of an element and head width up to. T is small because T selected tokens spread over a stretch of the row, all
+# of which is computed. Compiled by Triton 3.9 for sm_80 and sm_90 none of them spills registers, except dk and dv on
+# sm_80: 72 bytes at 2 bytes and P = 64, 36 at 4 bytes and P = 256; shared memory is at most 96 KiB. No tile has been
+# timed on a device. float32 has no tensor cores at full precision, and its products take registers.
+_TILES = {
+    (2, 64): ((64, 64, 4), (64, 64, 4)),
+    (2, 128): ((64, 64, 8), (32, 64, 8)),
+    (2, 256): ((32, 32, 8), (32, 32, 8)),
+    (4, 64): ((32, 32, 4), (32, 32, 8)),
+    (4, 128): ((16, 32, 8), (32, 16, 4)),
+    (4, 256): ((16, 16, 4), (16, 16, 8)),
+}
+WIDEST_HEAD = 256
+
 
 def window_attention_triton(
     q: Tensor,
@@ -80,8 +95,8 @@ class _WindowAttention(torch.autograd.Function):
         o = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         starts, ends = starts.int(), ends.int()
-        tiles = _tiles(q, k)
-        blocks = _blocks(index, k, tiles["T"])
+        over_queries, _ = _tiles(q)
+        blocks = _blocks(index, k, over_queries["T"])
         if blocks.shape[0]:
             with torch.cuda.device_of(q):
                 forward_kernel[(blocks.shape[0], q.shape[1])](
@@ -96,7 +111,7 @@ class _WindowAttention(torch.autograd.Function):
                     lse,
                     scale * math.log2(math.e),
                     *_sizes(q, k, v),
-                    **tiles,
+                    **over_queries,
                 )
         ctx.save_for_backward(q, k, v, index, starts, ends, real, blocks, o, lse)
         ctx.scale = scale
@@ -111,8 +126,8 @@ class _WindowAttention(torch.autograd.Function):
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         delta = torch.empty_like(lse)
         factor = ctx.scale * math.log2(math.e)
-        tiles = _tiles(q, k)
-        columns = triton.cdiv(k.shape[1], tiles["S"])
+        over_queries, over_keys = _tiles(q)
+        tiles = triton.cdiv(k.shape[1], over_keys["S"])
         sizes, strides = _sizes(q, k, v), do.stride()[:2]
         with torch.cuda.device_of(q):
             if blocks.shape[0]:
@@ -133,16 +148,16 @@ class _WindowAttention(torch.autograd.Function):
                     factor,
                     *sizes,
                     *strides,
-                    **tiles,
+                    **over_queries,
                 )
-            key_gradients_kernel[(k.shape[0] * columns, k.shape[2])](
+            key_gradients_kernel[(k.shape[0] * tiles, k.shape[2])](
                 q,
                 k,
                 v,
                 starts,
                 ends,
                 real,
-                _seers(index, starts, k, tiles["S"]),
+                _seers(index, starts, k, over_keys["S"]),
                 lse,
                 delta,
                 do,
@@ -151,10 +166,10 @@ class _WindowAttention(torch.autograd.Function):
                 ctx.scale,
                 factor,
                 sizes[0],
-                columns,
+                tiles,
                 *sizes[1:],
                 *strides,
-                **tiles,
+                **over_keys,
             )
         return dq, dk, dv, None, None, None, None, None
 
@@ -170,22 +185,23 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return k.shape[1], heads, heads // k.shape[2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
 
 
-def _tiles(q: Tensor, k: Tensor) -> dict[str, int]:
-    """The constants of a launch."""
+def _tiles(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """The constants of the launches over queries and of the one over keys."""
     width = q.shape[2]
     block_p = max(16, triton.next_power_of_2(width))
-    half = q.dtype.itemsize == 2
-    T = S = 64 if half and block_p <= 128 else 32
-    warps = 4
-    return {
-        "WIDTH": width,
-        "BLOCK_P": block_p,
-        "T": T,
-        "S": S,
-        "EMULATE": INTERPRETED,
-        "num_warps": warps,
-        "num_stages": 2,
-    }
+    over_queries, over_keys = (
+        {
+            "WIDTH": width,
+            "BLOCK_P": block_p,
+            "T": T,
+            "S": S,
+            "EMULATE": INTERPRETED,
+            "num_warps": warps,
+            "num_stages": 2,
+        }
+        for T, S, warps in _TILES[q.dtype.itemsize, max(64, block_p)]
+    )
+    return over_queries, over_keys
 
 
 def _blocks(index: Tensor, k: Tensor, size: int) -> Tensor:

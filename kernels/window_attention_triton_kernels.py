@@ -106,12 +106,13 @@ def forward_kernel(
         highest = raised
         k_ptr += S * k_column
         v_ptr += S * v_column
-    empty = total == 0.0
-    o = tl.where(empty[:, None], 0.0, o / tl.where(empty, 1.0, total)[:, None])
+    # That sees nothing: o is zero already.
+    total = tl.where(total == 0.0, 1.0, total)
+    o /= total[:, None]
     place = first * heads + head
     offset = t[:, None] * (heads * WIDTH) + p[None, :]
     tl.store(o_ptr + place * WIDTH + offset, _narrow(o, o_ptr.dtype.element_ty, EMULATE), mask=inside[:, None] & in_p)
-    tl.store(lse_ptr + place + t * heads, tl.where(empty, 0.0, highest + tl.log2(total)), mask=inside)
+    tl.store(lse_ptr + place + t * heads, highest + tl.log2(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=["columns"])
