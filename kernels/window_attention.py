@@ -30,7 +30,7 @@ from .arguments import (
     check_tensor,
     choose_implementation,
 )
-from .window_attention_blocks import attend_blocks, attend_rows, weights_of
+from .window_attention_blocks import attend_blocks, attend_rows
 from .window_attention_triton import WIDEST_HEAD, window_attention_triton
 
 
@@ -122,7 +122,7 @@ def window_attention_matrix(
     counts = (index // K).bincount(minlength=k.shape[0]).tolist()
     parts = zip(q.split(counts), seen.split(counts), k, strict=True)
     with torch.autocast(q.device.type, enabled=False):
-        return torch.cat([weights_of(rows, keys, mask, scale) for rows, mask, keys in parts])
+        return torch.cat([_probabilities(rows, keys, mask, scale) for rows, mask, keys in parts])
 
 
 def window_attention_reference(
@@ -161,15 +161,25 @@ def window_attention_reference(
     return (torch.stack(outputs) if outputs else nothing).to(q.dtype)
 
 
+def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """(N, H, K) probabilities that (N, H, P) queries give to (K, G, P) keys of their row, of which they see (N, K)."""
+    sums = accumulator(q)
+    queries = (q.to(sums) * scale).transpose(0, 1).reshape(k.shape[1], -1, q.shape[2])  # (G, H/G N, P)
+    scores = (queries @ k.to(sums).permute(1, 2, 0)).view(q.shape[1], *seen.shape).transpose(0, 1)
+    hidden = ~seen[:, None]
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, index: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
     """The torch path, for queries that all see at least themselves."""
     B, K = k.shape[:2]
     with torch.autocast(q.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
-        if q.shape[0] == B and torch.equal(index // K, torch.arange(B, device=index.device)):
+        rows = index // K
+        if q.shape[0] == B and torch.equal(rows, torch.arange(B, device=index.device)):
             return attend_rows(q, k, v, scale, starts, ends, real)
-        return attend_blocks(q, k, v, scale, index, starts, ends, real)
+        return attend_blocks(q, k, v, scale, rows, starts, ends, real)
 
 
 def _visible(

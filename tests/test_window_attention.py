@@ -307,9 +307,10 @@ def test_strided_inputs_and_gradients(op: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("op", [TORCH, TRITON])
-def test_keys_of_another_dtype(op: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("selected", [0.5, (19,)], ids=["blocks", "one-of-every-row"])
+def test_keys_of_another_dtype(op: Callable[..., Tensor], selected: Any) -> None:
     """A cache may be kept in another dtype than the queries."""
-    case = Case(1, 20, 6, 0.5)
+    case = Case(1, 20, 6, selected)
     values = case.draw(torch.float32)
     half = {"q": values["q"].detach().bfloat16().requires_grad_(), "k": values["k"], "v": values["v"]}
     found = results(op, case, half)
