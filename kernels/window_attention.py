@@ -8,7 +8,7 @@ For selected token m, in row b at column c, and every head h of group g = h // (
     o_m = sum_j softmax_j(scale q_m . k_j) v_j,  over the columns j of row b that m sees:
     those that hold a token of its document at a place p_j with p_m - w < p_j <= p_m.
 
-Source: Taipan's selective attention (arXiv 2410.18572, eq. 4 and section 3.3): softmax attention over a window, without
+Source: Taipan's selective attention (arXiv 2410.18572, eq. 4): softmax attention over a window, without
 positional embedding, for the tokens that a gate selects. The window counts the token itself, as in transformers'
 `sliding_window`. Places are integers of the caller's, so that keys can be left out (padding, empty slots of a cache,
 tokens that nobody may see) without moving the others. How many tokens are selected is not bounded.

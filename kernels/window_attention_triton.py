@@ -24,9 +24,9 @@ from .window_attention_triton_kernels import forward_kernel, key_gradients_kerne
 
 # (T, S, warps) of the programs that hold queries (forward, dq) and of those that hold keys and values (dk and dv), by
 # bytes of an element and head width up to. T is small because T selected tokens spread over a stretch of the row, all
-# of which is computed. Compiled by Triton 3.9 for sm_80 and sm_90 none of them spills registers, except dk and dv on
-# sm_80: 72 bytes at 2 bytes and P = 64, 36 at 4 bytes and P = 256; shared memory is at most 96 KiB. No tile has been
-# timed on a device. float32 has no tensor cores at full precision, and its products take registers.
+# of which is computed. Compiled by Triton 3.9 they spill at most 4 bytes of registers a thread on sm_90, and on sm_80
+# 72 at 2 bytes and P = 64, 36 at 4 bytes and P = 256; shared memory is at most 96 KiB. No tile has been timed on a
+# device. float32 has no tensor cores at full precision, and its products take registers.
 _TILES = {
     (2, 64): ((64, 64, 4), (64, 64, 4)),
     (2, 128): ((64, 64, 8), (32, 64, 8)),

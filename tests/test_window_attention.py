@@ -400,3 +400,11 @@ def test_the_matrix_of_places_and_documents(name: str) -> None:
 def test_wide_heads_match_the_oracle(P: int, dtype: torch.dtype) -> None:
     """Tiles of other sizes; a width that fills no tile."""
     check_against_the_oracle(with_triton(window_attention), Case(1, 70, 30, 0.5, H=2, G=1, P=P), dtype)
+
+
+def test_a_head_too_wide_for_triton() -> None:
+    case = Case(1, 6, 3, EVERY, P=257)
+    check_against_the_oracle(window_attention, case, torch.float32)
+    message = "implementation='triton' of window_attention is not available for these arguments"
+    with pytest.raises(ValueError, match=message):
+        window_attention(**case.draw(), window=3, index=case.index(), implementation="triton")
