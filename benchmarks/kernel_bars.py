@@ -76,6 +76,13 @@ BARS = (
         0.8,
         at_most=False,
     ),
+    Bar(
+        "selected-query attention / FlexAttention",
+        lambda row: row["op"] == "window_attention",
+        "FlexAttention",
+        _ratio,
+        0.5,
+    ),
     Bar("decode step / mamba_ssm", lambda row: row["mode"] in (EAGER, GRAPH), "mamba_ssm", _ratio, 0.7),
     Bar(
         "peak memory / (inputs + outputs + chunk states)",

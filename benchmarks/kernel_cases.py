@@ -1,13 +1,14 @@
 """What the kernel benchmark runs: our ops, their inputs, and the sizes.
 
 Symbols: B batch, L length, H heads, P head width, N state size, G groups, K convolution width, D channels of a
-convolution, a norm or Mamba-1's scan, and width of a mixer.
+convolution, a norm or Mamba-1's scan, and width of a mixer, M selected tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_n
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd, ssd_reference
 from ssm_zoo.kernels.ssd_step import ssd_step
+from ssm_zoo.kernels.window_attention import window_attention, window_attention_reference
 
 Sizes = Mapping[str, int]
 Inputs = dict[str, Tensor]
@@ -60,7 +62,7 @@ class Op:
     """An op as the benchmark sees it.
 
     Attributes:
-        inputs: makes the arguments, by name.
+        inputs: makes the arguments, by name; outputs that have a gradient are as large as the first.
         ours: takes them and returns a tensor or several; changes those named in `changed` in place.
         reference: the same in float64, by other means where there are any.
         reduced: sizes to check at.
@@ -139,6 +141,27 @@ def decode_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
         "D": torch.ones(s["H"], device=device),
         "dt_bias": first_steps(s["H"], device),
     }
+
+
+def attention_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    keys = (s["B"], s["L"], s["G"], s["P"])
+    return {
+        "q": normal(s["M"], s["H"], s["P"], dtype=dtype, device=device),
+        "k": normal(*keys, dtype=dtype, device=device),
+        "v": normal(*keys, dtype=dtype, device=device),
+    }
+
+
+def window_of(length: int) -> int:
+    """The tokens that a query sees: of rows of 16384 as many as in Taipan, 2048."""
+    return max(length // 8, 1)
+
+
+@cache
+def selected(number: int, columns: int, device: torch.device) -> Tensor:
+    """So many of the columns of all rows, drawn at random, in order: what a gate would have selected."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(columns, generator=generator)[:number].sort().values.to(device)
 
 
 def split_maps(xBC: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,6 +256,15 @@ def _norm(op: Callable[..., Any]) -> Callable[..., Any]:
     return lambda **inputs: op(**inputs, eps=EPS)
 
 
+def _selected_attention(op: Callable[..., Any]) -> Callable[..., Any]:
+    def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        batch, length = k.shape[:2]
+        index = selected(q.shape[0], batch * length, q.device)
+        return op(q, k, v, window=window_of(length), index=index, **options)
+
+    return run
+
+
 OPS: dict[str, Op] = {
     "ssd": Op(ssd_inputs, _ssd(ssd), _ssd(ssd_reference), reduced(B=1, L=193, H=8)),
     "selective_scan": Op(
@@ -246,11 +278,19 @@ OPS: dict[str, Op] = {
     "add_rms_norm": Op(
         norm_inputs("x", "residual"), _norm(add_rms_norm), _norm(add_rms_norm_reference), reduced(B=1, L=193)
     ),
+    "window_attention": Op(
+        attention_inputs,
+        _selected_attention(window_attention),
+        _selected_attention(window_attention_reference),
+        reduced(B=1, L=193, H=8, G=8, M=53),
+    ),
     "decode": Op(decode_inputs, decode, decode_reference, reduced(B=3, H=8), changed=("state", "conv_state")),
     **{kind: mixer(kind) for kind in MIXERS},
 }
 
 HEADLINE = {"B": 1, "L": 8192, "H": 128, "P": 64, "N": 128, "G": 1}
+# Taipan's selective attention (arXiv 2410.18572) at a width of 2048: 15 % of the tokens are selected.
+SELECTIVE = {"B": 1, "L": 16384, "M": 2458, "H": 32, "G": 32, "P": 64}
 LENGTHS = tuple(4**k for k in range(4, 11))  # 256 to 1048576
 SCAN_LENGTHS = (512, 2048, 8192, 32768, 131072, 524288)
 
@@ -270,6 +310,8 @@ def full_cases() -> Iterator[Case]:
     for batch in (1, 128, 2, 4, 8, 16, 32, 64):
         for mode in (GRAPH, EAGER):
             yield Case("decode", mode, {"B": batch, "H": 64, "P": 64, "N": 128, "G": 1}, bf16)
+    for mode in (FORWARD, TRAINING):
+        yield Case("window_attention", mode, SELECTIVE, bf16)
     for mode in (FORWARD, TRAINING):
         for length in (512, 256, 2048, 32768, 131072):
             yield Case("ssd", mode, {**HEADLINE, "L": length}, bf16)
@@ -298,6 +340,7 @@ def small_cases() -> Iterator[Case]:
         yield Case("causal_conv1d", mode, {"B": 2, "L": 64, "D": 96, "K": TAPS}, fp32)
         for op in ("rms_norm_gated", "rms_norm", "add_rms_norm"):
             yield Case(op, mode, {"B": 2, "L": 64, "D": 96}, fp32)
+        yield Case("window_attention", mode, {"B": 2, "L": 128, "M": 38, "H": 4, "G": 2, "P": 16}, fp32)
         for kind in MIXERS:
             yield Case(kind, mode, {"B": 1, "L": 32, "D": 64}, fp32)
     for batch in (1, 2):
@@ -334,7 +377,8 @@ def prepare(case: Case, device: torch.device) -> Setup:
     cotangents: tuple[Tensor, ...] = ()
     if case.mode == TRAINING:
         outputs = 2 if case.op == "add_rms_norm" else 1
-        cotangents = tuple(torch.randn_like(inputs["x"]) for _ in range(outputs))
+        like = next(iter(inputs.values()))
+        cotangents = tuple(torch.randn_like(like) for _ in range(outputs))
     return Setup(case, inputs, cotangents)
 
 

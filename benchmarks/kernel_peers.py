@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import EPS, MIXERS, OPS, Results, Run, Setup, runner, split_maps
+from kernel_cases import EPS, MIXERS, OPS, Results, Run, Setup, runner, selected, split_maps, window_of
 from mixers import mamba1_parts, mamba2_parts
 from torch import Tensor
 
@@ -298,6 +298,72 @@ def torch_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor,
     return torch_norm(total, weight), total
 
 
+def all_queries(attend: Callable[[int, torch.device], Callable[..., Tensor]]) -> Builder:
+    """Window attention of every token, from which the selected ones are taken, untimed.
+
+    The others have zeros as queries and as gradients, so that keys and values get the gradients that ours get.
+
+    Args:
+        attend: given the length and the device, makes attention of (B, H, L, P) queries to (B, G, L, P) keys, values.
+    """
+
+    def build(setup: Setup) -> Side:
+        batch, length = setup.inputs["k"].shape[:2]
+        device = setup.inputs["k"].device
+        index = selected(setup.inputs["q"].shape[0], batch * length, device)
+
+        def spread(t: Tensor) -> Tensor:
+            wide = t.new_zeros(batch * length, *t.shape[1:]).index_copy(0, index, t)
+            return turned(wide.unflatten(0, (batch, length)))
+
+        def turned(t: Tensor) -> Tensor:
+            return t.transpose(1, 2).contiguous()
+
+        inputs = {name: spread(t) if name == "q" else turned(t) for name, t in setup.inputs.items()}
+
+        def ours(results: Results) -> Results:
+            rows = {name: t.transpose(1, 2) for name, t in results.items()}
+            return {name: t.flatten(0, 1)[index] if name in ("y", "dq") else t for name, t in rows.items()}
+
+        return Side(runner(attend(length, device), inputs, tuple(map(spread, setup.cotangents))), ours)
+
+    return build
+
+
+def flex_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
+    attend = require("torch.nn.attention.flex_attention", "flex_attention")
+    mask_of = require("torch.nn.attention.flex_attention", "create_block_mask")
+    window = window_of(length)
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < window)
+
+    mask = mask_of(seen, None, None, length, length, device=device)
+    if device.type == "cuda":  # elsewhere compiling takes longer than the rest of the run
+        torch.compiler.reset()
+        attend = torch.compile(attend, dynamic=False)
+    return lambda q, k, v: attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def masked_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
+    token = torch.arange(length, device=device)
+    back = token[:, None] - token
+    mask = (back >= 0) & (back < window_of(length))
+    attend = F.scaled_dot_product_attention
+    return lambda q, k, v: attend(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flash_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
+    attend = require("flash_attn", "flash_attn_func")
+    window = (window_of(length) - 1, 0)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = [t.transpose(1, 2) for t in (q, k, v)]
+        return attend(*rows, causal=True, window_size=window).transpose(1, 2)
+
+    return run
+
+
 def decoding(convolve: Callable[..., Tensor], update: Callable[..., Tensor]) -> Builder:
     """A step by two functions of mamba_ssm's signatures; what a head has once they get as broadcast views."""
 
@@ -414,6 +480,12 @@ PEERS: Mapping[str, Mapping[str, Builder]] = {
         "mamba_ssm rms_norm_fn with residual": mamba_ssm_add_norm,
         "our torch path": same(torch_path("add_rms_norm")),
         "our torch path, compiled": compiled("add_rms_norm"),
+    },
+    "window_attention": {
+        "FlexAttention of all tokens": all_queries(flex_attention),
+        "flash_attn of all tokens": all_queries(flash_attention),
+        "torch attention of all tokens": at_most(32768, "it reads an (L, L) mask")(all_queries(masked_attention)),
+        "our torch path": same(torch_path("window_attention")),
     },
     "decode": {
         "mamba_ssm and causal_conv1d": mamba_ssm_decode,

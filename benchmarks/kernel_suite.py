@@ -40,7 +40,7 @@ from kernel_timing import Clock, captured, quartiles
 from roofline import chunk_state_bytes, compute_ceiling, cost, floor_seconds, measure_ceilings
 from tqdm import tqdm
 
-PACKAGES = ("triton", "mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core")
+PACKAGES = ("triton", "mamba-ssm", "causal-conv1d", "flash-linear-attention", "fla-core", "flash-attn")
 CEILINGS = "ceilings"
 NEEDS_DEVICE = "needs a CUDA device"
 LEFT_OUT = "left out by --small"

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import TAPS, TRAINING, Case, Sizes
+from kernel_cases import TAPS, TRAINING, Case, Sizes, window_of
 from kernel_timing import Clock, Run
 from torch import Tensor
 
@@ -24,6 +24,8 @@ CHUNK = 64
 # Tokens between the states that a selective scan keeps for its backward.
 SPAN = 32
 FLOAT32 = 4
+# Ops most of whose arithmetic is matrix products in the dtype of their inputs.
+PRODUCTS = ("ssd", "window_attention", "mamba2_mixer", "mamba1_mixer")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ def norm_traffic(wide: int, outputs: int, per_element: int) -> Callable[[Sizes, 
     return count
 
 
+def attention_traffic(s: Sizes, e: int) -> Traffic:
+    queries, keys = s["M"] * s["H"] * s["P"] * e, s["B"] * s["L"] * s["G"] * s["P"] * e
+    window = window_of(s["L"])
+    seen = window - window * (window - 1) / (2 * s["L"])  # fewer at the beginning of a row
+    return Traffic(queries + 2 * keys, queries, round(4 * s["M"] * s["H"] * s["P"] * seen))
+
+
 def decode_traffic(s: Sizes, e: int) -> Traffic:
     B, H, P, N, G = (s[symbol] for symbol in "BHPNG")
     channels = H * P + 2 * G * N
@@ -112,6 +121,7 @@ TRAFFIC: dict[str, Callable[[Sizes, int], Traffic]] = {
     "rms_norm": norm_traffic(wide=1, outputs=1, per_element=4),
     "rms_norm_gated": norm_traffic(wide=2, outputs=1, per_element=5),
     "add_rms_norm": norm_traffic(wide=2, outputs=2, per_element=5),
+    "window_attention": attention_traffic,
     "decode": decode_traffic,
     "mamba2_mixer": mamba2_traffic,
     "mamba1_mixer": mamba1_traffic,
@@ -175,7 +185,7 @@ def _product(a: Tensor) -> Run:
 
 def compute_ceiling(case: Case, ceilings: dict[str, float]) -> float:
     """FLOP/s that the case's arithmetic could reach: matrix products in its dtype, all else in float32."""
-    dtype = str(case.dtype).removeprefix("torch.") if case.op in ("ssd", "mamba2_mixer", "mamba1_mixer") else "float32"
+    dtype = str(case.dtype).removeprefix("torch.") if case.op in PRODUCTS else "float32"
     return ceilings[f"{dtype}_flops_per_s"]
 
 

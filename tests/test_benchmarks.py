@@ -82,7 +82,9 @@ def test_a_whole_run_measures_every_small_case(finished: Path):
         assert not row["full"]
     measured = {(row["op"], row["peer"]) for row in rows[1:] if row["status"] == "measured"}
     assert {("ssd", "torch attention"), ("rms_norm", "torch rms_norm"), ("decode", "transformers")} <= measured
-    assert {op for op, peer in measured if (peer or "").startswith("transformers")} == OPS.keys() - {"add_rms_norm"}
+    assert {("window_attention", f"{peer} of all tokens") for peer in ("FlexAttention", "torch attention")} <= measured
+    theirs = {op for op, peer in measured if (peer or "").startswith("transformers")}
+    assert theirs == OPS.keys() - {"add_rms_norm", "window_attention"}
 
 
 def test_every_row_has_its_keys_and_those_without_a_number_a_reason(finished: Path):

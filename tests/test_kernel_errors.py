@@ -21,10 +21,14 @@ from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_n
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
 from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_log_decay_reference, ssd_matrix, ssd_reference
 from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
+from ssm_zoo.kernels.window_attention import window_attention, window_attention_matrix, window_attention_reference
 
-# Batch, length, heads or channels, head width, groups, states, taps, taps less one, a longer state's places and rows
-SIZES = {"B": 2, "L": 5, "H": 4, "P": 3, "G": 2, "N": 6, "K": 4, "J": 3, "S": 5, "R": 7}
+# Batch, length, heads or channels, head width, groups, states, taps, taps less one, a longer state's places and rows,
+# selected tokens
+SIZES = {"B": 2, "L": 5, "H": 4, "P": 3, "G": 2, "N": 6, "K": 4, "J": 3, "S": 5, "R": 7, "M": 3}
 INDICES = ("seq_idx", "cache_seqlens", "state_batch_indices", "conv_state_indices")
+COUNTING = ("index", "positions")  # indices too, which have to increase
+INTEGERS = (*INDICES, *COUNTING)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,10 @@ class Op:
         values = {}
         for name, letters in self.tensors.items():
             shape = [SIZES[letter] for letter in letters]
-            values[name] = torch.zeros(shape, dtype=torch.long) if name in INDICES else torch.full(shape, -0.5)
+            if name in COUNTING:
+                values[name] = torch.arange(shape[-1]).repeat(*shape[:-1], 1)
+            else:
+                values[name] = torch.zeros(shape, dtype=torch.long) if name in INDICES else torch.full(shape, -0.5)
         return values | self.options
 
 
@@ -59,6 +66,7 @@ SSD = "B:BLGN C:BLGN D:HP z:BLHP initial_state:BHPN seq_idx:BL"
 SSD_STEP = "B:BGN C:BGN D:HP z:BHP"
 SCAN = "x:BLH dt:BLH A:HN B:BLGN C:BLGN D:H z:BLH dt_bias:H initial_state:BHN seq_idx:BL"
 CONVOLUTION = "x:BLH weight:HK bias:H initial_state:BHJ seq_idx:BL"
+WINDOW = "index:M positions:BL seq_idx:BL"
 EPS = {"eps": 1e-5}
 
 OPS: dict[str, Op] = {
@@ -81,6 +89,11 @@ OPS: dict[str, Op] = {
     "rms_norm_reference": Op(rms_norm_reference, "x:BH weight:H z:BH", options=EPS),
     "add_rms_norm": Op(add_rms_norm, "x:BH residual:BH weight:H", options=EPS),
     "add_rms_norm_reference": Op(add_rms_norm_reference, "x:BH residual:BH weight:H", options=EPS),
+    "window_attention": Op(window_attention, f"q:MHP k:BLGP v:BLGP {WINDOW}", options={"window": 2}),
+    "window_attention_reference": Op(
+        window_attention_reference, f"q:MHP k:BLGP v:BLGP {WINDOW}", options={"window": 2}
+    ),
+    "window_attention_matrix": Op(window_attention_matrix, f"q:MHP k:BLGP {WINDOW}", options={"window": 2}),
     "mamba_chunk_scan_combined": Op(
         compat.mamba_chunk_scan_combined,
         f"x:BLHP dt:BLH A:H {SSD} dt_bias:H".replace("initial_state", "initial_states"),
@@ -177,7 +190,7 @@ def test_wrong_size(op: Op, name: str) -> None:
 @pytest.mark.parametrize(("op", "name"), CASES)
 def test_wrong_dtype(op: Op, name: str) -> None:
     tensor = op.arguments()[name]
-    accepted, wrong = ("of an integer dtype", torch.float32) if name in INDICES else ("floating point", torch.int64)
+    accepted, wrong = ("of an integer dtype", torch.float32) if name in INTEGERS else ("floating point", torch.int64)
     for dtype in (torch.bool, wrong):
         message = message_of(op, **{name: tensor.to(dtype)})
         assert message == f"{name} must be {accepted}, got {dtype}"
@@ -228,7 +241,7 @@ def test_triton_on_the_cpu(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_in_float64(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "HAS_TRITON", True)
     double = {name: value.double() for name, value in OPS[key].arguments().items() if isinstance(value, Tensor)}
-    double = {name: value for name, value in double.items() if name not in INDICES}
+    double = {name: value for name, value in double.items() if name not in INTEGERS}
     obstacle = "computes in float32 and takes no torch.float64"
     message = f"implementation='triton' of {key} {obstacle}; accepted: 'auto', 'torch'"
     assert message_of(OPS[key], **double, implementation="triton") == message
@@ -246,10 +259,44 @@ def test_triton_in_float64(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("ssd_log_decay", {"chunk_size": -1}, "chunk_size must be at least 1, got -1"),
         ("causal_conv1d", {"activation": "gelu"}, "activation must be None or 'silu', got 'gelu'"),
         ("causal_conv1d_step", {"activation": "gelu"}, "activation must be None or 'silu', got 'gelu'"),
+        ("window_attention", {"window": 0}, "window must be at least 1, got 0"),
+        ("window_attention", {"q": torch.zeros(3, 4, 0)}, "q must be (M, H, P) with H and P >= 1, got shape (3, 4, 0)"),
+        (
+            "window_attention",
+            {"k": torch.zeros(2, 0, 2, 3)},
+            "k must hold at least one column, got shape (2, 0, 2, 3)",
+        ),
     ],
 )
 def test_other_arguments(key: str, change: dict[str, Any], expected: str) -> None:
     assert message_of(OPS[key], **change) == expected
+
+
+ATTENTION = [key for key in OPS if key.startswith("window_attention")]
+
+
+@pytest.mark.parametrize("key", ATTENTION)
+@pytest.mark.parametrize("groups", [0, 3, 8])
+def test_wrong_number_of_key_heads(key: str, groups: int) -> None:
+    keys = torch.zeros(2, 5, groups, 3)
+    values = {"v": keys} if "v" in OPS[key].tensors else {}
+    message = f"k: the number of groups must divide the 4 heads, got {groups}"
+    assert message_of(OPS[key], k=keys, **values) == message
+
+
+@pytest.mark.parametrize("key", ATTENTION)
+@pytest.mark.parametrize("index", [[0, 2, 2], [3, 1, 4], [-1, 0, 1], [7, 8, 10]])
+def test_an_index_that_does_not_increase_within_the_rows(key: str, index: list[int]) -> None:
+    message = f"index must increase strictly from 0 or more to at most B K - 1 = 9, got {index}"
+    assert message_of(OPS[key], index=torch.tensor(index)) == message
+
+
+@pytest.mark.parametrize("key", ATTENTION)
+@pytest.mark.parametrize("wrong", [[0, 3, -1, 3, 4], [0, 3, -1, 1, 4]], ids=["repeated", "lower"])
+def test_positions_that_do_not_increase(key: str, wrong: list[int]) -> None:
+    message = "positions must increase along a row (negative entries hold no token), got {} after 3 in row 1"
+    positions = torch.tensor([[0, 1, 2, 3, 4], wrong])
+    assert message_of(OPS[key], positions=positions) == message.format(wrong[3])
 
 
 @pytest.mark.parametrize("key", ["ssd_step", "ssd_log_decay_step", "selective_scan_step"])
