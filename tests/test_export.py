@@ -29,8 +29,9 @@ SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads
 SHARED += ["rms_norm.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py", "step_sizes.py"]
 SHARED += ["_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py", "rms_norm_triton.py"]
 SHARED += ["softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
-MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py"]
+MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
 MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
+MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),
     "mamba2-groups": sorted([*SHARED, *MAMBA2]),
