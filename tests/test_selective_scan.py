@@ -411,6 +411,22 @@ def test_runs_are_complete_and_bit_identical(op: Callable[..., Any], layout: lis
         assert first.isfinite().all() and torch.equal(first, second)
 
 
+@NEEDS_TRITON
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("spans", [1, 2])
+def test_sections_do_not_matter(spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' backward in four sections, in two, or in one piece: the same bits."""
+    values = leaves(draw((2, 3 * Q + 5, 6, 2, 3)), torch.float32)
+    seq_idx = torch.tensor([[0] * (Q + 3) + [1] * (2 * Q + 2), [-1] * 4 + [0] * (3 * Q - 1) + [-1] * 2])
+    runs = []
+    for count in (spans, 4):
+        monkeypatch.setattr(triton_path._Call, "spans_of_a_section", lambda call, count=count: count)
+        y, state = TRITON.values[0](**values, seq_idx=seq_idx, return_final_state=True, dt_softplus=True)
+        runs.append(differentiate(y, state, values))
+    for name, gradient in runs[0].items():
+        assert gradient.isfinite().all() and torch.equal(gradient, runs[1][name]), name
+
+
 def test_autocast_leaves_the_sums_in_float32() -> None:
     values = leaves(draw((1, 11, 4, 2, 3)), torch.float32)
     results = []
