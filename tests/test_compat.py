@@ -12,8 +12,8 @@ from ssm_zoo.kernels import compat
 from ssm_zoo.kernels.ssd import ssd_reference
 from tolerances import TOLERANCES
 
-# The arguments as in mamba_ssm 2.3.2 and causal-conv1d 1.6.2, which callers also pass by position; `state_dtype` came to
-# mamba_ssm later, as its last one.
+# The arguments of mamba_ssm 2.3.2 and causal-conv1d 1.6.2, which callers also pass by position. mamba_ssm got
+# `state_dtype` later.
 SIGNATURES = {
     "mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, "
     "seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
