@@ -235,10 +235,9 @@ class _Call:
         inputs, outputs, gradients and saved states, is then 1.11 to 1.13 for N = 16 and 64, rows of 2048 and more;
         rows shorter than 512 exceed 1.2, by 1.2 MB a row of 128 tokens for D = 1024.
         """
-        wide = [
-            tensor.element_size() for tensor in (self.x, self.dt, self.x, self.z) if tensor is not None
-        ]  # x, dt, y, z
-        beside = 2 * sum(wide) * self.per_group * self.groups  # bytes of a token, with the gradients
+        wide = (self.x, self.dt, self.x, self.z)  # y is like x
+        sizes = [tensor.element_size() for tensor in wide if tensor is not None]
+        beside = 2 * sum(sizes) * self.per_group * self.groups  # bytes of a token, with the gradients
         parts = 2 * 4 * self.tiles * self.groups * self.size
         return max(triton.cdiv(self.length * beside, 8 * parts * _SPAN), _SHORTEST_SECTION)
 

@@ -182,9 +182,9 @@ def _sections(programs: int, chunks: int, processors: int) -> int:
     """The number of sections in which the backward goes through rows whose chunks make so many programs.
 
     The gradients of a section's states, and its partial sums of dB and dC, are what stands in memory beside inputs,
-    results and saved states. A program takes a whole processor, so programs come in rounds of one per processor. Four
-    rounds keep the device busy from section to section. Fewer than twelve are divided by three as long as a section
-    has two, the least of which the work still takes longer than the launches do.
+    results and saved states. A program takes all registers of a processor (255 for each of 256 threads), so programs
+    come in rounds of one per processor. Four rounds keep the device busy from section to section; fewer than twelve are
+    divided by up to three, but a section keeps two, so that launches stay few. Not measured on a device yet.
 
     With 132 processors, P = 64, N = 128, 16 bits and one row, the peak of forward and backward, over inputs, outputs,
     all their gradients and the saved states, is at most 1.2 from six rounds on (380 MB without a gate) and 1.28 with
