@@ -27,9 +27,10 @@ test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	else f'make test-gpu: torch {torch.__version__} finds no CUDA device; use make test')"
 	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_triton.py tests/test_ssd_step.py tests/test_ssd_matrix.py \
-		tests/test_causal_conv1d.py tests/test_rms_norm.py tests/test_add_rms_norm.py tests/test_selective_scan.py \
-		tests/test_compat.py tests/test_window_attention.py tests/test_kernel_errors.py tests/test_implementation.py \
-		$(PYTEST_ARGS)
+		tests/test_ssd_autocast.py tests/test_causal_conv1d.py tests/test_rms_norm.py tests/test_add_rms_norm.py \
+		tests/test_selective_scan.py tests/test_packed_documents.py tests/test_peak_memory.py tests/test_compat.py \
+		tests/test_window_attention.py tests/test_kernel_errors.py tests/test_implementation.py \
+		tests/test_compiled_kernels.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(TOOL) ruff check .

@@ -11,10 +11,12 @@ fla-org/flash-linear-attention@bc3b101 and transformers 5.17 to 5.24.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,6 +46,8 @@ class Side:
 
 Builder = Callable[[Setup], Side]
 
+CUDA_SCAN = "selective_scan_cuda"
+
 
 def require(name: str, attribute: str) -> Any:
     """An attribute of a module that may not be installed.
@@ -54,10 +58,17 @@ def require(name: str, attribute: str) -> Any:
     top = name.partition(".")[0]
     if find_spec(top) is None:
         raise NotMeasuredError(f"{top} is not installed")
+    # mamba_ssm 2.3.2 imports this extension first of all, also where nothing but its Triton parts was installed.
+    without = top == "mamba_ssm" and CUDA_SCAN not in sys.modules and find_spec(CUDA_SCAN) is None
+    if without:
+        sys.modules[CUDA_SCAN] = ModuleType(CUDA_SCAN)
     try:
         return getattr(import_module(name), attribute)
     except (ImportError, AttributeError) as error:
         raise NotMeasuredError(f"{name}.{attribute} cannot be imported: {error}") from error
+    finally:
+        if without:
+            del sys.modules[CUDA_SCAN]
 
 
 def torch_body(name: str, function: str) -> Any:
@@ -202,6 +213,7 @@ def channel_first_scan(scan: Callable[..., Any]) -> Builder:
 
 
 def mamba_ssm_scan(setup: Setup) -> Side:
+    require(CUDA_SCAN, "fwd")
     return channel_first_scan(require("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"))(setup)
 
 
@@ -432,6 +444,7 @@ def mamba_ssm_mixer(setup: Setup) -> Side:
         head = 64 if width >= 128 else 16
         module = require("mamba_ssm.modules.mamba2", "Mamba2")(width, d_state=128, headdim=head, device=x.device)
     else:
+        require(CUDA_SCAN, "fwd")
         module = require("mamba_ssm.modules.mamba_simple", "Mamba")(width, device=x.device)
     return same(lambda x, **parameters: torch.func.functional_call(module, parameters, (x,)))(setup)
 

@@ -198,10 +198,10 @@ def selective_state_update(
         z: (B, [H,] P) gate.
         dt_bias: ([H,] P) added to `dt`.
         dt_softplus: apply softplus to the step sizes.
-        state_batch_indices: (B) row of `state` that belongs to each row of the batch.
+        state_batch_indices: (B) row of `state` that belongs to each row of the batch, negative for padding.
 
     Returns:
-        (B, [H,] P) outputs in the dtype of `x`.
+        (B, [H,] P) outputs in the dtype of `x`, zero for padding.
 
     Raises:
         ValueError: if a shape, dtype, device or group count does not fit.
@@ -232,7 +232,7 @@ def selective_state_update(
     held = states
     if state_batch_indices is not None:
         check_integers("state_batch_indices", state_batch_indices, (batch,), "(B)")
-        held = states[state_batch_indices.long()]
+        held = states[state_batch_indices.long().clamp(min=0)]
     if state.dtype != torch.float64:
         held = held.float()
     if not any((steps.stride(2), *rates.stride()[1:], 0 if bias is None else bias.stride(1))):
@@ -264,7 +264,8 @@ def selective_state_update(
             dt_softplus=dt_softplus,
         ).unflatten(1, (H, P))
     if state_batch_indices is not None:
-        states[state_batch_indices.long()] = held.to(states.dtype)
+        _write_rows(states, state_batch_indices, held.to(states.dtype))
+        y = y.masked_fill((state_batch_indices < 0)[:, None, None], 0)
     elif held is not states:
         states.copy_(held)
     return y if state.dim() == 4 or x.dim() == 3 else y[:, 0]
@@ -341,10 +342,10 @@ def causal_conv1d_update(
         bias: (D) bias.
         activation: None, "silu" or "swish", which is the same.
         cache_seqlens: (B) tokens seen before, the place in the ring being their number modulo S.
-        conv_state_indices: (B) row of `conv_state` that belongs to each row of the batch.
+        conv_state_indices: (B) row of `conv_state` that belongs to each row of the batch, negative for padding.
 
     Returns:
-        (B, D) or (B, D, L) outputs.
+        (B, D) or (B, D, L) outputs, zero for padding.
 
     Raises:
         ValueError: if a shape does not fit.
@@ -369,7 +370,7 @@ def causal_conv1d_update(
     K, S = weight.shape[1], conv_state.shape[-1]
     if S < K - 1:
         raise ValueError(f"conv_state must hold at least K - 1 = {K - 1} inputs, got shape {tuple(conv_state.shape)}")
-    rows = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long()]
+    rows = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long().clamp(min=0)]
     if cache_seqlens is None:
         before = rows[..., S - (K - 1) :]
         kept = torch.cat([rows, tokens.to(rows.dtype)], dim=-1)[..., -S:]
@@ -387,9 +388,22 @@ def causal_conv1d_update(
     if conv_state_indices is None:
         conv_state.copy_(kept)
     else:
-        conv_state[conv_state_indices.long()] = kept
+        _write_rows(conv_state, conv_state_indices, kept)
+        y = y.masked_fill((conv_state_indices < 0)[:, None, None], 0)
     y = y.transpose(1, 2)
     return y[..., 0] if x.dim() == 2 else y
+
+
+def _write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """Write each of the (B, ...) `rows` to its place in (R, ...) `states`, those of a negative index nowhere.
+
+    Nothing waits for the device: a row of padding repeats the write of another row, and where all are padding, the
+    first place is written with what it holds.
+    """
+    real, places = indices >= 0, indices.long().clamp(min=0)
+    rows = torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, states[places])
+    writer = torch.where(real, torch.arange(len(indices), device=indices.device), real.int().argmax())
+    states[places[writer]] = rows[writer]
 
 
 def _activation(activation: str | None) -> str | None:

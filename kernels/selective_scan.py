@@ -38,6 +38,7 @@ from .arguments import (
     documents,
 )
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
+from .state_update import update_state
 
 # Numbers of states (rows x D x N) and of tokens that the torch path works on at a time: the operation of one token then
 # does work enough to pay for its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
@@ -146,10 +147,7 @@ def selective_scan_step(
             return selective_scan_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         sums = state.dtype
         dt = _step_sizes(dt, dt_bias, dt_softplus, sums, None)
-        per_group = x.shape[1] // B.shape[1]
-        inflow = (dt * x.to(sums))[..., None] * B.to(sums).repeat_interleave(per_group, dim=1)
-        state.mul_(_decay(dt[..., None], A.to(sums))).add_(inflow)
-        y = (state * C.to(sums).repeat_interleave(per_group, dim=1)).sum(-1)
+        y = update_state(state, _decay(dt[..., None], A.to(sums)), dt * x.to(sums), B, C)
         return _skip_and_gate(y, x, D, z)
 
 

@@ -11,6 +11,7 @@ from .arguments import choose_implementation
 from .ssd import check_inputs, step_sizes
 from .ssd_chunked import skip_and_gate
 from .ssd_step_triton import ssd_step_triton
+from .state_update import update_state
 
 
 def ssd_step(
@@ -58,7 +59,8 @@ def ssd_step(
     if chosen == "triton":
         return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
     dt = step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
-    y = _update(state, x.to(state.dtype) * dt[..., None], dt * A.to(state.dtype), B, C)
+    decay = (dt * A.to(state.dtype)).exp()[..., None, None]
+    y = update_state(state, decay, x.to(state.dtype) * dt[..., None], B, C)
     return skip_and_gate(y, x, D, z)
 
 
@@ -82,7 +84,8 @@ def ssd_log_decay_step(
     chosen = _choose(implementation, "ssd_log_decay_step", state, x, "log_decay", log_decay, None, B, C, D, z, None)
     if chosen == "triton":
         return ssd_step_triton(state, x, log_decay, None, B, C, D, z)
-    y = _update(state, x.to(state.dtype), log_decay.to(state.dtype), B, C)
+    decay = log_decay.to(state.dtype).exp()[..., None, None]
+    y = update_state(state, decay, x.to(state.dtype), B, C)
     return skip_and_gate(y, x, D, z)
 
 
@@ -107,21 +110,3 @@ def _choose(
     arguments = (state, x, decay, A, B, C, D, z, dt_bias)
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
     return choose_implementation(implementation, name, state, not recorded)  # the kernel has no backward
-
-
-def _update(state: Tensor, u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """One step in place: returns (B, H, P) in the state's dtype.
-
-    All heads of a group meet its maps in one matrix product. Products are written in place because autocast, which
-    would round their operands, leaves such operations alone.
-    """
-    batch, heads, width, size = state.shape
-    batches, rows = batch * B.shape[1], heads // B.shape[1] * width
-    held = state.contiguous()
-    held.mul_(log_decay.exp()[..., None, None])
-    matrix = held.view(batches, rows, size)
-    matrix.baddbmm_(u.reshape(batches, rows, 1), B.to(state.dtype).reshape(batches, 1, size))
-    y = u.new_empty(batches, rows, 1).baddbmm_(matrix, C.to(state.dtype).reshape(batches, size, 1), beta=0)
-    if held is not state:
-        state.copy_(held)
-    return y.view(batch, heads, width)

@@ -27,7 +27,7 @@ from kernel_cases import (
     small_cases,
 )
 from kernel_check import error_of
-from kernel_peers import PEERS, NotMeasuredError
+from kernel_peers import PEERS, NotMeasuredError, require
 from kernel_suite import Bench, main
 from kernel_timing import Clock
 from roofline import cost
@@ -289,6 +289,7 @@ def simple_gla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tenso
 
 STAND_INS = (
     module("mamba_ssm"),
+    module("selective_scan_cuda", fwd=compat.selective_scan_fn),
     module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=compat.mamba_chunk_scan_combined),
     module("mamba_ssm.ops.selective_scan_interface", selective_scan_fn=compat.selective_scan_fn),
     module("mamba_ssm.ops.triton.selective_state_update", selective_state_update=compat.selective_state_update),
@@ -338,6 +339,21 @@ def test_a_peer_without_the_function_says_so(monkeypatch: pytest.MonkeyPatch):
     setup = prepare(next(small_cases()), CPU)
     with pytest.raises(NotMeasuredError, match=r"mamba_chunk_scan_combined cannot be imported"):
         PEERS["ssd"]["mamba_ssm chunk_size=256"](setup)
+
+
+def test_triton_parts_of_mamba_ssm_need_no_cuda_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its release 2.3.2 imports the extension in any case; the peers that call it say what they lack."""
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("import selective_scan_cuda\n")
+    (tmp_path / "mamba_ssm" / "some.py").write_text("def op(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert require("mamba_ssm.some", "op").__name__ == "op"
+    for name in ("mamba_ssm", "mamba_ssm.some"):
+        monkeypatch.delitem(sys.modules, name)
+    assert "selective_scan_cuda" not in sys.modules
+    setup = prepare(next(case for case in small_cases() if case.op == "selective_scan"), CPU)
+    with pytest.raises(NotMeasuredError, match="selective_scan_cuda is not installed"):
+        PEERS["selective_scan"]["mamba_ssm selective_scan_cuda"](setup)
 
 
 def test_a_bad_pattern_is_named(capsys: pytest.CaptureFixture[str]):

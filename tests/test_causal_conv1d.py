@@ -268,18 +268,6 @@ def test_step_without_activation_is_linear() -> None:
     close(y, oracle(values)[0][:, 0], torch.float64, "y")
 
 
-@pytest.mark.parametrize("length", [1, 2, 5])
-def test_packed_documents_equal_separate_ones(length: int) -> None:
-    values = {name: value.float() for name, value in draw(1, 9, 3, 4, initial=False).items()}
-    x = values.pop("x")
-    seq_idx = (torch.arange(9) >= length).int()[None]
-    y, state = causal_conv1d(x, **values, seq_idx=seq_idx, return_final_state=True)
-    first = causal_conv1d(x[:, :length], **values)
-    second, expected_state = causal_conv1d(x[:, length:], **values, return_final_state=True)
-    close(y, torch.cat([first, second], dim=1), torch.float32, "y")
-    assert torch.equal(state, expected_state)
-
-
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_nan_in_padding_or_another_document_stays_there(op: Callable[..., Any]) -> None:
     values = {name: value.float() for name, value in draw(1, 8, 3, 4).items()}
@@ -365,10 +353,13 @@ def test_the_final_state_has_memory_of_its_own(op: Callable[..., Any], layout: l
 
 
 @pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", [TORCH, TRITON])
 @pytest.mark.parametrize("layout", [None, [[-1, 0, 0, 1, 1, 1, -1]] * 2], ids=["plain", "packed"])
-def test_runs_are_complete_and_bit_identical(op: Callable[..., Any], layout: list[list[int]] | None) -> None:
-    values = leaves(draw(2, 7, 3, 4), torch.float32)
+def test_runs_are_complete_and_bit_identical(
+    op: Callable[..., Any], layout: list[list[int]] | None, dtype: torch.dtype
+) -> None:
+    values = leaves(draw(2, 7, 3, 4), dtype)
     seq_idx = None if layout is None else torch.tensor(layout)
     runs = []
     for _ in range(2):

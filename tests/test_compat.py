@@ -12,14 +12,20 @@ from ssm_zoo.kernels import compat
 from ssm_zoo.kernels.ssd import ssd_reference
 from tolerances import TOLERANCES
 
-# Names and order of the arguments, as the other projects' callers pass them by position.
+# The arguments of mamba_ssm 2.3.2 and causal-conv1d 1.6.2, which callers also pass by position. mamba_ssm got
+# `state_dtype` later.
 SIGNATURES = {
-    "mamba_chunk_scan_combined": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus "
-    "dt_limit return_final_states return_varlen_states state_dtype",
-    "selective_scan_fn": "u delta A B C D z delta_bias delta_softplus return_last_state",
-    "selective_state_update": "state x dt A B C D z dt_bias dt_softplus state_batch_indices",
-    "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
-    "causal_conv1d_update": "x conv_state weight bias activation cache_seqlens conv_state_indices",
+    "mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, "
+    "seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
+    "return_varlen_states=False, state_dtype=None",
+    "selective_scan_fn": "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, "
+    "return_last_state=False",
+    "selective_state_update": "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, "
+    "state_batch_indices=None",
+    "causal_conv1d_fn": "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
+    "final_states_out=None, activation=None",
+    "causal_conv1d_update": "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
+    "conv_state_indices=None",
 }
 
 
@@ -29,9 +35,10 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_arguments_are_theirs(name: str) -> None:
-    parameters = inspect.signature(getattr(compat, name)).parameters
-    assert list(parameters) == SIGNATURES[name].split()
-    assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+    parameters = inspect.signature(getattr(compat, name)).parameters.values()
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in parameters]
+    assert ", ".join(map(str, plain)) == SIGNATURES[name]
+    assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in plain)
 
 
 def ssd_arguments() -> dict[str, Any]:
@@ -275,6 +282,35 @@ def test_updates_go_on_from_a_convolution(steps: tuple[int, ...], size: int, rin
     assert torch.equal(kept, last.roll(9 % size, dims=-1) if ring else last)
     if indexed:
         assert not state[[0, 2]].any()
+
+
+@pytest.mark.parametrize("places", [(6, -1, 0, -1), (-1, -1, -1, -1)], ids=["some", "all"])
+@pytest.mark.parametrize("op", ["scan of Mamba-1", "scan of Mamba-2", "convolution"])
+def test_padding_of_an_indexed_batch_gives_zeros_and_leaves_the_states(op: str, places: tuple[int, ...]) -> None:
+    """Negative indices: a batch of fixed size has them for the requests that are not there."""
+    indices = torch.tensor(places, dtype=torch.int32)
+    real = indices >= 0
+    if op == "convolution":
+        before, weight, by_row = draw(7, 5, 3), draw(5, 4), {"x": draw(4, 5)}
+
+        def step(state: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+            return compat.causal_conv1d_update(x, state, weight, conv_state_indices=indices)
+    else:
+        heads = (3,) if op == "scan of Mamba-2" else ()
+        before, A = draw(7, *heads, 5, 6), -draw(*heads, 5, 6).exp()
+        by_row = {"x": draw(4, *heads, 5), "dt": draw(4, *heads, 5, seed=1), "B": draw(4, 6), "C": draw(4, 6, seed=1)}
+
+        def step(state: Tensor, indices: Tensor, **by_row: Tensor) -> Tensor:
+            return compat.selective_state_update(state, **by_row, A=A, dt_softplus=True, state_batch_indices=indices)
+
+    state, expected = before.clone(), before.clone()
+    y = step(state, indices, **by_row)
+    assert not y[~real].any()
+    others = [place for place in range(7) if place not in places]
+    assert torch.equal(state[others], before[others])
+    if bool(real.any()):
+        outputs = step(expected, indices[real], **{name: value[real] for name, value in by_row.items()})
+        torch.testing.assert_close((y[real], state), (outputs, expected), rtol=1e-5, atol=1e-6)
 
 
 def test_convolution_refuses_what_does_not_fit() -> None:

@@ -27,18 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options"]
 SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py", "mixer_block.py"]
 SHARED += ["rms_norm.py", "routing.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py"]
-SHARED += [
-    "step_sizes.py",
-    "_triton.py",
-    "causal_conv1d_triton.py",
-    "causal_conv1d_triton_kernels.py",
-    "rms_norm_triton.py",
-]
-SHARED += ["softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
-MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py"]
+SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
+SHARED += ["rms_norm_triton.py", "softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
+MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
 MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
 SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
 SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
+MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),
     "mamba2-groups": sorted([*SHARED, *MAMBA2]),

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peak_memory import PeakMemory, nbytes, peak_of_gradients
+from peak_memory import IdleKernel, PeakMemory, nbytes, peak_of_gradients
+from ssm_zoo.kernels import selective_scan_triton
+from ssm_zoo.kernels._triton import HAS_TRITON
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
 from ssm_zoo.kernels.selective_scan import selective_scan
 from ssm_zoo.kernels.ssd import ssd
@@ -67,6 +69,37 @@ def test_selective_scan() -> None:
 
     peak, needed = peak_of_gradients(op, inputs)
     states = 4 * (LENGTH // 32) * channels * size
+    assert peak <= 1.2 * (needed + states), (peak, needed, states)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "size"),
+    [(1, 512, 1024, 16), (1, 8192, 1024, 16), (8, 2048, 1536, 16), (1, 4096, 1024, 64), (2, 4096, 1024, 1)],
+)
+def test_kernels_of_the_selective_scan(
+    batch: int, length: int, channels: int, size: int, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without storage and without kernels."""
+    monkeypatch.setattr(selective_scan_triton, "forward_kernel", IdleKernel())
+    monkeypatch.setattr(selective_scan_triton, "backward_kernel", IdleKernel())
+
+    def zeros(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(sizes, dtype=dtype, device="meta").requires_grad_()
+
+    wide, maps = (batch, length, channels), (batch, length, 1, size)
+    inputs = [zeros(*sizes, dtype=dtype) for sizes in (wide, wide, maps, maps, *([wide] if gated else []))]
+    inputs += [zeros(channels, size), zeros(channels), zeros(channels)]
+
+    def op(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *gate, A, D, bias = rest
+        z = gate[0] if gate else None
+        return selective_scan_triton.selective_scan_triton(x, dt, A, B, C, D, z, bias, True, None, None, None)
+
+    peak, needed = peak_of_gradients(op, inputs)
+    states = 4 * batch * -(-length // selective_scan_triton._SPAN) * channels * size
     assert peak <= 1.2 * (needed + states), (peak, needed, states)
 
 

@@ -399,9 +399,12 @@ def test_one_trainable_argument_gets_the_same_gradient(op: Callable[..., Any], n
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("layout", [None, [[-1] * 2 + [0] * 7 + [1] * 4]], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", [TORCH, TRITON])
-def test_runs_are_complete_and_bit_identical(op: Callable[..., Any], layout: list[list[int]] | None) -> None:
-    values = leaves(draw((1, 13, 6, 2, 3)), torch.float32)
+def test_runs_are_complete_and_bit_identical(
+    op: Callable[..., Any], dtype: torch.dtype, layout: list[list[int]] | None
+) -> None:
+    values = leaves(draw((1, 13, 6, 2, 3)), dtype)
     seq_idx = None if layout is None else torch.tensor(layout)
     runs = []
     for _ in range(2):
@@ -409,6 +412,22 @@ def test_runs_are_complete_and_bit_identical(op: Callable[..., Any], layout: lis
         runs.append([y, state, *differentiate(y, state, values).values()])
     for first, second in zip(*runs, strict=True):
         assert first.isfinite().all() and torch.equal(first, second)
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("spans", [1, 2])
+def test_sections_do_not_matter(spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' backward in four sections, in two, or in one piece: the same bits."""
+    values = leaves(draw((2, 3 * Q + 5, 6, 2, 3)), torch.float32)
+    seq_idx = torch.tensor([[0] * (Q + 3) + [1] * (2 * Q + 2), [-1] * 4 + [0] * (3 * Q - 1) + [-1] * 2])
+    runs = []
+    for count in (spans, 4):
+        monkeypatch.setattr(triton_path._Call, "spans_of_a_section", lambda call, count=count: count)
+        y, state = with_triton(selective_scan)(**values, seq_idx=seq_idx, return_final_state=True, dt_softplus=True)
+        runs.append(differentiate(y, state, values))
+    for name, gradient in runs[0].items():
+        assert gradient.isfinite().all() and torch.equal(gradient, runs[1][name]), name
 
 
 def test_autocast_leaves_the_sums_in_float32() -> None:

@@ -198,25 +198,6 @@ def test_a_nan_stays_in_its_head(implementation: str) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("form", FORMS)
-def test_two_runs_are_bit_identical(form: str, implementation: str) -> None:
-    device = DEVICE if implementation == "triton" else "cpu"
-    values = {n: v.to(device) for n, v in draw(form, (5, 4, 5, 2, 7), {"wide D", "z", "dt_bias"}).items()}
-    states = [values["state"].clone() for _ in range(2)]
-    first, second = (FORMS[form][0](state, **at(values, 0), implementation=implementation) for state in states)
-    assert torch.equal(first, second) and torch.equal(*states)
-
-
-def test_autocast_rounds_nothing() -> None:
-    values = draw("dt", (2, 4, 5, 2, 7), {"D", "z", "dt_bias"})
-    states = [values["state"].clone() for _ in range(2)]
-    expected = ssd_step(states[0], **at(values, 0), dt_softplus=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ssd_step(states[1], **at(values, 0), dt_softplus=True)
-    assert torch.equal(y, expected) and torch.equal(*states)
-
-
 def test_a_gradient_is_recorded_by_torch_alone() -> None:
     values = draw("dt", (1, 2, 3, 1, 5), {"D"})
     token = at(values, 0)
@@ -300,6 +281,35 @@ def test_a_step_needs_no_value(name: str) -> None:
     with torch.no_grad(), NothingWaits():
         y = step(**values, **options, implementation="torch")
     assert y.is_meta and y.shape == values["x"].shape
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", STEPS)
+def test_two_steps_are_complete_and_bit_identical(name: str, implementation: str, dtype: torch.dtype) -> None:
+    step, _, options = STEPS[name]
+    kept = ("state", "A", "D", "dt_bias") if name != "causal_conv1d_step" else ()
+    (drawn,) = tokens_of(name, 1)
+    values = {n: v.to(DEVICE if implementation == "triton" else "cpu") for n, v in drawn.items()}
+    values = {n: v if n in kept else v.to(dtype) for n, v in values.items()}
+    states = [values["state"].clone() for _ in range(2)]
+    outputs = [step(**(values | {"state": state}), **options, implementation=implementation) for state in states]
+    assert outputs[0].isfinite().all() and torch.equal(*outputs)
+    assert states[0].isfinite().all() and torch.equal(*states)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_autocast_rounds_nothing(name: str) -> None:
+    step, _, options = STEPS[name]
+    (values,) = tokens_of(name, 1)
+    results = []
+    for enabled in (False, True):
+        state = values["state"].clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), torch.no_grad():
+            results.append((step(**(values | {"state": state}), **options), state))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,0 +1,102 @@
+"""Compile every Triton kernel for a compute capability, without a device: `python compile_kernels.py 90`.
+
+Prints a JSON object: name of the kernel -> bytes of shared memory, the most of its variants. The interpreter, which the
+other tests use, runs code that the compiler refuses (a variable whose type changes in a loop) or cannot place.
+TRITON_INTERPRET must not be set.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from ssm_zoo.kernels import arguments, ssd_triton
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
+from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
+from ssm_zoo.kernels.ssd import ssd
+from ssm_zoo.kernels.ssd_step import ssd_step
+
+B, L, H, P, N, D, K = 1, 4096, 4, 64, 128, 128, 4
+OPTIONS: dict[str, Any] = {"implementation": "triton"}
+
+
+class NoDevice:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def zeros(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(sizes, dtype=dtype).requires_grad_()
+
+
+def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
+    """Forward, backward and step of every op, with all its optional arguments or with none."""
+
+    def some(**optional: Any) -> dict[str, Any]:
+        return OPTIONS | (optional if everything else {})
+
+    def wide(*sizes: int) -> Tensor:
+        return zeros(*sizes, dtype=dtype)
+
+    seq_idx = torch.zeros(B, L, dtype=torch.long)
+    x, state, maps = wide(B, L, H, P), zeros(B, H, P, N), wide(B, L, 1, N)
+    extras = {"D": zeros(H), "z": wide(B, L, H, P), "initial_state": state, "seq_idx": seq_idx}
+    ssd(x, wide(B, L, H), zeros(H), maps, maps, **some(**extras)).sum().backward()
+    x, maps = wide(B, L, D), wide(B, L, 1, 16)
+    extras = {"D": zeros(D), "z": wide(B, L, D), "dt_bias": zeros(D), "seq_idx": seq_idx, "dt_softplus": True}
+    selective_scan(x, wide(B, L, D), zeros(D, 16), maps, maps, **some(**extras)).sum().backward()
+    extras = {"bias": zeros(D), "activation": "silu", "initial_state": wide(B, D, K - 1), "seq_idx": seq_idx}
+    y, _ = causal_conv1d(x, zeros(D, K), return_final_state=True, **some(**extras))
+    y.sum().backward()
+    rms_norm(x, zeros(D), eps=1e-5, **some(z=wide(B, L, D), group_size=D // 2)).sum().backward()
+    add_rms_norm(x, wide(B, L, D), zeros(D), eps=1e-5, **OPTIONS)[0].sum().backward()
+    with torch.no_grad():
+        maps = wide(B, 1, N)
+        extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}
+        ssd_step(state, wide(B, H, P), wide(B, H), zeros(H), maps, maps, **some(**extras))
+        maps = wide(B, 1, 16)
+        extras = {"D": zeros(D), "z": wide(B, D), "dt_bias": zeros(D), "dt_softplus": True}
+        selective_scan_step(zeros(B, D, 16), wide(B, D), wide(B, D), zeros(D, 16), maps, maps, **some(**extras))
+        causal_conv1d_step(wide(B, D), wide(B, D, K - 1), zeros(D, K), **some(bias=zeros(D), activation="silu"))
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    shared: dict[str, int] = {}
+
+    def compile_only(kernel: Any, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            name = f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
+            shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
+
+        return launch
+
+    driver.set_active(NoDevice(capability))  # type: ignore[arg-type]
+    JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
+    arguments.INTERPRETED = True  # so that tensors on the CPU are taken
+    ssd_triton._INTERPRETED_PROCESSORS, ssd_triton._INTERPRETED_CAPABILITY = 132, capability // 10
+    run_the_ops(torch.bfloat16, everything=True)
+    run_the_ops(torch.float32, everything=False)
+    print(json.dumps(shared))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Packed documents equal separate ones, for every op that takes `seq_idx` and wherever a document ends.
+
+A batch holds every place: row i has documents of i + 1, one and the remaining tokens, the last of which may be none.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_zoo.kernels import selective_scan as selective_scan_torch
+from ssm_zoo.kernels import selective_scan_triton
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d
+from ssm_zoo.kernels.selective_scan import selective_scan
+from ssm_zoo.kernels.ssd import ssd, ssd_log_decay
+from tolerances import TOLERANCES
+from with_triton import NEEDS_TRITON, with_triton
+
+L = 19  # a chunk of SSD, which has at least 16 tokens, and a rest; two chunks and a rest of the selective scan
+ROWS = L - 1
+H, P, N, D, K = 2, 2, 3, 4, 4
+STATES = {"ssd": (ROWS, H, P, N), "selective_scan": (ROWS, D, N), "causal_conv1d": (ROWS, D, K - 1)}
+MAPS = {"B": (ROWS, L, 1, N), "C": (ROWS, L, 1, N)}
+OPS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "ssd": (
+        partial(ssd, chunk_size=16),
+        {"x": (ROWS, L, H, P), "dt": (ROWS, L, H), "A": (H,), "D": (H,), "z": (ROWS, L, H, P)} | MAPS,
+        {"dt_softplus": True},
+    ),
+    "ssd_log_decay": (
+        partial(ssd_log_decay, chunk_size=16),
+        {"x": (ROWS, L, H, P), "log_decay": (ROWS, L, H)} | MAPS,
+        {},
+    ),
+    "selective_scan": (
+        selective_scan,
+        {"x": (ROWS, L, D), "dt": (ROWS, L, D), "A": (D, N), "D": (D,), "z": (ROWS, L, D)} | MAPS,
+        {"dt_softplus": True},
+    ),
+    "causal_conv1d": (
+        causal_conv1d,
+        {"x": (ROWS, L, D), "weight": (D, K), "bias": (D,)},
+        {"activation": "silu"},
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective_scan_torch, "_CHUNK", 8)
+    monkeypatch.setattr(selective_scan_triton, "_SPAN", 8)
+
+
+def draw(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of order 1; parameters and states of a recurrence stay float32 in half precision, as in a model."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = OPS[name][1] | {"initial_state": STATES["ssd" if name == "ssd_log_decay" else name]}
+    drawn = {key: torch.randn(size, generator=generator) for key, size in sizes.items()}
+    values = {key: -value.exp() if key in ("A", "log_decay") else value for key, value in drawn.items()}
+    kept = () if name == "causal_conv1d" else ("A", "D", "initial_state")
+    return {key: value if key in kept else value.to(dtype) for key, value in values.items()}
+
+
+def separately(op: Callable[..., Any], seq_idx: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """Every document of every row by a call of its own; the initial state goes to a row's first."""
+    outputs, states = [], []
+    for row in range(ROWS):
+        parts = []
+        for document in seq_idx[row].unique():
+            tokens = (seq_idx[row] == document).nonzero().flatten()
+            token = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            given = {
+                key: value[row : row + 1, token]
+                if isinstance(value, Tensor) and value.shape[:2] == (ROWS, L)
+                else value
+                for key, value in arguments.items()
+            }
+            initial = given.pop("initial_state")[row : row + 1]
+            if token.start == 0:
+                given["initial_state"] = initial
+            y, state = op(**given, return_final_state=True)
+            parts.append(y)
+        outputs.append(torch.cat(parts, dim=1))
+        states.append(state)
+    return torch.cat(outputs), torch.cat(states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("name", OPS)
+def test_packed_documents_equal_separate_ones(name: str, implementation: str, dtype: torch.dtype) -> None:
+    op, _, options = OPS[name]
+    seq_idx = torch.tensor([[0] * (row + 1) + [1] + [2] * (L - row - 2) for row in range(ROWS)])
+    packed = with_triton(op) if implementation == "triton" else partial(op, implementation="torch")
+    results = []
+    for function, exact in ((partial(packed, return_final_state=True), False), (partial(separately, op), True)):
+        values = draw(name, dtype)
+        given = {key: (value.double() if exact else value).requires_grad_() for key, value in values.items()}
+        y, state = function(**given, seq_idx=seq_idx, **options)
+        generator = torch.Generator().manual_seed(1)
+        loss = sum((part.double() * torch.randn(part.shape, generator=generator)).sum() for part in (y, state))
+        gradients = torch.autograd.grad(loss, list(given.values()))
+        results.append({"y": y, "state": state} | dict(zip(given, gradients, strict=True)))
+    for key, expected in results[1].items():
+        actual = results[0][key].double()
+        if dtype == torch.float32 or key == "state":
+            rtol, atol = TOLERANCES[results[0][key].dtype]
+            torch.testing.assert_close(
+                actual, expected, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+            )
+        else:
+            error = (actual - expected).norm() / expected.norm()
+            assert error < TOLERANCES[dtype][0] / 2, f"{key}: relative error {error:.1e}"
