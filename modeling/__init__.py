@@ -13,6 +13,7 @@ from .modeling_hybrid import (
 )
 from .modeling_mamba import (
     ZooS6ForCausalLM,
+    ZooS6ForMaskedLM,
     ZooS6ForSequenceClassification,
     ZooS6ForTokenClassification,
     ZooS6Model,
@@ -31,6 +32,7 @@ for _config, *_classes in (
         ZooMambaConfig,
         ZooS6Model,
         ZooS6ForCausalLM,
+        ZooS6ForMaskedLM,
         ZooS6ForSequenceClassification,
         ZooS6ForTokenClassification,
     ),
@@ -64,6 +66,7 @@ __all__ = [
     "ZooMamba2Config",
     "ZooMambaConfig",
     "ZooS6ForCausalLM",
+    "ZooS6ForMaskedLM",
     "ZooS6ForSequenceClassification",
     "ZooS6ForTokenClassification",
     "ZooS6Model",

@@ -24,6 +24,8 @@ class ZooMambaConfig(PreTrainedConfig):
         mixer_rms_eps: epsilon of FalconMamba's RMSNorms without weights on what `x_proj` gives: the low-rank step
             sizes, B and C. No such norms if not given.
         residual_in_fp32: keep the residual stream in float32.
+        bidirectional: every token sees its whole document: each mixer scans it in both directions. An encoder, without
+            a cache and without a causal head.
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
@@ -44,6 +46,7 @@ class ZooMambaConfig(PreTrainedConfig):
     layer_norm_epsilon: float = 1e-5
     mixer_rms_eps: float | None = None
     residual_in_fp32: bool = True
+    bidirectional: bool = False
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4

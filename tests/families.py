@@ -131,6 +131,17 @@ FAMILIES: dict[str, Family] = {
 
 # They see the tokens ahead, too: no causal language models, but every other head.
 ENCODERS: dict[str, Family] = {
+    "mamba-encoder": _mamba(bidirectional=True),
+    "mamba-options-encoder": _mamba(
+        state_size=5,
+        time_step_rank=7,
+        conv_kernel=3,
+        use_bias=True,
+        use_conv_bias=False,
+        mixer_rms_eps=1e-3,
+        residual_in_fp32=False,
+        bidirectional=True,
+    ),
     "mamba2-encoder": _mamba2(bidirectional=True),
     "mamba2-groups-encoder": _mamba2(
         n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.004, 0.5), bidirectional=True

@@ -42,6 +42,7 @@ AUTO_MAP = {
         "AutoConfig": "configuration_mamba.ZooMambaConfig",
         "AutoModel": "modeling_mamba.ZooS6Model",
         "AutoModelForCausalLM": "modeling_mamba.ZooS6ForCausalLM",
+        "AutoModelForMaskedLM": "modeling_mamba.ZooS6ForMaskedLM",
         "AutoModelForSequenceClassification": "modeling_mamba.ZooS6ForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_mamba.ZooS6ForTokenClassification",
     },
