@@ -348,6 +348,7 @@ def test_the_command_says_it_in_one_line(source: Path) -> None:
         ([Rule("x.{rest}", "a.{rest}"), Rule("{rest}", "{rest}")], "1 keys of the model met twice: a.d$"),
         ([Rule("{rest}", "{rest}"), Rule("y", "e")], "1 rules that meet nothing: y$"),
         ([Rule("{rest}", "{rest}"), Rule("y", "b.{layer}.c", layers=[1])], "1 rules that meet nothing: y$"),
+        ([Rule("{rest}", "{rest}"), Rule(None, "e")], "1 rules that meet nothing: e$"),
         ([Rule("{rest}", ("{rest}", "f.{rest}"))], "2 rules for keys that the model lacks: f.a.d, f.b.0.c$"),
     ],
 )
