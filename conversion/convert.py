@@ -24,6 +24,7 @@ from .byte_tokenizer import save_byte_tokenizer
 from .export import CARRIED, copy_files, hub_id
 from .format import Format, read_config
 from .format_bamba import BAMBA
+from .format_jamba import JAMBA
 from .format_llamba import LLAMBA
 from .format_mamba import FALCON_MAMBA, MAMBA
 from .format_mamba2 import MAMBA2
@@ -39,6 +40,7 @@ FORMATS = (
     FALCON_MAMBA,
     MAMBA2,
     BAMBA,
+    JAMBA,
     LLAMBA,
     format_state_spaces.MAMBA1,
     format_state_spaces.MAMBA2,
@@ -90,10 +92,11 @@ def convert(
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
-    Of transformers `mamba`, `mamba2`, `falcon_mamba` and `bamba` are known, of state-spaces Mamba-1 and Mamba-2, the
-    latter also with an MLP in each block or attention in some, and of Cartesia `llamba`. Tokenizer, licence and
-    generation config are carried over; to a state-spaces checkpoint of 256 tokens without a tokenizer, MambaByte's is
-    added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes it.
+    Of transformers `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba` are known, of state-spaces
+    Mamba-1 and Mamba-2, the latter also with an MLP in each block or attention in some, and of Cartesia `llamba`.
+    Tokenizer, licence and generation config are carried over; to a state-spaces checkpoint of 256 tokens without a
+    tokenizer, MambaByte's is added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes
+    it.
 
     Args:
         source: a folder, or a Hub id.

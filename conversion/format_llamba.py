@@ -79,6 +79,7 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
             f"config.json: ssm_cfg.n_v_heads: got {heads}; accepted: a divisor of expand * d_model = {inner}"
         )
     multiple = model["pad_vocab_size_multiple"]
+    ids: dict[str, Any] = {key: values.get(key) for key in _IDS}
     return ZooHybridConfig(
         vocab_size=-(-model["vocab_size"] // multiple) * multiple,
         hidden_size=model["d_model"],
@@ -94,7 +95,7 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
         state_size=mixer["d_state"],
         conv_kernel=mixer["d_conv"],
         tie_word_embeddings=model["tie_embeddings"],
-        **{key: values.get(key) for key in _IDS},
+        **ids,
     )
 
 

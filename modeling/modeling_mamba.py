@@ -2,7 +2,8 @@
 
 Paper: Gu and Dao, "Mamba" (arXiv 2312.00752), sections 3.4 and 3.6; official code: state-spaces/mamba@e9594ce,
 `modules/mamba_simple.py`. Parameter names and shapes are those of the official and of transformers' checkpoints.
-`mixer_rms_eps` adds the norms of FalconMamba (arXiv 2410.05355; transformers' `modeling_falcon_mamba.py`).
+`mixer_rms_eps` adds the norms of FalconMamba (arXiv 2410.05355; transformers' `modeling_falcon_mamba.py`), which
+`mixer_rms_weight` makes those of Jamba (arXiv 2403.19887; transformers' `modeling_jamba.py`).
 
 Symbols: B batch, L length, D width, E inner width, R rank of the step sizes, N state size, K convolution width; x
 inputs, z gate, dt step sizes, A decay rates, B and C input and output maps.
@@ -10,7 +11,7 @@ inputs, z gate, dt step sizes, A decay rates, B and C input and output maps.
 An encoder (`bidirectional`) scans every document a second time, from its end, with a convolution, `x_proj`, `dt_proj`,
 decay rates and skip of its own (`reverse`). `in_proj`, the gate and `out_proj`, which hold most parameters, serve both
 directions; the gated outputs of the two scans are added before `out_proj`. So Vision Mamba (arXiv 2401.09417, algorithm
-1) and, with the sum after `out_proj`, which is the same, Caduceus's BiMamba (arXiv 2403.03234;
+1) and, with the sum after `out_proj`, which without a bias is the same, Caduceus's BiMamba (arXiv 2403.03234;
 kuleshov-group/caduceus@0d7fae1). A causal checkpoint loads into an encoder, with `reverse` alone being new.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
@@ -30,7 +31,7 @@ from transformers.cache_utils import Cache
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
 from .cache import is_single_step, layer_of
-from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba import ZooMambaConfig
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
@@ -53,17 +54,28 @@ class StepProjection(nn.Linear):
         return F.linear(input, self.weight) + self.bias
 
 
+def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
+    """The norm on `size` channels of what `x_proj` gives; nothing where the configuration has none."""
+    if config.mixer_rms_eps is None:
+        return nn.Identity()
+    if config.mixer_rms_weight:
+        return RMSNorm(size, config.mixer_rms_eps)
+    return nn.RMSNorm(size, config.mixer_rms_eps, elementwise_affine=False)
+
+
 class MambaScan(nn.Module):
     """What a direction of the mixer has of its own: convolution, `x_proj`, `dt_proj`, decay rates and skip."""
 
     def __init__(self, config: ZooMambaConfig) -> None:
         super().__init__()
-        self.rms_eps = config.mixer_rms_eps
         inner, rank, state_size = config.intermediate_size, int(config.time_step_rank or 0), config.state_size
         self.conv1d = ShortConvolution(inner, config.conv_kernel, bias=config.use_conv_bias, activation="silu")
         # rows in the order dt, B, C
         self.split = [rank, state_size, state_size]
         self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
+        self.dt_layernorm = _low_rank_norm(rank, config)
+        self.b_layernorm = _low_rank_norm(state_size, config)
+        self.c_layernorm = _low_rank_norm(state_size, config)
         self.dt_proj = StepProjection(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, state_size))
         self.D = nn.Parameter(torch.empty(inner))
@@ -95,10 +107,8 @@ class MambaScan(nn.Module):
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (B, L, E) before softplus, B and C (B, L, 1, N), of convolved (B, L, E) inputs."""
-        low_rank = self.x_proj(x).split(self.split, dim=-1)
-        if self.rms_eps is not None:
-            low_rank = [F.rms_norm(part, part.shape[-1:], eps=self.rms_eps) for part in low_rank]
-        dt, B, C = low_rank
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         return self.dt_proj(dt), B[:, :, None], C[:, :, None]
 
     def mixing_matrix(self, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
@@ -179,7 +189,7 @@ def init_mamba_mixer(mixer: MambaMixer, config: ZooMambaConfig) -> None:
     | parameter | value |
     |---|---|
     | A_log | log of 1 ... N in every channel (S4D-Real) |
-    | D | 1 |
+    | D, norms | 1 |
     | dt_proj.bias | inverse softplus of a step size log-uniform in [time_step_min, time_step_max], at least the floor |
     | other projections, conv1d | PyTorch's default, U(+-1 / sqrt(fan in)), conv bias too; other biases 0 |
     | out_proj | the same over sqrt(number of layers) |

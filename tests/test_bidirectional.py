@@ -80,11 +80,9 @@ def convolved(scan: Any, x: Tensor) -> Tensor:
 def scanned_s6(scan: Any, x: Tensor) -> Tensor:
     """One direction of Mamba-1 over one document, in a loop over time."""
     x = convolved(scan, x)
-    parts = scan.x_proj(x).split(scan.split, dim=-1)
-    if scan.rms_eps is not None:
-        parts = [rms_norm_reference(part, torch.ones(part.shape[-1]), scan.rms_eps) for part in parts]
-    steps, B, C = scan.dt_proj(parts[0]), parts[1][:, :, None], parts[2][:, :, None]
-    return selective_scan_reference(x, steps, -scan.A_log.exp(), B, C, D=scan.D, dt_softplus=True)
+    dt, B, C = scan.x_proj(x).split(scan.split, dim=-1)
+    dt, B, C = scan.dt_proj(scan.dt_layernorm(dt)), scan.b_layernorm(B)[:, :, None], scan.c_layernorm(C)[:, :, None]
+    return selective_scan_reference(x, dt, -scan.A_log.exp(), B, C, D=scan.D, dt_softplus=True)
 
 
 def scanned_ssd(scan: Any, xBC: Tensor, dt: Tensor) -> Tensor:

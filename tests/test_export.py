@@ -34,7 +34,7 @@ MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "se
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),
     "mamba2-groups": sorted([*SHARED, *MAMBA2]),
-    "all-four": sorted([*SHARED, *MAMBA2, "configuration_hybrid.py", "modeling_hybrid.py"]),
+    "all-four": sorted([*SHARED, *MAMBA, *MAMBA2, "configuration_hybrid.py", "modeling_hybrid.py"]),
 }
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
 AUTO_MAP = {
