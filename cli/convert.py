@@ -16,7 +16,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="zoo, transformers or state-spaces. If not given: zoo; of a zoo checkpoint, transformers.",
+            help="zoo, transformers, state-spaces or cartesia. If not given: zoo; of a zoo checkpoint, transformers.",
         ),
     ] = None,
     dtype: Annotated[
@@ -32,7 +32,7 @@ def convert(
         typer.Option("--verify/--no-verify", help="Load both models, in float32, and compare their logits."),
     ] = True,
 ) -> None:
-    """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba; state-spaces; the zoo's.
+    """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba, jamba; state-spaces; llamba; the zoo's.
 
     Prints what was read and written, and how far the logits of both sides are apart. OUT appears whole or not at
     all. What the other side cannot express is refused by the name of its field.

@@ -24,6 +24,8 @@ from .byte_tokenizer import save_byte_tokenizer
 from .export import CARRIED, copy_files, hub_id
 from .format import Format, read_config
 from .format_bamba import BAMBA
+from .format_jamba import JAMBA
+from .format_llamba import LLAMBA
 from .format_mamba import FALCON_MAMBA, MAMBA
 from .format_mamba2 import MAMBA2
 from .output_folder import new_folder
@@ -38,12 +40,14 @@ FORMATS = (
     FALCON_MAMBA,
     MAMBA2,
     BAMBA,
+    JAMBA,
+    LLAMBA,
     format_state_spaces.MAMBA1,
     format_state_spaces.MAMBA2,
     format_state_spaces.MAMBA2_HYBRID,
 )
 _ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (ZooS6ForCausalLM, ZooSSDForCausalLM, ZooHybridForCausalLM)
-_TARGETS = ("zoo", "transformers", "state-spaces")
+_TARGETS = ("zoo", "transformers", "state-spaces", "cartesia")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
 _CARRIED = ("generation_config.json", *CARRIED)
@@ -88,15 +92,17 @@ def convert(
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
-    Of transformers `mamba`, `mamba2`, `falcon_mamba` and `bamba` are known, of state-spaces Mamba-1 and Mamba-2, the
-    latter also with an MLP in each block or attention in some. Tokenizer, licence and generation config are carried
-    over; to a state-spaces checkpoint of 256 tokens without a tokenizer, MambaByte's is added. To the zoo the folder
-    is self-contained, as `save_pretrained` of a zoo model writes it.
+    Of transformers `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba` are known, of state-spaces
+    Mamba-1 and Mamba-2, the latter also with an MLP in each block or attention in some, and of Cartesia `llamba`.
+    Tokenizer, licence and generation config are carried over; to a state-spaces checkpoint of 256 tokens without a
+    tokenizer, MambaByte's is added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes
+    it.
 
     Args:
         source: a folder, or a Hub id.
         folder: a new or empty folder to write; its parents are made as needed.
-        to: "zoo", "transformers" or "state-spaces"; if not given "transformers" for a zoo checkpoint, else "zoo".
+        to: "zoo", "transformers", "state-spaces" or "cartesia"; if not given "transformers" for a zoo checkpoint, else
+            "zoo".
         dtype: "float32", "bfloat16" or "float16"; that of each tensor if not given. What our models keep in float32
             (A_log, D and the bias of the step sizes) is written in float32 then.
         allow_pickle: read `pytorch_model.bin`, with `weights_only=True`, where there is no safetensors file.
@@ -201,7 +207,7 @@ def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
     by_type = {str(kind.config_class.model_type): kind for kind in _ZOO_CLASSES}  # pyright: ignore[reportOptionalMemberAccess]
     model_type = values.get("model_type")
     if model_type not in by_type:
-        theirs = [form.name.split()[1] for form in FORMATS if form.library == "transformers"]
+        theirs = [form.name.split()[1] for form in FORMATS if form.library != "state-spaces"]
         raise ValueError(
             f"config.json: model_type: got {model_type!r}; accepted: {', '.join([*theirs, *by_type])}, or with none "
             "that of state-spaces, with d_model and n_layer"
@@ -255,7 +261,7 @@ def _tensors_of(
     if target.model_class is not None:
         model = _empty(target.model_class, config)
         check(tensors, {key: lazy(tensor) for key, tensor in model.items()}, target.name)
-    elif read.zoo_config.tie_word_embeddings:  # state-spaces loads strictly, and has the head as a key of its own
+    elif read.zoo_config.tie_word_embeddings and target.keeps_tied_head:
         tensors[_HEAD] = tensors[mapper.theirs_of(_EMBEDDING)]
     return tensors
 

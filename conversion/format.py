@@ -21,7 +21,7 @@ class Format:
 
     Attributes:
         name: for messages and reports.
-        library: whose it is, "transformers" or "state-spaces".
+        library: whose it is, "transformers", "state-spaces" or "cartesia".
         zoo_class: our model.
         reads: whether the values of a config.json are of this format.
         read: their configuration, of a folder: of transformers' formats an object of its class, else the values of
@@ -32,6 +32,8 @@ class Format:
         rules: from their keys to ours, for our configuration.
         model_class: their model, where transformers has it.
         former_keys: keys that earlier releases used, with the later ones.
+        keeps_tied_head: whether a head that is the embedding is written as a key of its own, where transformers does
+            not have the model.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Format:
     writes: Callable[[Any], bool] = lambda config: True
     model_class: type[PreTrainedModel] | None = None
     former_keys: Mapping[str, str] = field(default_factory=dict)
+    keeps_tied_head: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,6 +72,32 @@ def require(name: str, value: Any, accepted: Any, why: str) -> None:
     """Raise a ValueError that names a field which has another value than the only one that can be expressed."""
     if value != accepted:
         raise ValueError(f"config.json: {name}: got {value!r}; accepted: {accepted!r} ({why})")
+
+
+def filled(prefix: str, values: Any, defaults: dict[str, Any], library: str) -> dict[str, Any]:
+    """The values of an object of config.json, with defaults for those that are not given.
+
+    Args:
+        prefix: name of the object and a dot, for the message; empty for the whole file.
+        values: what was read.
+        defaults: every field that there is, with its default.
+        library: whose fields they are, for the message.
+
+    Raises:
+        ValueError: if it is no object, or has another field.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json: {prefix.rstrip('.')}: got {values!r}; accepted: an object")
+    for key in values:
+        if key not in defaults:
+            raise ValueError(f"config.json: {prefix}{key}: not a field of {library}; accepted: {', '.join(defaults)}")
+    return {**defaults, **values}
+
+
+def positive(name: str, value: Any) -> None:
+    """Raise a ValueError that names a field which is no integer from 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"config.json: {name}: got {value!r}; accepted: an integer from 1")
 
 
 def head_rules(config: PreTrainedConfig) -> list[Rule]:

@@ -1,5 +1,7 @@
 """transformers' `bamba` and `zoo_hybrid`: Mamba-2 and attention with partial rotary positions, each with an MLP."""
 
+from collections.abc import Collection
+
 from transformers import BambaConfig, BambaForCausalLM
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
@@ -66,15 +68,17 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
     return BambaConfig(
         **values,
         mamba_n_heads=config.expand * config.hidden_size // config.mamba_head_dim,
-        attn_layer_indices=_layers(config, "full_attention"),
+        attn_layer_indices=layers_of(config, {"full_attention"}),
     )
 
 
-def _layers(config: ZooHybridConfig, kind: str) -> list[int]:
-    return [layer for layer, mixer in enumerate(config.mixer_types or []) if mixer == kind]
+def layers_of(config: ZooHybridConfig, kinds: Collection[str]) -> list[int]:
+    """The blocks whose token mixer is one of `kinds`."""
+    return [layer for layer, mixer in enumerate(config.mixer_types or []) if mixer in kinds]
 
 
-def _rules(config: ZooHybridConfig) -> list[Rule]:
+def block_rules(config: ZooHybridConfig) -> list[Rule]:
+    """The keys of transformers' Bamba and Jamba."""
     theirs, ours = "model.layers.{layer}.", "backbone.layers.{layer}."
     rules = [
         Rule("model.embed_tokens.weight", "backbone.embeddings.weight"),
@@ -84,8 +88,8 @@ def _rules(config: ZooHybridConfig) -> list[Rule]:
         Rule("model.final_layernorm.weight", "backbone.norm_f.weight"),
         *head_rules(config),
     ]
-    for name, kind in (("mamba", "mamba2"), ("self_attn", "full_attention")):
-        if layers := _layers(config, kind):
+    for name, kinds in (("mamba", {"mamba", "mamba2"}), ("self_attn", {"full_attention"})):
+        if layers := layers_of(config, kinds):
             rules.append(Rule(f"{theirs}{name}.{{rest}}", ours + "mixer.{rest}", layers=layers))
     return rules
 
@@ -98,6 +102,7 @@ BAMBA = Format(
     read=BambaConfig.from_pretrained,
     zoo_config=_zoo_config,
     config=_config,
-    rules=_rules,
+    rules=block_rules,
+    writes=lambda config: "mamba" not in (config.mixer_types or []),
     model_class=BambaForCausalLM,
 )

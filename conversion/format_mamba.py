@@ -54,6 +54,7 @@ def _config(config: ZooMambaConfig) -> MambaConfig:
 
 
 def _falcon_config(config: ZooMambaConfig) -> FalconMambaConfig:
+    require("mixer_rms_weight", config.mixer_rms_weight, False, "FalconMamba's norms have no weights")
     return FalconMambaConfig(**{key: getattr(config, key) for key in (*_SAME, "mixer_rms_eps")})
 
 

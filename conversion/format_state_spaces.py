@@ -246,6 +246,7 @@ MAMBA1 = Format(
     zoo_config=_mamba1,
     config=_mamba1_written,
     rules=_stack_rules,
+    keeps_tied_head=True,
 )
 MAMBA2 = Format(
     name="state-spaces Mamba-2",
@@ -256,6 +257,7 @@ MAMBA2 = Format(
     zoo_config=_mamba2,
     config=_mamba2_written,
     rules=_stack_rules,
+    keeps_tied_head=True,
 )
 MAMBA2_HYBRID = Format(
     name="state-spaces Mamba-2 with attention or MLP",
@@ -266,4 +268,5 @@ MAMBA2_HYBRID = Format(
     zoo_config=_hybrid,
     config=_hybrid_written,
     rules=_hybrid_rules,
+    keeps_tied_head=True,
 )

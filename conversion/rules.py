@@ -41,6 +41,10 @@ def lazy(tensor: Tensor) -> LazyTensor:
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
+def _zeros(tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.shape, tensor.dtype, lambda: torch.zeros(tensor.shape, dtype=tensor.dtype))
+
+
 @dataclass(frozen=True)
 class SplitRows:
     """One tensor of theirs is several of ours, one below the other.
@@ -73,13 +77,13 @@ class Rule:
     """One key pattern of theirs, and ours.
 
     Attributes:
-        theirs: pattern of the key in the other layout.
+        theirs: pattern of the key in the other layout; None: it has no such tensor, and computes as with zeros.
         ours: patterns of the zoo's keys: one, or with `transform` several.
         transform: how one becomes several; None where the tensor is the same.
         layers: blocks that the rule is for; None: all.
     """
 
-    theirs: str
+    theirs: str | None
     ours: str | tuple[str, ...]
     transform: SplitRows | None = None
     layers: Collection[int] | None = None
@@ -98,17 +102,17 @@ class Mapper:
 
     def __init__(self, rules: list[Rule], model: Mapping[str, Tensor]) -> None:
         self.model = {key: lazy(tensor) for key, tensor in model.items()}
-        self._steps: list[tuple[str, tuple[str, ...], SplitRows | None]] = []
+        self._steps: list[tuple[str | None, tuple[str, ...], SplitRows | None]] = []
         unused = []
         for rule in rules:
             patterns = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
             found = [match for match in map(_expression(patterns[0]).fullmatch, model) if match]
             fields = [match.groupdict() for match in found]
             fields = [each for each in fields if rule.layers is None or int(each["layer"]) in rule.layers]
-            unused += [] if fields else [rule.theirs]
+            unused += [] if fields else [rule.theirs or patterns[0]]
             for each in fields:
                 ours = tuple(pattern.format(**each) for pattern in patterns)
-                self._steps.append((rule.theirs.format(**each), ours, rule.transform))
+                self._steps.append((rule.theirs and rule.theirs.format(**each), ours, rule.transform))
         met = [key for _, keys, _ in self._steps for key in keys]
         twice = sorted({key for key in met if met.count(key) > 1}) if len(met) != len(set(met)) else []
         problems = {"rules that meet nothing": unused, "keys of the model met twice": twice}
@@ -118,24 +122,39 @@ class Mapper:
 
     def theirs_of(self, key: str) -> str:
         """Their key that one of ours comes from."""
-        return next(theirs for theirs, ours, _ in self._steps if key in ours)
+        return next(theirs for theirs, ours, _ in self._steps if theirs and key in ours)
 
     def expected(self) -> dict[str, LazyTensor]:
         """What a checkpoint in their layout holds: keys and shapes."""
-        return self.from_ours(self.model)
+        return self._from_ours(self.model)
 
     def to_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         """The zoo's tensors, of theirs; :func:`check` them first."""
         result = {}
         for theirs, ours, transform in self._steps:
+            if theirs is None:
+                result.update({key: _zeros(self.model[key]) for key in ours})
+                continue
             parts = [tensors[theirs]] if transform is None else transform.split(tensors[theirs])
             result.update(zip(ours, parts, strict=True))
         return result
 
     def from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """Their tensors, of the zoo's."""
+        """Their tensors, of the zoo's.
+
+        Raises:
+            ValueError: if a tensor that they do not have is not zero.
+        """
+        lacking = [key for theirs, ours, _ in self._steps if theirs is None for key in ours]
+        lost = [key for key in lacking if bool(tensors[key].load().any())]
+        _raise("weights", {"that have to be 0, as the other layout has none, are not": lost})
+        return self._from_ours(tensors)
+
+    def _from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         result = {}
         for theirs, ours, transform in self._steps:
+            if theirs is None:
+                continue
             parts = [tensors[key] for key in ours]
             result[theirs] = parts[0] if transform is None else transform.join(parts)
         return result

@@ -7,7 +7,7 @@ name; a field that only says how to initialise or how fast to compute is left as
 from dataclasses import dataclass
 from typing import Any
 
-from .format import require
+from .format import filled, positive, require
 
 EPSILON = 1e-5
 """Epsilon of every norm, which is no field."""
@@ -100,9 +100,9 @@ def parse(values: dict[str, Any]) -> StateSpacesConfig:
     Raises:
         ValueError: with the name of a field that is unknown, malformed, or says what cannot be expressed.
     """
-    model = _filled("", values, _MODEL)
+    model = filled("", values, _MODEL, "state-spaces")
     for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
-        _positive(name, model[name])
+        positive(name, model[name])
     require("rms_norm", model["rms_norm"], True, "norms of the mean are not offered")
     layer, plain = layer_kind(values)
     if layer not in _MIXERS:
@@ -111,9 +111,9 @@ def parse(values: dict[str, Any]) -> StateSpacesConfig:
         name = "attn_layer_idx" if model["attn_layer_idx"] else "d_intermediate"
         raise ValueError(f"config.json: {name}: got {model[name]!r}; accepted with Mamba1: none")
     given = {key: value for key, value in (model["ssm_cfg"] or {}).items() if key != "layer"}
-    mixer = _filled("ssm_cfg.", given, _MIXERS[layer])
+    mixer = filled("ssm_cfg.", given, _MIXERS[layer], "state-spaces")
     for name in ("d_state", "expand", "d_conv"):
-        _positive(f"ssm_cfg.{name}", mixer[name])
+        positive(f"ssm_cfg.{name}", mixer[name])
     if layer == "Mamba2":
         inner = mixer["expand"] * model["d_model"]
         require("ssm_cfg.d_ssm", mixer["d_ssm"] or inner, inner, "an MLP inside of the mixer is not offered")
@@ -133,8 +133,8 @@ def _attention(model: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json: attn_layer_idx: got {layers!r}; accepted: numbers of the {model['n_layer']} layers"
         )
-    attention = _filled("attn_cfg.", model["attn_cfg"] or {}, _ATTENTION)
-    _positive("attn_cfg.num_heads", attention["num_heads"])
+    attention = filled("attn_cfg.", model["attn_cfg"] or {}, _ATTENTION, "state-spaces")
+    positive("attn_cfg.num_heads", attention["num_heads"])
     attention["num_heads_kv"] = attention["num_heads_kv"] or attention["num_heads"]
     attention["head_dim"] = attention["head_dim"] or model["d_model"] // attention["num_heads"]
     accepted = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_interleaved": False}
@@ -145,20 +145,3 @@ def _attention(model: dict[str, Any]) -> dict[str, Any]:
     require("attn_cfg.softmax_scale", attention["softmax_scale"] or scale, scale, "one over the root of head_dim")
     require("attn_cfg.out_proj_bias", attention["out_proj_bias"], attention["qkv_proj_bias"], "that of qkv_proj_bias")
     return attention
-
-
-def _filled(prefix: str, values: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values with defaults for those that are not given."""
-    if not isinstance(values, dict):
-        raise ValueError(f"config.json: {prefix.rstrip('.')}: got {values!r}; accepted: an object")
-    for key in values:
-        if key not in defaults:
-            raise ValueError(
-                f"config.json: {prefix}{key}: not a field of state-spaces; accepted: {', '.join(defaults)}"
-            )
-    return {**defaults, **values}
-
-
-def _positive(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {name}: got {value!r}; accepted: an integer from 1")

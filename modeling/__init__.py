@@ -14,6 +14,7 @@ from .modeling_hybrid import (
 )
 from .modeling_mamba import (
     ZooS6ForCausalLM,
+    ZooS6ForMaskedLM,
     ZooS6ForSequenceClassification,
     ZooS6ForTokenClassification,
     ZooS6Model,
@@ -38,6 +39,7 @@ for _config, *_classes in (
         ZooMambaConfig,
         ZooS6Model,
         ZooS6ForCausalLM,
+        ZooS6ForMaskedLM,
         ZooS6ForSequenceClassification,
         ZooS6ForTokenClassification,
     ),
@@ -83,6 +85,7 @@ __all__ = [
     "ZooMamba2Config",
     "ZooMambaConfig",
     "ZooS6ForCausalLM",
+    "ZooS6ForMaskedLM",
     "ZooS6ForSequenceClassification",
     "ZooS6ForTokenClassification",
     "ZooS6Model",

@@ -7,10 +7,19 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
 from .configuration_taipan import check_selective_attention
 
-MIXER_TYPES = ("full_attention", "sliding_attention", "selective_attention", "mamba2", "discrete_mamba2", "none")
+MIXER_TYPES = (
+    "full_attention",
+    "sliding_attention",
+    "selective_attention",
+    "mamba",
+    "mamba2",
+    "discrete_mamba2",
+    "none",
+)
 MLP_TYPES = ("gated", "none")
 FEATURE_MAPS = ("identity", "softplus")
 
@@ -24,8 +33,8 @@ class ZooHybridConfig(PreTrainedConfig):
         hidden_size: D, model width.
         intermediate_size: width of the gated MLP; 0 only where no block has one.
         num_hidden_layers: blocks.
-        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "selective_attention", "mamba2",
-            "discrete_mamba2" or "none"; all "full_attention" if not given.
+        mixer_types: token mixer of each block: "full_attention", "sliding_attention", "selective_attention", "mamba",
+            "mamba2", "discrete_mamba2" or "none"; all "full_attention" if not given.
         mlp_types: channel mixer of each block: "gated" or "none"; all "gated" if not given. A block has a token mixer,
             an MLP, or both, and a norm for each.
         num_attention_heads: H, heads of attention and of discrete Mamba-2.
@@ -46,17 +55,21 @@ class ZooHybridConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the capacity loss while training.
         sal_key_source: "all" or "selected".
         sal_dense_training: attend for all tokens while training.
-        state_size: N, state channels of a Mamba-2 or discrete Mamba-2 head; `head_dim` if not given.
+        state_size: N, state channels of a Mamba-1 channel, or of a Mamba-2 or discrete Mamba-2 head; `head_dim` if not
+            given.
         conv_kernel: K, width of the short convolution, at least 2.
         feature_map: map on B and C of discrete Mamba-2: "identity", or "softplus" (positive features).
         normalize: divide each output of discrete Mamba-2 by its row sum, as softmax does; needs positive features.
         ssm_rotary: apply the rotary embedding to B and C of discrete Mamba-2, as attention does to k and q.
-        expand: inner over model width of Mamba-2.
+        expand: inner over model width of Mamba-1 and Mamba-2.
         mamba_head_dim: P of Mamba-2.
         n_groups: groups of Mamba-2 heads that share B and C.
-        mamba_proj_bias: bias in `in_proj` and `out_proj` of Mamba-2.
-        mamba_conv_bias: bias in the convolution of Mamba-2.
+        mamba_proj_bias: bias in `in_proj` and `out_proj` of Mamba-1 and Mamba-2.
+        mamba_conv_bias: bias in the convolution of Mamba-1 and Mamba-2.
         time_step_limit: range that step sizes of Mamba-2 are clamped to.
+        time_step_rank: R, rank of Mamba-1's projection to the step sizes; D / 16, rounded up, if not given.
+        mixer_rms_eps: epsilon of RMSNorms on the low-rank step sizes, B and C of Mamba-1; no such norms if not given.
+        mixer_rms_weight: these norms have weights, as Jamba's.
         initializer_range: standard deviation of projections and embedding at initialisation.
     """
 
@@ -95,6 +108,9 @@ class ZooHybridConfig(PreTrainedConfig):
     mamba_proj_bias: bool = False
     mamba_conv_bias: bool = True
     time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    time_step_rank: int | None = None
+    mixer_rms_eps: float | None = None
+    mixer_rms_weight: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -128,6 +144,22 @@ class ZooHybridConfig(PreTrainedConfig):
         kinds = {"full_attention": "full_attention"}
         kinds |= {"sliding_attention": "zoo_window", "selective_attention": "zoo_window"}
         return [kinds.get(mixer, "zoo_recurrent") for mixer in self.mixer_types or []]
+
+    @property
+    def mamba(self) -> ZooMambaConfig:
+        """Sizes of the Mamba-1 mixers."""
+        return ZooMambaConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            state_size=int(self.state_size or 0),
+            expand=self.expand,
+            time_step_rank=self.time_step_rank,
+            conv_kernel=self.conv_kernel,
+            use_bias=self.mamba_proj_bias,
+            use_conv_bias=self.mamba_conv_bias,
+            mixer_rms_eps=self.mixer_rms_eps,
+            mixer_rms_weight=self.mixer_rms_weight,
+        )
 
     @property
     def mamba2(self) -> ZooMamba2Config:
@@ -195,6 +227,8 @@ class ZooHybridConfig(PreTrainedConfig):
             raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
         if "selective_attention" in mixers:
             check_selective_attention(self)
+        if "mamba" in mixers:
+            _ = self.mamba  # checks itself
         if "mamba2" in mixers:
             _ = self.mamba2  # checks itself
 

@@ -21,9 +21,12 @@ class ZooMambaConfig(PreTrainedConfig):
         use_bias: bias in `in_proj` and `out_proj`.
         use_conv_bias: bias in the convolution.
         layer_norm_epsilon: epsilon of the blocks' norms and of the last one.
-        mixer_rms_eps: epsilon of FalconMamba's RMSNorms without weights on what `x_proj` gives: the low-rank step
-            sizes, B and C. No such norms if not given.
+        mixer_rms_eps: epsilon of RMSNorms on what `x_proj` gives: the low-rank step sizes, B and C, as in FalconMamba
+            and Jamba. No such norms if not given.
+        mixer_rms_weight: these norms have weights, as Jamba's; FalconMamba's have none.
         residual_in_fp32: keep the residual stream in float32.
+        bidirectional: every token sees its whole document: each mixer scans it in both directions. An encoder, without
+            a cache and without a causal head.
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
@@ -43,7 +46,9 @@ class ZooMambaConfig(PreTrainedConfig):
     use_conv_bias: bool = True
     layer_norm_epsilon: float = 1e-5
     mixer_rms_eps: float | None = None
+    mixer_rms_weight: bool = False
     residual_in_fp32: bool = True
+    bidirectional: bool = False
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -84,6 +89,8 @@ class ZooMambaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.mixer_rms_weight and self.mixer_rms_eps is None:
+            raise ValueError("mixer_rms_weight=True needs norms: mixer_rms_eps must be given, got None")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"time_step_min and time_step_max must satisfy 0 < min <= max, got {self.time_step_min} and "

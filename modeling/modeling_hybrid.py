@@ -3,8 +3,8 @@
 Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
 first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
-tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-2 (`modeling_mamba2.py`);
-and discrete Mamba-2, defined here.
+tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-1 (`modeling_mamba.py`) and
+Mamba-2 (`modeling_mamba2.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
 `modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar
@@ -35,6 +35,7 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
@@ -255,6 +256,8 @@ def make_mlp(config: ZooHybridConfig) -> GatedMLP:
 def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
     """The token mixer that `config.mixer_types` names for a layer."""
     kind = (config.mixer_types or [])[layer_idx]
+    if kind == "mamba":
+        return MambaMixer(config.mamba, layer_idx)
     if kind == "mamba2":
         return Mamba2Mixer(config.mamba2, layer_idx)
     if kind == "discrete_mamba2":
@@ -300,6 +303,7 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias"]
     auto_classes = {
         "AutoModel": "ZooHybridModel",
         "AutoModelForCausalLM": "ZooHybridForCausalLM",
@@ -310,7 +314,9 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mamba2Mixer):  # after its projections, which it initialises again
+        if isinstance(module, MambaMixer):  # after its projections, which it initialises again
+            init_mamba_mixer(module, self.config.mamba)
+        elif isinstance(module, Mamba2Mixer):
             init_mamba2_mixer(module, self.config.mamba2)
         elif isinstance(module, DiscreteMamba2Mixer):
             init_discrete_mamba2_mixer(module, self.config)

@@ -2,10 +2,17 @@
 
 Paper: Gu and Dao, "Mamba" (arXiv 2312.00752), sections 3.4 and 3.6; official code: state-spaces/mamba@e9594ce,
 `modules/mamba_simple.py`. Parameter names and shapes are those of the official and of transformers' checkpoints.
-`mixer_rms_eps` adds the norms of FalconMamba (arXiv 2410.05355; transformers' `modeling_falcon_mamba.py`).
+`mixer_rms_eps` adds the norms of FalconMamba (arXiv 2410.05355; transformers' `modeling_falcon_mamba.py`), which
+`mixer_rms_weight` makes those of Jamba (arXiv 2403.19887; transformers' `modeling_jamba.py`).
 
 Symbols: B batch, L length, D width, E inner width, R rank of the step sizes, N state size, K convolution width; x
 inputs, z gate, dt step sizes, A decay rates, B and C input and output maps.
+
+An encoder (`bidirectional`) scans every document a second time, from its end, with a convolution, `x_proj`, `dt_proj`,
+decay rates and skip of its own (`reverse`). `in_proj`, the gate and `out_proj`, which hold most parameters, serve both
+directions; the gated outputs of the two scans are added before `out_proj`. So Vision Mamba (arXiv 2401.09417, algorithm
+1) and, with the sum after `out_proj`, which without a bias is the same, Caduceus's BiMamba (arXiv 2403.03234;
+kuleshov-group/caduceus@0d7fae1). A causal checkpoint loads into an encoder, with `reverse` alone being new.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `dt_proj` is called, where the official code multiplies by its weight and passes its bias to the scan (see
@@ -24,9 +31,9 @@ from transformers.cache_utils import Cache
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
 from .cache import is_single_step, layer_of
-from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba import ZooMambaConfig
-from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
 from .sequence import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
@@ -47,37 +54,36 @@ class StepProjection(nn.Linear):
         return F.linear(input, self.weight) + self.bias
 
 
-class MambaMixer(nn.Module):
-    """The Mamba mixer (arXiv 2312.00752, section 3.4)."""
+def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
+    """The norm on `size` channels of what `x_proj` gives; nothing where the configuration has none."""
+    if config.mixer_rms_eps is None:
+        return nn.Identity()
+    if config.mixer_rms_weight:
+        return RMSNorm(size, config.mixer_rms_eps)
+    return nn.RMSNorm(size, config.mixer_rms_eps, elementwise_affine=False)
 
-    def __init__(self, config: ZooMambaConfig, layer_idx: int) -> None:
+
+class MambaScan(nn.Module):
+    """What a direction of the mixer has of its own: convolution, `x_proj`, `dt_proj`, decay rates and skip."""
+
+    def __init__(self, config: ZooMambaConfig) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
-        self.rms_eps = config.mixer_rms_eps
         inner, rank, state_size = config.intermediate_size, int(config.time_step_rank or 0), config.state_size
-        # rows in the order x, z
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
         self.conv1d = ShortConvolution(inner, config.conv_kernel, bias=config.use_conv_bias, activation="silu")
         # rows in the order dt, B, C
         self.split = [rank, state_size, state_size]
         self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
+        self.dt_layernorm = _low_rank_norm(rank, config)
+        self.b_layernorm = _low_rank_norm(state_size, config)
+        self.c_layernorm = _low_rank_norm(state_size, config)
         self.dt_proj = StepProjection(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, state_size))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        sequence: Sequence,
-        past_key_values: Cache | None = None,
-        output_attentions: bool = False,
+    def scan(
+        self, x: Tensor, z: Tensor, sequence: Sequence, cache: Any = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, E, L, L) mixing matrix if asked for."""
-        cache = layer_of(past_key_values, self.layer_idx)
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if is_single_step(hidden_states, sequence, cache):
-            return self.step(x, z, cache), None
+        """(B, L, E) inputs and gates to (B, L, E) gated outputs, and the matrix if asked for."""
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         x, conv_state = self.conv1d(x, cache.conv_state if started else None, sequence.seq_idx)
         dt, B, C = self.maps(x)
@@ -96,16 +102,67 @@ class MambaMixer(nn.Module):
             return_final_state=True,
         )
         if cache is not None:
-            cache.set_states(conv_state, state, hidden_states.shape[1])
-        return self.out_proj(y), self.mixing_matrix(dt, A, B, C, sequence) if output_attentions else None
+            cache.set_states(conv_state, state, x.shape[1])
+        return y, self.mixing_matrix(dt, A, B, C, sequence) if output_attentions else None
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (B, L, E) before softplus, B and C (B, L, 1, N), of convolved (B, L, E) inputs."""
-        low_rank = self.x_proj(x).split(self.split, dim=-1)
-        if self.rms_eps is not None:
-            low_rank = [F.rms_norm(part, part.shape[-1:], eps=self.rms_eps) for part in low_rank]
-        dt, B, C = low_rank
+        dt, B, C = self.x_proj(x).split(self.split, dim=-1)
+        dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         return self.dt_proj(dt), B[:, :, None], C[:, :, None]
+
+    def mixing_matrix(self, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
+        """(B, E, L, L) hidden attention: y = M x before the gate, step sizes and the skip D on the diagonal included.
+
+        `M[i, j] = sum_n C_i exp(A sum_{k=j+1..i} dt_k) B_j dt_j` (Ali et al., arXiv 2403.01590). Every channel decays
+        by itself and so is a head of its own: 4 E L^2 bytes a row and layer, 1.5 GiB for L = 512 in the 130M model.
+        """
+        steps = F.softplus(dt.float())
+        states = range(A.shape[1])
+        matrix = sum(
+            ssd_matrix(steps * A[:, n], B[..., n, None], C[..., n, None], seq_idx=sequence.seq_idx) for n in states
+        )
+        matrix = matrix * steps.transpose(1, 2)[:, :, None, :]
+        return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
+
+
+class MambaMixer(MambaScan):
+    """The Mamba mixer (arXiv 2312.00752, section 3.4), in one direction or, in an encoder, in both."""
+
+    def __init__(self, config: ZooMambaConfig, layer_idx: int) -> None:
+        super().__init__(config)
+        self.layer_idx = layer_idx
+        inner = config.intermediate_size
+        # rows in the order x, z
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.reverse = MambaScan(config) if config.bidirectional else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) to (B, L, D), and the (B, E, L, L) mixing matrix if asked for.
+
+        In both directions the matrix is (B, 2 E, L, L): the channels that look back, then those that look ahead, each
+        over the values of its own direction's convolution.
+        """
+        cache = layer_of(past_key_values, self.layer_idx)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        if is_single_step(hidden_states, sequence, cache):
+            return self.step(x, z, cache), None
+        y, attention = self.scan(x, z, sequence, cache, output_attentions)
+        if self.reverse is not None:
+            x, z = sequence.reverse(x), sequence.reverse(z)
+            ahead, attention_ahead = self.reverse.scan(x, z, sequence, None, output_attentions)
+            y = y + sequence.reverse(ahead)
+            if attention is not None and attention_ahead is not None:
+                attention_ahead = sequence.reverse(sequence.reverse(attention_ahead, 2), 3)
+                attention = torch.cat([attention, attention_ahead], dim=1)
+        return self.out_proj(y), attention
 
     def step(self, x: Tensor, z: Tensor, cache: Any) -> Tensor:
         """One token: (B, 1, E) projections to (B, 1, D); the cache's states are updated in place."""
@@ -125,20 +182,6 @@ class MambaMixer(nn.Module):
         cache.columns += 1
         return self.out_proj(y[:, None])
 
-    def mixing_matrix(self, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
-        """(B, E, L, L) hidden attention: y = M x before the gate, step sizes and the skip D on the diagonal included.
-
-        `M[i, j] = sum_n C_i exp(A sum_{k=j+1..i} dt_k) B_j dt_j` (Ali et al., arXiv 2403.01590). Every channel decays
-        by itself and so is a head of its own: 4 E L^2 bytes a row and layer, 1.5 GiB for L = 512 in the 130M model.
-        """
-        steps = F.softplus(dt.float())
-        states = range(A.shape[1])
-        matrix = sum(
-            ssd_matrix(steps * A[:, n], B[..., n, None], C[..., n, None], seq_idx=sequence.seq_idx) for n in states
-        )
-        matrix = matrix * steps.transpose(1, 2)[:, :, None, :]
-        return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
-
 
 def init_mamba_mixer(mixer: MambaMixer, config: ZooMambaConfig) -> None:
     """The official initialisation.
@@ -146,22 +189,32 @@ def init_mamba_mixer(mixer: MambaMixer, config: ZooMambaConfig) -> None:
     | parameter | value |
     |---|---|
     | A_log | log of 1 ... N in every channel (S4D-Real) |
-    | D | 1 |
+    | D, norms | 1 |
     | dt_proj.bias | inverse softplus of a step size log-uniform in [time_step_min, time_step_max], at least the floor |
     | other projections, conv1d | PyTorch's default, U(+-1 / sqrt(fan in)), conv bias too; other biases 0 |
     | out_proj | the same over sqrt(number of layers) |
     """
-    rates = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=mixer.A_log.device)
-    init.copy_(mixer.A_log, rates.log().expand_as(mixer.A_log))
-    init.ones_(mixer.D)
-    bounds = [(projection, projection.in_features**-0.5) for projection in (mixer.in_proj, mixer.x_proj, mixer.dt_proj)]
-    bounds.append((mixer.out_proj, (mixer.out_proj.in_features * config.num_hidden_layers) ** -0.5))
-    for projection, bound in bounds:
-        init.uniform_(projection.weight, -bound, bound)
-        if projection.bias is not None:
-            init.zeros_(projection.bias)
-    init_step_bias(mixer.dt_proj.bias, config.time_step_min, config.time_step_max, config.time_step_floor)
-    init_short_convolution(mixer.conv1d)
+    init_mamba_scan(mixer, config)
+    _init_projection(mixer.in_proj, mixer.in_proj.in_features)
+    _init_projection(mixer.out_proj, mixer.out_proj.in_features * config.num_hidden_layers)
+
+
+def init_mamba_scan(scan: MambaScan, config: ZooMambaConfig) -> None:
+    """What :func:`init_mamba_mixer` says of all but in_proj and out_proj: it is there once for each direction."""
+    rates = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=scan.A_log.device)
+    init.copy_(scan.A_log, rates.log().expand_as(scan.A_log))
+    init.ones_(scan.D)
+    for projection in (scan.x_proj, scan.dt_proj):
+        _init_projection(projection, projection.in_features)
+    init_step_bias(scan.dt_proj.bias, config.time_step_min, config.time_step_max, config.time_step_floor)
+    init_short_convolution(scan.conv1d)
+
+
+def _init_projection(projection: nn.Linear, fan_in: int) -> None:
+    """U(+-1 / sqrt(`fan_in`)), the bias 0."""
+    init.uniform_(projection.weight, -(fan_in**-0.5), fan_in**-0.5)
+    if projection.bias is not None:
+        init.zeros_(projection.bias)
 
 
 class ZooS6PreTrainedModel(ZooPreTrainedModel):
@@ -174,6 +227,7 @@ class ZooS6PreTrainedModel(ZooPreTrainedModel):
     auto_classes = {
         "AutoModel": "ZooS6Model",
         "AutoModelForCausalLM": "ZooS6ForCausalLM",
+        "AutoModelForMaskedLM": "ZooS6ForMaskedLM",
         "AutoModelForSequenceClassification": "ZooS6ForSequenceClassification",
         "AutoModelForTokenClassification": "ZooS6ForTokenClassification",
     }
@@ -183,6 +237,8 @@ class ZooS6PreTrainedModel(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MambaMixer):  # after its projections, which it initialises again
             init_mamba_mixer(module, self.config)
+        elif isinstance(module, MambaScan):  # a mixer's other direction, which a causal checkpoint lacks
+            init_mamba_scan(module, self.config)
 
 
 class ZooS6Model(ZooS6PreTrainedModel, ZooModel):
@@ -202,6 +258,12 @@ class ZooS6ForCausalLM(ZooS6PreTrainedModel, ZooForCausalLM):
     backbone_class = ZooS6Model
 
 
+class ZooS6ForMaskedLM(ZooS6PreTrainedModel, ZooForMaskedLM):
+    """Mamba in both directions with a head that fills in masked tokens."""
+
+    backbone_class = ZooS6Model
+
+
 class ZooS6ForSequenceClassification(ZooS6PreTrainedModel, ZooForSequenceClassification):
     """Mamba with one score or one set of labels for each row."""
 
@@ -217,6 +279,7 @@ class ZooS6ForTokenClassification(ZooS6PreTrainedModel, ZooForTokenClassificatio
 __all__ = [
     "MambaMixer",
     "ZooS6ForCausalLM",
+    "ZooS6ForMaskedLM",
     "ZooS6ForSequenceClassification",
     "ZooS6ForTokenClassification",
     "ZooS6Model",

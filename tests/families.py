@@ -139,6 +139,16 @@ FAMILIES: dict[str, Family] = {
         ssm_rotary=True,
         tie_word_embeddings=True,
     ),
+    "jamba": _hybrid(
+        "mamba",
+        "full_attention",
+        state_size=5,
+        time_step_rank=3,
+        conv_kernel=3,
+        mixer_rms_eps=1e-3,
+        mixer_rms_weight=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.0},
+    ),
     "mamba2-full": _hybrid("mamba2", "full_attention", state_size=8),
     "all-four": _hybrid("discrete_mamba2", "sliding_attention", "mamba2", "full_attention", ssm_rotary=True),
     "discrete": _hybrid("discrete_mamba2", "discrete_mamba2", feature_map="softplus", conv_kernel=2),
@@ -169,6 +179,17 @@ FAMILIES: dict[str, Family] = {
 
 # They see the tokens ahead, too: no causal language models, but every other head.
 ENCODERS: dict[str, Family] = {
+    "mamba-encoder": _mamba(bidirectional=True),
+    "mamba-options-encoder": _mamba(
+        state_size=5,
+        time_step_rank=7,
+        conv_kernel=3,
+        use_bias=True,
+        use_conv_bias=False,
+        mixer_rms_eps=1e-3,
+        residual_in_fp32=False,
+        bidirectional=True,
+    ),
     "mamba2-encoder": _mamba2(bidirectional=True),
     "mamba2-groups-encoder": _mamba2(
         n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.004, 0.5), bidirectional=True

@@ -14,10 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d_reference
 from ssm_zoo.kernels.rms_norm import rms_norm_reference
+from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_reference
-from ssm_zoo.modeling import ZooSSDForMaskedLM
 from ssm_zoo.modeling.cache import CACHE_FIELD
-from ssm_zoo.modeling.sequence import make_sequence
+from ssm_zoo.modeling.modeling_mamba import MambaMixer
+from ssm_zoo.modeling.sequence import Sequence, make_sequence
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -72,15 +73,57 @@ def test_reverse_without_documents_or_padding_is_a_flip() -> None:
 # The mixer
 
 
-def scanned(scan: Any, xBC: Tensor, dt: Tensor) -> Tensor:
-    """One direction over one document, in a loop over time."""
-    bias = scan.conv1d.bias
-    xBC = causal_conv1d_reference(xBC, scan.conv1d.weight[:, 0], bias, activation="silu")
-    x, B, C = xBC.split(scan.conv_split, dim=-1)
+def convolved(scan: Any, x: Tensor) -> Tensor:
+    return causal_conv1d_reference(x, scan.conv1d.weight[:, 0], scan.conv1d.bias, activation="silu")
+
+
+def scanned_s6(scan: Any, x: Tensor) -> Tensor:
+    """One direction of Mamba-1 over one document, in a loop over time."""
+    x = convolved(scan, x)
+    dt, B, C = scan.x_proj(x).split(scan.split, dim=-1)
+    dt, B, C = scan.dt_proj(scan.dt_layernorm(dt)), scan.b_layernorm(B)[:, :, None], scan.c_layernorm(C)[:, :, None]
+    return selective_scan_reference(x, dt, -scan.A_log.exp(), B, C, D=scan.D, dt_softplus=True)
+
+
+def scanned_ssd(scan: Any, xBC: Tensor, dt: Tensor) -> Tensor:
+    """One direction of Mamba-2 over one document, in a loop over time."""
+    x, B, C = convolved(scan, xBC).split(scan.conv_split, dim=-1)
     heads = {"x": x.unflatten(-1, (scan.num_heads, -1)), "dt": dt, "A": -scan.A_log.exp()}
     maps = {"B": B.unflatten(-1, (scan.n_groups, -1)), "C": C.unflatten(-1, (scan.n_groups, -1))}
     steps = {"dt_bias": scan.dt_bias, "dt_softplus": True, "dt_limit": scan.time_step_limit}
     return ssd_reference(**heads, **maps, D=scan.D, **steps).flatten(2)
+
+
+def mixed(mixer: Any, hidden_states: Tensor) -> Tensor:
+    """The mixer over one document, in loops over time."""
+    if isinstance(mixer, MambaMixer):
+        x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+        y = scanned_s6(mixer, x) + scanned_s6(mixer.reverse, x.flip(1)).flip(1)
+        return mixer.out_proj(y * F.silu(z))
+    z, xBC, dt = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
+    y = scanned_ssd(mixer, xBC, dt) + scanned_ssd(mixer.reverse, xBC.flip(1), dt.flip(1)).flip(1)
+    return mixer.out_proj(gated(mixer, y, z))
+
+
+def gated(mixer: Any, y: Tensor, z: Tensor) -> Tensor:
+    """Mamba-2's gate and norm."""
+    return rms_norm_reference(y, mixer.norm.weight, mixer.norm.eps, z=z, group_size=mixer.norm.group_size)
+
+
+def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, sequence: Sequence) -> Tensor:
+    """What the mixer gives for (1, L, D) hidden states, by its (1, 2 H, L, L) matrices."""
+
+    def values(scan: Any, x: Tensor) -> Tensor:
+        x, _ = scan.conv1d(x, seq_idx=sequence.seq_idx)
+        return x[..., None] if isinstance(mixer, MambaMixer) else scan.maps(x)[0]
+
+    if isinstance(mixer, MambaMixer):
+        x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
+    else:
+        z, x, _ = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
+    both = torch.cat([values(mixer, x), sequence.reverse(values(mixer.reverse, sequence.reverse(x)))], dim=2)
+    y = torch.einsum("bhls,bshp->bhlp", matrix, both).unflatten(1, (2, -1)).sum(1).transpose(1, 2).flatten(2)
+    return mixer.out_proj(y * F.silu(z) if isinstance(mixer, MambaMixer) else gated(mixer, y, z))
 
 
 @pytest.mark.parametrize("length", [1, 2, 13, 70])
@@ -91,11 +134,7 @@ def test_the_mixer_is_the_sum_of_two_scans(name: str, length: int) -> None:
     mixer = model.layers[1].mixer
     with torch.no_grad():
         actual, _ = mixer(hidden_states, model.sequence_of(hidden_states))
-        mixer.double()
-        z, xBC, dt = mixer.in_proj(hidden_states.double()).split(mixer.split, dim=-1)
-        y = scanned(mixer, xBC, dt) + scanned(mixer.reverse, xBC.flip(1), dt.flip(1)).flip(1)
-        y = rms_norm_reference(y, mixer.norm.weight, mixer.norm.eps, z=z, group_size=mixer.norm.group_size)
-        expected = mixer.out_proj(y)
+        expected = mixed(mixer.double(), hidden_states.double())
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -136,18 +175,13 @@ def test_the_matrices_of_both_directions_are_the_mixer(name: str, arguments: dic
         together = (document[:, None] == document) & real[:, None] & real
         for block, (inputs, outputs), matrix in zip(model.layers, seen, attentions, strict=True):
             mixer = block.mixer
-            assert matrix.shape == (1, 2 * mixer.num_heads, LENGTH, LENGTH) and matrix.dtype == torch.float32
+            assert matrix.shape == (1, 2 * len(mixer.D), LENGTH, LENGTH) and matrix.dtype == torch.float32
             back, ahead = matrix[0].chunk(2)
             assert ((back[:, real][:, :, real] != 0) == together.tril()[real][:, real]).all()
             assert ((ahead[:, real][:, :, real] != 0) == together.triu()[real][:, real]).all()
             assert not matrix[0, :, real][:, :, ~real].any()
-            z, xBC, _ = mixer.in_proj(inputs).split(mixer.split, dim=-1)
-            x = mixer.maps(mixer.conv1d(xBC, seq_idx=sequence.seq_idx)[0])[0]
-            x_ahead = mixer.reverse.maps(mixer.reverse.conv1d(sequence.reverse(xBC), seq_idx=sequence.seq_idx)[0])[0]
-            values = torch.cat([x, sequence.reverse(x_ahead)], dim=2)
-            y = torch.einsum("bhls,bshp->bhlp", matrix, values).unflatten(1, (2, -1)).sum(1)
-            applied = mixer.out_proj(mixer.norm(y.transpose(1, 2).flatten(2), z))
-            torch.testing.assert_close(applied[0, real], outputs[0, real], rtol=0, atol=1e-5)
+            actual = applied(mixer, inputs, matrix, sequence)
+            torch.testing.assert_close(actual[0, real], outputs[0, real], rtol=0, atol=1e-5)
 
 
 # Training
@@ -207,9 +241,10 @@ def test_gradient_checkpointing_changes_nothing(name: str, use_reentrant: bool) 
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_it_fills_in_from_what_follows() -> None:
+@pytest.mark.parametrize("encoder", ["mamba-encoder", "mamba2-encoder"])
+def test_it_fills_in_from_what_follows(encoder: str) -> None:
     """The first token is the last one repeated: only a model that sees ahead can tell."""
-    model = make_head(AutoModelForMaskedLM, "mamba2-encoder").train()
+    model = make_head(AutoModelForMaskedLM, encoder).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     generator = torch.Generator().manual_seed(0)
     for _ in range(150):
@@ -229,7 +264,8 @@ def test_lora_on_every_projection(name: str) -> None:
     config = LoraConfig(r=3, lora_alpha=12, target_modules="all-linear")
     model = get_peft_model(make_head(AutoModelForMaskedLM, name), config).train()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    assert {key.split(".")[-4] for key in trained} == {"in_proj", "out_proj"}
+    projections = {"in_proj", "out_proj"} | ({"x_proj", "dt_proj"} if name.startswith("mamba-") else set())
+    assert {key.split(".")[-4] for key in trained} == projections
     optimizer = torch.optim.Adam(trained.values(), lr=0.03)
     losses = []
     for _ in range(15):
@@ -244,14 +280,20 @@ def test_lora_on_every_projection(name: str) -> None:
 # Loading
 
 
-def test_a_causal_checkpoint_loads_and_the_reverse_direction_is_new(tmp_path: Path) -> None:
-    causal = make_model("mamba2")
+OF_ITS_OWN = {
+    "mamba": {"A_log", "D", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "conv1d.weight", "conv1d.bias"},
+    "mamba2": {"A_log", "D", "dt_bias", "conv1d.weight", "conv1d.bias"},
+}
+
+
+@pytest.mark.parametrize("family", OF_ITS_OWN)
+def test_a_causal_checkpoint_loads_and_the_reverse_direction_is_new(family: str, tmp_path: Path) -> None:
+    causal = make_model(family)
     causal.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    model, found = ZooSSDForMaskedLM.from_pretrained(tmp_path, bidirectional=True, output_loading_info=True)
-    new = {f"layers.{i}.mixer.reverse.{key}" for i in range(2) for key in ("A_log", "D", "dt_bias")}
-    new |= {f"layers.{i}.mixer.reverse.conv1d.{key}" for i in range(2) for key in ("weight", "bias")}
-    assert set(found["missing_keys"]) == {f"backbone.{key}" for key in new}
+    model, found = AutoModelForMaskedLM.from_pretrained(tmp_path, bidirectional=True, output_loading_info=True)
+    new = {f"backbone.layers.{i}.mixer.reverse.{key}" for i in range(2) for key in OF_ITS_OWN[family]}
+    assert set(found["missing_keys"]) == new
     assert not found["unexpected_keys"] and not found["mismatched_keys"]
     state = model.state_dict()
     for key, value in causal.state_dict().items():
@@ -260,8 +302,12 @@ def test_a_causal_checkpoint_loads_and_the_reverse_direction_is_new(tmp_path: Pa
         scan = block.mixer.reverse
         assert (scan.D == 1).all() and scan.conv1d.weight.any() and scan.conv1d.weight.abs().max() <= 0.5
         assert scan.A_log.min() >= 0 and scan.A_log.max() <= math.log(16)
-        steps = F.softplus(scan.dt_bias)
+        steps = F.softplus(scan.dt_proj.bias if family == "mamba" else scan.dt_bias)
         assert steps.min() >= 0.001 - 1e-6 and steps.max() <= 0.1 + 1e-6
+        if family == "mamba":
+            for projection in (scan.x_proj, scan.dt_proj):
+                bound = projection.in_features**-0.5
+                assert 0.8 * bound < projection.weight.abs().max() <= bound
 
 
 def test_bfloat16_keeps_both_recurrences_in_float32(name: str, tmp_path: Path) -> None:
@@ -269,7 +315,7 @@ def test_bfloat16_keeps_both_recurrences_in_float32(name: str, tmp_path: Path) -
     model.save_pretrained(tmp_path)
     half = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for key, parameter in half.named_parameters():
-        kept = key.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+        kept = key.endswith((".A_log", ".D", ".dt_bias", ".dt_proj.bias"))
         assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), key
     ids = draw_ids(2, LENGTH)
     with torch.no_grad():
@@ -295,13 +341,13 @@ def test_there_is_no_causal_language_model(name: str) -> None:
         AutoModelForCausalLM.from_config(make_config(name))
 
 
-def test_a_causal_model_fills_in_nothing() -> None:
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_causal_model_fills_in_nothing(family: str) -> None:
     with pytest.raises(ValueError, match="bidirectional: a masked language model needs True, got False"):
-        AutoModelForMaskedLM.from_config(make_config("mamba2"))
+        AutoModelForMaskedLM.from_config(make_config(family))
 
 
-@pytest.mark.parametrize("name", ["mamba", "all-four"])
-def test_a_family_without_the_option_refuses_it(name: str) -> None:
+def test_a_family_without_the_option_refuses_it() -> None:
     """transformers keeps any keyword of a configuration: it must not pass for an encoder and then scan one way."""
-    with pytest.raises(ValueError, match=r"bidirectional: zoo_(mamba|hybrid) has no such option, got True"):
-        FAMILIES[name].backbone(make_config(name, bidirectional=True))
+    with pytest.raises(ValueError, match=r"bidirectional: zoo_hybrid has no such option, got True"):
+        FAMILIES["all-four"].backbone(make_config("all-four", bidirectional=True))

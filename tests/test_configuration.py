@@ -50,6 +50,7 @@ MALFORMED = [
     (ZooMamba2Config, {"time_step_min": 0.2}, r"0 < min <= max, got 0.2 and 0.1"),
     (ZooMamba2Config, {"hidden_size": "16"}, r"'hidden_size' expected int, got str \(value: '16'\)"),
     (ZooMamba2Config, {"use_bias": 1.5}, r"'use_bias' expected bool, got float"),
+    (ZooMambaConfig, {"mixer_rms_weight": True}, r"mixer_rms_weight=True needs norms: mixer_rms_eps must be .* None"),
     (ZooHybridConfig, {"intermediate_size": 0}, r"intermediate_size must be at least 1, got 0"),
     (ZooHybridConfig, {"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0"),
     (ZooHybridConfig, {"mixer_types": ["mamba2"]}, r"mixer_types must name 2 mixers, got 1"),
@@ -81,6 +82,12 @@ MALFORMED = [
         ZooHybridConfig,
         {"mixer_types": ["mamba2", "mamba2"], "mamba_head_dim": 7},
         r"num_heads \* head_dim \(4 \* 7\) must equal expand \* hidden_size \(2 \* 16\)",
+    ),
+    (ZooHybridConfig, {"mixer_types": ["mamba"] * 2, "time_step_rank": 0}, r"time_step_rank must be at least 1, got 0"),
+    (
+        ZooHybridConfig,
+        {"mixer_types": ["mamba"] * 2, "mixer_rms_weight": True},
+        r"mixer_rms_eps must be given, got None",
     ),
 ]
 

@@ -21,6 +21,8 @@ from transformers import (
     FalconMambaConfig,
     FalconMambaForCausalLM,
     GenerationConfig,
+    JambaConfig,
+    JambaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -44,6 +46,9 @@ SIZES["pad_token_id"] = 7
 MAMBA2 = SIZES | {"state_size": 8, "num_heads": 8, "head_dim": 8}
 BAMBA = SIZES | {"num_hidden_layers": 3, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
 BAMBA |= {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 8}
+JAMBA = SIZES | {"num_hidden_layers": 5, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+JAMBA |= {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8}
+JAMBA |= {"num_experts": 1, "num_experts_per_tok": 1}
 EVERYTHING = {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "layer_norm_epsilon": 1e-3}
 EVERYTHING |= {"tie_word_embeddings": False, "residual_in_fp32": False, "time_step_max": 0.2}
 
@@ -89,6 +94,23 @@ CASES: dict[str, tuple[type[PreTrainedModel], Any]] = {
         BambaForCausalLM,
         BambaConfig(**BAMBA | {"attn_layer_indices": [0, 1, 2]}, hidden_act="gelu"),
     ),
+    "jamba": (JambaForCausalLM, JambaConfig(**JAMBA)),
+    "jamba-everything": (
+        JambaForCausalLM,
+        JambaConfig(
+            **JAMBA | {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_period": 3},
+            head_dim=10,
+            mamba_d_conv=3,
+            mamba_expand=3,
+            mamba_dt_rank=7,
+            mamba_conv_bias=False,
+            mamba_proj_bias=True,
+            rms_norm_eps=1e-3,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "jamba-no-attention": (JambaForCausalLM, JambaConfig(**JAMBA | {"attn_layer_period": 6, "attn_layer_offset": 5})),
+    "jamba-one-attention": (JambaForCausalLM, JambaConfig(**JAMBA | {"attn_layer_period": 6, "attn_layer_offset": 0})),
 }
 NEEDS_GROUPS = {"mamba2-everything", "mamba2-tied", "bamba-everything"}
 PARAMETERS = [pytest.param(name, marks=[grouped] if name in NEEDS_GROUPS else []) for name in CASES]

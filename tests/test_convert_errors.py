@@ -12,7 +12,7 @@ import torch
 from families import make_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers import JambaConfig, Mamba2Config, Mamba2ForCausalLM
 from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
@@ -217,6 +217,9 @@ def test_a_bare_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 # Of ours
 
+ATTENTION = "full_attention"
+JAMBA = {"mixer_rms_eps": 1e-5}
+
 
 @pytest.mark.parametrize(
     ("family", "change", "to", "message"),
@@ -245,6 +248,37 @@ def test_a_bare_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("mamba2-full", {"intermediate_size": 128, "hidden_act": "gelu"}, "state-spaces", "hidden_act: got 'gelu'"),
         ("mamba2-full", {"intermediate_size": 128, "mlp_bias": True}, "state-spaces", "mlp_bias: got True"),
         ("mamba2-full", {"rms_norm_eps": 1e-6, "intermediate_size": 128}, "state-spaces", "rms_norm_eps: got 1e-06"),
+        ("jamba", {}, "transformers", "mixer_rms_eps: got 0.001; accepted: 1e-05"),
+        ("jamba", JAMBA | {"mixer_rms_weight": False}, "transformers", "mixer_rms_weight: got False; accepted: True"),
+        ("jamba", JAMBA | {"rope_parameters": None}, "transformers", "rope_parameters.partial_rotary_factor: got 1.0"),
+        ("jamba", JAMBA | {"attention_bias": True}, "transformers", "attention_bias: got True; accepted: False"),
+        ("jamba", JAMBA | {"mlp_bias": True}, "transformers", "mlp_bias: got True; accepted: False"),
+        ("jamba", JAMBA | {"hidden_act": "gelu"}, "transformers", "hidden_act: got 'gelu'; accepted: 'silu'"),
+        ("jamba", JAMBA | {"mlp_types": ["none", "gated"]}, "transformers", r"mlp_types\[0\]: got 'none'"),
+        (
+            "jamba",
+            JAMBA | {"mixer_types": ["mamba", "mamba2"]},
+            "transformers",
+            r"mixer_types\[1\]: got 'mamba2'; accepted for jamba: 'mamba', 'full_attention'",
+        ),
+        (
+            "jamba",
+            JAMBA | {"num_hidden_layers": 5, "mixer_types": [ATTENTION, ATTENTION, "mamba", ATTENTION, "mamba"]},
+            "transformers",
+            r"mixer_types: got 'full_attention' in layers \[0, 1, 3\]; accepted for jamba: in none, one, or every n-th",
+        ),
+        (
+            "jamba",
+            JAMBA | {"num_hidden_layers": 4, "mixer_types": ["mamba", "mamba", ATTENTION, ATTENTION]},
+            "transformers",
+            r"mixer_types: got 'full_attention' in layers \[2, 3\]",
+        ),
+        (
+            "mamba",
+            {"mixer_rms_eps": 1e-3, "mixer_rms_weight": True},
+            "transformers",
+            "mixer_rms_weight: got True; accepted: False",
+        ),
         (
             "mamba2",
             {"layer_norm_epsilon": 1e-6},
@@ -258,6 +292,12 @@ def test_what_the_other_side_cannot_express_is_named(
 ) -> None:
     make_model(family, **change).save_pretrained(tmp_path / "source")
     refused(tmp_path, f"^config.json: {message}", to=to)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    JambaConfig(num_hidden_layers=2, num_experts=4).save_pretrained(tmp_path / "source")
+    refused(tmp_path, "^config.json: num_experts: got 4; accepted: 1")
 
 
 def test_another_head_is_refused(tmp_path: Path) -> None:
@@ -348,6 +388,7 @@ def test_the_command_says_it_in_one_line(source: Path) -> None:
         ([Rule("x.{rest}", "a.{rest}"), Rule("{rest}", "{rest}")], "1 keys of the model met twice: a.d$"),
         ([Rule("{rest}", "{rest}"), Rule("y", "e")], "1 rules that meet nothing: y$"),
         ([Rule("{rest}", "{rest}"), Rule("y", "b.{layer}.c", layers=[1])], "1 rules that meet nothing: y$"),
+        ([Rule("{rest}", "{rest}"), Rule(None, "e")], "1 rules that meet nothing: e$"),
         ([Rule("{rest}", ("{rest}", "f.{rest}"))], "2 rules for keys that the model lacks: f.a.d, f.b.0.c$"),
     ],
 )

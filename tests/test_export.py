@@ -37,7 +37,7 @@ MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),
     "mamba2-groups": sorted([*SHARED, *MAMBA2]),
-    "all-four": sorted([*SHARED, *MAMBA2, *SELECTIVE, "configuration_hybrid.py", "modeling_hybrid.py"]),
+    "all-four": sorted({*SHARED, *MAMBA, *MAMBA2, *SELECTIVE, "configuration_hybrid.py", "modeling_hybrid.py"}),
     "taipan-options": sorted([*SHARED, *MAMBA2, *SELECTIVE, "modeling_taipan.py"]),
 }
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
@@ -46,6 +46,7 @@ AUTO_MAP = {
         "AutoConfig": "configuration_mamba.ZooMambaConfig",
         "AutoModel": "modeling_mamba.ZooS6Model",
         "AutoModelForCausalLM": "modeling_mamba.ZooS6ForCausalLM",
+        "AutoModelForMaskedLM": "modeling_mamba.ZooS6ForMaskedLM",
         "AutoModelForSequenceClassification": "modeling_mamba.ZooS6ForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_mamba.ZooS6ForTokenClassification",
     },

@@ -305,7 +305,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": stacked}
 
 
-@pytest.mark.parametrize("name", ["mamba2", "all-four", "mamba2-encoder"])
+@pytest.mark.parametrize("name", ["mamba2", "all-four", "mamba-encoder", "mamba2-encoder"])
 def test_lora_with_a_trained_score(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=3, lora_alpha=12, target_modules="all-linear", task_type=TaskType.SEQ_CLS)
@@ -376,6 +376,7 @@ EXPORTED = {
     "rows": (AutoModelForSequenceClassification, "mamba2"),
     "tokens": (AutoModelForTokenClassification, "mamba2-groups"),
     "masked": (AutoModelForMaskedLM, "mamba2-encoder"),
+    "masked-mamba1": (AutoModelForMaskedLM, "mamba-options-encoder"),
     "rows-encoder": (AutoModelForSequenceClassification, "mamba2-groups-encoder"),
 }
 USER = """

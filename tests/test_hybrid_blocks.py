@@ -156,7 +156,10 @@ def test_a_pattern_of_layers_is_blocks(pattern: str, mixers: list[str], mlps: li
 
 def test_the_published_pattern_has_the_published_layers() -> None:
     """24 Mamba-2, 4 attention and 28 MLP layers (arXiv 2406.07887)."""
-    mixers, mlps = blocks_of_pattern("M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-")
+    pattern = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    mixers, mlps = blocks_of_pattern(pattern)
+    assert len(pattern) == 56
+    ZooHybridConfig(num_hidden_layers=len(mixers), mixer_types=mixers, mlp_types=mlps, mamba_head_dim=64)
     assert (mixers.count("mamba2"), mixers.count("full_attention"), mlps.count("gated")) == (24, 4, 28)
 
 

@@ -29,11 +29,16 @@ def uniform(weight: Tensor, bound: float) -> None:
     assert weight.mean().abs() < 0.1 * bound
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_mamba(bias: bool) -> None:
+@pytest.mark.parametrize("kind", ["no-bias", "bias", "zoo_hybrid"])
+def test_mamba(kind: str) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "vocab_size": 200, "state_size": 4, "num_hidden_layers": 3, "time_step_rank": 25}
-    model = ZooS6ForCausalLM(ZooMambaConfig(**sizes, use_bias=bias))
+    norms = {"mixer_rms_eps": 1e-5, "mixer_rms_weight": True}
+    if kind == "zoo_hybrid":
+        blocks = {"mixer_types": ["mamba"] * 3, "intermediate_size": 8, "num_attention_heads": 2}
+        model = ZooHybridForCausalLM(ZooHybridConfig(**sizes, **norms, **blocks))
+    else:
+        model = ZooS6ForCausalLM(ZooMambaConfig(**sizes, **norms, use_bias=kind == "bias"))
     for block in model.backbone.layers:
         mixer = block.mixer
         torch.testing.assert_close(mixer.A_log.exp(), torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(256, 4))
@@ -41,7 +46,8 @@ def test_mamba(bias: bool) -> None:
         assert steps.min() >= 0.001 * (1 - 1e-4) and steps.max() <= 0.1 * (1 + 1e-4)
         assert steps.log().mean().item() == pytest.approx(math.log(0.01), abs=0.3)
         assert steps.log().std().item() == pytest.approx(math.log(100) / math.sqrt(12), rel=0.1)
-        assert (mixer.D == 1).all()
+        for ones in (mixer.D, mixer.dt_layernorm.weight, mixer.b_layernorm.weight, mixer.c_layernorm.weight):
+            assert (ones == 1).all()
         uniform(mixer.dt_proj.weight, 0.2)
         uniform(mixer.in_proj.weight, 128**-0.5)
         uniform(mixer.x_proj.weight, 256**-0.5)
@@ -49,7 +55,7 @@ def test_mamba(bias: bool) -> None:
         uniform(mixer.conv1d.bias, 0.5)
         uniform(mixer.out_proj.weight, (256 * 3) ** -0.5)
         for projection in (mixer.in_proj, mixer.out_proj):
-            assert not projection.bias.any() if bias else projection.bias is None
+            assert not projection.bias.any() if kind == "bias" else projection.bias is None
     assert not torch.equal(model.backbone.layers[0].mixer.dt_proj.bias, model.backbone.layers[1].mixer.dt_proj.bias)
     assert model.backbone.embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
