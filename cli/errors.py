@@ -11,7 +11,7 @@ from ..conversion.command_line import process_number
 
 _FAILED, _INTERRUPTED = 2, 130
 # Commands that go on where they stopped when they are given again.
-_RESUMABLE = {"distill", "finetune"}
+_RESUMABLE = {"distill", "finetune", "train"}
 
 
 class ReportingGroup(TyperGroup):
