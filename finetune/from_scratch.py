@@ -16,17 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from ..conversion.command_line import check_processes
 from ..conversion.output_folder import claim_output_folder, write_json
 from .configuration import changed_keys, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts
-from .training import TrainingRun, optimiser_steps, train
+from .training import TrainingRun, optimiser_steps, processes, train
 from .vocabulary import entries_of, learn_vocabulary, load_vocabulary
 
 KIND = "ssm-zoo training from scratch"
@@ -65,8 +63,7 @@ def train_from_scratch(
 
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
     """Make and check everything, then claim the folder."""
-    state = PartialState()
-    check_processes(state.num_processes)
+    state = processes()
     texts = read_texts(settings)
     tokenizer = _tokenizer(settings, texts["train"], progress=state.is_main_process)
     config = resolve_configuration(settings.config, settings.overrides, tokenizer)

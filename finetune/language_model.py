@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
 
-from ..conversion.command_line import check_processes, command_line
+from ..conversion.command_line import command_line
 from ..conversion.output_folder import claim_output_folder, read_json, write_json
 from ..conversion.provenance import provenance
 from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
@@ -26,7 +25,7 @@ from .coverage import adapter_coverage, print_coverage
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts
 from .settings import LanguageModelSettings
-from .training import TrainingRun, train
+from .training import TrainingRun, processes, train
 
 KIND = "ssm-zoo finetuning of a language model"
 
@@ -64,8 +63,7 @@ def finetune_language_model(
 
 def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[LanguageModelSettings]:
     """Load and check everything, then claim the folder."""
-    state = PartialState()
-    check_processes(state.num_processes)
+    state = processes()
     texts = read_texts(settings)
     model, tokenizer = load_base(settings), load_tokenizer(settings)
     rows = make_rows(texts, settings, tokenizer, model.config.vocab_size, progress=state.is_main_process)

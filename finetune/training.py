@@ -14,12 +14,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from ..conversion.command_line import check_processes
 from ..conversion.output_folder import read_json, write_json
 from ..modeling.causal_lm import ZooForCausalLM
 from .packing import IGNORED, PackedDocuments, RowCollator
@@ -93,6 +95,18 @@ class TrainingRun(Generic[Settings]):
         if self.state.is_main_process:
             tqdm.write(f"{name}: held-out loss {measured['loss']:.4f}")
         return {"name": name, **measured}
+
+
+def processes() -> PartialState:
+    """accelerate's view of the processes that were started.
+
+    Raises:
+        ValueError: if it does not see all of them.
+    """
+    # Unlike Accelerator, PartialState does not read the variable by itself.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    check_processes(state.num_processes)
+    return state
 
 
 def compute_dtype(settings: TrainingSettings) -> torch.dtype:

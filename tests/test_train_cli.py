@@ -153,12 +153,12 @@ def test_a_mistake_ends_in_one_line(
 def test_processes_that_know_nothing_of_each_other_are_refused(
     ssm_zoo: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssm_zoo.finetune import from_scratch
+    from ssm_zoo.finetune import training
 
     class Alone:
         num_processes = 1
 
-    monkeypatch.setattr(from_scratch, "PartialState", Alone)
+    monkeypatch.setattr(training, "PartialState", lambda cpu: Alone())
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = ssm_zoo("model.yaml", "out", *BASIC, "--tokenizer", "bytes")
     assert result.exit_code == 2
