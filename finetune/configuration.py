@@ -50,7 +50,7 @@ def resolve_configuration(
     accepted = configuration_keys(kind)
     for key in values:
         if key not in accepted:
-            close = difflib.get_close_matches(key, accepted, n=3) or accepted
+            close = difflib.get_close_matches(str(key), accepted, n=3) or accepted
             raise ValueError(f"config: {kind.model_type} has no key {key!r}; accepted: {', '.join(close)}")
     values["vocab_size"] = _vocab_size(values.get("vocab_size"), entries_of(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -141,9 +141,10 @@ def _configuration_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def _model_types() -> list[str]:
-    """The families of the zoo."""
+    """The families of the zoo that have a causal language model."""
     exported = [getattr(modeling, name) for name in modeling.__all__]
-    return sorted(c.model_type for c in exported if isinstance(c, type) and issubclass(c, PreTrainedConfig))
+    kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, PreTrainedConfig)]
+    return sorted(kind.model_type for kind in kinds if MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) is not None)
 
 
 def _vocab_size(given: Any, entries: int) -> int:

@@ -68,6 +68,7 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     tokenizer = _tokenizer(settings, texts["train"], progress=state.is_main_process)
     config = resolve_configuration(settings.config, settings.overrides, tokenizer)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
+    # A warm-up that is too long is an error, now rather than when the training begins.
     settings.warmup_steps(optimiser_steps(settings, len(rows.train), state.num_processes))
     set_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(config)

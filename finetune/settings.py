@@ -69,6 +69,9 @@ class TrainingSettings(BaseModel):
         raise NotImplementedError
 
 
+Settings = TypeVar("Settings", bound=TrainingSettings)
+
+
 class LanguageModelSettings(TrainingSettings):
     """How a causal language model is finetuned on text.
 
@@ -135,10 +138,7 @@ def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
     return check_settings(LanguageModelSettings, values)
 
 
-_Settings = TypeVar("_Settings", bound=TrainingSettings)
-
-
-def check_settings(kind: type[_Settings], values: dict[str, Any]) -> _Settings:
+def check_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
     """Check settings of a kind.
 
     Raises:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import torch
 from accelerate import PartialState
@@ -27,15 +27,13 @@ from ..modeling.causal_lm import ZooForCausalLM
 from .packing import IGNORED, PackedDocuments, RowCollator
 from .rows import TextRows
 from .selection import SelectionMeans, auxiliary_part, auxiliary_weight
-from .settings import TrainingSettings
+from .settings import Settings, TrainingSettings
 
 # Points of the curve that are kept, whatever its length.
 _HISTORY = 200
 _KEPT_CHECKPOINTS = 2
 _STATE = "trainer_state.json"
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
-
-Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 @dataclass
