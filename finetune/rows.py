@@ -9,7 +9,7 @@ from .packing import PackedDocuments
 from .settings import TrainingSettings
 from .texts import encode, fingerprint, read_documents
 
-FIELDS = ("train", "heldout")
+_FIELDS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def read_texts(settings: TrainingSettings) -> dict[str, list[str]]:
         field: read_documents(
             getattr(settings, field), field, separator=settings.separator, text_field=settings.text_field
         )
-        for field in FIELDS
+        for field in _FIELDS
     }
 
 
@@ -60,11 +60,11 @@ def make_rows(
         ValueError: if a text has no token to predict, or the model lacks an embedding for one.
     """
     rows, fingerprints = {}, {}
-    for field in FIELDS:
+    for field in _FIELDS:
         ids = encode(texts[field], tokenizer, vocab_size, progress=progress)
         fingerprints[field] = fingerprint(ids)
         try:
             rows[field] = PackedDocuments(ids, settings.row_tokens, packing=settings.packing)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-    return TextRows(**rows, documents={field: len(texts[field]) for field in FIELDS}, fingerprints=fingerprints)
+    return TextRows(**rows, documents={field: len(texts[field]) for field in _FIELDS}, fingerprints=fingerprints)

@@ -152,6 +152,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert (output / "coverage.json").exists() == (method == "lora")
+    if method == "full":
+        assert json.loads((output / "model" / "config.json").read_text())["use_cache"]
     reports = [json.loads((path / "report.json").read_text()) for path in (output, expected)]
     for key in ("evaluations", "coverage", "steps"):
         assert reports[0][key] == reports[1][key]

@@ -292,6 +292,9 @@ def test_the_auxiliary_loss_is_told_from_the_language_models(
         assert 0.25 <= evaluation["selection_rate"][0] <= 0.75
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "the selective layers select, in order: " in card
+    # The figure has a panel for them, and is as high as wide.
+    size = (tmp_path / "run" / "plots" / "loss.png").read_bytes()[16:24]
+    assert size[:4] == size[4:]
 
 
 def test_the_auxiliary_loss_counts_once_in_a_step(
