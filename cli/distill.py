@@ -1,11 +1,11 @@
 """`ssm-zoo distill`: carry out a recipe."""
 
-import os
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..conversion.command_line import check_processes, command_line
 
 
 def distill(
@@ -36,12 +36,7 @@ def distill(
     from ..distill.run import distill as run
 
     accelerator = Accelerator()
-    if accelerator.num_processes != _processes_started():
-        # Each would carry out the run by itself, all in one folder.
-        raise ValueError(
-            f"accelerate: {_processes_started()} processes were started, but it sees {accelerator.num_processes}; "
-            "on CPUs set ACCELERATE_USE_CPU=true"
-        )
+    check_processes(accelerator.num_processes)
     report = run(checked, output, command=distill_command(recipe, output, overrides or []))
     if accelerator.is_main_process:
         print_table(report, Console())
@@ -50,19 +45,7 @@ def distill(
 
 def distill_command(recipe: str, output: Path, overrides: list[str]) -> str:
     """The command line that repeats a run, for its report."""
-    program = ["ssm-zoo"]
-    processes = _processes_started()
-    if processes > 1:  # what `accelerate launch` comes down to, on GPUs and on CPUs
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        nodes = ["--nnodes", str(processes // here)] if here < processes else []
-        program = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "ssm_zoo.cli.main"]
     arguments = ["distill", recipe, str(output)]
     for override in overrides:
         arguments += ["--set", override]
-    setting = "ACCELERATE_USE_CPU"
-    prefix = f"{setting}={os.environ[setting]} " if processes > 1 and setting in os.environ else ""
-    return prefix + shlex.join([*program, *arguments])
-
-
-def _processes_started() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return command_line(arguments)

@@ -1,6 +1,5 @@
 """What the user sees when a command fails: one line on stderr and an exit status; a traceback if asked for."""
 
-import os
 import re
 import sys
 import traceback
@@ -8,9 +7,11 @@ import traceback
 import typer
 from typer.core import TyperGroup
 
+from ..conversion.command_line import process_number
+
 _FAILED, _INTERRUPTED = 2, 130
 # Commands that go on where they stopped when they are given again.
-_RESUMABLE = {"distill", "finetune"}
+_RESUMABLE = {"distill", "finetune", "train"}
 
 
 class ReportingGroup(TyperGroup):
@@ -27,13 +28,13 @@ class ReportingGroup(TyperGroup):
             raise  # the reader of our output left, `| head` say: typer ends quietly
         except KeyboardInterrupt:
             again = "; give the same command again to go on" if ctx.invoked_subcommand in _RESUMABLE else ""
-            if _process() == 0:
+            if process_number() == 0:
                 _print(f"ssm-zoo: interrupted{again}")
             raise typer.Exit(_INTERRUPTED) from None
         except expected_errors() as error:
             if ctx.params.get("traceback"):
                 _print("".join(traceback.format_exception(error)).rstrip())
-            elif process := _process():
+            elif process := process_number():
                 _print(f"ssm-zoo: process {process}: {one_line(error)}")
             else:
                 _print(f"ssm-zoo: {one_line(error)}")
@@ -69,11 +70,6 @@ def without_tokens(text: str) -> str:
     if token:
         text = text.replace(token, "***")
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)
-
-
-def _process() -> int:
-    """Number of this process in a run of several, as `accelerate launch` gives it."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _print(text: str) -> None:

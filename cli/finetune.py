@@ -1,14 +1,33 @@
 """`ssm-zoo finetune`: train a model of the zoo further."""
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .push import check_repository, push_folder
+from ..conversion.command_line import process_number
+from .push import announce, check_repository, push_folder
 from .run_folder import model_source
+from .training_options import (
+    BatchSize,
+    CheckpointEvery,
+    ComputeDtype,
+    Dtype,
+    Epochs,
+    GradientAccumulation,
+    GradientCheckpointing,
+    Heldout,
+    Output,
+    Packing,
+    Private,
+    RowTokens,
+    Separator,
+    Steps,
+    TextField,
+    Train,
+    unescaped,
+)
 
 finetune = typer.Typer(no_args_is_help=True, help="Train a model of the zoo further, by adapters or as a whole.")
 
@@ -24,12 +43,6 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
-class ComputeDtype(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
 @finetune.callback()
 def group() -> None:
     """Train a model of the zoo further, by adapters or as a whole."""
@@ -38,30 +51,14 @@ def group() -> None:
 @finetune.command("lm")
 def language_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a zoo model, or folder of a run.")],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Folder of the run. A run with the same settings in it goes on.")
-    ],
-    train: Annotated[
-        list[str],
-        typer.Option(
-            "--train", metavar="TEXT", help="Training text: .txt, .jsonl, datasets:PATH,SPLIT; may be repeated."
-        ),
-    ],
-    heldout: Annotated[
-        list[str], typer.Option("--heldout", metavar="TEXT", help="Text that the loss is measured on before and after.")
-    ],
+    output: Output,
+    train: Train,
+    heldout: Heldout,
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
     ] = None,
-    separator: Annotated[
-        str | None,
-        typer.Option(
-            "--separator", metavar="TEXT", help="What stands between the documents of a .txt file; \\n is a line break."
-        ),
-    ] = None,
-    text_field: Annotated[
-        str, typer.Option("--text-field", metavar="NAME", help="Where .jsonl files and data sets hold the text.")
-    ] = "text",
+    separator: Separator = None,
+    text_field: TextField = "text",
     method: Annotated[Method, typer.Option("--method", help="Adapters, or all weights.")] = Method.LORA,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option("--alpha", help="Adapters are scaled by alpha / rank.")] = 32.0,
@@ -76,16 +73,12 @@ def language_model(
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Keep the base in 4 bits (QLoRA); needs bitsandbytes.")
     ] = False,
-    packing: Annotated[
-        bool, typer.Option("--packing/--no-packing", help="Several documents in a row, or one padded row for each.")
-    ] = True,
-    row_tokens: Annotated[int, typer.Option("--row-tokens", help="Most tokens of a row; more are cut.")] = 1024,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in one forward, in each process.")] = 4,
-    gradient_accumulation: Annotated[
-        int, typer.Option("--gradient-accumulation", help="Forwards in one optimiser step.")
-    ] = 1,
-    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the training text; 1.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps, instead of --epochs.")] = None,
+    packing: Packing = True,
+    row_tokens: RowTokens = 1024,
+    batch_size: BatchSize = 4,
+    gradient_accumulation: GradientAccumulation = 1,
+    epochs: Epochs = None,
+    steps: Steps = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Peak; 2e-4 for adapters, 5e-5 for all weights.")
     ] = None,
@@ -93,14 +86,10 @@ def language_model(
     warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises.")] = 0.05,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of the matrices.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option("--max-grad-norm", help="Gradients are scaled down to it.")] = 1.0,
-    dtype: Annotated[
-        ComputeDtype, typer.Option("--dtype", help="To compute in; auto is bfloat16 on a GPU that has it.")
-    ] = ComputeDtype.AUTO,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for one more forward.")
-    ] = False,
+    dtype: Dtype = ComputeDtype.AUTO,
+    gradient_checkpointing: GradientCheckpointing = False,
     seed: Annotated[int, typer.Option("--seed", help="Of initial adapters, order and dropout.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Steps between checkpoints.")] = 200,
+    checkpoint_every: CheckpointEvery = 200,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write the model with the adapter in its weights.")
     ] = False,
@@ -110,7 +99,7 @@ def language_model(
             "--push-to-hub", metavar="REPO", help="Upload the adapter; the model, if merged or trained as a whole."
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Only to a private repository.")] = False,
+    private: Private = False,
 ) -> None:
     """Finetune on text as a language model. Measures the held-out loss before and after."""
     from ..finetune.settings import parse_settings
@@ -120,7 +109,7 @@ def language_model(
         "revision": revision,
         "train": train,
         "heldout": heldout,
-        "separator": None if separator is None else separator.replace("\\n", "\n"),
+        "separator": unescaped(separator),
         "text_field": text_field,
         "method": method.value,
         "rank": rank,
@@ -159,7 +148,7 @@ def language_model(
     from ..finetune.language_model import finetune_language_model
 
     report = finetune_language_model(settings, output, merge=merge)
-    if int(os.environ.get("RANK", "0")):  # of several processes the first one speaks
+    if process_number():  # of several processes the first one speaks
         return
     folder = output / ("model" if whole else "adapter")
     losses = [evaluation["loss"] for evaluation in report["evaluations"]]
@@ -169,6 +158,4 @@ def language_model(
         from ..finetune.card import write_card
 
         write_card(folder, report, repo_id=repo)
-        commit = push_folder(folder, repo, private=private)
-        typer.echo(f"commit: {commit.commit_url}")
-        typer.echo(f"to pin it: revision={commit.oid}")
+        announce(push_folder(folder, repo, private=private))

@@ -16,6 +16,7 @@ from .finetune import finetune
 from .generate import generate
 from .push import push
 from .run_folder import model_source, student_folder
+from .train import train
 
 app = typer.Typer(
     cls=ReportingGroup,
@@ -42,10 +43,11 @@ def ssm_zoo(
         bool, typer.Option("--traceback", help="Show where an error comes from, not its message alone.")
     ] = False,
 ) -> None:
-    """Distil Transformers into sub-quadratic sequence models, finetune and run these, and bring them to the Hub."""
+    """Distil Transformers into sub-quadratic sequence models, train, finetune and run these, bring them to the Hub."""
 
 
 app.command()(distill)
+app.command()(train)
 app.add_typer(finetune, name="finetune")
 
 

@@ -48,6 +48,11 @@ def push(
         revision=revision,
         create_pr=create_pr,
     )
+    announce(commit)
+
+
+def announce(commit: "CommitInfo") -> None:
+    """Print where an upload is, and what pins it."""
     if commit.pr_url is not None:
         typer.echo(f"pull request: {commit.pr_url}")
     typer.echo(f"commit: {commit.commit_url}")

@@ -1,17 +1,15 @@
 """A tokenizer whose tokens are the 256 bytes: that of MambaByte (arXiv 2401.13660), which comes without one."""
 
-from pathlib import Path
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """Write a tokenizer that AutoTokenizer loads: the id of a token is the value of the byte, nothing is added."""
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer: the id of a token is the value of the byte, nothing is added."""
     backend = Tokenizer(models.BPE(vocab=_byte_letters(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
 
 
 def _byte_letters() -> dict[str, int]:

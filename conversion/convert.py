@@ -20,7 +20,7 @@ from ..modeling import ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
 from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.hub_code import code_licence
 from . import format_state_spaces
-from .byte_tokenizer import save_byte_tokenizer
+from .byte_tokenizer import byte_tokenizer
 from .export import CARRIED, copy_files, hub_id
 from .format import Format, read_config
 from .format_bamba import BAMBA
@@ -296,7 +296,7 @@ def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None) -
     from_state_spaces = read.format is not None and read.format.library == "state-spaces"
     is_byte_model = from_state_spaces and read.zoo_config.vocab_size == format_state_spaces.BYTES
     if is_byte_model and not tokenizer and (target is None or target.library != "state-spaces"):
-        save_byte_tokenizer(made)
+        byte_tokenizer().save_pretrained(made)
         carried.append("a tokenizer of bytes, which the source lacks")
     return carried
 

@@ -10,8 +10,11 @@ MISSING = "—"
 
 # Control characters other than tab and line feed: terminals obey some, and renderers drop or refuse the rest.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
-# The folders of an absolute path (POSIX, home or drive) where a path can start; the last name stays.
-_FOLDERS = re.compile(r"""(?<![^\s=,:;"'\[({])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\,;"'\])}]+[/\\])*(?=[^\s/\\"'])""")
+# The folders of an absolute path (POSIX, home, drive or share) where a path can start; the last name stays. A backslash
+# by itself starts none: it is an escape, that of a line break say.
+_FOLDERS = re.compile(
+    r"""(?<![^\s=,:;"'\[({])(?:(?:~|[A-Za-z]:)[/\\]|/|\\\\(?=\w))(?:[^\s/\\,;"'\])}]+[/\\])*(?=[^\s/\\"'])"""
+)
 
 
 def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:

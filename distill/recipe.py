@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ..conversion.yaml_values import merge, override, read_yaml, write_yaml
 from .recipe_values import (
     LAYERS_ACCEPTED,
     Betas,
@@ -40,7 +41,6 @@ from .recipe_values import (
     layers,
     whole_number,
 )
-from .recipe_yaml import merge, override, read_yaml, write_yaml
 
 
 class _Spec(BaseModel):

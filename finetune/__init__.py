@@ -1,1 +1,1 @@
-"""Finetuning with peft and transformers' Trainer: packing, adapters and their coverage, the language-model run."""
+"""Training on text with transformers' Trainer: packing, finetuning by peft's adapters or as a whole, from scratch."""

@@ -20,16 +20,9 @@ from transformers import (
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes
 from ..modeling.causal_lm import ZooForCausalLM
 from .settings import LanguageModelSettings
+from .training import compute_dtype
 
 ALL_LINEAR = "all-linear"
-
-
-def compute_dtype(settings: LanguageModelSettings) -> torch.dtype:
-    """What forward and backward compute in: `settings.dtype`, where "auto" goes by the device."""
-    if settings.dtype == "auto":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    return getattr(torch, settings.dtype)
 
 
 def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:

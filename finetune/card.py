@@ -1,24 +1,16 @@
 """The model card of a finetuned model or adapter, filled in from the report of its run and from nothing else."""
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.formatting import code, count, fenced, gibibytes, number, percent, seconds, table, without_folders
+from ..conversion.formatting import code, count, fenced, table, without_folders
 from ..conversion.hub_licences import HUB_LICENCES
-from ..modeling.hub_code import write_atomically
+from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
 
-_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-repository, revision = "{repository}", "main"
-model = AutoModelForCausalLM.from_pretrained(repository, revision=revision, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)"""
 _ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,11 +30,7 @@ def write_card(folder: Path, report: dict[str, Any], repo_id: str | None = None)
         repo_id: the repository that the card is for, if known: its title, and what the example loads.
     """
     adapter = (folder / "adapter_config.json").is_file()
-    template = resources.files("ssm_zoo.model_cards").joinpath("finetuned.md").read_text(encoding="utf-8")
-    card = ModelCard.from_template(
-        _metadata(report, adapter), template_str=template, **_sections(report, adapter, repo_id)
-    )
-    write_atomically(folder / "README.md", f"{str(card).rstrip()}\n")
+    write_trained_card(folder, _metadata(report, adapter), _sections(report, adapter, repo_id))
 
 
 def hub_id(report: dict[str, Any]) -> str | None:
@@ -77,31 +65,26 @@ def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dic
     name = report["base"]["source"]
     linked = f"[{base}](https://huggingface.co/{base})" if base else code(without_folders(name))
     revision = f", revision={report['base']['revision']!r}" if report["base"]["revision"] else ""
-    snippet = (_ADAPTER if adapter else _MODEL).format(
+    snippet = (_ADAPTER if adapter else LOAD_MODEL).format(
         repository=repo_id or "<this repository>", base=base or "<the base model>", base_revision=revision
     )
     loading = (
         "With torch, transformers and peft; the code of the model is in the base model's repository."
         if adapter
-        else "With torch and transformers alone; the code of the model is in this repository."
+        else LOADED_ALONE
     )
     return {
+        **common_sections(report),
         "title": code(
             repo_id.rpartition("/")[2] if repo_id else f"{without_folders(name).rpartition('/')[2]}, finetuned"
         ),
         "introduction": f"{linked} ({code(report['base']['model_type'])}), finetuned as a language model with ssm-zoo: "
         f"{_method(report)}{'' if adapter or settings['method'] == 'full' else ', merged into the weights'}.",
-        "summary": _summary(report),
         "loading": loading,
         "snippet": fenced(snippet, "python"),
-        "data": f"Training text: {_text(report['data']['train'])} Held-out text: {_text(report['data']['heldout'])}",
-        "training": _training(report),
+        "training": optimisation(report, f"{code(settings['schedule'])} schedule"),
         "adapters": _adapters(report),
-        "evaluations": _evaluations(report),
         "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
-        "command": fenced(without_folders(report["command"]), "sh"),
-        "machine": _machine(report),
-        "settings": fenced(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100), "yaml"),
         "licence": _licence(report, adapter),
     }
 
@@ -114,32 +97,6 @@ def _method(report: dict[str, Any]) -> str:
     kind = "DoRA" if settings["dora"] else "LoRA"
     bits = " over a base in 4 bits" if settings["load_in_4bit"] else ""
     return f"{kind} of rank {count(settings['rank'])} and alpha {settings['alpha']:g}{bits}, {share}"
-
-
-def _summary(report: dict[str, Any]) -> str:
-    before, after = report["evaluations"][0]["loss"], report["evaluations"][-1]["loss"]
-    change = "fell" if after < before else "did not fall"
-    return f"The held-out loss {change}: {number(before)} before, {number(after)} after (nats per token)."
-
-
-def _text(data: dict[str, Any]) -> str:
-    filled = f", {percent(data['filled'])} filled" if data["filled"] is not None else ""
-    sources = ", ".join(map(code, data["sources"]))
-    return (
-        f"{sources}, {count(data['documents'])} documents with {count(data['targets'])} predicted tokens in "
-        f"{count(data['rows'])} rows{filled}."
-    )
-
-
-def _training(report: dict[str, Any]) -> str:
-    settings = report["settings"]
-    rows = settings["batch_size"] * settings["gradient_accumulation"] * report["processes"]
-    how = "packed" if settings["packing"] else "padded"
-    return (
-        f"AdamW, {count(report['steps'])} steps of {count(rows)} {how} rows of up to {count(settings['row_tokens'])} "
-        f"tokens, peak learning rate {settings['learning_rate']:g}, {code(settings['schedule'])} schedule, computed in "
-        f"{code(report['compute_dtype'])}, seed {settings['seed']}; {seconds(report['seconds'])} seconds."
-    )
 
 
 def _adapters(report: dict[str, Any]) -> str:
@@ -165,14 +122,6 @@ def _adapters(report: dict[str, Any]) -> str:
     return "\n\n".join([table(("Projection", "Adapters", "Parameters", "Dead"), rows), explained])
 
 
-def _evaluations(report: dict[str, Any]) -> str:
-    rows = [
-        (part["name"], number(part["loss"]), number(part["perplexity"], 2), count(part["tokens"]))
-        for part in report["evaluations"]
-    ]
-    return table(("Held-out text", "Loss (nats per token)", "Perplexity", "Predictions"), rows)
-
-
 def _limits(report: dict[str, Any]) -> list[str]:
     sentences = [
         "One run with one seed; the held-out text is what was given for it, and no other ability was measured.",
@@ -187,22 +136,9 @@ def _limits(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _machine(report: dict[str, Any]) -> str:
-    hardware = report["hardware"]
-    rows = [
-        ("Date", code(report["created"])),
-        ("CPU", f"{code(hardware['cpu'] or 'unknown')}, {hardware['cores']} cores; threads used: {report['threads']}"),
-        ("Memory", gibibytes(hardware["memory_bytes"])),
-        ("GPU", code(hardware["gpu"]) if hardware["gpu"] else "none"),
-        ("Processes", count(report["processes"])),
-        ("Versions", ", ".join(f"{code(name)} {code(version)}" for name, version in report["versions"].items())),
-    ]
-    return table(("Machine and versions", "Value"), rows, left=2)
-
-
 def _licence(report: dict[str, Any], adapter: bool) -> str:
     licence = (report["base"]["licence"] or "").strip()
-    ours = "" if adapter else " The code in this repository is ssm-zoo's, under Apache-2.0."
+    ours = "" if adapter else f" {OUR_CODE}"
     if not licence:
         return (
             "The weights derive from the base model's, whose licence is not recorded: find it out before you use or "

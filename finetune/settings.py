@@ -1,18 +1,18 @@
-"""What a finetuning is, as typed data, checked before anything is loaded or written."""
+"""What a training is, as typed data, checked before anything is loaded or written."""
 
 from __future__ import annotations
 
 import difflib
 import reprlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-_Text = Annotated[str, Field(min_length=1)]
-_Count = Annotated[int, Field(ge=1)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Learning rates for the two methods where none is given: peft's usual one, and a tenth of what one pretrains with.
 _LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
@@ -20,16 +20,64 @@ _LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
 _ADAPTER_FIELDS = ("rank", "alpha", "dropout", "dora", "target_modules", "load_in_4bit")
 
 
-class LanguageModelSettings(BaseModel):
+class TrainingSettings(BaseModel):
+    """What every training on text is given.
+
+    Attributes:
+        train: sources of the training text; see `ssm_zoo.finetune.texts.read_documents`.
+        heldout: sources of the text that the loss is measured on, before and after.
+        separator: what stands between the documents of a text file; None: a file is one document.
+        text_field: where JSON lines and data sets hold the text.
+        packing: put several documents into a row; False: each has a padded row of its own.
+        row_tokens: most tokens of a row, 2 or more; longer documents are cut.
+        batch_size: rows in one forward and backward, in each process.
+        gradient_accumulation: forwards and backwards in one optimiser step.
+        epochs: passes over the training text.
+        steps: optimiser steps, instead of `epochs`.
+        dtype: what forward and backward compute in; the trained weights are float32. "auto": bfloat16 on a GPU that
+            has it, float32 elsewhere.
+        gradient_checkpointing: keep the blocks' inputs alone and compute the rest anew in the backward.
+        seed: of the initial weights, the order of the rows and dropout.
+        checkpoint_every: optimiser steps from one checkpoint to the next.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    train: Annotated[list[Text], Field(min_length=1)]
+    heldout: Annotated[list[Text], Field(min_length=1)]
+    separator: Text | None = None
+    text_field: Text = "text"
+    packing: bool = True
+    row_tokens: Annotated[int, Field(ge=2)] = 1024
+    batch_size: Count = 4
+    gradient_accumulation: Count = 1
+    epochs: Positive = 1.0
+    steps: Count | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    checkpoint_every: Count = 200
+
+    @model_validator(mode="after")
+    def _refuse_two_lengths(self) -> TrainingSettings:
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise wrong("steps", self.steps, "either steps or epochs, not both")
+        return self
+
+    def optimisation(self, steps: int) -> dict[str, Any]:
+        """Arguments of transformers' `TrainingArguments` for optimiser and schedule, in a run of so many steps."""
+        raise NotImplementedError
+
+
+Settings = TypeVar("Settings", bound=TrainingSettings)
+
+
+class LanguageModelSettings(TrainingSettings):
     """How a causal language model is finetuned on text.
 
     Attributes:
         model: folder or Hub id of the base model, with its tokenizer.
         revision: branch, tag or commit, for a Hub id.
-        train: sources of the training text; see `ssm_zoo.finetune.texts.read_documents`.
-        heldout: sources of the text that the loss is measured on, before and after.
-        separator: what stands between the documents of a text file; None: a file is one document.
-        text_field: where JSON lines and data sets hold the text.
         method: "lora" trains adapters, "full" all weights.
         rank: r of the adapters.
         alpha: their output is scaled by alpha / rank.
@@ -37,94 +85,85 @@ class LanguageModelSettings(BaseModel):
         dora: weight-decomposed adapters (DoRA, arXiv 2402.09353).
         target_modules: names of the linear layers that get adapters, or "all-linear": all but the head.
         load_in_4bit: keep the base model's linear layers in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes.
-        packing: put several documents into a row; False: each has a padded row of its own.
-        row_tokens: most tokens of a row, 2 or more; longer documents are cut.
-        batch_size: rows in one forward and backward, in each process.
-        gradient_accumulation: forwards and backwards in one optimiser step.
-        epochs: passes over the training text.
-        steps: optimiser steps, instead of `epochs`.
         learning_rate: peak; None: 2e-4 for adapters, 5e-5 for all weights.
         schedule: what follows the warm-up; "cosine" and "linear" end at 0.
         warmup: share of the steps in which the learning rate rises from 0, at most 0.5.
         weight_decay: of matrices, without the SSMs' decay rates; decoupled.
         max_grad_norm: the gradient is scaled down to this norm.
-        dtype: what forward and backward compute in; the trained weights are float32. "auto": bfloat16 on a GPU that
-            has it, float32 elsewhere.
-        gradient_checkpointing: keep the blocks' inputs alone and compute the rest anew in the backward.
-        seed: of the adapters' initial weights, the order of the rows and dropout.
-        checkpoint_every: optimiser steps from one checkpoint to the next.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    model: _Text
-    revision: _Text | None = None
-    train: Annotated[list[_Text], Field(min_length=1)]
-    heldout: Annotated[list[_Text], Field(min_length=1)]
-    separator: _Text | None = None
-    text_field: _Text = "text"
+    model: Text
+    revision: Text | None = None
     method: Literal["lora", "full"] = "lora"
-    rank: _Count = 16
-    alpha: _Positive = 32.0
+    rank: Count = 16
+    alpha: Positive = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dora: bool = False
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     load_in_4bit: bool = False
-    packing: bool = True
-    row_tokens: Annotated[int, Field(ge=2)] = 1024
-    batch_size: _Count = 4
-    gradient_accumulation: _Count = 1
-    epochs: _Positive = 1.0
-    steps: _Count | None = None
-    learning_rate: _Positive | None = None
+    learning_rate: Positive | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    weight_decay: _NonNegative = 0.0
-    max_grad_norm: _Positive = 1.0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    gradient_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    checkpoint_every: _Count = 200
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 1.0
 
     @property
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the method's own."""
         return self.learning_rate or _LEARNING_RATES[self.method]
 
+    def optimisation(self, steps: int) -> dict[str, Any]:
+        return {
+            "learning_rate": self.peak_learning_rate,
+            "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(self.schedule, self.schedule),
+            "warmup_steps": round(self.warmup * steps),
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> LanguageModelSettings:
         if self.target_modules == []:
-            raise _wrong("target_modules", [], "'all-linear', or the names of one linear layer or more")
+            raise wrong("target_modules", [], "'all-linear', or the names of one linear layer or more")
         if self.method == "full":
             for field in _ADAPTER_FIELDS:
                 value = getattr(self, field)
                 if value != type(self).model_fields[field].default:
-                    raise _wrong(field, value, "nothing with method 'full', where there are no adapters")
-        if self.steps is not None and "epochs" in self.model_fields_set:
-            raise _wrong("steps", self.steps, "either steps or epochs, not both")
+                    raise wrong(field, value, "nothing with method 'full', where there are no adapters")
         return self
 
 
 def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
-    """Check settings.
+    """Check the settings of a finetuning; errors as :func:`check_settings`."""
+    return check_settings(LanguageModelSettings, values)
+
+
+def check_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """Check settings of a kind.
 
     Raises:
-        ValueError: with a sentence for every field that is unknown, missing or has a value that is not accepted.
+        ValueError: with a sentence for every field that is unknown, missing or has a value that is not accepted, in the
+            order of `values`.
     """
     try:
-        return LanguageModelSettings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
+        position = {field: number for number, field in enumerate(values)}
+        details = sorted(
+            error.errors(include_url=False), key=lambda d: position.get(".".join(map(str, d["loc"][:1])), len(position))
+        )
         # A union is wrong in each of its members: one sentence will do.
-        problems = {str(detail["loc"][:1]): _describe(detail) for detail in error.errors(include_url=False)}
+        problems = {str(detail["loc"][:1]): _describe(detail, kind) for detail in details}
         raise ValueError("\n".join(problems.values())) from None
 
 
-def _wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
+def wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
+    """What a validator raises: the field, the value, what is accepted."""
     text = "{field}: got {value}; accepted: {accepted}"
     return PydanticCustomError("wrong_field", text, {"field": field, "value": repr(value), "accepted": accepted})
 
 
-def _describe(detail: ErrorDetails) -> str:
+def _describe(detail: ErrorDetails, settings: type[TrainingSettings]) -> str:
     """The field, the value, what is accepted."""
     kind, field = detail["type"], ".".join(map(str, detail["loc"][:1]))
     if kind == "wrong_field":
@@ -132,7 +171,7 @@ def _describe(detail: ErrorDetails) -> str:
     if kind == "missing":
         return f"{field}: missing"
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(field, LanguageModelSettings.model_fields, n=1)
+        close = difflib.get_close_matches(field, settings.model_fields, n=1)
         suggestion = f"; did you mean {close[0]!r}?" if close else ""
         return f"{field}: unknown{suggestion}"
     if field == "target_modules":

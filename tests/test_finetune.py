@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.finetune import language_model
-from ssm_zoo.finetune.adapters import load_base
+from ssm_zoo.finetune.adapters import load_base, load_tokenizer
 from ssm_zoo.finetune.language_model import finetune_language_model
 from ssm_zoo.finetune.settings import parse_settings
 from ssm_zoo.finetune.texts import encode, read_documents
+from ssm_zoo.finetune.training import ZooTrainer
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
 
@@ -112,7 +112,7 @@ def test_the_measured_loss_is_that_of_separate_documents(folder: Path, run: Path
     settings = parse_settings(values(folder))
     base: Any = load_base(settings).eval()
     texts = read_documents(settings.heldout, "heldout", separator="\n\n")
-    tokenizer = language_model.load_tokenizer(settings)
+    tokenizer = load_tokenizer(settings)
     total = targets = 0.0
     for ids in encode(texts, tokenizer, VOCAB, progress=False):
         assert ids[-1] == tokenizer.eos_token_id
@@ -152,6 +152,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert (output / "coverage.json").exists() == (method == "lora")
+    if method == "full":
+        assert json.loads((output / "model" / "config.json").read_text())["use_cache"]
     reports = [json.loads((path / "report.json").read_text()) for path in (output, expected)]
     for key in ("evaluations", "coverage", "steps"):
         assert reports[0][key] == reports[1][key]
@@ -212,7 +214,7 @@ def test_other_ways_learn_too(folder: Path, tmp_path: Path, changes: dict[str, A
 def test_weight_decay_is_of_projections_and_embeddings_alone(name: str, tmp_path: Path) -> None:
     """Mamba-1's decay rates are a matrix, and yet no weights."""
     model = make_model(name)
-    trainer = language_model._Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    trainer = ZooTrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     layers = (torch.nn.Linear, torch.nn.Embedding)
     weights = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, layers)}
     assert set(trainer.get_decay_parameter_names(model)) == weights & dict(model.named_parameters()).keys()

@@ -17,7 +17,8 @@ HOME = "/" + "home"  # in two parts: no file of this repository names a path of 
         ),
         (f"'{HOME}/me/a b'", "'a b'"),
         ("~/runs/x ../data/y ./z", "x ../data/y ./z"),
-        (r"C:\Users\me\x.yaml", "x.yaml"),
+        (r"C:\Users\me\x.yaml ~\x.yaml \\host\share\y.yaml", "x.yaml x.yaml y.yaml"),
+        (r"--separator '\n\n' out", r"--separator '\n\n' out"),
         ("https://example.org/a/b org/name 1/2", "https://example.org/a/b org/name 1/2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""YAML for recipes: texts and overrides to plain mappings, and back. Knows nothing of what a recipe means.
+"""YAML of recipes and configurations: texts and overrides to plain mappings, and back. Knows nothing of their meaning.
 
 Two departures from PyYAML's defaults: `1e-3` is a number (as in YAML 1.2; PyYAML follows 1.1 and reads a string),
 and a key that stands twice in a mapping is an error instead of the last one winning.
@@ -87,8 +87,7 @@ def override(values: Any, assignments: Sequence[str]) -> Any:
         key, equals, text = assignment.partition("=")
         keys = key.strip().split(".")
         if not equals or not all(keys):
-            accepted = "dotted.key=value, e.g. stages.0.tokens=100000"
-            raise ValueError(f"override: got {assignment!r}; accepted: {accepted}")
+            raise ValueError(f"override: got {assignment!r}; accepted: dotted.key=value")
         values = _assign(values, keys, read_yaml(text, f"override {assignment!r}: the value"), assignment)
     return values
 
@@ -96,7 +95,7 @@ def override(values: Any, assignments: Sequence[str]) -> Any:
 def _assign(values: Any, keys: list[str], value: Any, assignment: str, depth: int = 0) -> Any:
     if depth == len(keys):
         return value
-    key, here = keys[depth], ".".join(keys[:depth]) or "the recipe"
+    key, here = keys[depth], ".".join(keys[:depth]) or "the top"
     if isinstance(values, dict):
         return {**values, key: _assign(values.get(key, {}), keys, value, assignment, depth + 1)}
     if not isinstance(values, list):

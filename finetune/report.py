@@ -1,0 +1,99 @@
+"""What a training leaves behind, whatever was trained: the report, and folders that appear whole."""
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..conversion.formatting import without_folders
+from ..conversion.machine import describe_machine
+from ..conversion.output_folder import result_folder
+from .plot import write_loss_plot
+from .training import TrainingRun, compute_dtype
+
+
+def common_report(
+    run: TrainingRun[Any],
+    kind: str,
+    command: str,
+    evaluations: list[dict[str, Any]],
+    history: list[dict[str, Any]],
+    *computing: str,
+) -> dict[str, Any]:
+    """What the report of every training says; paths are without their folders.
+
+    Args:
+        run: the run, with the trained model.
+        kind: what sort of run this is.
+        command: what repeats it.
+        evaluations: held-out losses, the first before and the last after the training.
+        history: the points of the curve.
+        *computing: distributions that took part, besides those that always do.
+    """
+    settings, rows = run.settings, {"train": run.rows.train, "heldout": run.rows.heldout}
+    sources = {field: [_without_folder(text) for text in getattr(settings, field)] for field in rows}
+    trained = [p.numel() for p in run.model.parameters() if p.requires_grad]
+    return {
+        "format": 1,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **describe_machine(*computing),
+        "processes": run.state.num_processes,
+        "threads": torch.get_num_threads(),
+        "settings": {**settings.model_dump(mode="json"), **sources},
+        "compute_dtype": str(compute_dtype(settings)).removeprefix("torch."),
+        "parameters": {"trained": sum(trained), "all": sum(p.numel() for p in run.model.parameters())},
+        "data": {
+            field: {
+                "sources": sources[field],
+                "documents": run.rows.documents[field],
+                "targets": packed.targets,
+                "rows": len(packed),
+                "filled": packed.tokens / (len(packed) * settings.row_tokens) if settings.packing else None,
+            }
+            for field, packed in rows.items()
+        },
+        "evaluations": evaluations,
+        "steps": run.steps,
+        "seconds": history[-1]["seconds"],
+        "history": history,
+    }
+
+
+def _without_folder(source: str) -> str:
+    """A source without the folders of this machine."""
+    return without_folders(source) if source.startswith("datasets:") else Path(source).name
+
+
+def write_plots(run: TrainingRun[Any], report: dict[str, Any]) -> None:
+    """Write `plots/` into the folder of the run."""
+    plots = run.output / "plots"
+    plots.mkdir(exist_ok=True)
+    write_loss_plot(report, plots / "loss.png")
+
+
+def write_folder(
+    run: TrainingRun[Any],
+    name: str,
+    save: Callable[[str], object],
+    card: Callable[[Path, dict[str, Any]], None],
+    report: dict[str, Any],
+) -> None:
+    """Write a folder of the run with weights and what stands beside them: tokenizer, plots, card.
+
+    Args:
+        run: the run; its plots are written.
+        name: of the folder.
+        save: writes the weights into a folder.
+        card: writes the card into a folder, from the report.
+        report: of the run.
+    """
+    with result_folder(run.output / name) as folder:
+        save(str(folder))
+        run.tokenizer.save_pretrained(folder)
+        shutil.copytree(run.output / "plots", folder / "plots")
+        card(folder, report)
