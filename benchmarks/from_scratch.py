@@ -10,13 +10,14 @@ its best setting is run again with fresh seeds, on held-out text that the trials
 
 Because the function is the same, all runs of the peer go through our class from its initial weights, which takes a part
 of the time. `--confirm` steps are run again with transformers' class itself and compared; its seconds per step are
-measured in turn with ours in the same process.
+measured in turn with ours in the same process. Time is CPU time, which other programs do not lengthen much: on one
+thread of an idle machine it is the wall's.
 
     python benchmarks/from_scratch.py --threads 1
     python benchmarks/from_scratch.py --threads 1 --resume benchmarks/results/from_scratch-20261125T120000Z.jsonl
 
-`--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and a grid or the seeds may
-grow. Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
+`--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and a grid or the seeds
+may grow. Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) 
     held_out = data[1][begin : begin + options.held_out + 1]
     often = min(options.evaluate_every, max(run.stop // 6, 1))
     every = run.stop if run.purpose in (TRIAL, CONFIRM) else often
-    losses, curve, start = [], [], time.perf_counter()
+    losses, curve, start = [], [], time.process_time()
     name = f"{run.family}, {run.arm}, {run.purpose}, {run.rate:g}, {run.initializer_range:g}"
     bar = tqdm(batches(data[0], run.batch, run.stop, run.seed), total=run.stop, desc=name, mininterval=2)
     for step, windows in enumerate(bar, start=1):
@@ -190,18 +191,18 @@ def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) 
             bar.set_postfix(held_out=f"{curve[-1]['held_out']:.3f}")
     row = {**dataclasses.asdict(run), "parameters": sum(p.numel() for p in model.parameters())}
     result = {"held_out": curve[-1]["held_out"], "curve": curve, "train": losses}
-    return {**row, **result, "seconds": time.perf_counter() - start}
+    return {**row, **result, "cpu_seconds": time.process_time() - start}
 
 
 def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repeats: int) -> dict[str, float]:
-    """Median time of a training step of our class and of transformers', in turn, after one step of each."""
+    """Median CPU time of a training step of our class and of transformers', in turn, after one step of each."""
     trainers = {arm: Trainer(make(family, arm, 0), 1e-3, 1000) for arm in (OURS, CLASS)}
     times: dict[str, list[float]] = {arm: [] for arm in trainers}
     for windows in batches(data[0], batch, repeats + 1, 0):
         for arm, trainer in trainers.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             trainer.step(windows)
-            times[arm].append(time.perf_counter() - begin)
+            times[arm].append(time.process_time() - begin)
     return {arm: median(found[1:]) for arm, found in times.items()}
 
 
@@ -236,7 +237,9 @@ class Comparison:
         base = Run(TOKENS, family, OURS, 0.0, 0.0, 0, options.steps, options.steps, options.batch)
         sides = {}
         for arm in (OURS, PEER):
-            trial = dataclasses.replace(base, purpose=TRIAL, arm=arm, steps=options.trial_steps, stop=options.trial_steps)
+            trial = dataclasses.replace(
+                base, purpose=TRIAL, arm=arm, steps=options.trial_steps, stop=options.trial_steps
+            )
             grid = [(rate, std) for rate in options.rates for std in options.ranges]
             trials = [self.row(dataclasses.replace(trial, rate=rate, initializer_range=std)) for rate, std in grid]
             best = min(trials, key=lambda row: row["held_out"])

@@ -27,10 +27,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ours, theirs = summary["seconds_per_step"]["ours"], summary["seconds_per_step"]["theirs"]
         curves(seconds, rows, summary, f"{OURS}, equal tokens", scale=ours)
         curves(seconds, rows, summary, f"{PEER}, equal time", scale=theirs)
-        about = [row for row in rows if row["purpose"] == "trial" and row["family"] == summary["family"]][0]
+        about = next(row for row in rows if row["purpose"] == "trial" and row["family"] == summary["family"])
         tokens.set(title=f"{summary['family']}, {about['parameters'] / 1e6:.1f} M parameters: equal tokens")
         tokens.set_xlabel(f"step of {about['batch'] * 128} tokens")
-        seconds.set(title=f"equal time: {ours:.2f} and {theirs:.2f} s a step", xlabel="seconds")
+        seconds.set(title=f"equal time: {ours:.2f} and {theirs:.2f} s a step", xlabel="CPU seconds")
         for axis in (tokens, seconds):
             axis.set_ylabel("held-out loss, nats per token")
             axis.legend()

@@ -1,0 +1,124 @@
+"""The comparison of training runs from scratch, at a tiny size: what it starts from, judges, repeats and writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import from_scratch
+import pytest
+import torch
+from from_scratch import CLASS, OURS, PEER, Trainer, batches, loss_of, main, make
+
+from tolerances import TOLERANCES
+
+TINY = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mamba2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "head_dim": 8,
+        "num_heads": 8,
+        "n_groups": 1,
+    },
+}
+ARGUMENTS = "--family mamba2 --ranges 0.02 0.1 --trial-steps 1 --steps 4 --seeds 1 2 --batch 1 --held-out 256"
+ARGUMENTS += " --evaluate-every 2 --time-steps 1 --confirm 2"
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(from_scratch, "SIZES", TINY)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(*arguments: str) -> None:
+    main([*ARGUMENTS.split(), *arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result file of a whole run over two rates."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_scratch, "SIZES", TINY)
+        run("--rates", "1e-3", "1e-2", "--output", str(folder))
+    (path,) = folder.glob("*.jsonl")
+    return path
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_peers_start_in_our_class_computes_what_its_own_class_does(family: str):
+    windows = torch.randint(from_scratch.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    losses = {arm: [] for arm in (OURS, PEER, CLASS)}
+    for arm, found in losses.items():
+        trainer = Trainer(make(family, arm, 3, initializer_range=0.05), rate=1e-2, steps=3)
+        found += [trainer.step(windows) for _ in range(3)]
+    assert losses[PEER] == pytest.approx(losses[CLASS], rel=1e-4)
+    assert losses[OURS] != pytest.approx(losses[CLASS], rel=1e-4)
+    assert losses[OURS][2] < losses[OURS][0]
+
+
+def test_batches_are_epochs_of_overlapping_windows_and_depend_on_the_seed_alone():
+    ids = torch.arange(6 * from_scratch.LENGTH + 50)
+    first, second, again = (torch.cat(list(batches(ids, 2, 3, seed))) for seed in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert first.sort(0).values[:, 0].tolist() == list(range(0, 6 * from_scratch.LENGTH, from_scratch.LENGTH))
+    assert first[0, -1] - first[0, 0] == from_scratch.LENGTH
+
+
+def test_both_sides_get_the_same_trials_and_the_best_of_each_is_run_again(finished: Path):
+    rows = read(finished)
+    trials = {arm: [row for row in rows if row["purpose"] == "trial" and row["arm"] == arm] for arm in (OURS, PEER)}
+    settings = {arm: [(row["rate"], row["initializer_range"]) for row in found] for arm, found in trials.items()}
+    assert settings[OURS] == settings[PEER] == [(1e-3, 0.02), (1e-3, 0.1), (1e-2, 0.02), (1e-2, 0.1)]
+    (summary,) = (row for row in rows if row["purpose"] == "summary")
+    for arm, found in trials.items():
+        best = min(found, key=lambda row: row["held_out"])
+        side = summary[f"{arm}, equal tokens"]
+        assert (side["rate"], side["initializer_range"]) == (best["rate"], best["initializer_range"])
+        ends = [row["held_out"] for row in rows if row["purpose"] == "equal tokens" and row["arm"] == arm]
+        assert [side["low"], side["high"]] == sorted(ends)
+    seconds = summary["seconds_per_step"]
+    assert summary[f"{PEER}, equal time"]["steps"] == max(int(4 * seconds[OURS] / seconds[CLASS]), 1)
+    assert summary["confirmed"]["largest_difference"] < 1e-3
+    assert summary["confirmed"]["steps"] == 2
+    assert all(row.keys() >= {"hardware", "versions", "date", "command"} for row in rows)
+    assert finished.with_suffix(".png").exists()
+
+
+def test_a_larger_grid_goes_on_without_repeating_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "cut-off.jsonl"
+    path.write_bytes(finished.read_bytes())
+    done, execute = [], from_scratch.execute
+    monkeypatch.setattr(from_scratch, "execute", lambda run, *others: done.append(run) or execute(run, *others))
+    run("--rates", "1e-3", "1e-2", "--resume", str(path))
+    assert done == []
+    assert len(read(path)) == len(read(finished))
+    run("--rates", "1e-3", "1e-2", "1e-9", "--resume", str(path))
+    assert [(row.purpose, row.rate) for row in done] == [("trial", 1e-9)] * 4
+
+
+def test_trials_and_results_are_judged_by_different_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    judged = []
+    monkeypatch.setattr(from_scratch, "tokens", lambda: (torch.arange(1500), torch.arange(520) + 1500))
+    monkeypatch.setattr(from_scratch, "held_out_loss", lambda model, ids, batch: judged.append(ids) or 1.0)
+    run("--rates", "1e-3", "--output", str(tmp_path))
+    starts = {(int(ids[0]), int(ids[-1])) for ids in judged}
+    assert starts == {(1500, 1756), (1756, 2012)}
+
+
+@torch.no_grad()
+def test_the_held_out_loss_is_the_mean_over_all_windows():
+    model = make("mamba2", OURS, 0)
+    ids = torch.randint(
+        from_scratch.VOCABULARY, (5 * from_scratch.LENGTH + 7,), generator=torch.Generator().manual_seed(0)
+    )
+    expected = loss_of(model, from_scratch.windows_of(ids))
+    found = from_scratch.held_out_loss(model, ids, 2)
+    rtol, atol = TOLERANCES[torch.float32]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=rtol, atol=atol)
