@@ -39,7 +39,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from circumstances import RESULTS, circumstances, positive, write_rows
-from from_scratch_plot import draw
+from from_scratch_plot import OURS, PEER, draw
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -50,8 +50,8 @@ from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
 VOCABULARY = 2048
 LENGTH = 128
-# What is trained: our class as it starts, our class from the peer's initial weights, transformers' class.
-OURS, PEER, CLASS = "ours", "theirs in our class", "theirs"
+# The arm beside OURS and PEER: transformers' own class.
+CLASS = "theirs"
 # What a run is for.
 TRIAL, TOKENS, TIME, CONFIRM = "trial", "equal tokens", "equal time", "confirm"
 SIZES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+# Our class as it starts; our class from the initial weights of transformers'.
 OURS, PEER = "ours", "theirs in our class"
 # Line colour and words of each side.
 SIDES = {OURS: ("C0", "ours"), PEER: ("C1", "transformers'")}
@@ -29,11 +30,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         curves(seconds, rows, summary, f"{PEER}, equal time", scale=theirs)
         about = next(row for row in rows if row["purpose"] == "trial" and row["family"] == summary["family"])
         tokens.set(title=f"{summary['family']}, {about['parameters'] / 1e6:.1f} M parameters: equal tokens")
-        tokens.set_xlabel(f"step of {about['batch'] * 128} tokens")
+        tokens.set_xlabel(f"step of {about['batch']} windows")
         seconds.set(title=f"equal time: {ours:.2f} and {theirs:.2f} s a step", xlabel="CPU seconds")
+        title = None
+        if confirmed := summary.get("confirmed"):
+            difference = f"{confirmed['largest_difference']:.0e}"
+            title = f"transformers' class, {confirmed['steps']} steps: training loss within {difference}"
         for axis in (tokens, seconds):
             axis.set_ylabel("held-out loss, nats per token")
-            axis.legend()
+            axis.legend(title=title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
