@@ -2,8 +2,8 @@
 
 Both sides have the same sizes, data, order, optimiser and schedule. They compute the same function (the parity tests
 show it), so what differs is how they start, ours from the papers' initialisation and theirs from transformers' own, and
-how long a step takes. Each side is tuned with the same trials, every learning rate with every `initializer_range`, and
-its best setting is run again with fresh seeds, on held-out text that the trials have not seen:
+how long a step takes. Each side is tuned by the same search over learning rate and `initializer_range`, from the same
+start, and its best setting is run again with fresh seeds, on held-out text that the trials have not seen:
 
 * at equal tokens: the same steps;
 * in equal time: the peer with as many steps as its own class makes in our time, its schedule ending there.
@@ -16,8 +16,8 @@ thread of an idle machine it is the wall's.
     python benchmarks/from_scratch.py --threads 1
     python benchmarks/from_scratch.py --threads 1 --resume benchmarks/results/from_scratch-20261125T120000Z.jsonl
 
-`--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and a grid or the seeds
-may grow. Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
+`--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
+Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -206,6 +207,18 @@ def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repea
     return {arm: median(found[1:]) for arm, found in times.items()}
 
 
+def search(judge: Callable[[float, float], float], point: tuple[float, float]) -> tuple[float, float]:
+    """Coordinate search for the least `judge(rate, std)` over factors of two of `point`: where it ends, half and double
+    of either coordinate are not better."""
+    least, moved = judge(*point), True
+    while moved:
+        moved = False
+        for rate, std in ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0)):
+            while (found := judge(point[0] * rate, point[1] * std)) < least:
+                point, least, moved = (point[0] * rate, point[1] * std), found, True
+    return point
+
+
 class Comparison:
     """The rows of a result file, written anew after each run."""
 
@@ -226,6 +239,9 @@ class Comparison:
         write_rows(self.rows, self.path)
         return self.rows[-1]
 
+    def judge(self, trial: Run, rate: float, std: float) -> float:
+        return self.row(dataclasses.replace(trial, rate=rate, initializer_range=std))["held_out"]
+
     def family(self, family: str) -> dict[str, Any]:
         """Everything of one family; returns its summary."""
         options = self.options
@@ -237,13 +253,10 @@ class Comparison:
         base = Run(TOKENS, family, OURS, 0.0, 0.0, 0, options.steps, options.steps, options.batch)
         sides = {}
         for arm in (OURS, PEER):
-            trial = dataclasses.replace(
-                base, purpose=TRIAL, arm=arm, steps=options.trial_steps, stop=options.trial_steps
-            )
-            grid = [(rate, std) for rate in options.rates for std in options.ranges]
-            trials = [self.row(dataclasses.replace(trial, rate=rate, initializer_range=std)) for rate, std in grid]
-            best = min(trials, key=lambda row: row["held_out"])
-            sides[arm] = {"rate": best["rate"], "initializer_range": best["initializer_range"]}
+            length = options.trial_steps
+            trial = dataclasses.replace(base, purpose=TRIAL, arm=arm, steps=length, stop=length)
+            rate, std = search(partial(self.judge, trial), (options.rate, options.range))
+            sides[arm] = {"rate": rate, "initializer_range": std}
         fitting = max(int(options.steps * seconds[OURS] / seconds[CLASS]), 1)
         lengths = {(OURS, TOKENS): options.steps, (PEER, TOKENS): options.steps, (PEER, TIME): fitting}
         found: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in lengths}
@@ -268,8 +281,8 @@ class Comparison:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="from_scratch.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--family", choices=SIZES, nargs="+", default=list(SIZES))
-    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3, 16e-3], help="grid of learning rates")
-    parser.add_argument("--ranges", type=float, nargs="+", default=[0.02, 0.05, 0.1], help="grid of initializer_range")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate that the search starts from")
+    parser.add_argument("--range", type=float, default=0.05, help="initializer_range that the search starts from")
     parser.add_argument("--trial-steps", type=positive, default=100, help="steps of a trial")
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the best settings; trials have 0")

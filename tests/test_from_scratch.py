@@ -1,13 +1,14 @@
 """The comparison of training runs from scratch, at a tiny size: what it starts from, judges, repeats and writes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import from_scratch
 import pytest
 import torch
-from from_scratch import CLASS, OURS, PEER, Trainer, batches, loss_of, main, make
+from from_scratch import CLASS, OURS, PEER, Trainer, batches, loss_of, main, make, search
 
 from tolerances import TOLERANCES
 
@@ -22,7 +23,7 @@ TINY = {
         "n_groups": 1,
     },
 }
-ARGUMENTS = "--family mamba2 --ranges 0.02 0.1 --trial-steps 1 --steps 4 --seeds 1 2 --batch 1 --held-out 256"
+ARGUMENTS = "--family mamba2 --rate 1e-2 --trial-steps 1 --steps 4 --seeds 1 2 --batch 1 --held-out 256"
 ARGUMENTS += " --evaluate-every 2 --time-steps 1 --confirm 2"
 
 
@@ -41,11 +42,11 @@ def run(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The result file of a whole run over two rates."""
+    """The result file of a whole run."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(from_scratch, "SIZES", TINY)
-        run("--rates", "1e-3", "1e-2", "--output", str(folder))
+        run("--output", str(folder))
     (path,) = folder.glob("*.jsonl")
     return path
 
@@ -71,11 +72,22 @@ def test_batches_are_epochs_of_overlapping_windows_and_depend_on_the_seed_alone(
     assert first[0, -1] - first[0, 0] == from_scratch.LENGTH
 
 
-def test_both_sides_get_the_same_trials_and_the_best_of_each_is_run_again(finished: Path):
+def test_the_search_ends_where_no_neighbour_is_better_and_follows_a_valley():
+    judged = []
+
+    def judge(rate: float, std: float) -> float:
+        judged.append((rate, std))
+        return (math.log2(rate) - 3) ** 2 + (math.log2(std) + 2) ** 2 + 0.5 * (math.log2(rate) - math.log2(std) - 5)
+
+    assert search(judge, (1.0, 1.0)) == (8.0, 0.25)
+    assert {(4.0, 0.25), (16.0, 0.25), (8.0, 0.125), (8.0, 0.5)} <= set(judged)
+
+
+def test_both_sides_are_searched_from_the_same_start_and_the_best_of_each_is_run_again(finished: Path):
     rows = read(finished)
     trials = {arm: [row for row in rows if row["purpose"] == "trial" and row["arm"] == arm] for arm in (OURS, PEER)}
-    settings = {arm: [(row["rate"], row["initializer_range"]) for row in found] for arm, found in trials.items()}
-    assert settings[OURS] == settings[PEER] == [(1e-3, 0.02), (1e-3, 0.1), (1e-2, 0.02), (1e-2, 0.1)]
+    for found in trials.values():
+        assert (found[0]["rate"], found[0]["initializer_range"]) == (1e-2, 0.05)
     (summary,) = (row for row in rows if row["purpose"] == "summary")
     for arm, found in trials.items():
         best = min(found, key=lambda row: row["held_out"])
@@ -91,23 +103,27 @@ def test_both_sides_get_the_same_trials_and_the_best_of_each_is_run_again(finish
     assert finished.with_suffix(".png").exists()
 
 
-def test_a_larger_grid_goes_on_without_repeating_a_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_going_on_repeats_no_run_and_adds_what_is_missing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "cut-off.jsonl"
     path.write_bytes(finished.read_bytes())
     done, execute = [], from_scratch.execute
     monkeypatch.setattr(from_scratch, "execute", lambda run, *others: done.append(run) or execute(run, *others))
-    run("--rates", "1e-3", "1e-2", "--resume", str(path))
+    run("--resume", str(path))
     assert done == []
     assert len(read(path)) == len(read(finished))
-    run("--rates", "1e-3", "1e-2", "1e-9", "--resume", str(path))
-    assert [(row.purpose, row.rate) for row in done] == [("trial", 1e-9)] * 4
+    run("--seeds", "2", "5", "--resume", str(path))
+    added = {(row.purpose, row.arm, row.seed) for row in done}
+    new = {("equal tokens", OURS, 5), ("equal tokens", PEER, 5), ("equal time", PEER, 5)}
+    assert new <= added <= new | {("confirm", CLASS, 2)}
 
 
 def test_trials_and_results_are_judged_by_different_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     judged = []
     monkeypatch.setattr(from_scratch, "tokens", lambda: (torch.arange(1500), torch.arange(520) + 1500))
     monkeypatch.setattr(from_scratch, "held_out_loss", lambda model, ids, batch: judged.append(ids) or 1.0)
-    run("--rates", "1e-3", "--output", str(tmp_path))
+    run("--output", str(tmp_path))
     starts = {(int(ids[0]), int(ids[-1])) for ids in judged}
     assert starts == {(1500, 1756), (1756, 2012)}
 
