@@ -17,7 +17,6 @@ thread of an idle machine it is the wall's.
     python benchmarks/from_scratch.py --threads 1 --resume benchmarks/results/from_scratch-20261125T120000Z.jsonl
 
 `--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
-Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,19 +35,15 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from circumstances import RESULTS, circumstances, positive, write_rows
 from from_scratch_plot import OURS, PEER, draw
-from tokenizers import ByteLevelBPETokenizer
+from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, tokens
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, ZooSSDForCausalLM
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
-VOCABULARY = 2048
-LENGTH = 128
 # The arm beside OURS and PEER: transformers' own class.
 CLASS = "theirs"
 # What a run is for.
@@ -95,82 +88,6 @@ def make(family: str, arm: str, seed: int, **options: Any) -> nn.Module:
     model = ours[0](ours[1](**common))
     model.load_state_dict(peer.state_dict())
     return model
-
-
-def tokens() -> tuple[Tensor, Tensor]:
-    """Ids of the training and of the held-out text, by a byte-level BPE learnt from the training text."""
-    train, held_out = (
-        (TEXT / name).read_text(encoding="utf-8").replace("\r", "") for name in ("train.txt", "heldout.txt")
-    )
-    tokenizer = ByteLevelBPETokenizer()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.txt"
-        path.write_text(train, encoding="utf-8")
-        tokenizer.train([str(path)], vocab_size=VOCABULARY, show_progress=False)
-    return torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
-
-
-def windows_of(ids: Tensor) -> Tensor:
-    """(n, LENGTH + 1) windows, each of which begins with the last token of the one before."""
-    return ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
-
-
-def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """(batch, LENGTH + 1) windows: epochs of all windows, each in an order of its own."""
-    windows = windows_of(ids)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
-        yield windows[order[:batch]]
-        order = order[batch:]
-
-
-def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    logits = model(windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
-    model.eval()
-    windows = windows_of(ids)
-    total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))
-    model.train()
-    return total / len(windows)
-
-
-class Trainer:
-    """AdamW, decay 0.1 of matrices, clip 1, warm-up over a tenth of the steps, cosine to a tenth of the rate."""
-
-    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
-        self.model = model
-        matrices = {key: p.dim() > 1 and not key.endswith("A_log") for key, p in model.named_parameters()}
-        groups = [
-            {"params": [p for key, p in model.named_parameters() if matrices[key] == decayed], "weight_decay": decay}
-            for decayed, decay in ((True, 0.1), (False, 0.0))
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-        warmup = max(steps // 10, 1)
-
-        def schedule(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))
-
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
-        model.train()
-
-    def step(self, windows: Tensor) -> float:
-        """Train on (B, LENGTH + 1) windows and return their loss before the step."""
-        loss = loss_of(self.model, windows)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        return float(loss.detach())
 
 
 def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import from_scratch
 import pytest
 import torch
-from from_scratch import CLASS, OURS, PEER, Trainer, batches, loss_of, main, make, search
+from from_scratch import CLASS, OURS, PEER, main, make, search
+from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, loss_of, windows_of
 
 from tolerances import TOLERANCES
 
@@ -53,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", TINY)
 def test_the_peers_start_in_our_class_computes_what_its_own_class_does(family: str):
-    windows = torch.randint(from_scratch.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
     losses = {arm: [] for arm in (OURS, PEER, CLASS)}
     for arm, found in losses.items():
         trainer = Trainer(make(family, arm, 3, initializer_range=0.05), rate=1e-2, steps=3)
@@ -64,12 +65,12 @@ def test_the_peers_start_in_our_class_computes_what_its_own_class_does(family: s
 
 
 def test_batches_are_epochs_of_overlapping_windows_and_depend_on_the_seed_alone():
-    ids = torch.arange(6 * from_scratch.LENGTH + 50)
+    ids = torch.arange(6 * LENGTH + 50)
     first, second, again = (torch.cat(list(batches(ids, 2, 3, seed))) for seed in (0, 1, 0))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-    assert first.sort(0).values[:, 0].tolist() == list(range(0, 6 * from_scratch.LENGTH, from_scratch.LENGTH))
-    assert first[0, -1] - first[0, 0] == from_scratch.LENGTH
+    assert first.sort(0).values[:, 0].tolist() == list(range(0, 6 * LENGTH, LENGTH))
+    assert first[0, -1] - first[0, 0] == LENGTH
 
 
 def test_the_search_ends_where_no_neighbour_is_better_and_follows_a_valley():
@@ -131,10 +132,8 @@ def test_trials_and_results_are_judged_by_different_text(monkeypatch: pytest.Mon
 @torch.no_grad()
 def test_the_held_out_loss_is_the_mean_over_all_windows():
     model = make("mamba2", OURS, 0)
-    ids = torch.randint(
-        from_scratch.VOCABULARY, (5 * from_scratch.LENGTH + 7,), generator=torch.Generator().manual_seed(0)
-    )
-    expected = loss_of(model, from_scratch.windows_of(ids))
-    found = from_scratch.held_out_loss(model, ids, 2)
+    ids = torch.randint(VOCABULARY, (5 * LENGTH + 7,), generator=torch.Generator().manual_seed(0))
+    expected = loss_of(model, windows_of(ids))
+    found = held_out_loss(model, ids, 2)
     rtol, atol = TOLERANCES[torch.float32]
     torch.testing.assert_close(torch.tensor(found), expected, rtol=rtol, atol=atol)
