@@ -3,8 +3,8 @@
 Both sides have the same sizes, data, order, optimiser and schedule. They compute the same function (the parity tests
 show it), so what differs is how they start, ours from the papers' initialisation and theirs from transformers' own, and
 how long a step takes. Each side is tuned by the same search from the same start: learning rate and `initializer_range`
-in short trials, judged by a part of the held-out text; then the rate again in full runs, judged by the training loss
-of their last tenth. The best setting is run with every seed and judged by another part of the held-out text:
+in short trials, judged by a part of the held-out text, and from there in full runs, judged by the training loss of
+their last tenth. The best setting is run with every seed and judged by another part of the held-out text:
 
 * at equal tokens: the same steps;
 * in equal time: the peer with as many steps as its own class makes in our time, its schedule ending there.
@@ -27,7 +27,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -49,8 +49,6 @@ from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, 
 CLASS = "theirs"
 # What a run is for.
 TRIAL, TOKENS, TIME, CONFIRM = "trial", "equal tokens", "equal time", "confirm"
-# Factors of learning rate and `initializer_range`.
-RATE_MOVES, RANGE_MOVES = ((0.5, 1.0), (2.0, 1.0)), ((1.0, 0.5), (1.0, 2.0))
 SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 16},
     "mamba2": {"state_size": 64, "head_dim": 64, "num_heads": 8, "n_groups": 1},
@@ -127,14 +125,13 @@ def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repea
     return {arm: median(found[1:]) for arm, found in times.items()}
 
 
-def search(
-    judge: Callable[[float, float], float], point: tuple[float, float], moves: Sequence[tuple[float, float]]
-) -> tuple[float, float]:
-    """Coordinate search for the least `judge(rate, range)`: where it ends, no move (factors of both) is better."""
+def search(judge: Callable[[float, float], float], point: tuple[float, float]) -> tuple[float, float]:
+    """Coordinate search for the least `judge(rate, range)` over factors of two of `point`: where it ends, half and
+    double of either coordinate are not better."""
     least, moved = judge(*point), True
     while moved:
         moved = False
-        for rate, std in moves:
+        for rate, std in ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0)):
             while (found := judge(point[0] * rate, point[1] * std)) < least:
                 point, least, moved = (point[0] * rate, point[1] * std), found, True
     return point
@@ -178,9 +175,9 @@ class Comparison:
         for arm in (OURS, PEER):
             length = options.trial_steps
             trial = dataclasses.replace(base, purpose=TRIAL, arm=arm, steps=length, stop=length)
-            point = search(partial(self.judge, trial), (options.rate, options.range), (*RANGE_MOVES, *RATE_MOVES))
+            point = search(partial(self.judge, trial), (options.rate, options.range))
             full = dataclasses.replace(base, arm=arm, seed=options.seeds[0])
-            rate, std = search(partial(self.judge, full), point, RATE_MOVES)
+            rate, std = search(partial(self.judge, full), point)
             sides[arm] = {"rate": rate, "initializer_range": std}
         fitting = max(int(options.steps * seconds[OURS] / seconds[CLASS]), 1)
         lengths = {(OURS, TOKENS): options.steps, (PEER, TOKENS): options.steps, (PEER, TIME): fitting}
