@@ -57,7 +57,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its fields tell it from every other one of a file.
+    """A training run; its fields tell it from every other one of a file. All have the same `--held-out`.
 
     `steps` is the length of the schedule, `stop` the number of steps taken of it.
     """
@@ -205,24 +205,33 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--family", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate that the search starts from")
     parser.add_argument("--range", type=float, default=0.05, help="initializer_range that the search starts from")
-    parser.add_argument("--trial-steps", type=positive, default=100, help="steps of a trial")
+    parser.add_argument("--trial-steps", type=positive, default=80, help="steps of a trial")
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the best settings; trials have 0")
-    parser.add_argument("--batch", type=positive, default=8, help=f"windows of {LENGTH} tokens a step")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="of the best settings, the first also of the full search; trials have 0",
+    )
+    parser.add_argument("--batch", type=positive, default=4, help=f"windows of {LENGTH} tokens a step")
     parser.add_argument("--held-out", type=positive, default=8 * 1024, help="tokens that judge trials; as many others")
-    parser.add_argument("--evaluate-every", type=positive, default=25, help="steps")
+    parser.add_argument("--evaluate-every", type=positive, default=50, help="steps")
     parser.add_argument("--time-steps", type=positive, default=3, help="steps of each class that are timed")
     parser.add_argument("--confirm", type=int, default=20, help="steps to repeat with transformers' class; 0: none")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --batch and --held-out"
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"from_scratch-{now:%Y%m%dT%H%M%SZ}.jsonl"
     comparison = Comparison(path, tokens(), options, circumstances(now, "from_scratch.py", arguments))
-    comparison.rows = [row for row in comparison.rows if row["purpose"] != "summary"]
+    stale = [row for row in comparison.rows if row["purpose"] == "summary" and row["family"] in options.family]
+    comparison.rows = [row for row in comparison.rows if row not in stale]
     summaries = [comparison.family(family) for family in options.family]
     for summary in summaries:
         print(json.dumps(comparison.add(summary), indent=1))
