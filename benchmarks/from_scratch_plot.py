@@ -38,7 +38,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             title = f"transformers' class, {confirmed['steps']} steps: training loss within {difference}"
         for axis in (tokens, seconds):
             axis.set_ylabel("held-out loss, nats per token")
-            axis.legend(title=title)
+            axis.legend(title=title, fontsize="small", title_fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
