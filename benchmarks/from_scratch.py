@@ -1,211 +1,241 @@
 """Train `zoo_mamba` and `zoo_mamba2` from scratch beside transformers' own classes of equal size, on real text.
 
-Both sides have the same sizes, data, order, optimiser, schedule and number of steps, and each takes its best learning
-rate of the same grid. They compute the same function (the parity tests show it), so what differs is how they start:
-ours from the papers' initialisation, theirs from transformers' own. Because of that the grid of the peer runs with its
-initial weights in our class, which is several times as fast; its best rate is then run again with transformers' class
-itself (`--confirm`), and that curve is the one reported.
+Both sides have the same sizes, data, order, optimiser and schedule. They compute the same function (the parity tests
+show it), so what differs is how they start, ours from the papers' initialisation and theirs from transformers' own, and
+how long a step takes. Each side is tuned by the same search from the same start: learning rate and `initializer_range`
+in short trials, judged by a part of the held-out text, and from there in full runs, judged by the training loss of
+their last tenth. The best setting is run with every seed and judged by another part of the held-out text:
 
-    python benchmarks/from_scratch.py --family mamba2 --confirm
+* at equal tokens: the same steps;
+* in equal time: the peer with as many steps as its own class makes in our time, its schedule ending there.
 
-Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
+Because the function is the same, all runs of the peer go through our class from its initial weights, which takes a part
+of the time. `--confirm` steps are run again with transformers' class itself and compared; its seconds per step are
+measured in turn with ours in the same process. Time is CPU time, which other programs do not lengthen much: on one
+thread of an idle machine it is the wall's.
+
+    python benchmarks/from_scratch.py --threads 1
+    python benchmarks/from_scratch.py --threads 1 --resume benchmarks/results/from_scratch-20261125T120000Z.jsonl
+
+`--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
-import matplotlib
 import torch
-import torch.nn.functional as F
 from circumstances import RESULTS, circumstances, positive, write_rows
-from tokenizers import ByteLevelBPETokenizer
+from from_scratch_plot import OURS, PEER, draw
+from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, tokens
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, ZooSSDForCausalLM
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+# The arm beside OURS and PEER: transformers' own class.
+CLASS = "theirs"
+# What a run is for.
+TRIAL, TOKENS, TIME, CONFIRM = "trial", "equal tokens", "equal time", "confirm"
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 16},
+    "mamba2": {"state_size": 64, "head_dim": 64, "num_heads": 8, "n_groups": 1},
+}
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
-VOCABULARY = 2048
-LENGTH = 128
-EVALUATE_EVERY = 25
 
+@dataclass(frozen=True)
+class Run:
+    """A training run; its fields tell it from every other one of a file. All have the same `--held-out`.
 
-def make(family: str, arm: str, seed: int) -> nn.Module:
-    """A freshly initialised model.
-
-    Args:
-        family: "mamba" or "mamba2".
-        arm: "ours"; "theirs", transformers' class; or "theirs in our class", the same initial weights.
-        seed: of the initialisation.
+    `steps` is the length of the schedule, `stop` the number of steps taken of it.
     """
-    common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 6}
+
+    purpose: str
+    family: str
+    arm: str
+    rate: float
+    initializer_range: float
+    seed: int
+    steps: int
+    stop: int
+    batch: int
+
+
+def make(family: str, arm: str, seed: int, **options: Any) -> nn.Module:
+    """A freshly initialised model of 3 million parameters; `options` are further fields of its configuration."""
+    common = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 6, "tie_word_embeddings": True}
+    common |= SIZES[family] | options
+    ours, theirs = (ZooS6ForCausalLM, ZooMambaConfig), (MambaForCausalLM, MambaConfig)
     if family == "mamba2":
-        common |= {"state_size": 64, "head_dim": 64, "num_heads": 8, "n_groups": 1, "tie_word_embeddings": True}
         ours, theirs = (ZooSSDForCausalLM, ZooMamba2Config), (Mamba2ForCausalLM, Mamba2Config)
-    else:
-        ours, theirs = (ZooS6ForCausalLM, ZooMambaConfig), (MambaForCausalLM, MambaConfig)
     torch.manual_seed(seed)
-    if arm == "ours":
+    if arm == OURS:
         return ours[0](ours[1](**common))
     peer = theirs[0](theirs[1](**common))
-    if arm == "theirs":
+    if arm == CLASS:
         return peer
     model = ours[0](ours[1](**common))
     model.load_state_dict(peer.state_dict())
     return model
 
 
-def tokens() -> tuple[Tensor, Tensor]:
-    """Ids of the training and of the held-out text, by a byte-level BPE learnt from the training text."""
-    train, held_out = (
-        (TEXT / name).read_text(encoding="utf-8").replace("\r", "") for name in ("train.txt", "heldout.txt")
-    )
-    tokenizer = ByteLevelBPETokenizer()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "train.txt"
-        path.write_text(train, encoding="utf-8")
-        tokenizer.train([str(path)], vocab_size=VOCABULARY, show_progress=False)
-    return torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
-
-
-def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """(batch, LENGTH + 1) windows: epochs of all windows, each in an order of its own."""
-    windows = ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
-        yield windows[order[:batch]]
-        order = order[batch:]
-
-
-def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    logits = model(windows[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
-    model.eval()
-    windows = ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
-    total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))
-    model.train()
-    return total / len(windows)
-
-
-def train(model: nn.Module, data: tuple[Tensor, Tensor], rate: float, options: argparse.Namespace, name: str) -> dict:
-    """Train and return the curve: AdamW, decay 0.1 of matrices, clip 1, warm-up of 10 %, cosine to a tenth."""
-    decayed = [p for key, p in model.named_parameters() if p.dim() > 1 and not key.endswith("A_log")]
-    kept = [p for key, p in model.named_parameters() if p.dim() <= 1 or key.endswith("A_log")]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-    warmup = max(options.steps // 10, 1)
-
-    def schedule(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(options.steps - warmup, 1))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    curve, begin = [], time.perf_counter()
-    held_out = data[1][: options.held_out + 1]
-    model.train()
-    stream = batches(data[0], options.batch, options.steps, options.seed)
-    bar = tqdm(stream, total=options.steps, desc=name, mininterval=2)
-    for step, windows in enumerate(bar):
-        loss = loss_of(model, windows)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == options.steps:
-            curve.append({"step": step + 1, "train": float(loss), "held_out": held_out_loss(model, held_out, 32)})
+def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """Train, and return the run's row: trials are judged at their end by one part of the held-out text, others by the
+    next one, every `options.evaluate_every` steps."""
+    model = make(run.family, run.arm, run.seed, initializer_range=run.initializer_range)
+    trainer = Trainer(model, run.rate, run.steps)
+    begin = 0 if run.purpose == TRIAL else options.held_out
+    held_out = data[1][begin : begin + options.held_out + 1]
+    often = min(options.evaluate_every, max(run.stop // 6, 1))
+    every = run.stop if run.purpose in (TRIAL, CONFIRM) else often
+    losses, curve, start = [], [], time.process_time()
+    name = f"{run.family}, {run.arm}, {run.purpose}, {run.rate:g}, {run.initializer_range:g}"
+    bar = tqdm(batches(data[0], run.batch, run.stop, run.seed), total=run.stop, desc=name, mininterval=2)
+    for step, windows in enumerate(bar, start=1):
+        losses.append(trainer.step(windows))
+        if step % every == 0 or step == run.stop:
+            curve.append({"step": step, "held_out": held_out_loss(model, held_out, 32)})
             bar.set_postfix(held_out=f"{curve[-1]['held_out']:.3f}")
-    return {"rate": rate, "curve": curve, "held_out": curve[-1]["held_out"], "seconds": time.perf_counter() - begin}
+    row = {**dataclasses.asdict(run), "parameters": sum(p.numel() for p in model.parameters())}
+    result = {"held_out": curve[-1]["held_out"], "curve": curve, "train": losses}
+    return {**row, **result, "cpu_seconds": time.process_time() - start}
 
 
-def compare(family: str, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> list[dict]:
-    """All runs of a family; the last one of each side, of its best learning rate, is marked `"best"`."""
-    runs = []
-    for arm in ("ours", "theirs in our class"):
-        side = []
-        for rate in options.rates:
-            model = make(family, arm, options.seed)
-            result = train(model, data, rate, options, f"{family}, {arm}, {rate:g}")
-            side.append({"family": family, "arm": arm, "parameters": count(model), **result, "best": False})
-        best = min(side, key=lambda run: run["held_out"])
-        best["best"] = arm == "ours" or not options.confirm
-        runs += side
-        if arm != "ours" and options.confirm:
-            model = make(family, "theirs", options.seed)
-            result = train(model, data, best["rate"], options, f"{family}, theirs, {best['rate']:g}")
-            runs.append({"family": family, "arm": "theirs", "parameters": count(model), **result, "best": True})
-    return runs
+def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repeats: int) -> dict[str, float]:
+    """Median CPU time of a training step of our class and of transformers', in turn, after one step of each."""
+    trainers = {arm: Trainer(make(family, arm, 0), 1e-3, 1000) for arm in (OURS, CLASS)}
+    times: dict[str, list[float]] = {arm: [] for arm in trainers}
+    for windows in batches(data[0], batch, repeats + 1, 0):
+        for arm, trainer in trainers.items():
+            begin = time.process_time()
+            trainer.step(windows)
+            times[arm].append(time.process_time() - begin)
+    return {arm: median(found[1:]) for arm, found in times.items()}
 
 
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def search(judge: Callable[[float, float], float], point: tuple[float, float]) -> tuple[float, float]:
+    """Coordinate search for the least `judge(rate, range)` over factors of two of `point`: where it ends, half and
+    double of either coordinate are not better."""
+    least, moved = judge(*point), True
+    while moved:
+        moved = False
+        for rate, std in ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0)):
+            while (found := judge(point[0] * rate, point[1] * std)) < least:
+                point, least, moved = (point[0] * rate, point[1] * std), found, True
+    return point
 
 
-def plot(runs: list[dict], path: Path) -> None:
-    families = sorted({run["family"] for run in runs})
-    figure, axes = plt.subplots(1, len(families), figsize=(6 * len(families), 4), squeeze=False)
-    for family, axis in zip(families, axes[0], strict=True):
-        for run in (run for run in runs if run["family"] == family):
-            ours = run["arm"] == "ours"
-            steps, losses = zip(*[(point["step"], point["held_out"]) for point in run["curve"]], strict=True)
-            label = f"{run['arm']}, rate {run['rate']:g}: {run['held_out']:.3f}" if run["best"] else None
-            axis.plot(steps, losses, color="C0" if ours else "C1", alpha=1 if run["best"] else 0.25, label=label)
-        axis.set(title=f"{family}: {runs[0]['parameters'] / 1e6:.1f} M parameters", xlabel="step")
-        axis.set_ylabel("held-out loss, nats per token")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+class Comparison:
+    """The rows of a result file, written anew after each run."""
+
+    def __init__(self, path: Path, data: tuple[Tensor, Tensor], options: argparse.Namespace, about: dict) -> None:
+        self.path, self.data, self.options, self.about = path, data, options, about
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def row(self, run: Run) -> dict[str, Any]:
+        """The run's row, trained now if the file has none."""
+        wanted = dataclasses.asdict(run)
+        for row in self.rows:
+            if wanted.items() <= row.items():
+                return row
+        return self.add(execute(run, self.data, self.options))
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self.rows.append({**row, **self.about})
+        write_rows(self.rows, self.path)
+        return self.rows[-1]
+
+    def judge(self, run: Run, rate: float, std: float) -> float:
+        """What `run` with this rate and `initializer_range` is judged by when a side is tuned."""
+        row = self.row(dataclasses.replace(run, rate=rate, initializer_range=std))
+        return row["held_out"] if run.purpose == TRIAL else mean(row["train"][-max(run.stop // 10, 1) :])
+
+    def family(self, family: str) -> dict[str, Any]:
+        """Everything of one family; returns its summary."""
+        options = self.options
+        timing = next((row for row in self.rows if (row["purpose"], row["family"]) == ("timing", family)), None)
+        if timing is None:
+            seconds = seconds_per_step(family, self.data, options.batch, options.time_steps)
+            timing = self.add({"purpose": "timing", "family": family, "seconds_per_step": seconds})
+        seconds = timing["seconds_per_step"]
+        base = Run(TOKENS, family, OURS, 0.0, 0.0, 0, options.steps, options.steps, options.batch)
+        sides = {}
+        for arm in (OURS, PEER):
+            length = options.trial_steps
+            trial = dataclasses.replace(base, purpose=TRIAL, arm=arm, steps=length, stop=length)
+            point = search(partial(self.judge, trial), (options.rate, options.range))
+            full = dataclasses.replace(base, arm=arm, seed=options.seeds[0])
+            rate, std = search(partial(self.judge, full), point)
+            sides[arm] = {"rate": rate, "initializer_range": std}
+        fitting = max(int(options.steps * seconds[OURS] / seconds[CLASS]), 1)
+        lengths = {(OURS, TOKENS): options.steps, (PEER, TOKENS): options.steps, (PEER, TIME): fitting}
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in lengths}
+        for seed in options.seeds:
+            for (arm, purpose), steps in lengths.items():
+                run = Run(purpose, family, arm, **sides[arm], seed=seed, steps=steps, stop=steps, batch=options.batch)
+                found[arm, purpose].append(self.row(run))
+        summary: dict[str, Any] = {"purpose": "summary", "family": family, "seconds_per_step": seconds}
+        for (arm, purpose), rows in found.items():
+            ends = [row["held_out"] for row in rows]
+            numbers = {"steps": lengths[arm, purpose], "mean": mean(ends), "low": min(ends), "high": max(ends)}
+            summary[f"{arm}, {purpose}"] = {**sides[arm], **numbers, "seeds": options.seeds}
+        if options.confirm:
+            peer = found[PEER, TOKENS][0]
+            run = dataclasses.replace(base, purpose=CONFIRM, arm=CLASS, **sides[PEER], seed=peer["seed"])
+            confirmed = self.row(dataclasses.replace(run, stop=min(options.confirm, options.steps)))
+            pairs = zip(confirmed["train"], peer["train"], strict=False)
+            summary["confirmed"] = {"steps": confirmed["stop"], "largest_difference": max(abs(a - b) for a, b in pairs)}
+        return summary
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="from_scratch.py", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
-    parser.add_argument("--family", choices=["mamba", "mamba2"], nargs="+", default=["mamba", "mamba2"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="grid of learning rates")
+    parser = argparse.ArgumentParser(prog="from_scratch.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--family", choices=SIZES, nargs="+", default=list(SIZES))
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate that the search starts from")
+    parser.add_argument("--range", type=float, default=0.05, help="initializer_range that the search starts from")
+    parser.add_argument("--trial-steps", type=positive, default=80, help="steps of a trial")
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--batch", type=positive, default=8, help=f"windows of {LENGTH} tokens a step")
-    parser.add_argument("--held-out", type=positive, default=16 * 1024, help="tokens to evaluate on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="of the best settings, the first also of the full search; trials have 0",
+    )
+    parser.add_argument("--batch", type=positive, default=4, help=f"windows of {LENGTH} tokens a step")
+    parser.add_argument("--held-out", type=positive, default=8 * 1024, help="tokens that judge trials; as many others")
+    parser.add_argument("--evaluate-every", type=positive, default=50, help="steps")
+    parser.add_argument("--time-steps", type=positive, default=3, help="steps of each class that are timed")
+    parser.add_argument("--confirm", type=int, default=20, help="steps to repeat with transformers' class; 0: none")
     parser.add_argument("--threads", type=positive)
-    parser.add_argument("--confirm", action="store_true", help="run the peer's best rate with transformers' own class")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --batch and --held-out"
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
-    about = circumstances(now, "from_scratch.py", arguments)
-    data = tokens()
-    rows: list[dict] = []
-    path = options.output / f"from_scratch-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    for family in options.family:
-        rows += [{**run, **about} for run in compare(family, data, options)]
-        write_rows(rows, path)
-        plot(rows, path.with_suffix(".png"))
-    best = [{key: run[key] for key in ("family", "arm", "rate", "held_out", "seconds")} for run in rows if run["best"]]
-    print(json.dumps(best, indent=1))
+    path = options.resume or options.output / f"from_scratch-{now:%Y%m%dT%H%M%SZ}.jsonl"
+    comparison = Comparison(path, tokens(), options, circumstances(now, "from_scratch.py", arguments))
+    stale = [row for row in comparison.rows if row["purpose"] == "summary" and row["family"] in options.family]
+    comparison.rows = [row for row in comparison.rows if row not in stale]
+    summaries = [comparison.family(family) for family in options.family]
+    for summary in summaries:
+        print(json.dumps(comparison.add(summary), indent=1))
+    draw(comparison.rows, path.with_suffix(".png"))
     print(f"wrote {path}")
 
 

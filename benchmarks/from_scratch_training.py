@@ -1,0 +1,101 @@
+"""Text and training loop of `from_scratch.py`.
+
+Text: WikiText-2's validation part for training, a part of its test text held out (distill/data/wikitext2).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+
+TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
+VOCABULARY = 2048
+LENGTH = 128
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    """Ids of the training and of the held-out text, by a byte-level BPE learnt from the training text."""
+    train, held_out = (
+        (TEXT / name).read_text(encoding="utf-8").replace("\r", "") for name in ("train.txt", "heldout.txt")
+    )
+    tokenizer = ByteLevelBPETokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.txt"
+        path.write_text(train, encoding="utf-8")
+        tokenizer.train([str(path)], vocab_size=VOCABULARY, show_progress=False)
+    return torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
+
+
+def windows_of(ids: Tensor) -> Tensor:
+    """(n, LENGTH + 1) windows, each of which begins with the last token of the one before."""
+    return ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
+
+
+def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """(batch, LENGTH + 1) windows: epochs of all windows, each in an order of its own."""
+    windows = windows_of(ids)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
+        yield windows[order[:batch]]
+        order = order[batch:]
+
+
+def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy, nats per token, of all but the first token of (B, LENGTH + 1) windows."""
+    logits = model(windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
+    """Mean of `loss_of` over the windows of `ids`, `batch` at a time."""
+    model.eval()
+    windows = windows_of(ids)
+    total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))
+    model.train()
+    return total / len(windows)
+
+
+class Trainer:
+    """AdamW, decay 0.1 of matrices, clip 1, warm-up over a tenth of the steps, cosine to a tenth of the rate.
+
+    A_log counts as no matrix.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
+        self.model = model
+        matrices = {key: p.dim() > 1 and not key.endswith("A_log") for key, p in model.named_parameters()}
+        groups = [
+            {"params": [p for key, p in model.named_parameters() if matrices[key] == decayed], "weight_decay": decay}
+            for decayed, decay in ((True, 0.1), (False, 0.0))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+        warmup = max(steps // 10, 1)
+
+        def schedule(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))
+
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        model.train()
+
+    def step(self, windows: Tensor) -> float:
+        """Train on (B, LENGTH + 1) windows and return their loss before the step."""
+        loss = loss_of(self.model, windows)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        return float(loss.detach())
