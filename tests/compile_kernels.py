@@ -21,6 +21,7 @@ from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
 from ssm_zoo.kernels.ssd import ssd
 from ssm_zoo.kernels.ssd_step import ssd_step
+from ssm_zoo.kernels.window_attention import window_attention
 
 B, L, H, P, N, D, K = 1, 4096, 4, 64, 128, 128, 4
 OPTIONS: dict[str, Any] = {"implementation": "triton"}
@@ -67,6 +68,10 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
     y.sum().backward()
     rms_norm(x, zeros(D), eps=1e-5, **some(z=wide(B, L, D), group_size=D // 2)).sum().backward()
     add_rms_norm(x, wide(B, L, D), zeros(D), eps=1e-5, **OPTIONS)[0].sum().backward()
+    index = torch.arange(0, L, 7)
+    keys, extras = wide(B, L, H // 2, P), {"seq_idx": seq_idx}
+    queries = wide(len(index), H, P)
+    window_attention(queries, keys, keys, window=512, index=index, **some(**extras)).sum().backward()
     with torch.no_grad():
         maps = wide(B, 1, N)
         extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}
