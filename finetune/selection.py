@@ -1,8 +1,8 @@
 """What a model with selective layers says of itself: its auxiliary loss, and how many tokens each layer selects.
 
-Such a model (Taipan, arXiv 2410.18572) gives beside its logits `aux_loss`, a scalar that is in its `loss` times
-`config.router_aux_loss_coef`, and `selection_rate`, the share of the tokens that each selective layer selects. Other
-models give neither, and nothing here has an effect then.
+Such a model (Taipan, arXiv 2410.18572) gives beside its logits `aux_loss`, a scalar that is in its `loss` while
+training (`add_aux_loss` of `modeling/routing.py`), and `selection_rate`, the share of the tokens that each selective
+layer selects. Other models give neither, and nothing here has an effect then.
 """
 
 from collections.abc import Callable
@@ -10,23 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-
-
-def auxiliary_weight(config: PreTrainedConfig) -> float:
-    """How much of the auxiliary loss a model adds to its loss; 0.0 where there is none."""
-    return getattr(config, "router_aux_loss_coef", 0.0)
-
-
-def auxiliary_part(outputs: Any, config: PreTrainedConfig) -> Tensor | float:
-    """() How much of `outputs.loss` is not the language model's but the auxiliary loss; 0.0 of a model without.
-
-    Args:
-        outputs: of a causal language model, with labels.
-        config: the model's.
-    """
-    auxiliary = getattr(outputs, "aux_loss", None)
-    return 0.0 if auxiliary is None else auxiliary_weight(config) * auxiliary
 
 
 class SelectionMeans:

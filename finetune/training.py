@@ -24,9 +24,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, Tra
 from ..conversion.command_line import check_processes
 from ..conversion.output_folder import read_json, write_json
 from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.routing import add_aux_loss
 from .packing import IGNORED, PackedDocuments, RowCollator
 from .rows import TextRows
-from .selection import SelectionMeans, auxiliary_part, auxiliary_weight
+from .selection import SelectionMeans
 from .settings import Settings, TrainingSettings
 
 # Points of the curve that are kept, whatever its length.
@@ -135,7 +136,6 @@ def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator,
         predictions; of a model with selective layers what `SelectionMeans` gives, over the tokens.
     """
     training, total, selection = model.training, 0.0, SelectionMeans()
-    config: Any = model.config
     device = next(model.parameters()).device
     # A generator of its own: in the middle of a training, the model's random numbers go on as if nothing had been.
     batches: Any = DataLoader(
@@ -150,7 +150,7 @@ def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator,
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             # The sum over the targets, divided by 1.
             outputs = model(**batch, num_items_in_batch=1)
-            total += float(outputs.loss.double() - auxiliary_part(outputs, config))
+            total += float(outputs.loss.double())
             selection.add(outputs, weight=int((batch["seq_idx"] >= 0).sum()))
     model.train(training)
     loss = total / rows.targets
@@ -171,6 +171,7 @@ class ZooTrainer(Trainer):
         self._config: PreTrainedConfig = model.config
         self._selection = SelectionMeans()
         self._predicted = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices: not norms and biases, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
@@ -179,21 +180,23 @@ class ZooTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As the Trainer's; the auxiliary loss counts once in a step, however many forwards that has."""
+        """As the Trainer's; a model adds the auxiliary loss in shares, which in a step of several forwards make one."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self._predicted += (inputs["labels"][:, 1:] != IGNORED).sum()
+        targets = inputs["labels"][:, 1:]
+        self._predicted += (targets != IGNORED).sum()
         self._selection.add(outputs)
-        # The cross-entropies of all forwards sum up to the step's mean. The model adds the auxiliary loss to each of
-        # them in full, and the Trainer multiplies by the number of processes, over which gradients are averaged.
-        surplus = self.accelerator.num_processes - 1 / self.current_gradient_accumulation_steps
-        loss = loss - surplus * auxiliary_part(outputs, self._config)
+        nothing = torch.zeros_like(self._auxiliary)
+        self._auxiliary += add_aux_loss(nothing, outputs, self._config, targets, num_items_in_batch).detach()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add to a point of the curve what the Trainer does not know."""
         if "loss" in logs:
             measured = self._selection.take(partial(self.accelerator.reduce, reduction="mean"))
-            logs["loss"] -= auxiliary_weight(self._config) * measured.get("aux_loss", 0.0)
+            last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
+            auxiliary: Any = self.accelerator.reduce(self._auxiliary, reduction="sum")
+            logs["loss"] -= float(auxiliary) / max(self.state.global_step - last, 1)
+            self._auxiliary = torch.zeros_like(self._auxiliary)
             before = max((point.get("tokens", 0) for point in self.state.log_history), default=0)
             predicted: Any = self.accelerator.reduce(self._predicted, reduction="sum")
             self._predicted = torch.zeros_like(self._predicted)

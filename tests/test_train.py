@@ -30,6 +30,7 @@ from ssm_zoo.finetune.from_scratch_settings import RECIPES, FromScratchSettings,
 from ssm_zoo.finetune.vocabulary import END_OF_TEXT, entries_of, learn_vocabulary
 from ssm_zoo.modeling import ZooSSDForCausalLM
 from ssm_zoo.modeling.presets import PRESETS
+from ssm_zoo.modeling.routing import add_aux_loss
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
 MAMBA2 = {
@@ -109,8 +110,11 @@ def selective(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         number = len(forwards) % 2
         rates = torch.tensor(0.25 + 0.5 * number), torch.tensor(0.5)
         forwards.append({"loss": outputs.loss.item(), "aux": auxiliary.item(), "training": self.training})
-        found = Output(loss=outputs.loss + self.config.router_aux_loss_coef * auxiliary, logits=outputs.logits)
+        found = Output(loss=outputs.loss, logits=outputs.logits)
         found.aux_loss, found.selection_rate = auxiliary, rates
+        if self.training:
+            items = options.get("num_items_in_batch")
+            found.loss = add_aux_loss(outputs.loss, found, self.config, options["labels"][:, 1:], items)
         return found
 
     monkeypatch.setattr(ZooSSDForCausalLM, "forward", forward)
@@ -287,7 +291,10 @@ def test_the_auxiliary_loss_is_told_from_the_language_models(
         assert point["loss"] == pytest.approx(first["loss"] + second["loss"], rel=1e-5)
         assert point["aux_loss"] == pytest.approx((first["aux"] + second["aux"]) / 2)
         assert point["selection_rate"] == pytest.approx([0.5, 0.5])
-    for evaluation in (report["evaluations"][0], report["evaluations"][-1]):
+    evaluations = report["evaluations"]
+    evaluated = sum(forward["loss"] for forward in selective if not forward["training"])  # sums over the targets
+    assert sum(found["loss"] * found["tokens"] for found in evaluations) == pytest.approx(evaluated, rel=1e-5)
+    for evaluation in (evaluations[0], evaluations[-1]):
         assert evaluation["aux_loss"] > 1
         assert 0.25 <= evaluation["selection_rate"][0] <= 0.75
     card = (tmp_path / "run" / "model" / "README.md").read_text()
