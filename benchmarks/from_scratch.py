@@ -27,7 +27,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -36,9 +35,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from circumstances import RESULTS, circumstances, positive, write_rows
+from circumstances import RESULTS, circumstances, positive
 from from_scratch_plot import OURS, PEER, draw
 from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, tokens
+from result_file import ResultFile, search
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
@@ -49,6 +49,8 @@ from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, 
 CLASS = "theirs"
 # What a run is for.
 TRIAL, TOKENS, TIME, CONFIRM = "trial", "equal tokens", "equal time", "confirm"
+# Neighbours of a setting in the search: half and double of rate and of `initializer_range`.
+FACTORS = ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0))
 SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 16},
     "mamba2": {"state_size": 64, "head_dim": 64, "num_heads": 8, "n_groups": 1},
@@ -108,9 +110,9 @@ def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) 
         if step % every == 0 or step == run.stop:
             curve.append({"step": step, "held_out": held_out_loss(model, held_out, 32)})
             bar.set_postfix(held_out=f"{curve[-1]['held_out']:.3f}")
-    row = {**dataclasses.asdict(run), "parameters": sum(p.numel() for p in model.parameters())}
+    size = sum(p.numel() for p in model.parameters())
     result = {"held_out": curve[-1]["held_out"], "curve": curve, "train": losses}
-    return {**row, **result, "cpu_seconds": time.process_time() - start}
+    return {"parameters": size, **result, "cpu_seconds": time.process_time() - start}
 
 
 def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repeats: int) -> dict[str, float]:
@@ -125,37 +127,15 @@ def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repea
     return {arm: median(found[1:]) for arm, found in times.items()}
 
 
-def search(judge: Callable[[float, float], float], point: tuple[float, float]) -> tuple[float, float]:
-    """Coordinate search for the least `judge(rate, range)` over factors of two of `point`: where it ends, half and
-    double of either coordinate are not better."""
-    least, moved = judge(*point), True
-    while moved:
-        moved = False
-        for rate, std in ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0)):
-            while (found := judge(point[0] * rate, point[1] * std)) < least:
-                point, least, moved = (point[0] * rate, point[1] * std), found, True
-    return point
-
-
 class Comparison:
-    """The rows of a result file, written anew after each run."""
+    """The comparison, whose runs are those of a result file."""
 
-    def __init__(self, path: Path, data: tuple[Tensor, Tensor], options: argparse.Namespace, about: dict) -> None:
-        self.path, self.data, self.options, self.about = path, data, options, about
-        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def __init__(self, file: ResultFile, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> None:
+        self.file, self.data, self.options = file, data, options
 
     def row(self, run: Run) -> dict[str, Any]:
         """The run's row, trained now if the file has none."""
-        wanted = dataclasses.asdict(run)
-        for row in self.rows:
-            if wanted.items() <= row.items():
-                return row
-        return self.add(execute(run, self.data, self.options))
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        self.rows.append({**row, **self.about})
-        write_rows(self.rows, self.path)
-        return self.rows[-1]
+        return self.file.run(run, lambda run: execute(run, self.data, self.options))
 
     def judge(self, run: Run, rate: float, std: float) -> float:
         """What `run` with this rate and `initializer_range` is judged by when a side is tuned."""
@@ -165,19 +145,19 @@ class Comparison:
     def family(self, family: str) -> dict[str, Any]:
         """Everything of one family; returns its summary."""
         options = self.options
-        timing = next((row for row in self.rows if (row["purpose"], row["family"]) == ("timing", family)), None)
+        timing = self.file.find({"purpose": "timing", "family": family})
         if timing is None:
             seconds = seconds_per_step(family, self.data, options.batch, options.time_steps)
-            timing = self.add({"purpose": "timing", "family": family, "seconds_per_step": seconds})
+            timing = self.file.add({"purpose": "timing", "family": family, "seconds_per_step": seconds})
         seconds = timing["seconds_per_step"]
         base = Run(TOKENS, family, OURS, 0.0, 0.0, 0, options.steps, options.steps, options.batch)
         sides = {}
         for arm in (OURS, PEER):
             length = options.trial_steps
             trial = dataclasses.replace(base, purpose=TRIAL, arm=arm, steps=length, stop=length)
-            point = search(partial(self.judge, trial), (options.rate, options.range))
+            point = search(partial(self.judge, trial), (options.rate, options.range), FACTORS)
             full = dataclasses.replace(base, arm=arm, seed=options.seeds[0])
-            rate, std = search(partial(self.judge, full), point)
+            rate, std = search(partial(self.judge, full), point, FACTORS)
             sides[arm] = {"rate": rate, "initializer_range": std}
         fitting = max(int(options.steps * seconds[OURS] / seconds[CLASS]), 1)
         lengths = {(OURS, TOKENS): options.steps, (PEER, TOKENS): options.steps, (PEER, TIME): fitting}
@@ -229,13 +209,13 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"from_scratch-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    comparison = Comparison(path, tokens(), options, circumstances(now, "from_scratch.py", arguments))
-    stale = [row for row in comparison.rows if row["purpose"] == "summary" and row["family"] in options.family]
-    comparison.rows = [row for row in comparison.rows if row not in stale]
+    file = ResultFile(path, circumstances(now, "from_scratch.py", arguments))
+    file.drop(lambda row: row["purpose"] == "summary" and row["family"] in options.family)
+    comparison = Comparison(file, tokens(), options)
     summaries = [comparison.family(family) for family in options.family]
     for summary in summaries:
-        print(json.dumps(comparison.add(summary), indent=1))
-    draw(comparison.rows, path.with_suffix(".png"))
+        print(json.dumps(file.add(summary), indent=1))
+    draw(file.rows, path.with_suffix(".png"))
     print(f"wrote {path}")
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +70,13 @@ def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
 class Trainer:
     """AdamW, decay 0.1 of matrices, clip 1, warm-up over a tenth of the steps, cosine to a tenth of the rate.
 
-    A_log counts as no matrix.
+    A_log counts as no matrix. `loss` takes the model and what `step` is given, and returns the mean loss.
     """
 
-    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, rate: float, steps: int, loss: Callable[[nn.Module, Any], Tensor] = loss_of
+    ) -> None:
+        self.model, self.loss = model, loss
         matrices = {key: p.dim() > 1 and not key.endswith("A_log") for key, p in model.named_parameters()}
         groups = [
             {"params": [p for key, p in model.named_parameters() if matrices[key] == decayed], "weight_decay": decay}
@@ -90,9 +93,9 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         model.train()
 
-    def step(self, windows: Tensor) -> float:
-        """Train on (B, LENGTH + 1) windows and return their loss before the step."""
-        loss = loss_of(self.model, windows)
+    def step(self, batch: Any) -> float:
+        """Train on a batch, (B, LENGTH + 1) windows with the default loss, and return its loss before the step."""
+        loss = self.loss(self.model, batch)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

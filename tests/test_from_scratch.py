@@ -8,8 +8,9 @@ from typing import Any
 import from_scratch
 import pytest
 import torch
-from from_scratch import CLASS, OURS, PEER, main, make, search
+from from_scratch import CLASS, FACTORS, OURS, PEER, main, make
 from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, loss_of, windows_of
+from result_file import search
 
 from tolerances import TOLERANCES
 
@@ -80,7 +81,7 @@ def test_the_search_ends_where_no_neighbour_is_better_and_follows_a_valley():
         judged.append((rate, std))
         return (math.log2(rate) - 3) ** 2 + (math.log2(std) + 2) ** 2 + 0.5 * (math.log2(rate) - math.log2(std) - 5)
 
-    assert search(judge, (1.0, 1.0)) == (8.0, 0.25)
+    assert search(judge, (1.0, 1.0), FACTORS) == (8.0, 0.25)
     assert {(4.0, 0.25), (16.0, 0.25), (8.0, 0.125), (8.0, 0.5)} <= set(judged)
 
 

@@ -1,0 +1,60 @@
+"""What comparisons of trained models share: a result file that is gone on with, and the search that tunes a side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from circumstances import write_rows
+
+
+class ResultFile:
+    """The rows of a result file, written anew, whole, after each run: a comparison that is cut off loses one run.
+
+    Args:
+        path: the file; where it exists its rows count as done.
+        about: what every new row says of the machine (`circumstances`).
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        """The first row that holds all of `wanted`; None if there is none."""
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
+
+    def run(self, run: Any, execute: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """The row of `run`, a dataclass whose fields tell it from all others: from the file, else by `execute`."""
+        return self.find(dataclasses.asdict(run)) or self.add({**dataclasses.asdict(run), **execute(run)})
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write a row."""
+        self.rows.append({**row, **self.about})
+        write_rows(self.rows, self.path)
+        return self.rows[-1]
+
+    def drop(self, stale: Callable[[dict[str, Any]], bool]) -> None:
+        """Forget the rows, summaries say, that are to be made again; the file changes with the next row."""
+        self.rows = [row for row in self.rows if not stale(row)]
+
+
+def search(
+    judge: Callable[..., float], point: tuple[float, ...], factors: Iterable[tuple[float, ...]]
+) -> tuple[float, ...]:
+    """Coordinate search for the least `judge(*point)`: where it ends, no multiple of `point` by `factors` is better.
+
+    Sides that are tuned by it from the same point with the same factors are tuned with equal effort.
+    """
+    steps = list(factors)
+    least, moved = judge(*point), True
+    while moved:
+        moved = False
+        for step in steps:
+            neighbour = tuple(value * factor for value, factor in zip(point, step, strict=True))
+            if (found := judge(*neighbour)) < least:
+                point, least, moved = neighbour, found, True
+    return point
