@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import choose_implementation
+from .masked_mix_triton import mix_triton
 from .mix_panels import ToeplitzWeights, mix_panels
 from .position_mixing import add_residual, check_mix, check_mix_step, mix_by_document, mix_reference, mix_step
 
@@ -46,9 +47,11 @@ def toeplitz_mix(
         ValueError: as :func:`masked_mix`.
     """
     check_mix(x, weight, _WEIGHTS, bias, residual, seq_idx)
-    choose_implementation(implementation, "toeplitz_mix", x, supports_triton=False)
+    implementation = choose_implementation(implementation, "toeplitz_mix", x)
 
     def mix(x: Tensor, residual: Tensor | None) -> Tensor:
+        if implementation == "triton":
+            return mix_triton(x, weight, bias, residual)
         return add_residual(mix_panels(x, weight, bias, ToeplitzWeights), x.dtype, residual)
 
     return mix_by_document(mix, x, residual, seq_idx, weight.shape[-1])
