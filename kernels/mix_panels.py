@@ -2,8 +2,8 @@
 
 Symbols: B batch, L length, H heads, P head width, N positions that there are weights for; T rows of a panel.
 
-Of the (L, L) weights of a head, panel by panel, only the columns up to the panel's last row are multiplied: half of all,
-and T / 2 more a row. No (L, L) copy with zeros above the diagonal is made, forward or backward.
+Of the (L, L) weights of a head, panel by panel, only the columns up to the panel's last row are multiplied: half of
+all, and T / 2 more a row. No (L, L) copy with zeros above the diagonal is made, forward or backward.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Panels(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = gradients[0]
-        B, L, H, P = x.shape
+        B, L, H, _ = x.shape
         u = x.to(dy.dtype)
         dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
         dweight = torch.zeros_like(weight)

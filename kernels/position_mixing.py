@@ -27,11 +27,11 @@ def check_mix(
     N = _check_weights(weight, shape, bias, H)
     if residual is not None:
         check_tensor("residual", residual, (B, L, H, P), "(B, L, H, P)")
+    check_devices(x=x, weight=weight, bias=bias, residual=residual, seq_idx=seq_idx)
     if seq_idx is not None:
         check_seq_idx(seq_idx, B, L)
     elif L > N:
         raise ValueError(f"weight must be {shape} with N >= L = {L} positions, got shape {tuple(weight.shape)}")
-    check_devices(x=x, weight=weight, bias=bias, residual=residual, seq_idx=seq_idx)
 
 
 def check_mix_step(
@@ -70,6 +70,11 @@ def _check_weights(weight: Tensor, shape: str, bias: Tensor | None, heads: int) 
 def host_reads(positions: Tensor) -> bool:
     """Whether the values can be looked at without waiting for a device and without breaking a traced graph."""
     return positions.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them is to be recorded."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def mix_by_document(

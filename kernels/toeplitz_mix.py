@@ -9,13 +9,21 @@ Source: Toeplitz MLP mixers (arXiv 2605.06683). The bias is of a position, as in
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .arguments import choose_implementation
+from .masked_mix_step_triton import mix_step_triton
 from .masked_mix_triton import mix_triton
 from .mix_panels import ToeplitzWeights, mix_panels
-from .position_mixing import add_residual, check_mix, check_mix_step, mix_by_document, mix_reference, mix_step
+from .position_mixing import (
+    add_residual,
+    check_mix,
+    check_mix_step,
+    mix_by_document,
+    mix_reference,
+    mix_step,
+    recorded,
+)
 
 _WEIGHTS = "(H, N)"
 
@@ -73,7 +81,9 @@ def toeplitz_mix_step(
             the errors.
     """
     check_mix_step(history, weight, _WEIGHTS, bias, positions, residual)
-    choose_implementation(implementation, "toeplitz_mix_step", history, supports_triton=False)
+    served = not recorded(history, weight, bias, residual)  # the kernel has no backward
+    if choose_implementation(implementation, "toeplitz_mix_step", history, served) == "triton":
+        return mix_step_triton(history, weight, bias, positions, residual)
 
     def row_of(position: Tensor, place: Tensor) -> Tensor:
         return weight.T[(position - place).clamp(min=0)].transpose(1, 2)
