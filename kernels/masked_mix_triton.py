@@ -26,7 +26,7 @@ from .masked_mix_triton_kernels import (
 )
 
 # (M, C, K, warps, stages) of the mixtures and (T, C, warps, stages) of the weights' gradient, by bytes of an element.
-_MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 8, 2)}
+_MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 2)}
 _WEIGHT_TILES = {2: (128, 64, 8, 3), 4: (64, 32, 8, 2)}
 # Tiles of columns that run together, for all positions: M (L / M) rows of weights are read by as many programs, and the
 # inputs of the tiles by L / M.
