@@ -126,4 +126,4 @@ def masked_mix_reference(
 ) -> Tensor:
     """The definition of :func:`masked_mix`: token by token, differentiated by autograd. Arguments as there."""
     check_mix(x, weight, _WEIGHTS, bias, residual, seq_idx)
-    return mix_reference(lambda i: weight[:, i, : i + 1], x, bias, residual, seq_idx)
+    return mix_reference(lambda weight, i: weight[:, i, : i + 1], x, weight, bias, residual, seq_idx)

@@ -113,4 +113,4 @@ def toeplitz_mix_reference(
 ) -> Tensor:
     """The definition of :func:`toeplitz_mix`: token by token, differentiated by autograd. Arguments as there."""
     check_mix(x, weight, _WEIGHTS, bias, residual, seq_idx)
-    return mix_reference(lambda i: weight[:, : i + 1].flip(1), x, bias, residual, seq_idx)
+    return mix_reference(lambda weight, i: weight[:, : i + 1].flip(1), x, weight, bias, residual, seq_idx)
