@@ -62,16 +62,17 @@ def decay_of(weights: Weights, name: str, index: int, stretch: int) -> Tensor | 
     return 1.0 if value is None else value.flatten()[index].clip(0.9, 1.0) ** (1 / stretch)
 
 
-def one_head(kind: str, stretch: int, divided: int = 1) -> Callable[[Weights, str, Tensor], Tensor]:
-    """A head's or the headless mixing without projections; `divided` is what the combined head's rows are divided by,
-    the decay's exponent instead of its argument."""
+def one_head(kind: str, stretch: int) -> Callable[[Weights, str, Tensor], Tensor]:
+    """A head's or the headless mixing without projections. "combined/2": its rows, and not the exponent of their decay,
+    are divided by 2."""
+    kind, _, divided = kind.partition("/")
 
     def mix(weights: Weights, name: str, x: Tensor) -> Tensor:
         v, bias = weights[f"{name}weight"], weights[f"{name}bias"][:, None]
         if kind == "toeplitz":
             return taps(x, distances(v), len(v) - 1) + bias
         if kind == "combined":
-            rows = recur(v[0], decay_of(weights, name, 0, 1), x, column=False) / divided
+            rows = recur(v[0], decay_of(weights, name, 0, 1), x, column=False) / int(divided or 1)
             return rows + recur(v[1], decay_of(weights, name, 1, stretch), x, column=True) + bias
         if kind == "kernel":
             decay, left = decay_of(weights, name, 1, stretch), len(v) - 1

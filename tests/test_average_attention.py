@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from teachers import draw_ids, make_teacher, save_teacher, text_windows, trained_teacher
+from teachers import draw_ids, make_teacher, text_windows, trained_teacher
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ssm_zoo.distill.average_attention import average_attention, copy_average_attention, copy_values
 from ssm_zoo.distill.calibrate import calibrate
-from ssm_zoo.distill.recipe import StudentSpec, load_recipe
-from ssm_zoo.distill.run import distill
+from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import teacher_adapter
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
