@@ -298,8 +298,10 @@ def _cast(
 
 
 def _dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
-    """That of the embedding."""
-    return tensors[_EMBEDDING if _EMBEDDING in tensors else _EMBEDDING.removeprefix("backbone.")].dtype
+    """That of the embedding; where there is none, of the first tensor."""
+    first = next(iter(tensors))
+    found = (key for key in (_EMBEDDING, _EMBEDDING.removeprefix("backbone."), first) if key in tensors)
+    return tensors[next(found)].dtype
 
 
 def _tensors_of(

@@ -19,9 +19,11 @@ from ..modeling import (
     MaskedMixerForCausalLM,
     MaskedMixerForMaskedLM,
     MaskedMixerModel,
+    RetrievalMixer,
+    RetrievalMixerConfig,
 )
 from .format import Format, require
-from .mixer_checkpoint import MixerCheckpoint, MixerReading, Settings, dropped, stacked, unstacked
+from .mixer_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, dropped, stacked, unstacked
 from .rules import Computed, Rule
 
 LIBRARY = "maskedmixers"
@@ -51,6 +53,39 @@ def read_autoencoder(checkpoint: MixerCheckpoint, settings: Settings) -> MixerRe
     return MixerReading("encoder of AutoencodingMixer", MaskedMixerModel, config, rules, [*notes, *more])
 
 
+def read_retrieval(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
+    """`RetrievalMixer`, which reads embeddings of a query and of candidates: its matrices are whole."""
+    places, *_ = shape = checkpoint.square("mixerblocks.0.conv.weight", 3)
+    inner, width = checkpoint.shape("mixerblocks.0.patch_ff.0.weight", 2)
+    theirs = "mixerblocks.{layer}."
+    whole = Computed((shape,), (places, places), lambda tensors: tensors[0][..., 0])
+    rules = [
+        Rule("retrieval_head.{rest}", "retrieval_head.{rest}"),
+        Rule(f"{theirs}seq_layernorm.{{rest}}", f"{_OURS}token_norm.{{rest}}"),
+        Rule(f"{theirs}conv.weight", f"{_OURS}mixer.weight", whole),
+        Rule(f"{theirs}conv.bias", f"{_OURS}mixer.bias"),
+        *_mlp_rules(theirs, _OURS),
+    ]
+    config = RetrievalMixerConfig(
+        hidden_size=width,
+        num_hidden_layers=checkpoint.count("mixerblocks"),
+        max_position_embeddings=places,
+        intermediate_size=inner,
+        hidden_act=settings.take("hidden_act", str) or "gelu",
+        norm_eps=_EPSILON,
+    )
+    return MixerReading("RetrievalMixer", RetrievalMixer, config, rules)
+
+
+def _mlp_rules(theirs: str, ours: str) -> list[Rule]:
+    """Those of the channels' half of a block."""
+    return [
+        Rule(f"{theirs}patch_layernorm.{{rest}}", f"{ours}channel_norm.{{rest}}"),
+        Rule(f"{theirs}patch_ff.0.{{rest}}", f"{ours}mlp.up_proj.{{rest}}"),
+        Rule(f"{theirs}patch_ff.2.{{rest}}", f"{ours}mlp.down_proj.{{rest}}"),
+    ]
+
+
 def _blocks(
     checkpoint: MixerCheckpoint, settings: Settings, blocks: str, *, two: bool, prefix: str, tied: bool
 ) -> tuple[MaskedMixerConfig, list[Rule], list[str]]:
@@ -58,18 +93,13 @@ def _blocks(
     vocabulary, width = checkpoint.shape("wte.weight", 2)
     first, theirs, ours = f"{blocks}.0.", blocks + ".{layer}.", prefix + _OURS
     inner = checkpoint.shape(f"{first}patch_ff.0.weight", 2)[0]
-    rules = [
-        Rule("wte.weight", f"{prefix}embeddings.weight"),
-        Rule(f"{theirs}patch_layernorm.{{rest}}", f"{ours}channel_norm.{{rest}}"),
-        Rule(f"{theirs}patch_ff.0.{{rest}}", f"{ours}mlp.up_proj.{{rest}}"),
-        Rule(f"{theirs}patch_ff.2.{{rest}}", f"{ours}mlp.down_proj.{{rest}}"),
-    ]
+    rules = [Rule("wte.weight", f"{prefix}embeddings.weight"), *_mlp_rules(theirs, ours)]
     sizes: dict[str, Any] = {}
     notes: list[str] = []
     head = next((name for name in ("mixerhead.", "conv.") if checkpoint.has(rf"{first}{name}convs\..*")), None)
     if two:
         sizes |= {"bidirectional": True, "lookahead": 2}
-        positions = checkpoint.shape(f"{first}convf.weight", 3)[0]
+        positions = checkpoint.square(f"{first}convf.weight", 3)[0]
         for name, mixer, norm in (("f", "mixer", "token_norm"), ("r", "reverse", "reverse_norm")):
             rules.append(Rule(f"{theirs}seq_layernorm{name}.{{rest}}", f"{ours}{norm}.{{rest}}"))
             turned = name == "r"
@@ -78,12 +108,12 @@ def _blocks(
     else:
         rules.append(Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"))
         if head is None:
-            shape = checkpoint.shape(f"{first}conv.weight", 2, 3)
+            shape = checkpoint.square(f"{first}conv.weight", 2, 3)
             positions = shape[0]
             sizes["kernel_size"] = shape[2] if len(shape) == 3 else 1
             rules += convolution_rules(f"{theirs}conv.", f"{ours}mixer.", shape)
         else:
-            positions, *_, taps = checkpoint.shape(f"{first}{head}convs.0.weight", 3)
+            positions, *_, taps = checkpoint.square(f"{first}{head}convs.0.weight", 3)
             count = checkpoint.count(f"{first}{head}convs")
             more, sizes, notes = _head_rules(checkpoint, theirs + head, f"{ours}mixer.", positions, count, taps, width)
             rules += more
@@ -144,13 +174,12 @@ def _head_rules(
     folded = Computed(
         ((width, outputs),), (width, width), lambda tensors: tensors[0].unflatten(1, (count, width)).sum(1)
     )
-    identity = Computed(((width, outputs),), (width, width), lambda tensors: torch.eye(width, dtype=tensors[0].dtype))
     rules = [
         *convolution_rules(last, ours, (positions, positions, taps)),
         Rule(f"{theirs}out_proj.weight", f"{ours}out_proj.weight", folded),
         Rule(f"{theirs}out_proj.bias", f"{ours}out_proj.bias"),
-        Rule(f"{theirs}out_proj.weight", f"{ours}in_proj.weight", identity),
-        Rule(None, f"{ours}in_proj.bias"),
+        Rule(f"{theirs}out_proj.weight", f"{ours}in_proj.weight", constant((width, outputs), torch.eye(width))),
+        Rule(f"{theirs}out_proj.bias", f"{ours}in_proj.bias", constant((width,), torch.zeros(width))),
     ]
     return rules, {"num_heads": 1, "kernel_size": taps, "use_projections": True}, notes
 
@@ -216,12 +245,7 @@ def _no_config(config: MaskedMixerConfig) -> dict[str, Any]:
 def _written_rules(config: MaskedMixerConfig) -> list[Rule]:
     theirs, ours = "mixerblocks.{layer}.", "backbone." + _OURS
     width, positions, taps = config.hidden_size, config.max_position_embeddings, config.kernel_size
-    rules = [
-        Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"),
-        Rule(f"{theirs}patch_layernorm.{{rest}}", f"{ours}channel_norm.{{rest}}"),
-        Rule(f"{theirs}patch_ff.0.{{rest}}", f"{ours}mlp.up_proj.{{rest}}"),
-        Rule(f"{theirs}patch_ff.2.{{rest}}", f"{ours}mlp.down_proj.{{rest}}"),
-    ]
+    rules = [Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"), *_mlp_rules(theirs, ours)]
     if not config.tie_word_embeddings:
         rules.append(Rule("lm_head.weight", "lm_head.weight"))
     if config.use_projections and taps == 1:

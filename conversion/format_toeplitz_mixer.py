@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling import MaskedMixerConfig, MaskedMixerForCausalLM
-from .mixer_checkpoint import MixerCheckpoint, MixerReading, Settings, stacked
+from .mixer_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, stacked
 from .rules import Computed, Rule
 
 _EPSILON = float(torch.finfo(torch.float32).eps)
@@ -51,12 +51,19 @@ def read_optimised_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> 
         Rule(f"{_THEIRS}mixer.{raw}", f"{_OURS}mixer.weight", weights),
         Rule(f"{_THEIRS}mixer.bias", f"{_OURS}mixer.bias"),
     ]
-    projections = checkpoint.has(r"blocks\.0\.mixer\.out_proj\..*")
+    projections, width = (
+        checkpoint.has(r"blocks\.0\.mixer\.out_proj\..*"),
+        checkpoint.shape("blocks.0.mlp_norm.weight", 1)[0],
+    )
     if projections:
         rules += [
             Rule(f"{_THEIRS}mixer.inp_proj.{{rest}}", f"{_OURS}mixer.in_proj.{{rest}}"),
             Rule(f"{_THEIRS}mixer.out_proj.weight", f"{_OURS}mixer.out_proj.weight"),
-            Rule(None, f"{_OURS}mixer.out_proj.bias"),
+            Rule(
+                f"{_THEIRS}mixer.out_proj.weight",
+                f"{_OURS}mixer.out_proj.bias",
+                constant((width, width), torch.zeros(width)),
+            ),
         ]
     names = {"inp_embed": "backbone.embeddings", "out_norm": "backbone.norm_f", "out_embed": "lm_head"}
     norms = {"mixer_norm": "token_norm", "mlp_norm": "channel_norm"}

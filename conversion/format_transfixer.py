@@ -21,7 +21,7 @@ def read_transfixer(checkpoint: MixerCheckpoint, settings: Settings, folder: Pat
     """Of a folder with or without a configuration."""
     tied = checkpoint.tie("model.embed_tokens.weight", "lm_head.weight")
     vocabulary, width = checkpoint.shape("model.embed_tokens.weight", 2)
-    positions, *_, taps = shape = checkpoint.shape(f"{_FIRST}mixer_layer.conv.weight", 3)
+    positions, *_, taps = shape = checkpoint.square(f"{_FIRST}mixer_layer.conv.weight", 3)
     has_config = (folder / "config.json").is_file()
     fields = _of_config(folder) if has_config else _of_settings(checkpoint, settings)
     config = MaskedMixerConfig(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..modeling.causal_lm import ZooPreTrainedModel
-from .rules import LazyTensor, Rule
+from .rules import Computed, LazyTensor, Rule
 from .yaml_values import override
 
 _WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
@@ -117,6 +117,17 @@ class MixerCheckpoint:
             )
         return shape
 
+    def square(self, key: str, *ranks: int) -> tuple[int, ...]:
+        """As :meth:`shape`, of matrices between positions.
+
+        Raises:
+            ValueError: if they are not square.
+        """
+        shape = self.shape(key, *ranks)
+        if shape[0] != shape[1]:
+            raise ValueError(f"{self.name}: {key} is of shape {list(shape)}; accepted: as many columns as rows")
+        return shape
+
     def drop(self, *patterns: str) -> list[str]:
         """Leave out the keys of these patterns, regular expressions, and return them."""
         gone = [key for key in self.tensors if any(re.fullmatch(pattern, key) for pattern in patterns)]
@@ -160,6 +171,11 @@ class MixerReading:
 def dropped(keys: Sequence[str], why: str) -> list[str]:
     """The line of the report for tensors that were left out, if there are any."""
     return [f"left out: {len(keys)} tensors, {keys[0]} the first: {why}"] if keys else []
+
+
+def constant(theirs: tuple[int, ...], value: Tensor) -> Computed:
+    """How to come to a tensor that their module has not: in the dtype of another one, of shape `theirs`, of it."""
+    return Computed((theirs,), tuple(value.shape), lambda tensors: value)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

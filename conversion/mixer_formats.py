@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .format_masked_mixer import read_autoencoder, read_language_mixer
+from .format_masked_mixer import read_autoencoder, read_language_mixer, read_retrieval
 from .format_structured_mixer import read_mlp_mixer
 from .format_toeplitz_mixer import read_fast_toeplitz, read_optimised_toeplitz
 from .format_transfixer import read_transfixer
@@ -19,7 +19,6 @@ _REFUSED = {
     r"decoder_wte\.|decoder_proj\.": "a memory mixer, whose decoder reads embeddings of earlier chunks",
     r"wte\.bias": "an AutoencodingMixer of token pairs, whose embedding is a linear layer",
     r"(encoder|decoder)\.layers\.": "an AutoencodingTransfixer, of which one half is a Llama",
-    r"retrieval_head\.": "a RetrievalMixer, which reads embeddings of texts and no tokens",
     r"\w+blocks\.\d+\.conv\.\d+\.": _EXPANDED,
     r"mixer_blocks\.\d+\.token_mixing_layer\.(mixer_heads\.\d+\.)?\d+\.": _EXPANDED,
     r"mixer_blocks\.\d+\.token_mixing_layer\.(.*\.)?diag_weight": "a recurrent mixer with a diagonal of its own",
@@ -29,12 +28,16 @@ _REFUSED = {
 _READ: dict[str, Callable[[MixerCheckpoint, Settings, Path], MixerReading]] = {
     r"model\.layers\.\d+\.mixer_layer\.": read_transfixer,
     r"encoderblocks\.\d+\.patch_layernorm\.": lambda checkpoint, settings, _: read_autoencoder(checkpoint, settings),
+    r"retrieval_head\.": lambda checkpoint, settings, _: read_retrieval(checkpoint, settings),
     r"mixerblocks\.\d+\.patch_layernorm\.": lambda checkpoint, settings, _: read_language_mixer(checkpoint, settings),
     r"mixer_blocks\.\d+\.token_mixing_layer\.": lambda checkpoint, settings, _: read_mlp_mixer(checkpoint, settings),
     r"blocks\.\d+\.mixer_norm\.": lambda checkpoint, settings, _: read_optimised_toeplitz(checkpoint, settings),
     r"blocks\.\d+\.norm1\.": lambda checkpoint, settings, _: read_fast_toeplitz(checkpoint, settings),
 }
-_KNOWN = "LanguageMixer, MultiHeadedMixer, AutoencodingMixer, transfixer, Toeplitz and structured recurrent mixers"
+_KNOWN = (
+    "LanguageMixer, MultiHeadedMixer, AutoencodingMixer, RetrievalMixer, transfixer, Toeplitz and structured recurrent "
+    "mixers"
+)
 
 
 def is_transfixer(tensors: Mapping[str, LazyTensor]) -> bool:

@@ -19,6 +19,7 @@ from masked_mixers import (
     language_mixer,
     multi_head,
     outputs,
+    retrieval,
     save,
     tensors,
 )
@@ -66,26 +67,15 @@ def test_a_kind_computes_what_is_published(kind: Kind, tmp_path: Path) -> None:
     model = load(tmp_path / "ours", kind)
     assert model.config.model_type == "masked_mixer"
     assert {name: getattr(model.config, name) for name in kind.config} == kind.config
-    expected = outputs(kind, weights, ids_of())
+    ids = ids_of()
+    expected = outputs(kind, weights, ids)
     assert expected.std() > 0.3
-    torch.testing.assert_close(computed(model, ids_of()), expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_what_no_forward_reads_is_cut_off(kind: Kind, tmp_path: Path) -> None:
-    convert(save(tmp_path / "theirs", tensors(kind)), tmp_path / "ours", settings=kind.settings, verify=False)
-    for key, tensor in load_file(tmp_path / "ours" / WEIGHTS).items():
+    torch.testing.assert_close(computed(model, ids), expected.float(), rtol=1e-5, atol=1e-5)
+    if not kind.config.get("bidirectional"):  # a shorter text is one that is filled up at its right
+        torch.testing.assert_close(computed(model, ids[:, :6]), expected[:, :6].float(), rtol=1e-5, atol=1e-5)
+    for key, tensor in load_file(tmp_path / "ours" / WEIGHTS).items():  # what no forward reads is cut off
         if tensor.dim() == 3:
             assert not tensor.triu(-1 if ".reverse." in key else 1).any(), key
-
-
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "bidirectional"])
-def test_a_shorter_text_is_one_that_is_filled_up_at_its_right(name: str, tmp_path: Path) -> None:
-    kind, ids = KINDS[name], ids_of()
-    weights = tensors(kind)
-    convert(save(tmp_path / "theirs", weights), tmp_path / "ours", settings=kind.settings, verify=False)
-    expected = outputs(kind, weights, ids)[:, :6]
-    actual = computed(load(tmp_path / "ours", kind), ids[:, :6])
-    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 WRITTEN = ["flat", "kernel-3", "tied", "heads", "heads-in-conv", "linear", "legacy"]
@@ -164,13 +154,14 @@ def test_a_text_at_the_right_of_padding_is_read_as_it_was_trained(tmp_path: Path
     convert(save(tmp_path / "theirs", weights), tmp_path / "ours", settings=settings)
     model = load(tmp_path / "ours", kind)
     assert (model.config.pad_mode, model.config.pad_token_id, model.config.eos_token_id) == ("as_trained", 1, 1)
-    filled = torch.cat([torch.ones(2, 4, dtype=torch.long), ids[:, :6]], dim=1)
-    expected = outputs(kind, weights, filled)[:, 4:]
+    # A text ends at the last position but one, whose output is the last that was trained.
+    filled = torch.cat([torch.ones(2, 3, dtype=torch.long), ids[:, :6], ids[:, 6:7]], dim=1)
+    expected = outputs(kind, weights, filled).float()
     with torch.no_grad():
-        actual = model(ids[:, :6]).logits
-        masked = model(filled, attention_mask=(torch.arange(N) >= 4).long().expand(2, N)).logits[:, 4:]
-    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(masked, expected.float(), rtol=1e-5, atol=1e-5)
+        text = model(ids[:, :6]).logits
+        whole = model(filled, attention_mask=(torch.arange(N) >= 3).long().expand(2, N)).logits
+    torch.testing.assert_close(text, expected[:, 3:9], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
 
 
 def long_combined(constant: int) -> Kind:
@@ -187,15 +178,29 @@ def test_a_combined_head_divides_its_rows_and_not_the_exponent_of_their_decay(tm
     weights = {key: tensor.clip(0.96) if "decay_value" in key else tensor for key, tensor in tensors(kind).items()}
     source = save(tmp_path / "theirs", weights)
     convert(source, tmp_path / "ours", verify=False)
-    expected = outputs(kind, weights, ids_of(40))
-    torch.testing.assert_close(
-        computed(load(tmp_path / "ours", kind), ids_of(40)), expected.float(), rtol=1e-5, atol=1e-5
-    )
+    actual = computed(load(tmp_path / "ours", kind).double(), ids_of(1024))
+    torch.testing.assert_close(actual, outputs(kind, weights, ids_of(1024)), rtol=1e-5, atol=1e-5)
     key = "mixer_blocks.1.token_mixing_layer.mixer_heads.0.decay_value"
     save_file({**weights, key: torch.tensor([[0.93], [0.93]])}, source / WEIGHTS)
     with pytest.raises(ValueError, match=rf"{re.escape(key)}: 0.93, to the power of 2, is a decay of 0.8649; accepted"):
         convert(source, tmp_path / "fast")
     assert not (tmp_path / "fast").exists()
+
+
+def test_a_retrieval_mixer_scores_as_is_published(tmp_path: Path) -> None:
+    kind = retrieval()
+    weights = tensors(kind)
+    convert(save(tmp_path / "theirs", weights), tmp_path / "ours")
+    model: Any = AutoModel.from_pretrained(tmp_path / "ours").eval()
+    rows = torch.randn(2, N, D, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        actual = model(rows[:, 0], rows[:, 1:]).logits
+    expected = outputs(kind, weights, rows)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+    report = convert(tmp_path / "theirs", tmp_path / "half", dtype="float16", settings=("hidden_act=relu",))
+    assert set(report.dtypes.values()) == {torch.float16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["hidden_act"] == "relu"
 
 
 def test_what_the_keys_leave_open_is_said_in_the_report(tmp_path: Path) -> None:
