@@ -97,6 +97,12 @@ def test_a_mixer_of_other_sizes_is_refused() -> None:
             copy_average_attention(torch.zeros(6, 9, 9), mixer)
 
 
+def test_a_teacher_whose_heads_are_not_as_wide_as_its_stream_is_refused() -> None:
+    spec = StudentSpec(mixer="masked_mixing", positions=9)
+    with pytest.raises(ValueError, match=r"'masked_mixing' needs heads \* head_dim \(48\) to be .* hidden_size \(24\)"):
+        build_student(make_teacher(hidden_size=24), spec, [0])
+
+
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"num_key_value_heads": 6}], ids=str)
 def test_where_attention_is_constant_the_mixer_is_the_teacher(changes: dict[str, Any]) -> None:
     teacher, windows = blind(make_teacher(**changes)), draw_ids(3, 13)
