@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
-from .position_mixing import DenseMixer, PositionMixer, ToeplitzMixer
+from .history_mixing import DenseMixer, PositionMixer, ToeplitzMixer
 from .repeat_mixing import RepeatMixer
 
 

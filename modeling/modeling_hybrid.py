@@ -4,7 +4,7 @@ Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
 first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
 tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-1 (`modeling_mamba.py`) and
-Mamba-2 (`modeling_mamba2.py`); masked mixing (`position_mixing.py`); and discrete Mamba-2, defined here.
+Mamba-2 (`modeling_mamba2.py`); masked mixing (`history_mixing.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
 `modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar
@@ -39,7 +39,7 @@ from .heads import ZooForSequenceClassification, ZooForTokenClassification
 from .mixing_kinds import init_position_mixer, make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
-from .position_mixing import PositionMixer
+from .history_mixing import PositionMixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
 from .sequence import Sequence

@@ -10,7 +10,7 @@ ethan-w-roland/ToeplitzMixers@6a67297) and "Structured Recurrent Mixers" (arXiv 
     with attention in parallel   x = x + attention(norm(x)) + mix(norm(x));  x = x + mlp(norm(x)),  one norm for both
 
 without a norm before the head, save with attention, whose blocks are otherwise those of Llama. What `mix` is stands in
-`position_mixing.py` and `repeat_mixing.py`.
+`history_mixing.py` and `repeat_mixing.py`.
 
 An encoder (`bidirectional`) keeps two streams, which start as the embeddings: one is mixed with what precedes a token,
 the other with what follows from `lookahead` tokens on, by weights and norms of their own; MLP and its norm are shared.
@@ -45,7 +45,7 @@ from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixing_kinds import init_linear, init_linear_normal, init_position_mixer, make_position_mixer
 from .plain_mlp import PlainMLP
-from .position_mixing import PositionMixer
+from .history_mixing import PositionMixer
 from .sequence import Sequence
 from .trained_padding import fill_context, without_fill
 from .window_generation import windowed_inputs

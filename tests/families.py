@@ -196,25 +196,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "mixer": _mixer("dense"),
     "mixer-options": _mixer("dense", num_heads=2, kernel_size=4, mlp_first=True, norm_type="rms_norm", final_norm=True),
-    "mixer-toeplitz": _mixer("toeplitz", num_heads=2),
-    "mixer-toeplitz-options": _mixer("toeplitz", kernel_size=2, mlp_type="gated", mlp_bias=False, mlp_first=False),
+    "mixer-toeplitz": _mixer("toeplitz", num_heads=2, mlp_type="gated", mlp_bias=False, mlp_first=False),
     "mixer-rows": _mixer("row_repeat", num_heads=2, use_projections=False, use_decay=False),
     "mixer-columns": _mixer("column_repeat", kernel_size=3, use_projections=True),
-    "mixer-mixed": _mixer("mixed_repeat", num_heads=4),
     "mixer-combined": _mixer("combined_repeat", num_heads=2, kernel_size=2),
     "mixer-series": _mixer("dense", attention="series", num_attention_heads=4, num_key_value_heads=2, head_dim=6),
     "mixer-parallel": _mixer("mixed_repeat", num_heads=2, attention="parallel", num_attention_heads=4),
     "hybrid-mixers": _hybrid(
         "masked_mixing", "full_attention", "mamba2", state_size=8, max_position_embeddings=160, mixing_heads=2
-    ),
-    "hybrid-repeats": _hybrid(
-        "masked_mixing",
-        "sliding_attention",
-        max_position_embeddings=160,
-        mixing="combined_repeat",
-        mixing_kernel=2,
-        mixing_projections=True,
-        mlp_types=["none", "gated"],
     ),
 }
 

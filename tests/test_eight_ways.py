@@ -26,7 +26,7 @@ from ssm_zoo.modeling import (
     modeling_hybrid,
     modeling_mamba,
     modeling_mamba2,
-    position_mixing,
+    history_mixing,
     repeat_mixing,
     selective_attention,
     short_convolution,
@@ -89,8 +89,8 @@ def test_whole_is_the_definition(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(modeling_mamba2, "ssd", ssd_reference)
     for module in (modeling_hybrid, repeat_mixing):
         monkeypatch.setattr(module, "ssd_log_decay", ssd_log_decay_reference)
-    monkeypatch.setattr(position_mixing, "masked_mix", masked_mix_reference)
-    monkeypatch.setattr(position_mixing, "toeplitz_mix", toeplitz_mix_reference)
+    monkeypatch.setattr(history_mixing, "masked_mix", masked_mix_reference)
+    monkeypatch.setattr(history_mixing, "toeplitz_mix", toeplitz_mix_reference)
     monkeypatch.setattr(short_convolution, "causal_conv1d", causal_conv1d_reference)
     monkeypatch.setattr(selective_attention, "window_attention", window_attention_reference)
     for module in (modeling_mamba2, causal_lm):
