@@ -55,7 +55,12 @@ class Pairs:
 
 
 def read_pairs(
-    sources: Sequence[str], field: str, *, anchor: str = "anchor", positive: str = "positive", negatives: Sequence[str] = ()
+    sources: Sequence[str],
+    field: str,
+    *,
+    anchor: str = "anchor",
+    positive: str = "positive",
+    negatives: Sequence[str] = (),
 ) -> Pairs:
     """Read the pairs of some sources, in order.
 
