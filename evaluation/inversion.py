@@ -2,14 +2,15 @@
 
 From noise in the place of the input embeddings, plain gradient descent brings the hidden states close to those of a
 text, and what it arrives at is read as tokens. Masked mixers (arXiv 2409.01482, "Masked Mixers for Language Generation
-and Retrieval") measure by it how much of the input a representation keeps. Objective, schedule, noise and the reading
-are those of the author's `mixer_lm/single_mixer_representation.py` and `transformer_representation.py` (repository
-blbadger/maskedmixers at 2270414): 500 steps on the sum of absolute differences, from normal noise, with a step size that
-falls linearly to a tenth; tokens are the largest entries of the product with the embedding matrix's pseudo-inverse.
+and Retrieval") measure by it how much of the input a representation keeps. Objective, schedule, noise and reading are
+those of the author's `mixer_lm/single_mixer_representation.py` and `transformer_representation.py` (repository
+blbadger/maskedmixers at 2270414): 500 steps on the sum of absolute differences, from normal noise, with a step size
+that falls linearly to a tenth; tokens are the largest entries of the product with the embedding matrix's
+pseudo-inverse.
 
 Different here: the tokens sought are those given, not the ones read back from slightly shifted embeddings (how well
-reading alone does is `Inversion.readable`); there may be several starts and step sizes, of which each text takes the one
-that ends closest.
+reading alone does is `Inversion.readable`); there may be several starts and step sizes, of which each text takes the
+one that ends closest.
 
 Symbols: B texts, L length, D width, V vocabulary, S steps.
 """
@@ -79,8 +80,8 @@ def invert_representation(
 ) -> Inversion:
     """Seek the inputs of hidden states.
 
-    Texts do not see each other: together they give what each gives alone. Weights, gradients and modes of the model are
-    afterwards as they were. Every attempt takes the same number of steps, whatever the model.
+    Texts do not see each other. Weights, gradients and modes of the model are afterwards as they were. Every attempt
+    takes the same number of steps, whatever the model.
 
     Args:
         model: a causal language model that takes `inputs_embeds`, of the zoo or of transformers, on its device.
@@ -165,7 +166,7 @@ def _descend(
     for step in range(steps + 1):
         with torch.enable_grad():
             inputs = states.requires_grad_()
-            differences = (_states(model, inputs, real, target) - wanted).float().abs().sum(-1)
+            differences = (_states(model, inputs, real, target) - wanted).abs().sum(-1)
             objective = differences.masked_fill(~compared, 0.0).sum(-1)
             trace.append(objective.detach().cpu())
             if step == steps:
