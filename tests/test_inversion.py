@@ -85,7 +85,7 @@ def test_blocks_that_add_little_are_inverted(name: str) -> None:
     ids = draw_ids(2, 8)
     found = brief(identity(name, 0.1), ids, learning_rate=0.1, steps=40)
     assert (found.objective < 0.3 * found.initial).all()
-    assert found.accuracy > 0.9
+    assert found.accuracy > 0.7
 
 
 def test_a_model_with_position_embeddings_is_inverted() -> None:
