@@ -108,8 +108,8 @@ def embed(
 ) -> None:
     """Finetune to embed texts, by InfoNCE on pairs of texts that belong together.
 
-    Needs sentence-transformers, which loads the result: pip install ssm-zoo[embed]. Measures retrieval from the
-    held-out texts before and after. Given again, the same command goes on at the last checkpoint.
+    Needs sentence-transformers, the extra "embed", which loads the result. Measures retrieval from the held-out texts
+    before and after. Given again, the same command goes on at the last checkpoint.
     """
     from ..finetune.embedder_settings import parse_embedder_settings
 
