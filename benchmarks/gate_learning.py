@@ -37,7 +37,7 @@ from ssm_zoo.modeling import TaipanConfig, TaipanForCausalLM
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-TASK = Task(length=128, pairs=8, vocabulary=192, fillers=64)
+TASK = Task(length=64, pairs=4, vocabulary=96, fillers=32)
 WIDTH = 64
 # What is drawn of a curve: keys of its points, their words and colours.
 LINES = {"queries": ("queries", "C0"), "all": ("all tokens", "C2"), "rest": ("other tokens", "C1")}
@@ -121,11 +121,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--capacities", type=float, nargs="+", default=[0.15, 0.3])
     parser.add_argument("--weight", type=float, default=1.0, help="of the capacity loss")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate")
-    parser.add_argument("--steps", type=positive, default=600)
+    parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--batch", type=positive, default=32, help="sequences of a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--evaluate-every", type=positive, default=25, help="steps")
-    parser.add_argument("--validation", type=positive, default=256, help="sequences that judge")
+    parser.add_argument("--evaluate-every", type=positive, default=10, help="steps")
+    parser.add_argument("--validation", type=positive, default=128, help="sequences that judge")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file")

@@ -116,7 +116,7 @@ def execute(run: Run, size: Size, options: argparse.Namespace) -> dict[str, Any]
 
 
 def judged(row: dict[str, Any]) -> float:
-    """What judges a setting: the steps to the solution; without one all of them, and the part that is not solved again."""
+    """What judges a setting: the steps to the solution; without one all, and as many more as the part not solved."""
     if row["solved"] is not None:
         return row["solved"]
     return row["steps"] * (2 - row["curve"][-1]["accuracy"])

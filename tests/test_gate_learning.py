@@ -7,6 +7,7 @@ from typing import Any
 import gate_learning
 import pytest
 from gate_learning import TASK, main, make, summary_of
+from huggingface_hub.errors import StrictDataclassError
 
 ARGUMENTS = "--capacities 0.2 0.5 --seeds 1 2 --steps 4 --batch 2 --evaluate-every 2 --validation 3"
 
@@ -76,7 +77,7 @@ def test_a_summary_is_the_mean_of_the_ends():
 
 
 def test_what_a_configuration_refuses_is_an_error_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"attention_capacity must be above 0 and at most 1, got 1\.5"):
+    with pytest.raises(StrictDataclassError, match=r"attention_capacity must be above 0 and at most 1, got 1\.5"):
         run("--capacities", "0.2", "1.5", "--output", str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ from recall_arms import ARMS, EQUAL, LARGE, MAMBA2, TAIPAN, TRANSFORMER, Sizes, 
 from recall_task import UNASKED, Task, assess, draw, recall_loss
 from torch import Tensor
 
-MODELS = Sizes(vocabulary=40, width=16, state=4, large_state=8, capacity=0.25)
+MODELS = Sizes(vocabulary=40, width=32, state=4, large_state=8, capacity=0.25)
 TINY = Size(16, (2,), MODELS, batch=4, steps=4)
 ARGUMENTS = "--arms taipan mamba2 --seeds 1 2 --evaluate-every 2 --validation 3 --fresh 5"
 TASKS = [Task(16, 2, 40), Task(24, 6, 21), Task(64, 16, 512), Task(30, 3, 50, fillers=20)]
@@ -117,7 +117,7 @@ def test_the_arms_are_the_layers_that_they_are_called_after():
 
 
 def test_sizes_that_cannot_be_equal_are_refused():
-    sizes = Sizes(vocabulary=40, width=16, state=4, large_state=512, capacity=0.25)
+    sizes = Sizes(vocabulary=40, width=32, state=4, large_state=512, capacity=0.25)
     with pytest.raises(ValueError, match=r"let mamba2-large have the parameters of mamba2 \(\d+\) within 2%, got \d+"):
         make(LARGE, sizes, 0.02, 0)
 
