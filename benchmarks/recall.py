@@ -4,9 +4,10 @@ Taipan's paper (arXiv 2410.18572) claims that selective attention recalls what a
 hold. Here Taipan is a Mamba-2 layer and a layer of selective attention, beside two layers of Mamba-2 with the same
 state size, two with a larger one, and two of full attention; all have as many parameters within 2 % (`recall_arms.py`).
 
-Every arm is tuned by the same search from the same start, in full runs with a seed of its own, judged by validation
-sequences; its best setting is run with every other seed, and judged by fresh sequences. Training sequences are never
-repeated. A run ends where it answers 99 % of the validation queries, and has its number of steps otherwise.
+The learning rate of every arm is found by the same search from the same start, in full runs on the task with most
+pairs, with a seed of their own, judged by validation sequences. With the best one every task is run with every other
+seed, and judged by fresh sequences. Training sequences are never repeated. A run ends where it answers 99 % of the
+validation queries, and has its number of steps otherwise.
 
     python benchmarks/recall.py --threads 1
     python benchmarks/recall.py --threads 1 --resume benchmarks/results/recall-20261125T120000Z.jsonl
@@ -42,8 +43,8 @@ from tqdm import tqdm
 TUNING, RESULT = "tuning", "result"
 # Share of the validation queries at which a run is done.
 SOLVED = 0.99
-# Neighbours of a setting in the search: half and double of rate and of `initializer_range`.
-FACTORS = ((0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0))
+# Neighbours of a rate in the search.
+FACTORS = ((0.5,), (2.0,))
 # Seeds of the sequences that judge settings and results; those that train have the run's.
 VALIDATION, FRESH = 10**6, 10**6 + 1
 
@@ -98,7 +99,7 @@ def execute(run: Run, size: Size, options: argparse.Namespace) -> dict[str, Any]
     task = Task(run.length, run.pairs, run.vocabulary)
     validation = sequences(run, options.validation, VALIDATION, device)
     losses, curve, solved, start = [], [], None, time.process_time()
-    name = f"{run.pairs} pairs, {run.arm}, {run.purpose}, {run.rate:g}, {run.initializer_range:g}, seed {run.seed}"
+    name = f"{run.pairs} pairs, {run.arm}, {run.purpose}, rate {run.rate:g}, seed {run.seed}"
     with tqdm(total=run.steps, desc=name, mininterval=5) as bar:
         for step in range(1, run.steps + 1):
             losses.append(trainer.step(draw(task, run.batch, generator)))
@@ -132,27 +133,42 @@ class Comparison:
         """The run's row, trained now if the file has none."""
         return self.file.run(run, lambda run: execute(run, self.size, self.options))
 
-    def judge(self, run: Run, rate: float, std: float) -> float:
-        """What `run` with this rate and `initializer_range` is judged by."""
-        return judged(self.row(dataclasses.replace(run, rate=rate, initializer_range=std)))
+    def judge(self, run: Run, rate: float) -> float:
+        """What `run` with this rate is judged by."""
+        return judged(self.row(dataclasses.replace(run, rate=rate)))
 
-    def task(self, pairs: int) -> dict[str, Any]:
-        """Everything of the task with so many pairs; returns its summary."""
+    def tuned(self, arm: str) -> Run:
+        """The best run of an arm on the task with most pairs."""
         options, size = self.options, self.size
-        task = {"length": size.length, "pairs": pairs, "vocabulary": size.models.vocabulary}
-        common = {"steps": options.steps or size.steps, "batch": options.batch or size.batch}
+        run = Run(
+            TUNING,
+            length=size.length,
+            pairs=max(size.pairs),
+            vocabulary=size.models.vocabulary,
+            arm=arm,
+            rate=options.rate,
+            initializer_range=options.range,
+            seed=0,
+            steps=options.steps or size.steps,
+            batch=options.batch or size.batch,
+        )
+        (rate,) = search(partial(self.judge, run), (options.rate,), FACTORS)
+        return dataclasses.replace(run, rate=rate)
+
+    def task(self, pairs: int, tuned: list[Run]) -> dict[str, Any]:
+        """Train every arm with every seed on the task with so many pairs; returns its summary."""
         arms: dict[str, Any] = {}
-        for arm in options.arms:
-            base = Run(TUNING, **task, arm=arm, rate=0.0, initializer_range=0.0, seed=0, **common)
-            rate, std = search(partial(self.judge, base), (options.rate, options.range), FACTORS)
-            setting = {"rate": rate, "initializer_range": std}
-            runs = [dataclasses.replace(base, purpose=RESULT, **setting, seed=seed) for seed in options.seeds]
-            arms[arm] = {"setting": setting, **summary_of([self.row(run) for run in runs])}
-        return {"purpose": "summary", "task": task, **common, "seeds": options.seeds, "arms": arms}
+        for best in tuned:
+            runs = [dataclasses.replace(best, purpose=RESULT, pairs=pairs, seed=seed) for seed in self.options.seeds]
+            arms[best.arm] = {"rate": best.rate, **summary_of([self.row(run) for run in runs])}
+        shared = {
+            key: getattr(tuned[0], key) for key in ("length", "vocabulary", "initializer_range", "steps", "batch")
+        }
+        return {"purpose": "summary", "pairs": pairs, **shared, "seeds": self.options.seeds, "arms": arms}
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs of an arm with its best setting say together."""
+    """What the runs of an arm say together."""
     accuracy = [row["accuracy"] for row in rows]
     numbers = {"mean": mean(accuracy), "low": min(accuracy), "high": max(accuracy)}
     shares = {key: mean(row[key] for row in rows) for key in rows[0] if key.startswith(("selected", "drawn"))}
@@ -165,7 +181,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pairs", type=positive, nargs="+", help="tasks, if not all of the size's")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate that the search starts from")
-    parser.add_argument("--range", type=float, default=0.05, help="initializer_range that the search starts from")
+    parser.add_argument("--range", type=float, default=0.05, help="initializer_range of all arms")
     parser.add_argument("--steps", type=positive, help="of a run that does not solve its task; the size's if not given")
     parser.add_argument("--batch", type=positive, help="sequences of a step; the size's if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the results; tuning has 0")
@@ -186,9 +202,10 @@ def main(arguments: list[str]) -> None:
     path = options.resume or options.output / f"recall-{now:%Y%m%dT%H%M%SZ}.jsonl"
     file = ResultFile(path, circumstances(now, "recall.py", arguments))
     wanted = options.pairs or size.pairs
-    file.drop(lambda row: row["purpose"] == "summary" and row["task"]["pairs"] in wanted)
+    file.drop(lambda row: row["purpose"] == "summary" and row["pairs"] in wanted)
     comparison = Comparison(file, size, options)
-    summaries = [comparison.task(pairs) for pairs in wanted]
+    tuned = [comparison.tuned(arm) for arm in options.arms]
+    summaries = [comparison.task(pairs, tuned) for pairs in wanted]
     for summary in summaries:
         print(json.dumps(file.add(summary), indent=1))
     draw_curves(file.rows, path.with_suffix(".png"))

@@ -19,7 +19,10 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, summary in zip(axes[0], summaries, strict=True):
         for index, arm in enumerate(arm for arm in ARMS if arm in summary["arms"]):
             found = summary["arms"][arm]
-            setting = {"purpose": "result", "arm": arm, **summary["task"], **found["setting"]}
+            setting = {
+                key: summary[key] for key in ("length", "pairs", "vocabulary", "initializer_range", "steps", "batch")
+            }
+            setting |= {"purpose": "result", "arm": arm, "rate": found["rate"]}
             runs = [row for row in rows if setting.items() <= row.items() and row["seed"] in summary["seeds"]]
             label = f"{ARMS[arm]}: {found['mean']:.1%}"
             for run in runs:
@@ -29,8 +32,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 if run["solved"] is not None:
                     axis.plot(steps[-1], accuracy[-1], color=f"C{index}", marker="o")
                 label = None
-        task = summary["task"]
-        axis.set(title=f"{task['pairs']} pairs in {task['length']} tokens, vocabulary {task['vocabulary']}")
+        axis.set(title=f"{summary['pairs']} pairs in {summary['length']} tokens, vocabulary {summary['vocabulary']}")
         axis.set(xlabel=f"step of {summary['batch']} sequences", ylabel="accuracy at the queries, validation")
         axis.set_ylim(-0.03, 1.05)
         axis.legend(title="accuracy on fresh sequences, mean of seeds", fontsize="small", title_fontsize="small")

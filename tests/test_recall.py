@@ -15,7 +15,7 @@ from recall_task import UNASKED, Task, assess, draw, recall_loss
 from torch import Tensor
 
 MODELS = Sizes(vocabulary=40, width=32, state=4, large_state=8, capacity=0.25)
-TINY = Size(16, (2,), MODELS, batch=4, steps=4)
+TINY = Size(16, (2, 3), MODELS, batch=4, steps=4)
 ARGUMENTS = "--arms taipan mamba2 --seeds 1 2 --evaluate-every 2 --validation 3 --fresh 5"
 TASKS = [Task(16, 2, 40), Task(24, 6, 21), Task(64, 16, 512), Task(30, 3, 50, fillers=20)]
 
@@ -202,24 +202,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_whole_run_tunes_both_arms_alike_and_runs_the_best_setting_with_every_seed(finished: Path):
+def test_a_whole_run_tunes_both_arms_alike_on_the_hardest_task_and_runs_all_tasks_with_every_seed(finished: Path):
     rows = read(finished)
     assert all(row.keys() >= {"hardware", "versions", "date", "command", "purpose"} for row in rows)
-    (summary,) = (row for row in rows if row["purpose"] == "summary")
-    assert summary["task"] == {"length": 16, "pairs": 2, "vocabulary": 40}
+    summaries = [row for row in rows if row["purpose"] == "summary"]
+    assert [(row["length"], row["pairs"], row["vocabulary"]) for row in summaries] == [(16, 2, 40), (16, 3, 40)]
     for arm in (TAIPAN, MAMBA2):
         tuned = [row for row in rows if row["purpose"] == "tuning" and row["arm"] == arm]
-        assert (tuned[0]["rate"], tuned[0]["initializer_range"], tuned[0]["seed"]) == (4e-3, 0.05, 0)
-        best = min(tuned, key=judged)
-        setting = {"rate": best["rate"], "initializer_range": best["initializer_range"]}
-        assert summary["arms"][arm]["setting"] == setting
+        assert [row["rate"] for row in tuned[:2]] == [4e-3, 2e-3]
+        assert {(row["seed"], row["pairs"]) for row in tuned} == {(0, 3)}
+        best = min(tuned, key=judged)["rate"]
         results = [row for row in rows if row["purpose"] == "result" and row["arm"] == arm]
-        assert [row["seed"] for row in results] == [1, 2]
-        assert all(setting.items() <= row.items() for row in results)
-        accuracy = [row["accuracy"] for row in results]
-        assert (summary["arms"][arm]["low"], summary["arms"][arm]["high"]) == (min(accuracy), max(accuracy))
+        assert [(row["pairs"], row["seed"]) for row in results] == [(2, 1), (2, 2), (3, 1), (3, 2)]
+        assert {row["rate"] for row in results} == {best}
         assert all([point["step"] for point in row["curve"]] == [2, 4] for row in results)
-    assert "drawn queries" in summary["arms"][TAIPAN]
+        for summary in summaries:
+            found = summary["arms"][arm]
+            accuracy = [row["accuracy"] for row in results if row["pairs"] == summary["pairs"]]
+            assert (found["rate"], found["low"], found["high"]) == (best, min(accuracy), max(accuracy))
+            assert found["parameters"] == results[0]["parameters"]
+            assert ("drawn queries" in found) == (arm == TAIPAN)
     assert finished.with_suffix(".png").exists()
 
 
@@ -235,8 +237,10 @@ def test_going_on_repeats_no_run_and_adds_what_is_missing(
     run("--resume", str(path))
     assert done == []
     assert len(read(path)) == len(read(finished))
-    run("--seeds", "1", "2", "5", "--resume", str(path))
-    assert [(row.purpose, row.arm, row.seed) for row in done] == [("result", TAIPAN, 5), ("result", MAMBA2, 5)]
+    run("--pairs", "3", "--seeds", "1", "2", "5", "--resume", str(path))
+    added = [(row.purpose, row.pairs, row.arm, row.seed) for row in done]
+    assert added == [("result", 3, TAIPAN, 5), ("result", 3, MAMBA2, 5)]
+    assert [row["seeds"] for row in read(path) if row["purpose"] == "summary"] == [[1, 2], [1, 2, 5]]
 
 
 def test_a_run_ends_where_its_task_is_solved_and_is_judged_by_other_sequences(
