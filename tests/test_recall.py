@@ -1,5 +1,6 @@
 """The recall benchmark: its sequences, the models that it holds equal, and a whole run at a tiny size."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from recall_task import UNASKED, Task, assess, draw, recall_loss
 from torch import Tensor
 
 MODELS = Sizes(vocabulary=40, width=32, state=4, large_state=8, capacity=0.25)
-TINY = Size(16, (2, 3), MODELS, batch=4, steps=4)
+TINY = Size(16, [2, 3], MODELS, batch=4, steps=4)
 ARGUMENTS = "--arms taipan mamba2 --seeds 1 2 --evaluate-every 2 --validation 3 --fresh 5"
 TASKS = [Task(16, 2, 40), Task(24, 6, 21), Task(64, 16, 512), Task(30, 3, 50, fillers=20)]
 
@@ -178,12 +179,11 @@ def test_a_model_that_knows_answers_and_training_moves_towards_it():
 
 
 def test_solving_early_is_better_and_a_nearly_solved_task_is_better_than_none():
-    rows = [
-        {"steps": 100, "solved": 20, "curve": [{"accuracy": 0.99}]},
-        {"steps": 100, "solved": 100, "curve": [{"accuracy": 0.99}]},
-        {"steps": 100, "solved": None, "curve": [{"accuracy": 0.1}, {"accuracy": 0.9}]},
-        {"steps": 100, "solved": None, "curve": [{"accuracy": 0.5}, {"accuracy": 0.1}]},
-    ]
+    def row(trained: int, *accuracy: float) -> dict[str, Any]:
+        ends = {str(pairs): {"accuracy": share} for pairs, share in enumerate(accuracy)}
+        return {"steps": 100, "trained": trained, "curve": [{"validation": {}}, {"validation": ends}]}
+
+    rows = [row(20, 0.99, 1.0), row(100, 0.99, 1.0), row(100, 1.0, 0.8), row(100, 0.2, 0.0)]
     assert [judged(row) for row in rows] == pytest.approx([20, 100, 110, 190])
 
 
@@ -202,26 +202,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_whole_run_tunes_both_arms_alike_on_the_hardest_task_and_runs_all_tasks_with_every_seed(finished: Path):
+def test_a_whole_run_tunes_both_arms_alike_and_runs_the_best_rate_with_every_seed(finished: Path):
     rows = read(finished)
     assert all(row.keys() >= {"hardware", "versions", "date", "command", "purpose"} for row in rows)
-    summaries = [row for row in rows if row["purpose"] == "summary"]
-    assert [(row["length"], row["pairs"], row["vocabulary"]) for row in summaries] == [(16, 2, 40), (16, 3, 40)]
+    assert {tuple(row["pairs"]) for row in rows} == {(2, 3)}
+    (summary,) = (row for row in rows if row["purpose"] == "summary")
     for arm in (TAIPAN, MAMBA2):
+        found = summary["arms"][arm]
         tuned = [row for row in rows if row["purpose"] == "tuning" and row["arm"] == arm]
         assert [row["rate"] for row in tuned[:2]] == [4e-3, 2e-3]
-        assert {(row["seed"], row["pairs"]) for row in tuned} == {(0, 3)}
-        best = min(tuned, key=judged)["rate"]
+        assert {row["seed"] for row in tuned} == {0}
+        assert found["rate"] == min(tuned, key=judged)["rate"]
         results = [row for row in rows if row["purpose"] == "result" and row["arm"] == arm]
-        assert [(row["pairs"], row["seed"]) for row in results] == [(2, 1), (2, 2), (3, 1), (3, 2)]
-        assert {row["rate"] for row in results} == {best}
+        assert [(row["rate"], row["seed"]) for row in results] == [(found["rate"], 1), (found["rate"], 2)]
         assert all([point["step"] for point in row["curve"]] == [2, 4] for row in results)
-        for summary in summaries:
-            found = summary["arms"][arm]
-            accuracy = [row["accuracy"] for row in results if row["pairs"] == summary["pairs"]]
-            assert (found["rate"], found["low"], found["high"]) == (best, min(accuracy), max(accuracy))
-            assert found["parameters"] == results[0]["parameters"]
-            assert ("drawn queries" in found) == (arm == TAIPAN)
+        assert {row["parameters"] for row in results} == {found["parameters"]}
+        for pairs in ("2", "3"):
+            accuracy = [row["fresh"][pairs]["accuracy"] for row in results]
+            assert (found[pairs]["low"], found[pairs]["high"]) == (min(accuracy), max(accuracy))
+            assert found[pairs]["solved"] == [row["solved"][pairs] for row in results]
+            assert ("drawn queries" in found[pairs]) == (arm == TAIPAN)
     assert finished.with_suffix(".png").exists()
 
 
@@ -237,24 +237,28 @@ def test_going_on_repeats_no_run_and_adds_what_is_missing(
     run("--resume", str(path))
     assert done == []
     assert len(read(path)) == len(read(finished))
-    run("--pairs", "3", "--seeds", "1", "2", "5", "--resume", str(path))
-    added = [(row.purpose, row.pairs, row.arm, row.seed) for row in done]
-    assert added == [("result", 3, TAIPAN, 5), ("result", 3, MAMBA2, 5)]
-    assert [row["seeds"] for row in read(path) if row["purpose"] == "summary"] == [[1, 2], [1, 2, 5]]
+    run("--seeds", "1", "2", "5", "--resume", str(path))
+    assert [(row.purpose, row.arm, row.seed) for row in done] == [("result", TAIPAN, 5), ("result", MAMBA2, 5)]
+    assert [row["seeds"] for row in read(path) if row["purpose"] == "summary"] == [[1, 2, 5]]
 
 
-def test_a_run_ends_where_its_task_is_solved_and_is_judged_by_other_sequences(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_ends_where_everything_is_solved_and_is_judged_by_other_sequences(monkeypatch: pytest.MonkeyPatch):
     judges: list[Tensor] = []
-    accuracy = iter([0.5, 0.99, 0.97])
-    monkeypatch.setitem(recall.SIZES, "cpu", TINY)
+    trained: list[int] = []
+    accuracy = iter([0.995, 0.5, 0.6, 1.0, 0.99, 1.0, 0.97, 0.98])
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        trained.append(int((batch[1] != UNASKED).sum(1)[0]))
+        return recall_loss(model, batch)
+
     monkeypatch.setattr(recall, "assess", lambda model, batch: judges.append(batch[0]) or {"accuracy": next(accuracy)})
-    options = recall.argparse.Namespace(device="cpu", validation=3, fresh=5, evaluate_every=1)
-    row = recall.execute(Run("result", 16, 2, 40, MAMBA2, 1e-3, 0.05, 1, 4, 4), TINY, options)
-    assert row["solved"] == 2
-    assert row["accuracy"] == 0.97
-    assert [point["step"] for point in row["curve"]] == [1, 2]
-    assert torch.equal(judges[0], judges[1])
-    assert [len(ids) for ids in judges] == [3, 3, 5]
-    assert not torch.equal(judges[0], judges[2][:3])
+    monkeypatch.setattr(recall, "recall_loss", loss)
+    options = argparse.Namespace(device="cpu", validation=3, fresh=5, evaluate_every=1)
+    row = recall.execute(Run("result", 16, [2, 3], 40, MAMBA2, 1e-3, 0.05, 1, 4, 4), TINY, options)
+    assert trained == [3, 2, 3]
+    assert (row["trained"], row["solved"]) == (3, {"2": 1, "3": 2})
+    assert row["fresh"] == {"2": {"accuracy": 0.97}, "3": {"accuracy": 0.98}}
+    assert [point["step"] for point in row["curve"]] == [1, 2, 3]
+    assert [len(ids) for ids in judges] == [3, 3, 3, 3, 3, 3, 5, 5]
+    assert torch.equal(judges[0], judges[2])
+    assert not torch.equal(judges[0], judges[6][:3])
