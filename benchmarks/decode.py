@@ -2,7 +2,8 @@
 
 The models of `length_models.py`, untrained, of equal size, batch 1. Each reads a row of random tokens in chunks up to a
 context, then takes single steps, the sides in turn, one step of each after the other; the next context goes on from
-there. A side's time is the median of its steps, the whole model with its head and its Python.
+there. A side's time is the median of its steps, the whole model with its head and its Python. It is CPU time, which
+other programs do not lengthen much: on one thread of an idle machine it is the wall's.
 
 * Taipan is timed twice, with every token attending and with none: its gate is set. A trained gate lies between, near
   the second. The window is full from the first context on.
@@ -15,13 +16,13 @@ there. A side's time is the median of its steps, the whole model with its head a
 The bytes are those of the storages behind all tensors of all layers of the cache: a small view of a large tensor counts
 as the large one. A row is written per context and side:
 
-    {"context", "side", "seconds": {"q1", "median", "q3"}, "bytes", "bytes_after_prefill", "read", "chosen", ...}
+    {"context", "arm", "way", "seconds": {"q1", "median", "q3"}, "bytes", "bytes_after_prefill", "read", "chosen", ...}
 
 `bytes` is counted after the steps, `bytes_after_prefill` before them; `read` tokens went through the model, the others
 of the context are repetitions.
 
-    python benchmarks/decode.py --threads 1
-    python benchmarks/decode.py --threads 1 --resume benchmarks/results/decode-20261127T120000Z.jsonl
+    python benchmarks/decode.py
+    python benchmarks/decode.py --resume benchmarks/results/decode-20261127T120000Z.jsonl
 
 `--resume` measures no context that the file holds.
 """
@@ -171,9 +172,9 @@ def measure(sides: dict[Point, Side], ids: Tensor) -> dict[Point, dict[str, Any]
     for index in range(WARM_UP + steps):
         for point, side in sides.items():
             token = ids[:, point.context + index : point.context + index + 1]
-            begin = time.perf_counter()
+            begin = time.process_time()
             output = side.step(token, caches[point])
-            seconds[point].append(time.perf_counter() - begin)
+            seconds[point].append(time.process_time() - begin)
             rates = getattr(output, "selection_rate", None)
             rows[point]["chosen"] = None if rates is None else float(rates.mean())
     for point, side in sides.items():
@@ -205,7 +206,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(contexts, labels=[f"{context // 1024}k" for context in contexts])
         axis.set_xlabel("tokens of context")
     steps = rows[0]["steps"]
-    time_of.set(ylabel="milliseconds per token", title=f"a decode step: median and quartiles of {steps}")
+    time_of.set(ylabel="milliseconds of CPU time per token", title=f"a decode step: median and quartiles of {steps}")
     memory.set(ylabel="MiB held by the cache", title="the cache")
     time_of.legend(fontsize="small")
     figure.savefig(path, dpi=120)
@@ -216,16 +217,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--contexts", type=positive, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens before the steps"
     )
-    parser.add_argument("--steps", type=positive, default=32, help="timed steps of a side and context")
+    parser.add_argument("--steps", type=positive, default=32, help="timed steps of each side at a context")
     parser.add_argument("--window", type=positive, default=512, help="tokens that a query of Taipan sees")
     parser.add_argument("--chunk", type=positive, default=512, help="tokens read at once")
     parser.add_argument("--prefill", type=positive, default=16384, help="tokens that full attention reads")
-    parser.add_argument("--threads", type=positive)
+    parser.add_argument("--threads", type=positive, default=1, help="of which the times are added up")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file")
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"decode-{now:%Y%m%dT%H%M%SZ}.jsonl"
     file = ResultFile(path, circumstances(now, "decode.py", arguments))

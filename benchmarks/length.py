@@ -2,10 +2,10 @@
 
 Taipan, Mamba-2, a hybrid of Mamba-2 and full attention, and a Transformer, of equal size (`length_models.py`), are
 trained on the same real text at the same length, with the same batches, optimiser and schedule. Each learning rate is
-tuned by the same search from the same start, in full runs with the first seed, judged by the loss of one part of the
-held-out text at the training length. The best is run with every seed and judged by the rest of the held-out text: at
-the training length and at multiples of it, with the same targets at every length (`length_evaluation.py`). So a curve
-that rises is a model that reads worse with more text before it.
+tuned by the same search from the same start, in shorter runs, judged by the loss of one part of the held-out text at
+the training length. The best is run with every seed and judged by the rest of the held-out text: at the training length
+and at multiples of it, with the same targets at every length (`length_evaluation.py`). So a curve that rises is a model
+that reads worse with more text before it.
 
 Claims to check (arXiv 2410.18572, figure 1a, at 0.2 to 1.3 billion parameters): beyond the training length Taipan's
 loss stays flat, Mamba-2's rises, Transformer and hybrid break.
@@ -44,6 +44,8 @@ from transformers import PreTrainedModel
 
 from ssm_zoo.modeling.routing import add_aux_loss
 
+# What a run is for.
+TRIAL, RESULT = "trial", "result"
 # Neighbours of a learning rate in the search.
 FACTORS = ((0.5,), (2.0,))
 # Tokens of a forward of the evaluation, and places that are averaged for the loss by position.
@@ -109,8 +111,9 @@ def execute(run: Run, data: Data) -> dict[str, Any]:
     for batch in bar:
         losses.append(trainer.step(batch))
     trained = time.process_time() - start
-    result = {"judged": held_out_loss(model, data.judged, 32)}
-    result |= evaluate(model, data.windows, data.lengths, PLACES, BUDGET)
+    result: dict[str, Any] = {"judged": held_out_loss(model, data.judged, 32)}
+    if run.purpose == RESULT:
+        result |= evaluate(model, data.windows, data.lengths, PLACES, BUDGET)
     seconds = {"train_cpu_seconds": trained, "cpu_seconds": time.process_time() - start}
     return {"length": LENGTH, "parameters": parameters(model), "train": losses, **result, **seconds}
 
@@ -129,16 +132,17 @@ class Comparison:
         """The run's row, trained now if the file has none."""
         return self.file.run(run, lambda run: execute(run, self.data))
 
+    def judge(self, trial: Run, rate: float) -> float:
+        """What `trial` with this rate is judged by."""
+        return self.row(dataclasses.replace(trial, rate=rate))["judged"]
+
     def arm(self, arm: str) -> dict[str, Any]:
         """Everything of one arm; returns its summary."""
         options = self.options
-        base = Run("run", arm, 0.0, options.seeds[0], options.steps, options.batch, options.window)
-
-        def judge(base: Run, rate: float) -> float:
-            return self.row(dataclasses.replace(base, rate=rate))["judged"]
-
-        (rate,) = search(partial(judge, base), (options.rate,), FACTORS)
-        rows = [self.row(dataclasses.replace(base, rate=rate, seed=seed)) for seed in options.seeds]
+        trial = Run(TRIAL, arm, 0.0, 0, options.trial_steps, options.batch, options.window)
+        (rate,) = search(partial(self.judge, trial), (options.rate,), FACTORS)
+        run = dataclasses.replace(trial, purpose=RESULT, rate=rate, steps=options.steps)
+        rows = [self.row(dataclasses.replace(run, seed=seed)) for seed in options.seeds]
         lengths = list(rows[0]["held_out"])
         places = {length: [row["by_position"][length] for row in rows] for length in lengths}
         summary: dict[str, Any] = {
@@ -166,13 +170,14 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="length.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arm", choices=ARMS, nargs="+", default=list(ARMS))
     parser.add_argument("--rate", type=float, default=6e-3, help="learning rate that the search starts from")
-    parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first also of the search")
-    parser.add_argument("--batch", type=positive, default=8, help=f"windows of {LENGTH} tokens a step")
+    parser.add_argument("--trial-steps", type=positive, default=250, help="steps of a trial")
+    parser.add_argument("--steps", type=positive, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the best rate; trials have 0")
+    parser.add_argument("--batch", type=positive, default=4, help=f"windows of {LENGTH} tokens a step")
     parser.add_argument("--window", type=positive, default=LENGTH // 2, help="tokens that a query of Taipan sees")
     parser.add_argument("--multiples", type=positive, nargs="+", default=[1, 2, 4, 8], help=f"of {LENGTH} tokens")
     parser.add_argument("--judge", type=positive, default=8 * 1024, help="held-out tokens that judge learning rates")
-    parser.add_argument("--windows", type=positive, default=40, help="longest windows of the held-out text after them")
+    parser.add_argument("--windows", type=positive, default=30, help="longest windows of the held-out text after them")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(

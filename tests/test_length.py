@@ -17,7 +17,9 @@ from length_models import ARMS, HYBRID, MAMBA2, TAIPAN, TRANSFORMER, make, param
 from tolerances import TOLERANCES
 
 TINY = {"WIDTH": 32, "HEADS": 2, "STATE": 4, "GROUP": 1, "INNER": 16, "ALONE": 1, "BLOCKS": 1, "BLOCK_INNER": 16}
-ARGUMENTS = "--rate 1e-2 --steps 2 --seeds 1 2 --batch 1 --window 8 --multiples 1 2 --judge 128 --windows 2"
+ARGUMENTS = (
+    "--rate 1e-2 --trial-steps 1 --steps 2 --seeds 1 2 --batch 1 --window 8 --multiples 1 2 --judge 128 --windows 2"
+)
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
@@ -158,21 +160,22 @@ def test_rates_and_results_are_judged_by_different_text():
 def test_every_arm_is_searched_from_the_same_start_and_its_best_rate_run_again(finished: Path):
     rows = read(finished)
     for arm in (TAIPAN, TRANSFORMER):
-        runs = [row for row in rows if row["purpose"] == "run" and row["arm"] == arm]
-        assert runs[0]["rate"] == 1e-2
-        first = {row["rate"]: row["judged"] for row in runs if row["seed"] == 1}
+        trials = [row for row in rows if row["purpose"] == "trial" and row["arm"] == arm]
+        assert trials[0]["rate"] == 1e-2
+        assert {(row["seed"], row["steps"], "held_out" in row) for row in trials} == {(0, 1, False)}
+        judged = {row["rate"]: row["judged"] for row in trials}
         (summary,) = (row for row in rows if row["purpose"] == "summary" and row["arm"] == arm)
         best = summary["rate"]
-        assert first[best] == min(first.values())
-        assert {best * factor for (factor,) in FACTORS} <= set(first)
-        of_best = [row for row in runs if row["rate"] == best]
-        assert [row["seed"] for row in of_best] == [1, 2]
-        ends = [row["held_out"]["256"] for row in of_best]
+        assert judged[best] == min(judged.values())
+        assert {best * factor for (factor,) in FACTORS} <= set(judged)
+        results = [row for row in rows if row["purpose"] == "result" and row["arm"] == arm]
+        assert [(row["rate"], row["seed"], row["steps"]) for row in results] == [(best, 1, 2), (best, 2, 2)]
+        ends = [row["held_out"]["256"] for row in results]
         assert [summary["held_out"]["256"][side] for side in ("low", "high")] == sorted(ends)
         assert summary["change"]["128"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
         assert len(summary["by_position"]["256"]) == 4
         assert summary["lengths"] == [128, 256]
-    assert ("selection_rate" in rows[0]) and "selection_rate" not in rows[-1]
+        assert ("selection_rate" in summary) == (arm == TAIPAN)
     assert all(row.keys() >= {"hardware", "versions", "date", "command"} for row in rows)
     assert finished.with_suffix(".png").exists()
 
