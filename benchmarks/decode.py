@@ -1,8 +1,8 @@
 """Time decode steps and count what the cache holds, from 1 to 64 thousand tokens of context.
 
 The models of `length_models.py`, untrained, of equal size, batch 1. Each reads a row of random tokens in chunks up to a
-context, then takes single steps, the sides in turn, one step of each after the other; the next context goes on from
-there. A side's time is the median of its steps, the whole model with its head and its Python. It is CPU time, which
+context, then takes single steps, the sides in turn, some steps of each after those of the other: one step each would
+find its weights driven out of the processor's cache by the others' keys. The next context goes on from there. A side's time is the median of its steps, the whole model with its head and its Python. It is CPU time, which
 other programs do not lengthen much: on one thread of an idle machine it is the wall's.
 
 * Taipan is timed twice, with every token attending and with none: its gate is set. A trained gate lies between, near
@@ -51,8 +51,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-# Steps of each side before those that are timed.
-WARM_UP = 3
+# Steps of each side before those that are timed, and steps that a side takes before the next one's turn.
+WARM_UP, TURN = 3, 7
 EVERY, NONE, DYNAMIC, STATIC = "every token attends", "no token attends", "dynamic cache", "static cache"
 # Model and way of each side, and how its line is drawn.
 SIDES = {
@@ -131,10 +131,10 @@ class Side:
         """Read (1, T) tokens on from those in the cache, `chunk` at a time; full attention up to `limit` of them."""
         full = full_layers(self.model)
         end = min(ids.shape[1], max(limit, self.tokens)) if full else ids.shape[1]
-        for part in ids[:, self.tokens : end].split(chunk, dim=1):
-            self.step(part, self.cache)
-            self.read += part.shape[1]
-        missing = ids.shape[1] - max(end, self.tokens)
+        for begin in range(self.tokens, end, chunk):
+            self.step(ids[:, begin : min(begin + chunk, end)], self.cache)
+        self.read += end - self.tokens
+        missing = ids.shape[1] - end
         for index, layer in enumerate(self.cache.layers if missing else []):
             if index in full:
                 column = torch.arange(missing) % layer.keys.shape[2]
@@ -169,12 +169,13 @@ def measure(sides: dict[Point, Side], ids: Tensor) -> dict[Point, dict[str, Any]
         side.fill(ids[:, : point.context], point.chunk, point.prefill)
         rows[point] = {"read": side.read, "bytes_after_prefill": held_bytes(side.cache)}
         caches[point] = side.ready(WARM_UP + steps)
-    for index in range(WARM_UP + steps):
+    for first in range(0, WARM_UP + steps, TURN):
         for point, side in sides.items():
-            token = ids[:, point.context + index : point.context + index + 1]
-            begin = time.process_time()
-            output = side.step(token, caches[point])
-            seconds[point].append(time.process_time() - begin)
+            for index in range(first, min(first + TURN, WARM_UP + steps)):
+                token = ids[:, point.context + index : point.context + index + 1]
+                begin = time.process_time()
+                output = side.step(token, caches[point])
+                seconds[point].append(time.process_time() - begin)
             rates = getattr(output, "selection_rate", None)
             rows[point]["chosen"] = None if rates is None else float(rates.mean())
     for point, side in sides.items():

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from tolerances import TOLERANCES
 
 TINY = {"WIDTH": 32, "HEADS": 2, "STATE": 4, "GROUP": 1, "INNER": 16, "ALONE": 1, "BLOCKS": 2, "BLOCK_INNER": 16}
-ARGUMENTS = "--contexts 20 40 --steps 2 --window 8 --chunk 7 --prefill 30"
+ARGUMENTS = "--contexts 20 40 50 --steps 2 --window 8 --chunk 7 --prefill 30"
 IDS = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed(0))
 BOUNDED = [name for name in FAMILIES if "full_attention" not in make_config(name).layer_types]
 # Of a Mamba-2 block: 3 inputs of the convolution for 64 + 2 x 4 channels, a state of 64 x 4, in four bytes.
@@ -130,7 +130,7 @@ def test_rows_are_written_and_going_on_measures_nothing_again(tmp_path: Path, mo
     (path,) = tmp_path.glob("*.jsonl")
     rows = read(path)
     assert [(row["context"], row["arm"], row["way"]) for row in rows] == [
-        (c, *side) for c in (20, 40) for side in SIDES
+        (c, *side) for c in (20, 40, 50) for side in SIDES
     ]
     assert path.with_suffix(".png").exists()
     assert all(0 < row["seconds"]["q1"] <= row["seconds"]["median"] <= row["seconds"]["q3"] for row in rows)
@@ -140,16 +140,16 @@ def test_rows_are_written_and_going_on_measures_nothing_again(tmp_path: Path, mo
         assert row["chosen"] == ({EVERY: 1.0, NONE: 0.0}[row["way"]] if row["arm"] == TAIPAN else None)
     held = {(row["context"], row["arm"], row["way"]): row["bytes"] for row in rows}
     for arm, way in SIDES:
-        assert (held[40, arm, way] == held[20, arm, way]) == (arm in (TAIPAN, MAMBA2))
+        assert (held[50, arm, way] == held[20, arm, way]) == (arm in (TAIPAN, MAMBA2))
     done: list[list[Point]] = []
     measure = decode.measure
     monkeypatch.setattr(decode, "measure", lambda sides, ids: done.append(list(sides)) or measure(sides, ids))
     main([*ARGUMENTS.split(), "--resume", str(path)])
     assert done == [] and read(path) == rows
-    longer = ARGUMENTS.replace("20 40", "20 40 50")
+    longer = ARGUMENTS.replace("20 40 50", "20 40 50 56")
     main([*longer.split(), "--resume", str(path)])
-    assert [{point.context for point in points} for points in done] == [{50}]
-    assert len(read(path)) == 3 * len(SIDES)
+    assert [{point.context for point in points} for points in done] == [{56}]
+    assert len(read(path)) == 4 * len(SIDES)
 
 
 def test_contexts_leave_room_for_the_steps(capsys: pytest.CaptureFixture[str]):
