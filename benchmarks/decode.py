@@ -1,9 +1,10 @@
 """Time decode steps and count what the cache holds, from 1 to 64 thousand tokens of context.
 
 The models of `length_models.py`, untrained, of equal size, batch 1. Each reads a row of random tokens in chunks up to a
-context, then takes single steps, the sides in turn, some steps of each after those of the other: one step each would
-find its weights driven out of the processor's cache by the others' keys. The next context goes on from there. A side's time is the median of its steps, the whole model with its head and its Python. It is CPU time, which
-other programs do not lengthen much: on one thread of an idle machine it is the wall's.
+context, then takes single steps, the sides in turn, some steps of each after those of the other (one each would find
+its weights driven out of the processor's cache by the others' keys). The next context goes on from there. A side's time
+is the median of its steps, the whole model with its head and its Python. It is CPU time, which other programs do not
+lengthen much: on one thread of an idle machine it is the wall's.
 
 * Taipan is timed twice, with every token attending and with none: its gate is set. A trained gate lies between, near
   the second. The window is full from the first context on.
