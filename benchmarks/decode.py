@@ -1,10 +1,10 @@
 """Time decode steps and count what the cache holds, from 1 to 64 thousand tokens of context.
 
-The models of `length_models.py`, untrained, of equal size, batch 1. Each reads a row of random tokens in chunks up to a
-context, then takes single steps, the sides in turn, some steps of each after those of the other (one each would find
-its weights driven out of the processor's cache by the others' keys). The next context goes on from there. A side's time
-is the median of its steps, the whole model with its head and its Python. It is CPU time, which other programs do not
-lengthen much: on one thread of an idle machine it is the wall's.
+The models of `length_models.py`, untrained, of equal size, batch 1. Each reads a row of random tokens in chunks and
+keeps a copy of its cache at every context. From these all sides take single steps, at all contexts, in turn: what slows
+the machine down for a while slows all. A turn is some steps, of which the first ones find the weights driven out of the
+processor's cache by the keys of the others. A time is the median over the steps, the whole model with its head and its
+Python. It is CPU time, which other programs do not lengthen much: on one thread of an idle machine it is the wall's.
 
 * Taipan is timed twice, with every token attending and with none: its gate is set. A trained gate lies between, near
   the second. The window is full from the first context on.
@@ -36,7 +36,6 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-# Steps of each side before those that are timed, and steps that a side takes before the next one's turn.
+from ssm_zoo.modeling.cache import restore, snapshot
+
+# Steps of each side before those that are timed, and steps of a turn.
 WARM_UP, TURN = 3, 7
 EVERY, NONE, DYNAMIC, STATIC = "every token attends", "no token attends", "dynamic cache", "static cache"
 # Model and way of each side, and how its line is drawn.
@@ -93,7 +94,7 @@ def full_layers(model: PreTrainedModel) -> list[int]:
 
 
 class Side:
-    """A model and its cache, which goes on from context to context.
+    """A model and the cache that it reads into, from context to context.
 
     Args:
         arm: a key of `ARMS`.
@@ -101,8 +102,7 @@ class Side:
         window: what a query of Taipan sees.
 
     Attributes:
-        cache: transformers' `DynamicCache`, which the context is read into.
-        tokens: how many it holds.
+        tokens: how many the cache holds.
         read: how many of these went through the model.
     """
 
@@ -145,33 +145,33 @@ class Side:
         self.tokens = ids.shape[1]
 
     def ready(self, steps: int) -> Cache:
-        """The cache to take `steps` from here with: the one that was filled, or a static copy of what it holds."""
+        """A copy of the cache to take `steps` with; a static one where the way says so."""
+        saved = snapshot(self.cache)
         if self.way != STATIC:
-            self.tokens += steps
-            return self.cache
-        static = StaticCache(config=self.model.config, max_cache_len=self.tokens + steps)
-        for index, (source, target) in enumerate(zip(self.cache.layers, static.layers, strict=True)):
+            cache = DynamicCache(config=self.model.config)
+            restore(cache, saved)
+            return cache
+        cache = StaticCache(config=self.model.config, max_cache_len=self.tokens + steps)
+        for index, (state, layer) in enumerate(zip(saved, cache.layers, strict=True)):
             if index in full_layers(self.model):
-                target.update(source.keys, source.values)
+                layer.update(state["keys"], state["values"])
             else:
-                states = {
-                    name: part.clone() if isinstance(part, Tensor) else part for name, part in vars(source).items()
-                }
-                vars(target).update(states)
-        return static
+                vars(layer).update(state)
+        return cache
 
 
-def measure(sides: dict[Point, Side], ids: Tensor) -> dict[Point, dict[str, Any]]:
-    """Fill the sides' caches up to their context, time their steps in turn, and return what their rows say."""
-    (steps,) = {point.steps for point in sides}
+def measure(points: dict[Point, Side], ids: Tensor) -> dict[Point, dict[str, Any]]:
+    """Fill the caches of all contexts, which rise for every side, take the steps in turn, and say what the rows say."""
+    (steps,) = {point.steps for point in points}
     rows: dict[Point, dict[str, Any]] = {}
-    caches, seconds = {}, {point: [] for point in sides}
-    for point, side in sides.items():
+    caches: dict[Point, Cache] = {}
+    seconds: dict[Point, list[float]] = {point: [] for point in points}
+    for point, side in tqdm(points.items(), desc="reading"):
         side.fill(ids[:, : point.context], point.chunk, point.prefill)
         rows[point] = {"read": side.read, "bytes_after_prefill": held_bytes(side.cache)}
         caches[point] = side.ready(WARM_UP + steps)
-    for first in range(0, WARM_UP + steps, TURN):
-        for point, side in sides.items():
+    for first in tqdm(range(0, WARM_UP + steps, TURN), desc="turns"):
+        for point, side in points.items():
             for index in range(first, min(first + TURN, WARM_UP + steps)):
                 token = ids[:, point.context + index : point.context + index + 1]
                 begin = time.process_time()
@@ -179,7 +179,7 @@ def measure(sides: dict[Point, Side], ids: Tensor) -> dict[Point, dict[str, Any]
                 seconds[point].append(time.process_time() - begin)
             rates = getattr(output, "selection_rate", None)
             rows[point]["chosen"] = None if rates is None else float(rates.mean())
-    for point, side in sides.items():
+    for point, side in points.items():
         rows[point] |= {"seconds": quartiles(seconds[point][WARM_UP:]), "bytes": held_bytes(caches[point])}
         rows[point]["parameters"] = parameters(side.model)
     return rows
@@ -232,23 +232,19 @@ def main(arguments: list[str]) -> None:
     path = options.resume or options.output / f"decode-{now:%Y%m%dT%H%M%SZ}.jsonl"
     file = ResultFile(path, circumstances(now, "decode.py", arguments))
     contexts = sorted(set(options.contexts))
-    apart = WARM_UP + options.steps
-    if any(after - before < apart for before, after in pairwise(contexts)):
-        parser.error(f"--contexts must lie at least {apart} tokens, the steps, apart, got {contexts}")
-    ids = torch.randint(VOCABULARY, (1, contexts[-1] + apart), generator=torch.Generator().manual_seed(0))
+    length = contexts[-1] + WARM_UP + options.steps
+    ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
     sizes = {name: getattr(options, name) for name in ("window", "chunk", "prefill", "steps")}
-    points = {context: [Point(context, arm, way, **sizes) for arm, way in SIDES] for context in contexts}
-    missing = [
-        context for context, found in points.items() if not all(file.find(dataclasses.asdict(point)) for point in found)
-    ]
-    sides = [Side(arm, way, options.window) for arm, way in SIDES] if missing else []
-    for context in tqdm(missing, desc="contexts"):
-        found = measure(dict(zip(points[context], sides, strict=True)), ids)
+    points = [Point(context, arm, way, **sizes) for context in contexts for arm, way in SIDES]
+    missing = [point for point in points if file.find(dataclasses.asdict(point)) is None]
+    if missing:
+        sides = {(arm, way): Side(arm, way, options.window) for arm, way in SIDES}
+        found = measure({point: sides[point.arm, point.way] for point in missing}, ids)
         for point, row in found.items():
             file.add({**dataclasses.asdict(point), **row})
             milliseconds, held = 1e3 * row["seconds"]["median"], row["bytes"] / 2**20
-            tqdm.write(f"{context:7} {point.arm:12} {point.way:20} {milliseconds:8.2f} ms {held:8.2f} MiB")
-    wanted = [file.find(dataclasses.asdict(point)) for found in points.values() for point in found]
+            print(f"{point.context:7} {point.arm:12} {point.way:20} {milliseconds:8.2f} ms {held:8.2f} MiB")
+    wanted = [file.find(dataclasses.asdict(point)) for point in points]
     draw([row for row in wanted if row is not None], path.with_suffix(".png"))
     print(f"wrote {path}")
 

@@ -143,16 +143,10 @@ def test_rows_are_written_and_going_on_measures_nothing_again(tmp_path: Path, mo
         assert (held[50, arm, way] == held[20, arm, way]) == (arm in (TAIPAN, MAMBA2))
     done: list[list[Point]] = []
     measure = decode.measure
-    monkeypatch.setattr(decode, "measure", lambda sides, ids: done.append(list(sides)) or measure(sides, ids))
+    monkeypatch.setattr(decode, "measure", lambda points, ids: done.append(list(points)) or measure(points, ids))
     main([*ARGUMENTS.split(), "--resume", str(path)])
     assert done == [] and read(path) == rows
     longer = ARGUMENTS.replace("20 40 50", "20 40 50 56")
     main([*longer.split(), "--resume", str(path)])
     assert [{point.context for point in points} for points in done] == [{56}]
     assert len(read(path)) == 4 * len(SIDES)
-
-
-def test_contexts_leave_room_for_the_steps(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main(["--contexts", "20", "24", "--steps", "2"])
-    assert "--contexts must lie at least 5 tokens, the steps, apart, got [20, 24]" in capsys.readouterr().err
