@@ -63,7 +63,8 @@ class Attention(nn.Module):
                 k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
             mask = sequence.window_mask(self.window, query_positions, key_positions)
         repeats = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        if repeats > 1:  # by 1 it would copy them all the same
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scale = self.head_dim**-0.5
         attention = None
         if output_attentions or self.config._attn_implementation == "eager":

@@ -169,8 +169,10 @@ class WindowLayer(ZooLayer):
             column = order[:, None, :, None].expand_as(keys)
             stored = keys.gather(2, column), values.gather(2, column), positions.gather(1, order)
         first = max(keys.shape[2] - (window - 1), 0)
-        self.keys, self.values = stored[0][:, :, first:], stored[1][:, :, first:]
-        self.positions = stored[2][:, first:]
+        kept_columns = stored[0][:, :, first:], stored[1][:, :, first:], stored[2][:, first:]
+        if first >= window:  # a view would keep the whole prompt in memory until the next token
+            kept_columns = kept_columns[0].clone(), kept_columns[1].clone(), kept_columns[2].clone()
+        self.keys, self.values, self.positions = kept_columns
         self.counts = self.counts + present.sum(-1)
         self.columns += length
         self.is_initialized = True
