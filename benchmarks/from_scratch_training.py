@@ -68,13 +68,25 @@ def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
 
 
 class Trainer:
-    """AdamW, decay 0.1 of matrices, clip 1, warm-up over a tenth of the steps, cosine to a tenth of the rate.
+    """AdamW, decay 0.1 of matrices, clip 1, warm-up, then a cosine. A_log counts as no matrix.
 
-    A_log counts as no matrix. `loss` takes the model and what `step` is given, and returns the mean loss.
+    Args:
+        model: to train.
+        rate: the largest learning rate.
+        steps: length of the schedule.
+        loss: takes the model and what `step` is given, and returns the mean loss.
+        warmup: steps in which the rate rises; a tenth of `steps` if not given.
+        floor: what the cosine falls to, in parts of the rate; 1 for a constant rate after the warm-up.
     """
 
     def __init__(
-        self, model: nn.Module, rate: float, steps: int, loss: Callable[[nn.Module, Any], Tensor] = loss_of
+        self,
+        model: nn.Module,
+        rate: float,
+        steps: int,
+        loss: Callable[[nn.Module, Any], Tensor] = loss_of,
+        warmup: int | None = None,
+        floor: float = 0.1,
     ) -> None:
         self.model, self.loss = model, loss
         matrices = {key: p.dim() > 1 and not key.endswith("A_log") for key, p in model.named_parameters()}
@@ -83,12 +95,13 @@ class Trainer:
             for decayed, decay in ((True, 0.1), (False, 0.0))
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-        warmup = max(steps // 10, 1)
+        rising = max(steps // 10, 1) if warmup is None else warmup
+        middle, swing = (1 + floor) / 2, (1 - floor) / 2
 
         def schedule(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))
+            if step < rising:
+                return (step + 1) / rising
+            return middle + swing * math.cos(math.pi * (step - rising) / max(steps - rising, 1))
 
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         model.train()
