@@ -22,7 +22,7 @@ ARGUMENTS += " --time-steps 1 --threads 1"
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty stories of some 300 words."""
     path = tmp_path_factory.mktemp("text") / "stories.txt"
-    words = "cat dog sun tree red blue ran saw big small house river bird song kite hill".split()
+    words = ["cat", "dog", "sun", "tree", "red", "blue", "ran", "saw", "big", "small", "house", "river", "bird", "song"]
     generator = torch.Generator().manual_seed(0)
     stories = []
     for number in range(20):
