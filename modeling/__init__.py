@@ -5,6 +5,7 @@ import transformers
 from .configuration_hybrid import ZooHybridConfig
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
+from .configuration_masked_mixer import MaskedMixerConfig
 from .configuration_taipan import TaipanConfig
 from .modeling_hybrid import (
     ZooHybridForCausalLM,
@@ -25,6 +26,13 @@ from .modeling_mamba2 import (
     ZooSSDForSequenceClassification,
     ZooSSDForTokenClassification,
     ZooSSDModel,
+)
+from .modeling_masked_mixer import (
+    MaskedMixerForCausalLM,
+    MaskedMixerForMaskedLM,
+    MaskedMixerForSequenceClassification,
+    MaskedMixerForTokenClassification,
+    MaskedMixerModel,
 )
 from .modeling_taipan import (
     TaipanForCausalLM,
@@ -65,6 +73,14 @@ for _config, *_classes in (
         TaipanForSequenceClassification,
         TaipanForTokenClassification,
     ),
+    (
+        MaskedMixerConfig,
+        MaskedMixerModel,
+        MaskedMixerForCausalLM,
+        MaskedMixerForMaskedLM,
+        MaskedMixerForSequenceClassification,
+        MaskedMixerForTokenClassification,
+    ),
 ):
     transformers.AutoConfig.register(_config.model_type, _config)
     for _class in _classes:
@@ -72,6 +88,12 @@ for _config, *_classes in (
         getattr(transformers, _auto).register(_config, _class)
 
 __all__ = [
+    "MaskedMixerConfig",
+    "MaskedMixerForCausalLM",
+    "MaskedMixerForMaskedLM",
+    "MaskedMixerForSequenceClassification",
+    "MaskedMixerForTokenClassification",
+    "MaskedMixerModel",
     "TaipanConfig",
     "TaipanForCausalLM",
     "TaipanForSequenceClassification",

@@ -170,7 +170,7 @@ class ZooModel(ZooPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
-        self.norm_f = RMSNorm(config.hidden_size, self.norm_eps(config))
+        self.norm_f = self.make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -178,10 +178,22 @@ class ZooModel(ZooPreTrainedModel):
         """The block at `layer_idx`."""
         raise NotImplementedError
 
+    def make_norm(self, config: PreTrainedConfig) -> nn.Module:
+        """The final norm."""
+        return RMSNorm(config.hidden_size, self.norm_eps(config))
+
     @staticmethod
     def norm_eps(config: PreTrainedConfig) -> float:
         """Epsilon of the norms."""
         raise NotImplementedError
+
+    def split(self, hidden_states: Tensor) -> Tensor:
+        """What the first block reads, of the (B, L, D) embeddings: these, unless a family has several streams."""
+        return hidden_states
+
+    def join(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, D) of what a block returns: the opposite."""
+        return hidden_states
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
         """Add to `sequence` what the family's layers share, rotary tables say."""
@@ -285,12 +297,11 @@ class ZooModel(ZooPreTrainedModel):
         if output_attentions and sequence.past:
             raise ValueError(f"output_attentions=True needs an empty cache, this one holds {sequence.past} tokens")
 
-        all_hidden_states: list[Tensor] = []
+        all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
         attentions: list[Tensor] = []
         choices: list[Any] = []
+        hidden_states = self.split(hidden_states)
         for block in self.layers:
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
             hidden_states, attention, *choice = block(
                 hidden_states, sequence, past_key_values=past_key_values, output_attentions=output_attentions
             )
@@ -298,7 +309,13 @@ class ZooModel(ZooPreTrainedModel):
                 choices.append(choice)
             if output_attentions:
                 attentions.append(attention)
-        hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+            if output_hidden_states and len(all_hidden_states) < len(self.layers):
+                all_hidden_states.append(self.join(hidden_states))
+        hidden_states = self.join(hidden_states)
+        if isinstance(self.norm_f, nn.Identity):
+            hidden_states = hidden_states.to(self.embeddings.weight.dtype)
+        else:
+            hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
         output = ZooModelOutput(

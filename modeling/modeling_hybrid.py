@@ -30,6 +30,7 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
+from .attention import Attention
 from .cache import is_single_step, layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
@@ -45,71 +46,6 @@ from .step_sizes import inverse_softplus
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 _SMALLEST_ROW_SUM = 1e-6
-
-
-class Attention(nn.Module):
-    """Softmax attention with rotary positions and grouped key-value heads; `window` limits what a query sees."""
-
-    def __init__(self, config: ZooHybridConfig, layer_idx: int, window: int | None) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.window = window
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
-        self.head_dim = int(config.head_dim or 0)
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        sequence: Sequence,
-        past_key_values: Cache | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        assert sequence.rotary is not None
-        cos, sin = (table[:, None] for table in sequence.rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.window is None:
-            if past_key_values is not None:
-                if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
-                    past_key_values.layers[self.layer_idx].prefetch()
-                k, v = past_key_values.update(k, v, self.layer_idx)
-            mask = sequence.full_mask(k.shape[2])
-        else:
-            query_positions = key_positions = None
-            cache = layer_of(past_key_values, self.layer_idx)
-            if cache is not None:
-                k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
-            mask = sequence.window_mask(self.window, query_positions, key_positions)
-        repeats = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        scale = self.head_dim**-0.5
-        attention = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            attention = _attention_matrix(q, k, mask, scale)
-            y = attention.to(v.dtype) @ v
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
-            )
-        return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
-
-
-def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(B, H, L, M) softmax in float32; causal where `mask` is None."""
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if mask is None:
-        length, keys = scores.shape[-2:]
-        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
 class DiscreteMamba2Mixer(nn.Module):
