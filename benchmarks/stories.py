@@ -7,12 +7,12 @@ GPT-1-style Transformer is worst. Here everything is much smaller, and Mamba-2 i
 Compute is equal in two senses:
 
 * equal time: `--seconds` of CPU time on this machine, by the median step of each arm, measured in turn at the start;
-* equal FLOPs: as many as the slowest arm does in that time, counted by torch while an arm trains for a step: matrix
-  products, forward and backward, attention as the products it is made of, all of its square. Elementwise work counts
-  for none: norms, activations, softmax, decays and short convolution of Mamba-2.
+* equal FLOPs: as many as the Llama-style Transformer does in that time, counted by torch while an arm trains for a
+  step: matrix products, forward and backward, attention as the products it is made of, all of its square. Elementwise
+  work counts for none: norms, activations, softmax, decays and short convolution of Mamba-2.
 
-The rate is constant after the warm-up, so a run passes through both ends: no schedule has to end at either. Each arm's
-rate and initial scale are tuned by the same search from the same start, in trials of equal time on a part of the
+The rate is constant after the warm-up, so one run passes through both ends: no schedule has to end at either. Each
+arm's rate and initial scale are tuned by the same search from the same start, in trials of equal time on a part of the
 held-out text, and the best is run with every seed and judged by another part. A text is one stream of stories, cut into
 windows of 128 tokens; the paper has one story a row.
 
@@ -85,15 +85,20 @@ class Cost:
         seconds: CPU time of a step.
         flops: FLOPs of a step.
         trial: steps of a trial.
-        steps: steps in equal time.
-        equal: steps to equal FLOPs, at most `steps`.
+        fitting: steps in equal time.
+        equal: steps to equal FLOPs.
     """
 
     seconds: float
     flops: int
     trial: int
-    steps: int
+    fitting: int
     equal: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run, which goes on to the later of both ends."""
+        return max(self.fitting, self.equal)
 
 
 def flops_per_step(model: nn.Module, windows: Tensor) -> int:
@@ -126,16 +131,15 @@ def measure_costs(train: Tensor, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(measured: dict[str, Any], seconds: float, trial_seconds: float) -> dict[str, Cost]:
-    """How many steps each arm makes: in equal time, and to the FLOPs that every arm reaches in it."""
-    steps = {arm: max(int(seconds / found["seconds"]), 1) for arm, found in measured.items()}
-    budget = min(steps[arm] * found["flops"] for arm, found in measured.items())
+    """How many steps each arm makes: in equal time, and to the FLOPs that the Llama-style Transformer does in it."""
+    budget = seconds / measured[LLAMA]["seconds"] * measured[LLAMA]["flops"]
     return {
         arm: Cost(
             found["seconds"],
             found["flops"],
             max(int(trial_seconds / found["seconds"]), 1),
-            steps[arm],
-            max(budget // found["flops"], 1),
+            max(int(seconds / found["seconds"]), 1),
+            max(int(budget / found["flops"]), 1),
         )
         for arm, found in measured.items()
     }
@@ -150,7 +154,7 @@ def execute(run: Run, cost: Cost, data: tuple[Tensor, Tensor], options: argparse
     held_out = data[1][begin : begin + options.held_out + 1]
     stops = {run.steps}
     if run.purpose == RESULT:
-        stops |= {cost.equal, *range(options.evaluate_every, run.steps, options.evaluate_every)}
+        stops |= {cost.fitting, cost.equal, *range(options.evaluate_every, run.steps, options.evaluate_every)}
     losses, curve, start = [], [], time.process_time()
     name = f"{run.arm}, {run.purpose}, {run.rate:g}, {run.scale:g}, {run.seed}"
     bar = tqdm(batches(data[0], run.batch, run.steps, run.seed), total=run.steps, desc=name, mininterval=2)
@@ -201,7 +205,7 @@ class Comparison:
                 cost = self.costs[arm]
                 row = self.row(Run(RESULT, arm, rate, scale, seed, cost.steps, options.batch))
                 curve = {point["step"]: point["held_out"] for point in row["curve"]}
-                for sense, step in ((TIME, cost.steps), (FLOPS, cost.equal)):
+                for sense, step in ((TIME, cost.fitting), (FLOPS, cost.equal)):
                     losses[sense].setdefault(arm, []).append(curve[step])
         summary: dict[str, Any] = {"purpose": "summary", "seconds": options.seconds, "seeds": options.seeds}
         summary["batch"], summary["settings"] = options.batch, {}
@@ -212,7 +216,7 @@ class Comparison:
                 "scale": scale,
                 "seconds_per_step": cost.seconds,
                 "flops_per_step": cost.flops,
-                "steps": {TIME: cost.steps, FLOPS: cost.equal},
+                "steps": {TIME: cost.fitting, FLOPS: cost.equal},
             }
         for sense, found in losses.items():
             summary[sense] = {
@@ -232,10 +236,10 @@ class Comparison:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="stories.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("text", type=Path, help="stories with <|endoftext|> between them; the last tenth is held out")
-    parser.add_argument("--seconds", type=float, default=120.0, help="CPU time of a result's training")
-    parser.add_argument("--trial-seconds", type=float, default=30.0, help="CPU time of a trial's training")
+    parser.add_argument("--seconds", type=float, default=100.0, help="CPU time of a result's training")
+    parser.add_argument("--trial-seconds", type=float, default=25.0, help="CPU time of a trial's training")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate that the search starts from")
-    parser.add_argument("--warmup", type=positive, default=30, help="steps in which the rate rises")
+    parser.add_argument("--warmup", type=positive, default=25, help="steps in which the rate rises")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the results; trials have 0")
     parser.add_argument("--batch", type=positive, default=4, help=f"windows of {LENGTH} tokens a step")
     parser.add_argument("--held-out", type=positive, default=8 * 1024, help="tokens that judge trials; as many others")

@@ -35,7 +35,7 @@ def curves(
     for arm in summary[sense]["order"]:
         setting, loss = summary["settings"][arm], summary[sense][arm]
         wanted = {"purpose": "result", "arm": arm, "rate": setting["rate"], "scale": setting["scale"]}
-        wanted |= {"steps": setting["steps"]["equal time"], "batch": summary["batch"]}
+        wanted |= {"steps": max(setting["steps"].values()), "batch": summary["batch"]}
         runs = [row for row in rows if wanted.items() <= row.items() and row["seed"] in summary["seeds"]]
         points = [[run["curve"][i]["held_out"] for run in runs] for i in range(len(runs[0]["curve"]))]
         costs = [point["step"] * setting[per_step] * unit for point in runs[0]["curve"]]

@@ -14,7 +14,7 @@ from stories import FACTORS, FLOPS, RESULT, TIME, TRIAL, Comparison, flops_per_s
 from stories_text import END, ids_of, learn_tokenizer, read_stories
 
 TINY = dict.fromkeys(ARMS, Sizes(16, 1, mlp=24, state=4))
-ARGUMENTS = "--seconds 0.2 --trial-seconds 0.05 --warmup 1 --seeds 1 2 --batch 1 --held-out 256 --evaluate-every 2"
+ARGUMENTS = "--seconds 0.06 --trial-seconds 0.01 --warmup 1 --seeds 1 2 --batch 1 --held-out 256 --evaluate-every 2"
 ARGUMENTS += " --time-steps 1 --threads 1"
 
 
@@ -84,11 +84,12 @@ def test_flops_are_those_counted_by_hand():
     assert 0 < found[MAMBA2] - head - projections < found[MAMBA2] / 2
 
 
-def test_equal_flops_are_what_the_slowest_arm_does_in_the_time():
-    measured = {"fast": {"seconds": 0.1, "flops": 10}, "slow": {"seconds": 0.5, "flops": 20}}
+def test_equal_flops_are_what_the_transformer_does_in_the_time_and_a_run_goes_on_to_the_later_end():
+    measured = {LLAMA: {"seconds": 0.2, "flops": 10}, MIXER: {"seconds": 0.1, "flops": 10}}
+    measured[MAMBA2] = {"seconds": 0.5, "flops": 8}
     costs = plan(measured, seconds=10.0, trial_seconds=2.0)
-    assert (costs["fast"].steps, costs["fast"].equal, costs["fast"].trial) == (100, 40, 20)
-    assert (costs["slow"].steps, costs["slow"].equal, costs["slow"].trial) == (20, 20, 4)
+    found = {arm: (cost.trial, cost.fitting, cost.equal, cost.steps) for arm, cost in costs.items()}
+    assert found == {LLAMA: (10, 50, 50, 50), MIXER: (20, 100, 50, 100), MAMBA2: (4, 20, 62, 62)}
 
 
 def test_the_rate_is_constant_after_the_warm_up():
@@ -104,7 +105,9 @@ def test_the_rate_is_constant_after_the_warm_up():
 def test_an_arm_is_causal_learns_and_its_scale_is_that_of_its_embedding(arm: str):
     model = make(arm, TINY[arm], VOCABULARY, LENGTH, seed=1, scale=2.0)
     expected = 2.0 * mixer_arms.RANGES[arm]
-    assert float(model.get_input_embeddings().get_parameter("weight").std()) == pytest.approx(expected, rel=0.02)
+    assert float(model.get_input_embeddings().get_parameter("weight").detach().std()) == pytest.approx(
+        expected, rel=0.02
+    )
     windows = torch.randint(VOCABULARY, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     other = windows.clone()
     other[0, 40:] = 7
@@ -113,14 +116,14 @@ def test_an_arm_is_causal_learns_and_its_scale_is_that_of_its_embedding(arm: str
     trainer = Trainer(model, 1e-2, 4)
     losses = [trainer.step(windows) for _ in range(4)]
     assert losses[-1] < losses[0]
-    assert float(loss_of(model, windows)) < losses[0]
+    assert float(loss_of(model, windows).detach()) < losses[0]
 
 
 def test_all_arms_are_searched_from_the_same_start_and_the_best_of_each_is_run_with_every_seed(finished: Path):
     rows = read(finished)
     (costs,) = (row["arms"] for row in rows if row["purpose"] == "costs")
     (summary,) = (row for row in rows if row["purpose"] == "summary")
-    planned = plan(costs, 0.2, 0.05)
+    planned = plan(costs, 0.06, 0.01)
     for arm in ARMS:
         trials = [row for row in rows if row["purpose"] == TRIAL and row["arm"] == arm]
         assert (trials[0]["rate"], trials[0]["scale"]) == (2e-3, 1.0)
@@ -131,7 +134,7 @@ def test_all_arms_are_searched_from_the_same_start_and_the_best_of_each_is_run_w
         assert {(best["rate"] * rate, best["scale"] * scale) for rate, scale in FACTORS} <= tried
         results = [row for row in rows if row["purpose"] == RESULT and row["arm"] == arm]
         assert [row["seed"] for row in results] == [1, 2]
-        for sense, step in ((TIME, planned[arm].steps), (FLOPS, planned[arm].equal)):
+        for sense, step in ((TIME, planned[arm].fitting), (FLOPS, planned[arm].equal)):
             ends = [next(p["held_out"] for p in row["curve"] if p["step"] == step) for row in results]
             assert [summary[sense][arm]["low"], summary[sense][arm]["high"]] == sorted(ends)
     for sense in (TIME, FLOPS):
