@@ -50,7 +50,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.window is None:
             if past_key_values is not None and self.stays:
-                k, v = past_key_values.layers[self.layer_idx].update(k, v)
+                k, v = layer_of(past_key_values, self.layer_idx).update(k, v)
             elif past_key_values is not None:
                 if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
                     past_key_values.layers[self.layer_idx].prefetch()

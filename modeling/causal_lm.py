@@ -38,6 +38,12 @@ class RMSNorm(nn.Module):
         return add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
 
+def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The (..., D) hidden states through a norm, in the dtype of its weight."""
+    weight = getattr(norm, "weight", None)
+    return norm(hidden_states if weight is None else hidden_states.to(weight.dtype))
+
+
 def is_bidirectional(config: PreTrainedConfig) -> bool:
     """Whether a token sees those after it, too: then there is no cache, and nothing to generate."""
     return getattr(config, "bidirectional", False)
@@ -179,7 +185,7 @@ class ZooModel(ZooPreTrainedModel):
         raise NotImplementedError
 
     def make_norm(self, config: PreTrainedConfig) -> nn.Module:
-        """The final norm."""
+        """The final norm, `nn.Identity` where a family has none."""
         return RMSNorm(config.hidden_size, self.norm_eps(config))
 
     @staticmethod
@@ -311,11 +317,7 @@ class ZooModel(ZooPreTrainedModel):
                 attentions.append(attention)
             if output_hidden_states and len(all_hidden_states) < len(self.layers):
                 all_hidden_states.append(self.join(hidden_states))
-        hidden_states = self.join(hidden_states)
-        if isinstance(self.norm_f, nn.Identity):
-            hidden_states = hidden_states.to(self.embeddings.weight.dtype)
-        else:
-            hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+        hidden_states = normed(self.norm_f, self.join(hidden_states))
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
         output = ZooModelOutput(

@@ -55,6 +55,9 @@ class _CountingLayer(ZooLayer):
         self.is_initialized = True
         return positions
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError(f"{type(self).__name__} holds what is mixed, not keys and values")
+
     def skip(self, columns: int) -> None:
         """Count columns that no row has a token in."""
         self.columns += columns

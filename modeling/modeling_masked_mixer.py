@@ -32,13 +32,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import Attention
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
@@ -151,11 +150,6 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
             matrices.append(matrix)
         mixed, matrix = self.mixer(inputs, *options)
         return hidden_states + mixed, [*matrices, matrix]
-
-
-def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The (..., D) hidden states through a norm, in the dtype of its weight."""
-    return norm(hidden_states.to(norm.get_parameter("weight").dtype))
 
 
 class MaskedMixerPreTrainedModel(ZooPreTrainedModel):

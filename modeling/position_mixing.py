@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache
 from ..kernels.masked_mix import masked_mix, masked_mix_step
 from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
 from .cache import layer_of
+from .mixing_cache import HistoryLayer
 from .sequence import Sequence
 
 
@@ -112,15 +113,14 @@ class HistoryMixer(PositionMixer):
         """(k, H, ...) weights."""
         return self.weight.unflatten(0, (self.taps, self.num_heads))
 
-    def mix(self, x: Tensor, sequence: Sequence, cache: Any) -> Tensor:
-        started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
+    def mix(self, x: Tensor, sequence: Sequence, cache: HistoryLayer | None) -> Tensor:
         weights = self.tap_weights()
         # One tap: the bias is part of the op. Of several it must not be shifted.
         bias = self.bias if self.taps == 1 else None
-        history = positions = None
+        started = cache is not None and cache.is_initialized
         if cache is not None:
             history, positions = cache.append(x, sequence.real, self.positions)
-        if not started or history is None or positions is None:
+        if cache is None or not started:
             y = self.over_taps(weights, lambda weight: self.whole(x, weight, bias, sequence.seq_idx))
             return y if bias is not None else self.with_bias(y, sequence.places())
         if x.shape[1] == 1 and sequence.real is None:
@@ -235,7 +235,7 @@ def init_position_mixer(mixer: PositionMixer) -> None:
 
     | parameter | value |
     |---|---|
-    | weight and bias of a dense mixer | U(+-1 / sqrt(N k)), that of a convolution over N channels; 0 where it is hidden |
+    | weight and bias of a dense mixer | U(+-1 / sqrt(N k)), as of a convolution over N channels; 0 where hidden |
     | weight of others | N(0, 2 / N), bias 0 |
     | decay_value | 1 |
     """

@@ -16,14 +16,13 @@ power in both (theirs divides the row matrix by c); a column repeat keeps S itse
 v_t, which may be 0).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import is_single_step
+from .mixing_cache import StateLayer
 from .position_mixing import PositionMixer
 from .sequence import Sequence
 
@@ -57,9 +56,9 @@ class RepeatMixer(PositionMixer):
         self.weight = nn.Parameter(torch.empty(taps * self.recurrences, positions))
         self.decay_value = nn.Parameter(torch.empty(self.recurrences)) if decay else None
 
-    def mix(self, x: Tensor, sequence: Sequence, cache: Any) -> Tensor:
+    def mix(self, x: Tensor, sequence: Sequence, cache: StateLayer | None) -> Tensor:
         batch, length = x.shape[:2]
-        started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
+        state = None if cache is None else cache.recurrent_state
         single = is_single_step(x, sequence, cache)
         places = sequence.places() if cache is None else cache.advance(x, sequence.real).clamp(min=0)
         weights = self.weights_at(places, x.dtype)
@@ -70,15 +69,15 @@ class RepeatMixer(PositionMixer):
             inputs = torch.cat([inputs[:, :, column], mixed], dim=2)
         log_decay = self.log_decay(x)
         ones = x.new_ones(batch, length, 1, 1)
-        if single:
-            y = ssd_log_decay_step(cache.recurrent_state, inputs[:, 0], log_decay[:, 0], ones[:, 0], ones[:, 0])[:, None]
+        if single and state is not None:
+            y = ssd_log_decay_step(state, inputs[:, 0], log_decay[:, 0], ones[:, 0], ones[:, 0])[:, None]
         else:
             y, state = ssd_log_decay(
                 inputs,
                 log_decay,
                 ones,
                 ones,
-                initial_state=cache.recurrent_state if started else None,
+                initial_state=state,
                 seq_idx=sequence.seq_idx,
                 return_final_state=True,
             )
