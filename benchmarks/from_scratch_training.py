@@ -34,14 +34,14 @@ def tokens() -> tuple[Tensor, Tensor]:
     return torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
 
 
-def windows_of(ids: Tensor) -> Tensor:
-    """(n, LENGTH + 1) windows, each of which begins with the last token of the one before."""
-    return ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
+def windows_of(ids: Tensor, length: int = LENGTH) -> Tensor:
+    """(n, length + 1) windows, each of which begins with the last token of the one before."""
+    return ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
 
 
-def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """(batch, LENGTH + 1) windows: epochs of all windows, each in an order of its own."""
-    windows = windows_of(ids)
+def batches(ids: Tensor, batch: int, steps: int, seed: int, length: int = LENGTH) -> Iterator[Tensor]:
+    """(batch, length + 1) windows: epochs of all windows, each in an order of its own."""
+    windows = windows_of(ids, length)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -52,16 +52,16 @@ def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token, of all but the first token of (B, LENGTH + 1) windows."""
+    """Mean cross-entropy, nats per token, of all but the first token of (B, length + 1) windows."""
     logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
+def held_out_loss(model: nn.Module, ids: Tensor, batch: int, length: int = LENGTH) -> float:
     """Mean of `loss_of` over the windows of `ids`, `batch` at a time."""
     model.eval()
-    windows = windows_of(ids)
+    windows = windows_of(ids, length)
     total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))
     model.train()
     return total / len(windows)
@@ -107,7 +107,7 @@ class Trainer:
         model.train()
 
     def step(self, batch: Any) -> float:
-        """Train on a batch, (B, LENGTH + 1) windows with the default loss, and return its loss before the step."""
+        """Train on a batch, (B, length + 1) windows with the default loss, and return its loss before the step."""
         loss = self.loss(self.model, batch)
         self.optimizer.zero_grad()
         loss.backward()

@@ -50,10 +50,29 @@ class Sizes:
     state: int = 64
 
 
-def make(arm: str, sizes: Sizes, vocabulary: int, length: int, seed: int, scale: float = 1.0) -> PreTrainedModel:
-    """A freshly initialised arm for `length` tokens; `scale` multiplies its entry of `RANGES`.
+def equal_sizes(arm: str, width: int) -> Sizes:
+    """Sizes of mixer, Llama-style Transformer and Mamba-2 of a width, a multiple of 8, with about as many parameters
+    besides the embedding: 32 of its squares."""
+    return {
+        MIXER: Sizes(width, 4),
+        LLAMA: Sizes(width, 4, mlp=round(4 * width / 3)),
+        MAMBA2: Sizes(width, 5, state=width // 4),
+    }[arm]
 
-    There is no dropout. Heads are tied to the embedding where the family ties them: in GPT-1 and Mamba-2.
+
+def make(
+    arm: str, sizes: Sizes, vocabulary: int, length: int, seed: int, *, scale: float = 1.0, tied: bool = True
+) -> PreTrainedModel:
+    """A freshly initialised arm, without dropout.
+
+    Args:
+        arm: a key of `ARMS`.
+        sizes: its sizes.
+        vocabulary: V.
+        length: longest text.
+        seed: of the initial weights.
+        scale: multiplies the arm's entry of `RANGES`.
+        tied: head and embedding are the same where the family has it so, in GPT-1 and Mamba-2; False: nowhere.
     """
     torch.manual_seed(seed)
     common: dict[str, Any] = {
@@ -72,7 +91,7 @@ def make(arm: str, sizes: Sizes, vocabulary: int, length: int, seed: int, scale:
         return ZooHybridForCausalLM(ZooHybridConfig(**common, **more))
     if arm == MAMBA2:
         more: dict[str, Any] = {"state_size": sizes.state, "head_dim": sizes.width // 4}
-        return ZooSSDForCausalLM(ZooMamba2Config(**common, **more))
+        return ZooSSDForCausalLM(ZooMamba2Config(**common, **more, tie_word_embeddings=tied))
     dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return OpenAIGPTLMHeadModel(
         OpenAIGPTConfig(
@@ -82,6 +101,7 @@ def make(arm: str, sizes: Sizes, vocabulary: int, length: int, seed: int, scale:
             n_layer=sizes.layers,
             n_head=HEADS,
             initializer_range=RANGES[arm] * scale,
+            tie_word_embeddings=tied,
             **dropout,
         )
     )

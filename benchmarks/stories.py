@@ -148,7 +148,7 @@ def plan(measured: dict[str, Any], seconds: float, trial_seconds: float) -> dict
 def execute(run: Run, cost: Cost, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the run's row. Trials are judged at their end by one part of the held-out text, results by the
     next one, every `options.evaluate_every` steps and where FLOPs and time are equal."""
-    model = make(run.arm, SIZES[run.arm], VOCABULARY, LENGTH, run.seed, run.scale)
+    model = make(run.arm, SIZES[run.arm], VOCABULARY, LENGTH, run.seed, scale=run.scale)
     trainer = Trainer(model, run.rate, run.steps, warmup=options.warmup, floor=1.0)
     begin = 0 if run.purpose == TRIAL else options.held_out
     held_out = data[1][begin : begin + options.held_out + 1]

@@ -11,6 +11,7 @@ import torch
 from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, loss_of
 from mixer_arms import ARMS, GPT, HYBRID, LLAMA, MAMBA2, MIXER, Sizes, make
 from stories import FACTORS, FLOPS, RESULT, TIME, TRIAL, Comparison, flops_per_step, main, plan
+from stories_example import write_stories
 from stories_text import END, ids_of, learn_tokenizer, read_stories
 
 TINY = dict.fromkeys(ARMS, Sizes(16, 1, mlp=24, state=4))
@@ -20,15 +21,8 @@ ARGUMENTS += " --time-steps 1 --threads 1"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty stories of some 300 words."""
     path = tmp_path_factory.mktemp("text") / "stories.txt"
-    words = ["cat", "dog", "sun", "tree", "red", "blue", "ran", "saw", "big", "small", "house", "river", "bird", "song"]
-    generator = torch.Generator().manual_seed(0)
-    stories = []
-    for number in range(20):
-        picked = torch.randint(len(words), (300,), generator=generator).tolist()
-        stories.append(f"Story {number}. " + " ".join(words[index] for index in picked))
-    path.write_text(f"\n{END}\n".join(stories), encoding="utf-8")
+    write_stories(path)
     return path
 
 
