@@ -10,11 +10,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from mixer_arms import ARMS, LLAMA, MAMBA2, MIXER, RANGES
+from mixer_arms import ARMS, LLAMA, MAMBA2, MIXER
 
 COLORS = {MIXER: "C2", LLAMA: "C1", MAMBA2: "C4"}
-# Groups of bars: what is compared, and whether the embedding has the arm's own size.
-GROUPS = {("all", True): "own\nembedding", ("all", False): "the other\nembedding", ("last", True): "last\nplace only"}
+# Groups of bars: what is compared, and the embedding's standard deviation.
+GROUPS = {("all", 1.0): "all places", ("all", 0.05): "all places,\nsmall embedding", ("last", 1.0): "last place only"}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -40,18 +40,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def own(cell: dict[str, Any]) -> bool:
-    """Whether a cell's embedding has the size that its arm starts with."""
-    return cell["embedding"] == RANGES[cell["arm"]]
-
-
 def widths(axis: Axes, summary: dict[str, Any], trained: bool) -> None:
     """Accuracy over the width: the mean of each arm's seeds and their range."""
     for arm, color in COLORS.items():
         found = [
             cell
             for cell in summary["cells"]
-            if (cell["arm"], cell["trained"], cell["places"]) == (arm, trained, "all") and own(cell)
+            if (cell["arm"], cell["trained"], cell["places"], cell["embedding"]) == (arm, trained, "all", 1.0)
         ]
         found.sort(key=lambda cell: cell["width"])
         places = [cell["width"] for cell in found]
@@ -64,15 +59,14 @@ def widths(axis: Axes, summary: dict[str, Any], trained: bool) -> None:
 
 def bars(axis: Axes, summary: dict[str, Any]) -> None:
     """Accuracy at the width where all is measured, untrained ones pale: mean and range."""
-    for group, (places, with_own) in enumerate(GROUPS):
+    for group, (places, embedding) in enumerate(GROUPS):
         for index, (arm, color) in enumerate(COLORS.items()):
             for trained in (False, True):
                 (cell,) = (
                     cell
                     for cell in summary["cells"]
                     if (cell["arm"], cell["trained"], cell["places"]) == (arm, trained, places)
-                    and own(cell) == with_own
-                    and cell["width"] == summary["tuned_width"]
+                    and (cell["embedding"], cell["width"]) == (embedding, summary["tuned_width"])
                 )
                 at = group + 0.13 * (2 * index + trained - 2.5)
                 error = [[cell["mean"] - cell["low"]], [cell["high"] - cell["mean"]]]

@@ -124,7 +124,7 @@ class Comparison:
     def pretrain(self, arm: str, seed: int, rate: float, steps: int) -> tuple[Path, float, int]:
         """Folder of a trained language model with its tokenizer, its held-out loss, and its number of parameters."""
         options = self.options
-        model = make(arm, equal_sizes(arm, options.width), options.vocabulary, options.length, seed, tied=False)
+        model = make(arm, equal_sizes(arm, options.width), options.vocabulary, options.length, seed)
         trainer = Trainer(model, rate, steps)
         found = batches(self.data.train, options.batch, steps, seed, options.length)
         for windows in tqdm(found, total=steps, desc=f"{arm}, {rate:g}", mininterval=2, leave=False):

@@ -12,9 +12,9 @@ Compute is equal in two senses:
   work counts for none: norms, activations, softmax, decays and short convolution of Mamba-2.
 
 The rate is constant after the warm-up, so one run passes through both ends: no schedule has to end at either. Each
-arm's rate and initial scale are tuned by the same search from the same start, in trials of equal time on a part of the
-held-out text, and the best is run with every seed and judged by another part. A text is one stream of stories, cut into
-windows of 128 tokens; the paper has one story a row.
+arm's rate and the size of its embedding at initialisation are tuned by the same search from the same start, in trials
+of equal time on a part of the held-out text, and the best is run with every seed and judged by another part. A text is
+one stream of stories, cut into windows of 128 tokens; the paper has one story a row.
 
     python benchmarks/stories.py tinystories.txt --threads 1
     python benchmarks/stories.py tinystories.txt --threads 1 --minutes 12
@@ -58,7 +58,7 @@ SIZES = {
     GPT: Sizes(256, 4),
     MAMBA2: Sizes(256, 6),
 }
-# Neighbours of a setting in the search: half and double of rate and of scale.
+# Neighbours of a setting in the search: half and double of the rate, and of the embedding's standard deviation.
 FACTORS = ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0))
 # The paper's order: the first of each pair has the lower loss.
 CLAIMS = ((HYBRID, LLAMA), (LLAMA, MIXER), (MIXER, GPT))
@@ -71,7 +71,7 @@ class Run:
     purpose: str
     arm: str
     rate: float
-    scale: float
+    embedding: float
     seed: int
     steps: int
     batch: int
@@ -148,7 +148,7 @@ def plan(measured: dict[str, Any], seconds: float, trial_seconds: float) -> dict
 def execute(run: Run, cost: Cost, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, Any]:
     """Train, and return the run's row. Trials are judged at their end by one part of the held-out text, results by the
     next one, every `options.evaluate_every` steps and where FLOPs and time are equal."""
-    model = make(run.arm, SIZES[run.arm], VOCABULARY, LENGTH, run.seed, scale=run.scale)
+    model = make(run.arm, SIZES[run.arm], VOCABULARY, LENGTH, run.seed, embedding=run.embedding)
     trainer = Trainer(model, run.rate, run.steps, warmup=options.warmup, floor=1.0)
     begin = 0 if run.purpose == TRIAL else options.held_out
     held_out = data[1][begin : begin + options.held_out + 1]
@@ -156,7 +156,7 @@ def execute(run: Run, cost: Cost, data: tuple[Tensor, Tensor], options: argparse
     if run.purpose == RESULT:
         stops |= {cost.fitting, cost.equal, *range(options.evaluate_every, run.steps, options.evaluate_every)}
     losses, curve, start = [], [], time.process_time()
-    name = f"{run.arm}, {run.purpose}, {run.rate:g}, {run.scale:g}, {run.seed}"
+    name = f"{run.arm}, {run.purpose}, {run.rate:g}, {run.embedding:g}, {run.seed}"
     bar = tqdm(batches(data[0], run.batch, run.steps, run.seed), total=run.steps, desc=name, mininterval=2)
     for step, windows in enumerate(bar, start=1):
         losses.append(trainer.step(windows))
@@ -186,14 +186,14 @@ class Comparison:
         return self.file.run(run, lambda run: execute(run, self.costs[run.arm], self.data, self.options))
 
     def tune(self, arm: str) -> tuple[float, float]:
-        """Rate and scale of an arm."""
+        """Rate and embedding's size of an arm."""
         trial = Run(TRIAL, arm, 0.0, 0.0, 0, self.costs[arm].trial, self.options.batch)
-        rate, scale = search(
-            lambda rate, scale: self.row(replace(trial, rate=rate, scale=scale))["held_out"],
+        rate, embedding = search(
+            lambda rate, embedding: self.row(replace(trial, rate=rate, embedding=embedding))["held_out"],
             (self.options.rate, 1.0),
             FACTORS,
         )
-        return rate, scale
+        return rate, embedding
 
     def compare(self) -> dict[str, Any]:
         """Everything; returns the summary."""
@@ -201,19 +201,19 @@ class Comparison:
         settings = {arm: self.tune(arm) for arm in ARMS}
         losses: dict[str, dict[str, list[float]]] = {TIME: {}, FLOPS: {}}
         for seed in options.seeds:
-            for arm, (rate, scale) in settings.items():
+            for arm, (rate, embedding) in settings.items():
                 cost = self.costs[arm]
-                row = self.row(Run(RESULT, arm, rate, scale, seed, cost.steps, options.batch))
+                row = self.row(Run(RESULT, arm, rate, embedding, seed, cost.steps, options.batch))
                 curve = {point["step"]: point["held_out"] for point in row["curve"]}
                 for sense, step in ((TIME, cost.fitting), (FLOPS, cost.equal)):
                     losses[sense].setdefault(arm, []).append(curve[step])
         summary: dict[str, Any] = {"purpose": "summary", "seconds": options.seconds, "seeds": options.seeds}
         summary["batch"], summary["settings"] = options.batch, {}
-        for arm, (rate, scale) in settings.items():
+        for arm, (rate, embedding) in settings.items():
             cost = self.costs[arm]
             summary["settings"][arm] = {
                 "rate": rate,
-                "scale": scale,
+                "embedding": embedding,
                 "seconds_per_step": cost.seconds,
                 "flops_per_step": cost.flops,
                 "steps": {TIME: cost.fitting, FLOPS: cost.equal},

@@ -34,7 +34,7 @@ def curves(
     """Draw the mean of each arm's seeds as a line and their range as a band, over what a step costs, best arm first."""
     for arm in summary[sense]["order"]:
         setting, loss = summary["settings"][arm], summary[sense][arm]
-        wanted = {"purpose": "result", "arm": arm, "rate": setting["rate"], "scale": setting["scale"]}
+        wanted = {"purpose": "result", "arm": arm, "rate": setting["rate"], "embedding": setting["embedding"]}
         wanted |= {"steps": max(setting["steps"].values()), "batch": summary["batch"]}
         runs = [row for row in rows if wanted.items() <= row.items() and row["seed"] in summary["seeds"]]
         points = [[run["curve"][i]["held_out"] for run in runs] for i in range(len(runs[0]["curve"]))]

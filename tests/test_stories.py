@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mixer_arms
 import pytest
 import stories
 import torch
@@ -96,12 +95,13 @@ def test_the_rate_is_constant_after_the_warm_up():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_is_causal_learns_and_its_scale_is_that_of_its_embedding(arm: str):
-    model = make(arm, TINY[arm], VOCABULARY, LENGTH, seed=1, scale=2.0)
-    expected = 2.0 * mixer_arms.RANGES[arm]
-    assert float(model.get_input_embeddings().get_parameter("weight").detach().std()) == pytest.approx(
-        expected, rel=0.02
-    )
+def test_an_arm_is_causal_and_learns_and_starts_as_the_others_do(arm: str):
+    model = make(arm, TINY[arm], VOCABULARY, LENGTH, seed=1, embedding=2.0)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert float(embedding.get_parameter("weight").detach().std()) == pytest.approx(2.0, rel=0.02)
+    weight = head.get_parameter("weight").detach()
+    assert float(weight.abs().max()) == pytest.approx(16**-0.5, rel=0.01)
+    assert float(weight.std()) == pytest.approx((3 * 16) ** -0.5, rel=0.02)
     windows = torch.randint(VOCABULARY, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     other = windows.clone()
     other[0, 40:] = 7
@@ -120,12 +120,12 @@ def test_all_arms_are_searched_from_the_same_start_and_the_best_of_each_is_run_w
     planned = plan(costs, 0.06, 0.01)
     for arm in ARMS:
         trials = [row for row in rows if row["purpose"] == TRIAL and row["arm"] == arm]
-        assert (trials[0]["rate"], trials[0]["scale"]) == (2e-3, 1.0)
+        assert (trials[0]["rate"], trials[0]["embedding"]) == (2e-3, 1.0)
         best = min(trials, key=lambda row: row["held_out"])
-        setting = {"rate": best["rate"], "scale": best["scale"]}
+        setting = {"rate": best["rate"], "embedding": best["embedding"]}
         assert setting.items() <= summary["settings"][arm].items()
-        tried = {(row["rate"], row["scale"]) for row in trials}
-        assert {(best["rate"] * rate, best["scale"] * scale) for rate, scale in FACTORS} <= tried
+        tried = {(row["rate"], row["embedding"]) for row in trials}
+        assert {(best["rate"] * rate, best["embedding"] * size) for rate, size in FACTORS} <= tried
         results = [row for row in rows if row["purpose"] == RESULT and row["arm"] == arm]
         assert [row["seed"] for row in results] == [1, 2]
         for sense, step in ((TIME, planned[arm].fitting), (FLOPS, planned[arm].equal)):
