@@ -79,10 +79,9 @@ def read_beir(folder: str | Path, split: str = "test") -> RetrievalData:
 def _read_texts(path: Path, *, titles: bool) -> dict[str, str]:
     name, found = f"{_FIELD}: {str(path)!r}", {}
     for number, row in read_json_lines(read_text_file(path, _FIELD), name):
-        given = [row.get(key) for key in ("_id", "text")] if isinstance(row, dict) else [None]
-        if not all(isinstance(value, str) for value in given) or not (titles or given[1].strip()):
+        identity, text = (row.get("_id"), row.get("text")) if isinstance(row, dict) else (None, None)
+        if not isinstance(identity, str) or not isinstance(text, str) or not (titles or text.strip()):
             raise ValueError(f"{name}, line {number}: accepted: an object with texts under '_id' and 'text'")
-        identity, text = given
         if identity in found:
             raise ValueError(f"{name}, line {number}: the id {identity!r} is there a second time")
         title = row.get("title") if titles else None

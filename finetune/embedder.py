@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
@@ -33,6 +34,7 @@ from ..conversion.provenance import provenance
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
 from ..evaluation.retrieval_data import RetrievalData
+from ..modeling.selective_attention import SelectiveAttention
 from .adapters import pinned
 from .coverage import adapter_coverage, print_coverage
 from .embedder_card import write_embedder_card
@@ -197,7 +199,10 @@ def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSett
     """
     tokenizer: Any = embedder.tokenizer
     vocabulary, found = backbone_of(embedder).config.vocab_size, {}
-    texts = {"anchors": (settings.query_prompt, pairs.anchors), "documents": (settings.document_prompt, pairs.documents)}
+    texts = {
+        "anchors": (settings.query_prompt, pairs.anchors),
+        "documents": (settings.document_prompt, pairs.documents),
+    }
     for kind, (prompt, given) in texts.items():
         encoded = tokenizer([prompt + text for text in given], truncation=False, verbose=False)["input_ids"]
         for text, ids in zip(given, encoded, strict=True):
@@ -214,10 +219,8 @@ def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSett
     return found
 
 
-def _check_choices(model: Any, settings: EmbedderSettings) -> None:
-    chooses = getattr(model.config, "router_aux_loss_coef", 0.0) and any(
-        "selective" in str(kind) for kind in getattr(model.config, "mixer_types", ())
-    )
+def _check_choices(model: nn.Module, settings: EmbedderSettings) -> None:
+    chooses = any(isinstance(module, SelectiveAttention) for module in model.modules())
     if chooses and settings.mini_batch_size is not None:
         raise ValueError(
             f"mini_batch_size: got {settings.mini_batch_size}; accepted with a model that chooses tokens: none, since "
@@ -237,8 +240,13 @@ def _coverage(run: EmbedderRun) -> dict[str, Any] | None:
         settings, embedder = run.settings, run.embedder
         first: Any = {name: texts[: min(settings.batch_size, 4)] for name, texts in run.pairs["train"].columns.items()}
         features = [embedder.preprocess(texts) for texts in first.values()]
-        batches = [{key: value.to(embedder.device) if isinstance(value, torch.Tensor) else value
-                    for key, value in part.items()} for part in features]
+        batches = [
+            {
+                key: value.to(embedder.device) if isinstance(value, torch.Tensor) else value
+                for key, value in part.items()
+            }
+            for part in features
+        ]
         loss = infonce(embedder, settings.model_copy(update={"mini_batch_size": None}), 1)
         with computing(settings, embedder.device):
             coverage = adapter_coverage(

@@ -32,10 +32,10 @@ _TRAINED = "trained.safetensors"
 
 
 class EmbedderTrainer(SentenceTransformerTrainer):
-    """sentence-transformers' Trainer, with the zoo's rule of weight decay and the auxiliary loss of a model that chooses
-    tokens; a checkpoint holds what is trained and no card, since the base model is where it was.
+    """sentence-transformers' Trainer, with the zoo's rule of weight decay and its auxiliary loss.
 
-    The curve's loss is InfoNCE alone.
+    A checkpoint holds what is trained and nothing else of the model, since the base is where it was. The curve's loss
+    is InfoNCE alone.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -47,7 +47,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
             if isinstance(module, ZooModel):
                 module.register_forward_hook(self._note_choices)
 
-    def _note_choices(self, module: nn.Module, _: Any, outputs: Any) -> None:
+    def _note_choices(self, module: Any, _: Any, outputs: Any) -> None:
         if module.training and getattr(outputs, "aux_loss", None) is not None:
             self._selection.add(outputs)
             self._penalties.append(module.config.router_aux_loss_coef * outputs.aux_loss)
@@ -116,8 +116,10 @@ def check_batches(rows: Dataset, settings: EmbedderSettings, processes: int) -> 
     """Raise a ValueError if not one batch can be made in which no text is there twice."""
     in_a_step = settings.batch_size * processes
     if len(rows) < in_a_step:
-        raise ValueError(f"batch_size: got {settings.batch_size} in {processes} processes with {len(rows)} pairs to "
-                         f"train on; accepted: at most {len(rows) // processes}")
+        raise ValueError(
+            f"batch_size: got {settings.batch_size} in {processes} processes with {len(rows)} pairs to "
+            f"train on; accepted: at most {len(rows) // processes}"
+        )
     sampler = NoDuplicatesBatchSampler(rows, settings.batch_size, drop_last=True, generator=torch.Generator())
     if next(iter(sampler), None) is None:
         raise ValueError(
