@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from .arguments import choose_implementation
+from .masked_mix_step_triton import mix_step_triton
 from .masked_mix_triton import mix_triton
 from .mix_panels import DenseWeights, mix_panels
-from .position_mixing import add_residual, check_mix, check_mix_step, mix_by_document, mix_reference, mix_step
+from .position_mixing import (
+    add_residual,
+    check_mix,
+    check_mix_step,
+    mix_by_document,
+    mix_reference,
+    mix_step,
+    recorded,
+)
 
 _WEIGHTS = "(H, N, N)"
 
@@ -73,7 +82,7 @@ def masked_mix_step(
     residual: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """One token of :func:`masked_mix`, from the inputs so far: `y[b,h] = sum_{j<=p} weight[h,p,j] history[b,j,h] + ...`.
+    """One token of :func:`masked_mix`, from the inputs so far: `y[b,h] = sum_{j<=p} weight[h,p,j] history[b,j,h]`.
 
     Shapes depend on no value and nothing waits for a device, so that a CUDA graph can hold the step.
 
@@ -96,7 +105,9 @@ def masked_mix_step(
         ValueError: if a shape, dtype, device or `implementation` does not fit, or a position on the CPU is too large.
     """
     check_mix_step(history, weight, _WEIGHTS, bias, positions, residual)
-    choose_implementation(implementation, "masked_mix_step", history, supports_triton=False)
+    served = not recorded(history, weight, bias, residual)  # the kernel has no backward
+    if choose_implementation(implementation, "masked_mix_step", history, served) == "triton":
+        return mix_step_triton(history, weight, bias, positions, residual)
     heads = torch.arange(history.shape[2], device=history.device)[:, None]
 
     def row_of(position: Tensor, place: Tensor) -> Tensor:
@@ -115,4 +126,4 @@ def masked_mix_reference(
 ) -> Tensor:
     """The definition of :func:`masked_mix`: token by token, differentiated by autograd. Arguments as there."""
     check_mix(x, weight, _WEIGHTS, bias, residual, seq_idx)
-    return mix_reference(lambda i: weight[:, i, : i + 1], x, bias, residual, seq_idx)
+    return mix_reference(lambda weight, i: weight[:, i, : i + 1], x, weight, bias, residual, seq_idx)

@@ -1,12 +1,12 @@
 """The mixing of positions by Triton: launches, and the gradient.
 
-Symbols: B batch, L length, H heads, P head width, N positions that there are weights for; M rows, K places and C columns
-of a tile, T rows and columns of a tile of weights.
+Symbols: B batch, L length, H heads, P head width, N positions that there are weights for; M rows, K places and C
+columns of a tile, T rows and columns of a tile of weights.
 
 A matrix product that visits the tiles of weights on and below the diagonal. Bias and residual are added before the one
-rounding. The gradient of the inputs is the product with the transpose; the gradient of the weights has few tiles and a
-long sum, over the features of all rows, so shares of that sum are separate programs, and a second launch adds them up in
-order. No atomics: two runs give the same bits.
+rounding. The gradient of the inputs is the product with the transpose. The gradient of the weights has few tiles and a
+long sum, over the features of all rows: shares of that sum are programs of their own, and a second launch adds them up
+in order. No atomics: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .masked_mix_triton_kernels import (
 )
 
 # (M, C, K, warps, stages) of the mixtures and (T, C, warps, stages) of the weights' gradient, by bytes of an element.
-_MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 8, 2)}
+_MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 2)}
 _WEIGHT_TILES = {2: (128, 64, 8, 3), 4: (64, 32, 8, 2)}
 # Tiles of columns that run together, for all positions: M (L / M) rows of weights are read by as many programs, and the
 # inputs of the tiles by L / M.

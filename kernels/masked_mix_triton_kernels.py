@@ -1,11 +1,11 @@
 """The Triton kernels of the mixing of positions, launched from `masked_mix_triton.py`.
 
-Symbols: L length, H heads, P head width; a column is a feature of a row of the batch, of which a head has B P; M rows, K
-places and C columns of a tile, T rows and columns of a tile of weights.
+Symbols: L length, H heads, P head width; a column is a feature of a row of the batch, of which a head has B P; M rows,
+K places and C columns of a tile, T rows and columns of a tile of weights.
 
 Where a row has few features, a tile of columns takes those of several rows. The weights of a head are (N, N), or (N) by
-distance where TOEPLITZ: a tile then reads the same few numbers again and again, from the cache. Offsets count in 64 bits
-up to a tile and in 32 bits inside it, but for columns of several rows.
+distance where TOEPLITZ: a tile then reads the same few numbers again and again, from the cache. Offsets count in 64
+bits up to a tile and in 32 bits inside it, but for columns of several rows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _weights(
     M: tl.constexpr,
     K: tl.constexpr,
 ):
-    """(M, K) weights, zero outside; the DIAGONAL may go through the tile. `weight_ptr` is the tile's, or by distance."""
+    """(M, K) weights, of the tile at `weight_ptr` or from those by distance; the DIAGONAL may go through the tile."""
     m, k = tl.arange(0, M), tl.arange(0, K)
     inside = (first_m + m < length)[:, None] & (first_k + k < length)[None, :]
     distance = (first_m - first_k) + m[:, None] - k[None, :]

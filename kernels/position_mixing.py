@@ -27,11 +27,11 @@ def check_mix(
     N = _check_weights(weight, shape, bias, H)
     if residual is not None:
         check_tensor("residual", residual, (B, L, H, P), "(B, L, H, P)")
+    check_devices(x=x, weight=weight, bias=bias, residual=residual, seq_idx=seq_idx)
     if seq_idx is not None:
         check_seq_idx(seq_idx, B, L)
     elif L > N:
         raise ValueError(f"weight must be {shape} with N >= L = {L} positions, got shape {tuple(weight.shape)}")
-    check_devices(x=x, weight=weight, bias=bias, residual=residual, seq_idx=seq_idx)
 
 
 def check_mix_step(
@@ -72,6 +72,11 @@ def host_reads(positions: Tensor) -> bool:
     return positions.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them is to be recorded."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def mix_by_document(
     mix: Callable[[Tensor, Tensor | None], Tensor],
     x: Tensor,
@@ -104,25 +109,32 @@ def mix_by_document(
 
 
 def mix_reference(
-    row_of: Callable[[int], Tensor], x: Tensor, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
+    row_of: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seq_idx: Tensor | None,
 ) -> Tensor:
-    """The definition: token by token. `row_of(i)` are the (H, i + 1) weights of position i."""
+    """The definition: token by token. `row_of(weight, i)` are the (H, i + 1) weights of position i."""
     sums = accumulator(x)
     B, L = x.shape[:2]
+    u, weight = x.to(sums), weight.to(sums)
+    bias = None if bias is None else bias.to(sums)
     rows = []
     for b in range(B):
         document = torch.zeros(L, dtype=torch.long) if seq_idx is None else seq_idx[b].cpu()
         tokens = []
         for t in range(L):
             if document[t] < 0:
-                tokens.append(torch.zeros_like(x[b, t], dtype=sums))
+                tokens.append(torch.zeros_like(u[b, t]))
                 continue
             seen = (document[: t + 1] == document[t]).nonzero().squeeze(1)
             i = len(seen) - 1
-            y = torch.einsum("hj,jhp->hp", row_of(i).to(sums), x[b, seen.to(x.device)].to(sums))
-            tokens.append(y if bias is None else y + bias[:, i, None].to(sums))
+            y = torch.einsum("hj,jhp->hp", row_of(weight, i), u[b, seen.to(x.device)])
+            tokens.append(y if bias is None else y + bias[:, i, None])
         rows.append(torch.stack(tokens))
-    return add_residual(torch.stack(rows), x.dtype, residual)
+    return add_residual(torch.stack(rows) if rows else u, x.dtype, residual)
 
 
 def mix_step(

@@ -6,6 +6,7 @@ from .configuration_hybrid import ZooHybridConfig
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
 from .configuration_masked_mixer import MaskedMixerConfig
+from .configuration_retrieval_mixer import RetrievalMixerConfig
 from .configuration_taipan import TaipanConfig
 from .modeling_hybrid import (
     ZooHybridForCausalLM,
@@ -34,6 +35,7 @@ from .modeling_masked_mixer import (
     MaskedMixerForTokenClassification,
     MaskedMixerModel,
 )
+from .modeling_retrieval_mixer import RetrievalMixer
 from .modeling_taipan import (
     TaipanForCausalLM,
     TaipanForSequenceClassification,
@@ -81,6 +83,7 @@ for _config, *_classes in (
         MaskedMixerForSequenceClassification,
         MaskedMixerForTokenClassification,
     ),
+    (RetrievalMixerConfig, RetrievalMixer),
 ):
     transformers.AutoConfig.register(_config.model_type, _config)
     for _class in _classes:
@@ -94,6 +97,8 @@ __all__ = [
     "MaskedMixerForSequenceClassification",
     "MaskedMixerForTokenClassification",
     "MaskedMixerModel",
+    "RetrievalMixer",
+    "RetrievalMixerConfig",
     "TaipanConfig",
     "TaipanForCausalLM",
     "TaipanForSequenceClassification",

@@ -22,6 +22,8 @@ from .hub_code import upload, write_code, write_default_card
 from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
 from .sequence import Sequence, make_sequence
 
+_EXAMPLE_TOKENS = 16
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, with a weight."""
@@ -151,6 +153,11 @@ class ZooPreTrainedModel(PreTrainedModel):
                 create_pr=create_pr,
                 tags=tags,
             )
+
+    def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random arguments of a forward, to compare what two loads of the model compute."""
+        length = min(_EXAMPLE_TOKENS, getattr(self.config, "max_position_embeddings", _EXAMPLE_TOKENS))
+        return {"input_ids": torch.randint(self.config.vocab_size, (1, length), generator=generator)}
 
     def _auto_class_name(self) -> str:
         """The Auto class that loads this model; of a subclass, that of the class it is made of."""

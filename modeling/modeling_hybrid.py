@@ -4,7 +4,7 @@ Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
 first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
 tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-1 (`modeling_mamba.py`) and
-Mamba-2 (`modeling_mamba2.py`); and discrete Mamba-2, defined here.
+Mamba-2 (`modeling_mamba2.py`); masked mixing (`history_mixing.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
 `modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar
@@ -36,8 +36,10 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .mixing_kinds import init_position_mixer, make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .history_mixing import PositionMixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
 from .sequence import Sequence
@@ -198,6 +200,8 @@ def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
         return Mamba2Mixer(config.mamba2, layer_idx)
     if kind == "discrete_mamba2":
         return DiscreteMamba2Mixer(config, layer_idx)
+    if kind == "masked_mixing":
+        return make_position_mixer(config.masked_mixer, layer_idx)
     if kind == "selective_attention":
         return SelectiveAttention(config, layer_idx, bias=config.attention_bias)
     return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
@@ -239,7 +243,7 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias", "decay_value"]
     auto_classes = {
         "AutoModel": "ZooHybridModel",
         "AutoModelForCausalLM": "ZooHybridForCausalLM",
@@ -254,6 +258,8 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
             init_mamba_mixer(module, self.config.mamba)
         elif isinstance(module, Mamba2Mixer):
             init_mamba2_mixer(module, self.config.mamba2)
+        elif isinstance(module, PositionMixer):
+            init_position_mixer(module)
         elif isinstance(module, DiscreteMamba2Mixer):
             init_discrete_mamba2_mixer(module, self.config)
 
@@ -275,6 +281,8 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         return config.rms_norm_eps
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
+        if "masked_mixing" in (self.config.mixer_types or []):
+            sequence.check_length(self.config.max_position_embeddings)
         sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
 

@@ -10,7 +10,7 @@ ethan-w-roland/ToeplitzMixers@6a67297) and "Structured Recurrent Mixers" (arXiv 
     with attention in parallel   x = x + attention(norm(x)) + mix(norm(x));  x = x + mlp(norm(x)),  one norm for both
 
 without a norm before the head, save with attention, whose blocks are otherwise those of Llama. What `mix` is stands in
-`position_mixing.py` and `repeat_mixing.py`.
+`history_mixing.py` and `repeat_mixing.py`.
 
 An encoder (`bidirectional`) keeps two streams, which start as the embeddings: one is mixed with what precedes a token,
 the other with what follows from `lookahead` tokens on, by weights and norms of their own; MLP and its norm are shared.
@@ -28,9 +28,11 @@ without saying where norms and residuals are, the mixing is a residual branch of
 Symbols: B batch, L length, D width, N positions.
 """
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,34 +40,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import Attention
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
-from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
+from .configuration_masked_mixer import MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .mixing_kinds import init_linear, init_linear_normal, init_position_mixer, make_position_mixer
 from .plain_mlp import PlainMLP
-from .position_mixing import (
-    DenseMixer,
-    PositionMixer,
-    ToeplitzMixer,
-    init_linear,
-    init_linear_normal,
-    init_position_mixer,
-)
-from .repeat_mixing import RepeatMixer
+from .history_mixing import PositionMixer
 from .sequence import Sequence
-
-
-def make_position_mixer(config: MaskedMixerConfig, layer_idx: int, diagonal: int = 0) -> PositionMixer:
-    """The mixer that a configuration names; of tokens from `diagonal` before a position on."""
-    sizes = (layer_idx, config.hidden_size, config.max_position_embeddings)
-    options: dict[str, Any] = {
-        "heads": config.num_heads,
-        "taps": config.kernel_size,
-        "projections": bool(config.use_projections),
-    }
-    if config.mixing in REPEATS:
-        return RepeatMixer(*sizes, kind=config.mixing, decay=config.use_decay, **options)
-    kind = DenseMixer if config.mixing == "dense" else ToeplitzMixer
-    return kind(*sizes, diagonal=diagonal, **options)
+from .trained_padding import fill_context, without_fill
+from .window_generation import windowed_inputs
 
 
 def make_norm(config: MaskedMixerConfig) -> nn.Module:
@@ -196,6 +179,17 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
         if self.rotary_emb is not None:
             sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
+    @functools.wraps(ZooModel.forward)  # whoever calls it looks which arguments it has
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As :meth:`ZooModel.forward`. With `pad_mode="as_trained"` the rows are filled up first; the columns that this
+        adds are in no output, save as what the matrices weigh."""
+        if self.config.pad_mode == "shift":
+            return super().forward(input_ids, attention_mask, **kwargs)
+        arguments, added = fill_context(
+            self.embeddings, self.config, input_ids, kwargs | {"attention_mask": attention_mask}
+        )
+        return without_fill(super().forward(**arguments), added)
+
     def split(self, hidden_states: Tensor) -> Tensor:
         return torch.stack([hidden_states, hidden_states]) if self.config.bidirectional else hidden_states
 
@@ -208,11 +202,21 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM):
 
     backbone_class = MaskedMixerModel
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As transformers'. With `context_overflow="window"` of rows that are too long the last part."""
+        if self.config.context_overflow == "window":
+            input_ids, kwargs = windowed_inputs(input_ids, self.config.max_position_embeddings, kwargs)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class MaskedMixerForMaskedLM(MaskedMixerPreTrainedModel, ZooForMaskedLM):
-    """A masked mixer in both directions with a head that fills in tokens."""
+    """A masked mixer in both directions with a head that fills in tokens, or with `lookahead=2` tells the next one."""
 
     backbone_class = MaskedMixerModel
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """With `lookahead=2` the label of the next token: in packed rows set that of each document's first to -100."""
+        return F.pad(labels[:, 1:], (0, 1), value=-100) if self.config.lookahead == 2 else labels
 
 
 class MaskedMixerForSequenceClassification(MaskedMixerPreTrainedModel, ZooForSequenceClassification):

@@ -17,14 +17,12 @@ and the dead upper half of its matrices are not offered; nor is the use of one p
 their `MixerHead` does by mistake.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from ..kernels.masked_mix import masked_mix, masked_mix_step
@@ -213,40 +211,3 @@ class ToeplitzMixer(HistoryMixer):
     def entries(self, target: Tensor, source: Tensor) -> Tensor:
         distance = (target[:, :, None] - source[:, None, :]).clamp(min=0)
         return self.weight[:, distance].transpose(0, 1)
-
-
-def init_linear(layer: nn.Linear) -> None:
-    """PyTorch's own initialisation of a linear layer: U(+-1 / sqrt(fan in)), bias too."""
-    bound = layer.in_features**-0.5
-    init.uniform_(layer.weight, -bound, bound)
-    if layer.bias is not None:
-        init.uniform_(layer.bias, -bound, bound)
-
-
-def init_linear_normal(layer: nn.Linear) -> None:
-    """Kaiming's normal initialisation of a linear layer, as of the authors' Toeplitz and recurrent mixers; bias 0."""
-    init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
-    if layer.bias is not None:
-        init.zeros_(layer.bias)
-
-
-def init_position_mixer(mixer: PositionMixer) -> None:
-    """The authors' initialisation of the mixing; projections have theirs.
-
-    | parameter | value |
-    |---|---|
-    | weight and bias of a dense mixer | U(+-1 / sqrt(N k)), as of a convolution over N channels; 0 where hidden |
-    | weight of others | N(0, 2 / N), bias 0 |
-    | decay_value | 1 |
-    """
-    if isinstance(mixer, DenseMixer):
-        bound = (mixer.positions * mixer.taps) ** -0.5
-        drawn = torch.empty_like(mixer.weight).uniform_(-bound, bound)
-        init.copy_(mixer.weight, drawn.tril(-mixer.diagonal))
-        init.uniform_(mixer.bias, -bound, bound)
-        return
-    init.normal_(mixer.weight, std=math.sqrt(2 / mixer.positions))
-    init.zeros_(mixer.bias)
-    decay_value = getattr(mixer, "decay_value", None)
-    if decay_value is not None:
-        init.ones_(decay_value)
