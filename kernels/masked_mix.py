@@ -56,7 +56,8 @@ def masked_mix(
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none; at padding `residual`, or zero. Sums are
-        float32 (float64 for a float64 `x`) and rounded once.
+        float32 (float64 for a float64 `x`) and rounded once. Triton multiplies in the dtype of `x`, to which it rounds
+        wider weights, and in the backward a wider gradient.
 
     Raises:
         ValueError: if a shape, dtype, device, `implementation` or the number of positions does not fit, or `seq_idx`

@@ -64,7 +64,7 @@ def _weights(
     return tl.load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "columns", "tiles_m", "tiles_c"])
 def mix_kernel(
     x_ptr,
     weight_ptr,
@@ -164,7 +164,7 @@ def mix_kernel(
     tl.store(y_ptr + m[:, None] * y_token + offsets[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "columns", "tiles", "tiles_c"])
 def weight_products_kernel(
     x_ptr,
     dy_ptr,
@@ -229,7 +229,7 @@ def weight_products_kernel(
     tl.store(partial_ptr + place * (T * T) + t[:, None] * T + t[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "shares"])
 def dense_gradient_kernel(
     partial_ptr,
     dweight_ptr,
@@ -260,7 +260,7 @@ def dense_gradient_kernel(
     tl.store(dweight_ptr, _narrow(acc, dweight_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "shares"])
 def toeplitz_gradient_kernel(
     partial_ptr,
     dweight_ptr,
