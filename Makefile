@@ -29,7 +29,8 @@ test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_triton.py tests/test_ssd_step.py tests/test_ssd_matrix.py \
 		tests/test_ssd_autocast.py tests/test_causal_conv1d.py tests/test_rms_norm.py tests/test_add_rms_norm.py \
 		tests/test_selective_scan.py tests/test_packed_documents.py tests/test_peak_memory.py tests/test_compat.py \
-		tests/test_window_attention.py tests/test_kernel_errors.py tests/test_implementation.py \
+		tests/test_window_attention.py tests/test_masked_mix.py tests/test_masked_mix_step.py \
+		tests/test_toeplitz_mix.py tests/test_document_line.py tests/test_kernel_errors.py tests/test_implementation.py \
 		tests/test_compiled_kernels.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting

@@ -84,19 +84,11 @@ def mix_by_document(
     seq_idx: Tensor | None,
     positions: int,
 ) -> Tensor:
-    """`mix(x, residual)` of every document by itself.
-
-    Raises:
-        ValueError: if a document is longer than `positions`.
-    """
+    """`mix(x, residual)` of every document by itself; ValueError if one is longer than `positions`."""
     if seq_idx is None:
         return mix(x, residual)
-    lines = DocumentLines(seq_idx)
-    if lines.longest > positions:
-        raise ValueError(
-            f"seq_idx must hold no document of more than N = {positions} tokens, got one of {lines.longest}"
-        )
-    if lines.sizes == [x.shape[:2]]:  # every row is one document
+    lines = _lines(seq_idx, positions)
+    if lines.sizes == [x.shape[:2]] and bool(lines.real.all()):  # every row is one document
         return mix(x, residual)
     if not lines.sizes:  # nothing but padding
         return x.masked_fill(~lines.real[..., None, None], 0) if residual is None else residual.clone()
@@ -108,6 +100,15 @@ def mix_by_document(
     return y.where(lines.real[..., None, None], residual)
 
 
+def _lines(seq_idx: Tensor, positions: int) -> DocumentLines:
+    lines = DocumentLines(seq_idx)
+    if lines.longest > positions:
+        raise ValueError(
+            f"seq_idx must hold no document of more than N = {positions} tokens, got one of {lines.longest}"
+        )
+    return lines
+
+
 def mix_reference(
     row_of: Callable[[Tensor, int], Tensor],
     x: Tensor,
@@ -117,6 +118,8 @@ def mix_reference(
     seq_idx: Tensor | None,
 ) -> Tensor:
     """The definition: token by token. `row_of(weight, i)` are the (H, i + 1) weights of position i."""
+    if seq_idx is not None:
+        _lines(seq_idx, weight.shape[-1])
     sums = accumulator(x)
     B, L = x.shape[:2]
     u, weight = x.to(sums), weight.to(sums)

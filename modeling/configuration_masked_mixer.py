@@ -143,10 +143,10 @@ class MaskedMixerConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
+        check_position_mixing(self, "num_heads", "kernel_size")
         for name in ("vocab_size", "num_hidden_layers", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_position_mixing(self, "num_heads", "kernel_size")
         for name, accepted in (
             ("mlp_type", MLPS),
             ("norm_type", NORMS),

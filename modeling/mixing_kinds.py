@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import initialization as init
 
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
@@ -24,21 +23,6 @@ def make_position_mixer(config: MaskedMixerConfig, layer_idx: int, diagonal: int
         return RepeatMixer(*sizes, kind=config.mixing, decay=config.use_decay, **options)
     kind = DenseMixer if config.mixing == "dense" else ToeplitzMixer
     return kind(*sizes, diagonal=diagonal, **options)
-
-
-def init_linear(layer: nn.Linear) -> None:
-    """PyTorch's own initialisation of a linear layer: U(+-1 / sqrt(fan in)), bias too."""
-    bound = layer.in_features**-0.5
-    init.uniform_(layer.weight, -bound, bound)
-    if layer.bias is not None:
-        init.uniform_(layer.bias, -bound, bound)
-
-
-def init_linear_normal(layer: nn.Linear) -> None:
-    """Kaiming's normal initialisation of a linear layer, as of the authors' Toeplitz and recurrent mixers; bias 0."""
-    init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
-    if layer.bias is not None:
-        init.zeros_(layer.bias)
 
 
 def init_position_mixer(mixer: PositionMixer) -> None:

@@ -36,10 +36,10 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .history_mixing import PositionMixer
 from .mixing_kinds import init_position_mixer, make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
-from .history_mixing import PositionMixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
 from .sequence import Sequence

@@ -43,9 +43,10 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, no
 from .configuration_masked_mixer import MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .mixing_kinds import init_linear, init_linear_normal, init_position_mixer, make_position_mixer
-from .plain_mlp import PlainMLP
 from .history_mixing import PositionMixer
+from .linear_init import init_linear, init_linear_normal
+from .mixing_kinds import init_position_mixer, make_position_mixer
+from .plain_mlp import PlainMLP
 from .sequence import Sequence
 from .trained_padding import fill_context, without_fill
 from .window_generation import windowed_inputs

@@ -26,7 +26,7 @@ from transformers.utils.generic import ModelOutput
 
 from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
-from .mixing_kinds import init_linear
+from .linear_init import init_linear
 from .plain_mlp import PlainMLP
 
 

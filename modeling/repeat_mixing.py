@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import is_single_step
-from .mixing_cache import StateLayer
 from .history_mixing import PositionMixer
+from .mixing_cache import StateLayer
 from .sequence import Sequence
 
 _SLOWEST, _FASTEST = 1.0, 0.9

@@ -258,8 +258,8 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     """Add seeded noise to every parameter: half over the root of its fan-in to a matrix, a quarter to others.
 
     The Mambas' first step sizes, 0.001 to 0.1, let little into the state: they become seven times as large, and the
-    decay rates smaller, so that what is wrong with the state shows in the logits. Toeplitz and recurrent mixers start
-    with large matrices and no norm before the head: they are made smaller, for logits of order 1.
+    decay rates smaller, so that what is wrong with the state shows in the logits. Masked mixers start with
+    larger matrices than others, and some have no norm before the head: they are made smaller, for logits of order 1.
     """
     generator = torch.Generator().manual_seed(seed)
     large = (

@@ -23,10 +23,10 @@ from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix_reference
 from ssm_zoo.kernels.window_attention import window_attention_reference
 from ssm_zoo.modeling import (
     causal_lm,
+    history_mixing,
     modeling_hybrid,
     modeling_mamba,
     modeling_mamba2,
-    history_mixing,
     repeat_mixing,
     selective_attention,
     short_convolution,
