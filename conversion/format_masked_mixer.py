@@ -7,6 +7,7 @@ moved by the optimiser: it is cut off. Written are the first and, where there ar
 
 `MixerHead` has a second form, whose output projection is as wide as H inputs: a stale loop index makes each of its
 heads the last convolution of the inputs without a projection. That is one head, and the sum of the projection's blocks.
+Experiments that put a softmax on the weights or on the mixing have the same keys, and are not told apart.
 """
 
 from typing import Any

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
+from ..modeling.history_mixing import DenseMixer
 from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
-from ..modeling.position_mixing import DenseMixer
 from .average_attention import copy_values
 from .recipe import StudentSpec
 from .teacher import AttentionView, TeacherAdapter, teacher_adapter

@@ -33,6 +33,7 @@ from ssm_zoo.cli.main import app
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.conversion.export import verify_export
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 KINDS = MASKED | STRUCTURED | RMS
 WEIGHTS = "model.safetensors"
 

@@ -328,7 +328,6 @@ def test_other_mixers_run_too(student: dict[str, Any], first: int, place: Path) 
     assert (place / student["mixer"] / "student" / "model.safetensors").is_file()
     if student["mixer"] == "masked_mixing":
         assert rows["step 0"]["loss"] < rows["mixers zeroed"]["loss"]
-        assert report["stages"][0]["history"][-1]["loss"] <= report["stages"][0]["history"][0]["loss"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place: Path) -> None:
