@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("all-four", "mamba", "mamba2-encoder", "selective-mamba2"):
         save_model(made / name, name)
     write_pairs(made / "train.jsonl", 30)
-    write_pairs(made / "heldout.jsonl", 12, seed=1)
+    write_pairs(made / "heldout.jsonl", 12, first=7)
     return made
 
 
@@ -251,7 +251,7 @@ def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path
         values = embedder_values(folder, method="full", steps=1, warmup=0.0) | {"model": str(path)}
         output = tmp_path / f"run-{weight}"
         runs[weight] = finetune_embedder(parse_embedder_settings(values), output)["history"][0]
-    assert runs[3.0]["loss"] == pytest.approx(runs[0.0]["loss"], abs=1e-4)
+    assert runs[3.0]["loss"] == pytest.approx(runs[0.0]["loss"], abs=1e-3)
     assert runs[3.0]["grad_norm"] != pytest.approx(runs[0.0]["grad_norm"], rel=1e-4)
     assert runs[3.0]["aux_loss"] > 0 and len(runs[3.0]["selection_rate"]) == 2
     values = embedder_values(folder, method="full", mini_batch_size=2) | {"model": str(tmp_path / "model-3.0")}
