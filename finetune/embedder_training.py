@@ -3,6 +3,9 @@
 Starting the same run on the same folder goes on at the last whole checkpoint, to the same bits.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +46,18 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         self._selection = SelectionMeans()
         self._penalties: list[Tensor] = []
         self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
-        for module in self.model.modules():
-            if isinstance(module, ZooModel):
-                module.register_forward_hook(self._note_choices)
 
-    def _note_choices(self, module: Any, _: Any, outputs: Any) -> None:
-        if module.training and getattr(outputs, "aux_loss", None) is not None:
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, ZooModel):
+                    stack.enter_context(_noting(module, self._note_choices))
+            return super().train(*arguments, **options)
+
+    def _note_choices(self, model: ZooModel, outputs: Any) -> None:
+        if model.training and getattr(outputs, "aux_loss", None) is not None:
             self._selection.add(outputs)
-            self._penalties.append(module.config.router_aux_loss_coef * outputs.aux_loss)
+            self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: it would look for models and data sets on the Hub."""
@@ -90,6 +97,24 @@ class EmbedderTrainer(SentenceTransformerTrainer):
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         found = self.model.load_state_dict(load_file(Path(checkpoint_path) / _TRAINED), strict=False)
         assert not found.unexpected_keys
+
+
+@contextmanager
+def _noting(model: ZooModel, note: Callable[[ZooModel, Any], None]) -> Iterator[None]:
+    """Tell of every forward for a while. A hook would not do: sentence-transformers calls `forward` itself."""
+    forward: Any = model.forward
+
+    @wraps(forward)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        outputs = forward(*arguments, **options)
+        note(model, outputs)
+        return outputs
+
+    model.forward = noted
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def infonce(embedder: SentenceTransformer, settings: EmbedderSettings, processes: int) -> nn.Module:
