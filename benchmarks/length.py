@@ -40,7 +40,6 @@ from length_plot import draw
 from result_file import ResultFile, search
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ssm_zoo.modeling.routing import add_aux_loss
 
@@ -65,7 +64,7 @@ class Run:
     window: int
 
 
-def training_loss(model: PreTrainedModel, windows: Tensor) -> Tensor:
+def training_loss(model: Any, windows: Tensor) -> Tensor:
     """Mean cross-entropy of all but the first token of (B, LENGTH + 1) windows; of Taipan with the capacity loss."""
     output = model(windows[:, :-1], use_cache=False)
     loss = F.cross_entropy(output.logits.float().flatten(0, 1), windows[:, 1:].flatten())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import decode
@@ -12,7 +13,6 @@ from decode import DYNAMIC, EVERY, NONE, SIDES, STATIC, Point, Side, held_bytes,
 from families import FAMILIES, draw_ids, make_config, make_model
 from from_scratch_training import VOCABULARY
 from length_models import HYBRID, MAMBA2, TAIPAN, TRANSFORMER
-from torch import Tensor
 from transformers import DynamicCache
 
 from tolerances import TOLERANCES
@@ -42,11 +42,10 @@ def filled(arm: str, way: str, tokens: int, limit: int = 64) -> Side:
 
 
 def test_a_storage_counts_once_and_whole():
-    layer = type("Layer", (), {})()
-    layer.keys = torch.zeros(100)[:3]
-    layer.values = layer.keys[1:]
-    layer.counts, layer.columns = torch.zeros(2, dtype=torch.long), 7
-    assert held_bytes(type("Cache", (), {"layers": [layer, layer]})()) == 400 + 16
+    keys = torch.zeros(100)[:3]
+    layer = SimpleNamespace(keys=keys, values=keys[1:], counts=torch.zeros(2, dtype=torch.long), columns=7)
+    cache: Any = SimpleNamespace(layers=[layer, layer])
+    assert held_bytes(cache) == 400 + 16
 
 
 def test_bytes_are_those_counted_by_hand():
@@ -119,9 +118,9 @@ def test_gradients_reach_the_window_of_a_long_prompt():
     embedded = model.get_input_embeddings()(draw_ids(1, 50)).detach().requires_grad_()
     cache = DynamicCache(config=model.config)
     model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
-    keys = cache.layers[1].keys
-    assert isinstance(keys, Tensor) and keys.shape[2] == 4
-    (gradient,) = torch.autograd.grad(keys.sum(), embedded)
+    layer: Any = cache.layers[1]
+    assert layer.keys.shape[2] == 4
+    (gradient,) = torch.autograd.grad(layer.keys.sum(), embedded)
     assert gradient[0, 46].abs().max() > 0
 
 
