@@ -52,11 +52,11 @@ TRIAL, RESULT = "trial", "result"
 TIME, FLOPS = "equal time", "equal FLOPs"
 # Sizes of about equal FLOPs: as in the paper a mixer is wider than a Transformer.
 SIZES = {
-    HYBRID: Sizes(256, 4, mlp=688),
-    LLAMA: Sizes(256, 4, mlp=688),
-    MIXER: Sizes(320, 4),
-    GPT: Sizes(256, 4),
-    MAMBA2: Sizes(256, 6),
+    HYBRID: Sizes(192, 4, mlp=512),
+    LLAMA: Sizes(192, 4, mlp=512),
+    MIXER: Sizes(240, 4),
+    GPT: Sizes(192, 4),
+    MAMBA2: Sizes(192, 6),
 }
 # Neighbours of a setting in the search: half and double of the rate, and of the embedding's standard deviation.
 FACTORS = ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0))
@@ -236,8 +236,8 @@ class Comparison:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="stories.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("text", type=Path, help="stories with <|endoftext|> between them; the last tenth is held out")
-    parser.add_argument("--seconds", type=float, default=100.0, help="CPU time of a result's training")
-    parser.add_argument("--trial-seconds", type=float, default=25.0, help="CPU time of a trial's training")
+    parser.add_argument("--seconds", type=float, default=75.0, help="CPU time of a result's training")
+    parser.add_argument("--trial-seconds", type=float, default=18.0, help="CPU time of a trial's training")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate that the search starts from")
     parser.add_argument("--warmup", type=positive, default=25, help="steps in which the rate rises")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the results; trials have 0")
