@@ -262,9 +262,7 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     with large matrices and no norm before the head: they are made smaller, for logits of order 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    large = (
-        getattr(getattr(model, "config", None), "model_type", "") == "masked_mixer" and model.config.mixing != "dense"
-    )
+    large = getattr(getattr(model, "config", None), "model_type", "") == "masked_mixer" and model.config.mixing != "dense"
     with torch.no_grad():
         for parameter in model.parameters():
             if large and parameter.dim() > 1:
