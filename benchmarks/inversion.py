@@ -6,9 +6,9 @@ equal size read 32 tokens of TinyStories. Inputs are sought that give the same h
 (`ssm_zoo.evaluation.inversion`), and the share of the tokens that are read at their place in them is the accuracy: by
 chance 1 / vocabulary. Of the last token's hidden state alone it says how much has been moved there.
 
-All arms have the same texts, steps and restarts. At `--tuned-width` the rate of each arm's training is tuned by held-out
-loss, and for each arm, state of training and place that is compared the first step size of the descent by how close the
-hidden states come on other text: by the same searches from the same start. The other widths take what is found.
+All arms have the same texts, steps and restarts. At `--tuned-width` the rate of each arm's training is tuned by the
+held-out loss, and for each arm, state of training and place that is compared the first step size of the descent by how
+close the hidden states come on other text: by the same searches from the same start. Other widths take what is found.
 
 What the embedding's size does is looked at too, since what is large in the stream of residuals is easily read from it:
 all arms start with a standard deviation of 1, as the paper's mixers do, and at `--tuned-width` they are measured with
