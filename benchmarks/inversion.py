@@ -6,9 +6,9 @@ equal size read 32 tokens of TinyStories. Inputs are sought that give the same h
 (`ssm_zoo.evaluation.inversion`), and the share of the tokens that are read at their place in them is the accuracy: by
 chance 1 / vocabulary. Of the last token's hidden state alone it says how much has been moved there.
 
-All arms have the same texts, steps and restarts. The first step size is tuned for each arm, width, state of training
-and place that is compared, by the same search from the same start, on other text; the rate of the training likewise,
-for each arm at `--tuned-width`, by held-out loss.
+All arms have the same texts, steps and restarts. At `--tuned-width` the rate of each arm's training is tuned by the
+held-out loss, and for each arm, state of training and place that is compared the first step size of the descent by how
+close the hidden states come on other text: by the same searches from the same start. Other widths take what is found.
 
 What the embedding's size does is looked at too, since what is large in the stream of residuals is easily read from it:
 all arms start with a standard deviation of 1, as the paper's mixers do, and at `--tuned-width` they are measured with
@@ -150,7 +150,7 @@ class Comparison:
 
     def size(self, run: Run) -> float:
         """The first step size for what a run is about."""
-        trial = replace(run, purpose=DESCENT, seed=0)
+        trial = replace(run, purpose=DESCENT, width=self.options.tuned_width, seed=0)
         # By how close the hidden states come, which takes no knowledge of the tokens.
         (size,) = search(lambda size: self.row(replace(trial, size=size))["left"], (self.options.size,), SIZES)
         return size
@@ -195,11 +195,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--vocabulary", type=positive, default=1024)
     parser.add_argument("--length", type=positive, default=32, help="tokens of a text")
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate that the search starts from")
-    parser.add_argument("--steps", type=positive, default=200, help="of the training")
+    parser.add_argument("--steps", type=positive, default=150, help="of the training")
     parser.add_argument("--batch", type=positive, default=8, help="texts in a step of it")
     parser.add_argument("--texts", type=positive, default=4, help="that are inverted with each seed")
     parser.add_argument("--size", type=float, default=0.02, help="first step size that the search starts from")
-    parser.add_argument("--descent", type=positive, default=300, help="steps of it")
+    parser.add_argument("--descent", type=positive, default=200, help="steps of it")
     parser.add_argument("--restarts", type=positive, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the results; trials have 0")
     parser.add_argument("--threads", type=positive)

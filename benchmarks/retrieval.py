@@ -5,7 +5,7 @@ Transformer, both finetuned by InfoNCE. Here the models have equal width and abo
 
 1. train for `--steps` as causal language models on the stories and abstracts that are searched later, those of
    TinyStories that are held out excepted;
-2. finetune all weights with InfoNCE by `ssm_zoo.finetune.embedder`, once over the pairs of each task.
+2. finetune all weights with InfoNCE by `ssm_zoo.finetune.embedder`, `--share` times over the pairs of each task.
 
 Tasks: `stories`, the first sentence of a story searches for the rest of it, among the held-out stories. No easy task,
 nor a fair one to words: many stories begin alike, and the rest of a story names who the first sentence names.
@@ -230,7 +230,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="retrieval.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("text", type=Path, help="stories with <|endoftext|> between them; the last tenth is held out")
     parser.add_argument("beir", type=Path, help="folder with corpus.jsonl, queries.jsonl and qrels/test.tsv")
-    parser.add_argument("--width", type=positive, default=192, help="a multiple of 8")
+    parser.add_argument("--width", type=positive, default=128, help="a multiple of 8")
     parser.add_argument("--vocabulary", type=positive, default=2048)
     parser.add_argument("--length", type=positive, default=64, help="tokens that the models read of a text")
     parser.add_argument("--pooling", choices=("last", "mean"), default="last")
@@ -241,8 +241,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--held-out", type=positive, default=4096, help="tokens that judge it")
     parser.add_argument("--tuned", type=float, default=1e-3, help="of the finetuning: what the search starts from")
     parser.add_argument("--pairs", type=positive, default=32, help="in a step of it")
-    parser.add_argument("--share", type=float, default=1.0, help="passes over the pairs")
-    parser.add_argument("--trial-share", type=float, default=0.4, help="of its trials")
+    parser.add_argument("--share", type=float, default=2.0, help="passes over the pairs")
+    parser.add_argument("--trial-share", type=float, default=0.5, help="of its trials")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the results; trials have 0")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--minutes", type=float, help="begin no run after so many")

@@ -13,8 +13,8 @@ Compute is equal in two senses:
 
 The rate is constant after the warm-up, so one run passes through both ends: no schedule has to end at either. Each
 arm's rate and the size of its embedding at initialisation are tuned by the same search from the same start, in trials
-of equal time on a part of the held-out text, and the best is run with every seed and judged by another part. A text is
-one stream of stories, cut into windows of 128 tokens; the paper has one story a row.
+of equal length on a part of the held-out text, and the best is run with every seed and judged by another part. A text
+is one stream of stories, cut into windows of 128 tokens; the paper has one story a row.
 
     python benchmarks/stories.py tinystories.txt --threads 1
     python benchmarks/stories.py tinystories.txt --threads 1 --minutes 12
@@ -52,11 +52,11 @@ TRIAL, RESULT = "trial", "result"
 TIME, FLOPS = "equal time", "equal FLOPs"
 # Sizes of about equal FLOPs: as in the paper a mixer is wider than a Transformer.
 SIZES = {
-    HYBRID: Sizes(256, 4, mlp=688),
-    LLAMA: Sizes(256, 4, mlp=688),
-    MIXER: Sizes(320, 4),
-    GPT: Sizes(256, 4),
-    MAMBA2: Sizes(256, 6),
+    HYBRID: Sizes(192, 4, mlp=512),
+    LLAMA: Sizes(192, 4, mlp=512),
+    MIXER: Sizes(240, 4),
+    GPT: Sizes(192, 4),
+    MAMBA2: Sizes(192, 6),
 }
 # Neighbours of a setting in the search: half and double of the rate, and of the embedding's standard deviation.
 FACTORS = ((1.0, 0.5), (1.0, 2.0), (0.5, 1.0), (2.0, 1.0))
@@ -79,19 +79,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm's step costs, and how many steps it makes.
+    """What an arm's step costs, and how many steps it makes in a result.
 
     Attributes:
         seconds: CPU time of a step.
         flops: FLOPs of a step.
-        trial: steps of a trial.
         fitting: steps in equal time.
         equal: steps to equal FLOPs.
     """
 
     seconds: float
     flops: int
-    trial: int
     fitting: int
     equal: int
 
@@ -130,14 +128,13 @@ def measure_costs(train: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def plan(measured: dict[str, Any], seconds: float, trial_seconds: float) -> dict[str, Cost]:
+def plan(measured: dict[str, Any], seconds: float) -> dict[str, Cost]:
     """How many steps each arm makes: in equal time, and to the FLOPs that the Llama-style Transformer does in it."""
     budget = seconds / measured[LLAMA]["seconds"] * measured[LLAMA]["flops"]
     return {
         arm: Cost(
             found["seconds"],
             found["flops"],
-            max(int(trial_seconds / found["seconds"]), 1),
             max(int(seconds / found["seconds"]), 1),
             max(int(budget / found["flops"]), 1),
         )
@@ -179,7 +176,7 @@ class Comparison:
         costs = file.find({"purpose": "costs"})
         if costs is None:
             costs = file.add({"purpose": "costs", "arms": measure_costs(data[0], options)})
-        self.costs = plan(costs["arms"], options.seconds, options.trial_seconds)
+        self.costs = plan(costs["arms"], options.seconds)
 
     def row(self, run: Run) -> dict[str, Any]:
         """The run's row, trained now if the file has none."""
@@ -187,7 +184,7 @@ class Comparison:
 
     def tune(self, arm: str) -> tuple[float, float]:
         """Rate and embedding's size of an arm."""
-        trial = Run(TRIAL, arm, 0.0, 0.0, 0, self.costs[arm].trial, self.options.batch)
+        trial = Run(TRIAL, arm, 0.0, 0.0, 0, self.options.trial_steps, self.options.batch)
         rate, embedding = search(
             lambda rate, embedding: self.row(replace(trial, rate=rate, embedding=embedding))["held_out"],
             (self.options.rate, 1.0),
@@ -236,15 +233,15 @@ class Comparison:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="stories.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("text", type=Path, help="stories with <|endoftext|> between them; the last tenth is held out")
-    parser.add_argument("--seconds", type=float, default=100.0, help="CPU time of a result's training")
-    parser.add_argument("--trial-seconds", type=float, default=25.0, help="CPU time of a trial's training")
+    parser.add_argument("--seconds", type=float, default=75.0, help="CPU time of a result's training")
+    parser.add_argument("--trial-steps", type=positive, default=80)
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate that the search starts from")
     parser.add_argument("--warmup", type=positive, default=25, help="steps in which the rate rises")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the results; trials have 0")
     parser.add_argument("--batch", type=positive, default=4, help=f"windows of {LENGTH} tokens a step")
     parser.add_argument("--held-out", type=positive, default=8 * 1024, help="tokens that judge trials; as many others")
     parser.add_argument("--evaluate-every", type=positive, default=100, help="steps")
-    parser.add_argument("--time-steps", type=positive, default=7, help="steps of each arm that are timed")
+    parser.add_argument("--time-steps", type=positive, default=25, help="steps of each arm that are timed")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")

@@ -15,7 +15,7 @@ from result_file import ResultFile
 from stories_example import write_stories
 
 VOCABULARY = 280
-ARGUMENTS = f"--widths 8 --tuned-width 8 --vocabulary {VOCABULARY} --length 6 --steps 2 --batch 2 --texts 2"
+ARGUMENTS = f"--widths 8 16 --tuned-width 8 --vocabulary {VOCABULARY} --length 6 --steps 2 --batch 2 --texts 2"
 ARGUMENTS += " --descent 3 --seeds 1 2 --threads 1"
 
 
@@ -95,12 +95,12 @@ def test_results_and_trials_are_inverted_on_different_texts_and_every_seed_has_i
 def test_every_cell_has_its_search_and_its_seeds(finished: Path):
     rows = read(finished)
     (summary,) = (row for row in rows if row["purpose"] == "summary")
-    assert len(summary["cells"]) == len(COMPARED) * 2 * (1 + 2)
+    assert len(summary["cells"]) == len(COMPARED) * 2 * (2 + 2)
     assert summary["chance"] == 1 / VOCABULARY
     for cell in summary["cells"]:
         about = {key: cell[key] for key in ("arm", "width", "embedding", "places", "rate")}
         about["steps"] = 2 if cell["trained"] else 0
-        trials = [row for row in rows if {**about, "purpose": DESCENT}.items() <= row.items()]
+        trials = [row for row in rows if {**about, "purpose": DESCENT, "width": 8}.items() <= row.items()]
         assert trials[0]["size"] == 0.02
         assert cell["size"] == min(trials, key=lambda row: row["left"])["size"]
         assert {cell["size"] / 4, cell["size"] * 4} <= {row["size"] for row in trials}
@@ -130,4 +130,4 @@ def test_going_on_repeats_no_run(finished: Path, text: Path, tmp_path: Path, mon
     assert len(read(path)) == len(read(finished))
     main([*arguments, "--seeds", "1", "2", "5"])
     assert {(run.purpose, run.seed) for run in done} == {(RESULT, 5)}
-    assert len(done) == len(COMPARED) * 2 * (1 + 2)
+    assert len(done) == len(COMPARED) * 2 * (2 + 2)
