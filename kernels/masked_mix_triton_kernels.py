@@ -62,11 +62,10 @@ def _weights(
     in_m, in_k = (first_m + m < length)[:, None], (first_k + k < length)[None, :]
     if TRANSPOSED:
         distance = -distance
+    # Off the diagonal, the others come before one that is inside.
+    inside = in_k if TRANSPOSED else in_m
     if DIAGONAL:
         inside = in_m & in_k
-    else:
-        # The other is nearer to the beginning of the row than one that is inside.
-        inside = in_k if TRANSPOSED else in_m
     if TOEPLITZ:
         return tl.load(weight_ptr + distance, mask=inside & (distance >= 0), other=0.0)
     w = tl.load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, mask=inside, other=0.0)
