@@ -26,9 +26,8 @@ from .masked_mix_triton_kernels import (
 )
 
 # (M, C, K, warps, stages) of the mixtures and (T, C, warps, stages) of the weights' gradient, by bytes of an element.
-# Compiled by Triton 3.9 they spill no registers on sm_90, and on sm_80 at most 20 bytes a thread (bfloat16 inputs,
-# float32 weights by distance); shared memory is at most 144 KiB. No tile has been timed on a device. float32 has no
-# tensor cores at full precision, and its products take registers.
+# Compiled by Triton 3.9 they spill no registers on sm_80 and sm_90; shared memory is at most 144 KiB. No tile has been
+# timed on a device. float32 has no tensor cores at full precision, and its products take registers.
 _MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 2)}
 _WEIGHT_TILES = {2: (128, 64, 8, 3), 4: (64, 32, 8, 2)}
 # Tiles of columns that run together, those of all positions one after the other: so many programs at once read the same
