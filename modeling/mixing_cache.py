@@ -22,7 +22,7 @@ class _CountingLayer(ZooLayer):
 
     Attributes:
         counts: (B) real tokens so far, None before the first.
-        padded: whether rows may differ in them.
+        padded: whether they may differ from row to row, or from the number of columns.
     """
 
     counts: Tensor | None
@@ -61,6 +61,7 @@ class _CountingLayer(ZooLayer):
     def skip(self, columns: int) -> None:
         """Count columns that no row has a token in."""
         self.columns += columns
+        self.padded = self.padded or columns > 0
 
     def reset(self) -> None:
         super().reset()

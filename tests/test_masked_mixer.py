@@ -180,13 +180,15 @@ def by_the_equations(model: Any, ids: Tensor) -> Tensor:
 def test_a_model_is_its_equations_in_value_and_every_gradient(kind: dict[str, Any], length: int) -> None:
     model, ids = make(**kind).double(), draw_ids(2, length)
     actual, expected = model(ids, use_cache=False).logits, torch.stack([by_the_equations(model, row) for row in ids])
-    torch.testing.assert_close(actual, expected)
+    # Rotary tables are float32 whatever the model is.
+    limits = {"rtol": 1e-5, "atol": 1e-5} if "attention" in kind else {"rtol": 1e-9, "atol": 1e-10}
+    torch.testing.assert_close(actual, expected, **limits)
     weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     names, parameters = zip(*model.named_parameters(), strict=True)
     found = torch.autograd.grad((actual * weights).sum(), parameters)
     wanted = torch.autograd.grad((expected * weights).sum(), parameters, materialize_grads=True)
     for name, one, other in zip(names, found, wanted, strict=True):
-        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(one, other, **limits, msg=lambda text, name=name: f"{name}: {text}")
         used = "decay_value" not in name and ".q_proj" not in name and ".k_proj" not in name
         assert one.any() or (length == 1 and not used), name
 
