@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from families import VOCAB, draw_ids, perturb
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
 from ssm_zoo.kernels.masked_mix import masked_mix
 from ssm_zoo.kernels.ssd import ssd_log_decay
@@ -33,8 +33,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "dense-heads": {"num_heads": 4},
     "dense-kernel": {"num_heads": 2, "kernel_size": 4, "use_projections": False},
+    "dense-expanded": {"expanded": True},
     "toeplitz": {"mixing": "toeplitz"},
     "toeplitz-kernel": {"mixing": "toeplitz", "num_heads": 2, "kernel_size": 3},
+    "toeplitz-expanded": {"mixing": "toeplitz", "num_heads": 2, "expanded": True},
     "rows": {"mixing": "row_repeat", "num_heads": 2, "kernel_size": 2},
     "columns": {"mixing": "column_repeat", "use_decay": False},
     "columns-kernel": {"mixing": "column_repeat", "num_heads": 2, "kernel_size": 3},
@@ -63,10 +65,9 @@ def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
 # The definition
 
 
-def matrices(mixer: Any, config: MaskedMixerConfig) -> Tensor:
+def matrices(mixer: Any, config: MaskedMixerConfig, weight: Tensor) -> Tensor:
     """(k, H, N, N) matrices of a mixer, entry by entry."""
     taps, heads = config.kernel_size, config.num_heads
-    weight = mixer.weight
     if config.mixing == "dense":
         hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
         return weight.masked_fill(hidden, 0).view(taps, heads, N, N)
@@ -100,22 +101,30 @@ def matrices(mixer: Any, config: MaskedMixerConfig) -> Tensor:
 
 
 def mixed(mixer: Any, config: MaskedMixerConfig, x: Tensor) -> Tensor:
-    """The mixer for (L, D) inputs: channel by channel."""
-    length, width = len(x), config.hidden_size // config.num_heads
+    """The mixer for (L, D) inputs."""
     x = mixer.in_proj(x) if config.use_projections else x
+    if config.expanded:
+        act = F.gelu if config.hidden_act == "gelu" else F.silu
+        x = act(summed(mixer, config, x, mixer.inner_weight, mixer.inner_bias))
+    y = summed(mixer, config, x, mixer.weight, mixer.bias)
+    return mixer.out_proj(y) if config.use_projections else y
+
+
+def summed(mixer: Any, config: MaskedMixerConfig, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One mixing for (L, D) inputs: channel by channel."""
+    length, width = len(x), config.hidden_size // config.num_heads
     left = (config.kernel_size - 1) // 2 if config.mixing == "dense" else config.kernel_size - 1
-    weights = matrices(mixer, config)[..., :length, :length]
+    weights = matrices(mixer, config, weight)[..., :length, :length]
     columns = []
     for head in range(config.num_heads):
         for channel in range(width):
-            column = mixer.bias[head, :length]
+            column = bias[head, :length]
             for tap in range(config.kernel_size):
                 source = channel + tap - left
                 if 0 <= source < width:
                     column = column + weights[tap, head] @ x[:, head * width + source]
             columns.append(column)
-    y = torch.stack(columns, dim=1)
-    return mixer.out_proj(y) if config.use_projections else y
+    return torch.stack(columns, dim=1)
 
 
 def attended(attention: Any, config: MaskedMixerConfig, x: Tensor) -> Tensor:
@@ -220,6 +229,13 @@ def test_what_is_hidden_is_not_read_and_does_not_move() -> None:
         optimizer.step()
     for block in model.backbone.layers:
         assert (block.mixer.weight[:, hidden] == 1e4).all()
+
+
+def test_an_expanded_mixer_has_no_matrix() -> None:
+    model, cache = make(expanded=True), DynamicCache(config=make().config)
+    with pytest.raises(ValueError, match="output_attentions: an expanded mixer is no matrix, got True"):
+        model(draw_ids(1, 5), output_attentions=True, past_key_values=cache)
+    assert int(cache.get_seq_length()) == 0 and cache.layers[0].history is None
 
 
 def test_decays_outside_their_bounds_are_at_them() -> None:
@@ -499,6 +515,15 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "odd heads": (
         {"mixing": "mixed_repeat", "num_heads": 1},
         "num_heads must be even for mixing='mixed_repeat', .* got 1",
+    ),
+    "expanded repeats": (
+        {"expanded": True, "mixing": "row_repeat"},
+        "expanded needs mixing='dense' or 'toeplitz', .*, got mixing='row_repeat'",
+    ),
+    "expanded taps": ({"expanded": True, "kernel_size": 2}, "expanded needs .* kernel_size=1 .* kernel_size=2 and"),
+    "expanded encoder": (
+        {"expanded": True, "bidirectional": True},
+        "expanded needs .* bidirectional=False, got .* bidirectional=True",
     ),
     "no kernel": ({"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
     "wide kernel": ({"num_heads": 4, "kernel_size": 5}, "kernel_size must be at most the 4 channels of a head, got 5"),

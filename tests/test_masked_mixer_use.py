@@ -196,9 +196,10 @@ def test_windows_need_the_ids_of_all_tokens() -> None:
         model.generate(inputs_embeds=embeddings, max_new_tokens=6, **GREEDY)
 
 
-def test_a_history_serves_assisted_generation() -> None:
+@pytest.mark.parametrize("changes", [{}, {"expanded": True}, {"attention": "series"}], ids=str)
+def test_a_history_serves_assisted_generation(changes: dict[str, Any]) -> None:
     """Drafts from the prompt are checked several at a time and taken back."""
-    model, ids = make(max_position_embeddings=60), draw_ids(1, 4).repeat(1, 5)
+    model, ids = make(max_position_embeddings=60, **changes), draw_ids(1, 4).repeat(1, 5)
     plain = model.generate(ids, max_new_tokens=20, **GREEDY)
     assert torch.equal(model.generate(ids, max_new_tokens=20, prompt_lookup_num_tokens=3, **GREEDY), plain)
 
