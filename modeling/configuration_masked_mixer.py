@@ -35,7 +35,7 @@ class MaskedMixerConfig(PreTrainedConfig):
             The repeats are recurrences with one number for each channel.
         num_heads: H, heads of the mixing, each with a matrix and `hidden_size / num_heads` channels.
         kernel_size: k, neighbouring channels of a head that are mixed too, each with a matrix of its own.
-        expanded: mix twice, with the activation of the MLP between. For "dense" and "toeplitz", with `kernel_size=1` and
+        expanded: mix twice, with the activation of the MLP between. For "dense" and "toeplitz", with `kernel_size=1`,
             in one direction; such a layer has no mixing matrix.
         use_projections: a linear layer before and one after the mixing; where there is more than one head if not given.
         use_decay: a repeat has a learned decay for each head, between 0.9 and 1 to the power of 1 / max(N // 512, 1);

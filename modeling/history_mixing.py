@@ -162,7 +162,7 @@ class HistoryMixer(PositionMixer):
         positions: Tensor | None,
         slot: str,
     ) -> Tensor:
-        """One mixing of (B, L, H, P) inputs by the matrices in `weight`, at the (B, L) positions that the cache counted,
+        """One mixing of (B, L, H, P) inputs by the matrices in `weight`, at the (B, L) positions that the cache counts,
         whose history `slot` they go into."""
         # One tap: the bias is part of the op. Of several it must not be shifted.
         fused = bias if self.taps == 1 else None
