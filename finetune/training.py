@@ -165,8 +165,10 @@ def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator,
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
-    """Names of the matrices: not norms and biases, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
-    return [name for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")]
+    """Names of the matrices, the masked mixers' stacks of them too: not norms, biases (a masked mixer has one for each
+    head and position) and convolutions, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
+    matrices = [name for name, p in model.named_parameters() if p.dim() == 2 or (p.dim() == 3 and p.shape[1] > 1)]
+    return [name for name in matrices if not name.endswith(("A_log", ".bias"))]
 
 
 class ZooTrainer(Trainer):
