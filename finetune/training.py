@@ -174,8 +174,10 @@ class ZooTrainer(Trainer):
         self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The matrices: not norms and biases, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
-        return [name for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")]
+        """The matrices, the masked mixers' stacks of them too: not norms, biases (a masked mixer has one for each head
+        and position) and convolutions, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
+        matrices = [name for name, p in model.named_parameters() if p.dim() == 2 or (p.dim() == 3 and p.shape[1] > 1)]
+        return [name for name in matrices if not name.endswith(("A_log", ".bias"))]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -25,6 +25,7 @@ class DocumentLines:
         real: (B, L) tokens that belong to a document.
         sizes: (D, T) of each table.
         longest: tokens of the longest document, 0 if there is none.
+        whole: every row is one document, without padding.
     """
 
     def __init__(self, seq_idx: Tensor) -> None:
@@ -38,6 +39,7 @@ class DocumentLines:
         start = first.nonzero().squeeze(1)
         length = torch.diff(start, append=start.new_tensor([place.shape[0]]))
         self.longest = max(length.tolist(), default=0)
+        self.whole = len(place) == seq_idx.numel() and len(start) == len(seq_idx)
         # 1, 2, 3 to 4, 5 to 8, ... tokens.
         kind = torch.tensor([(n - 1).bit_length() for n in length.tolist()], dtype=torch.long, device=start.device)
         self.sizes: list[tuple[int, int]] = []

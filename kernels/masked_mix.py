@@ -6,7 +6,7 @@ Symbols: B batch, L length, H heads, P head width, N positions that there are we
 
 Source: the masked mixer (arXiv 2409.01482), whose convolution with a kernel of one over the features is this product;
 its code is blbadger/maskedmixers@8f9515d. Positions are absolute, so there are N of them and no more. Only the lower
-triangle of W is read, and only it has a gradient.
+triangle of W is used, and only it has a gradient.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def masked_mix(
     Args:
         x: (B, L, H, P) inputs.
         weight: (H, N, N) weights of a position (row) for the positions up to it, N >= L. What stands above the
-            diagonal or beyond row L is not read, and its gradient is exactly zero.
+            diagonal or beyond row L does not matter, whatever it is, and its gradient is exactly zero.
         bias: (H, N) added at each position.
         residual: (B, L, H, P) the stream that the result is added to; float32, say, while `x` is bfloat16.
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens and negative at
@@ -56,7 +56,8 @@ def masked_mix(
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none; at padding `residual`, or zero. Sums are
-        float32 (float64 for a float64 `x`) and rounded once.
+        float32 (float64 for a float64 `x`) and rounded once. Triton multiplies in the dtype of `x`, to which it rounds
+        wider weights, and in the backward a wider gradient.
 
     Raises:
         ValueError: if a shape, dtype, device, `implementation` or the number of positions does not fit, or `seq_idx`

@@ -123,7 +123,7 @@ def _finish(
     tl.store(y_ptr + place, _narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit"])
 def _step_kernel(
     history_ptr,
     weight_ptr,
@@ -199,7 +199,7 @@ def _step_kernel(
         tl.store(partial_ptr + place, y, mask=feature < tl.where(first <= last, WIDTH, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "shares"])
 def _sum_kernel(
     positions_ptr,
     partial_ptr,

@@ -27,13 +27,14 @@ def _columns(tile, columns, row_stride, WIDTH: tl.constexpr, PACKED: tl.constexp
     """Offsets of a tile's columns, a scalar and (C), and which of them there are; all of one row unless PACKED."""
     first = tile * C
     c = tl.arange(0, C)
-    inside = first + c < columns
     base = tl.zeros((), dtype=tl.int64)
     if PACKED:
         offsets = ((first + c) // WIDTH).to(tl.int64) * row_stride + (first + c) % WIDTH
+        inside = first + c < columns
     else:
         base = (base + first // WIDTH) * row_stride + first % WIDTH
         offsets = c
+        inside = c < C
     return base, offsets, inside
 
 
@@ -51,20 +52,27 @@ def _weights(
     M: tl.constexpr,
     K: tl.constexpr,
 ):
-    """(M, K) weights, of the tile at `weight_ptr` or from those by distance; the DIAGONAL may go through the tile."""
+    """(M, K) weights, of the tile at `weight_ptr` or from those by distance; the DIAGONAL may go through the tile.
+
+    Masks are as coarse as they can be: one that changes inside the 16 bytes that a thread loads would make it load
+    number by number. So what stands above the diagonal is loaded and dropped, except by distance, where nothing does.
+    """
     m, k = tl.arange(0, M), tl.arange(0, K)
-    inside = (first_m + m < length)[:, None] & (first_k + k < length)[None, :]
     distance = (first_m - first_k) + m[:, None] - k[None, :]
+    in_m, in_k = (first_m + m < length)[:, None], (first_k + k < length)[None, :]
     if TRANSPOSED:
         distance = -distance
+    # Off the diagonal, the others come before one that is inside.
+    inside = in_k if TRANSPOSED else in_m
     if DIAGONAL:
-        inside = inside & (distance >= 0)
+        inside = in_m & in_k
     if TOEPLITZ:
-        return tl.load(weight_ptr + distance, mask=inside, other=0.0)
-    return tl.load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, mask=inside, other=0.0)
+        return tl.load(weight_ptr + distance, mask=inside & (distance >= 0), other=0.0)
+    w = tl.load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, mask=inside, other=0.0)
+    return tl.where(distance >= 0, w, 0.0) if DIAGONAL else w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_m", "tiles_c"])
 def mix_kernel(
     x_ptr,
     weight_ptr,
@@ -164,7 +172,7 @@ def mix_kernel(
     tl.store(y_ptr + m[:, None] * y_token + offsets[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tiles_c"])
 def weight_products_kernel(
     x_ptr,
     dy_ptr,
@@ -229,7 +237,7 @@ def weight_products_kernel(
     tl.store(partial_ptr + place * (T * T) + t[:, None] * T + t[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "shares"])
 def dense_gradient_kernel(
     partial_ptr,
     dweight_ptr,
@@ -260,7 +268,7 @@ def dense_gradient_kernel(
     tl.store(dweight_ptr, _narrow(acc, dweight_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "shares"])
 def toeplitz_gradient_kernel(
     partial_ptr,
     dweight_ptr,

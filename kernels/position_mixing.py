@@ -88,7 +88,7 @@ def mix_by_document(
     if seq_idx is None:
         return mix(x, residual)
     lines = _lines(seq_idx, positions)
-    if lines.sizes == [x.shape[:2]] and bool(lines.real.all()):  # every row is one document
+    if lines.whole:
         return mix(x, residual)
     if not lines.sizes:  # nothing but padding
         return x.masked_fill(~lines.real[..., None, None], 0) if residual is None else residual.clone()

@@ -35,6 +35,8 @@ class MaskedMixerConfig(PreTrainedConfig):
             The repeats are recurrences with one number for each channel.
         num_heads: H, heads of the mixing, each with a matrix and `hidden_size / num_heads` channels.
         kernel_size: k, neighbouring channels of a head that are mixed too, each with a matrix of its own.
+        expanded: mix twice, with the activation of the MLP between. For "dense" and "toeplitz", with `kernel_size=1`,
+            in one direction; such a layer has no mixing matrix.
         use_projections: a linear layer before and one after the mixing; where there is more than one head if not given.
         use_decay: a repeat has a learned decay for each head, between 0.9 and 1 to the power of 1 / max(N // 512, 1);
             without, it is 1.
@@ -77,6 +79,7 @@ class MaskedMixerConfig(PreTrainedConfig):
     mixing: str = "dense"
     num_heads: int = 1
     kernel_size: int = 1
+    expanded: bool = False
     use_projections: bool | None = None
     use_decay: bool = True
     intermediate_size: int | None = None
@@ -168,6 +171,11 @@ class MaskedMixerConfig(PreTrainedConfig):
             raise ValueError(
                 "bidirectional needs mixing='dense' or 'toeplitz' and attention='none', got "
                 f"mixing={self.mixing!r} and attention={self.attention!r}"
+            )
+        if self.expanded and (self.mixing in REPEATS or self.kernel_size != 1 or self.bidirectional):
+            raise ValueError(
+                "expanded needs mixing='dense' or 'toeplitz', kernel_size=1 and bidirectional=False, got "
+                f"mixing={self.mixing!r}, kernel_size={self.kernel_size} and bidirectional={self.bidirectional}"
             )
         if self.pad_mode == "as_trained" and self.pad_token_id is None:
             raise ValueError("pad_mode='as_trained' fills rows up with pad_token_id, which must be a token, got None")

@@ -22,7 +22,7 @@ class _CountingLayer(ZooLayer):
 
     Attributes:
         counts: (B) real tokens so far, None before the first.
-        padded: whether rows may differ in them.
+        padded: whether they may differ from row to row, or from the number of columns.
     """
 
     counts: Tensor | None
@@ -61,6 +61,7 @@ class _CountingLayer(ZooLayer):
     def skip(self, columns: int) -> None:
         """Count columns that no row has a token in."""
         self.columns += columns
+        self.padded = self.padded or columns > 0
 
     def reset(self) -> None:
         super().reset()
@@ -68,41 +69,46 @@ class _CountingLayer(ZooLayer):
 
 
 class HistoryLayer(_CountingLayer):
-    """All that was mixed: `history` (B, K, H, P), in which a token stands at its position.
+    """All that was mixed: `history` (B, K, H, P), in which a token stands at its position, and of an expanded mixer
+    `inner_history` (B, K, H, P), what its first mixing read.
 
     Attributes:
         certain: how many of the last columns are known to be tokens in every row: that many can be taken back.
     """
 
     _layer_type = "zoo_history"
-    _tensors = ("history", "counts")
+    _tensors = ("history", "inner_history", "counts")
     is_croppable = True
 
     history: Tensor | None
+    inner_history: Tensor | None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.certain = 0
 
-    def append(self, x: Tensor, real: Tensor | None, limit: int) -> tuple[Tensor, Tensor]:
-        """Put L columns where they belong: in place, unless gradients are recorded.
+    def advance(self, x: Tensor, real: Tensor | None) -> Tensor:
+        self.certain = self.certain + x.shape[1] if real is None else 0
+        return super().advance(x, real)
+
+    def append(self, name: str, x: Tensor, positions: Tensor, real: Tensor | None, limit: int) -> Tensor:
+        """Put the columns that :meth:`advance` has counted where they belong: in place, unless gradients are recorded.
 
         Args:
+            name: of a history.
             x: (B, L, H, P) what is mixed.
+            positions: (B, L) of the new tokens, -1 at padding.
             real: (B, L) False at padding; None if there is none.
             limit: positions that there are, which no row exceeds.
 
         Returns:
             (B, K, H, P) the history, zeros where a row has no token yet, with K at least the tokens of the longest row
-            and at most `limit`; (B, L) the positions of the new tokens, -1 at padding.
+            and at most `limit`.
         """
-        start = self.columns
-        positions = self.advance(x, real)
-        self.certain = self.certain + x.shape[1] if real is None else 0
+        history = getattr(self, name)
+        held = 0 if history is None else history.shape[1]
         places = min(self.columns, limit)
-        history = self.history
-        if history is None or history.shape[1] < places:
-            held = 0 if history is None else history.shape[1]
+        if held < places:
             room = x.new_zeros(x.shape[0], min(max(places, 2 * held), limit) - held, *x.shape[2:])
             history = room if history is None else torch.cat([history, room], dim=1)
         x = x.to(history.dtype)
@@ -112,13 +118,13 @@ class HistoryLayer(_CountingLayer):
             row, column = real.nonzero(as_tuple=True)
             index, x = (row, positions[row, column]), x[row, column]
         if torch.is_grad_enabled():
-            self.history = history.index_put(index, x)
+            history = history.index_put(index, x)
         elif self.padded or real is not None:
-            self.history = history.index_put_(index, x)
+            history.index_put_(index, x)
         else:
-            history[:, start : self.columns] = x
-            self.history = history
-        return self.history[:, :places], positions
+            history[:, places - x.shape[1] : places] = x
+        setattr(self, name, history)
+        return history[:, :places]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last columns back.

@@ -7,7 +7,7 @@ import torch
 from transformers import initialization as init
 
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
-from .history_mixing import DenseMixer, PositionMixer, ToeplitzMixer
+from .history_mixing import DenseMixer, HistoryMixer, PositionMixer, ToeplitzMixer
 from .repeat_mixing import RepeatMixer
 
 
@@ -22,7 +22,7 @@ def make_position_mixer(config: MaskedMixerConfig, layer_idx: int, diagonal: int
     if config.mixing in REPEATS:
         return RepeatMixer(*sizes, kind=config.mixing, decay=config.use_decay, **options)
     kind = DenseMixer if config.mixing == "dense" else ToeplitzMixer
-    return kind(*sizes, diagonal=diagonal, **options)
+    return kind(*sizes, diagonal=diagonal, inner=str(config.hidden_act) if config.expanded else None, **options)
 
 
 def init_position_mixer(mixer: PositionMixer) -> None:
@@ -34,14 +34,17 @@ def init_position_mixer(mixer: PositionMixer) -> None:
     | weight of others | N(0, 2 / N), bias 0 |
     | decay_value | 1 |
     """
-    if isinstance(mixer, DenseMixer):
-        bound = (mixer.positions * mixer.taps) ** -0.5
-        drawn = torch.empty_like(mixer.weight).uniform_(-bound, bound)
-        init.copy_(mixer.weight, drawn.tril(-mixer.diagonal))
-        init.uniform_(mixer.bias, -bound, bound)
-        return
-    init.normal_(mixer.weight, std=math.sqrt(2 / mixer.positions))
-    init.zeros_(mixer.bias)
+    stages = [(mixer.weight, mixer.bias)]
+    if isinstance(mixer, HistoryMixer) and mixer.inner_weight is not None and mixer.inner_bias is not None:
+        stages.append((mixer.inner_weight, mixer.inner_bias))
+    for weight, bias in stages:
+        if isinstance(mixer, DenseMixer):
+            bound = (mixer.positions * mixer.taps) ** -0.5
+            init.copy_(weight, torch.empty_like(weight).uniform_(-bound, bound).tril(-mixer.diagonal))
+            init.uniform_(bias, -bound, bound)
+        else:
+            init.normal_(weight, std=math.sqrt(2 / mixer.positions))
+            init.zeros_(bias)
     decay_value = getattr(mixer, "decay_value", None)
     if decay_value is not None:
         init.ones_(decay_value)

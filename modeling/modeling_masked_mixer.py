@@ -34,13 +34,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import Attention
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
-from .configuration_masked_mixer import MaskedMixerConfig
+from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
@@ -203,7 +204,12 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM):
 
     backbone_class = MaskedMixerModel
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __init__(self, config: MaskedMixerConfig) -> None:
+        super().__init__(config)
+        self._is_stateful = config.mixing in REPEATS  # a history can be taken back: drafts may be checked
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers'. With `context_overflow="window"` of rows that are too long the last part."""
         if self.config.context_overflow == "window":
             input_ids, kwargs = windowed_inputs(input_ids, self.config.max_position_embeddings, kwargs)

@@ -37,10 +37,13 @@ def windowed_inputs(input_ids: Tensor, positions: int, arguments: dict[str, Any]
     """
     cache = arguments.get("cache", arguments.get("past_key_values"))
     mask = arguments.get("attention_mask")
-    columns = input_ids.shape[1] if mask is None else mask.shape[1]
+    past = 0 if cache is None else int(cache.get_seq_length())
+    # After a prompt of embeddings the ids are those of the new tokens alone.
+    columns = max(input_ids.shape[1], past + 1) if mask is None else mask.shape[1]
     if columns < positions:
         return input_ids, arguments
-    real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
+    shape = (input_ids.shape[0], columns)
+    real = torch.ones(shape, dtype=torch.bool, device=input_ids.device) if mask is None else mask != 0
     rank = real.cumsum(-1)
     drop = tokens_to_drop(rank[:, -1], positions)
     if not bool(drop.any()):
@@ -56,7 +59,6 @@ def windowed_inputs(input_ids: Tensor, positions: int, arguments: dict[str, Any]
     changes: dict[str, Any] = {"position_ids": None}
     if cache is None:
         return input_ids[:, first:], arguments | changes | {"attention_mask": kept[:, first:].long()}
-    past = int(cache.get_seq_length())
     held = cache.layers[0].counts
     if held is None or not torch.equal(held, kept[:, :past].sum(-1).to(held.device)):
         cache.reset()

@@ -200,7 +200,9 @@ FAMILIES: dict[str, Family] = {
     "mixer-rows": _mixer("row_repeat", num_heads=2, use_projections=False, use_decay=False),
     "mixer-columns": _mixer("column_repeat", kernel_size=3, use_projections=True),
     "mixer-combined": _mixer("combined_repeat", num_heads=2, kernel_size=2),
-    "mixer-series": _mixer("dense", attention="series", num_attention_heads=4, num_key_value_heads=2, head_dim=6),
+    "mixer-series": _mixer(
+        "dense", attention="series", attention_bias=True, num_attention_heads=4, num_key_value_heads=2, head_dim=6
+    ),
     "mixer-parallel": _mixer("mixed_repeat", num_heads=2, attention="parallel", num_attention_heads=4),
     "hybrid-mixers": _hybrid(
         "masked_mixing", "full_attention", "mamba2", state_size=8, max_position_embeddings=160, mixing_heads=2

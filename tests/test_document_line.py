@@ -54,6 +54,20 @@ def test_gradients_are_those_of_a_copy() -> None:
     assert torch.autograd.gradcheck(lambda x: lines.gather_back([3 * table for table in lines.lay_out(x)]), (x,))
 
 
+@pytest.mark.parametrize(
+    ("seq_idx", "whole"),
+    [
+        ([[0] * 7, [3] * 7], True),
+        ([[0] * 7, [-1] + [3] * 6], False),
+        ([[0] * 7, [3] * 6 + [4]], False),
+        ([[0] * 6 + [-1], [3] * 6 + [-1]], False),
+        ([[-1] * 7, [0] * 4 + [1] * 3], False),
+    ],
+)
+def test_rows_that_are_one_document_each(seq_idx: list[list[int]], whole: bool) -> None:
+    assert DocumentLines(torch.tensor(seq_idx)).whole == whole
+
+
 def test_no_document_at_all() -> None:
     lines = DocumentLines(torch.full((2, 3), -1))
     assert (lines.longest, lines.sizes, lines.real.any().item()) == (0, [], False)

@@ -44,6 +44,7 @@ LAYOUTS = {
     "padding-inside": [[0, 0, -1, -1, 0, 0, 1, -3, 1]],
     "the-same-number-in-the-next-row": [[0, 0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 2, 2, 2]],
     "rows-of-padding": [[-1] * 9, [0] * 9, [-2, -1] * 4 + [-1]],
+    "a-token-of-padding": [[-1] + [0] * 10, [0] * 11, [0] * 10 + [-1]],
     "nothing-but-padding": [[-1] * 9, [-4] * 9],
 }
 
@@ -103,7 +104,7 @@ def test_without_bias_or_residual(family: Family, way: str, without: tuple[str, 
 def test_documents_match_the_oracle(family: Family, way: str, name: str) -> None:
     """Positions of a document are its own, and so there may be fewer than a row has tokens."""
     seq_idx = torch.tensor(LAYOUTS[name])
-    values = Case(len(seq_idx), 9, 9, H=2, P=3).draw(family, torch.float32)
+    values = Case(*seq_idx.shape, N=11, H=2, P=3).draw(family, torch.float32)
     exact = {key: value.detach().double().requires_grad_() for key, value in values.items()}
     y = called(family, way)(**values, seq_idx=seq_idx)
     expected = oracle(family, **exact, seq_idx=seq_idx)
