@@ -6,7 +6,6 @@ the weights are the softplus, and may divide each position's output by the sum o
 matrices dense ones.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +50,9 @@ def read_optimised_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> 
         Rule(f"{_THEIRS}mixer.{raw}", f"{_OURS}mixer.weight", weights),
         Rule(f"{_THEIRS}mixer.bias", f"{_OURS}mixer.bias"),
     ]
-    projections, width = (
-        checkpoint.has(r"blocks\.0\.mixer\.out_proj\..*"),
-        checkpoint.shape("blocks.0.mlp_norm.weight", 1)[0],
-    )
+    projections = checkpoint.has(r"blocks\.0\.mixer\.out_proj\..*")
     if projections:
+        (width,) = checkpoint.shape("blocks.0.mlp_norm.weight", 1)
         rules += [
             Rule(f"{_THEIRS}mixer.inp_proj.{{rest}}", f"{_OURS}mixer.in_proj.{{rest}}"),
             Rule(f"{_THEIRS}mixer.out_proj.weight", f"{_OURS}mixer.out_proj.weight"),
@@ -81,7 +78,10 @@ def _weights(count: int, positions: int, positive: bool, mean: bool) -> Computed
     """How our weights come from theirs; None where they are the same."""
     if not positive and not mean:
         return None
-    make: Callable[[list[Tensor]], Tensor] = lambda tensors: _by_distance(tensors[0], positive, mean)  # noqa: E731
+
+    def make(tensors: list[Tensor]) -> Tensor:
+        return _by_distance(tensors[0], positive, mean)
+
     return Computed(((count, positions),), (count, positions, positions) if mean else (count, positions), make)
 
 
