@@ -330,7 +330,9 @@ def test_peers_get_our_numbers_in_their_layout_and_give_theirs_back_in_ours(monk
                 continue
             assert found[0] < 1e-5, (case.name, name, found)
             if name != "fla chunk_simple_gla":
-                assert results.keys() == expected.keys(), (case.name, name)
+                # The floor's gradient of the weights fills the triangle that ours leaves empty.
+                other = {"dweight"} if name.startswith("the floor") else set()
+                assert results.keys() == expected.keys() - other, (case.name, name)
             compared.add(name)
     if mode == EAGER:
         assert compared == {"mamba_ssm and causal_conv1d", "transformers"}
