@@ -135,15 +135,15 @@ def test_every_arm_has_the_same_searches_and_seeds_and_bm25_and_chance_stand_bes
         assert found["bm25"]["top1"] == pytest.approx(1.0 if task == CRANFIELD else 0.25, abs=0.25)
         assert list(found["arms"]) == list(TWO)
         for arm, measured in found["arms"].items():
-            trials = [row for row in rows if (row["purpose"], row["arm"]) == (PRETRAINING, arm)]
+            trials = [row for row in rows if (row["purpose"], row.get("arm")) == (PRETRAINING, arm)]
             assert trials[0]["rate"] == 4e-3
             assert measured["rate"] == min(trials, key=lambda row: row["held_out"])["rate"]
-            trials = [row for row in rows if (row["purpose"], row["arm"], row["task"]) == (TRIAL, arm, task)]
+            trials = [row for row in rows if (row["purpose"], row.get("arm"), row.get("task")) == (TRIAL, arm, task)]
             assert trials[0]["tuned"] == 1e-3
             best = max(trials, key=lambda row: row["trial"]["top1"])
             assert measured["tuned"] == best["tuned"]
             assert best["tuned"] * 2 in {row["tuned"] for row in trials}
-            results = [row for row in rows if (row["purpose"], row["arm"], row["task"]) == (RESULT, arm, task)]
+            results = [row for row in rows if (row["purpose"], row.get("arm"), row.get("task")) == (RESULT, arm, task)]
             assert [row["seed"] for row in results] == [1]
             for state in (BEFORE, AFTER):
                 assert measured[state]["ndcg"]["mean"] == results[0][state]["ndcg"]
