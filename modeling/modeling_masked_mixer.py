@@ -208,7 +208,7 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM):
         super().__init__(config)
         self._is_stateful = config.mixing in REPEATS  # a history can be taken back: drafts may be checked
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers'. With `context_overflow="window"` of rows that are too long the last part."""
         if self.config.context_overflow == "window":

@@ -319,15 +319,13 @@ OTHERS: list[tuple[dict[str, Any], int]] = [
 @pytest.mark.parametrize(("student", "first"), OTHERS)
 def test_other_mixers_run_too(student: dict[str, Any], first: int, place: Path) -> None:
     values = recipe_values(place)
-    values["student"] = {"layers": "odd", **student}
-    values["stages"] = STAGES[first:]
+    values |= {"student": {"layers": "odd", **student}, "stages": STAGES[first:]}
     report = distill(parse_recipe(values), place / student["mixer"])
     rows = {row["name"]: row for row in report["evaluations"]}
     assert rows["logits"]["loss"] < rows["mixers zeroed"]["loss"]
     assert report["student"]["mixer_types"] == ["full_attention", student["mixer"]] * 2
     assert (place / student["mixer"] / "student" / "model.safetensors").is_file()
-    if student["mixer"] == "masked_mixing":
-        assert rows["step 0"]["loss"] < rows["mixers zeroed"]["loss"]
+    assert student["mixer"] != "masked_mixing" or rows["step 0"]["loss"] < rows["mixers zeroed"]["loss"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place: Path) -> None:
