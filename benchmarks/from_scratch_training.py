@@ -34,14 +34,14 @@ def tokens() -> tuple[Tensor, Tensor]:
     return torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
 
 
-def windows_of(ids: Tensor) -> Tensor:
-    """(n, LENGTH + 1) windows, each of which begins with the last token of the one before."""
-    return ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
+def windows_of(ids: Tensor, length: int = LENGTH) -> Tensor:
+    """(n, length + 1) windows, each of which begins with the last token of the one before."""
+    return ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
 
 
-def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """(batch, LENGTH + 1) windows: epochs of all windows, each in an order of its own."""
-    windows = windows_of(ids)
+def batches(ids: Tensor, batch: int, steps: int, seed: int, length: int = LENGTH) -> Iterator[Tensor]:
+    """(batch, length + 1) windows: epochs of all windows, each in an order of its own."""
+    windows = windows_of(ids, length)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -52,29 +52,41 @@ def batches(ids: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token, of all but the first token of (B, LENGTH + 1) windows."""
+    """Mean cross-entropy, nats per token, of all but the first token of (B, length + 1) windows."""
     logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, ids: Tensor, batch: int) -> float:
+def held_out_loss(model: nn.Module, ids: Tensor, batch: int, length: int = LENGTH) -> float:
     """Mean of `loss_of` over the windows of `ids`, `batch` at a time."""
     model.eval()
-    windows = windows_of(ids)
+    windows = windows_of(ids, length)
     total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))
     model.train()
     return total / len(windows)
 
 
 class Trainer:
-    """AdamW, decay 0.1 of matrices, clip 1, warm-up over a tenth of the steps, cosine to a tenth of the rate.
+    """AdamW, decay 0.1 of matrices, clip 1, warm-up, then a cosine. A_log counts as no matrix.
 
-    A_log counts as no matrix. `loss` takes the model and what `step` is given, and returns the mean loss.
+    Args:
+        model: to train.
+        rate: the largest learning rate.
+        steps: length of the schedule.
+        loss: takes the model and what `step` is given, and returns the mean loss.
+        warmup: steps in which the rate rises; a tenth of `steps` if not given.
+        floor: what the cosine falls to, in parts of the rate; 1 for a constant rate after the warm-up.
     """
 
     def __init__(
-        self, model: nn.Module, rate: float, steps: int, loss: Callable[[nn.Module, Any], Tensor] = loss_of
+        self,
+        model: nn.Module,
+        rate: float,
+        steps: int,
+        loss: Callable[[nn.Module, Any], Tensor] = loss_of,
+        warmup: int | None = None,
+        floor: float = 0.1,
     ) -> None:
         self.model, self.loss = model, loss
         matrices = {key: p.dim() > 1 and not key.endswith("A_log") for key, p in model.named_parameters()}
@@ -83,18 +95,19 @@ class Trainer:
             for decayed, decay in ((True, 0.1), (False, 0.0))
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
-        warmup = max(steps // 10, 1)
+        rising = max(steps // 10, 1) if warmup is None else warmup
+        middle, swing = (1 + floor) / 2, (1 - floor) / 2
 
         def schedule(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))
+            if step < rising:
+                return (step + 1) / rising
+            return middle + swing * math.cos(math.pi * (step - rising) / max(steps - rising, 1))
 
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         model.train()
 
     def step(self, batch: Any) -> float:
-        """Train on a batch, (B, LENGTH + 1) windows with the default loss, and return its loss before the step."""
+        """Train on a batch, (B, length + 1) windows with the default loss, and return its loss before the step."""
         loss = self.loss(self.model, batch)
         self.optimizer.zero_grad()
         loss.backward()

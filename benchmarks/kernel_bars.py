@@ -83,6 +83,13 @@ BARS = (
         _ratio,
         0.5,
     ),
+    Bar(
+        "masked mixing forward+backward, L >= 1024 / cuBLAS of tril(W)",
+        lambda row: row["op"] == "masked_mix" and row["mode"] == TRAINING and row["sizes"]["L"] >= 1024,
+        "cuBLAS",
+        _ratio,
+        0.65,
+    ),
     Bar("decode step / mamba_ssm", lambda row: row["mode"] in (EAGER, GRAPH), "mamba_ssm", _ratio, 0.7),
     Bar(
         "peak memory / (inputs + outputs + chunk states)",

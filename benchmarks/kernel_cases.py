@@ -16,10 +16,12 @@ from mixers import mamba1_parts, mamba2_parts
 from torch import Tensor
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_reference
 from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd, ssd_reference
 from ssm_zoo.kernels.ssd_step import ssd_step
+from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference
 from ssm_zoo.kernels.window_attention import window_attention, window_attention_reference
 
 Sizes = Mapping[str, int]
@@ -150,6 +152,20 @@ def attention_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inpu
         "k": normal(*keys, dtype=dtype, device=device),
         "v": normal(*keys, dtype=dtype, device=device),
     }
+
+
+def mixing_inputs(dimensions: int) -> Callable[[Sizes, torch.dtype, torch.device], Inputs]:
+    """Inputs with weights of pairs of positions (2) or of distances (1): lower triangular, and outputs of order 1."""
+
+    def make(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+        weight = normal(s["H"], *[s["L"]] * dimensions, dtype=dtype, device=device) / s["L"] ** 0.5
+        return {
+            "x": normal(s["B"], s["L"], s["H"], s["P"], dtype=dtype, device=device),
+            "weight": weight.tril() if dimensions == 2 else weight,
+            "bias": normal(s["H"], s["L"], dtype=dtype, device=device),
+        }
+
+    return make
 
 
 def window_of(length: int) -> int:
@@ -284,6 +300,8 @@ OPS: dict[str, Op] = {
         _selected_attention(window_attention_reference),
         reduced(B=1, L=193, H=8, G=8, M=53),
     ),
+    "masked_mix": Op(mixing_inputs(2), masked_mix, masked_mix_reference, reduced(B=2, L=193, P=96)),
+    "toeplitz_mix": Op(mixing_inputs(1), toeplitz_mix, toeplitz_mix_reference, reduced(B=2, L=193, P=96)),
     "decode": Op(decode_inputs, decode, decode_reference, reduced(B=3, H=8), changed=("state", "conv_state")),
     **{kind: mixer(kind) for kind in MIXERS},
 }
@@ -291,6 +309,8 @@ OPS: dict[str, Op] = {
 HEADLINE = {"B": 1, "L": 8192, "H": 128, "P": 64, "N": 128, "G": 1}
 # Taipan's selective attention (arXiv 2410.18572) at a width of 2048: 15 % of the tokens are selected.
 SELECTIVE = {"B": 1, "L": 16384, "M": 2458, "H": 32, "G": 32, "P": 64}
+# A mixing layer at a width of 1024 (arXiv 2409.01482), of so many tokens.
+MIXED_TOKENS = 65536
 LENGTHS = tuple(4**k for k in range(4, 11))  # 256 to 1048576
 SCAN_LENGTHS = (512, 2048, 8192, 32768, 131072, 524288)
 
@@ -312,6 +332,11 @@ def full_cases() -> Iterator[Case]:
             yield Case("decode", mode, {"B": batch, "H": 64, "P": 64, "N": 128, "G": 1}, bf16)
     for mode in (FORWARD, TRAINING):
         yield Case("window_attention", mode, SELECTIVE, bf16)
+    for mode in (TRAINING, FORWARD):
+        for op in ("masked_mix", "toeplitz_mix"):
+            for length in (1024, 2048, 4096, 512):
+                yield Case(op, mode, {"B": MIXED_TOKENS // length, "L": length, "H": 1, "P": 1024}, bf16)
+            yield Case(op, mode, {"B": MIXED_TOKENS // 1024, "L": 1024, "H": 16, "P": 64}, bf16)
     for mode in (FORWARD, TRAINING):
         for length in (512, 256, 2048, 32768, 131072):
             yield Case("ssd", mode, {**HEADLINE, "L": length}, bf16)
@@ -341,6 +366,8 @@ def small_cases() -> Iterator[Case]:
         for op in ("rms_norm_gated", "rms_norm", "add_rms_norm"):
             yield Case(op, mode, {"B": 2, "L": 64, "D": 96}, fp32)
         yield Case("window_attention", mode, {"B": 2, "L": 128, "M": 38, "H": 4, "G": 2, "P": 16}, fp32)
+        for op in ("masked_mix", "toeplitz_mix"):
+            yield Case(op, mode, {"B": 2, "L": 64, "H": 2, "P": 24}, fp32)
         for kind in MIXERS:
             yield Case(kind, mode, {"B": 1, "L": 32, "D": 64}, fp32)
     for batch in (1, 2):

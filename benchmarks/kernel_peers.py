@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dense_mixing import as_columns, as_rows, columns_product, toeplitz_matrix, transformed, unmasked
 from kernel_cases import EPS, MIXERS, OPS, Results, Setup, runner, selected, split_maps, window_of
 from kernel_sides import CUDA_SCAN, Builder, NotMeasuredError, Side, at_most, require, same, torch_body, transposed
 from mixers import mamba1_parts, mamba2_parts
@@ -282,6 +283,26 @@ def flash_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
     return run
 
 
+def dense_mixing(matrix_of: Callable[[Tensor], Tensor]) -> Builder:
+    """One product of cuBLAS per head, with the inputs laid out for it before."""
+
+    def build(setup: Setup) -> Side:
+        inputs = {name: as_columns(t) if name == "x" else t for name, t in setup.inputs.items()}
+        product = columns_product(matrix_of)
+        run = runner(lambda **inputs: product(**inputs), inputs, tuple(map(as_columns, setup.cotangents)))
+        batch = len(setup.inputs["x"])
+
+        def ours(results: Results) -> Results:
+            rows = {name: as_rows(t, batch) if name in ("y", "dx") else t for name, t in results.items()}
+            if matrix_of is unmasked:
+                rows.pop("dweight", None)  # of the whole matrix
+            return rows
+
+        return Side(run, ours)
+
+    return build
+
+
 def decoding(convolve: Callable[..., Tensor], update: Callable[..., Tensor]) -> Builder:
     """A step by two functions of mamba_ssm's signatures; what a head has once they get as broadcast views."""
 
@@ -405,6 +426,16 @@ PEERS: Mapping[str, Mapping[str, Builder]] = {
         "flash_attn of all tokens": all_queries(flash_attention),
         "torch attention of all tokens": at_most(32768, "it reads an (L, L) mask")(all_queries(masked_attention)),
         "our torch path": same(torch_path("window_attention")),
+    },
+    "masked_mix": {
+        "cuBLAS of tril(W)": dense_mixing(torch.tril),
+        "the floor: cuBLAS of W unmasked": dense_mixing(unmasked),
+        "our torch path": same(torch_path("masked_mix")),
+    },
+    "toeplitz_mix": {
+        "cuBLAS of the matrix": dense_mixing(toeplitz_matrix),
+        "torch rfft": same(transformed),
+        "our torch path": same(torch_path("toeplitz_mix")),
     },
     "decode": {
         "mamba_ssm and causal_conv1d": mamba_ssm_decode,

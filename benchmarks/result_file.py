@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ class ResultFile:
     Args:
         path: the file; where it exists its rows count as done.
         about: what every new row says of the machine (`circumstances`).
+        minutes: after so many no further run is begun; None: no end.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], minutes: float | None = None) -> None:
         self.path, self.about = path, about
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
         self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -28,8 +31,16 @@ class ResultFile:
         return next((row for row in self.rows if wanted.items() <= row.items()), None)
 
     def run(self, run: Any, execute: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """The row of `run`, a dataclass whose fields tell it from all others: from the file, else by `execute`."""
-        return self.find(dataclasses.asdict(run)) or self.add({**dataclasses.asdict(run), **execute(run)})
+        """The row of `run`, a dataclass whose fields tell it from all others: from the file, else by `execute`.
+
+        Raises:
+            SystemExit: if the run is not in the file and the time is up.
+        """
+        if found := self.find(dataclasses.asdict(run)):
+            return found
+        if self.end is not None and time.monotonic() > self.end:
+            raise SystemExit(f"the minutes are over: go on with --resume {self.path}")
+        return self.add({**dataclasses.asdict(run), **execute(run)})
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Write a row."""

@@ -25,7 +25,7 @@ CHUNK = 64
 SPAN = 32
 FLOAT32 = 4
 # Ops most of whose arithmetic is matrix products in the dtype of their inputs.
-PRODUCTS = ("ssd", "window_attention", "mamba2_mixer", "mamba1_mixer")
+PRODUCTS = ("ssd", "window_attention", "masked_mix", "toeplitz_mix", "mamba2_mixer", "mamba1_mixer")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,17 @@ def attention_traffic(s: Sizes, e: int) -> Traffic:
     return Traffic(queries + 2 * keys, queries, round(4 * s["M"] * s["H"] * s["P"] * seen))
 
 
+def mixing_traffic(weights: Callable[[int], int]) -> Callable[[Sizes, int], Traffic]:
+    """Traffic of mixing with so many weights of a head for a length, of pairs of tokens that see each other."""
+
+    def count(s: Sizes, e: int) -> Traffic:
+        L, heads = s["L"], s["H"]
+        elements = s["B"] * L * heads * s["P"]
+        return Traffic((elements + heads * (weights(L) + L)) * e, elements * e, elements * (L + 1) + elements)
+
+    return count
+
+
 def decode_traffic(s: Sizes, e: int) -> Traffic:
     B, H, P, N, G = (s[symbol] for symbol in "BHPNG")
     channels = H * P + 2 * G * N
@@ -122,6 +133,8 @@ TRAFFIC: dict[str, Callable[[Sizes, int], Traffic]] = {
     "rms_norm_gated": norm_traffic(wide=2, outputs=1, per_element=5),
     "add_rms_norm": norm_traffic(wide=2, outputs=2, per_element=5),
     "window_attention": attention_traffic,
+    "masked_mix": mixing_traffic(lambda L: L * (L + 1) // 2),
+    "toeplitz_mix": mixing_traffic(lambda L: L),  # FLOPs of the sum, although transforms need fewer
     "decode": decode_traffic,
     "mamba2_mixer": mamba2_traffic,
     "mamba1_mixer": mamba1_traffic,

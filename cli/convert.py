@@ -16,7 +16,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="zoo, transformers, state-spaces or cartesia. If not given: zoo; of a zoo checkpoint, transformers.",
+            help="zoo, transformers, state-spaces, cartesia or maskedmixers. If not given: zoo; of a zoo checkpoint, "
+            "transformers.",
         ),
     ] = None,
     dtype: Annotated[
@@ -27,12 +28,21 @@ def convert(
         bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, of which nothing but tensors is taken.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a checkpoint.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of a mixer without a config.json, what shapes do not tell: pad_mode=as_trained say.",
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify/--no-verify", help="Load both models, in float32, and compare their logits."),
     ] = True,
 ) -> None:
-    """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba, jamba; state-spaces; llamba; the zoo's.
+    """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba, jamba; state-spaces; llamba; masked,
+    Toeplitz and recurrent mixers; the zoo's.
 
     Prints what was read and written, and how far the logits of both sides are apart. OUT appears whole or not at
     all. What the other side cannot express is refused by the name of its field.
@@ -50,5 +60,6 @@ def convert(
         allow_pickle=allow_pickle,
         overwrite=overwrite,
         verify=verify,
+        settings=settings or (),
     )
     typer.echo("\n".join([str(folder), *report.lines()]))

@@ -1,12 +1,29 @@
 """`ssm-zoo finetune`: train a model of the zoo further."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..conversion.command_line import process_number
+from .finetune_embed import embed
+from .finetuning_options import (
+    AfterWarmup,
+    Alpha,
+    Dora,
+    Dropout,
+    HowTrained,
+    MaxGradNorm,
+    Method,
+    Rank,
+    Revision,
+    Schedule,
+    Seed,
+    TargetModules,
+    Warmup,
+    WeightDecay,
+    targets,
+)
 from .push import announce, check_repository, push_folder
 from .run_folder import model_source
 from .training_options import (
@@ -32,17 +49,6 @@ from .training_options import (
 finetune = typer.Typer(no_args_is_help=True, help="Train a model of the zoo further, by adapters or as a whole.")
 
 
-class Method(StrEnum):
-    LORA = "lora"
-    FULL = "full"
-
-
-class Schedule(StrEnum):
-    COSINE = "cosine"
-    LINEAR = "linear"
-    CONSTANT = "constant"
-
-
 @finetune.callback()
 def group() -> None:
     """Train a model of the zoo further, by adapters or as a whole."""
@@ -54,22 +60,15 @@ def language_model(
     output: Output,
     train: Train,
     heldout: Heldout,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
-    ] = None,
+    revision: Revision = None,
     separator: Separator = None,
     text_field: TextField = "text",
-    method: Annotated[Method, typer.Option("--method", help="Adapters, or all weights.")] = Method.LORA,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of the adapters.")] = 16,
-    alpha: Annotated[float, typer.Option("--alpha", help="Adapters are scaled by alpha / rank.")] = 32.0,
-    dropout: Annotated[float, typer.Option("--dropout", help="Share of the adapters' inputs dropped.")] = 0.0,
-    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed adapters.")] = False,
-    target_modules: Annotated[
-        str,
-        typer.Option(
-            "--target-modules", metavar="NAMES", help="Layers with adapters: all-linear, or in_proj,out_proj say."
-        ),
-    ] = "all-linear",
+    method: HowTrained = Method.LORA,
+    rank: Rank = 16,
+    alpha: Alpha = 32.0,
+    dropout: Dropout = 0.0,
+    dora: Dora = False,
+    target_modules: TargetModules = "all-linear",
     load_in_4bit: Annotated[
         bool, typer.Option("--load-in-4bit", help="Keep the base in 4 bits (QLoRA); needs bitsandbytes.")
     ] = False,
@@ -82,13 +81,13 @@ def language_model(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Peak; 2e-4 for adapters, 5e-5 for all weights.")
     ] = None,
-    schedule: Annotated[Schedule, typer.Option("--schedule", help="What follows the warm-up.")] = Schedule.COSINE,
-    warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps in which the rate rises.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of the matrices.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option("--max-grad-norm", help="Gradients are scaled down to it.")] = 1.0,
+    schedule: AfterWarmup = Schedule.COSINE,
+    warmup: Warmup = 0.05,
+    weight_decay: WeightDecay = 0.0,
+    max_grad_norm: MaxGradNorm = 1.0,
     dtype: Dtype = ComputeDtype.AUTO,
     gradient_checkpointing: GradientCheckpointing = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of initial adapters, order and dropout.")] = 0,
+    seed: Seed = 0,
     checkpoint_every: CheckpointEvery = 200,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write the model with the adapter in its weights.")
@@ -116,7 +115,7 @@ def language_model(
         "alpha": alpha,
         "dropout": dropout,
         "dora": dora,
-        "target_modules": target_modules if target_modules == "all-linear" else target_modules.split(","),
+        "target_modules": targets(target_modules),
         "load_in_4bit": load_in_4bit,
         "packing": packing,
         "row_tokens": row_tokens,
@@ -159,3 +158,6 @@ def language_model(
 
         write_card(folder, report, repo_id=repo)
         announce(push_folder(folder, repo, private=private))
+
+
+finetune.command("embed")(embed)

@@ -12,6 +12,7 @@ import typer
 from .convert import convert
 from .distill import distill
 from .errors import ReportingGroup
+from .evaluate import evaluate
 from .finetune import finetune
 from .generate import generate
 from .push import push
@@ -49,6 +50,7 @@ def ssm_zoo(
 app.command()(distill)
 app.command()(train)
 app.add_typer(finetune, name="finetune")
+app.add_typer(evaluate, name="evaluate")
 
 
 @app.command()

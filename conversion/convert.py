@@ -5,8 +5,8 @@ Weights go from file to file, a shard at a time. Only the proof loads both model
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling import ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
-from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
+from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from ..modeling.hub_code import code_licence
 from . import format_state_spaces
 from .byte_tokenizer import byte_tokenizer
@@ -28,6 +28,8 @@ from .format_jamba import JAMBA
 from .format_llamba import LLAMBA
 from .format_mamba import FALCON_MAMBA, MAMBA
 from .format_mamba2 import MAMBA2
+from .format_masked_mixer import MASKED_MIXER
+from .mixer_formats import is_transfixer, read_mixer
 from .output_folder import new_folder
 from .parity import Difference, ParityReport, compare, logits_of_folder, logits_of_tensors
 from .rules import LazyTensor, Mapper, check, lazy
@@ -45,9 +47,15 @@ FORMATS = (
     format_state_spaces.MAMBA1,
     format_state_spaces.MAMBA2,
     format_state_spaces.MAMBA2_HYBRID,
+    MASKED_MIXER,
 )
-_ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (ZooS6ForCausalLM, ZooSSDForCausalLM, ZooHybridForCausalLM)
-_TARGETS = ("zoo", "transformers", "state-spaces", "cartesia")
+_ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
+    ZooS6ForCausalLM,
+    ZooSSDForCausalLM,
+    ZooHybridForCausalLM,
+    MaskedMixerForCausalLM,
+)
+_TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
 _CARRIED = ("generation_config.json", *CARRIED)
@@ -64,14 +72,16 @@ class _Checkpoint:
         zoo_class: our model.
         zoo_config: its configuration.
         ours: its tensors.
+        notes: lines for the report.
     """
 
     format: Format | None
     config: Any
     tensors: dict[str, LazyTensor]
-    zoo_class: type[ZooForCausalLM]
+    zoo_class: type[ZooPreTrainedModel]
     zoo_config: Any
     ours: dict[str, LazyTensor]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -89,11 +99,14 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     max_shard_size: int | str = "5GB",
+    settings: Sequence[str] = (),
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
     Of transformers `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba` are known, of state-spaces
     Mamba-1 and Mamba-2, the latter also with an MLP in each block or attention in some, and of Cartesia `llamba`.
+    Masked, Toeplitz and structured recurrent mixers, which have no config.json, are known by their keys, the encoder of
+    their autoencoder included; their sizes follow from shapes.
     Tokenizer, licence and generation config are carried over; to a state-spaces checkpoint of 256 tokens without a
     tokenizer, MambaByte's is added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes
     it.
@@ -101,14 +114,21 @@ def convert(
     Args:
         source: a folder, or a Hub id.
         folder: a new or empty folder to write; its parents are made as needed.
-        to: "zoo", "transformers", "state-spaces" or "cartesia"; if not given "transformers" for a zoo checkpoint, else
-            "zoo".
+        to: "zoo", "transformers", "state-spaces", "cartesia" or "maskedmixers"; if not given "transformers" for a zoo
+            checkpoint, else "zoo".
         dtype: "float32", "bfloat16" or "float16"; that of each tensor if not given. What our models keep in float32
             (A_log, D and the bias of the step sizes) is written in float32 then.
         allow_pickle: read `pytorch_model.bin`, with `weights_only=True`, where there is no safetensors file.
         overwrite: replace a folder that holds a checkpoint.
         verify: compare logits of both sides for random tokens, where transformers has the model.
         max_shard_size: bytes of a file of weights, or a text such as "5GB". It bounds the memory taken.
+        settings: "name=value" each, what the shapes of a mixer without a config.json do not tell. Of all: `pad_mode`
+            ("shift"; "as_trained" for those trained on rows filled up at their left), `pad_token_id`, `bos_token_id`,
+            `eos_token_id`, `hidden_act` (the authors' if not given) and `context_overflow`. Of Toeplitz and recurrent
+            mixers `mixing` (by their authors' code, where that leaves one), `decay_constant` (N // 512 positions, with
+            taps N // 256, at least 1), `use_projections` (of heads in one tensor; true), `mean` (of Toeplitz heads
+            with root-mean-square norms; to be given). Of a transfixer without a config.json `num_attention_heads` (to
+            be given), `rope_theta` (10000) and `norm_eps` (1e-6).
 
     Returns:
         The report.
@@ -127,7 +147,7 @@ def convert(
     read_from = _source_folder(source, allow_pickle)
     if folder.resolve() in (read_from.resolve(), *read_from.resolve().parents):
         raise ValueError(f"folder: {folder} is or holds the source; accepted: another folder")
-    read = _read(read_from, allow_pickle)
+    read = _read(read_from, allow_pickle, settings)
     to = to or ("zoo" if read.format else "transformers")
     target = None if to == "zoo" else _target_format(to, read)
     ours = read.ours if dtype is None else _cast(read.ours, _DTYPES[dtype], read.zoo_class)
@@ -136,7 +156,7 @@ def convert(
     with new_folder(folder, overwrite=overwrite) as made:
         carried = _carry(read, read_from, made, target)
         write_weights(made, tensors, max_shard_size=max_shard_size)
-        _write_config(made, target, read.zoo_class, config, ours[_EMBEDDING].dtype)
+        _write_config(made, target, read.zoo_class, config, _dtype(ours))
         logits = _compare(read, ours, target, made) if verify else "not asked for"
     return ParityReport(
         source=read.name,
@@ -146,6 +166,7 @@ def convert(
         dtypes={key: tensor.dtype for key, tensor in tensors.items()},
         carried=carried,
         logits=logits,
+        notes=read.notes,
     )
 
 
@@ -157,8 +178,14 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
             f"folder: {folder} exists and is not empty; accepted: a new or empty folder, or with --overwrite "
             "(overwrite=True) a checkpoint's"
         )
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not _is_bare(folder):
         raise ValueError(f"folder: {folder} is not replaced, as it is no checkpoint: it holds no config.json")
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether there are weights and nothing that says what they are."""
+    weights = any(folder.glob("model*.safetensors")) or (folder / "pytorch_model.bin").is_file()
+    return weights and not (folder / "config.json").is_file()
 
 
 def _source_folder(source: str | Path, allow_pickle: bool) -> Path:
@@ -174,9 +201,15 @@ def _source_folder(source: str | Path, allow_pickle: bool) -> Path:
     return folder
 
 
-def _read(folder: Path, allow_pickle: bool) -> _Checkpoint:
-    """A checkpoint whose keys, shapes and dtypes are what its configuration promises."""
+def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = ()) -> _Checkpoint:
+    """A checkpoint whose keys, shapes and dtypes are what its configuration, or its sizes, promise."""
+    if _is_bare(folder):
+        return _read_mixer(folder, read_weights(folder, allow_pickle=allow_pickle), settings)
     values = read_config(folder)
+    if values.get("model_type") == "llama" and _is_transfixer(folder, allow_pickle):
+        return _read_mixer(folder, read_weights(folder, allow_pickle=allow_pickle), settings)
+    if settings:
+        raise ValueError(f"set: got {settings[0]!r}; accepted: nothing for a checkpoint whose config.json says it all")
     found = next((form for form in FORMATS if form.reads(values)), None)
     zoo_class = found.zoo_class if found else _zoo_class(values)
     read = found.read if found else zoo_class.config_class.from_pretrained  # pyright: ignore[reportOptionalMemberAccess]
@@ -202,12 +235,26 @@ def _read(folder: Path, allow_pickle: bool) -> _Checkpoint:
     return _Checkpoint(found, config, tensors, zoo_class, zoo_config, mapper.to_ours(tensors) if mapper else tensors)
 
 
+def _is_transfixer(folder: Path, allow_pickle: bool) -> bool:
+    return is_transfixer(read_weights(folder, allow_pickle=allow_pickle))
+
+
+def _read_mixer(folder: Path, tensors: dict[str, LazyTensor], settings: Sequence[str]) -> _Checkpoint:
+    """A checkpoint of mixers of positions, which its keys tell."""
+    reading, used = read_mixer(folder, tensors, settings)
+    mapper = Mapper(reading.rules, _empty(reading.model_class, reading.config))
+    check(used, mapper.expected(), folder.name, "the sizes of its first block")
+    form = replace(MASKED_MIXER, name=reading.name, zoo_class=reading.model_class)
+    ours = mapper.to_ours(used)
+    return _Checkpoint(form, None, used, reading.model_class, reading.config, ours, reading.notes)
+
+
 def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
     """Our model that a config.json of no other library names."""
     by_type = {str(kind.config_class.model_type): kind for kind in _ZOO_CLASSES}  # pyright: ignore[reportOptionalMemberAccess]
     model_type = values.get("model_type")
     if model_type not in by_type:
-        theirs = [form.name.split()[1] for form in FORMATS if form.library != "state-spaces"]
+        theirs = [form.name.split()[1] for form in FORMATS if form.library != "state-spaces" and not form.bare]
         raise ValueError(
             f"config.json: model_type: got {model_type!r}; accepted: {', '.join([*theirs, *by_type])}, or with none "
             "that of state-spaces, with d_model and n_layer"
@@ -244,10 +291,17 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
 
 
 def _cast(
-    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, zoo_class: type[ZooForCausalLM]
+    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, zoo_class: type[ZooPreTrainedModel]
 ) -> dict[str, LazyTensor]:
     precise = tuple(f".{name}" for name in zoo_class._keep_in_fp32_modules_strict or ())
     return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in tensors.items()}
+
+
+def _dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    """That of the embedding; where there is none, of the first tensor."""
+    first = next(iter(tensors))
+    found = (key for key in (_EMBEDDING, _EMBEDDING.removeprefix("backbone."), first) if key in tensors)
+    return tensors[next(found)].dtype
 
 
 def _tensors_of(
@@ -267,8 +321,10 @@ def _tensors_of(
 
 
 def _write_config(
-    folder: Path, target: Format | None, zoo_class: type[ZooForCausalLM], config: Any, dtype: torch.dtype
+    folder: Path, target: Format | None, zoo_class: type[ZooPreTrainedModel], config: Any, dtype: torch.dtype
 ) -> None:
+    if target is not None and target.bare:
+        return
     if target is not None and target.model_class is None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return

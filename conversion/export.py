@@ -46,7 +46,6 @@ CARRIED = (
 _KEPT = ("README.md", "plots/*", *CARRIED)
 _READ = ("*config.json", "*.safetensors", "*.safetensors.index.json")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_TOKENS = 16
 
 
 def export(source: str | Path, folder: str | Path, *, revision: str | None = None, verify: bool = True) -> Path:
@@ -86,7 +85,7 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
     """Prove that a folder loads without this package and computes what this package computes from it.
 
     A process of its own, in which `ssm_zoo` cannot be imported and the Hub not be reached, loads the tokenizer, if
-    there is one, and the model with `trust_remote_code=True`, on the CPU. Its logits for random tokens have to be
+    there is one, and the model with `trust_remote_code=True`, on the CPU. Its first output for random inputs has to be
     the package's, bit for bit.
 
     Args:
@@ -107,13 +106,13 @@ def _verify(folder: Path, model: ZooPreTrainedModel) -> dict[str, Any]:
     """Prove that `folder` loads without this package and computes what `model` computes."""
     auto_class = _auto_class(type(model))
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.config.vocab_size, (1, _TOKENS), generator=generator)
-    ours = isolated_load.first_output(model, input_ids)
+    inputs = model.example_inputs(generator)
+    ours = isolated_load.first_output(model, inputs)
     if not ours.isfinite().all():
-        raise ValueError(f"{folder.name}: the model's output for {_TOKENS} random tokens is not finite")
+        raise ValueError(f"{folder.name}: the model's output for random {', '.join(inputs)} is not finite")
     with tempfile.TemporaryDirectory() as scratch:
         given, written = Path(scratch) / "input.safetensors", Path(scratch) / "output.safetensors"
-        save_file({"input_ids": input_ids}, given)
+        save_file(inputs, given)
         arguments = [folder.resolve(), auto_class, torch.get_num_threads(), given, written]
         started = time.monotonic()
         done = subprocess.run(

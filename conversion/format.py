@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.causal_lm import ZooPreTrainedModel
 from .rules import Rule
 
 CARRIED_IDS = ("use_cache", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -21,7 +21,7 @@ class Format:
 
     Attributes:
         name: for messages and reports.
-        library: whose it is, "transformers", "state-spaces" or "cartesia".
+        library: whose it is, "transformers", "state-spaces", "cartesia" or "maskedmixers".
         zoo_class: our model.
         reads: whether the values of a config.json are of this format.
         read: their configuration, of a folder: of transformers' formats an object of its class, else the values of
@@ -34,11 +34,12 @@ class Format:
         former_keys: keys that earlier releases used, with the later ones.
         keeps_tied_head: whether a head that is the embedding is written as a key of its own, where transformers does
             not have the model.
+        bare: whether its checkpoints are weights without a config.json.
     """
 
     name: str
     library: str
-    zoo_class: type[ZooForCausalLM]
+    zoo_class: type[ZooPreTrainedModel]
     reads: Callable[[dict[str, Any]], bool]
     read: Callable[[Path], Any]
     zoo_config: Callable[[Any], PreTrainedConfig]
@@ -48,6 +49,7 @@ class Format:
     model_class: type[PreTrainedModel] | None = None
     former_keys: Mapping[str, str] = field(default_factory=dict)
     keeps_tied_head: bool = False
+    bare: bool = False
 
 
 def read_config(folder: Path) -> dict[str, Any]:

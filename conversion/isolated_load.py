@@ -2,8 +2,8 @@
 
     python -P isolated_load.py FOLDER AUTO_CLASS THREADS INPUT OUTPUT
 
-INPUT and OUTPUT are safetensors files: (1, L) token ids under "input_ids", and the model's first output for them
-under "output".
+INPUT and OUTPUT are safetensors files: arguments of the model by their names, (1, L) "input_ids" mostly, and its first
+output for them under "output".
 """
 
 import sys
@@ -23,16 +23,17 @@ class _NoPackage:
             raise ModuleNotFoundError(f"an exported folder must not need {name}", name=name)
 
 
-def first_output(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The logits of (1, L) token ids, or the last hidden states of a model without a head.
+def first_output(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits for the inputs, or the last hidden states of a model without a head.
 
     A loaded weight is a view into its file, at any multiple of 8 bytes, and a matrix product may sum in another
     order at another alignment. To be comparable bit for bit, the weights are moved to where torch allocates.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    options = {"use_cache": False} if "input_ids" in inputs else {}
     with torch.no_grad():
-        return model.eval()(input_ids, use_cache=False)[0].contiguous()
+        return model.eval()(**inputs, **options)[0].contiguous()
 
 
 def main(folder: str, auto_class: str, threads: str, input_file: str, output_file: str) -> None:
@@ -44,7 +45,7 @@ def main(folder: str, auto_class: str, threads: str, input_file: str, output_fil
     model = getattr(transformers, auto_class).from_pretrained(
         folder, trust_remote_code=True, dtype="auto", use_safetensors=True
     )
-    save_file({"output": first_output(model, load_file(input_file)["input_ids"])}, output_file)
+    save_file({"output": first_output(model, load_file(input_file))}, output_file)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class ParityReport:
         dtypes: dtype of each.
         carried: other files that the target has from the source, or got.
         logits: comparison of both sides; where there was none, why.
+        notes: what else a reader should know.
     """
 
     source: str
@@ -54,6 +55,7 @@ class ParityReport:
     dtypes: dict[str, torch.dtype]
     carried: list[str]
     logits: Difference | str
+    notes: list[str] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
@@ -70,6 +72,7 @@ class ParityReport:
             f"parameters: {self.parameters:,}",
             f"dtypes: {', '.join(f'{count} {name}' for name, count in sorted(dtypes.items()))}",
             f"other files: {', '.join(self.carried) or 'none'}",
+            *self.notes,
         ]
         if isinstance(self.logits, str):
             return [*lines, f"logits: not compared: {self.logits}"]

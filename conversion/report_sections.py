@@ -33,6 +33,7 @@ MIXERS = {
     "sliding_attention": "softmax attention over a sliding window",
     "mamba2": "Mamba-2: a state-space layer",
     "discrete_mamba2": "discrete Mamba-2: a state-space layer without a step size",
+    "masked_mixing": "masked mixing: weights for pairs of positions, the same for every text",
 }
 
 

@@ -9,6 +9,7 @@ checkpoint is read, and what a checkpoint has to hold follows from it.
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ def _zeros(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor.shape, tensor.dtype, lambda: torch.zeros(tensor.shape, dtype=tensor.dtype))
 
 
+class Transform(Protocol):
+    """How tensors of theirs become tensors of ours, and back; shapes are known without reading any."""
+
+    def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
+        """Ours, of theirs."""
+        ...
+
+    def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
+        """Theirs, of ours."""
+        ...
+
+
 @dataclass(frozen=True)
 class SplitRows:
     """One tensor of theirs is several of ours, one below the other.
@@ -55,9 +68,9 @@ class SplitRows:
 
     sizes: tuple[int, ...]
 
-    def split(self, tensor: LazyTensor) -> list[LazyTensor]:
-        """Ours, of theirs."""
-        parts, start = [], 0
+    def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
+        """The parts."""
+        (tensor,), parts, start = theirs, [], 0
         for size in self.sizes:
             rows = slice(start, start + size)
             parts.append(
@@ -66,27 +79,70 @@ class SplitRows:
             start += size
         return parts
 
-    def join(self, parts: list[LazyTensor]) -> LazyTensor:
-        """Theirs, of ours, which share a dtype."""
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.load() for part in parts]))
+    def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
+        """The whole, of parts which share a dtype."""
+        shape = (sum(part.shape[0] for part in ours), *ours[0].shape[1:])
+        return [LazyTensor(shape, ours[0].dtype, lambda: torch.cat([part.load() for part in ours]))]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One tensor of ours is computed from tensors of theirs.
+
+    Attributes:
+        theirs: their shapes.
+        ours: its shape.
+        make: it, of theirs.
+        undo: theirs, of it; None where that is lost.
+    """
+
+    theirs: tuple[tuple[int, ...], ...]
+    ours: tuple[int, ...]
+    make: Callable[[list[Tensor]], Tensor]
+    undo: Callable[[Tensor], list[Tensor]] | None = None
+
+    def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
+        """Ours, in the dtype of the first of theirs."""
+
+        def load() -> Tensor:
+            return self.make([tensor.load() for tensor in theirs]).to(theirs[0].dtype)
+
+        return [LazyTensor(self.ours, theirs[0].dtype, load)]
+
+    def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
+        """Theirs, each of which can be loaded where there is an `undo`."""
+        (tensor,), undo = ours, self.undo
+
+        def load(number: int) -> Tensor:
+            assert undo is not None, "a format whose tensors cannot be computed back is only read"
+            return undo(tensor.load())[number].contiguous()
+
+        return [
+            LazyTensor(shape, tensor.dtype, lambda number=number: load(number))
+            for number, shape in enumerate(self.theirs)
+        ]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One key pattern of theirs, and ours.
+    """Key patterns of theirs, and ours.
 
     Attributes:
-        theirs: pattern of the key in the other layout; None: it has no such tensor, and computes as with zeros.
+        theirs: pattern of the key in the other layout, or with `transform` several; None: it has no such tensor, and
+            computes as with zeros.
         ours: patterns of the zoo's keys: one, or with `transform` several.
-        transform: how one becomes several; None where the tensor is the same.
+        transform: how one becomes the other; None where the tensor is the same.
         layers: blocks that the rule is for; None: all.
     """
 
-    theirs: str | None
+    theirs: str | tuple[str, ...] | None
     ours: str | tuple[str, ...]
-    transform: SplitRows | None = None
+    transform: Transform | None = None
     layers: Collection[int] | None = None
+
+
+def _tuple(patterns: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else patterns or ()
 
 
 class Mapper:
@@ -102,17 +158,17 @@ class Mapper:
 
     def __init__(self, rules: list[Rule], model: Mapping[str, Tensor]) -> None:
         self.model = {key: lazy(tensor) for key, tensor in model.items()}
-        self._steps: list[tuple[str | None, tuple[str, ...], SplitRows | None]] = []
+        self._steps: list[tuple[tuple[str, ...], tuple[str, ...], Transform | None]] = []
         unused = []
         for rule in rules:
-            patterns = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
+            patterns, others = _tuple(rule.ours), _tuple(rule.theirs)
             found = [match for match in map(_expression(patterns[0]).fullmatch, model) if match]
             fields = [match.groupdict() for match in found]
             fields = [each for each in fields if rule.layers is None or int(each["layer"]) in rule.layers]
-            unused += [] if fields else [rule.theirs or patterns[0]]
+            unused += [] if fields else [(others or patterns)[0]]
             for each in fields:
-                ours = tuple(pattern.format(**each) for pattern in patterns)
-                self._steps.append((rule.theirs and rule.theirs.format(**each), ours, rule.transform))
+                ours, theirs = (tuple(key.format(**each) for key in keys) for keys in (patterns, others))
+                self._steps.append((theirs, ours, rule.transform))
         met = [key for _, keys, _ in self._steps for key in keys]
         twice = sorted({key for key in met if met.count(key) > 1}) if len(met) != len(set(met)) else []
         problems = {"rules that meet nothing": unused, "keys of the model met twice": twice}
@@ -121,8 +177,8 @@ class Mapper:
         _raise("rules", problems)
 
     def theirs_of(self, key: str) -> str:
-        """Their key that one of ours comes from."""
-        return next(theirs for theirs, ours, _ in self._steps if theirs and key in ours)
+        """Their key that one of ours comes from, or the first of several."""
+        return next(theirs[0] for theirs, ours, _ in self._steps if theirs and key in ours)
 
     def expected(self) -> dict[str, LazyTensor]:
         """What a checkpoint in their layout holds: keys and shapes."""
@@ -132,11 +188,11 @@ class Mapper:
         """The zoo's tensors, of theirs; :func:`check` them first."""
         result = {}
         for theirs, ours, transform in self._steps:
-            if theirs is None:
+            if not theirs:
                 result.update({key: _zeros(self.model[key]) for key in ours})
                 continue
-            parts = [tensors[theirs]] if transform is None else transform.split(tensors[theirs])
-            result.update(zip(ours, parts, strict=True))
+            given = [tensors[key] for key in theirs]
+            result.update(zip(ours, given if transform is None else transform.to_ours(given), strict=True))
         return result
 
     def from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -145,7 +201,7 @@ class Mapper:
         Raises:
             ValueError: if a tensor that they do not have is not zero.
         """
-        lacking = [key for theirs, ours, _ in self._steps if theirs is None for key in ours]
+        lacking = [key for theirs, ours, _ in self._steps if not theirs for key in ours]
         lost = [key for key in lacking if bool(tensors[key].load().any())]
         _raise("weights", {"that have to be 0, as the other layout has none, are not": lost})
         return self._from_ours(tensors)
@@ -153,20 +209,23 @@ class Mapper:
     def _from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         result = {}
         for theirs, ours, transform in self._steps:
-            if theirs is None:
+            if not theirs:
                 continue
             parts = [tensors[key] for key in ours]
-            result[theirs] = parts[0] if transform is None else transform.join(parts)
+            result.update(zip(theirs, parts if transform is None else transform.from_ours(parts), strict=True))
         return result
 
 
-def check(tensors: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor], where: str) -> None:
+def check(
+    tensors: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor], where: str, promise: str = "config.json"
+) -> None:
     """Compare a checkpoint with what its configuration promises.
 
     Args:
         tensors: what there is.
         expected: what there has to be.
         where: name of the checkpoint, for the message.
+        promise: what says so, for the message.
 
     Raises:
         ValueError: if keys are missing or left over, or shapes or dtypes are others: all of it in one message.
@@ -179,7 +238,7 @@ def check(tensors: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor],
     ]
     dtypes = [f"{key} {_name(tensors[key].dtype)}" for key in common if tensors[key].dtype not in _WEIGHTS]
     _raise(
-        f"{where}: the weights are not what config.json promises",
+        f"{where}: the weights are not what {promise} promises",
         {
             "missing": [key for key in expected if key not in tensors],
             "left over": [key for key in tensors if key not in expected],

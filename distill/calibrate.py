@@ -10,11 +10,14 @@ student may start orders of magnitude away from its teacher. Two looks at a few 
    an error. Its least-squares solution, one factor per head or the whole matrix shrunk towards the copied one, cannot
    do worse on these tokens than saying nothing.
 
+A masked mixer has no decays: its weights become the teacher's average attention over the same tokens, before 2.
+
 Symbols: B batch, L length, D width, E inner width, H heads, P head width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +25,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridForCausalLM
+from ..modeling.history_mixing import DenseMixer
 from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
+from .average_attention import average_attention, copy_average_attention
 from .recipe import StudentSpec
 from .student import student_mixer
 from .teacher import capture, teacher_adapter
@@ -52,18 +57,26 @@ def calibrate(
     batch_size: int = 4,
     progress: bool = True,
 ) -> None:
-    """Set half-lives and output projections of the converted layers as `spec` says, in place.
+    """Set half-lives, average attention and output projections of the converted layers as `spec` says, in place.
 
     Args:
         student: the student of :func:`~ssm_zoo.distill.student.build_student`.
         teacher: its teacher, in evaluation mode.
         spec: `half_life` and `calibration` say what is done.
         layers: converted layers.
-        windows: (N, L) int64 token windows.
+        windows: (N, L) int64 token windows, for masked mixing at least as long as it has positions.
         batch_size: windows in one forward.
         progress: show progress bars.
     """
-    state_space = _state_space(student, layers)
+    masked = _with(student, layers, DenseMixer)
+    if masked:
+        documents, positions = list(windows), student.config.max_position_embeddings
+        averages = average_attention(teacher, masked, documents, positions, batch_size=batch_size, progress=progress)
+        for layer, matrix in averages.items():
+            mixer = student_mixer(student, layer)
+            assert isinstance(mixer, DenseMixer)
+            copy_average_attention(matrix, mixer)
+    state_space = _with(student, layers, DiscreteMamba2Mixer | Mamba2Mixer)
     if state_space and spec.half_life == "calibrated":
         # A matrix per candidate: one window tells as much about a decay as many do.
         _calibrate_half_lives(student, teacher, state_space, windows[: min(2, len(windows))])
@@ -83,19 +96,19 @@ def fit_output_projections(
     batch_size: int = 4,
     progress: bool = True,
 ) -> None:
-    """Fit the output projections of the converted state-space layers to the teacher's attention outputs, in place.
+    """Fit the output projections of the converted layers to the teacher's attention outputs, in place.
 
     Args:
         student: the student.
         teacher: its teacher, in evaluation mode.
-        layers: converted layers; those that are no state-space layers are left alone.
+        layers: converted layers; those of attention are left alone.
         windows: (N, L) int64 token windows.
         method: "head_scale", one factor per head, or "ridge", the whole matrix, shrunk towards the scaled one. A bias
             stays as it is.
         batch_size: windows in one forward.
         progress: show a progress bar.
     """
-    layers = _state_space(student, layers)
+    layers = _with(student, layers, DiscreteMamba2Mixer | Mamba2Mixer | DenseMixer)
     moments: dict[int, _Moments] = {}
 
     def on_layer(layer: int, normed_input: Tensor, attention_output: Tensor) -> None:
@@ -127,8 +140,8 @@ def fit_output_projections(
             weight.copy_(fitted)
 
 
-def _state_space(student: ZooHybridForCausalLM, layers: Sequence[int]) -> list[int]:
-    kinds = DiscreteMamba2Mixer | Mamba2Mixer
+def _with(student: ZooHybridForCausalLM, layers: Sequence[int], kinds: Any) -> list[int]:
+    """Those of the layers whose mixer is of these kinds."""
     return [layer for layer in layers if isinstance(student_mixer(student, layer), kinds)]
 
 

@@ -131,7 +131,7 @@ def layer_errors(
         For each layer a dictionary with "layer", "output_error" (`||y - t|| / ||t||` of the mixer's output),
         "matrix_error" (the same of the mixing matrix, for each head) and "half_life" (tokens in which a head's state
         halves, from its mean log-decay on these tokens; None where it does not decay). The last two are empty for
-        a mixer that is no state-space layer.
+        attention, the last one for masked mixing too.
     """
     adapter = teacher_adapter(teacher)
     rows: list[dict] = []
@@ -153,6 +153,7 @@ def layer_errors(
                 row["matrix_error"] = [
                     _relative(matrix[:, head], attention[:, head]) for head in range(attention.shape[1])
                 ]
+            if hasattr(mixer, "log_decay"):
                 rates = -mixer.log_decay(normed_input).float().mean((0, 1))  # pyright: ignore[reportCallIssue]
                 row["half_life"] = [0.6931471805599453 / rate if rate > 1e-6 else None for rate in rates.tolist()]
             rows.append(row)

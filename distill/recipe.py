@@ -49,6 +49,7 @@ class _Spec(BaseModel):
 
 # A field of a student that means something only for some mixers.
 _STATE_SPACE = ("discrete_mamba2", "mamba2")
+_NEW = (*_STATE_SPACE, "masked_mixing")
 _MIXERS_WITH: dict[str, tuple[str, ...]] = {
     "feature_map": ("discrete_mamba2",),
     "normalize": ("discrete_mamba2",),
@@ -56,8 +57,9 @@ _MIXERS_WITH: dict[str, tuple[str, ...]] = {
     "sliding_window": ("sliding_attention",),
     "conv_kernel": _STATE_SPACE,
     "half_life": _STATE_SPACE,
-    "calibration": _STATE_SPACE,
-    "copy_projections": _STATE_SPACE,
+    "positions": ("masked_mixing",),
+    "calibration": _NEW,
+    "copy_projections": _NEW,
 }
 
 
@@ -73,22 +75,25 @@ class StudentSpec(_Spec):
             `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C. Only of `discrete_mamba2`.
         sliding_window: tokens that a query sees, itself included. Only of `sliding_attention`.
+        positions: N, positions that there are weights for, which no text may exceed. They start as the teacher's
+            attention averaged over `calibration_tokens`. Only of `masked_mixing`.
         half_life: "calibrated" (from the teacher's attention distances), or the shortest and longest half-life in
             tokens, spread geometrically over the heads.
         calibration: closed-form fit to the teacher's mixer outputs before training: nothing, one scale per head,
             or a ridge regression of the output projection.
-        calibration_tokens: training tokens that "calibrated" half-lives and the calibration look at.
-        copy_projections: start from the teacher's projections (q to C, k to B, v to x, o to out_proj) instead of
-            random ones.
+        calibration_tokens: training tokens that "calibrated" half-lives, averages and the calibration look at.
+        copy_projections: start from the teacher's projections (q to C, k to B, v to x or in_proj, o to out_proj)
+            instead of random ones.
     """
 
     layers: Layers = "all"
-    mixer: Literal["discrete_mamba2", "mamba2", "sliding_attention"] = "discrete_mamba2"
+    mixer: Literal["discrete_mamba2", "mamba2", "sliding_attention", "masked_mixing"] = "discrete_mamba2"
     conv_kernel: ConvKernel = 4
     feature_map: Literal["identity", "softplus"] = "identity"
     normalize: bool = False
     rotary: bool = False
     sliding_window: Count = 256
+    positions: Count = 256
     half_life: HalfLife = "calibrated"
     calibration: Literal["none", "head_scale", "ridge"] = "none"
     calibration_tokens: Count = 8192
@@ -272,6 +277,18 @@ class Recipe(_Spec):
         if isinstance(stages, list):
             completed["stages"] = [complete(stage) for stage in stages]
         return completed
+
+    @model_validator(mode="after")
+    def _refuse_texts_without_weights(self) -> Recipe:
+        if self.student.mixer == "masked_mixing":
+            lengths = {f"stages.{index}.": stage.sequence_length for index, stage in enumerate(self.stages)}
+            lengths |= {"data.": self.data.sequence_length, "evaluation.": self.evaluation.sequence_length}
+            for place, length in lengths.items():
+                if length > self.student.positions:
+                    raise _wrong(
+                        f"{place}sequence_length", length, f"at most student.positions = {self.student.positions}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _refuse_stages_of_one_name(self) -> Recipe:

@@ -278,11 +278,17 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
     windows = {split: TokenWindows(tokenize(text, tokenizer, progress=main)) for split, text in texts.items()}
     _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
-    for length in sorted({recipe.data.sequence_length, *(stage.sequence_length for stage in recipe.stages)}):
+    for length in sorted({_calibration_length(recipe), *(stage.sequence_length for stage in recipe.stages)}):
         _check_length(windows["train"], "data.train", length)
     for index, prompt in enumerate(recipe.evaluation.prompts):
-        if not tokenizer(prompt)["input_ids"]:
+        tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
+        if not tokens:
             raise ValueError(f"evaluation.prompts.{index}: got {prompt!r}; accepted: a text of at least one token")
+        if recipe.student.mixer == "masked_mixing" and tokens > most:
+            raise ValueError(
+                f"evaluation.prompts.{index}: got {tokens} tokens; accepted: at most {most}, student.positions less "
+                "evaluation.max_new_tokens"
+            )
     if main:
         claim_output_folder(output, as_mapping(recipe))
         temporary = output / ".tmp-recipe.yaml"
@@ -310,8 +316,14 @@ def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> No
         raise ValueError(f"{field}: {error}") from None
 
 
+def _calibration_length(recipe: Recipe) -> int:
+    """Tokens of a calibration window: masked mixing wants to see all its positions."""
+    masked = recipe.student.mixer == "masked_mixing"
+    return recipe.student.positions if masked else recipe.data.sequence_length
+
+
 def _calibration_windows(run: _Run) -> Tensor:
-    length = run.recipe.data.sequence_length
+    length = _calibration_length(run.recipe)
     count = max(run.recipe.student.calibration_tokens // length, 1)
     # Windows of a seed of their own: training starts with others.
     return run.train.batch(0, count, length, run.recipe.seed + 1)

@@ -2,7 +2,8 @@
 
 With identity convolution, open gate and copied projections a discrete Mamba-2 mixer starts as linear attention with the
 teacher's queries, keys and values and a decay: un-normalised with the identity feature map (MOHAWK's mixer,
-arXiv 2408.10189), or with softplus features and rows that sum to 1.
+arXiv 2408.10189), or with softplus features and rows that sum to 1. A masked mixer starts with its values and, by
+calibration, its average attention (`average_attention.py`).
 
 Symbols: D width, H heads, KV key and value heads, P head width.
 """
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
+from ..modeling.history_mixing import DenseMixer
 from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
+from .average_attention import copy_values
 from .recipe import StudentSpec
 from .teacher import AttentionView, TeacherAdapter, teacher_adapter
 
@@ -41,8 +44,9 @@ def build_student(
 
     Args:
         teacher: a model of a family with an adapter.
-        spec: the student's part of a recipe. `calibration` and "calibrated" half-lives are `calibrate`'s business;
-            until then heads get half-lives of 4 to 64 tokens.
+        spec: the student's part of a recipe. `calibration`, "calibrated" half-lives and the averages that masked
+            mixing starts from are `calibrate`'s business; until then heads get half-lives of 4 to 64 tokens, and random
+            weights.
         layers: layer numbers to convert; none gives the teacher itself in the student's code.
         seed: of what is not copied.
 
@@ -79,6 +83,8 @@ def build_student(
             _set_decays(mixer, spec)
             if spec.copy_projections:
                 copy_attention(adapter.attention(layer), mixer)
+        elif isinstance(mixer, DenseMixer) and spec.copy_projections:
+            copy_values(adapter.attention(layer), mixer)
     student.to(device=teacher.device, dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return student.eval()
 
@@ -172,6 +178,12 @@ def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence
             f"student.mixer: 'mamba2' needs heads * head_dim ({inner}) to be a multiple of the teacher's hidden_size "
             f"({teacher.hidden_size}); accepted here: 'discrete_mamba2', 'sliding_attention'"
         )
+    masked = spec.mixer == "masked_mixing"
+    if masked and inner != teacher.hidden_size:
+        raise ValueError(
+            f"student.mixer: 'masked_mixing' needs heads * head_dim ({inner}) to be the teacher's hidden_size "
+            f"({teacher.hidden_size}); accepted here: 'discrete_mamba2', 'sliding_attention'"
+        )
     config = ZooHybridConfig(
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
@@ -185,7 +197,7 @@ def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence
         rms_norm_eps=teacher.rms_norm_eps,
         attention_bias=teacher.attention_bias,
         mlp_bias=teacher.mlp_bias,
-        max_position_embeddings=teacher.max_position_embeddings,
+        max_position_embeddings=spec.positions if masked else teacher.max_position_embeddings,
         rope_parameters=dict(teacher.rope_parameters),
         state_size=teacher.head_dim,
         conv_kernel=spec.conv_kernel,
@@ -193,6 +205,8 @@ def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence
         normalize=spec.normalize,
         ssm_rotary=spec.rotary,
         sliding_window=spec.sliding_window,
+        mixing_heads=teacher.num_attention_heads if masked else 1,
+        mixing_projections=True if masked else None,
         expand=max(inner // teacher.hidden_size, 1),
         mamba_head_dim=teacher.head_dim,
         n_groups=teacher.num_attention_heads if spec.mixer == "mamba2" else 1,

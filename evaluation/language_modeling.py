@@ -8,14 +8,15 @@ Symbols: B batch, L length, D width, V vocabulary, N windows.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .hidden_states import evaluating, head_input, head_of
 
 __all__ = ["evaluate_language_model", "generation_sample", "repeated_share"]
 
@@ -71,13 +72,13 @@ def evaluate_language_model(
     sums: dict[str, float] = {}
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     # no_grad and not inference mode: a rotary embedding that grows with the length keeps what it computes here.
-    with _evaluating(*models), torch.no_grad():
+    with evaluating(*models), torch.no_grad():
         sizes = [_checked_vocabulary(scored, windows, device) for scored in models]
         if len(set(sizes)) > 1:
             raise ValueError(f"teacher: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; accepted: equal")
         for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", leave=False, disable=not progress):
             ids = batch.to(device)
-            states = [_head_input(scored, ids)[:, :-1].flatten(0, 1) for scored in models]
+            states = [head_input(scored, input_ids=ids)[:, :-1].flatten(0, 1) for scored in models]
             targets = ids[:, 1:].flatten()
             chunk = max(1, LOGITS_BYTES // (LOGITS_COPIES * sizes[0] * _score_dtype(states[0]).itemsize))
             for start in range(0, targets.numel(), chunk):
@@ -137,7 +138,7 @@ def generation_sample(
         pad_token_id=min(ends, default=0),
     )
     samples, generate = [], cast(Any, model).generate
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for prompt, inputs in zip(prompts, encoded, strict=True):
             ids = inputs["input_ids"].to(model.device)
             written = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
@@ -192,7 +193,7 @@ def _scores(models: Sequence[PreTrainedModel], states: Sequence[Tensor], targets
 
 def _log_probabilities(model: PreTrainedModel, states: Tensor) -> tuple[Tensor, Tensor]:
     """Likeliest tokens (T,) and log-probabilities (T, V), at least in float32, from head inputs (T, D)."""
-    logits = _head(model)(states).to(_score_dtype(states))
+    logits = head_of(model)(states).to(_score_dtype(states))
     return logits.argmax(dim=-1), logits.log_softmax(dim=-1)
 
 
@@ -213,53 +214,10 @@ def _checked_vocabulary(model: PreTrainedModel, windows: Tensor, device: torch.d
             f"windows: got token ids {windows.min()} to {windows.max()}, accepted by {name}: 0 to {size - 1}"
         )
     probe = windows[:1, :2].to(device)
-    made = _head(model)(_head_input(model, probe))
+    made = head_of(model)(head_input(model, input_ids=probe))
     whole = model(input_ids=probe, use_cache=False).logits
     # Same operations on the same shapes: what is left is a rounding or two.
     tolerance = max(2 * torch.finfo(whole.dtype).eps, 1e-5) * whole.abs().max()
     if made.shape != whole.shape or (made - whole).abs().max() > tolerance:
         raise ValueError(f"model: {name} changes its logits after the output head; accepted: models that do not")
     return whole.shape[-1]
-
-
-def _head(model: PreTrainedModel) -> nn.Module:
-    """The module that makes logits (..., V) from hidden states (..., D)."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no output head; accepted: causal language models")
-    return head
-
-
-class _HeadReachedError(Exception):
-    """Leaves a model's forward where its logits would be made."""
-
-
-def _head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the output head reads, (B, L, D), for token ids (B, L); the logits are not computed."""
-    states: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        states.append(args[0])
-        raise _HeadReachedError
-
-    handle = _head(model).register_forward_pre_hook(hook)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except _HeadReachedError:
-        return states[0]
-    finally:
-        handle.remove()
-    raise ValueError(f"model: {type(model).__name__} does not call its output head; accepted: models that do")
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode in which it was."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

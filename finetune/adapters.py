@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -18,14 +18,16 @@ from transformers import (
 )
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes
-from ..modeling.causal_lm import ZooForCausalLM
-from .settings import LanguageModelSettings
+from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
+from .settings import FinetuningSettings, LanguageModelSettings
 from .training import compute_dtype
 
 ALL_LINEAR = "all-linear"
 
+Finetuning = TypeVar("Finetuning", bound=FinetuningSettings)
 
-def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:
+
+def pinned(settings: Finetuning) -> Finetuning:
     """The settings with a Hub model's revision as a commit: an adapter fits no other weights.
 
     Raises:
@@ -108,10 +110,15 @@ def _check_4bit() -> None:
         raise ValueError("load_in_4bit: needs a CUDA device; there is none")
 
 
-def add_adapters(model: ZooForCausalLM, settings: LanguageModelSettings) -> PeftModel:
+def add_adapters(model: ZooPreTrainedModel, settings: FinetuningSettings, task_type: str = "CAUSAL_LM") -> PeftModel:
     """The model with adapters on the layers that the settings name; all else is frozen.
 
     Adapters are float32. The initial A are drawn from torch's generator; B is zero, so that nothing changes yet.
+
+    Args:
+        model: to put adapters into.
+        settings: which.
+        task_type: what peft calls what the model does.
 
     Raises:
         ValueError: if a name is not that of a linear layer.
@@ -130,7 +137,7 @@ def add_adapters(model: ZooForCausalLM, settings: LanguageModelSettings) -> Peft
         lora_dropout=settings.dropout,
         use_dora=settings.dora,
         target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     config.revision = settings.revision
     adapted = get_peft_model(model, config)

@@ -43,17 +43,30 @@ def hub_id(report: dict[str, Any]) -> str | None:
     return source if "/" in source else None
 
 
-def _metadata(report: dict[str, Any], adapter: bool) -> ModelCardData:
+def linked_base(report: dict[str, Any]) -> str:
+    """The base model's name, with a link to it where it is on the Hub."""
+    base = hub_id(report)
+    return f"[{base}](https://huggingface.co/{base})" if base else code(without_folders(report["base"]["source"]))
+
+
+def base_fields(report: dict[str, Any]) -> dict[str, Any]:
+    """What the Hub reads of the base model: which it is, and its licence."""
     base, licence = hub_id(report), (report["base"]["licence"] or "").strip()
-    known = licence.lower() in HUB_LICENCES
-    fields: dict[str, Any] = {"license": licence.lower()} if known else {}
-    if licence and not known:  # the Hub refuses identifiers that it does not know
-        fields = {"license": "other", "license_name": licence}
+    fields: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune" if base else None}
+    if licence.lower() in HUB_LICENCES:
+        return {**fields, "license": licence.lower()}
+    if licence:  # the Hub refuses identifiers that it does not know
+        return {**fields, "license": "other", "license_name": licence}
+    return fields
+
+
+def _metadata(report: dict[str, Any], adapter: bool) -> ModelCardData:
+    fields = base_fields(report)
+    if adapter and fields["base_model"]:
+        fields["base_model_relation"] = "adapter"
     return ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        base_model=base,
-        base_model_relation=("adapter" if adapter else "finetune") if base else None,
         tags=["ssm-zoo", report["base"]["model_type"], *(["lora"] if adapter else ["custom_code"])],
         **fields,
     )
@@ -63,7 +76,6 @@ def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dic
     """What the template's holes are filled with; all of it Markdown."""
     settings, base = report["settings"], hub_id(report)
     name = report["base"]["source"]
-    linked = f"[{base}](https://huggingface.co/{base})" if base else code(without_folders(name))
     revision = f", revision={report['base']['revision']!r}" if report["base"]["revision"] else ""
     snippet = (_ADAPTER if adapter else LOAD_MODEL).format(
         repository=repo_id or "<this repository>", base=base or "<the base model>", base_revision=revision
@@ -78,28 +90,30 @@ def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dic
         "title": code(
             repo_id.rpartition("/")[2] if repo_id else f"{without_folders(name).rpartition('/')[2]}, finetuned"
         ),
-        "introduction": f"{linked} ({code(report['base']['model_type'])}), finetuned as a language model with ssm-zoo: "
-        f"{_method(report)}{'' if adapter or settings['method'] == 'full' else ', merged into the weights'}.",
+        "introduction": f"{linked_base(report)} ({code(report['base']['model_type'])}), finetuned as a language model "
+        f"with ssm-zoo: {method_of(report)}"
+        f"{'' if adapter or settings['method'] == 'full' else ', merged into the weights'}.",
         "loading": loading,
         "snippet": fenced(snippet, "python"),
         "training": optimisation(report, f"{code(settings['schedule'])} schedule"),
-        "adapters": _adapters(report),
+        "adapters": adapters_of(report),
         "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
-        "licence": _licence(report, adapter),
+        "licence": licence_of(report, adapter),
     }
 
 
-def _method(report: dict[str, Any]) -> str:
+def method_of(report: dict[str, Any]) -> str:
+    """What was trained, in half a sentence."""
     settings, parameters = report["settings"], report["parameters"]
     share = f"{count(parameters['trained'])} of {count(parameters['all'])} parameters trained"
     if settings["method"] == "full":
         return f"all weights, {share}"
     kind = "DoRA" if settings["dora"] else "LoRA"
-    bits = " over a base in 4 bits" if settings["load_in_4bit"] else ""
+    bits = " over a base in 4 bits" if settings.get("load_in_4bit") else ""
     return f"{kind} of rank {count(settings['rank'])} and alpha {settings['alpha']:g}{bits}, {share}"
 
 
-def _adapters(report: dict[str, Any]) -> str:
+def adapters_of(report: dict[str, Any]) -> str:
     """Which kinds of layers carry adapters, which do not, and which adapters are dead."""
     coverage = report["coverage"]
     if coverage is None:
@@ -136,7 +150,8 @@ def _limits(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _licence(report: dict[str, Any], adapter: bool) -> str:
+def licence_of(report: dict[str, Any], adapter: bool) -> str:
+    """Whose licence the weights are under, and that of the code if it is there."""
     licence = (report["base"]["licence"] or "").strip()
     ours = "" if adapter else f" {OUR_CODE}"
     if not licence:

@@ -34,12 +34,20 @@ def write_trained_card(folder: Path, metadata: ModelCardData, sections: dict[str
 
 
 def common_sections(report: dict[str, Any]) -> dict[str, str]:
-    """The sections that follow from what all reports have; see `ssm_zoo.finetune.report`."""
+    """The sections that follow from what the reports of all language models have; see `ssm_zoo.finetune.report`."""
     data = report["data"]
     return {
+        **repetition(report),
         "summary": _summary(report),
         "data": f"Training text: {_text(data['train'])} Held-out text: {_text(data['heldout'])}",
         "evaluations": _evaluations(report),
+        "figure": "Training loss over the steps, and the held-out loss before and after.",
+    }
+
+
+def repetition(report: dict[str, Any]) -> dict[str, str]:
+    """The sections that tell how to repeat a run."""
+    return {
         "command": fenced(without_folders(report["command"]), "sh"),
         "machine": _machine(report),
         "settings": fenced(yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True, width=100), "yaml"),

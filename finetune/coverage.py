@@ -5,7 +5,7 @@ what comes out, the adapter is trained in vain: nothing says so, and the loss fa
 say so. A fresh adapter has B = 0, and then A has no gradient by itself; so B is moved a little for one backward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ _PROBE = 1e-2
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
-def adapter_coverage(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def adapter_coverage(
+    model: PeftModel, batch: Mapping[str, Tensor], compute_loss: Callable[[], Tensor] | None = None
+) -> dict[str, Any]:
     """Look at every adapter's gradient for a batch, with B drawn at random for that one backward.
 
     In training mode, since a model may compute differently there. Weights, gradients, modes and random numbers are
@@ -30,6 +32,7 @@ def adapter_coverage(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str,
     Args:
         model: with adapters, on its device.
         batch: arguments of its forward, with labels, on the same device.
+        compute_loss: gives the loss, where the model itself gives none for the batch.
 
     Returns:
         "adapters": for each its "module", "kind" (the last part of that name), "rank", "parameters", "gradients" (the
@@ -56,7 +59,8 @@ def adapter_coverage(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str,
                     parameter.normal_(std=_PROBE, generator=generator)
             model.train()
             model.zero_grad()
-            model(**batch).loss.backward()
+            loss = model(**batch).loss if compute_loss is None else compute_loss()
+            loss.backward()
         adapters = [_entry(name, parts) for name, parts in weights.items()]
     finally:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ..conversion.output_folder import write_whole
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-_BLUE, _ORANGE = "#0072B2", "#E69F00"
+BLUE, ORANGE = "#0072B2", "#E69F00"
 
 
 def write_loss_plot(report: dict[str, Any], path: Path) -> None:
@@ -32,12 +32,12 @@ def write_loss_plot(report: dict[str, Any], path: Path) -> None:
 
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     points, measured = report["history"], report["evaluations"]
-    axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=_BLUE, linewidth=1.4, label="training")
+    axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=BLUE, linewidth=1.4, label="training")
     losses = [evaluation["loss"] for evaluation in measured]
     label = f"held out: {losses[0]:.3f} before, {losses[-1]:.3f} after"
     # Two points make no curve.
     line = "-" if len(losses) > 2 else ""
-    axes.plot([e["step"] for e in measured], losses, color=_ORANGE, marker="o", linestyle=line, label=label)
+    axes.plot([e["step"] for e in measured], losses, color=ORANGE, marker="o", linestyle=line, label=label)
     axes.set_ylabel("loss (nats per token)")
 
 

@@ -4,15 +4,56 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
+from torch import nn
 
 from ..conversion.formatting import without_folders
 from ..conversion.machine import describe_machine
 from ..conversion.output_folder import result_folder
 from .plot import write_loss_plot
+from .settings import RunSettings
+from .texts import DATASETS
 from .training import TrainingRun, compute_dtype
+
+
+class Run(Protocol):
+    """What a run has, whatever is trained."""
+
+    @property
+    def settings(self) -> RunSettings: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def state(self) -> PartialState: ...
+
+
+def report_head(run: Run, kind: str, command: str, *distributions: str) -> dict[str, Any]:
+    """How the report of every run begins; paths are without their folders.
+
+    Args:
+        run: the run, with the trained model.
+        kind: what sort of run this is.
+        command: what repeats it.
+        *distributions: that took part, besides those that always do.
+    """
+    settings = run.settings
+    sources = {field: public_sources(getattr(settings, field)) for field in ("train", "heldout")}
+    trained = [p.numel() for p in run.model.parameters() if p.requires_grad]
+    return {
+        "format": 1,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        **describe_machine(*distributions),
+        "processes": run.state.num_processes,
+        "threads": torch.get_num_threads(),
+        "settings": {**settings.model_dump(mode="json"), **sources},
+        "compute_dtype": str(compute_dtype(settings)).removeprefix("torch."),
+        "parameters": {"trained": sum(trained), "all": sum(p.numel() for p in run.model.parameters())},
+    }
 
 
 def common_report(
@@ -21,9 +62,9 @@ def common_report(
     command: str,
     evaluations: list[dict[str, Any]],
     history: list[dict[str, Any]],
-    *computing: str,
+    *distributions: str,
 ) -> dict[str, Any]:
-    """What the report of every training says; paths are without their folders.
+    """What the report of every training as a language model says.
 
     Args:
         run: the run, with the trained model.
@@ -31,25 +72,14 @@ def common_report(
         command: what repeats it.
         evaluations: held-out losses, the first before and the last after the training.
         history: the points of the curve.
-        *computing: distributions that took part, besides those that always do.
+        *distributions: that took part, besides those that always do.
     """
     settings, rows = run.settings, {"train": run.rows.train, "heldout": run.rows.heldout}
-    sources = {field: [_without_folder(text) for text in getattr(settings, field)] for field in rows}
-    trained = [p.numel() for p in run.model.parameters() if p.requires_grad]
     return {
-        "format": 1,
-        "kind": kind,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        **describe_machine(*computing),
-        "processes": run.state.num_processes,
-        "threads": torch.get_num_threads(),
-        "settings": {**settings.model_dump(mode="json"), **sources},
-        "compute_dtype": str(compute_dtype(settings)).removeprefix("torch."),
-        "parameters": {"trained": sum(trained), "all": sum(p.numel() for p in run.model.parameters())},
+        **report_head(run, kind, command, *distributions),
         "data": {
             field: {
-                "sources": sources[field],
+                "sources": public_sources(getattr(settings, field)),
                 "documents": run.rows.documents[field],
                 "targets": packed.targets,
                 "rows": len(packed),
@@ -64,9 +94,9 @@ def common_report(
     }
 
 
-def _without_folder(source: str) -> str:
-    """A source without the folders of this machine."""
-    return without_folders(source) if source.startswith("datasets:") else Path(source).name
+def public_sources(sources: list[str]) -> list[str]:
+    """Sources without the folders of this machine."""
+    return [without_folders(text) if text.startswith(DATASETS) else Path(text).name for text in sources]
 
 
 def write_plots(run: TrainingRun[Any], report: dict[str, Any]) -> None:

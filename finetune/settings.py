@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -14,25 +14,18 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-# Learning rates for the two methods where none is given: peft's usual one, and a tenth of what one pretrains with.
-_LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
 # What has no effect without adapters, with its default.
 _ADAPTER_FIELDS = ("rank", "alpha", "dropout", "dora", "target_modules", "load_in_4bit")
 
 
-class TrainingSettings(BaseModel):
-    """What every training on text is given.
+class RunSettings(BaseModel):
+    """What every training is given.
 
     Attributes:
-        train: sources of the training text; see `ssm_zoo.finetune.texts.read_documents`.
-        heldout: sources of the text that the loss is measured on, before and after.
-        separator: what stands between the documents of a text file; None: a file is one document.
-        text_field: where JSON lines and data sets hold the text.
-        packing: put several documents into a row; False: each has a padded row of its own.
-        row_tokens: most tokens of a row, 2 or more; longer documents are cut.
+        train: sources of what is trained on.
+        heldout: sources of what is measured on, before and after.
         batch_size: rows in one forward and backward, in each process.
-        gradient_accumulation: forwards and backwards in one optimiser step.
-        epochs: passes over the training text.
+        epochs: passes over what is trained on.
         steps: optimiser steps, instead of `epochs`.
         dtype: what forward and backward compute in; the trained weights are float32. "auto": bfloat16 on a GPU that
             has it, float32 elsewhere.
@@ -45,12 +38,7 @@ class TrainingSettings(BaseModel):
 
     train: Annotated[list[Text], Field(min_length=1)]
     heldout: Annotated[list[Text], Field(min_length=1)]
-    separator: Text | None = None
-    text_field: Text = "text"
-    packing: bool = True
-    row_tokens: Annotated[int, Field(ge=2)] = 1024
     batch_size: Count = 4
-    gradient_accumulation: Count = 1
     epochs: Positive = 1.0
     steps: Count | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -59,7 +47,7 @@ class TrainingSettings(BaseModel):
     checkpoint_every: Count = 200
 
     @model_validator(mode="after")
-    def _refuse_two_lengths(self) -> TrainingSettings:
+    def _refuse_two_lengths(self) -> RunSettings:
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise wrong("steps", self.steps, "either steps or epochs, not both")
         return self
@@ -69,11 +57,32 @@ class TrainingSettings(BaseModel):
         raise NotImplementedError
 
 
+class TrainingSettings(RunSettings):
+    """What every training as a language model, on text, is given.
+
+    Attributes:
+        train: sources of the training text; see `ssm_zoo.finetune.texts.read_documents`.
+        heldout: sources of the text that the loss is measured on, before and after.
+        separator: what stands between the documents of a text file; None: a file is one document.
+        text_field: where JSON lines and data sets hold the text.
+        packing: put several documents into a row; False: each has a padded row of its own.
+        row_tokens: most tokens of a row, 2 or more; longer documents are cut.
+        gradient_accumulation: forwards and backwards in one optimiser step.
+    """
+
+    separator: Text | None = None
+    text_field: Text = "text"
+    packing: bool = True
+    row_tokens: Annotated[int, Field(ge=2)] = 1024
+    gradient_accumulation: Count = 1
+
+
 Settings = TypeVar("Settings", bound=TrainingSettings)
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
-class LanguageModelSettings(TrainingSettings):
-    """How a causal language model is finetuned on text.
+class FinetuningSettings(RunSettings):
+    """What every finetuning of a model is given.
 
     Attributes:
         model: folder or Hub id of the base model, with its tokenizer.
@@ -84,13 +93,15 @@ class LanguageModelSettings(TrainingSettings):
         dropout: share of the adapters' inputs that are dropped in training, below 1.
         dora: weight-decomposed adapters (DoRA, arXiv 2402.09353).
         target_modules: names of the linear layers that get adapters, or "all-linear": all but the head.
-        load_in_4bit: keep the base model's linear layers in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes.
-        learning_rate: peak; None: 2e-4 for adapters, 5e-5 for all weights.
+        learning_rate: peak; None: the method's own in `learning_rates`.
         schedule: what follows the warm-up; "cosine" and "linear" end at 0.
         warmup: share of the steps in which the learning rate rises from 0, at most 0.5.
         weight_decay: of matrices, without the SSMs' decay rates; decoupled.
         max_grad_norm: the gradient is scaled down to this norm.
     """
+
+    learning_rates: ClassVar[dict[str, float]]
+    """Method to learning rate where none is given."""
 
     model: Text
     revision: Text | None = None
@@ -100,7 +111,6 @@ class LanguageModelSettings(TrainingSettings):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dora: bool = False
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    load_in_4bit: bool = False
     learning_rate: Positive | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.05
@@ -110,7 +120,7 @@ class LanguageModelSettings(TrainingSettings):
     @property
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the method's own."""
-        return self.learning_rate or _LEARNING_RATES[self.method]
+        return self.learning_rate or self.learning_rates[self.method]
 
     def optimisation(self, steps: int) -> dict[str, Any]:
         return {
@@ -122,15 +132,28 @@ class LanguageModelSettings(TrainingSettings):
         }
 
     @model_validator(mode="after")
-    def _refuse_settings_without_effect(self) -> LanguageModelSettings:
+    def _refuse_settings_without_effect(self) -> FinetuningSettings:
         if self.target_modules == []:
             raise wrong("target_modules", [], "'all-linear', or the names of one linear layer or more")
         if self.method == "full":
             for field in _ADAPTER_FIELDS:
-                value = getattr(self, field)
-                if value != type(self).model_fields[field].default:
-                    raise wrong(field, value, "nothing with method 'full', where there are no adapters")
+                known = type(self).model_fields.get(field)
+                if known is not None and getattr(self, field) != known.default:
+                    raise wrong(field, getattr(self, field), "nothing with method 'full', where there are no adapters")
         return self
+
+
+class LanguageModelSettings(FinetuningSettings, TrainingSettings):
+    """How a causal language model is finetuned on text.
+
+    Attributes:
+        load_in_4bit: keep the base model's linear layers in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes.
+    """
+
+    # peft's usual one for adapters, and a tenth of what one pretrains with.
+    learning_rates = {"lora": 2e-4, "full": 5e-5}
+
+    load_in_4bit: bool = False
 
 
 def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
@@ -138,7 +161,7 @@ def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
     return check_settings(LanguageModelSettings, values)
 
 
-def check_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
+def check_settings(kind: type[Checked], values: dict[str, Any]) -> Checked:
     """Check settings of a kind.
 
     Raises:
@@ -163,7 +186,7 @@ def wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
     return PydanticCustomError("wrong_field", text, {"field": field, "value": repr(value), "accepted": accepted})
 
 
-def _describe(detail: ErrorDetails, settings: type[TrainingSettings]) -> str:
+def _describe(detail: ErrorDetails, settings: type[BaseModel]) -> str:
     """The field, the value, what is accepted."""
     kind, field = detail["type"], ".".join(map(str, detail["loc"][:1]))
     if kind == "wrong_field":

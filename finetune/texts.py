@@ -1,7 +1,6 @@
 """Texts of the user to documents of token ids."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-_DATASETS = "datasets:"
+from ..conversion.text_files import read_json_lines, read_text_file
+
+DATASETS = "datasets:"
 _ACCEPTED = "a .txt or .jsonl file, or 'datasets:PATH,SPLIT' or 'datasets:PATH,CONFIG,SPLIT'"
 
 
@@ -41,50 +42,49 @@ def read_documents(
 
 
 def _read(source: str, field: str, separator: str | None, text_field: str) -> Iterator[str]:
-    if source.startswith(_DATASETS):
+    if source.startswith(DATASETS):
         return _read_data_set(source, field, text_field)
-    path = Path(source)
-    if path.suffix not in (".txt", ".jsonl"):
+    suffix = Path(source).suffix
+    if suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
-    if not path.is_file():
-        raise ValueError(f"{field}: there is no file {source!r}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{field}: {source!r} is not UTF-8 text (byte {error.start}: {error.reason})") from None
-    if path.suffix == ".jsonl":
+    text = read_text_file(source, field)
+    if suffix == ".jsonl":
         return _read_lines(text, f"{field}: {source!r}", text_field)
     text = text.replace("\r\n", "\n")
     return iter([text] if separator is None else text.split(separator))
 
 
 def _read_lines(text: str, name: str, text_field: str) -> Iterator[str]:
-    # Not splitlines(): JSON texts may hold U+2028 and the like as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}, line {number}: not JSON ({error})") from None
+    for number, value in read_json_lines(text, name):
         if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
             raise ValueError(f"{name}, line {number}: accepted: an object with a text under {text_field!r}")
         yield value[text_field]
 
 
 def _read_data_set(source: str, field: str, text_field: str) -> Iterator[str]:
-    import datasets
-
-    path, *configuration = source.removeprefix(_DATASETS).split(",")
-    if not path or len(configuration) not in (1, 2):
-        raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
-    *name, split = configuration
-    data: Any = datasets.load_dataset(path, *name, split=split)
+    data = load_data_set(source, field, _ACCEPTED)
     if text_field not in data.column_names or not all(isinstance(text, str) for text in data[text_field]):
         raise ValueError(
             f"text_field: got {text_field!r} for {source!r}; accepted: a column of texts, of {data.column_names}"
         )
     yield from data[text_field]
+
+
+def load_data_set(source: str, field: str, accepted: str) -> Any:
+    """The data set of "datasets:PATH,SPLIT" or "datasets:PATH,CONFIG,SPLIT", as `datasets.load_dataset` finds it.
+
+    Args:
+        source: the text.
+        field: what to call it in an error.
+        accepted: what to say is accepted where the text is no such thing.
+    """
+    import datasets
+
+    path, *configuration = source.removeprefix(DATASETS).split(",")
+    if not path or len(configuration) not in (1, 2):
+        raise ValueError(f"{field}: got {source!r}; accepted: {accepted}")
+    *name, split = configuration
+    return datasets.load_dataset(path, *name, split=split)
 
 
 def encode(

@@ -28,12 +28,13 @@ from ..modeling.routing import add_aux_loss
 from .packing import IGNORED, PackedDocuments, RowCollator
 from .rows import TextRows
 from .selection import SelectionMeans
-from .settings import Settings, TrainingSettings
+from .settings import RunSettings, Settings, TrainingSettings
 
 # Points of the curve that are kept, whatever its length.
 _HISTORY = 200
 _KEPT_CHECKPOINTS = 2
 _STATE = "trainer_state.json"
+_CHECKPOINTS = "checkpoints"
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
 
 
@@ -74,8 +75,7 @@ class TrainingRun(Generic[Settings]):
 
     def compute(self) -> Any:
         """Context of every forward and backward."""
-        dtype = compute_dtype(self.settings)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype=dtype)
+        return computing(self.settings, self.device)
 
     def before(self) -> dict[str, Any]:
         """The held-out loss before training, in `before.json`: that of the first start, if it has measured it."""
@@ -108,12 +108,18 @@ def processes() -> PartialState:
     return state
 
 
-def compute_dtype(settings: TrainingSettings) -> torch.dtype:
+def compute_dtype(settings: RunSettings) -> torch.dtype:
     """What forward and backward compute in: `settings.dtype`, where "auto" goes by the device."""
     if settings.dtype == "auto":
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return getattr(torch, settings.dtype)
+
+
+def computing(settings: RunSettings, device: torch.device) -> Any:
+    """Context of every forward and backward of a run on a device."""
+    dtype = compute_dtype(settings)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def optimiser_steps(settings: TrainingSettings, rows: int, processes: int) -> int:
@@ -158,6 +164,13 @@ def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator,
     return {"loss": loss, "perplexity": perplexity, "tokens": rows.targets, **selection.take()}
 
 
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the matrices, the masked mixers' stacks of them too: not norms, biases (a masked mixer has one for each
+    head and position) and convolutions, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
+    matrices = [name for name, p in model.named_parameters() if p.dim() == 2 or (p.dim() == 3 and p.shape[1] > 1)]
+    return [name for name in matrices if not name.endswith(("A_log", ".bias"))]
+
+
 class ZooTrainer(Trainer):
     """transformers' Trainer, with the zoo's rule of weight decay and a curve that says more.
 
@@ -174,8 +187,7 @@ class ZooTrainer(Trainer):
         self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The matrices: not norms and biases, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
-        return [name for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("A_log")]
+        return decayed_parameters(model)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -204,7 +216,7 @@ class ZooTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Adds the seconds of training so far to every point of the curve, and stops where the loss is not finite.
 
     Args:
@@ -250,49 +262,74 @@ def train(
     Raises:
         ValueError: if the loss is not finite.
     """
-    settings, steps, config = run.settings, run.steps, run.model.config
+    settings, config = run.settings, run.model.config
     use_cache = config.use_cache
-    every = math.ceil(steps / _HISTORY)
-    arguments = TrainingArguments(
-        output_dir=str(run.output / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        **settings.optimisation(steps),
-        bf16=compute_dtype(settings) == torch.bfloat16,
-        **_checkpointing(settings),
-        seed=settings.seed,
-        data_seed=settings.seed,
-        logging_steps=every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        # At a point of the curve, since the Trainer forgets the loss since the last one.
-        save_steps=math.ceil(settings.checkpoint_every / every) * every,
-        save_total_limit=_KEPT_CHECKPOINTS,
-        report_to=[],
-        use_cpu=run.device.type == "cpu",
-        dataloader_pin_memory=run.device.type == "cuda",
-    )
     trainer = ZooTrainer(
         model=run.model,
-        args=arguments,
+        args=TrainingArguments(
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            **trainer_arguments(settings, run.steps, run.output, run.device),
+        ),
         train_dataset=run.rows.train,
         data_collator=run.collator,
-        callbacks=[_Watch(run.evaluate, evaluate_every)],
+        callbacks=[Watch(run.evaluate, evaluate_every)],
     )
     config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
-    found = _last_checkpoint(run.output / "checkpoints")
+    points = train_or_load(trainer, run.output, run.steps)
+    return curve_of(points), [
+        {"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point
+    ]
+
+
+def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: torch.device) -> dict[str, Any]:
+    """Arguments of transformers' `TrainingArguments` for a run of so many steps, with checkpoints in its folder."""
+    every = math.ceil(steps / _HISTORY)
+    return {
+        "output_dir": str(output / _CHECKPOINTS),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        **settings.optimisation(steps),
+        "bf16": compute_dtype(settings) == torch.bfloat16,
+        **_checkpointing(settings),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        # At a point of the curve, since the Trainer forgets the loss since the last one.
+        "save_steps": math.ceil(settings.checkpoint_every / every) * every,
+        "save_total_limit": _KEPT_CHECKPOINTS,
+        "report_to": [],
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
+def train_or_load(trainer: Trainer, output: Path, steps: int) -> list[dict[str, Any]]:
+    """Train to a number of steps, from the last whole checkpoint if there is one.
+
+    Args:
+        trainer: made with :func:`trainer_arguments`; its model is trained in place.
+        output: the folder of the run.
+        steps: of the whole training.
+
+    Returns:
+        The Trainer's history.
+    """
+    found = _last_checkpoint(output / _CHECKPOINTS)
     if found is None or _steps_done(found) < steps:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
-        points: list[dict[str, Any]] = trainer.state.log_history
-    else:  # the Trainer would do one step more
-        trainer._load_from_checkpoint(str(found))
-        points = read_json(found / _STATE)["log_history"]
-    curve = [{key: point[key] for key in _POINT if key in point} for point in points if "loss" in point]
-    return curve, [{"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point]
+        return trainer.state.log_history
+    trainer._load_from_checkpoint(str(found))  # the Trainer would do one step more
+    return read_json(found / _STATE)["log_history"]
 
 
-def _checkpointing(settings: TrainingSettings) -> dict[str, Any]:
+def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of the curve in the Trainer's history."""
+    return [{key: point[key] for key in _POINT if key in point} for point in history if "loss" in point]
+
+
+def _checkpointing(settings: RunSettings) -> dict[str, Any]:
     """The Trainer's arguments for it: transformers 5.23 gave them another name and warns of the old one."""
     if not settings.gradient_checkpointing:
         return {}

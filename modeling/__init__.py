@@ -5,6 +5,8 @@ import transformers
 from .configuration_hybrid import ZooHybridConfig
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
+from .configuration_masked_mixer import MaskedMixerConfig
+from .configuration_retrieval_mixer import RetrievalMixerConfig
 from .configuration_taipan import TaipanConfig
 from .modeling_hybrid import (
     ZooHybridForCausalLM,
@@ -26,6 +28,14 @@ from .modeling_mamba2 import (
     ZooSSDForTokenClassification,
     ZooSSDModel,
 )
+from .modeling_masked_mixer import (
+    MaskedMixerForCausalLM,
+    MaskedMixerForMaskedLM,
+    MaskedMixerForSequenceClassification,
+    MaskedMixerForTokenClassification,
+    MaskedMixerModel,
+)
+from .modeling_retrieval_mixer import RetrievalMixer
 from .modeling_taipan import (
     TaipanForCausalLM,
     TaipanForSequenceClassification,
@@ -65,6 +75,15 @@ for _config, *_classes in (
         TaipanForSequenceClassification,
         TaipanForTokenClassification,
     ),
+    (
+        MaskedMixerConfig,
+        MaskedMixerModel,
+        MaskedMixerForCausalLM,
+        MaskedMixerForMaskedLM,
+        MaskedMixerForSequenceClassification,
+        MaskedMixerForTokenClassification,
+    ),
+    (RetrievalMixerConfig, RetrievalMixer),
 ):
     transformers.AutoConfig.register(_config.model_type, _config)
     for _class in _classes:
@@ -72,6 +91,14 @@ for _config, *_classes in (
         getattr(transformers, _auto).register(_config, _class)
 
 __all__ = [
+    "MaskedMixerConfig",
+    "MaskedMixerForCausalLM",
+    "MaskedMixerForMaskedLM",
+    "MaskedMixerForSequenceClassification",
+    "MaskedMixerForTokenClassification",
+    "MaskedMixerModel",
+    "RetrievalMixer",
+    "RetrievalMixerConfig",
     "TaipanConfig",
     "TaipanForCausalLM",
     "TaipanForSequenceClassification",

@@ -28,8 +28,8 @@ CACHE_FIELD = next(
 """What transformers' outputs call the cache: "cache" since 5.24, "past_key_values" before."""
 
 
-class _ZooLayer(CacheLayerMixin):
-    """What both layers share: a fixed set of (B, ...) tensors, and the number of columns seen."""
+class ZooLayer(CacheLayerMixin):
+    """What the layers share: a fixed set of (B, ...) tensors, and the number of columns seen."""
 
     is_compileable = False
     is_croppable = False
@@ -90,7 +90,7 @@ class _ZooLayer(CacheLayerMixin):
             )
 
 
-class RecurrentLayer(_ZooLayer):
+class RecurrentLayer(ZooLayer):
     """State of one state-space layer: `conv_state` (B, D, K-1), the last real inputs of the convolution, and
     `recurrent_state` in float32, (B, H, P, N) or, of Mamba-1, (B, D, N). Both are None before the first token."""
 
@@ -114,7 +114,7 @@ class RecurrentLayer(_ZooLayer):
         self.is_initialized = True
 
 
-class WindowLayer(_ZooLayer):
+class WindowLayer(ZooLayer):
     """Keys and values of the last `window - 1` real tokens of each row, right-aligned, with their positions.
 
     Positions count the real tokens of a row from 0, so that padding anywhere takes no place in the window; -1
@@ -169,8 +169,10 @@ class WindowLayer(_ZooLayer):
             column = order[:, None, :, None].expand_as(keys)
             stored = keys.gather(2, column), values.gather(2, column), positions.gather(1, order)
         first = max(keys.shape[2] - (window - 1), 0)
-        self.keys, self.values = stored[0][:, :, first:], stored[1][:, :, first:]
-        self.positions = stored[2][:, first:]
+        kept_columns = stored[0][:, :, first:], stored[1][:, :, first:], stored[2][:, first:]
+        if first >= window:  # a view would keep the whole prompt in memory until the next token
+            kept_columns = kept_columns[0].clone(), kept_columns[1].clone(), kept_columns[2].clone()
+        self.keys, self.values, self.positions = kept_columns
         self.counts = self.counts + present.sum(-1)
         self.columns += length
         self.is_initialized = True

@@ -22,6 +22,8 @@ from .hub_code import upload, write_code, write_default_card
 from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
 from .sequence import Sequence, make_sequence
 
+_EXAMPLE_TOKENS = 16
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, with a weight."""
@@ -36,6 +38,12 @@ class RMSNorm(nn.Module):
         if residual is None:
             return rms_norm(hidden_states, self.weight, self.eps)
         return add_rms_norm(hidden_states, residual, self.weight, self.eps)
+
+
+def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The (..., D) hidden states through a norm, in the dtype of its weight."""
+    weight = getattr(norm, "weight", None)
+    return norm(hidden_states if weight is None else hidden_states.to(weight.dtype))
 
 
 def is_bidirectional(config: PreTrainedConfig) -> bool:
@@ -146,6 +154,11 @@ class ZooPreTrainedModel(PreTrainedModel):
                 tags=tags,
             )
 
+    def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random arguments of a forward, to compare what two loads of the model compute."""
+        length = min(_EXAMPLE_TOKENS, getattr(self.config, "max_position_embeddings", _EXAMPLE_TOKENS))
+        return {"input_ids": torch.randint(self.config.vocab_size, (1, length), generator=generator)}
+
     def _auto_class_name(self) -> str:
         """The Auto class that loads this model; of a subclass, that of the class it is made of."""
         autos = {name: auto for auto, name in self.auto_classes.items()}
@@ -170,7 +183,7 @@ class ZooModel(ZooPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
-        self.norm_f = RMSNorm(config.hidden_size, self.norm_eps(config))
+        self.norm_f = self.make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -178,10 +191,22 @@ class ZooModel(ZooPreTrainedModel):
         """The block at `layer_idx`."""
         raise NotImplementedError
 
+    def make_norm(self, config: PreTrainedConfig) -> nn.Module:
+        """The final norm, `nn.Identity` where a family has none."""
+        return RMSNorm(config.hidden_size, self.norm_eps(config))
+
     @staticmethod
     def norm_eps(config: PreTrainedConfig) -> float:
         """Epsilon of the norms."""
         raise NotImplementedError
+
+    def split(self, hidden_states: Tensor) -> Tensor:
+        """What the first block reads, of the (B, L, D) embeddings: these, unless a family has several streams."""
+        return hidden_states
+
+    def join(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, D) of what a block returns: the opposite."""
+        return hidden_states
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
         """Add to `sequence` what the family's layers share, rotary tables say."""
@@ -285,12 +310,11 @@ class ZooModel(ZooPreTrainedModel):
         if output_attentions and sequence.past:
             raise ValueError(f"output_attentions=True needs an empty cache, this one holds {sequence.past} tokens")
 
-        all_hidden_states: list[Tensor] = []
+        all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
         attentions: list[Tensor] = []
         choices: list[Any] = []
+        hidden_states = self.split(hidden_states)
         for block in self.layers:
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
             hidden_states, attention, *choice = block(
                 hidden_states, sequence, past_key_values=past_key_values, output_attentions=output_attentions
             )
@@ -298,7 +322,9 @@ class ZooModel(ZooPreTrainedModel):
                 choices.append(choice)
             if output_attentions:
                 attentions.append(attention)
-        hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+            if output_hidden_states and len(all_hidden_states) < len(self.layers):
+                all_hidden_states.append(self.join(hidden_states))
+        hidden_states = normed(self.norm_f, self.join(hidden_states))
         if output_hidden_states:
             all_hidden_states.append(hidden_states)
         output = ZooModelOutput(

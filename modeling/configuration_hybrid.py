@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
+from .configuration_masked_mixer import REPEATS, MaskedMixerConfig, check_position_mixing
 from .configuration_taipan import check_selective_attention
 
 MIXER_TYPES = (
@@ -18,6 +19,7 @@ MIXER_TYPES = (
     "mamba",
     "mamba2",
     "discrete_mamba2",
+    "masked_mixing",
     "none",
 )
 MLP_TYPES = ("gated", "none")
@@ -34,7 +36,7 @@ class ZooHybridConfig(PreTrainedConfig):
         intermediate_size: width of the gated MLP; 0 only where no block has one.
         num_hidden_layers: blocks.
         mixer_types: token mixer of each block: "full_attention", "sliding_attention", "selective_attention", "mamba",
-            "mamba2", "discrete_mamba2" or "none"; all "full_attention" if not given.
+            "mamba2", "discrete_mamba2", "masked_mixing" or "none"; all "full_attention" if not given.
         mlp_types: channel mixer of each block: "gated" or "none"; all "gated" if not given. A block has a token mixer,
             an MLP, or both, and a norm for each.
         num_attention_heads: H, heads of attention and of discrete Mamba-2.
@@ -45,7 +47,8 @@ class ZooHybridConfig(PreTrainedConfig):
         rms_norm_eps: epsilon of every RMSNorm.
         attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
         mlp_bias: bias in the MLP.
-        max_position_embeddings: context that the rotary embedding was made for.
+        max_position_embeddings: context that the rotary embedding was made for; with "masked_mixing" the positions that
+            there are weights for, which no document may exceed.
         rope_parameters: rotary embedding, as in transformers. Its `partial_rotary_factor` is the part of a head's
             channels that is turned, the first ones: 1 if not given, 0 for attention without positions.
         sliding_window: tokens that a query of sliding or selective attention sees, itself included.
@@ -70,6 +73,11 @@ class ZooHybridConfig(PreTrainedConfig):
         time_step_rank: R, rank of Mamba-1's projection to the step sizes; D / 16, rounded up, if not given.
         mixer_rms_eps: epsilon of RMSNorms on the low-rank step sizes, B and C of Mamba-1; no such norms if not given.
         mixer_rms_weight: these norms have weights, as Jamba's.
+        mixing: what the matrix of "masked_mixing" is, as in `MaskedMixerConfig`, which also explains the next four.
+        mixing_heads: its heads.
+        mixing_kernel: neighbouring channels that are mixed too.
+        mixing_projections: a linear layer before and one after it; where there is more than one head if not given.
+        mixing_decay: repeats have learned decays.
         initializer_range: standard deviation of projections and embedding at initialisation.
     """
 
@@ -111,6 +119,11 @@ class ZooHybridConfig(PreTrainedConfig):
     time_step_rank: int | None = None
     mixer_rms_eps: float | None = None
     mixer_rms_weight: bool = False
+    mixing: str = "dense"
+    mixing_heads: int = 1
+    mixing_kernel: int = 1
+    mixing_projections: bool | None = None
+    mixing_decay: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -143,6 +156,7 @@ class ZooHybridConfig(PreTrainedConfig):
         """Kind of cache layer of each block."""
         kinds = {"full_attention": "full_attention"}
         kinds |= {"sliding_attention": "zoo_window", "selective_attention": "zoo_window"}
+        kinds["masked_mixing"] = "zoo_state" if self.mixing in REPEATS else "zoo_history"
         return [kinds.get(mixer, "zoo_recurrent") for mixer in self.mixer_types or []]
 
     @property
@@ -176,6 +190,20 @@ class ZooHybridConfig(PreTrainedConfig):
             use_conv_bias=self.mamba_conv_bias,
             time_step_limit=self.time_step_limit,
             layer_norm_epsilon=self.rms_norm_eps,
+        )
+
+    @property
+    def masked_mixer(self) -> MaskedMixerConfig:
+        """Sizes of the masked mixers."""
+        return MaskedMixerConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            max_position_embeddings=self.max_position_embeddings,
+            mixing=self.mixing,
+            num_heads=self.mixing_heads,
+            kernel_size=self.mixing_kernel,
+            use_projections=self.mixing_projections,
+            use_decay=self.mixing_decay,
         )
 
     def validate_layer_type(self) -> None:
@@ -227,6 +255,8 @@ class ZooHybridConfig(PreTrainedConfig):
             raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
         if "selective_attention" in mixers:
             check_selective_attention(self)
+        if "masked_mixing" in mixers:
+            check_position_mixing(self, "mixing_heads", "mixing_kernel")
         if "mamba" in mixers:
             _ = self.mamba  # checks itself
         if "mamba2" in mixers:

@@ -124,6 +124,10 @@ class _ZooTokenHead(ZooHeadModel):
         """The layer."""
         raise NotImplementedError
 
+    def targets(self, labels: Tensor) -> Tensor:
+        """(B, L) what the logits of each token are compared with: the label of the same token."""
+        return labels
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -159,6 +163,7 @@ class _ZooTokenHead(ZooHeadModel):
         logits = head(outputs.last_hidden_state.to(head.weight.dtype))
         loss = None
         if labels is not None:
+            labels = self.targets(labels)
             sizes = {"config": self.config, "vocab_size": self.config.vocab_size}  # what one or the other loss reads
             loss = self.loss_function(logits=logits, labels=labels, **sizes, **kwargs)
             if self.training:

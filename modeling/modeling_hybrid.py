@@ -4,7 +4,7 @@ Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
 first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
 tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-1 (`modeling_mamba.py`) and
-Mamba-2 (`modeling_mamba2.py`); and discrete Mamba-2, defined here.
+Mamba-2 (`modeling_mamba2.py`); masked mixing (`history_mixing.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
 `modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar
@@ -30,11 +30,14 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
+from .attention import Attention
 from .cache import is_single_step, layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .history_mixing import PositionMixer
+from .mixing_kinds import init_position_mixer, make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .rotary import rotate
@@ -45,71 +48,6 @@ from .step_sizes import inverse_softplus
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 _SMALLEST_ROW_SUM = 1e-6
-
-
-class Attention(nn.Module):
-    """Softmax attention with rotary positions and grouped key-value heads; `window` limits what a query sees."""
-
-    def __init__(self, config: ZooHybridConfig, layer_idx: int, window: int | None) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.window = window
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
-        self.head_dim = int(config.head_dim or 0)
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        sequence: Sequence,
-        past_key_values: Cache | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        assert sequence.rotary is not None
-        cos, sin = (table[:, None] for table in sequence.rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.window is None:
-            if past_key_values is not None:
-                if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
-                    past_key_values.layers[self.layer_idx].prefetch()
-                k, v = past_key_values.update(k, v, self.layer_idx)
-            mask = sequence.full_mask(k.shape[2])
-        else:
-            query_positions = key_positions = None
-            cache = layer_of(past_key_values, self.layer_idx)
-            if cache is not None:
-                k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
-            mask = sequence.window_mask(self.window, query_positions, key_positions)
-        repeats = self.num_heads // self.num_kv_heads
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        scale = self.head_dim**-0.5
-        attention = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            attention = _attention_matrix(q, k, mask, scale)
-            y = attention.to(v.dtype) @ v
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
-            )
-        return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
-
-
-def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(B, H, L, M) softmax in float32; causal where `mask` is None."""
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if mask is None:
-        length, keys = scores.shape[-2:]
-        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
 class DiscreteMamba2Mixer(nn.Module):
@@ -262,6 +200,8 @@ def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
         return Mamba2Mixer(config.mamba2, layer_idx)
     if kind == "discrete_mamba2":
         return DiscreteMamba2Mixer(config, layer_idx)
+    if kind == "masked_mixing":
+        return make_position_mixer(config.masked_mixer, layer_idx)
     if kind == "selective_attention":
         return SelectiveAttention(config, layer_idx, bias=config.attention_bias)
     return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
@@ -303,7 +243,7 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias", "decay_value"]
     auto_classes = {
         "AutoModel": "ZooHybridModel",
         "AutoModelForCausalLM": "ZooHybridForCausalLM",
@@ -318,6 +258,8 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
             init_mamba_mixer(module, self.config.mamba)
         elif isinstance(module, Mamba2Mixer):
             init_mamba2_mixer(module, self.config.mamba2)
+        elif isinstance(module, PositionMixer):
+            init_position_mixer(module)
         elif isinstance(module, DiscreteMamba2Mixer):
             init_discrete_mamba2_mixer(module, self.config)
 
@@ -339,6 +281,8 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         return config.rms_norm_eps
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
+        if "masked_mixing" in (self.config.mixer_types or []):
+            sequence.check_length(self.config.max_position_embeddings)
         sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
 

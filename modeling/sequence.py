@@ -138,6 +138,32 @@ class Sequence:
         assert mask is not None
         return mask
 
+    def places(self) -> Tensor:
+        """(B or 1, L) place of each new token among those of its document, from 0, whatever `position_ids` say; any
+        number at padding."""
+        length = self.position_ids.shape[1]
+        batch = 1 if self.seq_idx is None else self.seq_idx.shape[0]
+        return _positions(batch, length, self.position_ids.device, self.seq_idx, None, 0)
+
+    def check_length(self, positions: int) -> None:
+        """Raise ValueError if a document, with its cached tokens, is longer than the `positions` there are weights for.
+
+        Without a mask every cached column counts.
+        """
+        columns = self.past + self.position_ids.shape[1]
+        if columns <= positions:
+            return
+        if self.seq_idx is not None and self.past == 0:
+            real = self.seq_idx >= 0
+            longest = int((self.places() + 1).masked_fill(~real, 0).max())
+        else:
+            longest = columns if self.attention_mask is None else int(self.attention_mask.sum(-1).max())
+        if longest > positions:
+            raise ValueError(
+                f"max_position_embeddings: there are weights for {positions} positions, got a document of {longest} "
+                f"tokens, {self.past} columns of the cache included; accepted: at most {positions}"
+            )
+
     def row_positions(self) -> Tensor:
         """(B or 1, L) place of each token among the row's real ones, whatever document it is of; -1 at padding."""
         length = self.position_ids.shape[1]

@@ -17,10 +17,12 @@ from triton.runtime.jit import JITFunction
 
 from ssm_zoo.kernels import arguments, ssd_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
 from ssm_zoo.kernels.ssd import ssd
 from ssm_zoo.kernels.ssd_step import ssd_step
+from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.window_attention import window_attention
 
 B, L, H, P, N, D, K = 1, 4096, 4, 64, 128, 128, 4
@@ -72,6 +74,16 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
     keys, extras = wide(B, L, H // 2, P), {"seq_idx": seq_idx}
     queries = wide(len(index), H, P)
     window_attention(queries, keys, keys, window=512, index=index, **some(**extras)).sum().backward()
+    # Features of one row in a tile of columns, or of several.
+    heads, width, positions = (1, 128, 512) if everything else (4, 24, 500)
+    x = wide(2, positions, heads, width)
+    extras = {"bias": zeros(heads, positions), "residual": zeros(2, positions, heads, width)}
+    token = torch.zeros(2, dtype=torch.long)
+    for mix, step, dimensions in ((masked_mix, masked_mix_step, 2), (toeplitz_mix, toeplitz_mix_step, 1)):
+        weight = zeros(heads, *[positions] * dimensions, dtype=torch.float32 if everything else dtype)
+        mix(x, weight, **some(**extras)).sum().backward()
+        with torch.no_grad():
+            step(x, weight, extras["bias"] if everything else None, token, **OPTIONS)
     with torch.no_grad():
         maps = wide(B, 1, N)
         extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}

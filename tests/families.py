@@ -8,6 +8,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssm_zoo.modeling import (
+    MaskedMixerConfig,
+    MaskedMixerForCausalLM,
+    MaskedMixerModel,
     TaipanConfig,
     TaipanForCausalLM,
     TaipanModel,
@@ -114,6 +117,22 @@ def _taipan(**sizes: Any) -> Family:
     return Family(config, TaipanForCausalLM, TaipanModel)
 
 
+def _mixer(mixing: str, **sizes: Any) -> Family:
+    def config(**changes: Any) -> MaskedMixerConfig:
+        tiny = {
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 160,
+            "mixing": mixing,
+            "intermediate_size": 24,
+            "initializer_range": 0.02,
+        }
+        return MaskedMixerConfig(**(tiny | sizes | changes))
+
+    return Family(config, MaskedMixerForCausalLM, MaskedMixerModel)
+
+
 FAMILIES: dict[str, Family] = {
     "mamba": _mamba(),
     "mamba-options": _mamba(
@@ -175,6 +194,19 @@ FAMILIES: dict[str, Family] = {
         residual_in_fp32=False,
         tie_word_embeddings=False,
     ),
+    "mixer": _mixer("dense"),
+    "mixer-options": _mixer("dense", num_heads=2, kernel_size=4, mlp_first=True, norm_type="rms_norm", final_norm=True),
+    "mixer-toeplitz": _mixer("toeplitz", num_heads=2, mlp_type="gated", mlp_bias=False, mlp_first=False),
+    "mixer-rows": _mixer("row_repeat", num_heads=2, use_projections=False, use_decay=False),
+    "mixer-columns": _mixer("column_repeat", kernel_size=3, use_projections=True),
+    "mixer-combined": _mixer("combined_repeat", num_heads=2, kernel_size=2),
+    "mixer-series": _mixer(
+        "dense", attention="series", attention_bias=True, num_attention_heads=4, num_key_value_heads=2, head_dim=6
+    ),
+    "mixer-parallel": _mixer("mixed_repeat", num_heads=2, attention="parallel", num_attention_heads=4),
+    "hybrid-mixers": _hybrid(
+        "masked_mixing", "full_attention", "mamba2", state_size=8, max_position_embeddings=160, mixing_heads=2
+    ),
 }
 
 # They see the tokens ahead, too: no causal language models, but every other head.
@@ -194,6 +226,8 @@ ENCODERS: dict[str, Family] = {
     "mamba2-groups-encoder": _mamba2(
         n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.004, 0.5), bidirectional=True
     ),
+    "mixer-encoder": _mixer("dense", num_heads=2, bidirectional=True),
+    "mixer-toeplitz-encoder": _mixer("toeplitz", kernel_size=2, final_norm=True, bidirectional=True),
 }
 
 
@@ -226,18 +260,26 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     """Add seeded noise to every parameter: half over the root of its fan-in to a matrix, a quarter to others.
 
     The Mambas' first step sizes, 0.001 to 0.1, let little into the state: they become seven times as large, and the
-    decay rates smaller, so that what is wrong with the state shows in the logits.
+    decay rates smaller, so that what is wrong with the state shows in the logits. Masked mixers start with
+    larger matrices than others, and some have no norm before the head: they are made smaller, for logits of order 1.
     """
     generator = torch.Generator().manual_seed(seed)
+    large = (
+        getattr(getattr(model, "config", None), "model_type", "") == "masked_mixer" and model.config.mixing != "dense"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
-            matrix = parameter.dim() == 2
-            scale = 0.5 * parameter.shape[1] ** -0.5 if matrix else 0.25
+            if large and parameter.dim() > 1:
+                parameter.mul_(0.4)
+            matrix = parameter.dim() > 1 and parameter.shape[1] > 1  # no convolution
+            scale = 0.5 * parameter.shape[-1] ** -0.5 if matrix else 0.25
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
         for module in model.modules():
             if hasattr(module, "A_log"):
                 (module.dt_proj.bias if hasattr(module, "dt_proj") else module.dt_bias).add_(2.0)
                 module.A_log.sub_(1.0)
+            if getattr(module, "decay_value", None) is not None:  # beyond the bounds of a decay there is no gradient
+                module.decay_value.copy_(0.91 + 0.08 * torch.rand(module.decay_value.shape, generator=generator))
 
 
 def draw_ids(*shape: int, seed: int = 0) -> torch.Tensor:

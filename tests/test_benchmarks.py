@@ -83,8 +83,14 @@ def test_a_whole_run_measures_every_small_case(finished: Path):
     measured = {(row["op"], row["peer"]) for row in rows[1:] if row["status"] == "measured"}
     assert {("ssd", "torch attention"), ("rms_norm", "torch rms_norm"), ("decode", "transformers")} <= measured
     assert {("window_attention", f"{peer} of all tokens") for peer in ("FlexAttention", "torch attention")} <= measured
+    dense = {
+        ("masked_mix", "cuBLAS of tril(W)"),
+        ("toeplitz_mix", "cuBLAS of the matrix"),
+        ("toeplitz_mix", "torch rfft"),
+    }
+    assert {*dense, ("masked_mix", "the floor: cuBLAS of W unmasked")} <= measured
     theirs = {op for op, peer in measured if (peer or "").startswith("transformers")}
-    assert theirs == OPS.keys() - {"add_rms_norm", "window_attention"}
+    assert theirs == OPS.keys() - {"add_rms_norm", "window_attention", "masked_mix", "toeplitz_mix"}
 
 
 def test_every_row_has_its_keys_and_those_without_a_number_a_reason(finished: Path):
@@ -324,7 +330,9 @@ def test_peers_get_our_numbers_in_their_layout_and_give_theirs_back_in_ours(monk
                 continue
             assert found[0] < 1e-5, (case.name, name, found)
             if name != "fla chunk_simple_gla":
-                assert results.keys() == expected.keys(), (case.name, name)
+                # The floor's gradient of the weights fills the triangle that ours leaves empty.
+                other = {"dweight"} if name.startswith("the floor") else set()
+                assert results.keys() == expected.keys() - other, (case.name, name)
             compared.add(name)
     if mode == EAGER:
         assert compared == {"mamba_ssm and causal_conv1d", "transformers"}

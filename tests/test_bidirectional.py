@@ -33,6 +33,9 @@ INPUTS = [
     pytest.param({"attention_mask": MASK, "seq_idx": SEQ_IDX}, id="packed-and-padded"),
 ]
 
+# The two directions of these are scans in each mixer; those of a masked mixer are streams (test_masked_mixer.py).
+SCANS = [encoder for encoder in ENCODERS if not encoder.startswith("mixer")]
+
 
 @pytest.fixture(params=ENCODERS)
 def name(request: pytest.FixtureRequest) -> str:
@@ -127,6 +130,7 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, sequence: Sequenc
 
 
 @pytest.mark.parametrize("length", [1, 2, 13, 70])
+@pytest.mark.parametrize("name", SCANS)
 def test_the_mixer_is_the_sum_of_two_scans(name: str, length: int) -> None:
     """In float64, in a loop over time."""
     model = make_head(AutoModel, name)
@@ -138,6 +142,7 @@ def test_the_mixer_is_the_sum_of_two_scans(name: str, length: int) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SCANS)
 def test_equal_directions_have_no_preference(name: str) -> None:
     """With the parameters of `reverse` equal to the others, turned tokens give the outputs turned."""
     model = make_head(AutoModel, name)
@@ -162,6 +167,7 @@ def test_a_token_is_seen_by_its_whole_document_and_nothing_else(name: str, argum
             assert torch.equal(differs[real], ((document == document[t]) & real[t])[real])
 
 
+@pytest.mark.parametrize("name", SCANS)
 @pytest.mark.parametrize("arguments", INPUTS)
 def test_the_matrices_of_both_directions_are_the_mixer(name: str, arguments: dict[str, Tensor]) -> None:
     model = make_head(AutoModel, name)
@@ -220,7 +226,7 @@ def test_embeddings_are_tied_if_the_configuration_says_so(name: str, tied: bool,
 def test_every_parameter_is_trained(name: str) -> None:
     model = make_head(AutoModelForMaskedLM, name).train()
     model(**masked()).loss.backward()
-    assert sum(".reverse." in key for key, _ in model.named_parameters()) >= 2 * 4
+    assert sum(".reverse." in key for key, _ in model.named_parameters()) >= 2 * (4 if name in SCANS else 2)
     for key, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient.isfinite().all(), key
@@ -241,7 +247,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, use_reentrant: bool) 
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("encoder", ["mamba-encoder", "mamba2-encoder"])
+@pytest.mark.parametrize("encoder", ["mamba-encoder", "mamba2-encoder", "mixer-encoder"])
 def test_it_fills_in_from_what_follows(encoder: str) -> None:
     """The first token is the last one repeated: only a model that sees ahead can tell."""
     model = make_head(AutoModelForMaskedLM, encoder).train()
@@ -264,7 +270,9 @@ def test_lora_on_every_projection(name: str) -> None:
     config = LoraConfig(r=3, lora_alpha=12, target_modules="all-linear")
     model = get_peft_model(make_head(AutoModelForMaskedLM, name), config).train()
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    projections = {"in_proj", "out_proj"} | ({"x_proj", "dt_proj"} if name.startswith("mamba-") else set())
+    projections = {"in_proj", "out_proj"} if name != "mixer-toeplitz-encoder" else set()
+    projections |= {"up_proj", "down_proj"} if name not in SCANS else set()
+    projections |= {"x_proj", "dt_proj"} if name.startswith("mamba-") else set()
     assert {key.split(".")[-4] for key in trained} == projections
     optimizer = torch.optim.Adam(trained.values(), lr=0.03)
     losses = []

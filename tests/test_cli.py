@@ -64,7 +64,8 @@ def fails(result: Result, message: str) -> None:
 @pytest.mark.parametrize("command", [None, "distill", "train", "export", "card", "convert", "generate", "push"])
 def test_help_explains_every_argument(ssm_zoo: Callable[..., Result], command: str | None) -> None:
     group: Any = typer.main.get_command(app)
-    assert set(group.commands) == {"distill", "train", "finetune", "export", "card", "convert", "generate", "push"}
+    commands = {"distill", "train", "finetune", "evaluate", "export", "card", "convert", "generate", "push"}
+    assert set(group.commands) == commands
     described = group if command is None else group.commands[command]
     text = " ".join(succeeds(ssm_zoo(*([command] if command else []), "--help")).split())
     if command is not None:

@@ -309,16 +309,23 @@ def test_bfloat16_computes_near_float32_and_trains_float32(finished: Path, place
     assert 0 < (norm - before).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("student", [{"mixer": "mamba2", "half_life": [2, 32]}, {"mixer": "sliding_attention"}])
-def test_other_mixers_run_too(student: dict[str, Any], place: Path) -> None:
+OTHERS: list[tuple[dict[str, Any], int]] = [
+    ({"mixer": "mamba2", "half_life": [2, 32]}, 1),
+    ({"mixer": "sliding_attention"}, 2),
+    ({"mixer": "masked_mixing", "positions": 40, "calibration": "ridge"}, 0),
+]
+
+
+@pytest.mark.parametrize(("student", "first"), OTHERS)
+def test_other_mixers_run_too(student: dict[str, Any], first: int, place: Path) -> None:
     values = recipe_values(place)
-    values["student"] = {"layers": "odd", **student}
-    values["stages"] = STAGES[1:] if student["mixer"] == "mamba2" else STAGES[2:]
+    values |= {"student": {"layers": "odd", **student}, "stages": STAGES[first:]}
     report = distill(parse_recipe(values), place / student["mixer"])
     rows = {row["name"]: row for row in report["evaluations"]}
     assert rows["logits"]["loss"] < rows["mixers zeroed"]["loss"]
     assert report["student"]["mixer_types"] == ["full_attention", student["mixer"]] * 2
     assert (place / student["mixer"] / "student" / "model.safetensors").is_file()
+    assert student["mixer"] != "masked_mixing" or rows["step 0"]["loss"] < rows["mixers zeroed"]["loss"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place: Path) -> None:
@@ -419,6 +426,14 @@ WRONG = [
         lambda values, _: values["evaluation"].update(prompts=["Ada", ""]),
         r"evaluation\.prompts\.1: got ''; accepted: a text of at least one token",
         id="empty prompt",
+    ),
+    pytest.param(
+        lambda values, _: (
+            values.update(student={"mixer": "masked_mixing", "positions": 32}),
+            values["evaluation"].update(max_new_tokens=31),
+        ),
+        r"evaluation\.prompts\.0: got \d+ tokens; accepted: at most 1, student\.positions less evaluation\.max_new",
+        id="prompt without room",
     ),
 ]
 

@@ -15,15 +15,19 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d_reference
+from ssm_zoo.kernels.masked_mix import masked_mix_reference
 from ssm_zoo.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
+from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix_reference
 from ssm_zoo.kernels.window_attention import window_attention_reference
 from ssm_zoo.modeling import (
     causal_lm,
+    history_mixing,
     modeling_hybrid,
     modeling_mamba,
     modeling_mamba2,
+    repeat_mixing,
     selective_attention,
     short_convolution,
 )
@@ -83,7 +87,10 @@ def test_whole_is_the_definition(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     actual = whole(model, ids)
     monkeypatch.setattr(modeling_mamba, "selective_scan", selective_scan_reference)
     monkeypatch.setattr(modeling_mamba2, "ssd", ssd_reference)
-    monkeypatch.setattr(modeling_hybrid, "ssd_log_decay", ssd_log_decay_reference)
+    for module in (modeling_hybrid, repeat_mixing):
+        monkeypatch.setattr(module, "ssd_log_decay", ssd_log_decay_reference)
+    monkeypatch.setattr(history_mixing, "masked_mix", masked_mix_reference)
+    monkeypatch.setattr(history_mixing, "toeplitz_mix", toeplitz_mix_reference)
     monkeypatch.setattr(short_convolution, "causal_conv1d", causal_conv1d_reference)
     monkeypatch.setattr(selective_attention, "window_attention", window_attention_reference)
     for module in (modeling_mamba2, causal_lm):
@@ -380,10 +387,15 @@ def test_snapshot_of_another_model_raises(model: Any) -> None:
         restore(cache, snapshot(cache)[:1])
 
 
-def test_a_state_cannot_be_cropped(model: Any) -> None:
-    cache = DynamicCache(config=model.config)
+def test_a_history_can_be_cropped_and_a_state_cannot(model: Any) -> None:
+    ids, cache = draw_ids(2, LENGTH), DynamicCache(config=model.config)
     with torch.no_grad():
-        chunks(model, draw_ids(1, 4), [4], cache)
+        chunks(model, ids[:, :4], [4], cache)
+        chunks(model, draw_ids(2, 3, seed=5), [2, 1], cache)
+        if set(model.config.layer_types) <= {"zoo_history", "zoo_attention_history", "full_attention"}:
+            cache.crop(-3)
+            close(chunks(model, ids[:, 4:], [1, 3, 5], cache), whole(model, ids)[:, 4:])
+            return
     with pytest.raises(ValueError, match="keeps a state, not a history: crop"):
         cache.crop(-1)
 

@@ -24,7 +24,7 @@ from hub_stand_in import HubStandIn
 from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_default_card
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options"]
+EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
 SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py", "mixer_block.py"]
 SHARED += ["rms_norm.py", "routing.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py"]
 SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
@@ -34,11 +34,21 @@ MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "se
 SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
 SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
 MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
+MIXING = ["attention.py", "configuration_masked_mixer.py", "document_line.py", "history_mixing.py", "masked_mix.py"]
+MIXING += ["masked_mix_step_triton.py", "masked_mix_triton.py", "masked_mix_triton_kernels.py", "mix_panels.py"]
+MIXING += ["mixing_cache.py", "mixing_kinds.py", "position_mixing.py", "repeat_mixing.py", "toeplitz_fft.py"]
+MIXING += ["toeplitz_mix.py"]
+MIXER = ["gated_mlp.py", "linear_init.py", "modeling_masked_mixer.py", "plain_mlp.py", "rotary.py", "ssd_step.py"]
+MIXER += ["ssd_step_triton.py", "state_update.py", "trained_padding.py", "window_generation.py"]
+SCANNING = ["causal_conv1d.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py", "mixer_block.py"]
+SCANNING += ["short_convolution.py", "step_sizes.py"]
+HYBRID = ["configuration_hybrid.py", "modeling_hybrid.py"]
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),
     "mamba2-groups": sorted([*SHARED, *MAMBA2]),
-    "all-four": sorted({*SHARED, *MAMBA, *MAMBA2, *SELECTIVE, "configuration_hybrid.py", "modeling_hybrid.py"}),
+    "all-four": sorted({*SHARED, *MAMBA, *MAMBA2, *SELECTIVE, *MIXING, *HYBRID}),
     "taipan-options": sorted([*SHARED, *MAMBA2, *SELECTIVE, "modeling_taipan.py"]),
+    "mixer-options": sorted({*SHARED, *MIXING, *MIXER} - {*SCANNING}),
 }
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
 AUTO_MAP = {
@@ -71,6 +81,14 @@ AUTO_MAP = {
         "AutoModelForCausalLM": "modeling_taipan.TaipanForCausalLM",
         "AutoModelForSequenceClassification": "modeling_taipan.TaipanForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_taipan.TaipanForTokenClassification",
+    },
+    "mixer-options": {
+        "AutoConfig": "configuration_masked_mixer.MaskedMixerConfig",
+        "AutoModel": "modeling_masked_mixer.MaskedMixerModel",
+        "AutoModelForCausalLM": "modeling_masked_mixer.MaskedMixerForCausalLM",
+        "AutoModelForMaskedLM": "modeling_masked_mixer.MaskedMixerForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_masked_mixer.MaskedMixerForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_masked_mixer.MaskedMixerForTokenClassification",
     },
 }
 # What a user need not have. Without triton the torch paths are all there is.
@@ -261,6 +279,7 @@ def json_of_config(index: int) -> dict[str, Any]:
         "mamba2-groups": {"model_type": "zoo_mamba2", "n_groups": 4, "conv_kernel": 3},
         "all-four": {"model_type": "zoo_hybrid", "sliding_window": 5, "head_dim": 6},
         "taipan-options": {"model_type": "taipan", "sal_layer_idx": [0, 2], "sal_fusion": "residual"},
+        "mixer-options": {"model_type": "masked_mixer", "kernel_size": 4, "mlp_first": True, "hidden_act": "gelu"},
     }[EXPORTED[index]]
 
 

@@ -23,6 +23,7 @@ from ssm_zoo.finetune.language_model import finetune_language_model
 from ssm_zoo.finetune.settings import parse_settings
 from ssm_zoo.finetune.texts import encode, read_documents
 from ssm_zoo.finetune.training import ZooTrainer
+from ssm_zoo.modeling.history_mixing import PositionMixer
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
 
@@ -210,12 +211,12 @@ def test_other_ways_learn_too(folder: Path, tmp_path: Path, changes: dict[str, A
     assert report["compute_dtype"] == changes.get("dtype", "float32")
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "all-four"])
-def test_weight_decay_is_of_projections_and_embeddings_alone(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "all-four", "mixer-options", "mixer-columns"])
+def test_weight_decay_is_of_projections_mixing_weights_and_embeddings_alone(name: str, tmp_path: Path) -> None:
     """Mamba-1's decay rates are a matrix, and yet no weights."""
     model = make_model(name)
     trainer = ZooTrainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
-    layers = (torch.nn.Linear, torch.nn.Embedding)
+    layers = (torch.nn.Linear, torch.nn.Embedding, PositionMixer)
     weights = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, layers)}
     assert set(trainer.get_decay_parameter_names(model)) == weights & dict(model.named_parameters()).keys()
 

@@ -265,6 +265,9 @@ def test_gradients_reach_every_parameter(name: str, head: str) -> None:
     for key, parameter in model.named_parameters():
         # The last scan ahead starts at the row's last token, whose score it gives: no decay, no rotation of its own.
         unused = head == "rows" and key == f"{last}A_log"
+        # The streams of a mixer meet behind the last block, and the second one has seen nothing before a row's end.
+        if head == "rows" and name.startswith("mixer") and ".reverse" in key:
+            unused = not key.endswith((".reverse.bias", ".out_proj.weight", ".out_proj.bias"))
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any() != unused, key
 
@@ -356,7 +359,10 @@ def test_a_checkpoint_without_the_head_keeps_its_weights(name: str, source: str,
     for key, value in backbone.state_dict().items():
         assert torch.equal(state[key], value), key
     assert model.score.weight.shape == (LABELS, model.config.hidden_size)
-    assert 0 < model.score.weight.std() < 3 * model.config.initializer_range
+    spread = model.config.initializer_range
+    if model.config.model_type == "masked_mixer":  # linear layers have their own there
+        spread = (2 / model.config.hidden_size) ** 0.5
+    assert 0 < model.score.weight.std() < 3 * spread
 
 
 def test_a_saved_head_loads_bit_equal_and_so_does_its_backbone(name: str, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ssm_zoo.kernels import arguments, compat
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_reference, masked_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
 from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_log_decay_reference, ssd_matrix, ssd_reference
 from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
+from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference, toeplitz_mix_step
 from ssm_zoo.kernels.window_attention import window_attention, window_attention_matrix, window_attention_reference
 
 # Batch, length, heads or channels, head width, groups, states, taps, taps less one, a longer state's places and rows,
@@ -67,6 +69,8 @@ SSD_STEP = "B:BGN C:BGN D:HP z:BHP"
 SCAN = "x:BLH dt:BLH A:HN B:BLGN C:BLGN D:H z:BLH dt_bias:H initial_state:BHN seq_idx:BL"
 CONVOLUTION = "x:BLH weight:HK bias:H initial_state:BHJ seq_idx:BL"
 WINDOW = "index:M positions:BL seq_idx:BL"
+MIX = "bias:HN residual:BLHP seq_idx:BL"
+MIX_STEP = "bias:HN positions:B residual:BHP"
 EPS = {"eps": 1e-5}
 
 OPS: dict[str, Op] = {
@@ -94,6 +98,12 @@ OPS: dict[str, Op] = {
         window_attention_reference, f"q:MHP k:BLGP v:BLGP {WINDOW}", options={"window": 2}
     ),
     "window_attention_matrix": Op(window_attention_matrix, f"q:MHP k:BLGP {WINDOW}", options={"window": 2}),
+    "masked_mix": Op(masked_mix, f"x:BLHP weight:HNN {MIX}"),
+    "masked_mix_reference": Op(masked_mix_reference, f"x:BLHP weight:HNN {MIX}"),
+    "masked_mix_step": Op(masked_mix_step, f"history:BLHP weight:HNN {MIX_STEP}"),
+    "toeplitz_mix": Op(toeplitz_mix, f"x:BLHP weight:HN {MIX}"),
+    "toeplitz_mix_reference": Op(toeplitz_mix_reference, f"x:BLHP weight:HN {MIX}"),
+    "toeplitz_mix_step": Op(toeplitz_mix_step, f"history:BLHP weight:HN {MIX_STEP}"),
     "mamba_chunk_scan_combined": Op(
         compat.mamba_chunk_scan_combined,
         f"x:BLHP dt:BLH A:H {SSD} dt_bias:H".replace("initial_state", "initial_states"),

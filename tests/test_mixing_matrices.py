@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from families import FAMILIES, draw_ids, make_model
 from torch import Tensor, nn
 
-from ssm_zoo.modeling.modeling_hybrid import Attention, DiscreteMamba2Mixer
+from ssm_zoo.modeling.attention import Attention
+from ssm_zoo.modeling.history_mixing import PositionMixer
+from ssm_zoo.modeling.modeling_hybrid import DiscreteMamba2Mixer
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
 from ssm_zoo.modeling.selective_attention import SelectiveAttention
@@ -29,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def run(model: Any, **arguments: Any) -> list[tuple[nn.Module, Tensor, Tensor, Tensor]]:
-    """Mixer, its input, its output and its matrix, for every block."""
+    """Mixer, its input, its output and its matrix, for every block; where that has attention besides, for both."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def record(mixer: nn.Module, inputs: tuple, options: dict, outputs: tuple) -> None:
@@ -38,14 +40,34 @@ def run(model: Any, **arguments: Any) -> list[tuple[nn.Module, Tensor, Tensor, T
             output = output + share_of(mixer, inputs[0], outputs[3])[..., None] * options["stream"]
         seen.append((inputs[0], output))
 
-    hooks = [block.mixer.register_forward_hook(record, with_kwargs=True) for block in model.backbone.layers]
+    pairs = [[block.attention, block.mixer] if attends(block) else [block.mixer] for block in model.backbone.layers]
+    mixers = [mixer for pair in pairs for mixer in pair]
+    hooks = [mixer.register_forward_hook(record, with_kwargs=True) for mixer in mixers]
     with torch.no_grad():
-        matrices = model(draw_ids(1, LENGTH), output_attentions=True, **arguments).attentions
+        blocks = model(draw_ids(1, LENGTH), output_attentions=True, **arguments).attentions
     for hook in hooks:
         hook.remove()
-    mixers = [block.mixer for block in model.backbone.layers]
-    assert len(matrices) == len(mixers)
+    assert len(blocks) == len(pairs)
+    matrices = []
+    for pair, matrix in zip(pairs, blocks, strict=True):
+        matrices += matrix.split([heads_of(mixer) for mixer in pair], dim=1)
     return [(mixer, *pair, matrix) for mixer, pair, matrix in zip(mixers, seen, matrices, strict=True)]
+
+
+def attends(block: Any) -> bool:
+    return getattr(block, "attention", None) is not None
+
+
+def heads_of(mixer: Any) -> int:
+    if isinstance(mixer, MambaMixer):
+        return len(mixer.D)
+    return mixer.num_heads * (mixer.taps if isinstance(mixer, PositionMixer) else 1)
+
+
+def positions_of(seq_idx: Tensor | None) -> Tensor:
+    """(L) place of each token in its document, any number at padding."""
+    documents = [0] * LENGTH if seq_idx is None else seq_idx[0].tolist()
+    return torch.tensor([documents[:t].count(document) for t, document in enumerate(documents)])
 
 
 def share_of(mixer: Any, hidden_states: Tensor, decision: Tensor) -> Tensor:
@@ -66,6 +88,14 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
             return output
         selected = matrix.any(-1).any(1)  # the rows of the others are zero
         return output * share_of(mixer, hidden_states, selected)[..., None]
+    if isinstance(mixer, PositionMixer):
+        x = hidden_states if mixer.in_proj is None else mixer.in_proj(hidden_states)
+        x = x.unflatten(-1, (mixer.num_heads, mixer.head_dim))
+        wide = F.pad(x, (mixer.left, mixer.taps - 1 - mixer.left))
+        taps = [wide[..., tap : tap + mixer.head_dim] for tap in range(mixer.taps)]
+        y = mixed(torch.cat(taps, dim=2)).unflatten(-1, (mixer.taps, mixer.num_heads, mixer.head_dim)).sum(2)
+        y = (y + mixer.bias.T[positions_of(seq_idx)][..., None]).flatten(2)
+        return y if mixer.out_proj is None else mixer.out_proj(y)
     if isinstance(mixer, Mamba2Mixer):
         z, xBC, _ = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
         x = mixer.conv1d(xBC, seq_idx=seq_idx)[0].split(mixer.conv_split, dim=-1)[0]
@@ -87,8 +117,7 @@ def test_the_matrix_applied_to_the_values_is_the_mixer(model: Any, arguments: di
     if "attention_mask" in arguments:
         seq_idx = real.int() - 1
     for mixer, inputs, outputs, matrix in run(model, **arguments):
-        heads = len(mixer.D) if isinstance(mixer, MambaMixer) else mixer.num_heads
-        assert matrix.shape == (1, heads, LENGTH, LENGTH)
+        assert matrix.shape == (1, heads_of(mixer), LENGTH, LENGTH)
         assert matrix.dtype == torch.float32
         with torch.no_grad():
             actual = applied(mixer, inputs, matrix, seq_idx)
@@ -149,7 +178,7 @@ def test_the_recurrence_alone_is_asked_for_its_matrix(model: Any) -> None:
 def test_decays_are_those_of_the_matrix(model: Any) -> None:
     """`log_decay` against the matrix of ones as maps: its entry (i, i - 1) is one token's decay."""
     for mixer, inputs, _, _ in run(model):
-        if isinstance(mixer, (Attention, MambaMixer, SelectiveAttention)):
+        if isinstance(mixer, (Attention, MambaMixer, PositionMixer, SelectiveAttention)):
             continue
         with torch.no_grad():
             log_decay = mixer.log_decay(inputs)

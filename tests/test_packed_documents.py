@@ -14,15 +14,23 @@ from torch import Tensor
 from ssm_zoo.kernels import selective_scan as selective_scan_torch
 from ssm_zoo.kernels import selective_scan_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
+from ssm_zoo.kernels.masked_mix import masked_mix
 from ssm_zoo.kernels.selective_scan import selective_scan
 from ssm_zoo.kernels.ssd import ssd, ssd_log_decay
+from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton
 
 L = 19  # a chunk of SSD, which has at least 16 tokens, and a rest; two chunks and a rest of the selective scan
 ROWS = L - 1
 H, P, N, D, K = 2, 2, 3, 4, 4
-STATES = {"ssd": (ROWS, H, P, N), "selective_scan": (ROWS, D, N), "causal_conv1d": (ROWS, D, K - 1)}
+STATES = {
+    "ssd": (ROWS, H, P, N),
+    "ssd_log_decay": (ROWS, H, P, N),
+    "selective_scan": (ROWS, D, N),
+    "causal_conv1d": (ROWS, D, K - 1),
+}
+MIXED = {"x": (ROWS, L, H, P), "bias": (H, L), "residual": (ROWS, L, H, P)}
 MAPS = {"B": (ROWS, L, 1, N), "C": (ROWS, L, 1, N)}
 OPS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "ssd": (
@@ -45,6 +53,8 @@ OPS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, A
         {"x": (ROWS, L, D), "weight": (D, K), "bias": (D,)},
         {"activation": "silu"},
     ),
+    "masked_mix": (masked_mix, {"weight": (H, L, L)} | MIXED, {}),
+    "toeplitz_mix": (toeplitz_mix, {"weight": (H, L)} | MIXED, {}),
 }
 
 
@@ -57,15 +67,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Inputs of order 1; parameters and states of a recurrence stay float32 in half precision, as in a model."""
     generator = torch.Generator().manual_seed(0)
-    sizes = OPS[name][1] | {"initial_state": STATES["ssd" if name == "ssd_log_decay" else name]}
+    sizes = OPS[name][1] | ({"initial_state": STATES[name]} if name in STATES else {})
     drawn = {key: torch.randn(size, generator=generator) for key, size in sizes.items()}
     values = {key: -value.exp() if key in ("A", "log_decay") else value for key, value in drawn.items()}
     kept = () if name == "causal_conv1d" else ("A", "D", "initial_state")
     return {key: value if key in kept else value.to(dtype) for key, value in values.items()}
 
 
-def separately(op: Callable[..., Any], seq_idx: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """Every document of every row by a call of its own; the initial state goes to a row's first."""
+def separately(op: Callable[..., Any], seq_idx: Tensor, **arguments: Any) -> Any:
+    """Every document of every row by a call of its own; the initial state goes to a row's first.
+
+    The result is the op's: with the final state if that is asked for.
+    """
     outputs, states = [], []
     for row in range(ROWS):
         parts = []
@@ -78,14 +91,17 @@ def separately(op: Callable[..., Any], seq_idx: Tensor, **arguments: Any) -> tup
                 else value
                 for key, value in arguments.items()
             }
-            initial = given.pop("initial_state")[row : row + 1]
-            if token.start == 0:
-                given["initial_state"] = initial
-            y, state = op(**given, return_final_state=True)
+            if "initial_state" in given:
+                initial = given.pop("initial_state")[row : row + 1]
+                if token.start == 0:
+                    given["initial_state"] = initial
+            result = op(**given)
+            y, state = result if isinstance(result, tuple) else (result, None)
             parts.append(y)
         outputs.append(torch.cat(parts, dim=1))
         states.append(state)
-    return torch.cat(outputs), torch.cat(states)
+    y = torch.cat(outputs)
+    return y if states[0] is None else (y, torch.cat(states))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,14 +112,16 @@ def test_packed_documents_equal_separate_ones(name: str, implementation: str, dt
     seq_idx = torch.tensor([[0] * (row + 1) + [1] + [2] * (L - row - 2) for row in range(ROWS)])
     packed = with_triton(op) if implementation == "triton" else partial(op, implementation="torch")
     results = []
-    for function, exact in ((partial(packed, return_final_state=True), False), (partial(separately, op), True)):
+    asked = {"return_final_state": True} if name in STATES else {}
+    for function, exact in ((packed, False), (partial(separately, op), True)):
         values = draw(name, dtype)
         given = {key: (value.double() if exact else value).requires_grad_() for key, value in values.items()}
-        y, state = function(**given, seq_idx=seq_idx, **options)
+        found = function(**given, seq_idx=seq_idx, **options, **asked)
+        outputs = dict(zip(("y", "state"), found if isinstance(found, tuple) else (found,), strict=False))
         generator = torch.Generator().manual_seed(1)
-        loss = sum((part.double() * torch.randn(part.shape, generator=generator)).sum() for part in (y, state))
+        loss = sum((part.double() * torch.randn(part.shape, generator=generator)).sum() for part in outputs.values())
         gradients = torch.autograd.grad(loss, list(given.values()))
-        results.append({"y": y, "state": state} | dict(zip(given, gradients, strict=True)))
+        results.append(outputs | dict(zip(given, gradients, strict=True)))
     for key, expected in results[1].items():
         actual = results[0][key].double()
         if dtype == torch.float32 or key == "state":

@@ -1,13 +1,17 @@
-"""Peak memory of the recurrences: inputs, outputs, their gradients and the states between chunks, and little else."""
+"""Peak memory of the recurrences: inputs, outputs, their gradients and the states between chunks, and little else.
+
+Mixing has no states, and no second copy of its weights.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
 from peak_memory import IdleKernel, PeakMemory, nbytes, peak_of_gradients
-from ssm_zoo.kernels import selective_scan_triton
+from ssm_zoo.kernels import masked_mix_triton, selective_scan_triton
 from ssm_zoo.kernels._triton import HAS_TRITON
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
+from ssm_zoo.kernels.masked_mix import masked_mix
 from ssm_zoo.kernels.selective_scan import selective_scan
 from ssm_zoo.kernels.ssd import ssd
 
@@ -113,6 +117,42 @@ def test_convolution() -> None:
 
     peak, needed = peak_of_gradients(op, leaves(draw(1, LENGTH, channels), draw(channels, 4), draw(channels)))
     assert peak <= 1.2 * needed
+
+
+def test_masked_mixing_copies_a_panel_of_its_weights() -> None:
+    length, width = 2048, 64
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (masked_mix(x, weight, bias),)
+
+    x, weight, bias = draw(1, length, 1, width), draw(1, length, length), draw(1, length)
+    peak, needed = peak_of_gradients(op, leaves(x, weight, bias))
+    assert peak <= 1.2 * needed
+    with torch.no_grad(), PeakMemory(x, weight, bias) as memory:
+        (y,) = op(x, weight, bias)
+    assert memory.peak <= nbytes(x, weight, bias, y) + nbytes(weight) // 3
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("dimensions", [1, 2], ids=["by-distance", "by-position"])
+@pytest.mark.parametrize(("batch", "length"), [(128, 512), (16, 4096)])
+def test_kernels_of_mixing(batch: int, length: int, dimensions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without storage and without kernels: beyond what is needed, tiles of weights that are still to be summed."""
+    for name in ("mix", "weight_products", "dense_gradient", "toeplitz_gradient"):
+        monkeypatch.setattr(masked_mix_triton, f"{name}_kernel", IdleKernel())
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=torch.bfloat16, device="meta").requires_grad_()
+
+    inputs = [zeros(batch, length, 1, 1024), zeros(1, *[length] * dimensions), zeros(1, length)]
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (masked_mix_triton.mix_triton(x, weight, bias, None),)
+
+    peak, needed = peak_of_gradients(op, inputs)
+    tiles = length // 128
+    programs = max(masked_mix_triton._PROGRAMS, tiles * (tiles + 1) // 2)
+    assert peak <= 1.02 * needed + 4 * 128 * 128 * programs
 
 
 def test_memory_without_gradients_does_not_grow_with_the_states() -> None:

@@ -24,7 +24,8 @@ PUBLISHED = {
 
 def test_there_are_no_others() -> None:
     inferred = {"taipan-190m", "taipan-450m", "taipan-1.3b"}  # test_taipan.py
-    assert PRESETS.keys() == PUBLISHED.keys() | inferred
+    mixers = {name for name in PRESETS if "mixer" in name}  # test_masked_mixer.py
+    assert len(mixers) == 12 and PRESETS.keys() == PUBLISHED.keys() | inferred | mixers
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -48,5 +49,5 @@ def test_changes() -> None:
 
 
 def test_another_name_raises() -> None:
-    with pytest.raises(ValueError, match=r"name must be one of mamba-130m, .*, taipan-1.3b, got 'mamba-7b'"):
+    with pytest.raises(ValueError, match=r"name must be one of mamba-130m, .*, recurrent-mixer-184m, got 'mamba-7b'"):
         preset("mamba-7b")

@@ -228,13 +228,29 @@ def test_a_mixer_setting_without_effect_is_refused(mixer: str, field: str, value
         pytest.param("sliding_attention", "calibration", "ridge", id="calibration-of-attention"),
         pytest.param("sliding_attention", "conv_kernel", 3, id="convolution-of-attention"),
         pytest.param("sliding_attention", "copy_projections", False, id="random-attention"),
+        pytest.param("masked_mixing", "half_life", [2, 32], id="half-life-of-masked-mixing"),
     ],
 )
 def test_a_setting_of_the_other_kind_of_mixer_is_refused(mixer: str, field: str, value: Any) -> None:
-    other = "mamba2" if mixer == "sliding_attention" else "sliding_attention"
+    other = "sliding_attention" if mixer == "discrete_mamba2" else "mamba2"
     parse_recipe(values(student={"mixer": other, field: value}))
     with pytest.raises(ValueError, match=rf"student\.{field}: got .* only with mixer '"):
         parse_recipe(values(student={"mixer": mixer, field: value}))
+
+
+def test_masked_mixing_has_weights_for_every_text() -> None:
+    student = {"mixer": "masked_mixing", "positions": 64}
+    stage = {**values()["stages"][0], "sequence_length": 64}
+    whole = {"student": student, "data": {**values()["data"], "sequence_length": 64}}
+    assert parse_recipe(values(**whole, stages=[stage])).student.positions == 64
+    with pytest.raises(
+        ValueError, match=r"stages\.0\.sequence_length: got 65; accepted: at most student\.positions = 64"
+    ):
+        parse_recipe(values(**whole, stages=[{**stage, "sequence_length": 65}]))
+    with pytest.raises(ValueError, match=r"evaluation\.sequence_length: got 128; accepted: at most student\.positions"):
+        parse_recipe(values(**whole, stages=[stage], evaluation={"sequence_length": 128}))
+    with pytest.raises(ValueError, match=r"student\.positions: got 64; .* only with mixer 'masked_mixing'"):
+        parse_recipe(values(student={"mixer": "mamba2", "positions": 64}))
 
 
 @pytest.mark.parametrize(

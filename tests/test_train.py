@@ -388,12 +388,12 @@ MISTAKES: list[Any] = [
     pytest.param({"config": "nope.yaml"}, "config: there is no file 'nope.yaml'", id="no-file"),
     pytest.param({"config": "list.yaml"}, "config: 'list.yaml' holds list; accepted: a mapping", id="list"),
     pytest.param({"config": "torn.json"}, "torn.json is not valid YAML", id="torn"),
-    pytest.param({"config": "llama"}, "model_type: got 'llama'; accepted: taipan, zoo_hybrid, zoo_mamba", id="llama"),
+    pytest.param({"config": "llama"}, "model_type: got 'llama'; accepted: masked_mixer, taipan, ", id="llama"),
     pytest.param(
-        {"config": {"hidden_size": 16}}, "config: model_type: got None; accepted: taipan, zoo_hybrid, ", id="no-type"
+        {"config": {"hidden_size": 16}}, "config: model_type: got None; accepted: masked_mixer, taipan, ", id="no-type"
     ),
     pytest.param(
-        {"config": {"model_type": "x"}}, "config: model_type: got 'x'; accepted: taipan, zoo_hybrid, ", id="type"
+        {"config": {"model_type": "x"}}, "config: model_type: got 'x'; accepted: masked_mixer, taipan, ", id="type"
     ),
     pytest.param({"overrides": ["hiden_size=8"]}, "mamba2 has no key 'hiden_size'; accepted: hidden_size", id="key"),
     pytest.param({"overrides": ["hidden_size"]}, "override: got 'hidden_size'; accepted: dotted.key=value", id="set"),

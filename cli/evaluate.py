@@ -1,0 +1,232 @@
+"""`ssm-zoo evaluate`: measure a model."""
+
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..conversion.command_line import command_line
+from .run_folder import model_source
+
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
+
+Report = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Also write what was measured, as JSON, with all settings."),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+
+
+class Pooling(StrEnum):
+    LAST = "last"
+    MEAN = "mean"
+
+
+class Positions(StrEnum):
+    ALL = "all"
+    LAST = "last"
+
+
+class Reading(StrEnum):
+    PINV = "pinv"
+    COSINE = "cosine"
+
+
+@evaluate.callback()
+def group() -> None:
+    """Measure a model."""
+
+
+@evaluate.command("retrieval")
+def retrieval(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub id of an embedder, or of a plain model.")
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="With corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, as in BEIR.")
+    ],
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Which judgements.")] = "test",
+    revision: Revision = None,
+    pooling: Annotated[
+        Pooling | None, typer.Option("--pooling", help="Of a plain model, which has none of its own.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Of a plain model: longer texts are cut.")
+    ] = None,
+    query_prompt: Annotated[
+        str, typer.Option("--query-prompt", metavar="TEXT", help="Of a plain model: put before every query.")
+    ] = "",
+    document_prompt: Annotated[
+        str, typer.Option("--document-prompt", metavar="TEXT", help="Of a plain model: put before every document.")
+    ] = "",
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in one forward.")] = 32,
+    pools: Annotated[
+        str, typer.Option("--pools", metavar="SIZES", help="Candidates, one of them right, that accuracy is among.")
+    ] = "32",
+    bm25: Annotated[bool, typer.Option("--bm25", help="Also measure BM25, by bm25s.")] = False,
+    seed: Seed = 0,
+    output: Report = None,
+) -> None:
+    """Measure how well an embedder finds what is relevant, among all documents and among a few.
+
+    nDCG@10, MRR@10, recall and the first one's rightness over all documents; the share of the queries whose relevant
+    document scores best in a pool, with its 95 % interval; and what chance gives. Needs sentence-transformers.
+    """
+    sizes = [_number(size, "pools", int) for size in pools.split(",")]
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more")
+    from ..evaluation.bm25 import bm25_scores
+    from ..evaluation.embedder import load_embedder
+    from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
+    from ..evaluation.retrieval_data import read_beir
+
+    data = read_beir(folder, split)
+    how = {"pools": sizes, "seed": seed, "progress": True}
+    measured: dict[str, dict[str, Any]] = {}
+    if bm25:
+        measured["BM25"] = evaluate_retrieval(data, bm25_scores(data), **how)
+    embedder = load_embedder(
+        model_source(model),
+        revision=revision,
+        pooling=pooling and pooling.value,
+        max_tokens=max_tokens,
+        query_prompt=query_prompt,
+        document_prompt=document_prompt,
+    )
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    scores = embedder_scores(embedder, data, batch_size=batch_size, progress=True)
+    measured = {name: evaluate_retrieval(data, scores, **how), **measured, "chance": chance_levels(data, sizes)}
+    _print_retrieval(measured, f"{len(data.queries):,} queries, {len(data.documents):,} documents")
+    settings = {"split": split, "pooling": pooling and pooling.value, "max_tokens": embedder.max_seq_length}
+    settings |= {"prompts": dict(embedder.prompts), "batch_size": batch_size, "pools": sizes, "seed": seed}
+    found = {"queries": len(data.queries), "documents": len(data.documents), "systems": measured}
+    _write(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
+
+
+@evaluate.command("inversion")
+def inversion(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A .txt file; its beginning is cut into texts.")],
+    revision: Revision = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Of a text.")] = 64,
+    texts: Annotated[int, typer.Option("--texts", help="How many.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", help="Of gradient descent.")] = 500,
+    learning_rate: Annotated[
+        str, typer.Option("--learning-rate", metavar="RATES", help="First step sizes to try: 0.02,0.002 say.")
+    ] = "0.02",
+    restarts: Annotated[int, typer.Option("--restarts", help="Attempts from other noise.")] = 1,
+    initial_std: Annotated[
+        str, typer.Option("--initial-std", metavar="STD", help="Of the noise; embedding: that of the embeddings.")
+    ] = "1",
+    target: Annotated[
+        str, typer.Option("--target", metavar="BLOCK", help="Whose output is compared; head: what the head reads.")
+    ] = "-1",
+    positions: Annotated[
+        Positions, typer.Option("--positions", help="Compare all places, or the last alone.")
+    ] = Positions.ALL,
+    reading: Annotated[
+        Reading, typer.Option("--reading", help="Tokens by the pseudo-inverse of the embeddings, or by angle.")
+    ] = Reading.PINV,
+    top_k: Annotated[int, typer.Option("--top-k", help="Tokens read at a place, of which one may be right.")] = 1,
+    seed: Seed = 0,
+    output: Report = None,
+) -> None:
+    """Measure how much of its input a model's hidden states hold: seek inputs that give the same ones."""
+    rates = [_number(rate, "learning_rate", float) for rate in learning_rate.split(",")]
+    std = None if initial_std == "embedding" else _number(initial_std, "initial_std", float)
+    block: Any = target if target == "head" else _number(target, "target", int)
+    for field, value in (("tokens", tokens), ("texts", texts)):
+        if value < 1:
+            raise ValueError(f"{field}: got {value}; accepted: 1 or more")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .. import modeling as _  # noqa: F401 - registers the zoo's classes
+    from ..conversion.text_files import read_text_file
+    from ..evaluation.inversion import invert_representation
+
+    content, source = read_text_file(text, "text"), model_source(model)
+    ids = AutoTokenizer.from_pretrained(source, revision=revision or "main")(content, verbose=False)["input_ids"]
+    if len(ids) < texts * tokens:
+        raise ValueError(f"text: {text} has {len(ids):,} tokens; accepted: {texts * tokens:,}, {texts} times {tokens}")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", dtype=torch.float32)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings: dict[str, Any] = {
+        "target": block,
+        "positions": positions.value,
+        "steps": steps,
+        "learning_rate": rates,
+        "restarts": restarts,
+        "initial_std": std,
+        "reading": reading.value,
+        "top_k": top_k,
+        "seed": seed,
+    }
+    windows = torch.tensor(ids[: texts * tokens]).view(texts, tokens)
+    found = invert_representation(loaded, windows, **settings, progress=True)
+    left = (found.objective / found.initial.clamp(min=1e-30)).median().item()
+    typer.echo(
+        f"accuracy {found.accuracy:.4f} (modified Hamming metric {found.hamming:.4f}); chance {found.chance:.4f}, "
+        f"reading alone {found.readable:.4f}; {left:.2%} of the objective is left (median)"
+    )
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    numbers: dict[str, Any] = {key: getattr(found, key) for key in ("accuracy", "hamming", "chance", "readable")} | {
+        key: getattr(found, key).tolist() for key in ("row_hamming", "objective", "initial", "attempt")
+    }
+    _write(
+        output, "inversion", {"model": name, "text": text.name, "tokens": tokens, "texts": texts, **settings}, numbers
+    )
+
+
+def _number(text: str, field: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{field}: got {text!r}; accepted: a number") from None
+
+
+def _print_retrieval(measured: dict[str, dict[str, Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    systems = list(measured.values())
+    table = Table(title=title, title_justify="left")
+    for heading in ("", *measured):
+        table.add_column(heading, justify="right" if heading else "left")
+    for key in systems[0]:
+        if key != "pools":
+            table.add_row(key, *(f"{system[key]:.4f}" for system in systems))
+    for pool in zip(*(system["pools"] for system in systems), strict=True):
+        cells = [
+            f"{one['accuracy']:.4f}" + (f" [{one['low']:.3f}, {one['high']:.3f}]" if "low" in one else "")
+            for one in pool
+        ]
+        table.add_row(f"right among {pool[0]['size']}", *(cell.replace("[", "\\[") for cell in cells))
+    Console().print(table)
+
+
+def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
+    if path is None:
+        return
+    from ..conversion.formatting import without_folders
+    from ..conversion.machine import describe_machine
+    from ..conversion.output_folder import write_json
+
+    report = {
+        "format": 1,
+        "kind": f"ssm-zoo evaluation of {kind}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": without_folders(command_line(sys.argv[1:])),
+        **describe_machine("sentence-transformers", "bm25s"),
+        "settings": settings,
+        **found,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report)
+    typer.echo(f"report: {path}")

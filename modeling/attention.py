@@ -1,0 +1,86 @@
+"""Softmax attention with rotary positions and grouped key-value heads, full or over a sliding window.
+
+Symbols: B batch, L new tokens, M key columns, D width, H heads.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .cache import layer_of
+from .rotary import rotate
+from .sequence import Sequence
+
+
+class Attention(nn.Module):
+    """Softmax attention with rotary positions and grouped key-value heads; `window` limits what a query sees."""
+
+    def __init__(self, config: Any, layer_idx: int, window: int | None) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.window = window
+        # Where the block has another mixer too, one layer of the cache serves both, and never leaves the device.
+        self.stays = window is None and config.layer_types[layer_idx] != "full_attention"
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
+        self.head_dim = int(config.head_dim or 0)
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
+        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        assert sequence.rotary is not None
+        cos, sin = (table[:, None] for table in sequence.rotary)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.window is None:
+            if past_key_values is not None and self.stays:
+                k, v = layer_of(past_key_values, self.layer_idx).update(k, v)
+            elif past_key_values is not None:
+                if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
+                    past_key_values.layers[self.layer_idx].prefetch()
+                k, v = past_key_values.update(k, v, self.layer_idx)
+            mask = sequence.full_mask(k.shape[2])
+        else:
+            query_positions = key_positions = None
+            cache = layer_of(past_key_values, self.layer_idx)
+            if cache is not None:
+                k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
+            mask = sequence.window_mask(self.window, query_positions, key_positions)
+        repeats = self.num_heads // self.num_kv_heads
+        if repeats > 1:  # by 1 it would copy them all the same
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scale = self.head_dim**-0.5
+        attention = None
+        if output_attentions or self.config._attn_implementation == "eager":
+            attention = _attention_matrix(q, k, mask, scale)
+            y = attention.to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
+            )
+        return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
+
+
+def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, H, L, M) softmax in float32; causal where `mask` is None."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if mask is None:
+        length, keys = scores.shape[-2:]
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1)

@@ -1,0 +1,237 @@
+"""Configuration of `masked_mixer`."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+MIXINGS = ("dense", "toeplitz", "row_repeat", "column_repeat", "mixed_repeat", "combined_repeat")
+REPEATS = MIXINGS[2:]
+ATTENTIONS = ("none", "series", "parallel")
+NORMS = ("layer_norm", "rms_norm")
+MLPS = ("plain", "gated")
+PAD_MODES = ("shift", "as_trained")
+OVERFLOWS = ("error", "window")
+
+
+@strict
+class MaskedMixerConfig(PreTrainedConfig):
+    """Masked mixers (arXiv 2409.01482), Toeplitz MLP mixers (2605.06683) and structured recurrent mixers (2605.08696).
+
+    Tokens are mixed by weights that depend on their positions and on no input. Defaults are those of the masked mixer
+    that its paper trains on TinyStories; where a default depends on another field, it is the author's for that model.
+
+    Args:
+        vocab_size: V, rows of the embedding.
+        hidden_size: D, model width.
+        num_hidden_layers: blocks.
+        max_position_embeddings: N, positions that there are weights for: no document is longer.
+        mixing: what the (N, N) matrix of a head is, of which the lower triangle is used: "dense", all of it free;
+            "toeplitz", one weight for each distance; "row_repeat", a weight for each source, times a decay to the
+            power of the distance; "column_repeat", the same with a weight for each target; "mixed_repeat", columns in
+            the first half of the heads and rows in the other; "combined_repeat", the sum of a row and a column matrix.
+            The repeats are recurrences with one number for each channel.
+        num_heads: H, heads of the mixing, each with a matrix and `hidden_size / num_heads` channels.
+        kernel_size: k, neighbouring channels of a head that are mixed too, each with a matrix of its own.
+        expanded: mix twice, with the activation of the MLP between. For "dense" and "toeplitz", with `kernel_size=1`,
+            in one direction; such a layer has no mixing matrix.
+        use_projections: a linear layer before and one after the mixing; where there is more than one head if not given.
+        use_decay: a repeat has a learned decay for each head, between 0.9 and 1 to the power of 1 / max(N // 512, 1);
+            without, it is 1.
+        intermediate_size: width of the MLP; `4 * hidden_size` if not given.
+        hidden_act: activation of the MLP; "gelu" of dense mixers without attention, otherwise "silu", if not given.
+        mlp_first: a block has its MLP before its mixing; in others than dense mixers if not given.
+        mlp_type: "plain", or "gated" as in Llama; "gated" with attention if not given.
+        mlp_bias: bias in the MLP; not with attention if not given.
+        norm_type: "layer_norm", or "rms_norm"; "rms_norm" with attention if not given.
+        norm_eps: epsilon of every norm.
+        final_norm: a norm before the head; with attention if not given.
+        attention: "series": x + Attention(norm(x)) before every mixing; "parallel": attention and mixing of the same
+            normed x are added; "none".
+        num_attention_heads: heads of attention.
+        num_key_value_heads: its key and value heads; `num_attention_heads` if not given.
+        head_dim: width of an attention head; `hidden_size / num_attention_heads` if not given.
+        attention_bias: bias in the projections of attention.
+        rope_parameters: its rotary embedding, as in transformers.
+        bidirectional: a second stream mixes what follows a token, and both are added after the last block (an encoder,
+            without a cache and without a causal head). For "dense" and "toeplitz", without attention.
+        lookahead: first following token that the second stream mixes. 1: a token's output knows its whole document,
+            and masked tokens are filled in. 2: it knows all but the next token, which a masked language model then
+            predicts: the author's, which needs no masked tokens.
+        pad_mode: "shift": padding is left out and positions count a document's tokens, so that padded, packed and
+            single documents give the same. "as_trained": rows are filled up at their left with `pad_token_id`, and
+            padding is mixed like any token, as checkpoints that were trained so need it; there is no cache and no
+            packing then.
+        context_overflow: what `generate` does where the context is full: "error", or "window": it drops the first half
+            of the context and encodes the rest anew (`window_generation.py`).
+        initializer_range: standard deviation of the embedding at initialisation; linear layers have their own.
+    """
+
+    model_type = "masked_mixer"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    vocab_size: int = 4096
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    max_position_embeddings: int = 512
+    mixing: str = "dense"
+    num_heads: int = 1
+    kernel_size: int = 1
+    expanded: bool = False
+    use_projections: bool | None = None
+    use_decay: bool = True
+    intermediate_size: int | None = None
+    hidden_act: str | None = None
+    mlp_first: bool | None = None
+    mlp_type: str | None = None
+    mlp_bias: bool | None = None
+    norm_type: str | None = None
+    norm_eps: float = 1e-5
+    final_norm: bool | None = None
+    attention: str = "none"
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    bidirectional: bool = False
+    lookahead: int = 1
+    pad_mode: str = "shift"
+    context_overflow: str = "error"
+    initializer_range: float = 1.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        attends, dense = self.attention != "none", self.mixing == "dense"
+        derived: dict[str, Any] = {
+            "use_projections": self.num_heads > 1,
+            "intermediate_size": 4 * self.hidden_size,
+            "hidden_act": "gelu" if dense and not attends else "silu",
+            "mlp_first": not dense and not attends,
+            "mlp_type": "gated" if attends else "plain",
+            "mlp_bias": not attends,
+            "norm_type": "rms_norm" if attends else "layer_norm",
+            "final_norm": attends,
+            "num_key_value_heads": self.num_attention_heads,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if attends and self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"num_attention_heads must divide hidden_size ({self.hidden_size}) if head_dim is not given, "
+                    f"got {self.num_attention_heads}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.pad_mode == "as_trained":
+            self.use_cache = False  # a new token moves all others
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of cache layer of each block."""
+        kind = "state" if self.mixing in REPEATS else "history"
+        return [f"zoo_{kind}" if self.attention == "none" else f"zoo_attention_{kind}"] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+
+    def validate_architecture(self) -> None:
+        """Raise ValueError where the sizes or choices contradict each other."""
+        check_position_mixing(self, "num_heads", "kernel_size")
+        for name in ("vocab_size", "num_hidden_layers", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, accepted in (
+            ("mlp_type", MLPS),
+            ("norm_type", NORMS),
+            ("attention", ATTENTIONS),
+            ("pad_mode", PAD_MODES),
+            ("context_overflow", OVERFLOWS),
+        ):
+            check_choice(name, getattr(self, name), accepted)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation of transformers, got {self.hidden_act!r}")
+        for name in ("norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.attention != "none":
+            self._check_attention()
+        if self.lookahead not in (1, 2):
+            raise ValueError(f"lookahead must be 1 or 2, got {self.lookahead}")
+        if self.bidirectional and (self.mixing in REPEATS or self.attention != "none"):
+            raise ValueError(
+                "bidirectional needs mixing='dense' or 'toeplitz' and attention='none', got "
+                f"mixing={self.mixing!r} and attention={self.attention!r}"
+            )
+        if self.expanded and (self.mixing in REPEATS or self.kernel_size != 1 or self.bidirectional):
+            raise ValueError(
+                "expanded needs mixing='dense' or 'toeplitz', kernel_size=1 and bidirectional=False, got "
+                f"mixing={self.mixing!r}, kernel_size={self.kernel_size} and bidirectional={self.bidirectional}"
+            )
+        if self.pad_mode == "as_trained" and self.pad_token_id is None:
+            raise ValueError("pad_mode='as_trained' fills rows up with pad_token_id, which must be a token, got None")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id must be None or from 0 to {self.vocab_size - 1}, got {self.pad_token_id}")
+        if self.context_overflow == "window":
+            self._check_window()
+
+    def _check_attention(self) -> None:
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_attention_heads % int(self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.num_key_value_heads}"
+            )
+        if int(self.head_dim or 0) % 2:
+            raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
+        if self.mlp_first:
+            raise ValueError("mlp_first must be False with attention, got True: the MLP is a block's last part there")
+
+    def _check_window(self) -> None:
+        if self.attention != "none" or self.pad_mode != "shift":
+            raise ValueError(
+                "context_overflow='window' needs attention='none' and pad_mode='shift', got "
+                f"attention={self.attention!r} and pad_mode={self.pad_mode!r}"
+            )
+        if self.max_position_embeddings < 3:
+            raise ValueError(
+                "context_overflow='window' keeps half of a context: max_position_embeddings must be at least 3, "
+                f"got {self.max_position_embeddings}"
+            )
+
+
+def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the accepted ones."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
+
+
+def check_position_mixing(config: Any, heads: str, kernel: str) -> None:
+    """Raise ValueError where what a configuration says of position mixing is out of range; `heads` and `kernel` are the
+    names of its fields for them."""
+    for name in ("hidden_size", "max_position_embeddings", heads, kernel):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    check_choice("mixing", config.mixing, MIXINGS)
+    number = getattr(config, heads)
+    if config.hidden_size % number:
+        raise ValueError(f"{heads} must divide hidden_size ({config.hidden_size}), got {number}")
+    if config.mixing == "mixed_repeat" and number % 2:
+        raise ValueError(f"{heads} must be even for mixing='mixed_repeat', half rows and half columns, got {number}")
+    width = config.hidden_size // number
+    if getattr(config, kernel) > width:
+        raise ValueError(f"{kernel} must be at most the {width} channels of a head, got {getattr(config, kernel)}")
+
+
+__all__ = ["MaskedMixerConfig"]

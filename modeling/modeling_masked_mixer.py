@@ -1,0 +1,248 @@
+"""Masked mixers and their relatives: tokens are mixed by weights that depend on positions and on no input.
+
+Papers: Badger, "Masked Mixers for Language Generation and Retrieval" (arXiv 2409.01482; blbadger/maskedmixers@8f9515d),
+"Toeplitz MLP Mixers are Low Complexity, Information-Rich Sequence Models" (arXiv 2605.06683;
+ethan-w-roland/ToeplitzMixers@6a67297) and "Structured Recurrent Mixers" (arXiv 2605.08696; blbadger/mrm@b06563e).
+
+    masked mixer                 x = x + mix(norm(x));  x = x + mlp(norm(x))
+    Toeplitz and recurrent       x = x + mlp(norm(x));  x = x + mix(norm(x))
+    with attention in series     x = x + attention(norm(x));  x = x + mix(norm(x));  x = x + mlp(norm(x))
+    with attention in parallel   x = x + attention(norm(x)) + mix(norm(x));  x = x + mlp(norm(x)),  one norm for both
+
+without a norm before the head, save with attention, whose blocks are otherwise those of Llama. What `mix` is stands in
+`history_mixing.py` and `repeat_mixing.py`.
+
+An encoder (`bidirectional`) keeps two streams, which start as the embeddings: one is mixed with what precedes a token,
+the other with what follows from `lookahead` tokens on, by weights and norms of their own; MLP and its norm are shared.
+They are added after the last block: earlier, a token would reach its own prediction. The positions of the second
+stream count from a document's end. So the authors' `DoubleMixerBlock`, with `lookahead=2` and rows that fill the
+context; their weights of the second stream are turned around, both axes.
+
+A mixer knows N = `max_position_embeddings` positions. Up to there a shorter row gives exactly what a row filled up at
+its right gives; beyond, there is nothing: a forward raises ValueError. Output N - 1 is not trained where rows fill the
+context, as no label follows it.
+
+Deviations: padding is left out and documents are mixed apart (`pad_mode`). Where the paper draws attention in series
+without saying where norms and residuals are, the mixing is a residual branch of its own.
+
+Symbols: B batch, L length, D width, N positions.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from .attention import Attention
+from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
+from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
+from .gated_mlp import GatedMLP
+from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .history_mixing import PositionMixer
+from .linear_init import init_linear, init_linear_normal
+from .mixing_kinds import init_position_mixer, make_position_mixer
+from .plain_mlp import PlainMLP
+from .sequence import Sequence
+from .trained_padding import fill_context, without_fill
+from .window_generation import windowed_inputs
+
+
+def make_norm(config: MaskedMixerConfig) -> nn.Module:
+    """A norm over the width."""
+    kind = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return kind(config.hidden_size, config.norm_eps)
+
+
+def make_mlp(config: MaskedMixerConfig) -> nn.Module:
+    """The channel mixer."""
+    kind = GatedMLP if config.mlp_type == "gated" else PlainMLP
+    inner, act = int(config.intermediate_size or 0), str(config.hidden_act)
+    return kind(config.hidden_size, inner, act=act, bias=bool(config.mlp_bias))
+
+
+class MaskedMixerBlock(GradientCheckpointingLayer):
+    """Mixing and MLP, and attention where the configuration has it, each added to the stream."""
+
+    def __init__(self, config: MaskedMixerConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.mlp_first, self.parallel = bool(config.mlp_first), config.attention == "parallel"
+        attends = config.attention != "none"
+        self.attention_norm = make_norm(config) if config.attention == "series" else None
+        self.attention = Attention(config, layer_idx, None) if attends else None
+        self.token_norm = make_norm(config)
+        self.mixer = make_position_mixer(config, layer_idx)
+        self.reverse_norm = make_norm(config) if config.bidirectional else None
+        self.reverse = make_position_mixer(config, layer_idx, config.lookahead) if config.bidirectional else None
+        self.channel_norm = make_norm(config)
+        self.mlp = make_mlp(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix and transform.
+
+        Args:
+            hidden_states: (B, L, D); of an encoder (2, B, L, D), what looks back and what looks ahead.
+            sequence: where the tokens stand.
+            past_key_values: cache to continue.
+            output_attentions: return the matrices.
+
+        Returns:
+            Of the same shape, and if asked for the (B, H, L, L) matrices: of attention, of the mixing, of an encoder
+            those that look ahead.
+        """
+        if self.mlp_first:
+            hidden_states = hidden_states + self.mlp(normed(self.channel_norm, hidden_states))
+        hidden_states, matrices = self.mix_tokens(hidden_states, sequence, past_key_values, output_attentions)
+        if not self.mlp_first:
+            hidden_states = hidden_states + self.mlp(normed(self.channel_norm, hidden_states))
+        found = [matrix for matrix in matrices if matrix is not None]
+        return hidden_states, torch.cat(found, dim=1) if found else None
+
+    def mix_tokens(
+        self, hidden_states: Tensor, sequence: Sequence, past_key_values: Cache | None, output_attentions: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The block without its MLP: the stream, and the matrices that there are."""
+        options = (sequence, past_key_values, output_attentions)
+        matrices: list[Tensor | None] = []
+        if self.reverse is not None and self.reverse_norm is not None:
+            back, ahead = hidden_states.unbind()
+            mixed, matrix = self.mixer(normed(self.token_norm, back), *options)
+            turned = sequence.reverse(normed(self.reverse_norm, ahead))
+            mixed_ahead, matrix_ahead = self.reverse(turned, *options)
+            if matrix_ahead is not None:
+                matrix_ahead = sequence.reverse(sequence.reverse(matrix_ahead, 2), 3)
+            return torch.stack([back + mixed, ahead + sequence.reverse(mixed_ahead)]), [matrix, matrix_ahead]
+        attended = 0
+        if self.attention is not None and self.attention_norm is not None:
+            attended, matrix = self.attention(normed(self.attention_norm, hidden_states), *options)
+            hidden_states = hidden_states + attended
+            matrices.append(matrix)
+        inputs = normed(self.token_norm, hidden_states)
+        if self.attention is not None and self.parallel:
+            attended, matrix = self.attention(inputs, *options)
+            hidden_states = hidden_states + attended
+            matrices.append(matrix)
+        mixed, matrix = self.mixer(inputs, *options)
+        return hidden_states + mixed, [*matrices, matrix]
+
+
+class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
+    """The masked mixers' configuration, blocks and initialisation."""
+
+    config: MaskedMixerConfig
+    config_class = MaskedMixerConfig
+    _no_split_modules = ["MaskedMixerBlock"]
+    _keep_in_fp32_modules_strict = ["decay_value"]
+    auto_classes = {
+        "AutoModel": "MaskedMixerModel",
+        "AutoModelForCausalLM": "MaskedMixerForCausalLM",
+        "AutoModelForMaskedLM": "MaskedMixerForMaskedLM",
+        "AutoModelForSequenceClassification": "MaskedMixerForSequenceClassification",
+        "AutoModelForTokenClassification": "MaskedMixerForTokenClassification",
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            (init_linear if self.config.mixing == "dense" else init_linear_normal)(module)
+        elif isinstance(module, PositionMixer):
+            init_position_mixer(module)
+
+
+class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
+    """A masked mixer without a head."""
+
+    def __init__(self, config: MaskedMixerConfig) -> None:
+        super().__init__(config)
+        attends = config.attention != "none"
+        self.rotary_emb = LlamaRotaryEmbedding(config) if attends else None  # pyright: ignore[reportArgumentType]
+        self.post_init()
+
+    def make_block(self, config: MaskedMixerConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return MaskedMixerBlock(config, layer_idx)
+
+    def make_norm(self, config: MaskedMixerConfig) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return make_norm(config) if config.final_norm else nn.Identity()
+
+    def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
+        sequence.check_length(self.config.max_position_embeddings)
+        if self.rotary_emb is not None:
+            sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
+
+    @functools.wraps(ZooModel.forward)  # whoever calls it looks which arguments it has
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As :meth:`ZooModel.forward`. With `pad_mode="as_trained"` the rows are filled up first; the columns that this
+        adds are in no output, save as what the matrices weigh."""
+        if self.config.pad_mode == "shift":
+            return super().forward(input_ids, attention_mask, **kwargs)
+        arguments, added = fill_context(
+            self.embeddings, self.config, input_ids, kwargs | {"attention_mask": attention_mask}
+        )
+        return without_fill(super().forward(**arguments), added)
+
+    def split(self, hidden_states: Tensor) -> Tensor:
+        return torch.stack([hidden_states, hidden_states]) if self.config.bidirectional else hidden_states
+
+    def join(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.sum(0) if self.config.bidirectional else hidden_states
+
+
+class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM):
+    """A masked mixer with a language-modelling head."""
+
+    backbone_class = MaskedMixerModel
+
+    def __init__(self, config: MaskedMixerConfig) -> None:
+        super().__init__(config)
+        self._is_stateful = config.mixing in REPEATS  # a history can be taken back: drafts may be checked
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As transformers'. With `context_overflow="window"` of rows that are too long the last part."""
+        if self.config.context_overflow == "window":
+            input_ids, kwargs = windowed_inputs(input_ids, self.config.max_position_embeddings, kwargs)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class MaskedMixerForMaskedLM(MaskedMixerPreTrainedModel, ZooForMaskedLM):
+    """A masked mixer in both directions with a head that fills in tokens, or with `lookahead=2` tells the next one."""
+
+    backbone_class = MaskedMixerModel
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """With `lookahead=2` the label of the next token: in packed rows set that of each document's first to -100."""
+        return F.pad(labels[:, 1:], (0, 1), value=-100) if self.config.lookahead == 2 else labels
+
+
+class MaskedMixerForSequenceClassification(MaskedMixerPreTrainedModel, ZooForSequenceClassification):
+    """A masked mixer with one score or one set of labels for each row."""
+
+    backbone_class = MaskedMixerModel
+
+
+class MaskedMixerForTokenClassification(MaskedMixerPreTrainedModel, ZooForTokenClassification):
+    """A masked mixer with labels for each token."""
+
+    backbone_class = MaskedMixerModel
+
+
+__all__ = [
+    "MaskedMixerForCausalLM",
+    "MaskedMixerForMaskedLM",
+    "MaskedMixerForSequenceClassification",
+    "MaskedMixerForTokenClassification",
+    "MaskedMixerModel",
+    "MaskedMixerPreTrainedModel",
+]

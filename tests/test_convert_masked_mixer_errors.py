@@ -1,0 +1,291 @@
+"""Checkpoints of mixers that are damaged, ambiguous or of another kind: one clear error each, and nothing written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make_model
+from masked_mixers import EXPANDED, LLAMA_CONFIG, MASKED, D, N, Weights, save, tensors
+from safetensors.torch import save_file
+from structured_mixers import RMS, STRUCTURED
+
+from ssm_zoo.conversion.convert import convert
+from ssm_zoo.modeling import MaskedMixerConfig, MaskedMixerForCausalLM
+
+KINDS = MASKED | STRUCTURED | RMS | EXPANDED
+BLOCK = "mixerblocks.1."
+TOKENS = "mixer_blocks.0.token_mixing_layer."
+
+
+def refused(folder: Path, message: str, settings: tuple[str, ...] = (), **options: Any) -> None:
+    """Converting `folder`/theirs raises in one line, and leaves nothing else behind."""
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(folder / "theirs", folder / "ours", settings=settings, **options)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+
+
+def changed(kind: str, change: Callable[[Weights], Any], folder: Path) -> None:
+    weights = tensors(KINDS[kind])
+    change(weights)
+    save(folder / "theirs", weights)
+
+
+def renamed(old: str, new: str) -> Callable[[Weights], Any]:
+    def change(weights: Weights) -> None:
+        for key in [key for key in weights if old in key]:
+            weights[key.replace(old, new)] = weights.pop(key)
+
+    return change
+
+
+DAMAGED: dict[str, tuple[str, Callable[[Weights], Any], str]] = {
+    "missing key": (
+        "flat",
+        lambda w: w.pop(f"{BLOCK}conv.bias"),
+        rf"^theirs: the weights are not what the sizes of its first block promises: 1 missing: {BLOCK}conv.bias$",
+    ),
+    "left-over key": ("flat", lambda w: w.update(a=torch.ones(1)), "promises: 1 left over: a$"),
+    "no embedding": ("flat", lambda w: [w.pop("wte.weight"), w.pop("lm_head.weight")], "1 missing: wte.weight, of"),
+    "no first block": (
+        "flat",
+        lambda w: [w.pop(key) for key in list(w) if key.startswith("mixerblocks.0.")],
+        "1 missing: mixerblocks.0.patch_ff.0.weight, of whose shape sizes are taken",
+    ),
+    "a block that is skipped": ("flat", renamed(BLOCK, "mixerblocks.2."), r"promises: 10 missing: mixerblocks.1.*, \."),
+    "other positions in a block": (
+        "flat",
+        lambda w: w.update({f"{BLOCK}conv.weight": torch.ones(N + 1, N + 1, 1)}),
+        rf"1 of another shape: {BLOCK}conv.weight \[11, 11, 1\] instead of \[10, 10, 1\]$",
+    ),
+    "a matrix that is not square": (
+        "flat",
+        lambda w: w.update({"mixerblocks.0.conv.weight": torch.ones(N, N - 1, 1)}),
+        r"mixerblocks.0.conv.weight is of shape \[10, 9, 1\]; accepted: as many columns as rows",
+    ),
+    "a matrix of four axes": (
+        "flat",
+        lambda w: w.update({"mixerblocks.0.conv.weight": torch.ones(N, N, 1, 1)}),
+        r"conv.weight is of shape \[10, 10, 1, 1\]; accepted: 2 or 3 axes",
+    ),
+    "other taps in a block": (
+        "kernel-3",
+        lambda w: w.update({f"{BLOCK}conv.weight": torch.ones(N, N, 2)}),
+        r"conv.weight \[10, 10, 2\] instead of \[10, 10, 3\]",
+    ),
+    "a head more in a block": (
+        "heads",
+        lambda w: w.update({f"{BLOCK}mixerhead.convs.3.bias": torch.ones(N)}),
+        "1 left over: mixerblocks.1.mixerhead.convs.3.bias",
+    ),
+    "heads that do not divide the width": (
+        "heads",
+        lambda w: [w.update({f"mixerblocks.0.mixerhead.convs.{head}.bias": torch.ones(N)}) for head in range(3, 5)],
+        "num_heads must divide hidden_size",
+    ),
+    "an output projection of another width": (
+        "heads",
+        lambda w: w.update({"mixerblocks.0.mixerhead.out_proj.weight": torch.ones(D, 2 * D)}),
+        "out_proj.weight has 24 columns; accepted: 12, or with MixerHead's stale index 3 times that",
+    ),
+    "a head of another width": (
+        "flat",
+        lambda w: w.update({"lm_head.weight": torch.ones(5, D + 1)}),
+        r"lm_head.weight \[5, 13\] instead of \[37, 12\]",
+    ),
+    "more taps than channels": (
+        "kernel-3",
+        lambda w: w.update({"mixerblocks.0.conv.weight": torch.ones(N, N, D + 1)}),
+        "sizes or settings: ValueError: kernel_size must be at most the 12 channels of a head, got 13",
+    ),
+    "integers": ("flat", lambda w: w.update({f"{BLOCK}conv.bias": torch.ones(N).int()}), "no weights by their dtype"),
+    "an encoder that lacks a key": (
+        "autoencoder",
+        lambda w: w.pop("encoderblocks.1.conv.bias"),
+        "1 missing: encoderblocks.1.conv.bias",
+    ),
+    "a stream without a bias": ("bidirectional", lambda w: w.pop(f"{BLOCK}convr.bias"), "1 missing: .*convr.bias"),
+    "a repeat without a decay in a block": (
+        "mixed",
+        lambda w: w.pop("mixer_blocks.1.token_mixing_layer.mixer_heads.2.decay_value"),
+        "1 missing: mixer_blocks.1.token_mixing_layer.mixer_heads.2.decay_value",
+    ),
+    "decays of another shape": (
+        "parallel",
+        lambda w: w.update({f"{TOKENS}mixer_heads.decay_value": torch.ones(4)}),
+        r"decay_value \[4\] instead of \[2, 1\]",
+    ),
+    "vectors of another length": (
+        "toeplitz-heads",
+        lambda w: w.update({f"{TOKENS}mixer_heads.1.weight": torch.ones(1, N + 1)}),
+        r"mixer_heads.1.weight \[1, 11\] instead of \[1, 10\]",
+    ),
+    "more rows than a combined head has": (
+        "combined",
+        lambda w: w.update({f"{TOKENS}mixer_heads.0.weight": torch.ones(3, N)}),
+        "mixer_heads.0.weight has 3 rows; accepted: 1, or 2 of a combined head",
+    ),
+    "a transfixer without its convolution in a block": (
+        "transfixer",
+        lambda w: w.pop("model.layers.1.mixer_layer.conv.weight"),
+        "1 missing: model.layers.1.mixer_layer.conv.weight",
+    ),
+    "expanded": ("expanded", lambda w: None, r"mixerblocks.0.conv.0.weight: of an expanded mixer"),
+    "expanded Toeplitz": (
+        "toeplitz",
+        renamed("token_mixing_layer.", "token_mixing_layer.0."),
+        "token_mixing_layer.0.bias: of an expanded mixer",
+    ),
+    "a diagonal": ("row", lambda w: w.update({f"{TOKENS}diag_weight": torch.ones(1, N)}), "with a diagonal of its own"),
+    "memory": ("autoencoder", renamed("lm_head", "decoder_wte"), "decoder_wte.weight: of a memory mixer"),
+    "token pairs": (
+        "autoencoder",
+        lambda w: w.update({"wte.bias": torch.ones(D)}),
+        "an AutoencodingMixer of token pai",
+    ),
+    "moving averages": (
+        "002",
+        lambda w: w.update({"blocks.0.mixer.alpha_logits": torch.ones(4)}),
+        "exponential moving averages, which is not converted; accepted: LanguageMixer, MultiHeadedMixer, Auto",
+    ),
+    "half a Llama": (
+        "flat",
+        renamed("mixerblocks.", "decoder.layers."),
+        "an AutoencodingTransfixer, of which one half",
+    ),
+    "an unknown one": (
+        "flat",
+        lambda w: [w.pop(key) for key in list(w) if key != "wte.weight"],
+        "holds no config.json, and keys of none of these: LanguageMixer, .*; the first key is wte.weight$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_checkpoint_that_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
+    kind, change, message = DAMAGED[case]
+    changed(kind, change, tmp_path)
+    refused(tmp_path, message, KINDS[kind].settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("flat", ("mixing=dense",), "set: mixing: says nothing of LanguageMixer; accepted: bos_token_id, context_over"),
+        ("flat", ("a.b=1",), "set: a: says nothing of LanguageMixer"),
+        ("flat", ("pad_mode",), "override: got 'pad_mode'; accepted: dotted.key=value"),
+        ("flat", ("pad_mode=left",), "sizes or settings: ValueError: pad_mode must be one of shift, as_trained, got"),
+        (
+            "flat",
+            ("pad_mode=as_trained",),
+            "pad_mode='as_trained' fills rows up with pad_token_id, which must be a tok",
+        ),
+        ("flat", ("pad_mode=3",), "set: pad_mode: got 3; accepted: a value of type str"),
+        ("flat", ("pad_token_id=37",), "pad_token_id must be None or from 0 to 36, got 37"),
+        ("flat", ("pad_token_id=true",), "set: pad_token_id: got True; accepted: a value of type int"),
+        ("flat", ("hidden_act=none",), "hidden_act must be an activation of transformers, got 'none'"),
+        ("column-heads", (), "set: mixing: not given, .* for several; accepted: mixing=toeplitz, mixing=column_repeat"),
+        ("column-heads", ("mixing=mixed_repeat",), "set: mixing: got 'mixed_repeat'; accepted: toeplitz, column_rep"),
+        (
+            "mixed",
+            ("mixing=toeplitz",),
+            "set: mixing: got 'toeplitz'; accepted: mixed_repeat, column_repeat, row_repeat",
+        ),
+        ("row-decay", ("decay_constant=0",), "set: decay_constant: got 0.0; accepted: a number above 0"),
+        (
+            "row-decay",
+            ("decay_constant=0.25",),
+            "decay_value: 0.8.*, to the power of 4, is a decay of 0.6561; accepted",
+        ),
+        ("row", ("decay_constant=2",), "set: decay_constant: says nothing of recurrent MLPMixer; accepted: .*mixing"),
+        ("parallel", ("use_projections=1",), "set: use_projections: got 1; accepted: a value of type bool"),
+        ("010", (), "set: mean: not given, and the keys do not tell it; accepted: mean=true if outputs are divided"),
+        ("transfixer", (), "set: num_attention_heads: not given, and without a config.json nothing tells it"),
+        (
+            "transfixer",
+            ("num_attention_heads=5",),
+            "num_attention_heads: got 5; accepted: a number that divides the 12",
+        ),
+        ("transfixer", ("num_attention_heads=0",), "num_attention_heads: got 0; accepted: a number above 0"),
+    ],
+)
+def test_a_setting_that_is_wrong_or_missing_is_named(
+    kind: str, settings: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    changed(kind, lambda weights: weights.update(low(weights) if "0.25" in str(settings) else {}), tmp_path)
+    refused(tmp_path, message, settings)
+
+
+def low(weights: Weights) -> Weights:
+    return {key: torch.full_like(tensor, 0.85) for key, tensor in weights.items() if "decay_value" in key}
+
+
+def test_a_configuration_that_says_it_all_takes_no_settings(tmp_path: Path) -> None:
+    make_model("mamba2").save_pretrained(tmp_path / "theirs")
+    refused(
+        tmp_path, "set: got 'pad_mode=shift'; accepted: nothing for a checkpoint whose config.json", ("pad_mode=shift",)
+    )
+
+
+def test_a_llama_without_a_mixer_is_still_none_of_ours(tmp_path: Path) -> None:
+    changed("transfixer", lambda w: [w.pop(key) for key in list(w) if "mixer_layer" in key], tmp_path)
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    refused(tmp_path, "config.json: model_type: got 'llama'; accepted: mamba, ")
+
+
+def test_a_pickle_is_read_if_allowed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    torch.save(tensors(MASKED["flat"]), tmp_path / "theirs" / "pytorch_model.bin")
+    refused(tmp_path, "has its weights in pytorch_model.bin, a pickle, .* with --allow-pickle")
+    convert(tmp_path / "theirs", tmp_path / "ours", allow_pickle=True)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    changed("flat", lambda weights: None, tmp_path)
+    path = tmp_path / "theirs" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    refused(tmp_path, "model.safetensors: no whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mixing": "toeplitz"}, "mixing: got 'toeplitz'; accepted: 'dense'"),
+        ({"mlp_first": True}, "mlp_first: got True; accepted: False"),
+        ({"norm_type": "rms_norm"}, "norm_type: got 'rms_norm'; accepted: 'layer_norm'"),
+        ({"norm_eps": 1e-6}, "norm_eps: got 1e-06; accepted: 1e-05"),
+        ({"final_norm": True}, "final_norm: got True; accepted: False"),
+        ({"mlp_type": "gated"}, "mlp_type: got 'gated'; accepted: 'plain'"),
+        ({"mlp_bias": False}, "mlp_bias: got False; accepted: True"),
+        ({"hidden_act": "silu"}, "hidden_act: got 'silu'; accepted: 'gelu'"),
+        ({"attention": "series"}, "attention: got 'series'; accepted: 'none'"),
+        ({"num_heads": 2, "use_projections": False}, "use_projections: got False; accepted: True for more than one"),
+    ],
+)
+def test_what_the_authors_classes_cannot_express_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": N}
+    MaskedMixerForCausalLM(MaskedMixerConfig(**{**sizes, **change})).save_pretrained(tmp_path / "theirs")
+    refused(tmp_path, f"^config.json: {message}", to="maskedmixers")
+
+
+def test_a_folder_of_weights_alone_is_replaced_if_asked(tmp_path: Path) -> None:
+    source = save(tmp_path / "theirs", tensors(MASKED["flat"]))
+    convert(source, tmp_path / "ours")
+    for _ in range(2):
+        convert(tmp_path / "ours", tmp_path / "back", to="maskedmixers", overwrite=True)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        convert(tmp_path / "ours", tmp_path / "back", to="maskedmixers")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not replaced, as it is no checkpoint"):
+        convert(source, tmp_path / "notes", overwrite=True)
+
+
+def test_a_converted_mixer_has_no_other_formats(tmp_path: Path) -> None:
+    changed("flat", lambda weights: None, tmp_path)
+    refused(tmp_path, "^to: transformers has no model like this masked_mixer; accepted: zoo", to="transformers")
+    save_file(tensors(MASKED["autoencoder"]), tmp_path / "theirs" / "model.safetensors")
+    refused(tmp_path, "^to: maskedmixers has no model like this masked_mixer; accepted: zoo", to="maskedmixers")
