@@ -105,12 +105,13 @@ class HistoryLayer(_CountingLayer):
             (B, K, H, P) the history, zeros where a row has no token yet, with K at least the tokens of the longest row
             and at most `limit`.
         """
-        history = getattr(self, name)
+        history: Tensor | None = getattr(self, name)
         held = 0 if history is None else history.shape[1]
         places = min(self.columns, limit)
         if held < places:
             room = x.new_zeros(x.shape[0], min(max(places, 2 * held), limit) - held, *x.shape[2:])
             history = room if history is None else torch.cat([history, room], dim=1)
+        assert history is not None  # it has at least the new columns
         x = x.to(history.dtype)
         if real is None:
             index = (torch.arange(x.shape[0], device=x.device)[:, None], positions)
