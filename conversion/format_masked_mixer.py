@@ -1,9 +1,10 @@
 """Masked mixers as their author saves them (blbadger/maskedmixers@8f9515d, blbadger/memorymodels@b5bbc77).
 
-`LanguageMixer`, whose mixing is a convolution over positions as channels, with k taps over the features, or a linear
-layer (`MLPMixerBlock`); `MultiHeadedMixer`, with a projection, a convolution and a bias for each head; the encoder of
-`AutoencodingMixer`; and the two streams of `DoubleMixerBlock`. What stands above a diagonal was never read there, but
-moved by the optimiser: it is cut off. Written are the first and, where there are projections, the second.
+`LanguageMixer`, whose mixing is a convolution over positions as channels, with k taps over the features, a linear layer
+(`MLPMixerBlock`), or expanded: two convolutions with a GELU between; `MultiHeadedMixer`, with a projection, a
+convolution and a bias for each head; the encoder of `AutoencodingMixer`; and the two streams of `DoubleMixerBlock`.
+What stands above a diagonal was never read there, but moved by the optimiser: it is cut off. Written are the first and,
+where there are projections, the second.
 
 `MixerHead` has a second form, whose output projection is as wide as H inputs: a stale loop index makes each of its
 heads the last convolution of the inputs without a projection. That is one head, and the sum of the projection's blocks.
@@ -13,6 +14,7 @@ Experiments that put a softmax on the weights or on the mixing have the same key
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling import (
@@ -108,7 +110,13 @@ def _blocks(
         notes = ["positions of the second stream count from the end of a text: as there for rows that fill the context"]
     else:
         rules.append(Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"))
-        if head is None:
+        if checkpoint.has(rf"{first}conv\.0\..*"):
+            positions = checkpoint.shape(f"{first}conv.2.weight", 3)[0]
+            sizes["expanded"] = True
+            biased = checkpoint.has(rf"{first}conv\.[02]\.bias")
+            wide = checkpoint.shape(f"{first}conv.0.weight", 3)[0]
+            rules += _expanded_rules(f"{theirs}conv.", f"{ours}mixer.", positions, wide, biased)
+        elif head is None:
             shape = checkpoint.square(f"{first}conv.weight", 2, 3)
             positions = shape[0]
             sizes["kernel_size"] = shape[2] if len(shape) == 3 else 1
@@ -153,6 +161,32 @@ def convolution_rules(theirs: str, ours: str, shape: tuple[int, ...], turned: bo
         unstacked,
     )
     return [Rule(f"{theirs}weight", f"{ours}weight", weight), Rule(f"{theirs}bias", f"{ours}bias", bias)]
+
+
+def _expanded_rules(theirs: str, ours: str, positions: int, wide: int, biased: bool) -> list[Rule]:
+    """Those of two convolutions, to `wide` places and back.
+
+    As both are causal, an output reads as many of the places as there are positions before it: of more the others are
+    cut off, and of fewer the missing ones are zeros, which compute the same.
+    """
+
+    def make(tensors: list[Tensor]) -> Tensor:
+        part = tensors[0][..., 0].tril()[:positions, :positions]
+        return F.pad(part, (0, positions - part.shape[1], 0, positions - part.shape[0]))[None]
+
+    def make_bias(tensors: list[Tensor]) -> Tensor:
+        part = tensors[0][:positions]
+        return F.pad(part, (0, positions - len(part)))[None]
+
+    rules = []
+    for number, name, shape in ((0, "inner_", (wide, positions)), (2, "", (positions, wide))):
+        weight = Computed(((*shape, 1),), (1, positions, positions), make, lambda tensor: [tensor[0][..., None]])
+        bias = Computed((shape[:1],), (1, positions), make_bias, unstacked)
+        rules.append(Rule(f"{theirs}{number}.weight", f"{ours}{name}weight", weight))
+        rules.append(
+            Rule(f"{theirs}{number}.bias", f"{ours}{name}bias", bias) if biased else Rule(None, f"{ours}{name}bias")
+        )
+    return rules
 
 
 def _head_rules(
@@ -240,6 +274,8 @@ def _no_config(config: MaskedMixerConfig) -> dict[str, Any]:
         require(name, getattr(config, name), accepted, f"masked mixers of maskedmixers: {why}")
     if config.num_heads > 1 and not config.use_projections:
         raise ValueError("config.json: use_projections: got False; accepted: True for more than one head, as there")
+    if config.expanded and (config.num_heads > 1 or config.use_projections):
+        raise ValueError("config.json: expanded: got True with heads; accepted: True with one head without projections")
     return {}
 
 
@@ -253,6 +289,8 @@ def _written_rules(config: MaskedMixerConfig) -> list[Rule]:
         rules.append(Rule(("wte.weight", "wte_second.weight", "wte_second.bias"), _EMBEDDING, _with_second(config)))
     else:
         rules.append(Rule("wte.weight", _EMBEDDING))
+    if config.expanded:
+        return rules + _expanded_rules(f"{theirs}conv.", f"{ours}mixer.", positions, positions, biased=True)
     if not config.use_projections:
         return rules + convolution_rules(f"{theirs}conv.", f"{ours}mixer.", (positions, positions, taps))
     # `MultiHeadedMixer`, and where there are taps the block of mixer_autoencoder.py.

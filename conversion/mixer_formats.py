@@ -14,13 +14,11 @@ from .mixer_checkpoint import MixerCheckpoint, MixerReading, Settings
 from .rules import LazyTensor
 
 # What is looked for in order: the first expression that matches a key's beginning says what it is.
-_EXPANDED = "an expanded mixer, of two matrices with an activation between them"
 _REFUSED = {
     r"decoder_wte\.|decoder_proj\.": "a memory mixer, whose decoder reads embeddings of earlier chunks",
     r"wte\.bias": "an AutoencodingMixer of token pairs, whose embedding is a linear layer",
     r"(encoder|decoder)\.layers\.": "an AutoencodingTransfixer, of which one half is a Llama",
-    r"\w+blocks\.\d+\.conv\.\d+\.": _EXPANDED,
-    r"mixer_blocks\.\d+\.token_mixing_layer\.(mixer_heads\.\d+\.)?\d+\.": _EXPANDED,
+    r"mixer_blocks\.\d+\.token_mixing_layer\.(mixer_heads\.\d+\.)?\d+\.": "an expanded Toeplitz mixer",
     r"mixer_blocks\.\d+\.token_mixing_layer\.(.*\.)?diag_weight": "a recurrent mixer with a diagonal of its own",
     r"blocks\.\d+\.mixer\.alpha_logits": "a mixer of exponential moving averages",
     r"encoderblocks\.\d+\.token_mixing_layer\.": "an autoencoder of Toeplitz or recurrent mixers",

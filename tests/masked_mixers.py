@@ -182,11 +182,11 @@ def conv(kernel: int = 1) -> Shapes:
     return {"conv.weight": (N, N, kernel), "conv.bias": (N,)}
 
 
-def expanded(factor: int, bias: bool) -> Kind:
+def expanded(factor: float, bias: bool) -> Kind:
     wide = int(N * factor)
     shapes: Shapes = {"conv.0.weight": (wide, N, 1), "conv.2.weight": (N, wide, 1)}
     shapes |= {"conv.0.bias": (wide,), "conv.2.bias": (N,)} if bias else {}
-    return language_mixer(shapes, expanded_convolution)
+    return language_mixer(shapes, expanded_convolution, config={"expanded": True})
 
 
 def autoencoder(mixing: Shapes, mix: Callable[[Weights, Tensor], Tensor], **rest: Any) -> Kind:
@@ -323,9 +323,11 @@ MASKED = {
             for part in ("proj_head.", "convs.0.", "convs.1.")
         ),
     ),
+    "expanded": expanded(1, bias=False),
+    "expanded-2": expanded(2, bias=True),
+    "expanded-half": expanded(0.5, bias=True),
     "autoencoder": autoencoder(conv(), flat, config={"kernel_size": 1}),
     "autoencoder-heads": autoencoder(heads("conv", 2, 1, False), multi_head("conv", 2, False), config={"num_heads": 2}),
     "bidirectional": bidirectional(),
     "transfixer": transfixer(),
 }
-EXPANDED = {"expanded": expanded(1, bias=False), "expanded-2": expanded(2, bias=True)}

@@ -79,7 +79,7 @@ def test_a_kind_computes_what_is_published(kind: Kind, tmp_path: Path) -> None:
             assert not tensor.triu(-1 if ".reverse." in key else 1).any(), key
 
 
-WRITTEN = ["flat", "kernel-3", "tied", "heads", "heads-in-conv", "linear", "legacy"]
+WRITTEN = ["flat", "kernel-3", "tied", "heads", "heads-in-conv", "linear", "legacy", "expanded", "expanded-2"]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -103,6 +103,13 @@ def test_a_masked_mixer_comes_back(name: str, tmp_path: Path) -> None:
             expected["lm_head.weight"] = expected["wte.weight"]
         if name == "heads":  # a layer that is not applied, here one that changes nothing
             expected |= {"wte_second.weight": torch.eye(D), "wte_second.bias": torch.zeros(D)}
+        if name == "expanded":  # biases that change nothing
+            expected |= {
+                f"mixerblocks.{layer}.conv.{part}.bias": torch.zeros(N) for layer in range(2) for part in (0, 2)
+            }
+        if name == "expanded-2":  # without what no position reads
+            expected = {key: t[:N, :N] if ".conv." in key and t.dim() > 1 else t for key, t in expected.items()}
+            expected |= {key: t[:N] for key, t in expected.items() if key.endswith("conv.0.bias")}
         assert again.keys() == expected.keys()
         assert all(torch.equal(again[key], expected[key]) for key in expected)
     convert(tmp_path / "back", tmp_path / "ours-again", verify=False)

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from families import make_model
-from masked_mixers import EXPANDED, LLAMA_CONFIG, MASKED, D, N, Weights, save, tensors
+from masked_mixers import LLAMA_CONFIG, MASKED, D, N, Weights, save, tensors
 from safetensors.torch import save_file
 from structured_mixers import RMS, STRUCTURED
 
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.modeling import MaskedMixerConfig, MaskedMixerForCausalLM
 
-KINDS = MASKED | STRUCTURED | RMS | EXPANDED
+KINDS = MASKED | STRUCTURED | RMS
 BLOCK = "mixerblocks.1."
 TOKENS = "mixer_blocks.0.token_mixing_layer."
 
@@ -133,11 +133,20 @@ DAMAGED: dict[str, tuple[str, Callable[[Weights], Any], str]] = {
         lambda w: w.pop("model.layers.1.mixer_layer.conv.weight"),
         "1 missing: model.layers.1.mixer_layer.conv.weight",
     ),
-    "expanded": ("expanded", lambda w: None, r"mixerblocks.0.conv.0.weight: of an expanded mixer"),
+    "expanded without its second convolution": (
+        "expanded",
+        lambda w: w.pop("mixerblocks.0.conv.2.weight"),
+        "1 missing: mixerblocks.0.conv.2.weight, of whose shape sizes are taken",
+    ),
+    "expanded with one bias": (
+        "expanded-2",
+        lambda w: w.pop("mixerblocks.1.conv.2.bias"),
+        "1 missing: mixerblocks.1.conv.2.bias",
+    ),
     "expanded Toeplitz": (
         "toeplitz",
         renamed("token_mixing_layer.", "token_mixing_layer.0."),
-        "token_mixing_layer.0.bias: of an expanded mixer",
+        "token_mixing_layer.0.bias: of an expanded Toeplitz mixer",
     ),
     "a diagonal": ("row", lambda w: w.update({f"{TOKENS}diag_weight": torch.ones(1, N)}), "with a diagonal of its own"),
     "memory": ("autoencoder", renamed("lm_head", "decoder_wte"), "decoder_wte.weight: of a memory mixer"),
@@ -263,6 +272,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         ({"hidden_act": "silu"}, "hidden_act: got 'silu'; accepted: 'gelu'"),
         ({"attention": "series"}, "attention: got 'series'; accepted: 'none'"),
         ({"num_heads": 2, "use_projections": False}, "use_projections: got False; accepted: True for more than one"),
+        ({"num_heads": 2, "expanded": True}, "expanded: got True with heads; accepted: True with one head without"),
     ],
 )
 def test_what_the_authors_classes_cannot_express_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
