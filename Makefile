@@ -20,10 +20,10 @@ help: ## list the targets
 demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (under ten minutes)
 	$(TOOL) ssm_zoo.cli.demo --hub-stand-in tests/hub_stand_in.py
 
-# A process for each core, up to JOBS, each with one thread; a file's tests stay together, as they share fixtures.
+# A process for each logical core, up to JOBS, each with one thread; a file's tests stay together, as they share fixtures.
 JOBS ?= 4
 test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
-	OMP_NUM_THREADS=1 $(TOOL) pytest -q -n auto --maxprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TOOL) pytest -q -n logical --maxprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \

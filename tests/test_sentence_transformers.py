@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
-MODELS = ["mamba2-groups", "all-four", "mamba2-encoder"]
+MODELS = ["mamba2-groups", "all-four", "mamba2-encoder", "mixer"]
 SIDES = ["left", "right"]
 WORDS = ["sea", "ship", "wave", "sail", "bread", "oven", "flour", "yeast"]
 PAIRS = [
