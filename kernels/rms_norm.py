@@ -145,10 +145,14 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int) -> Tensor:
-        u = _gated_groups(x, z, group_size)  # (..., D/S, S)
-        r = u.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        u = x.to(accumulator(x))
+        if z is not None:
+            u = F.silu(z.to(u.dtype)).mul_(u)
+        groups = u.unflatten(-1, (-1, group_size))  # (..., D/S, S)
+        r = groups.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        n = groups * r if u is x else groups.mul_(r)
         # In-place multiplication computes in the wider dtype and rounds once, to the dtype of x.
-        y = (u * r).to(x.dtype).mul_(weight.view(-1, group_size))
+        y = n.to(x.dtype).mul_(weight.view(-1, group_size))
         ctx.save_for_backward(x, weight, z, r)
         ctx.group_size = group_size
         return y.flatten(-2)
@@ -161,7 +165,11 @@ class _RmsNorm(torch.autograd.Function):
         needs_x, needs_weight, needs_z = ctx.needs_input_grad[:3]
         scale = weight.to(r.dtype).view(-1, ctx.group_size)
         dy = dy.to(r.dtype).unflatten(-1, scale.shape)
-        n = _gated_groups(x, z, ctx.group_size) * r
+        gate = None if z is None else z.to(r.dtype)
+        smooth = None if gate is None else F.silu(gate)
+        u = x.to(r.dtype) if smooth is None else smooth * x
+        groups = u.unflatten(-1, scale.shape)
+        n = groups * r if u is x else groups.mul_(r)
         products = dy * n
         dx = dweight = dz = None
         if needs_weight:
@@ -169,23 +177,13 @@ class _RmsNorm(torch.autograd.Function):
         if needs_x or needs_z:
             mean = products.mul_(scale).mean(-1, keepdim=True)
             du = torch.mul(dy, scale, out=products).addcmul_(n, mean, value=-1).mul_(r).flatten(-2)
-            if z is None:
-                dx = du.to(x.dtype)
-            else:
-                gate = z.to(r.dtype)
+            if gate is not None and smooth is not None:
                 if needs_z:
-                    dz = torch.ops.aten.silu_backward(du * x, gate).to(z.dtype)
-                if needs_x:
-                    dx = du.mul_(F.silu(gate)).to(x.dtype)
+                    dgate = torch.mul(du, x, out=n.flatten(-2))
+                    dz = torch.ops.aten.silu_backward(dgate, gate).to(z.dtype)
+                du.mul_(smooth)
+            dx = du.to(x.dtype) if needs_x else None
         return dx, dweight, dz, None, None
-
-
-def _gated_groups(x: Tensor, z: Tensor | None, group_size: int) -> Tensor:
-    """x, or x * silu(z), in the dtype of the computation, as (..., D/S, S)."""
-    u = x.to(accumulator(x))
-    if z is not None:
-        u = F.silu(z.to(u.dtype)).mul_(u)
-    return u.unflatten(-1, (-1, group_size))
 
 
 def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:

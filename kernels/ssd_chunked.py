@@ -299,12 +299,12 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
 def _decays(log_decay: Tensor) -> Tensor:
     """:func:`decay_matrix`, but with ones for i < j.
 
-    Only the terms that count are added: a difference of two cumulative sums cancels when the decays are strong, and
-    is NaN for a decay of -inf.
+    Differences of cumulative sums, which in float64 lose nothing that float32 could hold. Each summand is cut off below
+    what makes a product zero by itself (:func:`_exp`), so that sums stay small, and a decay of -inf gives no NaN.
     """
-    length = log_decay.shape[-1]
-    later = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu_(1)
-    return _exp(torch.where(later, log_decay[..., None, :], 0).cumsum(-1))
+    sums = log_decay.double().clamp_min(2 * _smallest(log_decay.dtype)).cumsum(-1)
+    difference = (sums[..., None, :] - sums[..., None]).to(log_decay.dtype)
+    return _exp(difference.clamp_max_(0))
 
 
 def _exp(sums: Tensor) -> Tensor:
@@ -312,7 +312,12 @@ def _exp(sums: Tensor) -> Tensor:
 
     Much below, numbers are subnormal, with which a CPU computes many times as slowly; strong decays make many of them.
     """
-    return F.threshold(sums, -80.0 if sums.dtype == torch.float32 else -700.0, -math.inf).exp()
+    return F.threshold(sums, _smallest(sums.dtype), -math.inf).exp_()
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Of the sums whose exponential counts."""
+    return -80.0 if dtype == torch.float32 else -700.0
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
