@@ -1,4 +1,4 @@
-"""Draw a result file of `inversion.py`: accuracy over the width, and what else is measured at one width."""
+"""Draw a result file of `inversion.py`: accuracy over the width, and of the last place at one width."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from mixer_arms import ARMS, LLAMA, MAMBA2, MIXER
 
 COLORS = {MIXER: "C2", LLAMA: "C1", MAMBA2: "C4"}
 # Groups of bars: what is compared, and the embedding's standard deviation.
-GROUPS = {("all", 1.0): "all places", ("all", 0.05): "all places,\nsmall embedding", ("last", 1.0): "last place only"}
+GROUPS = {
+    ("all", 1.0): "all places",
+    ("all", 0.05): "all places,\nsmall embedding",
+    ("last", 1.0): "last place only",
+    ("last", 0.05): "last place only,\nsmall embedding",
+}
+LINES = {1.0: "-", 0.05: "--"}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the summary of `rows` into `path`."""
     summary = next(row for row in rows if row["purpose"] == "summary")
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5), sharey=True, width_ratios=(1, 1, 1.4))
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5), sharey=True, width_ratios=(1, 1, 1.5))
     for axis, trained in zip(axes, (False, True), strict=False):
         widths(axis, summary, trained)
         state = f"trained for {summary['steps']} steps" if trained else "untrained"
@@ -41,20 +47,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def widths(axis: Axes, summary: dict[str, Any], trained: bool) -> None:
-    """Accuracy over the width: the mean of each arm's seeds and their range."""
+    """Accuracy over the width, of both embeddings: the mean of each arm's seeds and their range."""
     for arm, color in COLORS.items():
-        found = [
-            cell
-            for cell in summary["cells"]
-            if (cell["arm"], cell["trained"], cell["places"], cell["embedding"]) == (arm, trained, "all", 1.0)
-        ]
-        found.sort(key=lambda cell: cell["width"])
-        places = [cell["width"] for cell in found]
-        axis.plot(places, [cell["mean"] for cell in found], color=color, marker="o", label=ARMS[arm])
-        axis.fill_between(
-            places, [cell["low"] for cell in found], [cell["high"] for cell in found], color=color, alpha=0.2
-        )
+        for embedding, line in LINES.items():
+            key = (arm, trained, "all", embedding)
+            found = [
+                cell
+                for cell in summary["cells"]
+                if (cell["arm"], cell["trained"], cell["places"], cell["embedding"]) == key
+            ]
+            found.sort(key=lambda cell: cell["width"])
+            places = [cell["width"] for cell in found]
+            label = ARMS[arm] if embedding == 1 else None
+            axis.plot(places, [cell["mean"] for cell in found], color=color, linestyle=line, marker="o", label=label)
+            axis.fill_between(
+                places, [cell["low"] for cell in found], [cell["high"] for cell in found], color=color, alpha=0.2
+            )
     axis.set_xscale("log", base=2)
+    axis.text(0.98, 0.02, "dashed: small embedding", transform=axis.transAxes, ha="right", fontsize="small")
 
 
 def bars(axis: Axes, summary: dict[str, Any]) -> None:

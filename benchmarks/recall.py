@@ -61,8 +61,8 @@ class Size:
     steps: int
 
 
-# Pairs are those of Mamba-2's paper: a 32nd, a 16th, an 8th and on a GPU a quarter of the length. On a CPU there are too
-# few steps for more: with 16 pairs and 512 tokens none of the arms begins to learn within 1,000.
+# Pairs are those of Mamba-2's paper: a 32nd, a 16th, an 8th and, on a GPU, a quarter of the length. On a CPU there are
+# too few steps for more: with 16 pairs and 512 tokens none of the arms begins to learn within 1,000.
 SIZES = {
     "cpu": Size(64, [2, 4, 8], Sizes(128, width=64, state=16, large_state=64, capacity=0.15), batch=32, steps=4000),
     "paper": Size(

@@ -1,6 +1,7 @@
 """The comparison of what hidden states hold, at a tiny size: its models, texts, searches and rows."""
 
 import argparse
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import inversion
 import pytest
 import torch
-from inversion import ALL, COMPARED, DESCENT, LAST, RESULT, TRAINING, Comparison, Data, Run, main
+from inversion import ALL, COMPARED, DESCENT, LARGE, LAST, RESULT, SMALL, TRAINING, Comparison, Data, Run, main
 from mixer_arms import LLAMA, MIXER, equal_sizes, make
 from result_file import ResultFile
 from stories_example import write_stories
@@ -95,7 +96,7 @@ def test_results_and_trials_are_inverted_on_different_texts_and_every_seed_has_i
 def test_every_cell_has_its_search_and_its_seeds(finished: Path):
     rows = read(finished)
     (summary,) = (row for row in rows if row["purpose"] == "summary")
-    assert len(summary["cells"]) == len(COMPARED) * 2 * (2 + 2)
+    assert len(summary["cells"]) == len(COMPARED) * 2 * 2 * (2 + 1)
     assert summary["chance"] == 1 / VOCABULARY
     for cell in summary["cells"]:
         about = {key: cell[key] for key in ("arm", "width", "embedding", "places", "rate")}
@@ -108,13 +109,12 @@ def test_every_cell_has_its_search_and_its_seeds(finished: Path):
         assert [row["seed"] for row in results] == [1, 2]
         assert {row["size"] for row in results} == {cell["size"]}
         assert [cell["low"], cell["high"]] == sorted(row["accuracy"] for row in results)
-    small = [(cell["arm"], cell["trained"]) for cell in summary["cells"] if cell["embedding"] == 0.05]
-    assert small == [(arm, trained) for arm in COMPARED for trained in (False, True)]
     assert {cell["width"] for cell in summary["cells"] if cell["places"] == LAST} == {8}
-    for arm in COMPARED:
-        trials = [row for row in rows if row["purpose"] == TRAINING and row["arm"] == arm]
+    for key in itertools.product(COMPARED, (LARGE, SMALL)):
+        trials = [row for row in rows if row["purpose"] == TRAINING and (row["arm"], row["embedding"]) == key]
+        assert trials[0]["rate"] == 4e-3
         best = min(trials, key=lambda row: row["held_out"])
-        assert {cell["rate"] for cell in summary["cells"] if cell["arm"] == arm} == {best["rate"]}
+        assert {c["rate"] for c in summary["cells"] if (c["arm"], c["embedding"]) == key} == {best["rate"]}
     assert all(row.keys() >= {"hardware", "versions", "date", "command"} for row in rows)
     assert finished.with_suffix(".png").exists()
 
@@ -130,4 +130,4 @@ def test_going_on_repeats_no_run(finished: Path, text: Path, tmp_path: Path, mon
     assert len(read(path)) == len(read(finished))
     main([*arguments, "--seeds", "1", "2", "5"])
     assert {(run.purpose, run.seed) for run in done} == {(RESULT, 5)}
-    assert len(done) == len(COMPARED) * 2 * (2 + 2)
+    assert len(done) == len(COMPARED) * 2 * 2 * (2 + 1)
