@@ -5,9 +5,9 @@ Transformer, both finetuned by InfoNCE. Here the models have equal width and abo
 
 1. train for `--steps` as causal language models on the stories and abstracts that are searched later, those of
    TinyStories that are held out excepted;
-2. finetune all weights with InfoNCE by `ssm_zoo.finetune.embedder`, `--share` times over the pairs of each task. A text is
-   embedded by the mean over its tokens, at a temperature of 0.1: with the paper's last token and 0.02, the loss of none
-   of them falls below that of guessing within the some 90 steps that a CPU has time for.
+2. finetune all weights with InfoNCE by `ssm_zoo.finetune.embedder`, `--share` times over the pairs of each task. A
+   text's embedding is the mean over its tokens, the temperature 0.1. With the paper's last token and 0.02 hardly a
+   loss falls below that of guessing within the some 90 steps that a CPU has time for.
 
 Tasks: `stories`, the first sentence of a story searches for the rest of it, among the held-out stories. No easy task,
 nor a fair one to words: many stories begin alike, and the rest of a story names who the first sentence names.
