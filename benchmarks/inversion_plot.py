@@ -30,7 +30,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, trained in zip(axes, (False, True), strict=False):
         widths(axis, summary, trained)
         state = f"trained for {summary['steps']} steps" if trained else "untrained"
-        axis.set(title=f"{state}, hidden states of all places", xlabel="width")
+        axis.set(title=f"{state}, hidden states of all places", xlabel="width; dashed: small embedding")
     axes[0].set_ylabel("share of tokens read rightly")
     bars(axes[2], summary)
     axes[2].set(title=f"width {summary['tuned_width']}")
@@ -64,7 +64,6 @@ def widths(axis: Axes, summary: dict[str, Any], trained: bool) -> None:
                 places, [cell["low"] for cell in found], [cell["high"] for cell in found], color=color, alpha=0.2
             )
     axis.set_xscale("log", base=2)
-    axis.text(0.98, 0.02, "dashed: small embedding", transform=axis.transAxes, ha="right", fontsize="small")
 
 
 def bars(axis: Axes, summary: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ class Run:
     length: int
     pairs: list[int]
     vocabulary: int
+    state: int
     arm: str
     rate: float
     initializer_range: float
@@ -151,6 +152,7 @@ class Comparison:
             "length": size.length,
             "pairs": size.pairs,
             "vocabulary": size.models.vocabulary,
+            "state": size.models.state,
             "initializer_range": options.range,
             "steps": options.steps or size.steps,
             "batch": options.batch or size.batch,
@@ -181,6 +183,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="recall.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="cpu", help="paper: that of Mamba-2's paper, for a GPU")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
+    parser.add_argument(
+        "--states", type=positive, nargs=2, metavar=("N", "LARGE"), help="states of Mamba-2, and larger ones"
+    )
     parser.add_argument("--rate", type=float, default=4e-3, help="learning rate that the search starts from")
     parser.add_argument("--range", type=float, default=0.05, help="initializer_range of all arms")
     parser.add_argument("--steps", type=positive, help="of a run that does not solve its task; the size's if not given")
@@ -201,6 +206,9 @@ def main(arguments: list[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     size = SIZES[options.size]
+    if options.states is not None:
+        state, large = options.states
+        size = dataclasses.replace(size, models=dataclasses.replace(size.models, state=state, large_state=large))
     for arm in options.arms:
         make(arm, size.models, options.range, 0)  # before anything is written: sizes that do not fit are an error
     now = datetime.now(UTC)

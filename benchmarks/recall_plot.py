@@ -21,7 +21,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, pairs in zip(axes.flat, summary["pairs"], strict=False):
         for index, arm in enumerate(arm for arm in ARMS if arm in summary["arms"]):
             curves(axis, rows, summary, arm, str(pairs), f"C{index}")
-        axis.set(title=f"{pairs} pairs in {summary['length']} tokens, vocabulary {summary['vocabulary']}")
+        title = f"{pairs} pairs in {summary['length']} tokens, vocabulary {summary['vocabulary']}"
+        axis.set(title=f"{title}, state {summary['state']}")
         axis.set(xlabel=f"step of {summary['batch']} sequences", ylabel="accuracy at the queries, validation")
         axis.set_ylim(-0.03, 1.03)
         axis.legend(title="accuracy on fresh sequences, mean of seeds", fontsize="small", title_fontsize="small")
@@ -34,7 +35,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 def curves(axis: Axes, rows: list[dict[str, Any]], summary: dict[str, Any], arm: str, pairs: str, color: str) -> None:
     """Draw the runs of an arm, with a mark where the run ended because everything was solved."""
     found = summary["arms"][arm]
-    setting = {key: summary[key] for key in ("length", "pairs", "vocabulary", "initializer_range", "steps", "batch")}
+    setting = {
+        key: summary[key] for key in ("length", "pairs", "vocabulary", "state", "initializer_range", "steps", "batch")
+    }
     setting |= {"purpose": "result", "arm": arm, "rate": found["rate"]}
     label: str | None = f"{ARMS[arm]}, {found['parameters'] / 1e3:.1f} k parameters: {found[pairs]['mean']:.1%}"
     for run in rows:

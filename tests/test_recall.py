@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,17 @@ def test_going_on_repeats_no_run_and_adds_what_is_missing(
     assert [row["seeds"] for row in read(path) if row["purpose"] == "summary"] == [[1, 2, 5]]
 
 
+def test_other_states_are_another_comparison(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(recall.SIZES, "cpu", TINY)
+    path = tmp_path / "states.jsonl"
+    path.write_bytes(finished.read_bytes())
+    made: list[int] = []
+    monkeypatch.setattr(recall, "execute", lambda run, size, options: made.append(size.models.state) or sys.exit())
+    with pytest.raises(SystemExit):
+        run("--states", "2", "3", "--resume", str(path))
+    assert made == [2]
+
+
 def test_a_run_ends_where_everything_is_solved_and_is_judged_by_other_sequences(monkeypatch: pytest.MonkeyPatch):
     judges: list[Tensor] = []
     trained: list[int] = []
@@ -254,7 +266,7 @@ def test_a_run_ends_where_everything_is_solved_and_is_judged_by_other_sequences(
     monkeypatch.setattr(recall, "assess", lambda model, batch: judges.append(batch[0]) or {"accuracy": next(accuracy)})
     monkeypatch.setattr(recall, "recall_loss", loss)
     options = argparse.Namespace(device="cpu", validation=3, fresh=5, evaluate_every=1)
-    row = recall.execute(Run("result", 16, [2, 3], 40, MAMBA2, 1e-3, 0.05, 1, 4, 4), TINY, options)
+    row = recall.execute(Run("result", 16, [2, 3], 40, 4, MAMBA2, 1e-3, 0.05, 1, 4, 4), TINY, options)
     assert trained == [3, 2, 3]
     assert (row["trained"], row["solved"]) == (3, {"2": 1, "3": 2})
     assert row["fresh"] == {"2": {"accuracy": 0.97}, "3": {"accuracy": 0.98}}
