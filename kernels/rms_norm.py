@@ -177,7 +177,7 @@ class _RmsNorm(torch.autograd.Function):
         if needs_x or needs_z:
             mean = products.mul_(scale).mean(-1, keepdim=True)
             du = torch.mul(dy, scale, out=products).addcmul_(n, mean, value=-1).mul_(r).flatten(-2)
-            if gate is not None and smooth is not None:
+            if z is not None and gate is not None and smooth is not None:
                 if needs_z:
                     dgate = torch.mul(du, x, out=n.flatten(-2))
                     dz = torch.ops.aten.silu_backward(dgate, gate).to(z.dtype)
