@@ -78,8 +78,13 @@ def circumstances(
             **{name: found for name in names if (found := version_of(name)) is not None},
         },
         "date": now.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{script}", *arguments]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *map(nameable, arguments)]),
     }
+
+
+def nameable(argument: str) -> str:
+    """An argument, but of an absolute path, which says something of one machine alone, the last part."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def write_rows(rows: list[dict[str, object]], path: Path) -> None:
