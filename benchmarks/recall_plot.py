@@ -27,6 +27,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(-0.03, 1.03)
         axis.legend(title="accuracy on fresh sequences, mean of seeds", fontsize="small", title_fontsize="small")
         axis.grid(alpha=0.3)
+    for axis in axes.flat[len(summary["pairs"]) :]:
+        axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
