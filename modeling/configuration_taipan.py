@@ -31,7 +31,9 @@ class TaipanConfig(PreTrainedConfig):
         head_dim: P, width of an attention head; `hidden_size / num_attention_heads` if not given.
         sliding_window: tokens that a query sees, itself included. There is no positional embedding.
         attention_capacity: C, share of the tokens that a layer is to choose; in (0, 1]. The loss pulls the rate there,
-            nothing enforces it.
+            nothing enforces it. It is the rate with the gate's noise, while training; in evaluation, without it, the
+            tokens are chosen that the gate finds more likely chosen than not. A gate that does not yet tell tokens
+            apart then chooses none below a capacity of one half: look at `selection_rate`.
         gumbel_tau: temperature of the gate's choice while training, positive.
         router_aux_loss_coef: weight of the capacity loss, added to the loss while training.
         sal_key_source: "all": a query sees all tokens of its window; "selected": those that were selected themselves,
