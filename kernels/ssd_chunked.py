@@ -304,7 +304,7 @@ def _decays(log_decay: Tensor) -> Tensor:
     """
     sums = log_decay.double().clamp_min(2 * _smallest(log_decay.dtype)).cumsum(-1)
     difference = (sums[..., None, :] - sums[..., None]).to(log_decay.dtype)
-    return _exp(difference.clamp_max_(0))
+    return _exp(difference.triu_())
 
 
 def _exp(sums: Tensor) -> Tensor:

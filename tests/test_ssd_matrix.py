@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_zoo.kernels.ssd import ssd, ssd_matrix
+from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_matrix
 from tolerances import TOLERANCES
 
 LAYOUTS = [  # documents of a packed row; negative marks padding
@@ -42,6 +42,21 @@ def oracle(log_decay: Tensor, B: Tensor, C: Tensor, layout: list[list[int]] | No
                     decay = math.exp(math.fsum(float(a) for a in between))
                     matrix[b, h, i, j] = torch.dot(C[b, i, g], B[b, j, g]) * decay
     return matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_state_that_grows_is_no_error_and_no_other_number(dtype: torch.dtype) -> None:
+    log_decay, B, C = draw(2, 13, 4, 2, 3)
+    log_decay[..., ::2] *= -0.3
+    inputs = [tensor.to(dtype) for tensor in (log_decay, B, C)]
+    rtol, atol = TOLERANCES[dtype]
+    expected = oracle(*(tensor.double() for tensor in inputs))
+    matrix = ssd_matrix(*inputs)
+    torch.testing.assert_close(matrix.double(), expected, rtol=rtol, atol=atol)
+    x = torch.randn(2, 13, 4, 5, generator=torch.Generator().manual_seed(1)).double()
+    y = ssd_log_decay(x.to(dtype), *inputs)
+    assert isinstance(y, Tensor)
+    torch.testing.assert_close(y.double(), torch.einsum("bhij,bjhp->bihp", expected, x), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
