@@ -140,53 +140,48 @@ def _blocks(
     return config, rules, notes
 
 
-def convolution_rules(theirs: str, ours: str, shape: tuple[int, ...], turned: bool = False) -> list[Rule]:
-    """Those of a convolution (N, N, k), or a linear layer (N, N), that is the only head."""
+def convolution_rules(
+    theirs: str,
+    ours: str,
+    shape: tuple[int, ...],
+    turned: bool = False,
+    *,
+    positions: int | None = None,
+    biased: bool = True,
+) -> list[Rule]:
+    """Those of a convolution (N, N, k), or a linear layer (N, N), that is the only head.
+
+    One of another number of rows or columns, half of an expanded mixer, has its `positions` said. As both halves are
+    causal, an output reads as many places between them as there are positions before it: of more places the others are
+    cut off, and of fewer the missing ones are zeros, which compute the same.
+    """
+    rows, columns = shape[:2]
+    positions = rows if positions is None else positions
+    taps = shape[2] if len(shape) == 3 else 1
 
     def make(tensors: list[Tensor]) -> Tensor:
         weight = tensors[0].movedim(2, 0) if len(shape) == 3 else tensors[0][None]
         # The second stream counts from the end, and its first two diagonals are not read.
-        return weight.flip(1, 2).tril(-2) if turned else weight.tril()
+        weight = weight.flip(1, 2).tril(-2) if turned else weight.tril()
+        return F.pad(weight, (0, positions - columns, 0, positions - rows))  # below zero it cuts
 
     def undo(tensor: Tensor) -> list[Tensor]:
         return [tensor.movedim(0, 2) if len(shape) == 3 else tensor[0]]
 
-    positions, *_ = shape
-    taps = shape[2] if len(shape) == 3 else 1
-    weight = Computed((shape,), (taps, positions, positions), make, undo)
-    bias = Computed(
-        ((positions,),),
-        (1, positions),
-        lambda tensors: tensors[0].flip(0)[None] if turned else tensors[0][None],
-        unstacked,
-    )
-    return [Rule(f"{theirs}weight", f"{ours}weight", weight), Rule(f"{theirs}bias", f"{ours}bias", bias)]
+    def make_bias(tensors: list[Tensor]) -> Tensor:
+        bias = tensors[0].flip(0) if turned else tensors[0]
+        return F.pad(bias, (0, positions - rows))[None]
+
+    weight = Rule(f"{theirs}weight", f"{ours}weight", Computed((shape,), (taps, positions, positions), make, undo))
+    if not biased:
+        return [weight, Rule(None, f"{ours}bias")]
+    return [weight, Rule(f"{theirs}bias", f"{ours}bias", Computed(((rows,),), (1, positions), make_bias, unstacked))]
 
 
 def _expanded_rules(theirs: str, ours: str, positions: int, wide: int, biased: bool) -> list[Rule]:
-    """Those of two convolutions, to `wide` places and back.
-
-    As both are causal, an output reads as many of the places as there are positions before it: of more the others are
-    cut off, and of fewer the missing ones are zeros, which compute the same.
-    """
-
-    def make(tensors: list[Tensor]) -> Tensor:
-        part = tensors[0][..., 0].tril()[:positions, :positions]
-        return F.pad(part, (0, positions - part.shape[1], 0, positions - part.shape[0]))[None]
-
-    def make_bias(tensors: list[Tensor]) -> Tensor:
-        part = tensors[0][:positions]
-        return F.pad(part, (0, positions - len(part)))[None]
-
-    rules = []
-    for number, name, shape in ((0, "inner_", (wide, positions)), (2, "", (positions, wide))):
-        weight = Computed(((*shape, 1),), (1, positions, positions), make, lambda tensor: [tensor[0][..., None]])
-        bias = Computed((shape[:1],), (1, positions), make_bias, unstacked)
-        rules.append(Rule(f"{theirs}{number}.weight", f"{ours}{name}weight", weight))
-        rules.append(
-            Rule(f"{theirs}{number}.bias", f"{ours}{name}bias", bias) if biased else Rule(None, f"{ours}{name}bias")
-        )
-    return rules
+    """Those of two convolutions, to `wide` places and back."""
+    first = convolution_rules(f"{theirs}0.", f"{ours}inner_", (wide, positions, 1), positions=positions, biased=biased)
+    return first + convolution_rules(f"{theirs}2.", ours, (positions, wide, 1), positions=positions, biased=biased)
 
 
 def _head_rules(
