@@ -201,7 +201,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --size")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --size and --states"
+    )
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
