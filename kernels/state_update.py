@@ -22,10 +22,11 @@ def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) 
         (B, ...) outputs in the dtype of the state.
     """
     size, batches = state.shape[-1], B.shape[0] * B.shape[1]
+    rows = state.shape[1:-1].numel() // B.shape[1]
     held = state.contiguous()
     held.mul_(decay)
-    matrix = held.view(batches, -1, size)
-    inputs = u.reshape(batches, -1, 1)
+    matrix = held.view(batches, rows, size)
+    inputs = u.reshape(batches, rows, 1)
     matrix.baddbmm_(inputs, B.to(state.dtype).reshape(batches, 1, size))
     y = inputs.new_empty(inputs.shape).baddbmm_(matrix, C.to(state.dtype).reshape(batches, size, 1), beta=0)
     if held is not state:
