@@ -21,7 +21,8 @@ from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from ..modeling.hub_code import code_licence
 from . import format_state_spaces
 from .byte_tokenizer import byte_tokenizer
-from .export import CARRIED, copy_files, hub_id
+from .carried_files import LICENCES, TOKENIZER, carry_files, downloads
+from .export import hub_id
 from .format import Format, read_config
 from .format_bamba import BAMBA
 from .format_jamba import JAMBA
@@ -32,6 +33,7 @@ from .format_masked_mixer import MASKED_MIXER
 from .mixer_formats import is_transfixer, read_mixer
 from .output_folder import new_folder
 from .parity import Difference, ParityReport, compare, logits_of_folder, logits_of_tensors
+from .remote_code import check_remote_code
 from .rules import LazyTensor, Mapper, check, lazy
 from .weight_files import read_weights, write_weights
 
@@ -58,7 +60,7 @@ _ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
 _TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
-_CARRIED = ("generation_config.json", *CARRIED)
+_CARRIED = (r"generation_config\.json", TOKENIZER, LICENCES)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def convert(
     verify: bool = True,
     max_shard_size: int | str = "5GB",
     settings: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
@@ -129,6 +132,7 @@ def convert(
             taps N // 256, at least 1), `use_projections` (of heads in one tensor; true), `mean` (of Toeplitz heads
             with root-mean-square norms; to be given). Of a transfixer without a config.json `num_attention_heads` (to
             be given), `rope_theta` (10000) and `norm_eps` (1e-6).
+        trust_remote_code: copy the code of a tokenizer that transformers does not have. No code is run.
 
     Returns:
         The report.
@@ -144,7 +148,8 @@ def convert(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; accepted: {', '.join(_DTYPES)}")
     _check_folder(folder, overwrite)
-    read_from = _source_folder(source, allow_pickle)
+    read_from = _source_folder(source, allow_pickle, trust_remote_code)
+    check_remote_code(read_from, trusted=trust_remote_code, auto_class=None)
     if folder.resolve() in (read_from.resolve(), *read_from.resolve().parents):
         raise ValueError(f"folder: {folder} is or holds the source; accepted: another folder")
     read = _read(read_from, allow_pickle, settings)
@@ -154,7 +159,7 @@ def convert(
     config = target.config(read.zoo_config) if target else read.zoo_config
     tensors = _tensors_of(target, read, config, ours)
     with new_folder(folder, overwrite=overwrite) as made:
-        carried = _carry(read, read_from, made, target)
+        carried = _carry(read, read_from, made, target, trust_remote_code)
         write_weights(made, tensors, max_shard_size=max_shard_size)
         _write_config(made, target, read.zoo_class, config, _dtype(ours))
         logits = _compare(read, ours, target, made) if verify else "not asked for"
@@ -188,12 +193,18 @@ def _is_bare(folder: Path) -> bool:
     return weights and not (folder / "config.json").is_file()
 
 
-def _source_folder(source: str | Path, allow_pickle: bool) -> Path:
+def _source_folder(source: str | Path, allow_pickle: bool, trust_remote_code: bool) -> Path:
     """The folder to read from: the source itself, or what is needed of a Hub repository, downloaded."""
     if Path(source).is_dir():
         return Path(source)
     source = hub_id(source)
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_CARRIED]
+    patterns = downloads(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        trust_remote_code=trust_remote_code,
+    )
     folder = Path(snapshot_download(source, allow_patterns=patterns))
     if allow_pickle and not any(folder.glob("*.safetensors")):
         # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
@@ -339,9 +350,9 @@ def _write_config(
     config.save_pretrained(folder)
 
 
-def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None) -> list[str]:
+def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None, trust_remote_code: bool) -> list[str]:
     """Copy what is the same in every format; say what was."""
-    carried = copy_files(source, made, _CARRIED)
+    carried = carry_files(source, made, *_CARRIED, trust_remote_code=trust_remote_code)
     licence = made / "LICENSE"
     # Where a zoo model's weights have no licence of their own, this is that of its code, which stays behind.
     of_code = licence.is_file() and licence.read_text(encoding="utf-8") == code_licence()

@@ -258,6 +258,8 @@ def test_export_that_is_not_the_package_is_found_out(
     assert text.count(old) == 1
     (folder / file).write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
+        verify_export(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"code that is not this ssm-zoo's: {file}; export it anew"):
         verify_export(folder)
 
 
