@@ -10,36 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, is_named
 from .json_files import read_json_object
 from .remote_code import reference_of
 
-__all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "downloads", "inside", "is_named"]
+__all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "downloads", "inside"]
 
-LICENCES = r"(LICEN[CS]E|NOTICE|COPYING)([-_.][\w-]+)*?(\.(txt|md|rst))?"
-"""Names of licence files, as a regular expression."""
-
-TOKENIZER = "|".join(
-    (
-        r"tokenizer(_config)?\.json",
-        r"special_tokens_map\.json",
-        r"added_tokens\.json",
-        r"vocab\.(json|txt|bpe)",
-        r"merges\.txt",
-        r"encoder\.json",
-        r"tokenizer\.model(\.v\d+)?",
-        r"(sentencepiece(\.bpe)?|spiece|spm)\.model",
-        r"[\w.-]+\.tiktoken",
-        r"tekken\.json",
-        r"chat_template\.(jinja|json)",
-        r"additional_chat_templates/[\w.-]+\.jinja",
-    )
-)
-"""Names of a tokenizer's files, as a regular expression. All of them are data."""
-
-CARD = r"README\.md|plots/[\w.-]+\.png"
-"""Names of a card and its pictures, as a regular expression."""
-
-# Patterns of the Hub's client that hold all of these names, and more.
+# Patterns of the Hub's client that hold all names of `CARD`, `LICENCES` and `TOKENIZER`, and more.
 _DOWNLOADS = (
     "README.md",
     "plots/*.png",
@@ -58,17 +35,10 @@ _DOWNLOADS = (
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 )
-# What a name must not end in, whatever it begins with.
-_CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|sh|pkl|pickle|pt|pth|bin|ckpt)", re.IGNORECASE | re.DOTALL)
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
 _PLACES = ("name_or_path", "_name_or_path")
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
-
-
-def is_named(name: str, *expressions: str) -> bool:
-    """Whether a path in a folder, with slashes, is one of those that are carried."""
-    return any(re.fullmatch(expression, name) for expression in expressions) and not _CODE.fullmatch(name)
 
 
 def carry_files(source: Path, folder: Path, *expressions: str, trust_remote_code: bool = False) -> list[str]:

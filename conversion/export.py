@@ -180,11 +180,11 @@ def _source_folder(source: str | Path, revision: str | None, trust_remote_code: 
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision: got {revision!r}, but {source} is a folder; accepted: none")
-        _model_class(path)
+        model_class_of(path)
         return path
     source = hub_id(source)
     config_only = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json"]))
-    _model_class(config_only)
+    model_class_of(config_only)
     # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
     patterns = downloads(*_READ, trust_remote_code=trust_remote_code)
     return Path(snapshot_download(source, revision=config_only.name, allow_patterns=patterns))
@@ -207,7 +207,7 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     Raises:
         ValueError: if the folder is no checkpoint of a zoo model, or its weights are not the model's.
     """
-    model_class = _model_class(folder)
+    model_class = model_class_of(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
     check_weight_index(folder)
@@ -223,7 +223,7 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     return model
 
 
-def _model_class(folder: Path) -> type[ZooPreTrainedModel]:
+def model_class_of(folder: Path) -> type[ZooPreTrainedModel]:
     """The package's class for the checkpoint in `folder`, by its config's model type and architecture."""
     path = folder / "config.json"
     if not path.is_file():

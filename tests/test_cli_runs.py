@@ -321,7 +321,7 @@ def test_push_replaces_card_and_weights_and_leaves_the_rest(models: Path, tmp_pa
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "README.md").write_text(CARD.replace("My", "Another"))
     revision = pushed(ssm_zoo("push", folder, REPO))
-    kept = {".gitattributes", "notes.txt", "onnx/model.safetensors"}
+    kept = {".gitattributes", ".ssm-zoo.json", "notes.txt", "onnx/model.safetensors", "old.py"}
     names = set(api.list_repo_files(REPO, revision=revision))
     assert names == set(files(folder)) | kept
     assert "model.safetensors.index.json" in names
