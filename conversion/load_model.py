@@ -22,13 +22,17 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which come before a checkpoint's own code
 
-__all__ = ["check_finite", "check_keys", "load_config", "load_model", "load_tokenizer", "quiet_loading"]
+__all__ = ["WeightsError", "check_finite", "check_keys", "load_config", "load_model", "load_tokenizer", "quiet_loading"]
 
 # Dtypes that torch.isfinite does not know; float32 holds all their values.
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 _SHOWN = 3
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+
+
+class WeightsError(ValueError):
+    """The weights of a source are not those of its configuration, or not finite."""
 
 
 def load_model(
@@ -59,8 +63,8 @@ def load_model(
         The model, in evaluation mode. An adapter's is its base model with the adapter's layers in it.
 
     Raises:
-        ValueError: if weights are missing, left over, of another shape, damaged or not finite, or the source brings
-            code that is not trusted.
+        WeightsError: if weights are missing, left over, of another shape, or not finite.
+        ValueError: if the file of the weights is damaged or a pickle, or the source brings code that is not trusted.
         OSError: if the source does not exist or cannot be read.
     """
     source = str(source)
@@ -117,7 +121,7 @@ def check_keys(
         may_add: beginnings of names of weights that may be left over.
 
     Raises:
-        ValueError: if other weights are missing or left over, or some have another shape.
+        WeightsError: if other weights are missing or left over, or some have another shape.
     """
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(tuple(may_lack)))
     unexpected = sorted(key for key in found["unexpected_keys"] if not key.startswith(tuple(may_add)))
@@ -133,7 +137,7 @@ def check_keys(
     ]
     problems += [str(message) for message in found.get("error_msgs") or ()]
     if problems:
-        raise ValueError(
+        raise WeightsError(
             f"{place} has {'; '.join(problems)}. The weights and config.json must belong together: save or download "
             "the checkpoint again."
         )
@@ -148,7 +152,7 @@ def check_finite(model: nn.Module | Mapping[str, Tensor], place: str, remedy: st
         remedy: a sentence that follows.
 
     Raises:
-        ValueError: with the number of weights that are not finite and the names of the first tensors.
+        WeightsError: with the number of weights that are not finite and the names of the first tensors.
     """
     if isinstance(model, nn.Module):
         bad = dict(_not_finite(model.named_parameters()))
@@ -158,7 +162,7 @@ def check_finite(model: nn.Module | Mapping[str, Tensor], place: str, remedy: st
     if bad:
         count = sum(bad.values())
         tail = f" {remedy}" if remedy else ""
-        raise ValueError(f"{place}: {count:,} of the weights are not finite, first: {_first(list(bad))}.{tail}")
+        raise WeightsError(f"{place}: {count:,} of the weights are not finite, first: {_first(list(bad))}.{tail}")
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor]], infinity_too: bool = True) -> Iterator[tuple[str, int]]:
