@@ -26,9 +26,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
+from ..conversion.decoration import decoration
 from ..conversion.machine import describe_machine
-from ..conversion.output_folder import claim_output_folder, result_folder
+from ..conversion.output_folder import check_output_folder, claim_output_folder, claimed_folders_end, result_folder
 from ..conversion.provenance import provenance
+from ..conversion.whole_files import write_text_whole
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
 from .calibrate import calibrate, fit_output_projections
@@ -82,6 +84,7 @@ class _Run:
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
 
+@claimed_folders_end()
 def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -> dict[str, Any]:
     """Carry out a recipe, or go on with it.
 
@@ -113,7 +116,11 @@ def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -
                 f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
                 f"{accelerator.num_processes} processes"
             )
+    if accelerator.is_main_process:
+        check_output_folder(output)
     run = _prepare(recipe, Path(output), accelerator)
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(recipe.teacher)
     found = load_latest(run.output / "checkpoints")
     if found is None:
         _first_evaluations(run)
@@ -122,7 +129,7 @@ def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -
     done = (0, 0) if found is None else (found.stage, found.step)
     for index in range(done[0], len(recipe.stages)):
         _train_stage(run, index, found if index == done[0] else None)
-    report = _report(run, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
+    report = _report(run, origin, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
     if run.main:
         _write_results(run, report)
     accelerator.wait_for_everyone()
@@ -215,9 +222,9 @@ def _peak_memory(before: int) -> int:
     return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _report(run: _Run, command: str) -> dict[str, Any]:
+def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str, Any]:
     recipe = run.recipe
-    source, licence = provenance(recipe.teacher)
+    source, licence = origin
     return {
         "format": 1,
         "kind": "distillation",
@@ -263,8 +270,10 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
     with result_folder(run.output / "student") as folder:
         run.student.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        shutil.copytree(run.output / "plots", folder / "plots")
-        write_card(folder, report)
+        with decoration("the plots in the student's folder"):
+            shutil.copytree(run.output / "plots", folder / "plots")
+        with decoration("the model card"):
+            write_card(folder, report)
 
 
 def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
@@ -291,9 +300,7 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
             )
     if main:
         claim_output_folder(output, as_mapping(recipe))
-        temporary = output / ".tmp-recipe.yaml"
-        temporary.write_text(dump(recipe), encoding="utf-8")
-        temporary.replace(output / "recipe.yaml")
+        write_text_whole(output / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
     return _Run(
         recipe,
