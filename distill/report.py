@@ -43,7 +43,7 @@ from ..conversion.results import (
 from ..conversion.whole_files import write_text_whole, write_whole
 from .plots import draw
 
-__all__ = ["EvaluationRow", "evaluation_table", "print_table", "write_report"]
+__all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_report"]
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     for name in PLOT_CAPTIONS.keys() - set(drawn):
         (plots / name).unlink(missing_ok=True)
     write_text_whole(folder / "report.md", _markdown(checked, drawn))
-    write_json(folder / "report.json", _finite(report))
+    write_json(folder / "report.json", finite(report))
 
 
 def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:
@@ -207,10 +207,10 @@ def _sources(sources: list[str]) -> str:
     return ", ".join(code(source) for source in sources) or "source not recorded"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for every float in it that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
