@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from .. import modeling
 from ..modeling.causal_lm import ZooPreTrainedModel
 from . import isolated_load
+from .child_process import run_child
 from .output_folder import new_folder
 
 __all__ = ["export", "verify_export"]
@@ -115,12 +115,9 @@ def _verify(folder: Path, model: ZooPreTrainedModel) -> dict[str, Any]:
         save_file(inputs, given)
         arguments = [folder.resolve(), auto_class, torch.get_num_threads(), given, written]
         started = time.monotonic()
-        done = subprocess.run(
+        done = run_child(
             [sys.executable, "-P", str(isolated_load.__file__), *map(str, arguments)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
-            capture_output=True,
-            text=True,
-            check=False,
+            {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
         )
         seconds = time.monotonic() - started
         if done.returncode:

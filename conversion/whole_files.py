@@ -58,6 +58,27 @@ def write_text_whole(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
+def check_output_file(path: Path, field: str) -> None:
+    """Find out, before anything is computed, whether :func:`write_whole` can write a file.
+
+    Args:
+        path: the file; it and the folders above it may be missing.
+        field: what to call it in an error.
+
+    Raises:
+        ValueError: if something else than a regular file has the name, or its folder cannot be made or written to.
+    """
+    try:
+        _replaceable_mode(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{field}: {error}") from None
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ValueError(f"{field}: {path} cannot be made: {above} is no folder; give another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{field}: {path} cannot be written: no permission to write in {above}")
+
+
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, anywhere, which takes its place and name when it is whole; nothing is left of a failure.

@@ -168,6 +168,37 @@ def test_planted_links_are_not_followed_and_permissions_are_kept(tmp_path: Path)
     assert names(tmp_path) == [".tmp-r.json", "r.json", "victim"]
 
 
+CHILD = (
+    "import os, sys, time; from ssm_zoo.conversion.isolated_load import end_with_parent; end_with_parent();"
+    "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+)
+PARENT = (
+    "import os, sys; from ssm_zoo.conversion.child_process import run_child;"
+    "run_child([sys.executable, '-c', sys.argv[1], sys.argv[2]], os.environ)"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the state of a process from /proc")
+def test_the_process_that_verifies_an_export_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(file)]) as parent:
+        deadline = time.monotonic() + 60
+        while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = int(file.read_text())
+        os.kill(child, 0)  # it is there
+        parent.kill()
+    while time.monotonic() < deadline:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return  # ended, and not yet noticed by who has taken it over
+        time.sleep(0.05)
+    pytest.fail("the child is still there")
+
+
 HOLD = (
     "import sys, time; from ssm_zoo.conversion.output_folder import claim_output_folder as claim;"
     "claim(sys.argv[1], {}); print('claimed', flush=True); time.sleep(60)"
