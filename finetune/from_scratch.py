@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from ..conversion.output_folder import claim_output_folder, write_json
+from ..conversion.output_folder import check_output_folder, claim_output_folder, claimed_folders_end, write_json
 from .configuration import changed_keys, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
@@ -30,6 +30,7 @@ from .vocabulary import entries_of, learn_vocabulary, load_vocabulary
 KIND = "ssm-zoo training from scratch"
 
 
+@claimed_folders_end()
 def train_from_scratch(
     settings: FromScratchSettings, output: str | Path, *, command: str | None = None
 ) -> dict[str, Any]:
@@ -64,6 +65,8 @@ def train_from_scratch(
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
     """Make and check everything, then claim the folder."""
     state = processes()
+    if state.is_main_process:
+        check_output_folder(output)
     texts = read_texts(settings)
     tokenizer = _tokenizer(settings, texts["train"], progress=state.is_main_process)
     config = resolve_configuration(settings.config, settings.overrides, tokenizer)

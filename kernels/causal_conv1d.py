@@ -183,8 +183,11 @@ def causal_conv1d_reference(
             window = window[1:]
         rows.append(torch.stack(outputs))
         states.append(torch.stack(window, dim=-1))
-    y = torch.stack(rows).to(x.dtype)
-    return (y, torch.stack(states).to(x.dtype)) if return_final_state else y
+    if B == 0:  # nothing to stack
+        y, final = x.new_empty(x.shape), x.new_empty(past.shape)
+    else:
+        y, final = torch.stack(rows).to(x.dtype), torch.stack(states).to(x.dtype)
+    return (y, final) if return_final_state else y
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -258,7 +261,7 @@ class _DepthwiseConv(torch.autograd.Function):
 def _panels(x: Tensor, taps: Tensor) -> list[tuple[int, int]]:
     """Ranges of tokens to work on at a time: a panel of them fits a core's L2 cache, and holds a window's reach."""
     batch, length, channels = x.shape
-    tokens = max(_PANEL_ELEMENTS // (batch * channels), taps.shape[0] - 1)
+    tokens = max(_PANEL_ELEMENTS // max(batch * channels, 1), taps.shape[0] - 1)
     return [(start, min(start + tokens, length)) for start in range(0, length, tokens)]
 
 

@@ -377,7 +377,7 @@ class _Tokens:
         self.starts = None if first is None else first.any(0).tolist()  # tokens at which a document starts in any row
         self.chunk = min(_CHUNK, length)
         self.chunks = [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
-        rows = min(max(_STATES // (self.channels * self.size), 1), batch)
+        rows = max(min(_STATES // (self.channels * self.size), batch), 1)
         self.blocks = [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
     def view(self, tensor: Tensor) -> Tensor:

@@ -82,18 +82,18 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         itself loaded with `trust_remote_code` saves its own code; one that carries adapters saves the adapters
         alone.
         """
-        if self._saves_adapters():
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            return
-        self.name_classes()
+        adapters = self._saves_adapters()
+        if not adapters:
+            self.name_classes()
         push = kwargs.pop("push_to_hub", False)
-        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "replace")
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             folder = Path(save_directory)
-            self.save_code(folder)
+            if not adapters:
+                self.save_code(folder)
             if push:
                 upload(folder, repo_id, token=kwargs.get("token"), **hub)
 
@@ -130,26 +130,19 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         create_pr: bool = False,
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
+        replace: bool = False,
     ) -> str:
         """Upload what `save_pretrained` writes. A card that the repository already has is kept.
 
-        Arguments as in transformers.
+        Weights and code that an earlier upload left are removed. Arguments as in transformers, and:
+
+        Args:
+            replace: also remove weights and adapters that no upload of this kind wrote, but that loading the
+                repository would take; otherwise they are an error.
 
         Returns:
             Address of the commit.
         """
-        if self._saves_adapters():
-            return super().push_to_hub(
-                repo_id,  # pyright: ignore[reportArgumentType]
-                commit_message=commit_message,
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                max_shard_size=max_shard_size,
-                tags=tags,
-            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -163,6 +156,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
                 tags=tags,
+                replace=replace,
             )
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
