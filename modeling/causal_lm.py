@@ -19,11 +19,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .adapter_ties import UntiesUnderAdapters
 from .cache import CACHE_FIELD, check_layers, one_cache
-from .call_arguments import check_keywords, check_labels
 from .class_names import enter_class_name
-from .float32_parameters import KeepsFloat32
 from .hub_code import upload, write_code, write_default_card
-from .layer_dtype import as_weight
+from .input_checks import check_keywords, check_labels
+from .layers import as_weight
+from .mixer_parameters import KeepsFloat32
 from .routing import (
     ROUTING_FIELDS,
     ZooCausalLMOutput,
@@ -64,7 +64,7 @@ def is_bidirectional(config: PreTrainedConfig) -> bool:
 
 class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     """What every zoo model is: stateful, exported with its code, and with some parameters in float32
-    (`float32_parameters.py`)."""
+    (`mixer_parameters.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -265,7 +265,7 @@ class ZooModel(ZooPreTrainedModel):
             cache: transformers' later name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
                 the cache in transformers' Mamba classes; the others that are accepted are the loss's, or say nothing
-                new (`call_arguments.py`).
+                new (`input_checks.py`).
 
         Raises:
             ValueError: if the arguments contradict each other.

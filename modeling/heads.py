@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from .cache import CACHE_FIELD, one_cache
-from .call_arguments import check_labels
 from .causal_lm import ZooHeadModel, is_bidirectional
-from .layer_dtype import as_weight
+from .input_checks import check_labels
+from .layers import as_weight
 from .routing import add_aux_loss, tell_of_lost_aux_loss
 
 

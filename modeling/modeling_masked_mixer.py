@@ -45,7 +45,7 @@ from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
-from .layer_norm import LayerNorm
+from .layers import LayerNorm
 from .linear_init import init_linear, init_linear_normal
 from .mixing_kinds import make_position_mixer
 from .plain_mlp import PlainMLP

@@ -26,10 +26,9 @@ from transformers.utils.generic import ModelOutput
 
 from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
-from .first_values import initialise_alone
-from .layer_dtype import as_weight
-from .layer_norm import LayerNorm
+from .layers import LayerNorm, as_weight
 from .linear_init import init_linear
+from .mixer_parameters import initialise_alone
 from .plain_mlp import PlainMLP
 
 

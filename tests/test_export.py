@@ -38,6 +38,7 @@ SHARED += [
 ]
 SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
 SHARED += ["rms_norm_triton.py", "softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
+SHARED += ["adapter_ties.py", "class_names.py", "input_checks.py", "layers.py", "mixer_parameters.py"]
 MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
 MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
 SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]

@@ -1,4 +1,4 @@
-"""The parameters that stay in float32 (`float32_parameters.py`), however a model in half precision comes about."""
+"""The parameters that stay in float32 (`mixer_parameters.py`), however a model in half precision comes about."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from families import ENCODERS, FAMILIES, draw_ids, make_config, make_head, make_
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig, float32_parameters
-from ssm_zoo.modeling.float32_parameters import FLOAT32_PARAMETERS
+from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig, mixer_parameters
+from ssm_zoo.modeling.mixer_parameters import FLOAT32_PARAMETERS
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -99,7 +99,7 @@ def test_the_retrieval_mixer_has_none() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_cast_of_the_whole_model_casts_them_and_says_so(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(float32_parameters.logger, "warning_once", told.append)
+    monkeypatch.setattr(mixer_parameters.logger, "warning_once", told.append)
     model = make_model("mamba2")
     model.to("cpu")
     model.double()

@@ -11,10 +11,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig
 from ssm_zoo.modeling.input_checks import check_mask
-from ssm_zoo.modeling.layer_norm import LayerNorm
+from ssm_zoo.modeling.layers import LayerNorm
+from with_triton import NEEDS_TRITON, with_triton
 
 ALL = [*FAMILIES, *ENCODERS]
 LENGTH = 9
+TRITON = pytest.param(with_triton(rms_norm), id="triton", marks=NEEDS_TRITON)
+TRITON_OF_A_SUM = pytest.param(with_triton(add_rms_norm), id="triton", marks=NEEDS_TRITON)
 
 
 def backbone(name: str) -> Any:
@@ -192,7 +195,7 @@ def test_norms_that_overflow_do_not_give_numbers_that_look_healthy(name: str) ->
         assert model(ids).last_hidden_state.isnan().any()
 
 
-@pytest.mark.parametrize("norm", [rms_norm, rms_norm_reference])
+@pytest.mark.parametrize("norm", [rms_norm, rms_norm_reference, TRITON])
 def test_a_norm_gives_nan_where_its_squares_overflow_and_only_there(norm: Any) -> None:
     x = torch.tensor(
         [[1.0, -2.0, 3.0, 4.0], [1e20, 1.0, 1.0, 1.0], [torch.inf, 1.0, 1.0, 1.0], [1e18, -1e18, 0.0, 0.0]]
@@ -207,9 +210,10 @@ def test_a_norm_gives_nan_where_its_squares_overflow_and_only_there(norm: Any) -
     assert groups[1, 2:].isfinite().all()
 
 
-def test_the_norm_of_a_sum_gives_nan_where_it_overflows() -> None:
+@pytest.mark.parametrize("norm", [add_rms_norm, TRITON_OF_A_SUM])
+def test_the_norm_of_a_sum_gives_nan_where_it_overflows(norm: Any) -> None:
     x = torch.full((2, 4), 1e19)
-    y, total = add_rms_norm(x, torch.tensor([[1e19], [-1e19]]).expand(2, 4), torch.ones(4), 1e-5)
+    y, total = norm(x, torch.tensor([[1e19], [-1e19]]).expand(2, 4), torch.ones(4), 1e-5)
     assert y[0].isnan().all()
     assert not y[1].any()
     assert total.isfinite().all()
