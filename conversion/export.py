@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from .. import modeling
 from ..modeling.causal_lm import ZooPreTrainedModel
 from . import isolated_load
+from .load_model import load_model
 from .output_folder import new_folder
 
 __all__ = ["export", "verify_export"]
@@ -186,15 +187,8 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     model_class = _model_class(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
-    loaded: Any = model_class.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, found = loaded
-    # transformers would go on with random weights, after a warning.
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[key]:
-            names = ", ".join(sorted(name if isinstance(name, str) else name[0] for name in found[key])[:3])
-            raise ValueError(f"source: {folder}: {key.replace('_keys', ' weights')}, {len(found[key])}: {names}")
+    model = load_model(folder, model_class, field="source", dtype="auto")
+    assert isinstance(model, ZooPreTrainedModel)
     return model
 
 
