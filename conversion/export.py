@@ -24,9 +24,9 @@ from ..modeling.hub_code import collect_code
 from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
 from .json_files import read_json_object
+from .load_model import load_model
 from .output_folder import new_folder
 from .remote_code import check_remote_code, reference_of
-from .weight_listing import check_weight_index
 
 __all__ = ["export", "verify_export"]
 
@@ -210,16 +210,8 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     model_class = model_class_of(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
-    check_weight_index(folder)
-    loaded: Any = model_class.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, found = loaded
-    # transformers would go on with random weights, after a warning.
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[key]:
-            names = ", ".join(sorted(name if isinstance(name, str) else name[0] for name in found[key])[:3])
-            raise ValueError(f"source: {folder}: {key.replace('_keys', ' weights')}, {len(found[key])}: {names}")
+    model = load_model(folder, model_class, field="source", dtype="auto")
+    assert isinstance(model, ZooPreTrainedModel)
     return model
 
 

@@ -11,12 +11,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from .. import modeling
+from ..conversion.load_model import load_config
 from ..conversion.yaml_values import override, read_yaml
 from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.presets import PRESETS
@@ -110,7 +110,7 @@ def _read_model(source: str) -> dict[str, Any]:
             f"config: got {source!r}; accepted: a preset ({', '.join(PRESETS)}), a .yaml or .json file, a folder of a "
             f"model, or a Hub id OWNER/NAME{suggestion}"
         )
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = load_config(source, field="config")
     kind = _configuration_class(config.model_type)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {

@@ -29,13 +29,16 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..conversion.command_line import command_line
-from ..conversion.output_folder import claim_output_folder, read_json, result_folder, write_json
+from ..conversion.fingerprint import claim_run, fingerprint
+from ..conversion.load_model import check_finite
+from ..conversion.output_folder import read_json, result_folder, write_json
 from ..conversion.provenance import provenance
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
 from ..evaluation.retrieval_data import RetrievalData
 from ..modeling.selective_attention import SelectiveAttention
 from .adapters import pinned
+from .checkpoints import check_numbers
 from .coverage import adapter_coverage, print_coverage
 from .embedder_card import write_embedder_card
 from .embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
@@ -108,6 +111,7 @@ class EmbedderRun:
         with computing(settings, embedder.device):
             scores = embedder_scores(embedder, data, batch_size=settings.mini_batch_size or settings.batch_size)
         measured = evaluate_retrieval(data, scores, pools=[self.pool], seed=settings.seed)
+        check_numbers(measured, name)
         if self.state.is_main_process:
             accuracy = measured["pools"][0]["accuracy"]
             tqdm.write(f"{name}: nDCG@10 {measured['ndcg@10']:.4f}, {accuracy:.1%} right among {self.pool}")
@@ -140,7 +144,8 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
 
     Raises:
         ValueError: if sentence-transformers is not installed, or settings, model, pairs and folder do not fit together,
-            before anything is written; or if the loss is not finite.
+            before anything is written; if the base model has changed since the run was started; or if the loss, the
+            gradient, a weight or an embedding is not finite.
     """
     require_sentence_transformers()
     from .embedder_training import check_batches, train_embedder, training_rows
@@ -157,13 +162,14 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
     }
     rows, state = training_rows(pairs["train"]), processes()
     check_batches(rows, settings, state.num_processes)
-    run = _prepare(pinned(settings), Path(output), pairs, state)
+    run = _prepare(pinned(settings, Path(output)), Path(output), pairs, state)
     coverage = _coverage(run)
     before = run.before()
     history = train_embedder(
         run.embedder, rows, run.settings, run.steps, run.output, run.embedder.device, state.num_processes
     )
     finished = finished_embedder(run.embedder, run.settings)
+    check_finite(finished, "the finished embedder", "Lower learning_rate.")
     after = run.evaluate("after", finished)
     report = _report(run, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
     if state.is_main_process:
@@ -186,7 +192,8 @@ def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], 
     embedder.to(state.device)
     if state.is_main_process:
         fingerprints = {field: found.fingerprint() for field, found in pairs.items()}
-        claim_output_folder(output, {**settings.model_dump(mode="json"), "data": fingerprints}, KIND)
+        sources = {"model": fingerprint(settings.model, settings.revision)}
+        claim_run(output, {**settings.model_dump(mode="json"), "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return EmbedderRun(settings, output, embedder, pairs, lengths, state)
 

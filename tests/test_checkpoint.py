@@ -216,7 +216,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[P
     damage(tmp_path / "checkpoint-0-1")
     damage(tmp_path / "checkpoint-0-2")
     # A run that has lost what it had done does not start again unasked.
-    with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-0-2: .*; checkpoint-0-1: .*\)\. Restore"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is whole \(checkpoint-0-2: .*; checkpoint-0-1: .*\)\. Restore"
+    ):
         load_latest(tmp_path)
 
 
