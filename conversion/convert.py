@@ -20,6 +20,7 @@ from ..modeling.hub_code import code_licence
 from . import format_state_spaces
 from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
+from .checkpoint_files import check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
 from .format import Format, read_config
 from .format_bamba import BAMBA
@@ -200,6 +201,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
     if not (folder / "config.json").is_file() and not _is_bare(folder):
         raise ValueError(f"{folder} is not replaced: it holds no config.json, so it is no checkpoint.")
+    check_replaceable(folder)
 
 
 def _is_bare(folder: Path) -> bool:

@@ -7,7 +7,6 @@ with weights and config alone, the code of the installed package, and checks the
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from ..modeling.causal_lm import ZooPreTrainedModel
 from ..modeling.hub_code import collect_code
 from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
+from .child_process import run_child
 from .json_files import read_json_object
 from .load_model import load_model
 from .output_folder import new_folder
@@ -138,12 +138,9 @@ def _verify(folder: Path, model: ZooPreTrainedModel, trust_tokenizer: bool) -> d
         trusted = "trusted" if trust_tokenizer else "untrusted"
         arguments = [folder.resolve(), auto_class, trusted, torch.get_num_threads(), given, written]
         started = time.monotonic()
-        done = subprocess.run(
+        done = run_child(
             [sys.executable, "-P", str(isolated_load.__file__), *map(str, arguments)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
-            capture_output=True,
-            text=True,
-            check=False,
+            {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
         )
         seconds = time.monotonic() - started
         if done.returncode:

@@ -4,10 +4,12 @@
 
 TRUST is "trusted" if a tokenizer's code may be run; the model's, which the exporter has written, always is. INPUT and
 OUTPUT are safetensors files: arguments of the model by their names, (1, L) "input_ids" mostly, and its first output for
-them under "output".
+them under "output". Standard input is a pipe from the parent.
 """
 
+import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -22,6 +24,17 @@ class _NoPackage:
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         if name.partition(".")[0] == "ssm_zoo":
             raise ModuleNotFoundError(f"an exported folder must not need {name}", name=name)
+
+
+def end_with_parent() -> None:
+    """End this process when standard input ends: the parent, which holds the other end of the pipe, is gone then."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def first_output(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -50,4 +63,5 @@ def main(folder: str, auto_class: str, trust: str, threads: str, input_file: str
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(*sys.argv[1:])

@@ -1,6 +1,8 @@
 """Checks of what a forward is called with: keyword arguments beside those in its signature, and labels."""
 
 import difflib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -22,17 +24,18 @@ ACCEPTED_KEYWORDS = frozenset(
 )
 
 
-def check_keywords(model: str, given: dict[str, Any], known: tuple[str, ...]) -> None:
+def check_keywords(model: str, given: dict[str, Any], forward: Callable[..., Any]) -> None:
     """Raise TypeError for a keyword that a forward does not read, other than None: it would be lost without a word.
 
     Args:
         model: name of the class, for the message.
         given: what is not in the signature.
-        known: the parameters in the signature.
+        forward: what has the signature.
     """
     unknown = [name for name, value in given.items() if value is not None and name not in ACCEPTED_KEYWORDS]
     if not unknown:
         return
+    known = list(inspect.signature(forward).parameters)[1:-1]  # between `self` and `**kwargs`
     close = difflib.get_close_matches(unknown[0], [*known, *sorted(ACCEPTED_KEYWORDS)], n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"accepted: {', '.join(known)}"
     raise TypeError(f"{model}.forward has no argument `{unknown[0]}`; {hint}")

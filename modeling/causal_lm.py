@@ -6,7 +6,6 @@ Symbols: B batch, L length, D width, V vocabulary.
 """
 
 import dataclasses
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -25,7 +24,14 @@ from .class_names import enter_class_name
 from .float32_parameters import KeepsFloat32
 from .hub_code import upload, write_code, write_default_card
 from .layer_dtype import as_weight
-from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
+from .routing import (
+    ROUTING_FIELDS,
+    ZooCausalLMOutput,
+    ZooModelOutput,
+    add_aux_loss,
+    routing_outputs,
+    tell_of_lost_aux_loss,
+)
 from .sequence import Sequence, make_sequence
 
 _EXAMPLE_TOKENS = 16
@@ -265,7 +271,7 @@ class ZooModel(ZooPreTrainedModel):
             ValueError: if the arguments contradict each other.
             TypeError: if there is no such argument.
         """
-        check_keywords(type(self).__name__, kwargs, tuple(inspect.signature(ZooModel.forward).parameters)[1:-1])
+        check_keywords(type(self).__name__, kwargs, ZooModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -442,7 +448,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache),
+            past_key_values=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_idx=seq_idx,
@@ -461,6 +467,8 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            tell_of_lost_aux_loss(outputs, self.config)
         output = ZooCausalLMOutput(
             loss=loss,
             logits=logits,
