@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .loading_options import TrustRemoteCode
 from .run_folder import model_source
-from .trust import TrustRemoteCode
 
 
 def convert(

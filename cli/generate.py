@@ -3,13 +3,12 @@
 import math
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading_options import TrustRemoteCode
 from .run_folder import model_source
-from .trust import TrustRemoteCode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -65,16 +64,11 @@ def generate(
     from transformers.utils import logging
 
     from ..conversion.load_model import load_model, load_tokenizer
-    from ..conversion.remote_code import check_remote_code
-    from ..conversion.weight_listing import check_weight_index
 
     logging.disable_progress_bar()
     source = model_source(model)
-    check_remote_code(source, trusted=trust_remote_code, field="MODEL", revision=revision)
-    if Path(source).is_dir():
-        check_weight_index(Path(source), "MODEL")
     options: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(source, **options)
+    tokenizer: Any = load_tokenizer(source, **options)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"--chat: the tokenizer of {model} has no chat template")
     language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype.value, **options)

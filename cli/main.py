@@ -15,10 +15,10 @@ from .errors import ReportingGroup
 from .evaluate import evaluate
 from .finetune import finetune
 from .generate import generate
+from .loading_options import TrustRemoteCode
 from .push import push
 from .run_folder import model_source, student_folder
 from .train import train
-from .trust import TrustRemoteCode
 
 app = typer.Typer(
     cls=ReportingGroup,

@@ -27,7 +27,6 @@ from .load_model import load_model
 from .output_folder import new_folder
 from .remote_code import check_remote_code, reference_of
 from .source_files import check_config
-from .weight_listing import check_weight_index
 
 __all__ = ["export", "verify_export"]
 
@@ -208,7 +207,6 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     model_class = model_class_of(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
-    check_weight_index(folder)
     model = load_model(folder, model_class, field="source", dtype="auto")
     assert isinstance(model, ZooPreTrainedModel)
     return model

@@ -19,10 +19,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which come before a checkpoint's own code
+from .remote_code import check_remote_code
 from .source_files import check_source_files
+from .weight_choice import check_names
 
 __all__ = [
     "WeightsError",
@@ -81,6 +84,18 @@ def load_model(
     source = str(source)
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **options}
     folder = options.get("subfolder", "")
+    name = auto_class.__name__ if auto_class.__module__.startswith("transformers.models.auto.") else None
+    check_remote_code(
+        source,
+        trusted=trust_remote_code,
+        field=field,
+        revision=options["revision"],
+        subfolder=folder,
+        auto_class=name,
+        tokenizer=False,
+    )
+    if Path(source).is_dir():
+        check_names(Path(source) / folder)
     if find_adapter_config_file(source, revision=options["revision"], subfolder=folder) is not None:
         return _load_adapted(source, auto_class, field, options)
     if "gguf_file" not in options:
@@ -105,6 +120,14 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; arguments and errors as :func:`load_model`."""
     source = str(source)
+    check_remote_code(
+        source,
+        trusted=trust_remote_code,
+        field=field,
+        revision=revision,
+        subfolder=options.get("subfolder", ""),
+        auto_class=None,
+    )
     with quiet_loading(source, field):
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code, **options
@@ -116,6 +139,9 @@ def load_config(
 ) -> PreTrainedConfig:
     """Load a configuration; arguments and errors as :func:`load_model`."""
     source = str(source)
+    check_remote_code(
+        source, trusted=trust_remote_code, field=field, revision=revision, auto_class="AutoConfig", tokenizer=False
+    )
     with quiet_loading(source, field):
         return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
 

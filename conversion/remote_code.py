@@ -52,7 +52,9 @@ def check_remote_code(
     trusted: bool,
     field: str = "source",
     revision: str | None = None,
+    subfolder: str = "",
     auto_class: str | None = CAUSAL_LM,
+    tokenizer: bool = True,
 ) -> None:
     """Raise a ValueError if only code that the source brings can load it, and nobody has asked for that.
 
@@ -61,15 +63,19 @@ def check_remote_code(
         trusted: whether the user has asked for the code, with --trust-remote-code.
         field: what to call the source in an error.
         revision: branch, tag or commit, for a Hub id.
-        auto_class: the Auto class of transformers that loads the model; None where only its tokenizer is loaded, or
-            the model by a class of the package.
+        subfolder: of the source, where its files are.
+        auto_class: the Auto class of transformers that loads the model; None where no model is loaded, or one by a
+            class of the package.
+        tokenizer: whether its tokenizer is loaded.
 
     Raises:
         OSError: if the source cannot be read or found.
     """
     if trusted:
         return
-    found = brought_code(source, field=field, revision=revision, auto_class=auto_class)
+    found = brought_code(
+        source, field=field, revision=revision, subfolder=subfolder, auto_class=auto_class, tokenizer=tokenizer
+    )
     if found:
         raise ValueError(
             f"{field}: {source} brings code of its own ({'; '.join(map(str, found))}); read it, then run it with "
@@ -82,10 +88,16 @@ def brought_code(
     *,
     field: str = "source",
     revision: str | None = None,
+    subfolder: str = "",
     auto_class: str | None = CAUSAL_LM,
+    tokenizer: bool = True,
 ) -> list[BroughtCode]:
     """The code without which a source cannot be loaded. Arguments and errors are those of :func:`check_remote_code`."""
-    return list(dict.fromkeys(_brought(_Source(str(source), revision, field), auto_class, follow=True)))
+    place = _Source(str(source), revision, subfolder, field)
+    found = [*_of_tokenizer(place)] if tokenizer else []
+    if auto_class is not None:
+        found = [*_of_model(place, auto_class, follow=True), *_of_embedder(place), *found]
+    return list(dict.fromkeys(found))
 
 
 def reference_of(auto_map: Any, key: str) -> str | None:
@@ -105,6 +117,7 @@ class _Source:
 
     place: str
     revision: str | None
+    subfolder: str
     field: str
 
     def read(self, name: str) -> Any:
@@ -113,6 +126,7 @@ class _Source:
             self.place,
             name,
             revision=self.revision,
+            subfolder=self.subfolder,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             # What neither the Hub nor the cache has, the loading that follows does not see either.
@@ -132,25 +146,18 @@ class _Source:
         return None if value is None else typed(value, dict, f"{self.field}: {name} of {self.place}", "")
 
 
-def _brought(source: _Source, auto_class: str | None, *, follow: bool) -> Iterator[BroughtCode]:
-    config = source.read_object("config.json")
-    adapter = source.read_object("adapter_config.json")
-    if auto_class is not None:
-        if adapter is not None:
-            if adapter.get("megatron_config") is not None:
-                yield BroughtCode("adapter_config.json", str(adapter.get("megatron_core")))
-            base = adapter.get("base_model_name_or_path")
-            if config is None and follow and isinstance(base, str) and base:
-                # transformers loads the base model by itself, and peft's own base is no adapter.
-                yield from _brought(_Source(base, None, source.field), auto_class, follow=False)
-        yield from _of_model(config or {}, auto_class)
-        yield from _of_embedder(source)
-    yield from _of_tokenizer(source, config or {})
-
-
-def _of_model(config: dict[str, Any], auto_class: str) -> Iterator[BroughtCode]:
+def _of_model(source: _Source, auto_class: str, *, follow: bool) -> Iterator[BroughtCode]:
+    config, adapter = source.read_object("config.json"), source.read_object("adapter_config.json")
+    if adapter is not None:
+        if adapter.get("megatron_config") is not None:
+            yield BroughtCode("adapter_config.json", str(adapter.get("megatron_core")))
+        base = adapter.get("base_model_name_or_path")
+        if config is None and follow and isinstance(base, str) and base:
+            # The base model is loaded, too; it is no adapter itself.
+            yield from _of_model(_Source(base, None, "", source.field), auto_class, follow=False)
+    config = config or {}
     kind = _config_class(config)
-    if kind is not None and kind in getattr(transformers, auto_class)._model_mapping:
+    if kind is not None and (auto_class == "AutoConfig" or kind in getattr(transformers, auto_class)._model_mapping):
         return
     for key in (auto_class,) if kind is not None else ("AutoConfig", auto_class):
         reference = reference_of(config.get("auto_map"), key)
@@ -165,12 +172,12 @@ def _config_class(config: dict[str, Any]) -> type | None:
     return CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
 
 
-def _of_tokenizer(source: _Source, config: dict[str, Any]) -> Iterator[BroughtCode]:
+def _of_tokenizer(source: _Source) -> Iterator[BroughtCode]:
     values = source.read_object("tokenizer_config.json") or {}
     reference = reference_of(values.get("auto_map"), "AutoTokenizer")
     if reference is None:
         return
-    name, kind = values.get("tokenizer_class"), _config_class(config)
+    name, kind = values.get("tokenizer_class"), _config_class(source.read_object("config.json") or {})
     known = isinstance(name, str) and any(
         tokenizer_class_from_name(each) is not None
         for each in (name, name.removesuffix("Fast"), f"{name.removesuffix('Fast')}Fast")

@@ -59,7 +59,7 @@ def choose_weights(folder: Path) -> WeightFiles:
             f"{folder} holds an adapter (adapter_config.json), which transformers would add to the model. Merge it "
             "(merge_and_unload) and save the result, or remove the adapter's files."
         )
-    name = _explicit_name(folder) or next((each for each in ORDER if (folder / each).is_file()), None)
+    name = explicit_name(folder) or next((each for each in ORDER if (folder / each).is_file()), None)
     there = sorted(path.name for path in folder.iterdir() if _may_hold_weights(path.name))
     if name is None:
         others = f", only {', '.join(there[:3])}" if there else ""
@@ -81,6 +81,20 @@ def choose_weights(folder: Path) -> WeightFiles:
         paths = {shard: _inside(folder, shard, name) for shard in names}
     unread = [each for each in there if each != name and each not in paths]
     return WeightFiles(name, paths, weight_map, name in (PICKLE, PICKLE_INDEX), unread, has_metadata)
+
+
+def check_names(folder: Path) -> None:
+    """Check that the weights which an index or config.json of a folder names lie in the folder.
+
+    transformers follows `../` and absolute paths to wherever they lead.
+
+    Raises:
+        ValueError: if one is the name of something else.
+    """
+    explicit_name(folder)
+    for name in (SAFETENSORS_INDEX, PICKLE_INDEX):
+        if (folder / name).is_file():
+            read_index(folder / name)
 
 
 def read_index(path: Path) -> tuple[dict[str, str], bool]:
@@ -108,7 +122,7 @@ def read_index(path: Path) -> tuple[dict[str, str], bool]:
     return weight_map, isinstance(index.get("metadata"), dict)
 
 
-def _explicit_name(folder: Path) -> str | None:
+def explicit_name(folder: Path) -> str | None:
     """Return the file that config.json names, as later releases of transformers read it."""
     if not (folder / "config.json").is_file():
         return None

@@ -9,11 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .json_files import parse_json, read_json_object, typed
+from .json_files import parse_json, typed
+from .weight_choice import choose_weights
 
-__all__ = ["Header", "check_weight_index", "read_header", "read_headers"]
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["Header", "read_header", "read_headers"]
 
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _BITS |= {"U64": 64, "U32": 32, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "C64": 64}
@@ -35,59 +34,26 @@ class Header:
     shape: tuple[int, ...]
 
 
-def check_weight_index(folder: Path, field: str = "source") -> list[str]:
-    """The files that the index of a folder names, in order; none if there is no index.
-
-    Args:
-        folder: of a model.
-        field: what to call the folder in an error.
-
-    Raises:
-        ValueError: if the index cannot be read, or names something that is not a file of the folder.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        return []
-    name = f"{field}: {INDEX} of {folder.name}"
-    weight_map = typed(read_json_object(path, name).get("weight_map"), dict, name, "weight_map")
-    files = []
-    for key, file in weight_map.items():
-        typed(file, str, name, f"weight_map.{key}")
-        if file in files:
-            continue
-        if not file or file in (".", "..") or "/" in file or "\\" in file:
-            raise ValueError(f"{name}: `weight_map.{key}` must be the name of a file in the folder, got {file!r}.")
-        if not (folder / file).is_file():
-            raise ValueError(f"{name} names {file}, which is not in the folder.")
-        files.append(file)
-    if not files:
-        raise ValueError(f"{name}: `weight_map` must name one file or more, got none.")
-    return sorted(files)
-
-
 def read_headers(folder: Path, field: str = "source") -> dict[str, Header]:
-    """The tensors of a folder by name, from the files that transformers would read: the single one comes first.
+    """The tensors of a folder by name, from the files that transformers would read.
 
     Raises:
-        ValueError: if there are no weights, a file is not whole, or the index and its files do not agree.
+        ValueError: if there are no safetensors, a file is not whole, or the index and its files do not agree.
     """
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE, field)
-    files = check_weight_index(folder, field)
-    if not files:
-        raise ValueError(f"{field}: {folder} holds no weights ({SINGLE}, or {INDEX} and the files it names)")
+    chosen = choose_weights(folder)
+    if chosen.is_pickle:
+        raise ValueError(f"{field}: {folder} holds no weights but a pickle ({chosen.name}); accepted: safetensors")
     found: dict[str, Header] = {}
-    for file in files:
-        found |= read_header(folder / file, field)
-    weight_map = read_json_object(folder / INDEX)["weight_map"]
-    wrong = sorted(
-        key for key in found.keys() | weight_map if key not in found or found[key].file != weight_map.get(key)
-    )
-    if wrong:
-        raise ValueError(
-            f"{field}: {INDEX} of {folder.name} and the files do not agree on {len(wrong)} weights: "
-            f"{', '.join(wrong[:3])}"
-        )
+    for path in chosen.paths.values():
+        found |= read_header(path, field)
+    if chosen.weight_map is not None:
+        files = {key: header.file for key, header in found.items()}
+        wrong = sorted(key for key in files.keys() | chosen.weight_map if files.get(key) != chosen.weight_map.get(key))
+        if wrong:
+            raise ValueError(
+                f"{field}: {chosen.name} of {folder.name} and the files that it names do not agree on {len(wrong)} "
+                f"weights: {', '.join(wrong[:3])}"
+            )
     return found
 
 

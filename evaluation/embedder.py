@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite, load_model, quiet_loading
+from ..conversion.remote_code import check_remote_code
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -132,6 +133,9 @@ def load_embedder(
     for name, value in given.items():
         if value:
             raise ValueError(f"{name}: got {value!r}; accepted with the embedder {source}: none, it has its own")
+    check_remote_code(
+        source, trusted=trust_remote_code, field="model", revision=revision, auto_class="AutoModel", tokenizer=True
+    )
     folders = _module_folders(source, revision)
     with quiet_loading(source, "model"):
         embedder = SentenceTransformer(
