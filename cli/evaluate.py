@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line
+from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
@@ -73,6 +74,7 @@ def retrieval(
         str, typer.Option("--pools", metavar="SIZES", help="Candidates, one of them right, that accuracy is among.")
     ] = "32",
     bm25: Annotated[bool, typer.Option("--bm25", help="Also measure BM25, by bm25s.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
     overwrite: Overwrite = False,
@@ -99,6 +101,7 @@ def retrieval(
     embedder = load_embedder(
         model_source(model),
         revision=revision,
+        trust_remote_code=trust_remote_code,
         pooling=pooling and pooling.value,
         max_tokens=max_tokens,
         query_prompt=query_prompt,
@@ -139,6 +142,7 @@ def inversion(
         Reading, typer.Option("--reading", help="Tokens by the pseudo-inverse of the embeddings, or by angle.")
     ] = Reading.PINV,
     top_k: Annotated[int, typer.Option("--top-k", help="Tokens read at a place, of which one may be right.")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
     overwrite: Overwrite = False,
@@ -152,17 +156,18 @@ def inversion(
         if value < 1:
             raise ValueError(f"{field}: got {value}; accepted: 1 or more")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from .. import modeling as _  # noqa: F401 - registers the zoo's classes
+    from ..conversion.load_model import load_model, load_tokenizer
     from ..conversion.text_files import read_text_file
     from ..evaluation.inversion import invert_representation
 
     content, source = read_text_file(text, "text"), model_source(model)
-    ids = AutoTokenizer.from_pretrained(source, revision=revision or "main")(content, verbose=False)["input_ids"]
+    loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
+    ids: Any = load_tokenizer(source, **loading)(content, verbose=False)["input_ids"]
     if len(ids) < texts * tokens:
         raise ValueError(f"text: {text} has {len(ids):,} tokens; accepted: {texts * tokens:,}, {texts} times {tokens}")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", dtype=torch.float32)
+    loaded: Any = load_model(source, AutoModelForCausalLM, dtype=torch.float32, **loading)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
         "target": block,

@@ -2,6 +2,7 @@
 
 import math
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,10 +61,10 @@ def generate(
             raise ValueError(f"{name}: got {value}, but nothing is drawn with --temperature 0; set one above 0")
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+    from transformers import AutoModelForCausalLM, TextStreamer, set_seed
     from transformers.utils import logging
 
-    # Also registers the zoo's classes, which then come before the code that a checkpoint brings along.
+    from ..conversion.load_model import load_model, load_tokenizer
     from ..conversion.remote_code import check_remote_code
     from ..conversion.weight_listing import check_weight_index
 
@@ -72,13 +73,12 @@ def generate(
     check_remote_code(source, trusted=trust_remote_code, field="MODEL", revision=revision)
     if Path(source).is_dir():
         check_weight_index(Path(source), "MODEL")
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    options: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(source, **options)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"--chat: the tokenizer of {model} has no chat template")
-    language_model: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype.value, use_safetensors=True, **options
-    )
+    language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype.value, **options)
+    language_model.register_forward_hook(partial(_refuse_lost_logits, model))
     language_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     language_model.generation_config = _generation_config(
         language_model.generation_config, tokenizer, max_new_tokens, temperature, top_p
@@ -101,6 +101,12 @@ def generate(
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
         language_model.generate(**inputs.to(language_model.device), streamer=streamer)
+
+
+def _refuse_lost_logits(name: str, _model: object, _inputs: object, outputs: Any) -> None:
+    """Raise a ValueError if logits are not finite: the likeliest token would be an arbitrary one."""
+    if not outputs.logits.isfinite().all():
+        raise ValueError(f"MODEL: {name} computes logits that are not finite; try another --dtype, e.g. float32")
 
 
 def _generation_config(

@@ -4,7 +4,6 @@ What `save_pretrained` of a zoo model writes is such a folder already. Exporting
 with weights and config alone, the code of the installed package, and checks the result.
 """
 
-import json
 import os
 import re
 import sys
@@ -24,8 +23,10 @@ from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
 from .child_process import run_child
 from .json_files import read_json_object
+from .load_model import load_model
 from .output_folder import new_folder
 from .remote_code import check_remote_code, reference_of
+from .source_files import check_config
 from .weight_listing import check_weight_index
 
 __all__ = ["export", "verify_export"]
@@ -208,15 +209,8 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
     check_weight_index(folder)
-    loaded: Any = model_class.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, found = loaded
-    # transformers would go on with random weights, after a warning.
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[key]:
-            names = ", ".join(sorted(name if isinstance(name, str) else name[0] for name in found[key])[:3])
-            raise ValueError(f"source: {folder}: {key.replace('_keys', ' weights')}, {len(found[key])}: {names}")
+    model = load_model(folder, model_class, field="source", dtype="auto")
+    assert isinstance(model, ZooPreTrainedModel)
     return model
 
 
@@ -225,7 +219,8 @@ def model_class_of(folder: Path) -> type[ZooPreTrainedModel]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"source: {folder} is no checkpoint: it holds no config.json")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json_object(path, allow_infinity=True)
+    check_config(values, str(path))
     model_type = values.get("model_type") if isinstance(values, dict) else None
     classes = [kind for kind in vars(modeling).values() if isinstance(kind, type)]
     classes = [kind for kind in classes if issubclass(kind, ZooPreTrainedModel) and kind.auto_classes]

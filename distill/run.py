@@ -5,7 +5,6 @@ The output folder holds `run.json` and `recipe.yaml` (what the run is), `checkpo
 the same folder goes on where it stopped.
 """
 
-import json
 import math
 import resource
 import shutil
@@ -29,6 +28,7 @@ from ..conversion.card import write_card
 from ..conversion.decoration import decoration
 from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
 from ..conversion.formatting import number
+from ..conversion.json_files import read_json_object
 from ..conversion.load_model import check_finite
 from ..conversion.machine import describe_machine
 from ..conversion.output_folder import check_output_folder, claimed_folders_end, result_folder
@@ -478,4 +478,4 @@ def read_report(output: str | Path) -> dict[str, Any]:
     path = Path(output) / "report.json"
     if not path.is_file():
         raise ValueError(f"{output} holds no report.json: not a distillation run, or not finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json_object(path)

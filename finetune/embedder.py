@@ -30,9 +30,10 @@ from transformers import set_seed
 
 from ..conversion.command_line import command_line
 from ..conversion.decoration import decoration
+from ..conversion.fingerprint import claim_run, fingerprint
+from ..conversion.load_model import check_finite
 from ..conversion.output_folder import (
     check_output_folder,
-    claim_output_folder,
     claimed_folders_end,
     read_json,
     result_folder,
@@ -44,6 +45,7 @@ from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retr
 from ..evaluation.retrieval_data import RetrievalData
 from ..modeling.selective_attention import SelectiveAttention
 from .adapters import pinned
+from .checkpoints import check_numbers
 from .coverage import adapter_coverage, print_coverage
 from .embedder_card import write_embedder_card
 from .embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
@@ -116,6 +118,7 @@ class EmbedderRun:
         with computing(settings, embedder.device):
             scores = embedder_scores(embedder, data, batch_size=settings.mini_batch_size or settings.batch_size)
         measured = evaluate_retrieval(data, scores, pools=[self.pool], seed=settings.seed)
+        check_numbers(measured, name)
         if self.state.is_main_process:
             accuracy = measured["pools"][0]["accuracy"]
             tqdm.write(f"{name}: nDCG@10 {measured['ndcg@10']:.4f}, {accuracy:.1%} right among {self.pool}")
@@ -149,7 +152,8 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
 
     Raises:
         ValueError: if sentence-transformers is not installed, or settings, model, pairs and folder do not fit together,
-            before anything is written; or if the loss is not finite.
+            before anything is written; if the base model has changed since the run was started; or if the loss, the
+            gradient, a weight or an embedding is not finite.
     """
     require_sentence_transformers()
     from .embedder_training import check_batches, train_embedder, training_rows
@@ -168,7 +172,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
     if state.is_main_process:
         check_output_folder(output)
     check_batches(rows, settings, state.num_processes)
-    run = _prepare(pinned(settings), Path(output), pairs, state)
+    run = _prepare(pinned(settings, Path(output)), Path(output), pairs, state)
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
     origin = provenance(settings.model)
     coverage = _coverage(run)
@@ -177,6 +181,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
         run.embedder, rows, run.settings, run.steps, run.output, run.embedder.device, state.num_processes
     )
     finished = finished_embedder(run.embedder, run.settings)
+    check_finite(finished, "the finished embedder", "Lower learning_rate.")
     after = run.evaluate("after", finished)
     report = _report(run, origin, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
     if state.is_main_process:
@@ -199,7 +204,8 @@ def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], 
     embedder.to(state.device)
     if state.is_main_process:
         fingerprints = {field: found.fingerprint() for field, found in pairs.items()}
-        claim_output_folder(output, {**settings.model_dump(mode="json"), "data": fingerprints}, KIND)
+        sources = {"model": fingerprint(settings.model, settings.revision)}
+        claim_run(output, {**settings.model_dump(mode="json"), "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return EmbedderRun(settings, output, embedder, pairs, lengths, state)
 

@@ -17,13 +17,8 @@ from rich.console import Console
 from transformers import set_seed
 
 from ..conversion.command_line import command_line
-from ..conversion.output_folder import (
-    check_output_folder,
-    claim_output_folder,
-    claimed_folders_end,
-    read_json,
-    write_json,
-)
+from ..conversion.fingerprint import claim_run, fingerprint
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..conversion.provenance import provenance
 from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
 from .card import write_card
@@ -51,12 +46,12 @@ def finetune_language_model(
         The report, as in `report.json`.
 
     Raises:
-        ValueError: if settings, model, texts and folder do not fit together, before anything is written; or if the
-            loss is not finite.
+        ValueError: if settings, model, texts and folder do not fit together, before anything is written; if the base
+            model has changed since the run was started; or if the loss, the gradient or a weight is not finite.
     """
     if merge and settings.method == "full":
         raise ValueError("merge: got True; accepted: False with method 'full', which leaves nothing to merge")
-    run = _prepare(pinned(settings), Path(output))
+    run = _prepare(pinned(settings, Path(output)), Path(output))
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
     origin = provenance(settings.model)
     coverage = _coverage(run)
@@ -83,7 +78,8 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
     if not settings.load_in_4bit:
         trained.to(state.device)  # pyright: ignore[reportArgumentType]
     if state.is_main_process:
-        claim_output_folder(output, {**settings.model_dump(mode="json"), "data": rows.fingerprints}, KIND)
+        sources = {"model": fingerprint(settings.model, settings.revision)}
+        claim_run(output, {**settings.model_dump(mode="json"), "data": rows.fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, trained, rows, state)
 
@@ -138,7 +134,9 @@ def _write_results(run: TrainingRun[LanguageModelSettings], report: dict[str, An
         save = partial(run.model.save_pretrained, save_embedding_layers=False)
         write_folder(run, "adapter", save, write_card, report)
     if merge:
-        write_folder(run, "model", merged(run.settings, run.output / "adapter").save_pretrained, write_card, report)
+        whole = merged(run.settings, run.output / "adapter")
+        check_finite(whole, "the merged model", "Its dtype is too narrow: merge the adapter in float32.")
+        write_folder(run, "model", whole.save_pretrained, write_card, report)
     elif not isinstance(run.model, PeftModel):
         write_folder(run, "model", run.model.save_pretrained, write_card, report)
     write_json(run.output / "report.json", report)
