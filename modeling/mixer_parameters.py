@@ -50,16 +50,17 @@ class KeepsFloat32:
         result = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(self, nn.Module)
         for name, parameter in self.named_parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16) and _is(name, *FLOAT32_PARAMETERS):
+            found = [kept for kept in FLOAT32_PARAMETERS if _is(name, kept)]
+            if found and parameter.dtype in (torch.float16, torch.bfloat16):
                 logger.warning_once(
-                    f"{name} and parameters like it are in {str(parameter.dtype).partition('.')[2]} now, in which "
-                    "small steps of an optimizer are lost; they stay in float32 where the dtype is given to "
+                    f"`{found[0]}` and parameters like it are in {str(parameter.dtype).partition('.')[2]} now, in "
+                    "which small steps of an optimizer are lost; they stay in float32 where the dtype is given to "
                     "from_pretrained or from_config instead"
                 )
                 break
         return result
 
 
-def _is(name: str, *kept: str) -> bool:
-    """Whether a parameter has one of these names, below whatever modules."""
-    return f".{name}".endswith(tuple(f".{one}" for one in kept))
+def _is(name: str, kept: str) -> bool:
+    """Whether a parameter has this name, below whatever modules."""
+    return f".{name}".endswith(f".{kept}")

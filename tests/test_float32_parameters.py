@@ -106,6 +106,7 @@ def test_a_cast_of_the_whole_model_casts_them_and_says_so(dtype: torch.dtype, mo
     assert not told
     model.to(dtype)
     assert all(parameter.dtype == dtype for parameter in model.parameters())
+    assert len(set(told)) == 1  # of backbone and head the same, which is told once
     assert "lost" in told[0]
     assert "from_pretrained" in told[0]
 
