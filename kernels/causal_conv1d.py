@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation
+from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
@@ -65,7 +65,12 @@ def causal_conv1d(
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
-    if choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS) == "triton":
+    implementation = choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS)
+    if B == 0:
+        inputs = (x, weight, bias, initial_state)
+        y = of_no_rows((B, L, D), x.dtype, *inputs)
+        return (y, of_no_rows((B, D, width - 1), x.dtype, *inputs)) if return_final_state else y
+    if implementation == "triton":
         y, state = causal_conv1d_triton(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
         return y if state is None else (y, state)
     dtype = accumulator(x)
