@@ -106,6 +106,29 @@ def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
         )
 
 
+def check_projection(name: str, weight: Tensor, shape: tuple[int | None, ...], symbols: str, **inputs: Tensor) -> None:
+    """Raise ValueError unless a weight has the shape and, but under autocast, the dtype of the one named input."""
+    check_tensor(name, weight, shape, symbols)
+    ((x_name, x),) = inputs.items()
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name} must be of the dtype of {x_name}, {x.dtype}, got {weight.dtype}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
+    """Return the bounds of sequences that follow each other, read on the host.
+
+    Raises:
+        ValueError: unless they are integers that start at 0, do not decrease and end at most at `length`.
+    """
+    check_integers("cu_seqlens", cu_seqlens, (max(cu_seqlens.numel(), 1),), "(number of sequences + 1)")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > length:
+        raise ValueError(
+            f"cu_seqlens must start at 0, not decrease, and end at most at the number of tokens, {length}, got {bounds}"
+        )
+    return bounds
+
+
 def of_no_rows(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None) -> Tensor:
     """The (0, ...) result of an op on an empty batch, in the graph of its inputs, whose gradients are zeros."""
     nothing = next(tensor for tensor in inputs if tensor is not None).new_zeros(shape, dtype=dtype)
