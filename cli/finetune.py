@@ -24,6 +24,7 @@ from .finetuning_options import (
     WeightDecay,
     targets,
 )
+from .loading_options import TrustRemoteCode
 from .push import announce, check_repository, push_folder
 from .run_folder import model_source
 from .training_options import (
@@ -89,6 +90,7 @@ def language_model(
     gradient_checkpointing: GradientCheckpointing = False,
     seed: Seed = 0,
     checkpoint_every: CheckpointEvery = 200,
+    trust_remote_code: TrustRemoteCode = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Also write the model with the adapter in its weights.")
     ] = False,
@@ -131,6 +133,7 @@ def language_model(
         "gradient_checkpointing": gradient_checkpointing,
         "seed": seed,
         "checkpoint_every": checkpoint_every,
+        "trust_remote_code": trust_remote_code,
         **({} if epochs is None else {"epochs": epochs}),
     }
     settings = parse_settings(values)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line, process_number
+from .loading_options import TrustRemoteCode
 from .push import announce, check_repository, push_folder
 from .run_folder import model_folder, model_source
 from .training_options import (
@@ -103,6 +104,7 @@ def train(
         int | None, typer.Option("--evaluate-every", help="Steps between held-out losses on the way; without it none.")
     ] = None,
     checkpoint_every: CheckpointEvery = 200,
+    trust_remote_code: TrustRemoteCode = False,
     repo: Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the model.")] = None,
     private: Private = False,
 ) -> None:
@@ -146,6 +148,7 @@ def train(
             "seed": seed,
             "evaluate_every": evaluate_every,
             "checkpoint_every": checkpoint_every,
+            "trust_remote_code": trust_remote_code,
         }
     )
     if private and repo is None:

@@ -4,19 +4,19 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from .export import CARRIED, hub_id
+from .carried_files import downloads
+from .export import hub_id
 from .weight_choice import ORDER, PICKLE, PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, read_index
 
-CARRIED_FILES = ("generation_config.json", *CARRIED)
-"""Files of a checkpoint that a conversion carries over."""
-
-_SMALL = ("config.json", "adapter_config.json", SAFETENSORS_INDEX, PICKLE_INDEX)
+_SMALL = ("config.json", "generation_config.json", "adapter_config.json", SAFETENSORS_INDEX, PICKLE_INDEX)
 
 
-def source_folder(source: str | Path, *, revision: str | None, allow_pickle: bool) -> tuple[Path, str | None]:
+def source_folder(
+    source: str | Path, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool = False
+) -> tuple[Path, str | None]:
     """Return the folder to read from and, of a Hub id, the commit.
 
-    Of a repository only the weights that `weight_choice` would choose are downloaded; pickles only if allowed.
+    Of a repository only the weights that `weight_choice` would choose are downloaded; pickles and code only if allowed.
 
     Raises:
         ValueError: if a folder comes with a revision, or the source is neither a folder nor a Hub id.
@@ -27,7 +27,8 @@ def source_folder(source: str | Path, *, revision: str | None, allow_pickle: boo
             raise ValueError(f"--revision must be left out for a folder such as {source}, got {revision!r}.")
         return Path(source), None
     source = hub_id(source)
-    folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_SMALL, *CARRIED_FILES]))
+    small = downloads(*_SMALL, trust_remote_code=trust_remote_code)
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=small))
     commit = folder.name  # all files come from one commit, even if the branch moves meanwhile
     for name in ORDER if allow_pickle else (SAFETENSORS, SAFETENSORS_INDEX):
         if name in (SAFETENSORS, PICKLE):

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ..conversion.text_files import read_text_file
 from ..conversion.yaml_values import merge, override, read_yaml, write_yaml
 from .recipe_values import (
     LAYERS_ACCEPTED,
@@ -403,10 +404,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _read_file(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"recipe: got {str(path)!r}; accepted: a YAML file or one of {', '.join(preset_names())}")
-    try:
-        return read_yaml(Path(path).read_text(encoding="utf-8"), f"recipe {path}")
-    except UnicodeDecodeError:
-        raise ValueError(f"recipe {path} is not UTF-8 text") from None
+    return read_yaml(read_text_file(path, "recipe"), f"recipe {path}")
 
 
 def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, Any]:

@@ -44,6 +44,9 @@ def embedder_scores(
         data: the texts.
         batch_size: texts in one forward.
         progress: show progress bars.
+
+    Raises:
+        ValueError: if an embedding is not finite.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": progress, "convert_to_tensor": True}
     texts = list(data.documents.values())
@@ -51,6 +54,13 @@ def embedder_scores(
     with torch.no_grad():
         queries = model.encode_query(list(data.queries.values()), **options).float()
         embedded = model.encode_document([text for text in texts if text.strip()], **options).float()
+    for name, vectors in (("query", queries), ("document", embedded)):
+        lost = ~vectors.isfinite().all(dim=1)
+        if lost.any():
+            raise ValueError(
+                f"model: its embeddings of {int(lost.sum()):,} of {len(lost):,} texts ({name} first: number "
+                f"{int(lost.nonzero()[0])}) are not finite; nothing is measured"
+            )
     documents = embedded.new_zeros(len(texts), embedded.shape[1])
     documents[filled.to(documents.device)] = embedded
     return lambda part: model.similarity(queries[part], documents).cpu()

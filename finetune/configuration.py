@@ -11,12 +11,14 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from .. import modeling
+from ..conversion.load_model import load_config
+from ..conversion.source_files import check_config
+from ..conversion.text_files import read_text_file
 from ..conversion.yaml_values import override, read_yaml
 from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.presets import PRESETS
@@ -52,6 +54,7 @@ def resolve_configuration(
         if key not in accepted:
             close = difflib.get_close_matches(str(key), accepted, n=3) or accepted
             raise ValueError(f"config: {kind.model_type} has no key {key!r}; accepted: {', '.join(close)}")
+    check_config(values, "config")
     values["vocab_size"] = _vocab_size(values.get("vocab_size"), entries_of(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own, given = getattr(tokenizer, name), values.get(name)
@@ -94,7 +97,7 @@ def _read(source: str | Mapping[str, Any]) -> dict[str, Any]:
     if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise ValueError(f"config: there is no file {source!r}")
-        values = read_yaml(path.read_text(encoding="utf-8"), source)
+        values = read_yaml(read_text_file(path, "config"), source)
         if not isinstance(values, dict):
             raise ValueError(f"config: {source!r} holds {type(values).__name__}; accepted: a mapping of keys to values")
         return values
@@ -110,7 +113,7 @@ def _read_model(source: str) -> dict[str, Any]:
             f"config: got {source!r}; accepted: a preset ({', '.join(PRESETS)}), a .yaml or .json file, a folder of a "
             f"model, or a Hub id OWNER/NAME{suggestion}"
         )
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = load_config(source, field="config")
     kind = _configuration_class(config.model_type)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {

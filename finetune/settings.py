@@ -32,6 +32,7 @@ class RunSettings(BaseModel):
         gradient_checkpointing: keep the blocks' inputs alone and compute the rest anew in the backward.
         seed: of the initial weights, the order of the rows and dropout.
         checkpoint_every: optimiser steps from one checkpoint to the next.
+        trust_remote_code: run the Python code that a model's or tokenizer's source brings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -45,6 +46,7 @@ class RunSettings(BaseModel):
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     checkpoint_every: Count = 200
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _refuse_two_lengths(self) -> RunSettings:

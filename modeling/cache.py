@@ -228,7 +228,8 @@ def check_layers(cache: Cache, layer_types: list[str]) -> None:
         if layer_type.startswith("zoo_") and getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
                 f"past_key_values: layer {index} must be a {layer_type!r} layer, got {layer}; make the cache by "
-                f"{type(cache).__name__}(config=model.config)"
+                f"{type(cache).__name__}(config=model.config). A prefix of keys and values, as peft's prefix tuning "
+                "makes it, needs full attention in every layer"
             )
 
 

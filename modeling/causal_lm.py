@@ -6,7 +6,6 @@ Symbols: B batch, L length, D width, V vocabulary.
 """
 
 import dataclasses
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -20,12 +19,19 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .adapter_ties import UntiesUnderAdapters
 from .cache import CACHE_FIELD, check_layers, one_cache
-from .call_arguments import check_keywords, check_labels
 from .class_names import enter_class_name
-from .float32_parameters import KeepsFloat32
 from .hub_code import upload, write_code, write_default_card
-from .layer_dtype import as_weight
-from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
+from .input_checks import check_keywords, check_labels
+from .layers import as_weight
+from .mixer_parameters import KeepsFloat32
+from .routing import (
+    ROUTING_FIELDS,
+    ZooCausalLMOutput,
+    ZooModelOutput,
+    add_aux_loss,
+    routing_outputs,
+    tell_of_lost_aux_loss,
+)
 from .sequence import Sequence, make_sequence
 
 _EXAMPLE_TOKENS = 16
@@ -58,7 +64,7 @@ def is_bidirectional(config: PreTrainedConfig) -> bool:
 
 class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     """What every zoo model is: stateful, exported with its code, and with some parameters in float32
-    (`float32_parameters.py`)."""
+    (`mixer_parameters.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -76,18 +82,18 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         itself loaded with `trust_remote_code` saves its own code; one that carries adapters saves the adapters
         alone.
         """
-        if self._saves_adapters():
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            return
-        self.name_classes()
+        adapters = self._saves_adapters()
+        if not adapters:
+            self.name_classes()
         push = kwargs.pop("push_to_hub", False)
-        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "replace")
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             folder = Path(save_directory)
-            self.save_code(folder)
+            if not adapters:
+                self.save_code(folder)
             if push:
                 upload(folder, repo_id, token=kwargs.get("token"), **hub)
 
@@ -124,26 +130,19 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         create_pr: bool = False,
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
+        replace: bool = False,
     ) -> str:
         """Upload what `save_pretrained` writes. A card that the repository already has is kept.
 
-        Arguments as in transformers.
+        Weights and code that an earlier upload left are removed. Arguments as in transformers, and:
+
+        Args:
+            replace: also remove weights and adapters that no upload of this kind wrote, but that loading the
+                repository would take; otherwise they are an error.
 
         Returns:
             Address of the commit.
         """
-        if self._saves_adapters():
-            return super().push_to_hub(
-                repo_id,  # pyright: ignore[reportArgumentType]
-                commit_message=commit_message,
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                max_shard_size=max_shard_size,
-                tags=tags,
-            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -157,6 +156,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
                 tags=tags,
+                replace=replace,
             )
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -266,13 +266,13 @@ class ZooModel(ZooPreTrainedModel):
             cache: transformers' later name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
                 the cache in transformers' Mamba classes; the others that are accepted are the loss's, or say nothing
-                new (`call_arguments.py`).
+                new (`input_checks.py`).
 
         Raises:
             ValueError: if the arguments contradict each other.
             TypeError: if there is no such argument.
         """
-        check_keywords(type(self).__name__, kwargs, tuple(inspect.signature(ZooModel.forward).parameters)[1:-1])
+        check_keywords(type(self).__name__, kwargs, ZooModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -447,7 +447,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(past_key_values, cache),
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_idx=seq_idx,
@@ -466,6 +466,8 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            tell_of_lost_aux_loss(outputs, self.config)
         output = ZooCausalLMOutput(
             loss=loss,
             logits=logits,

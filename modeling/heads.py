@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 
 from .cache import CACHE_FIELD, one_cache
-from .call_arguments import check_labels
 from .causal_lm import ZooHeadModel, is_bidirectional
-from .layer_dtype import as_weight
-from .routing import add_aux_loss
+from .input_checks import check_labels
+from .layers import as_weight
+from .routing import add_aux_loss, tell_of_lost_aux_loss
 
 
 class ZooForSequenceClassification(ZooHeadModel):
@@ -81,7 +81,7 @@ class ZooForSequenceClassification(ZooHeadModel):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(past_key_values, cache),
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=bool(use_cache),
             return_dict=True,
@@ -167,6 +167,8 @@ class _ZooTokenHead(ZooHeadModel):
             loss = self.loss(logits, labels, **sizes, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels, kwargs.get("num_items_in_batch"))
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            tell_of_lost_aux_loss(outputs, self.config)
         output = self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

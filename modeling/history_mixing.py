@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache
 from ..kernels.masked_mix import masked_mix, masked_mix_step
 from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
 from .cache import layer_of
-from .first_values import initialise_alone
+from .mixer_parameters import initialise_alone
 from .mixing_cache import HistoryLayer
 from .sequence import Sequence
 

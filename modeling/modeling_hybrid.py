@@ -35,11 +35,10 @@ from .attention import Attention
 from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
+from .mixer_parameters import float32_parameter, initialise_alone
 from .mixing_kinds import make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer

@@ -29,16 +29,15 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from ..kernels.rms_norm import rms_norm
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
 from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba import ZooMambaConfig
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import PlainRMSNorm
 from .mixer_block import MixerBlock
+from .mixer_parameters import float32_parameter, initialise_alone
 from .sequence import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias
@@ -60,18 +59,6 @@ class StepProjection(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., R) to (..., E), in the wider dtype of the product and the bias."""
         return F.linear(input, self.weight) + self.bias
-
-
-class PlainRMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, without a weight."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) normed."""
-        return rms_norm(hidden_states, hidden_states.new_ones(hidden_states.shape[-1]), self.eps)
 
 
 def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:

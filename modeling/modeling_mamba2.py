@@ -35,10 +35,9 @@ from ..kernels.ssd_step import ssd_step
 from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba2 import ZooMamba2Config
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
+from .mixer_parameters import float32_parameter, initialise_alone
 from .sequence import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias

@@ -26,9 +26,9 @@ from transformers.utils.generic import ModelOutput
 
 from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
-from .first_values import initialise_alone
-from .layer_dtype import as_weight
+from .layers import LayerNorm, as_weight
 from .linear_init import init_linear
+from .mixer_parameters import initialise_alone
 from .plain_mlp import PlainMLP
 
 
@@ -71,9 +71,9 @@ class RetrievalMixerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: RetrievalMixerConfig) -> None:
         super().__init__()
-        self.token_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.token_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mixer = OpenMixer(config.max_position_embeddings)
-        self.channel_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.channel_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = PlainMLP(config.hidden_size, int(config.intermediate_size or 0), act=config.hidden_act)
 
     def forward(self, hidden_states: Tensor, present: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, no
 from .configuration_taipan import TaipanConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
-from .layer_dtype import as_weight
+from .layers import as_weight
 from .mixer_block import MixerBlock
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .selective_attention import SelectiveAttention

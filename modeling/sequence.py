@@ -252,13 +252,13 @@ def make_sequence(
             raise ValueError(
                 f"attention_mask must be (B, past + L) = ({batch}, {past + length}), got {tuple(attention_mask.shape)}"
             )
-        if attention_mask.shape[1] != past + length:
+        if batch and attention_mask.shape[1] != past + length:  # of no rows transformers' caches do not know the length
             raise ValueError(
                 f"attention_mask must cover the {past} cached and the {length} new tokens, "
                 f"got length {attention_mask.shape[1]}"
             )
         check_mask(attention_mask)
-        attention_mask = attention_mask.to(device=device) != 0
+        attention_mask = attention_mask[:, -(past + length) :].to(device=device) != 0
         if bool(attention_mask.all()):
             attention_mask = None
     if position_ids is not None:

@@ -299,7 +299,7 @@ MISTAKES: list[Any] = [
     pytest.param({"heldout": ["latin.txt"]}, r"heldout: 'latin.txt' is not UTF-8 text \(byte 3", id="latin"),
     pytest.param({"heldout": ["empty.txt"]}, "heldout: 'empty.txt' holds no text", id="empty"),
     pytest.param({"model": "llama"}, "model_type 'llama'; accepted: a causal language model of the zoo", id="llama"),
-    pytest.param({"model": "lacking"}, "model: lacking lacks 1 weights: backbone.norm_f", id="weight-missing"),
+    pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: backbone.norm_f", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: its tokenizer gave the id \d+, but its vocab_size is 28", id="tokenizer"),
     pytest.param({"load_in_4bit": True}, "load_in_4bit: needs", id="4-bit"),
 ]
