@@ -69,7 +69,7 @@ class Table:
                 outcome = "failed" if expected is None else "failed as expected"
             elif "skipped" in outcomes:  # all of it, or a part
                 text = outcomes["skipped"]
-                known = reason_to_skip(suite, text)
+                known = reason_to_skip(suite, family, text)
                 outcome = "skipped unexpectedly" if known is None else "not applicable"
                 expected = known
             else:

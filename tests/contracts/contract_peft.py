@@ -43,24 +43,31 @@ def write_model(name: str) -> str:
     return str(folder)
 
 
-def applied(method: type[PeftConfig], settings: dict[str, Any]) -> dict[str, Any]:
+def applied(method: type[PeftConfig], settings: dict[str, Any], layers: list[str]) -> dict[str, Any]:
     """Settings with the layers named: peft knows by the model's type where to put adapters in its own list only."""
     settings = dict(settings)
     names = {field.name for field in fields(method)}
     if not issubclass(method, PromptLearningConfig) and "target_modules" in names:
-        settings["target_modules"] = settings.get("target_modules") or "all-linear"
+        settings["target_modules"] = settings.get("target_modules") or list(layers)
     if issubclass(method, IA3Config):
         settings["feedforward_modules"] = settings.get("feedforward_modules") or []
     return settings
 
 
+def wide_layers(name: str) -> list[str]:
+    """Names of the linear layers that peft's ranks and blocks, of 4 and 8, fit into."""
+    found = FAMILIES[name].backbone(make_config(name)).named_modules()
+    wide = {path.rpartition(".")[2]: layer for path, layer in found if isinstance(layer, torch.nn.Linear)}
+    return [key for key, layer in wide.items() if all(size >= 8 and size % 4 == 0 for size in layer.weight.shape)]
+
+
 def cases(name: str, values: list) -> list:
     """The (method, settings) pairs of one of peft's grids that a family meets."""
-    kept = []
+    kept, layers = [], wide_layers(name)
     for value in values:
         method, settings = value.values[:2] if hasattr(value, "values") else value[:2]
         if name in WHOLE_GRID or method.__name__ in EVERYWHERE:
-            kept.append((method, applied(method, settings)))
+            kept.append((method, applied(method, settings, layers)))
     return kept
 
 

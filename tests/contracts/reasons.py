@@ -34,6 +34,12 @@ FAILS: list[tuple[str, str, Families, str]] = [
         first_layer_is_recurrent,
         "the matrix of a recurrence is computed beside its output: no gradient of the output runs through it",
     ),
+    (
+        "peft",
+        r"test_lora_conversion\[GraloraConfig10-.*",
+        lambda family: family == "taipan",
+        "a hybrid of blocks and a low rank is approximated by one low rank: at a width of 16 the error is above the bound",
+    ),
 ]
 """Suite, pattern of the test's name, families, reason. Such a test must fail."""
 
@@ -76,11 +82,14 @@ SKIPS: list[tuple[str, str]] = [
         "the family has no such class or token",
     ),
     (r"declares no recurrent layer types", "transformers knows the recurrent layers of its own caches only"),
+    (r"partial rope|axial RoPE", "transformers looks for its own rotary layers by name"),
+    (r"Do not take a cache", "of the classes of a family the token classifiers have no cache; the others were checked"),
     (r"base_model_class", "of a tester's inner fields, which ours does not have"),
 ]
 """Pattern of the words in which a test of transformers skips itself, reason."""
 
 PEFT_SKIPS: list[tuple[str, str]] = [
+    (r"Beam search not yet supported", "peft does not support it with any model"),
     (r"no-activation-case", "peft expects no change of this method's output, and asks for one"),
     (
         r"^(?!Model ).*([Nn]ot applicable|[Tt]his test (does not apply|is only)|not supported|do(es)? not support"
@@ -100,7 +109,9 @@ def reason_to_fail(suite: str, family: str, test: str) -> str | None:
     return None
 
 
-def reason_to_skip(suite: str, text: str) -> str | None:
+def reason_to_skip(suite: str, family: str, text: str) -> str | None:
     """Why a test that skips itself with these words does not apply, None if that is not known."""
+    if is_encoder(family) and "Not returning cache" in text:
+        return "an encoder has no cache"
     skips = PEFT_SKIPS if suite == "peft" else SKIPS
     return next((reason for pattern, reason in skips if re.search(pattern, text)), None)
