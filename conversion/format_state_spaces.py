@@ -73,7 +73,7 @@ def _mamba2(values: dict[str, Any]) -> ZooMamba2Config:
         head_dim=parsed.mixer["headdim"],
         n_groups=parsed.mixer["ngroups"],
         time_step_limit=parsed.mixer["dt_limit"],
-        A_init_range=[float(bound) for bound in parsed.mixer["A_init_range"]],
+        A_init_bounds=[float(bound) for bound in parsed.mixer["A_init_range"]],
     )
 
 
@@ -148,7 +148,7 @@ def _mamba1_written(config: ZooMambaConfig) -> dict[str, Any]:
 def _mamba2_written(config: ZooMamba2Config) -> dict[str, Any]:
     require("bidirectional", config.bidirectional, False, "state-spaces' Mamba-2 is causal")
     mixer = {"headdim": config.head_dim, "bias": config.use_bias, "conv_bias": config.use_conv_bias}
-    ranges = {"A_init_range": list(config.A_init_range)}
+    ranges = {"A_init_range": list(config.A_init_bounds)}
     return _written(config, "Mamba2", mixer | _groups(config) | _steps(config) | ranges)
 
 

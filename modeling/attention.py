@@ -41,7 +41,7 @@ class Attention(nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
+        """(B, L, D) to (B, L, D), and the (B, H, L, past + L) attention matrix if asked for."""
         hidden_states = sequence.blank(hidden_states)
         q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
@@ -49,6 +49,7 @@ class Attention(nn.Module):
         assert sequence.rotary is not None
         cos, sin = (table[:, None] for table in sequence.rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        key_positions = None
         if self.window is None:
             if past_key_values is not None and self.stays:
                 k, v = layer_of(past_key_values, self.layer_idx).update(k, v)
@@ -58,7 +59,7 @@ class Attention(nn.Module):
                 k, v = past_key_values.update(k, v, self.layer_idx)
             mask = sequence.full_mask(k.shape[2])
         else:
-            query_positions = key_positions = None
+            query_positions = None
             cache = layer_of(past_key_values, self.layer_idx)
             if cache is not None:
                 k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
@@ -75,6 +76,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
             )
+        if output_attentions and attention is not None and past_key_values is not None:
+            attention = sequence.over_columns(attention, key_positions)
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
 
 

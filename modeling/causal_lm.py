@@ -178,8 +178,8 @@ class ZooModel(ZooPreTrainedModel):
     """Embedding, blocks and final norm. A family says in `make_block` what a block is.
 
     A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns
-    the (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for; one that chooses
-    tokens also its (B, L, 2) scores and (B, L) decisions.
+    the (B, L, D) hidden states and its (B, H, L, past + L) mixing matrix, or None if that was not asked for; one that
+    chooses tokens also its (B, L, 2) scores and (B, L) decisions.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -260,7 +260,8 @@ class ZooModel(ZooPreTrainedModel):
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
             output_hidden_states: return the embeddings and every block's output; the last one after the final
                 norm.
-            output_attentions: return every layer's (B, H, L, L) mixing matrix; needs an empty cache.
+            output_attentions: return every layer's (B, H, L, past + L) mixing matrix: the rows of the new tokens. Of a
+                recurrent layer None if the cache holds tokens for which it was not asked.
             return_dict: return a ModelOutput rather than a tuple.
             cache: transformers' later name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
@@ -317,11 +318,9 @@ class ZooModel(ZooPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         if past_key_values is not None:
             check_layers(past_key_values, config.layer_types)
-        if output_attentions and sequence.past:
-            raise ValueError(f"output_attentions=True needs an empty cache, this one holds {sequence.past} tokens")
 
         all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
-        attentions: list[Tensor] = []
+        attentions: list[Any] = []
         choices: list[Any] = []
         hidden_states = self.split(hidden_states)
         for block in self.layers:
@@ -448,7 +447,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_idx=seq_idx,

@@ -81,7 +81,7 @@ class ZooForSequenceClassification(ZooHeadModel):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=bool(use_cache),
             return_dict=True,

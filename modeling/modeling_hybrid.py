@@ -23,6 +23,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,7 +32,7 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .attention import Attention
-from .cache import is_single_step, layer_of
+from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .gated_mlp import GatedMLP
@@ -84,7 +85,7 @@ class DiscreteMamba2Mixer(nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) mixing matrix if asked for."""
+        """(B, L, D) to (B, L, D), and the (B, H, L, past + L) mixing matrix if asked for."""
         cache = layer_of(past_key_values, self.layer_idx)
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         length = hidden_states.shape[1]
@@ -113,7 +114,7 @@ class DiscreteMamba2Mixer(nn.Module):
             y = y[..., :-1] / y[..., -1:].clamp(min=_SMALLEST_ROW_SUM)
         y = y + self.D.to(y.dtype)[:, None] * x
         y = y.flatten(2) * F.silu(z + self.z_bias)
-        attention = self.mixing_matrix(log_decay, B, C, sequence) if output_attentions else None
+        attention = matrix_rows(self.mixing_matrix, (log_decay, B, C), sequence, cache) if output_attentions else None
         return self.out_proj(y), attention
 
     def maps(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -288,7 +289,7 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
 
-class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM):
+class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """The hybrid with a language-modelling head."""
 
     backbone_class = ZooHybridModel

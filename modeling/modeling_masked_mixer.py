@@ -201,7 +201,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
         return hidden_states.sum(0) if self.config.bidirectional else hidden_states
 
 
-class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM):
+class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """A masked mixer with a language-modelling head."""
 
     backbone_class = MaskedMixerModel

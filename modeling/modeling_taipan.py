@@ -20,6 +20,7 @@ Symbols: B batch, L length, D width.
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -98,7 +99,7 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         return config.rms_norm_eps
 
 
-class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM):
+class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Taipan with a language-modelling head."""
 
     backbone_class = TaipanModel

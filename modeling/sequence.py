@@ -171,6 +171,42 @@ class Sequence:
                 f"tokens, {self.past} columns of the cache included; accepted: at most {positions}"
             )
 
+    def whole(self) -> "Sequence":
+        """The :class:`Sequence` of the cached columns and the new ones together, without rotary tables."""
+        if not self.past:
+            return self
+        batch, length = self.position_ids.shape[0], self.past + self.position_ids.shape[1]
+        device = self.position_ids.device
+        position_ids = _positions(batch, length, device, None, self.attention_mask, 0)
+        seq_idx = None if self.attention_mask is None else self.attention_mask.to(torch.int32) - 1
+        return Sequence(position_ids, seq_idx, self.attention_mask, 0, False)
+
+    def over_columns(self, matrix: Tensor, key_positions: Tensor | None) -> Tensor:
+        """Rows of attention over the columns of the whole row, the cached ones first.
+
+        Args:
+            matrix: (B, H, L, M) weights of the columns that a cache gave, of which the last L are the new ones, or
+                which are the row's own from the first on.
+            key_positions: (B, M) place of each column among the row's real tokens, -1 where nobody looks; None: the
+                columns are the row's own.
+
+        Returns:
+            (B, H, L, past + L).
+        """
+        batch, heads, length, keys = matrix.shape
+        if key_positions is None or not self.past:  # a static cache has columns that are still empty
+            columns = self.past + length
+            return matrix if keys == columns else matrix[..., :columns]
+        kept = matrix[..., : keys - length]
+        place = key_positions[:, : keys - length]
+        column = place.clamp(min=0)
+        if self.attention_mask is not None:  # the real tokens' columns, in their order
+            column = (~self.attention_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, column)
+        rows = matrix.new_zeros(batch, heads, length, self.past)
+        index = column[:, None, None].expand_as(kept)
+        rows = rows.scatter_add(-1, index, kept * (place >= 0)[:, None, None])
+        return torch.cat([rows, matrix[..., keys - length :]], dim=-1)
+
     def row_positions(self) -> Tensor:
         """(B or 1, L) place of each token among the row's real ones, whatever document it is of; -1 at padding."""
         length = self.position_ids.shape[1]
