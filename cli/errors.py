@@ -12,6 +12,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -113,11 +114,13 @@ def one_line(error: BaseException) -> str:
 def without_tokens(text: str) -> str:
     """The text with every Hub token in it blotted out, also one that a server sent back."""
     from huggingface_hub import get_token
+    from huggingface_hub.utils import get_stored_tokens
 
     known = {get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
+    known |= set(get_stored_tokens().values())  # of `hf auth login`, also those that are not in use
     for token in sorted(filter(None, known), key=len, reverse=True):
-        for form in {token, quote(token, safe="")}:
-            text = text.replace(form, "***")
+        for form in {token, quote(token, safe=""), quote(token), b64encode(token.encode()).decode()}:
+            text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)  # %2F is %2f as well
     text = re.sub(r"(?i)\b(bearer\s+)[^\s'\",;]+", r"\1***", text)
     text = re.sub(r"(\w://)[^\s/@:]+:[^\s/@]+@", r"\1***@", text)
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)

@@ -252,7 +252,6 @@ def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
 def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     if path is None:
         return
-    from ..conversion.formatting import without_folders
     from ..conversion.machine import describe_machine
     from ..conversion.output_folder import write_json
 
@@ -260,7 +259,7 @@ def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[s
         "format": 1,
         "kind": _kind(kind),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": without_folders(command_line(sys.argv[1:])),
+        "command": command_line(sys.argv[1:]),
         **describe_machine("sentence-transformers", "bm25s"),
         "settings": settings,
         **found,

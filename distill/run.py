@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
+from ..conversion.command_line import command_line
 from ..conversion.decoration import decoration
 from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
 from ..conversion.formatting import number
@@ -33,6 +34,7 @@ from ..conversion.load_model import check_finite
 from ..conversion.machine import describe_machine
 from ..conversion.output_folder import check_output_folder, claimed_folders_end, result_folder
 from ..conversion.provenance import provenance
+from ..conversion.report_sections import public_recipe
 from ..conversion.whole_files import write_text_whole
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
@@ -140,7 +142,7 @@ def distill(
     for index in range(done[0], len(recipe.stages)):
         _train_stage(run, index, found if index == done[0] else None)
     check_finite(run.student, "the trained student", _REMEDY)
-    report = _report(run, origin, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
+    report = _report(run, origin, command or command_line(sys.argv[1:]))
     if run.main:
         _write_results(run, report)
     accelerator.wait_for_everyone()
@@ -240,7 +242,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         **describe_machine(),
-        "recipe": as_mapping(recipe),
+        "recipe": public_recipe(as_mapping(recipe)),
         "teacher": {
             "source": source,
             "model_type": run.teacher.config.model_type,

@@ -7,7 +7,17 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..conversion.formatting import code, count, fenced, gibibytes, number, percent, seconds, table, without_folders
+from ..conversion.formatting import (
+    code,
+    count,
+    fenced,
+    gibibytes,
+    number,
+    percent,
+    public_command,
+    seconds,
+    table,
+)
 from ..conversion.whole_files import write_text_whole
 
 LOAD_MODEL = """\
@@ -48,7 +58,7 @@ def common_sections(report: dict[str, Any]) -> dict[str, str]:
 def repetition(report: dict[str, Any]) -> dict[str, str]:
     """The sections that tell how to repeat a run."""
     return {
-        "command": fenced(without_folders(report["command"]), "sh"),
+        "command": fenced(public_command(report["command"]), "sh"),
         "machine": _machine(report),
         "settings": fenced(yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True, width=100), "yaml"),
     }

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
+from ..conversion.formatting import public_argument
 from ..conversion.output_folder import check_output_folder, claimed_folders_end, write_json
 from .configuration import changed_keys, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
@@ -128,4 +129,4 @@ def _public(source: str) -> str:
 
 
 def _python_command() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", Path(sys.argv[0]).name, *map(public_argument, sys.argv[1:])])

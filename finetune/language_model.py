@@ -137,6 +137,10 @@ def _write_results(run: TrainingRun[LanguageModelSettings], report: dict[str, An
     """The report, and the adapter and the model as folders that appear whole."""
     write_plots(run, report)
     if isinstance(run.model, PeftModel):
+        if Path(run.settings.model).is_dir():
+            # peft would name the folder, and so the machine; the bare name might be that of somebody's repository.
+            for adapter in run.model.peft_config.values():
+                adapter.base_model_name_or_path = f"{report['base']['source']} (a local folder)"
         save = partial(run.model.save_pretrained, save_embedding_layers=False)
         write_folder(run, "adapter", save, write_card, report)
     if merge:

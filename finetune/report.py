@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ..conversion.decoration import decoration
-from ..conversion.formatting import without_folders
+from ..conversion.formatting import public_argument
 from ..conversion.machine import describe_machine
 from ..conversion.output_folder import result_folder
 from .plot import write_loss_plot
@@ -97,7 +97,7 @@ def common_report(
 
 def public_sources(sources: list[str]) -> list[str]:
     """Sources without the folders of this machine."""
-    return [without_folders(text) if text.startswith(DATASETS) else Path(text).name for text in sources]
+    return [public_argument(text) if text.startswith(DATASETS) else Path(text).name for text in sources]
 
 
 def write_plots(run: TrainingRun[Any], report: dict[str, Any]) -> None:

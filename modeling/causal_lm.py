@@ -20,7 +20,7 @@ from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .adapter_ties import UntiesUnderAdapters
 from .cache import CACHE_FIELD, check_layers, one_cache
 from .class_names import enter_class_name
-from .hub_code import upload, write_code, write_default_card
+from .hub_code import remove_stale_weights, upload, write_code, write_default_card, written_weights
 from .input_checks import check_keywords, check_labels
 from .layers import as_weight
 from .mixer_parameters import KeepsFloat32
@@ -89,9 +89,11 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "replace")
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        folder = Path(save_directory)
+        before = written_weights(folder)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            folder = Path(save_directory)
+            remove_stale_weights(folder, before)
             if not adapters:
                 self.save_code(folder)
             if push:

@@ -21,6 +21,8 @@ from .hub_upload import carry_out, check_base, files_to_send, plan_upload
 
 logger = logging.get_logger(__name__)
 
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
 _FROM_KERNELS = re.compile(r"^(\s*)from \.\.kernels\.(\w+) import", flags=re.MULTILINE)
 
 
@@ -88,6 +90,25 @@ def write_code(folder: Path, module_names: list[str]) -> None:
         texts["LICENSE"] = licence
     for name, text in texts.items():
         write_atomically(folder / name, text)
+
+
+def written_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """When a folder's single file of weights and its index were written, and how long they are; of those there are."""
+    stats = {name: folder / name for name in (_SINGLE, _INDEX) if (folder / name).is_file()}
+    return {name: (path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats.items()}
+
+
+def remove_stale_weights(folder: Path, before: dict[str, tuple[int, int]]) -> None:
+    """Remove what an earlier save in another sharding left: transformers would load the single file, old or new.
+
+    Args:
+        folder: that has been saved to.
+        before: of :func:`written_weights`, before that.
+    """
+    after = written_weights(folder)
+    new = {name for name, written in after.items() if before.get(name) != written}
+    if len(after) == 2 and len(new) == 1:
+        (folder / (after.keys() - new).pop()).unlink()
 
 
 def write_default_card(folder: Path, *, model_type: str, class_name: str, auto_class: str, parameters: int) -> None:

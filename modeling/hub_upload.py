@@ -235,7 +235,8 @@ def plan_upload(
     if record.get("kind", kind) != kind:  # an adapter over a model, or the other way round, may well be a mistake
         not_ours |= ours
         ours = set()
-    return Plan(repo_id, commit, folder, sent, left_out, sorted(ours), sorted(not_ours))
+    first = sorted(not_ours, key=lambda name: (re.fullmatch(loaded, name) is None, name))
+    return Plan(repo_id, commit, folder, sent, left_out, sorted(ours), first)
 
 
 def carry_out(
