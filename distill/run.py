@@ -39,7 +39,7 @@ from .optimizer import average_gradients, clip_gradients, make_optimizer, schedu
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import write_report
 from .student import build_student, zeroed_mixers
-from .teacher import load_teacher, teacher_adapter
+from .teacher import load_teacher, teacher_adapter, teacher_commit
 
 # Points of a stage's curve that are kept, whatever its length.
 _HISTORY = 200
@@ -271,7 +271,9 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
     """Load and check everything, then claim the folder, then build and calibrate the student."""
     main = accelerator.is_main_process
     texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
-    teacher, tokenizer = load_teacher(recipe.teacher)
+    commit = teacher_commit(recipe.teacher, recipe.teacher_revision)
+    recipe = recipe.model_copy(update={"teacher_revision": commit})
+    teacher, tokenizer = load_teacher(recipe.teacher, revision=commit)
     teacher.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     check_vocabulary(tokenizer, teacher.config)
     layers = resolve_layers(recipe.student.layers, teacher_adapter(teacher).num_layers)

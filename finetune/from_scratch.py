@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from ..conversion.output_folder import claim_output_folder, write_json
-from .configuration import changed_keys, resolve_configuration
+from .configuration import changed_keys, configuration_commit, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
 from .report import common_report, write_folder, write_plots
@@ -66,7 +66,9 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     state = processes()
     texts = read_texts(settings)
     tokenizer = _tokenizer(settings, texts["train"], progress=state.is_main_process)
-    config = resolve_configuration(settings.config, settings.overrides, tokenizer)
+    commit = configuration_commit(settings.config, settings.revision)
+    settings = settings.model_copy(update={"revision": commit})
+    config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=commit)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
     # A warm-up that is too long is an error, now rather than when the training begins.
     settings.warmup_steps(optimiser_steps(settings, len(rows.train), state.num_processes))
@@ -74,7 +76,7 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     model = AutoModelForCausalLM.from_config(config)
     model.to(state.device)
     if state.is_main_process:
-        given = settings.model_dump(mode="json", exclude={"config", "overrides"})
+        given = settings.model_dump(mode="json", exclude={"config", "revision", "overrides"})
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
         claim_output_folder(output, recipe, KIND)
     state.wait_for_everyone()
