@@ -2,11 +2,13 @@
 
 import math
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .run_folder import model_source
+from .trust import TrustRemoteCode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -44,10 +46,7 @@ def generate(
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the code that a model brings along. The zoo's need none."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue texts with a language model. The text is printed as it comes."""
     if any(not prompt for prompt in prompts):
@@ -64,12 +63,15 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
     from transformers.utils import logging
 
-    # Registers the zoo's classes, which then come before the code that a checkpoint brings along.
-    from .. import modeling as _  # noqa: F401
+    # Also registers the zoo's classes, which then come before the code that a checkpoint brings along.
+    from ..conversion.remote_code import check_remote_code
+    from ..conversion.weight_listing import check_weight_index
 
     logging.disable_progress_bar()
     source = model_source(model)
-    _refuse_unwanted_code(source, revision, trust_remote_code)
+    check_remote_code(source, trusted=trust_remote_code, field="MODEL", revision=revision)
+    if Path(source).is_dir():
+        check_weight_index(Path(source), "MODEL")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if chat and tokenizer.chat_template is None:
@@ -99,19 +101,6 @@ def generate(
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
         language_model.generate(**inputs.to(language_model.device), streamer=streamer)
-
-
-def _refuse_unwanted_code(source: str, revision: str | None, trusted: bool) -> None:
-    """Raise a ValueError if only code that the checkpoint brings along can load it, and nobody asked for that."""
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
-
-    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    known = values.get("model_type") in CONFIG_MAPPING
-    if not trusted and not known and "AutoModelForCausalLM" in values.get("auto_map", {}):
-        raise ValueError(
-            f"MODEL: {source} brings code of its own (model_type {values.get('model_type')!r}); read it, then run "
-            "it with --trust-remote-code"
-        )
 
 
 def _generation_config(

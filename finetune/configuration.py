@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .. import modeling
-from ..conversion.hub_source import pinned_revision
+from ..conversion.fingerprint import pinned_revision
 from ..conversion.yaml_values import override, read_yaml
 from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.presets import PRESETS
@@ -70,15 +70,16 @@ def resolve_configuration(
         raise ValueError(f"config: {error.__cause__ or error}") from None
 
 
-def configuration_commit(source: str | Mapping[str, Any], revision: str | None) -> str | None:
-    """Return the commit that a Hub id's revision stands for now; None for every other source.
+def configuration_commit(source: str | Mapping[str, Any], revision: str | None, output: Path) -> str | None:
+    """Return the commit of a Hub id, as `fingerprint.pinned_revision` finds it for a run in `output`; None for every
+    other source.
 
     Raises:
         ValueError: if another source comes with a revision.
         OSError: if the Hub cannot be reached, or has no such repository or revision.
     """
     if isinstance(source, str) and not _is_here(source) and _is_hub_id(source):
-        return pinned_revision(source, revision)
+        return pinned_revision(source, revision, output, "config")
     if revision is not None:
         raise ValueError(f"revision must be left out unless `config` is a Hub id, got {revision!r} with {source!r}.")
     return None

@@ -66,7 +66,7 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     state = processes()
     texts = read_texts(settings)
     tokenizer = _tokenizer(settings, texts["train"], progress=state.is_main_process)
-    commit = configuration_commit(settings.config, settings.revision)
+    commit = configuration_commit(settings.config, settings.revision, output)
     settings = settings.model_copy(update={"revision": commit})
     config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=commit)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)

@@ -134,8 +134,8 @@ MALFORMED = {
         "`model_type` must be one of mamba, falcon_mamba, mam.*, got 'llama'",
     ),
     "no model": (with_values(model_type="-"), "`model_type` must be .* missing beside .* of state-spaces, got None"),
-    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json must be an object, got a list"),
-    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json must be JSON"),
+    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json .*must be an object, got a list"),
+    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json .*must be JSON"),
     "no config": (lambda s: (s / "config.json").unlink(), "holds no config.json"),
     "no weights": (
         lambda s: (s / WEIGHTS).unlink(),

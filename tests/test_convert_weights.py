@@ -345,7 +345,7 @@ def test_keys_that_a_file_has_twice_are_refused(four_sets: Path) -> None:
     (four_sets / WEIGHTS).write_bytes(whole)
     config = (four_sets / "config.json").read_text()
     (four_sets / "config.json").write_text(config.replace("{", '{"head_dim": 8,', 1))
-    with pytest.raises(ValueError, match=r"^config\.json has the key 'head_dim' twice"):
+    with pytest.raises(ValueError, match=r"config\.json .*has the key 'head_dim' twice"):
         convert(four_sets, four_sets.with_name("out"))
     (four_sets / "config.json").write_text(config)
     (four_sets / WEIGHTS).unlink()

@@ -17,7 +17,6 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from hub_stand_in import HubStandIn
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
-from ssm_zoo.conversion.hub_source import pinned_revision
 from ssm_zoo.distill.recipe import as_mapping, load_recipe
 from ssm_zoo.distill.teacher import load_teacher, teacher_commit
 from ssm_zoo.finetune.configuration import configuration_commit
@@ -37,9 +36,9 @@ for revision in ("first", None):
     report = convert("tester/shards", folder / name, revision=revision, allow_pickle=True)
     found[f"{name} notes"] = report.notes
     found[f"{name} norm"] = load_file(folder / name / "model.safetensors")["backbone.norm_f.weight"][0].item()
-    commit = teacher_commit("tester/teacher", revision)
+    commit = teacher_commit("tester/teacher", revision, folder / "run")
     found[f"{name} teacher"] = load_teacher("tester/teacher", revision=commit)[0].model.norm.weight[0].item()
-    commit = configuration_commit("tester/zoo", revision)
+    commit = configuration_commit("tester/zoo", revision, folder / "run")
     config = resolve_configuration("tester/zoo", [], byte_tokenizer(), revision=commit)
     found[f"{name} layers"] = [commit, config.num_hidden_layers]
 try:
@@ -113,12 +112,12 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     make_model("mamba2").save_pretrained(tmp_path / "zoo")
     with pytest.raises(ValueError, match=r"--revision must be left out for a folder such as .*, got 'v1'"):
         convert(tmp_path / "zoo", tmp_path / "out", revision="v1")
-    for commit in (teacher_commit, configuration_commit, pinned_revision):
-        assert commit(str(tmp_path / "zoo"), None) is None
+    for commit in (teacher_commit, configuration_commit):
+        assert commit(str(tmp_path / "zoo"), None, tmp_path) is None
         with pytest.raises(ValueError, match=r"revision must be left out .*, got 'v1'"):
-            commit(str(tmp_path / "zoo"), "v1")
+            commit(str(tmp_path / "zoo"), "v1", tmp_path)
     with pytest.raises(ValueError, match=r"revision must be left out .*, got 'v1'"):
-        configuration_commit("mamba-130m", "v1")
+        configuration_commit("mamba-130m", "v1", tmp_path)
 
 
 def test_a_recipe_names_the_revision_only_where_there_is_one() -> None:
