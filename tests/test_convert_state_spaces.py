@@ -23,6 +23,7 @@ LAYOUTS = {
     "mamba2": (state_spaces.MAMBA2, "zoo_mamba2"),
     "groups": (state_spaces.GROUPS, "zoo_mamba2"),
     "attention": (state_spaces.WITH_ATTENTION, "zoo_hybrid"),
+    "convolution": (state_spaces.WITH_CONVOLUTION, "zoo_hybrid"),
     "mlp": (state_spaces.WITH_MLP, "zoo_hybrid"),
     "both": (state_spaces.WITH_BOTH, "zoo_hybrid"),
     "all-attention": (ALL_ATTENTION, "zoo_hybrid"),
@@ -183,7 +184,7 @@ def test_a_field_of_the_mixer_that_cannot_be_expressed_is_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"d_conv": 4}, "`attn_cfg.d_conv` must be 0, got 4"),
+        ({"d_conv": 1}, "`attn_cfg.d_conv` must be 0 or an integer of at least 2, got 1"),
         ({"mlp_dim": 64}, "`attn_cfg.mlp_dim` must be .*, got 64"),
         ({"causal": False}, "`attn_cfg.causal` must be .*, got False"),
         ({"rotary_emb_interleaved": True}, "`attn_cfg.rotary_emb_interleaved` must be .*, got True"),
