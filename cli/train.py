@@ -63,6 +63,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a configuration key: hidden_size=256 say."),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, where CONFIG is a Hub id."),
+    ] = None,
     recipe: Annotated[
         Recipe, typer.Option("--recipe", help="Whose optimiser and schedule, where the options below give nothing.")
     ] = Recipe.MAMBA,
@@ -129,6 +133,7 @@ def train(
     settings = parse_from_scratch(
         {
             "config": str(model_folder(Path(config))) if Path(config).is_dir() else config,
+            "revision": revision,
             "overrides": overrides or [],
             "tokenizer": None if tokenizer is None else model_source(tokenizer),
             "train_tokenizer": train_tokenizer,

@@ -77,8 +77,8 @@ def refuse_quantised(values: Mapping[str, Any]) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     raise ValueError(
         f"config.json: `quantization_config` says that the weights are quantised ({method or 'method not named'}). "
-        "Quantised weights cannot be converted. Dequantise the model and save it, or take the checkpoint that it was "
-        "made from."
+        "Quantised weights can neither be converted nor distilled. Dequantise the model and save it, or take the "
+        "checkpoint that it was made from."
     )
 
 

@@ -59,7 +59,10 @@ def choose_weights(folder: Path) -> WeightFiles:
             f"{folder} holds an adapter (adapter_config.json), which transformers would add to the model. Merge it "
             "(merge_and_unload) and save the result, or remove the adapter's files."
         )
-    name = explicit_name(folder) or next((each for each in ORDER if (folder / each).is_file()), None)
+    name = configured_name(folder)
+    if name is not None and not (folder / name).is_file():
+        raise ValueError(f"config.json: `transformers_weights` names {name}, which is not in {folder}.")
+    name = name or next((each for each in ORDER if (folder / each).is_file()), None)
     there = sorted(path.name for path in folder.iterdir() if _may_hold_weights(path.name))
     if name is None:
         others = f", only {', '.join(there[:3])}" if there else ""
@@ -91,7 +94,7 @@ def check_names(folder: Path) -> None:
     Raises:
         ValueError: if one is the name of something else.
     """
-    explicit_name(folder)
+    configured_name(folder)
     for name in (SAFETENSORS_INDEX, PICKLE_INDEX):
         if (folder / name).is_file():
             read_index(folder / name)
@@ -122,8 +125,8 @@ def read_index(path: Path) -> tuple[dict[str, str], bool]:
     return weight_map, isinstance(index.get("metadata"), dict)
 
 
-def explicit_name(folder: Path) -> str | None:
-    """Return the file that config.json names, as later releases of transformers read it."""
+def configured_name(folder: Path) -> str | None:
+    """Return the file of weights, or the index, that config.json names, whether or not it is there."""
     if not (folder / "config.json").is_file():
         return None
     name = read_json_object(folder / "config.json", "config.json", allow_infinity=True).get("transformers_weights")
@@ -135,8 +138,6 @@ def explicit_name(folder: Path) -> str | None:
             "config.json: `transformers_weights` must be the name of a .safetensors file or its index in the same "
             f"folder, got {name!r}."
         )
-    if not (folder / name).is_file():
-        raise ValueError(f"config.json: `transformers_weights` names {name}, which is not in {folder}.")
     return name
 
 

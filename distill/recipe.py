@@ -242,6 +242,7 @@ class Recipe(_Spec):
         seed: of new weights and of the order of the windows.
         dtype: what the forward passes compute in; the trained weights are float32 in any case.
         checkpoint_every: steps between two checkpoints; every stage also ends with one.
+        teacher_revision: branch, tag or commit of a Hub repository. A run keeps the commit.
     """
 
     teacher: Text
@@ -252,6 +253,7 @@ class Recipe(_Spec):
     seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Count = 100
+    teacher_revision: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -354,6 +356,8 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
 def as_mapping(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON-able values: every key that has an effect, defaults included."""
     values = recipe.model_dump(mode="json")
+    if recipe.teacher_revision is None:
+        del values["teacher_revision"]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
         for field in stage.meaningless:
             del mapping[field]

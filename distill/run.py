@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..conversion.card import write_card
 from ..conversion.command_line import command_line
 from ..conversion.decoration import decoration
-from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
+from ..conversion.fingerprint import claim_run, fingerprint
 from ..conversion.formatting import number
 from ..conversion.json_files import read_json_object
 from ..conversion.load_model import check_finite
@@ -46,7 +46,7 @@ from .optimizer import average_gradients, clip_gradients, make_optimizer, schedu
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import finite, write_report
 from .student import build_student, zeroed_mixers
-from .teacher import load_teacher, teacher_adapter
+from .teacher import load_teacher, teacher_adapter, teacher_commit
 
 # Points of a stage's curve that are kept, whatever its length.
 _HISTORY = 200
@@ -291,7 +291,7 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remot
     """Load and check everything, then claim the folder, then build and calibrate the student."""
     main = accelerator.is_main_process
     texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
-    commit = pinned_revision(recipe.teacher, None, output, "teacher") if not Path(recipe.teacher).exists() else None
+    commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
     teacher, tokenizer = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
     teacher.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     check_vocabulary(tokenizer, teacher.config)

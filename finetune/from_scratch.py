@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
 from ..conversion.formatting import public_argument
 from ..conversion.output_folder import check_output_folder, claimed_folders_end, write_json
-from .configuration import changed_keys, resolve_configuration
+from .configuration import changed_keys, configuration_commit, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
 from .report import common_report, write_folder, write_plots
@@ -74,7 +74,10 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     source = settings.tokenizer if settings.tokenizer != BYTES else None
     commit = None if source is None else pinned_revision(source, None, output, "tokenizer")
     tokenizer = _tokenizer(settings, texts["train"], commit, progress=state.is_main_process)
-    config = resolve_configuration(settings.config, settings.overrides, tokenizer)
+    settings = settings.model_copy(
+        update={"revision": configuration_commit(settings.config, settings.revision, output)}
+    )
+    config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
     # A warm-up that is too long is an error, now rather than when the training begins.
     settings.warmup_steps(optimiser_steps(settings, len(rows.train), state.num_processes))
@@ -82,7 +85,7 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(state.device)
     if state.is_main_process:
-        given = settings.model_dump(mode="json", exclude={"config", "overrides"})
+        given = settings.model_dump(mode="json", exclude={"config", "revision", "overrides"})
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
         # Of a model whose sizes are taken the recipe holds the whole configuration.
         sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}

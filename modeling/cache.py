@@ -1,7 +1,8 @@
 """Cache layers of recurrent and windowed token mixers, for transformers' own cache classes.
 
 `DynamicCache(config=...)` and `StaticCache(config=...)` build these layers from `config.layer_types`:
-"zoo_recurrent" gives a :class:`RecurrentLayer` and "zoo_window" a :class:`WindowLayer`. transformers' own layers
+"zoo_recurrent" gives a :class:`RecurrentLayer`, "zoo_window" a :class:`WindowLayer` and
+"zoo_convolved_attention" a :class:`ConvolvedAttentionLayer`. transformers' own layers
 for the same purposes do not fit: its linear-attention layer does not know how many tokens it has seen (`generate`
 asks), and neither that one nor its sliding layer leaves out the padding of a right-padded batch.
 
@@ -210,9 +211,32 @@ class WindowLayer(ZooLayer):
         return keys, values, positions, new
 
 
-# Both are of fixed or bounded size, so that a static cache uses them as they are.
-for _mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
-    _mapping.update({"zoo_recurrent": RecurrentLayer, "zoo_window": WindowLayer})
+class ConvolvedAttentionLayer(ZooLayer):
+    """Keys and values (B, H, M, P) of all columns of an attention layer, and `conv_state` (B, D, K-1), the last real
+    inputs of the convolution that makes them."""
+
+    _layer_type = "zoo_convolved_attention"
+    _tensors = ("conv_state", "keys", "values")
+
+    conv_state: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, H, L, P) keys and values; return those of all columns."""
+        self.columns += key_states.shape[2]
+        if self.keys is not None and self.values is not None:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+        return key_states, value_states
+
+
+# A static cache uses them as they are: the first two are of fixed or bounded size, the last one grows.
+for _class in (RecurrentLayer, WindowLayer, ConvolvedAttentionLayer):
+    for _mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
+        _mapping[str(_class._layer_type)] = _class
 
 
 def layer_of(cache: Cache | None, layer_idx: int) -> Any:

@@ -45,7 +45,7 @@ from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
 from .sequence import Sequence
-from .short_convolution import ShortConvolution
+from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import inverse_softplus
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
@@ -208,7 +208,9 @@ def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
         return make_position_mixer(config.masked_mixer, layer_idx)
     if kind == "selective_attention":
         return SelectiveAttention(config, layer_idx, bias=config.attention_bias)
-    return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
+    if kind == "sliding_attention":
+        return Attention(config, layer_idx, config.sliding_window)
+    return Attention(config, layer_idx, None, config.attention_conv_kernel)
 
 
 def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
@@ -265,6 +267,8 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
             module.initialise()
         elif isinstance(module, DiscreteMamba2Mixer):
             init_discrete_mamba2_mixer(module)
+        elif isinstance(module, Attention) and module.conv1d is not None:
+            init_short_convolution(module.conv1d)
 
 
 class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):

@@ -427,7 +427,8 @@ _OTHERS = [
     Case("judged-in-one-column", RETRIEVAL, r"test\.tsv", with_line("beir/qrels/test.tsv", "queries1")),
     Case("two-queries-of-one-name", RETRIEVAL, r"queries\.jsonl",
          with_line("beir/queries.jsonl", '{"_id": "queries0", "text": "x"}')),
-    Case("a-query-of-a-number", RETRIEVAL, r"queries\.jsonl", with_line("beir/queries.jsonl", '{"_id": "z", "text": 1}')),
+    Case("a-query-of-a-number", RETRIEVAL, r"queries\.jsonl",
+         with_line("beir/queries.jsonl", '{"_id": "z", "text": 1}')),
 ]  # fmt: skip
 
 

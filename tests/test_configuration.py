@@ -69,6 +69,7 @@ MALFORMED = [
         r"ssm_rotary needs state_size .* head_dim \(4\), got 6",
     ),
     (ZooHybridConfig, {"conv_kernel": 0}, r"conv_kernel must be at least 2, got 0"),
+    (ZooHybridConfig, {"attention_conv_kernel": 1}, r"attention_conv_kernel must be 0 or at least 2, got 1"),
     (ZooHybridConfig, {"sliding_window": 0}, r"sliding_window must be at least 1, got 0"),
     (ZooHybridConfig, {"feature_map": "relu"}, r"feature_map must be one of identity, softplus, got 'relu'"),
     (

@@ -134,8 +134,8 @@ MALFORMED = {
         "`model_type` must be one of mamba, falcon_mamba, mam.*, got 'llama'",
     ),
     "no model": (with_values(model_type="-"), "`model_type` must be .* missing beside .* of state-spaces, got None"),
-    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json must be an object, got a list"),
-    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json must be JSON"),
+    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json .*must be an object, got a list"),
+    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json .*must be JSON"),
     "no config": (lambda s: (s / "config.json").unlink(), "holds no config.json"),
     "no weights": (
         lambda s: (s / WEIGHTS).unlink(),
@@ -277,6 +277,7 @@ JAMBA = {"mixer_rms_eps": 1e-5}
             "state-spaces",
             "`rms_norm_eps` must be .*, got 1e-06",
         ),
+        ("convolved-attention", {}, "transformers", "`attention_conv_kernel` must be 0, got 3"),
         ("jamba", {}, "transformers", "`mixer_rms_eps` must be 1e-05, got 0.001"),
         ("jamba", JAMBA | {"mixer_rms_weight": False}, "transformers", "`mixer_rms_weight` must be True, got False"),
         (

@@ -247,7 +247,7 @@ def test_unreadable_gguf_files_are_refused(tmp_path, monkeypatch):
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"teacher: .*cut.gguf is a damaged GGUF file"):
         load_teacher(tmp_path / "cut.gguf")
-    with pytest.raises(ValueError, match=r"revision: got 'main' for the file .*tiny.gguf"):
+    with pytest.raises(ValueError, match=r"teacher_revision must be left out for .*tiny.gguf, got 'main'"):
         load_teacher(tmp_path / "tiny.gguf", revision="main")
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package gguf, which is missing here: pip install gguf"):
