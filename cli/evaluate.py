@@ -88,6 +88,8 @@ def retrieval(
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: got {max_tokens}; accepted: 1 or more")
     from ..evaluation.bm25 import bm25_scores
     from ..evaluation.embedder import load_embedder
     from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval

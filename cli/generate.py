@@ -93,6 +93,7 @@ def generate(
             inputs = tokenizer(prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
+        _check_length(inputs["input_ids"].shape[1], language_model.config, model)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
         language_model.generate(**inputs.to(language_model.device), streamer=streamer)
 
@@ -101,6 +102,15 @@ def _refuse_lost_logits(name: str, _model: object, _inputs: object, outputs: Any
     """Raise a ValueError if logits are not finite: the likeliest token would be an arbitrary one."""
     if not outputs.logits.isfinite().all():
         raise ValueError(f"MODEL: {name} computes logits that are not finite; try another --dtype, e.g. float32")
+
+
+def _check_length(tokens: int, config: Any, name: str) -> None:
+    """Raise a ValueError if a prompt is longer than what the model was made for, unless it looks at a window alone."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit and getattr(config, "context_overflow", None) != "window":
+        raise ValueError(
+            f"PROMPT: got {tokens:,} tokens; accepted: at most {limit:,}, the max_position_embeddings of {name}"
+        )
 
 
 def _generation_config(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .hub_client import limit_waiting
 from .run_folder import model_folder
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def check_repository(repo: str) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
 
+    limit_waiting()
     validate_repo_id(repo)
     if get_token() is None:
         raise ValueError("there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN")

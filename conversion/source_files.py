@@ -1,4 +1,4 @@
-"""Checks of a model folder before transformers reads it: strict JSON, and values that a model can have."""
+"""Files of a model's folder, checked before transformers reads them: strict JSON, and values that a model can have."""
 
 from collections.abc import Mapping
 from functools import lru_cache

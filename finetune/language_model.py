@@ -19,12 +19,7 @@ from transformers import set_seed
 from ..conversion.command_line import command_line
 from ..conversion.fingerprint import claim_run, fingerprint
 from ..conversion.load_model import check_finite
-from ..conversion.output_folder import (
-    check_output_folder,
-    claimed_folders_end,
-    read_json,
-    write_json,
-)
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..conversion.provenance import provenance
 from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
 from .card import write_card

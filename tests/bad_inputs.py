@@ -42,8 +42,8 @@ LM_JSONL = LM.replace("text.txt", "lines.jsonl")
 EMBED = "finetune embed mamba2 out --train pairs.jsonl --heldout pairs.jsonl --batch-size 3 --steps 1 --rank 2"
 RETRIEVAL = "evaluate retrieval mamba2 beir --pooling mean --pools 4 --output r.json"
 INVERSION = "evaluate inversion mamba2 text.txt --tokens 4 --texts 2 --steps 2 --output r.json"
-EXPORT = "export zoo out"
-CONVERT = "convert mamba out"
+EXPORT = "export zoo out --no-verify"
+CONVERT = "convert mamba out --no-verify"
 GENERATE = "generate zoo abc --max-new-tokens 2"
 CARD = "card run"
 PUSH = "push zoo tester/model"
@@ -308,10 +308,10 @@ _OPTIONS: list[tuple[str, str, tuple[str, ...], str]] = [
                         "stages.0.learning_rate=nan", "stages.0.batch_size=0", "student.layers=[99]",
                         "data.sequence_length=0", "data.sequence_length=1000000000", "teacher=./nope",
                         "teacher=mamba2", "student.mixer=nope", "evaluation.max_new_tokens=-1"),
-     "seed|nope|stages|student|layer|data|teacher|evaluation|set|tokens"),
+     "override|seed|nope|stages|student|layer|data|teacher|evaluation|set|tokens"),
     (TRAIN, "--set", ("nope=1", "hidden_size=-1", "hidden_size=x", "x", "num_hidden_layers=1000000000",
                       "hidden_size=100000000", "vocab_size=1", "head_dim=7"),
-     "config|set|hidden_size|head_dim|num_hidden_layers"),
+     "override|config|set|hidden_size|head_dim|num_hidden_layers"),
     (TRAIN, "--row-tokens", ("0", "-1", "1", "x"), "row_tokens|--row-tokens"),
     (TRAIN, "--batch-size", ("0", "-5", "1.5"), "batch_size|--batch-size"),
     (TRAIN, "--learning-rate", ("0", "-1", "nan", "inf", "x"), "learning_rate|--learning-rate"),
@@ -324,7 +324,7 @@ _OPTIONS: list[tuple[str, str, tuple[str, ...], str]] = [
     (TRAIN, "--tokenizer", ("./nope", "text.txt"), "tokenizer|nope|text.txt"),
     (TRAIN, "--train-tokenizer", ("0", "300"), "tokenizer"),
     (TRAIN, "--train", ("nope.txt", "text.pdf", "datasets:", ""), "train"),
-    (TRAIN, "--push-to-hub", ("a/b/c", "a b", "tester/model"), "push-to-hub|Repo id|token"),
+    (TRAIN, "--push-to-hub", ("a/b/c", "tester/model"), "push-to-hub|Repo id|token"),
     (LM, "--rank", ("0", "-2", "x"), "rank"),
     (LM, "--alpha", ("0", "nan", "-1", "inf"), "alpha"),
     (LM, "--dropout", ("1", "-0.1", "nan"), "dropout"),
@@ -338,7 +338,7 @@ _OPTIONS: list[tuple[str, str, tuple[str, ...], str]] = [
     (LM, "--checkpoint-every", ("0",), "checkpoint_every"),
     (EMBED, "--temperature", ("0", "-1", "nan", "inf"), "temperature"),
     (EMBED, "--anchor", ("nope", ""), "anchor"),
-    (EMBED, "--negatives", ("nope", "anchor,"), "negatives"),
+    (EMBED, "--negatives", ("nope", "anchor,"), "negatives|column"),
     (EMBED, "--mini-batch-size", ("0", "x"), "mini"),
     (EMBED, "--max-tokens", ("0",), "max_tokens"),
     (EMBED, "--pool-size", ("0", "1"), "pool_size"),
@@ -388,7 +388,7 @@ _OTHERS = [
     Case("convert-onto-a-full-folder", "convert mamba beir", "beir"),
     Case("generate-no-prompt", "generate zoo", "PROMPT"),
     Case("generate-an-empty-prompt", "generate zoo ''", "PROMPT"),
-    Case("generate-a-prompt-too-long", f"generate masked {'ab' * 50_000}", "PROMPT"),
+    Case("generate-a-prompt-too-long", f"generate zoo {'ab' * 50_000}", "PROMPT"),
     Case("generate-a-surrogate", "generate zoo \udcff", "PROMPT|prompt"),
     Case("generate-a-null-byte", "generate zoo\0 abc", "zoo"),
     Case("train-into-a-full-folder", TRAIN.replace(" out ", " beir "), "beir"),
