@@ -68,7 +68,7 @@ def generate(
     logging.disable_progress_bar()
     source = model_source(model)
     options: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = load_tokenizer(source, **options)
+    tokenizer: Any = load_tokenizer(source, **options)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"--chat: the tokenizer of {model} has no chat template")
     language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype.value, **options)

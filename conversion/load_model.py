@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which come before a checkpoint's own code
 
