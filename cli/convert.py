@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .run_folder import model_source
+from .trust import TrustRemoteCode
 
 
 def convert(
@@ -25,7 +26,8 @@ def convert(
         typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. If not given: the source's."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, of which nothing but tensors is taken.")
+        bool,
+        typer.Option("--allow-pickle", help="Read pytorch_model.bin or its shards; nothing but tensors is loaded."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a checkpoint.")] = False,
     settings: Annotated[
@@ -33,19 +35,33 @@ def convert(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Of a mixer without a config.json, what shapes do not tell: pad_mode=as_trained say.",
+            help="Set an option that cannot be inferred from tensor shapes (checkpoints without config.json), e.g. "
+            "pad_mode=as_trained.",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--strip-prefix",
+            metavar="PREFIX",
+            help="Remove PREFIX from the keys that begin with it. Those that a wrapper left are found without it.",
         ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option("--verify/--no-verify", help="Load both models, in float32, and compare their logits."),
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba, jamba; state-spaces; llamba; masked,
     Toeplitz and recurrent mixers; the zoo's.
 
     Prints what was read and written, and how far the logits of both sides are apart. OUT appears whole or not at
-    all. What the other side cannot express is refused by the name of its field.
+    all. What the other side cannot express is refused by the name of its field. No code of SRC is run; that of its
+    tokenizer is copied with --trust-remote-code only.
     """
     from transformers.utils import logging
 
@@ -61,5 +77,8 @@ def convert(
         overwrite=overwrite,
         verify=verify,
         settings=settings or (),
+        revision=revision,
+        prefix=prefix,
+        trust_remote_code=trust_remote_code,
     )
     typer.echo("\n".join([str(folder), *report.lines()]))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..conversion.command_line import check_processes, command_line
-from .loading_options import TrustRemoteCode
+from .trust import TrustRemoteCode
 
 
 def distill(

@@ -9,14 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line
-from .loading_options import TrustRemoteCode
 from .run_folder import model_source
+from .trust import TrustRemoteCode
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
 Report = Annotated[
     Path | None,
     typer.Option("--output", metavar="FILE", help="Also write what was measured, as JSON, with all settings."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace FILE also if it is no earlier result of this command.")
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
@@ -74,12 +77,14 @@ def retrieval(
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure how well an embedder finds what is relevant, among all documents and among a few.
 
     nDCG@10, MRR@10, recall and the first one's rightness over all documents; the share of the queries whose relevant
     document scores best in a pool, with its 95 % interval; and what chance gives. Needs sentence-transformers.
     """
+    _check_output(output, "retrieval", overwrite)
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more")
@@ -140,8 +145,10 @@ def inversion(
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure how much of its input a model's hidden states hold: seek inputs that give the same ones."""
+    _check_output(output, "inversion", overwrite)
     rates = [_number(rate, "learning_rate", float) for rate in learning_rate.split(",")]
     std = None if initial_std == "embedding" else _number(initial_std, "initial_std", float)
     block: Any = target if target == "head" else _number(target, "target", int)
@@ -216,6 +223,32 @@ def _print_retrieval(measured: dict[str, dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
+def _kind(what: str) -> str:
+    """What the report of an evaluation calls itself."""
+    return f"ssm-zoo evaluation of {what}"
+
+
+def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
+    """Find out before anything is measured whether the report can be written.
+
+    Raises:
+        ValueError: if it cannot, or would replace a file that is no earlier report of this kind.
+    """
+    if path is None:
+        return
+    from ..conversion.output_folder import read_json
+    from ..conversion.whole_files import check_output_file
+
+    check_output_file(path, "--output")
+    if path.exists() and not overwrite:
+        found = read_json(path)
+        if not isinstance(found, dict) or found.get("kind") != _kind(what):
+            raise ValueError(
+                f"--output: {path} exists and is no earlier {_kind(what)}; give another name, or --overwrite to "
+                "replace it"
+            )
+
+
 def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     if path is None:
         return
@@ -225,7 +258,7 @@ def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[s
 
     report = {
         "format": 1,
-        "kind": f"ssm-zoo evaluation of {kind}",
+        "kind": _kind(kind),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": without_folders(command_line(sys.argv[1:])),
         **describe_machine("sentence-transformers", "bm25s"),

@@ -24,7 +24,6 @@ from .finetuning_options import (
     WeightDecay,
     targets,
 )
-from .loading_options import TrustRemoteCode
 from .push import announce, check_repository, push_folder
 from .run_folder import model_source
 from .training_options import (
@@ -46,6 +45,7 @@ from .training_options import (
     Train,
     unescaped,
 )
+from .trust import TrustRemoteCode
 
 finetune = typer.Typer(no_args_is_help=True, help="Train a model of the zoo further, by adapters or as a whole.")
 

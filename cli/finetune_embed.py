@@ -23,7 +23,6 @@ from .finetuning_options import (
     WeightDecay,
     targets,
 )
-from .loading_options import TrustRemoteCode
 from .push import announce, check_repository, push_folder
 from .run_folder import model_source
 from .training_options import (
@@ -36,6 +35,7 @@ from .training_options import (
     Private,
     Steps,
 )
+from .trust import TrustRemoteCode
 
 
 class Pooling(StrEnum):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading_options import TrustRemoteCode
 from .run_folder import model_source
+from .trust import TrustRemoteCode
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

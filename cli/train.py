@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line, process_number
-from .loading_options import TrustRemoteCode
 from .push import announce, check_repository, push_folder
 from .run_folder import model_folder, model_source
 from .training_options import (
@@ -30,6 +29,7 @@ from .training_options import (
     Train,
     unescaped,
 )
+from .trust import TrustRemoteCode
 
 
 class Recipe(StrEnum):

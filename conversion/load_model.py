@@ -22,6 +22,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which come before a checkpoint's own code
+from .remote_code import CAUSAL_LM, check_remote_code
+from .weight_listing import check_weight_index
 
 __all__ = [
     "WeightsError",
@@ -83,6 +85,11 @@ def load_model(
     if find_adapter_config_file(source, revision=options["revision"], subfolder=folder) is not None:
         return _load_adapted(source, auto_class, field, options)
     if "gguf_file" not in options:
+        auto = getattr(auto_class, "__name__", "")
+        auto = auto if auto.startswith("AutoModel") else None  # a class of its own needs no code
+        check_remote_code(source, trusted=trust_remote_code, field=field, revision=revision, auto_class=auto)
+        if Path(source).is_dir():
+            check_weight_index(Path(source) / folder, field)
         _refuse_pickles(source, folder, field)
         options["use_safetensors"] = True
     with quiet_loading(source, field):
@@ -104,6 +111,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; arguments and errors as :func:`load_model`."""
     source = str(source)
+    if "gguf_file" not in options:
+        check_remote_code(source, trusted=trust_remote_code, field=field, revision=revision, auto_class=None)
     with quiet_loading(source, field):
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code, **options
@@ -115,6 +124,7 @@ def load_config(
 ) -> PreTrainedConfig:
     """Load a configuration; arguments and errors as :func:`load_model`."""
     source = str(source)
+    check_remote_code(source, trusted=trust_remote_code, field=field, revision=revision, auto_class=CAUSAL_LM)
     with quiet_loading(source, field):
         return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
 

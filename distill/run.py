@@ -26,12 +26,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
+from ..conversion.decoration import decoration
 from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
 from ..conversion.formatting import number
 from ..conversion.load_model import check_finite
 from ..conversion.machine import describe_machine
-from ..conversion.output_folder import result_folder
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, result_folder
 from ..conversion.provenance import provenance
+from ..conversion.whole_files import write_text_whole
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
 from .calibrate import calibrate, fit_output_projections
@@ -87,6 +89,7 @@ class _Run:
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
 
+@claimed_folders_end()
 def distill(
     recipe: Recipe, output: str | Path, *, command: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
@@ -123,7 +126,11 @@ def distill(
                 f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
                 f"{accelerator.num_processes} processes"
             )
+    if accelerator.is_main_process:
+        check_output_folder(output)
     run = _prepare(recipe, Path(output), accelerator, trust_remote_code)
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(recipe.teacher)
     found = load_latest(run.output / "checkpoints", tqdm.write if run.main else lambda _: None)
     if found is None:
         _first_evaluations(run)
@@ -133,7 +140,7 @@ def distill(
     for index in range(done[0], len(recipe.stages)):
         _train_stage(run, index, found if index == done[0] else None)
     check_finite(run.student, "the trained student", _REMEDY)
-    report = _report(run, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
+    report = _report(run, origin, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
     if run.main:
         _write_results(run, report)
     accelerator.wait_for_everyone()
@@ -224,9 +231,9 @@ def _peak_memory(before: int) -> int:
     return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _report(run: _Run, command: str) -> dict[str, Any]:
+def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str, Any]:
     recipe = run.recipe
-    source, licence = provenance(recipe.teacher)
+    source, licence = origin
     return {
         "format": 1,
         "kind": "distillation",
@@ -272,8 +279,10 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
     with result_folder(run.output / "student") as folder:
         run.student.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        shutil.copytree(run.output / "plots", folder / "plots")
-        write_card(folder, report)
+        with decoration("the plots in the student's folder"):
+            shutil.copytree(run.output / "plots", folder / "plots")
+        with decoration("the model card"):
+            write_card(folder, report)
 
 
 def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remote_code: bool) -> _Run:
@@ -301,9 +310,7 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remot
             )
     if main:
         claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
-        temporary = output / ".tmp-recipe.yaml"
-        temporary.write_text(dump(recipe), encoding="utf-8")
-        temporary.replace(output / "recipe.yaml")
+        write_text_whole(output / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
     return _Run(
         recipe,

@@ -29,9 +29,16 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..conversion.command_line import command_line
+from ..conversion.decoration import decoration
 from ..conversion.fingerprint import claim_run, fingerprint
 from ..conversion.load_model import check_finite
-from ..conversion.output_folder import read_json, result_folder, write_json
+from ..conversion.output_folder import (
+    check_output_folder,
+    claimed_folders_end,
+    read_json,
+    result_folder,
+    write_json,
+)
 from ..conversion.provenance import provenance
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
@@ -132,6 +139,7 @@ def heldout_retrieval(pairs: Pairs) -> RetrievalData:
     )
 
 
+@claimed_folders_end()
 def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[str, Any]:
     """Carry out a finetuning, or go on with it.
 
@@ -161,8 +169,12 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
         for field in _FIELDS
     }
     rows, state = training_rows(pairs["train"]), processes()
+    if state.is_main_process:
+        check_output_folder(output)
     check_batches(rows, settings, state.num_processes)
     run = _prepare(pinned(settings, Path(output)), Path(output), pairs, state)
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(settings.model)
     coverage = _coverage(run)
     before = run.before()
     history = train_embedder(
@@ -171,7 +183,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
     finished = finished_embedder(run.embedder, run.settings)
     check_finite(finished, "the finished embedder", "Lower learning_rate.")
     after = run.evaluate("after", finished)
-    report = _report(run, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
+    report = _report(run, origin, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
     if state.is_main_process:
         _write_results(run, report, finished)
     state.wait_for_everyone()
@@ -268,12 +280,13 @@ def _coverage(run: EmbedderRun) -> dict[str, Any] | None:
 
 def _report(
     run: EmbedderRun,
+    origin: tuple[str, str | None],
     evaluations: list[dict[str, Any]],
     coverage: dict[str, Any] | None,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     settings, data = run.settings, run.heldout
-    source, licence = provenance(settings.model)
+    source, licence = origin
     config = run.model.config
     head = report_head(run, KIND, command_line(sys.argv[1:]), "peft", "sentence-transformers")
     named = {"model": source, "learning_rate": settings.peak_learning_rate}
@@ -310,10 +323,13 @@ def _report(
 def _write_results(run: EmbedderRun, report: dict[str, Any], finished: SentenceTransformer) -> None:
     """The plot, the embedder as a folder that appears whole, and the report."""
     plots = run.output / "plots"
-    plots.mkdir(exist_ok=True)
-    write_embedder_plot(report, plots / "loss.png")
+    with decoration("the plot"):
+        plots.mkdir(exist_ok=True)
+        write_embedder_plot(report, plots / "loss.png")
     with result_folder(run.output / "model") as folder:
         finished.save_pretrained(str(folder), create_model_card=False)
-        shutil.copytree(plots, folder / "plots")
-        write_embedder_card(folder, report)
+        with decoration("the plot in the model's folder"):
+            shutil.copytree(plots, folder / "plots")
+        with decoration("the model card"):
+            write_embedder_card(folder, report)
     write_json(run.output / "report.json", report)

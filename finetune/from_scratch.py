@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
-from ..conversion.output_folder import write_json
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, write_json
 from .configuration import changed_keys, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
@@ -31,6 +31,7 @@ from .vocabulary import BYTES, entries_of, learn_vocabulary, load_vocabulary
 KIND = "ssm-zoo training from scratch"
 
 
+@claimed_folders_end()
 def train_from_scratch(
     settings: FromScratchSettings, output: str | Path, *, command: str | None = None
 ) -> dict[str, Any]:
@@ -66,6 +67,8 @@ def train_from_scratch(
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
     """Make and check everything, then claim the folder."""
     state = processes()
+    if state.is_main_process:
+        check_output_folder(output)
     texts = read_texts(settings)
     source = settings.tokenizer if settings.tokenizer != BYTES else None
     commit = None if source is None else pinned_revision(source, None, output, "tokenizer")

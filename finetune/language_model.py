@@ -19,7 +19,7 @@ from transformers import set_seed
 from ..conversion.command_line import command_line
 from ..conversion.fingerprint import claim_run, fingerprint
 from ..conversion.load_model import check_finite
-from ..conversion.output_folder import read_json, write_json
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..conversion.provenance import provenance
 from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
 from .card import write_card
@@ -32,6 +32,7 @@ from .training import TrainingRun, processes, train
 KIND = "ssm-zoo finetuning of a language model"
 
 
+@claimed_folders_end()
 def finetune_language_model(
     settings: LanguageModelSettings, output: str | Path, *, merge: bool = False
 ) -> dict[str, Any]:
@@ -52,11 +53,13 @@ def finetune_language_model(
     if merge and settings.method == "full":
         raise ValueError("merge: got True; accepted: False with method 'full', which leaves nothing to merge")
     run = _prepare(pinned(settings, Path(output)), Path(output))
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(settings.model)
     coverage = _coverage(run)
     before = run.before()
     history, _ = train(run)
     after = run.evaluate("after")
-    report = _report(run, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
+    report = _report(run, origin, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
     if run.state.is_main_process:
         _write_results(run, report, merge)
     run.state.wait_for_everyone()
@@ -66,6 +69,8 @@ def finetune_language_model(
 def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[LanguageModelSettings]:
     """Load and check everything, then claim the folder."""
     state = processes()
+    if state.is_main_process:
+        check_output_folder(output)
     texts = read_texts(settings)
     model, tokenizer = load_base(settings), load_tokenizer(settings)
     rows = make_rows(texts, settings, tokenizer, model.config.vocab_size, progress=state.is_main_process)
@@ -100,12 +105,13 @@ def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any] | None:
 
 def _report(
     run: TrainingRun[LanguageModelSettings],
+    origin: tuple[str, str | None],
     evaluations: list[dict[str, Any]],
     coverage: Mapping[str, Any] | None,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     settings = run.settings
-    source, licence = provenance(settings.model)
+    source, licence = origin
     base: Any = run.model.get_base_model() if isinstance(run.model, PeftModel) else run.model
     report = common_report(run, KIND, command_line(sys.argv[1:]), evaluations, history, "peft")
     named = {"model": source, "learning_rate": settings.peak_learning_rate}

@@ -26,6 +26,9 @@ from transformers.utils.generic import ModelOutput
 
 from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
+from .first_values import initialise_alone
+from .layer_dtype import as_weight
+from .layer_norm import LayerNorm
 from .linear_init import init_linear
 from .plain_mlp import PlainMLP
 
@@ -50,6 +53,13 @@ class OpenMixer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(places, places))
         self.bias = nn.Parameter(torch.empty(places))
+        initialise_alone(self.initialise)
+
+    def initialise(self) -> None:
+        """U(+-1 / sqrt(N)), as of a convolution over N channels."""
+        bound = self.weight.shape[0] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, D) to (B, M, D)."""
@@ -62,9 +72,9 @@ class RetrievalMixerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: RetrievalMixerConfig) -> None:
         super().__init__()
-        self.token_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.token_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mixer = OpenMixer(config.max_position_embeddings)
-        self.channel_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.channel_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = PlainMLP(config.hidden_size, int(config.intermediate_size or 0), act=config.hidden_act)
 
     def forward(self, hidden_states: Tensor, present: Tensor | None) -> Tensor:
@@ -99,9 +109,7 @@ class RetrievalMixer(ZooPreTrainedModel):
         if isinstance(module, nn.Linear):
             init_linear(module)
         elif isinstance(module, OpenMixer):
-            bound = module.weight.shape[0] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            module.initialise()
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         rows, width = self.config.max_position_embeddings, self.config.hidden_size
@@ -148,10 +156,12 @@ class RetrievalMixer(ZooPreTrainedModel):
         if labels is not None:
             self._check_labels(labels, batch, count, candidate_mask)
         hidden_states = torch.cat([query_embeds[:, None], candidate_embeds], dim=1)
+        if present is not None:  # whatever stands where there is no candidate
+            hidden_states = hidden_states.masked_fill(~present[..., None], 0)
         for block in self.layers:
             hidden_states = block(hidden_states, present)
         head = self.retrieval_head
-        logits = head(hidden_states[:, 1:].to(head.weight.dtype))[..., 0]
+        logits = head(as_weight(head, hidden_states[:, 1:]))[..., 0]
         if present is not None:
             logits = logits.masked_fill(~present[:, 1:], torch.finfo(logits.dtype).min)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)

@@ -72,6 +72,7 @@ class SelectiveAttention(nn.Module):
             (B, L, D) what to add to the residual stream, zero at tokens that pass by; the (B, H, L, L) matrix of the
             attention, with rows of zeros there, or None; the (B, L, 2) gate scores; the (B, L) decisions.
         """
+        hidden_states = sequence.blank(hidden_states)
         scores = self.gate(hidden_states)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         margin = scores[..., 1] - scores[..., 0]

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .input_checks import check_documents, check_integer, check_mask
+
 
 @dataclass
 class Sequence:
@@ -41,6 +43,11 @@ class Sequence:
     def real(self) -> Tensor | None:
         """(B, L) False at padding, None if there is none among the new tokens."""
         return None if self.seq_idx is None else self.seq_idx >= 0
+
+    def blank(self, hidden_states: Tensor) -> Tensor:
+        """The (B, L, D) states with zeros at padding, so that what stands there (a NaN, say) reaches no real token and
+        no gradient."""
+        return hidden_states if self.real is None else hidden_states.masked_fill(~self.real[..., None], 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequence":
         """This on `device`: accelerate calls it between the blocks of a model spread over several devices."""
@@ -198,25 +205,30 @@ def make_sequence(
         past_key_values: cache before this forward.
 
     Raises:
-        ValueError: if a shape does not fit, or packed documents come with a cache that already holds tokens.
+        ValueError: if a shape, a dtype or a value does not fit, or packed documents come with a cache that already
+            holds tokens.
     """
+    if length == 0:
+        raise ValueError(f"a row must hold at least one token, got (B, L) = ({batch}, {length})")
     past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
             raise ValueError(
                 f"attention_mask must be (B, past + L) = ({batch}, {past + length}), got {tuple(attention_mask.shape)}"
             )
-        if attention_mask.shape[1] != past + length:
+        if batch and attention_mask.shape[1] != past + length:  # of no rows transformers' caches do not know the length
             raise ValueError(
                 f"attention_mask must cover the {past} cached and the {length} new tokens, "
                 f"got length {attention_mask.shape[1]}"
             )
-        attention_mask = attention_mask.to(device=device) != 0
+        check_mask(attention_mask)
+        attention_mask = attention_mask[:, -(past + length) :].to(device=device) != 0
         if bool(attention_mask.all()):
             attention_mask = None
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")
+        check_integer("position_ids", position_ids)
         position_ids = position_ids.to(device).expand(batch, length)
     seq_idx = _documents(batch, length, device, seq_idx, cu_seqlens, position_ids, attention_mask, past)
     packed = seq_idx is not None
@@ -250,19 +262,18 @@ def _documents(
     if seq_idx is not None:
         if tuple(seq_idx.shape) != (batch, length):
             raise ValueError(f"seq_idx must be (B, L) = ({batch}, {length}), got {tuple(seq_idx.shape)}")
-        if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
-            raise ValueError(f"seq_idx must have an integer dtype, got {seq_idx.dtype}")
-        if bool(((seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)).any()):
-            raise ValueError("seq_idx must be non-decreasing along each row (negative values mark padding)")
-        return seq_idx.to(device=device, dtype=torch.int32)
+        check_integer("seq_idx", seq_idx)
+        check_documents(seq_idx, None, length)
+        return _counted(seq_idx.to(device))
     if cu_seqlens is not None:
-        starts = cu_seqlens.to(device)
-        runs = starts.dim() == 1 and starts.numel() > 1 and int(starts[0]) == 0 and int(starts[-1]) == length
-        if batch != 1 or not runs or bool((starts.diff() < 0).any()):
+        check_integer("cu_seqlens", cu_seqlens)
+        if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
             raise ValueError(
-                f"cu_seqlens must rise from 0 to L = {length} over a single row, got {cu_seqlens.tolist()} for "
-                f"{batch} rows"
+                f"cu_seqlens must rise from 0 to L = {length} over a single row, got shape {tuple(cu_seqlens.shape)} "
+                f"for {batch} rows"
             )
+        check_documents(None, cu_seqlens, length)
+        starts = cu_seqlens.to(device)
         column = torch.arange(length, device=device)
         return (torch.searchsorted(starts, column, right=True) - 1).to(torch.int32)[None]
     if position_ids is not None and attention_mask is None and past == 0 and length > 1:
@@ -270,6 +281,13 @@ def _documents(
         if bool(restarts.any()):
             return F.pad(restarts, (1, 0)).cumsum(-1).to(torch.int32)
     return None
+
+
+def _counted(seq_idx: Tensor) -> Tensor:
+    """(B, L) documents numbered anew along each row, -1 at padding: the numbers given may be beyond 32 bits."""
+    document = seq_idx.cummax(dim=1).values
+    changes = document[:, 1:] != document[:, :-1]
+    return F.pad(changes, (1, 0)).cumsum(-1).masked_fill(seq_idx < 0, -1).to(torch.int32)
 
 
 def _positions(

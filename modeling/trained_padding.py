@@ -40,7 +40,7 @@ def fill_context(
     packed = [name for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q") if arguments.get(name) is not None]
     if packed:
         raise ValueError(f"pad_mode='as_trained' takes one document a row: {packed[0]} must be None")
-    for name in ("past_key_values", "cache"):
+    for name in ("past_key_values", "cache", "cache_params"):
         if arguments.pop(name, None) is not None or arguments.get("use_cache"):
             raise ValueError(
                 "pad_mode='as_trained' has no cache, as a new token moves all others: use_cache must be False and "

@@ -380,7 +380,7 @@ def test_a_new_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_may_be_claimed(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-run.json").write_text("{")  # of a start that was killed
+    (tmp_path / ".tmp-ssm-zoo-0123456789abcdef").write_text("{")  # of a start that was killed
     assert claim_output_folder(str(tmp_path), {"half_life": (1.0, 2.0)}) is None
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
     assert claim_output_folder(tmp_path, {"half_life": [1.0, 2.0]}) is not None

@@ -25,8 +25,17 @@ from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_defa
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
-SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py", "mixer_block.py"]
-SHARED += ["rms_norm.py", "routing.py", "sequence.py", "short_convolution.py", "ssd.py", "ssd_chunked.py"]
+SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
+SHARED += [
+    "hub_upload.py",
+    "mixer_block.py",
+    "rms_norm.py",
+    "routing.py",
+    "sequence.py",
+    "short_convolution.py",
+    "ssd.py",
+    "ssd_chunked.py",
+]
 SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
 SHARED += ["rms_norm_triton.py", "softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
 MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
@@ -311,7 +320,7 @@ def test_pushed_and_loaded_at_a_revision(in_package: Run, without_package: Run, 
 def test_what_is_on_the_hub(pushed: Pushed, name: str) -> None:
     api, repository = pushed.api, f"tester/{name}"
     info = api.model_info(repository)
-    files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes", ".ssm-zoo.json"}
     assert files == {*DATA, "LICENSE", *CODE[name]}
     assert {"tiny", "ssm-zoo", "custom_code"} <= set(info.tags or [])
     titles = [commit.title for commit in api.list_repo_commits(repository)]
@@ -326,7 +335,7 @@ def test_save_pretrained_pushes_too(pushed: Pushed, name: str) -> None:
     api, repository = pushed.api, f"tester/saved-{name}"
     info = api.model_info(repository)
     assert info.private
-    files = {file.rfilename for file in info.siblings or []} - {".gitattributes"}
+    files = {file.rfilename for file in info.siblings or []} - {".gitattributes", ".ssm-zoo.json"}
     assert files == {*DATA, "LICENSE", *CODE[name]}
     assert api.list_repo_commits(repository)[0].title == "saved"
     assert api.file_exists(f"tester/{name}-pr", "config.json", revision="refs/pr/1")
