@@ -120,14 +120,15 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; arguments and errors as :func:`load_model`."""
     source = str(source)
-    check_remote_code(
-        source,
-        trusted=trust_remote_code,
-        field=field,
-        revision=revision,
-        subfolder=options.get("subfolder", ""),
-        auto_class=None,
-    )
+    if "gguf_file" not in options:
+        check_remote_code(
+            source,
+            trusted=trust_remote_code,
+            field=field,
+            revision=revision,
+            subfolder=options.get("subfolder", ""),
+            auto_class=None,
+        )
     with quiet_loading(source, field):
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code, **options
