@@ -25,7 +25,8 @@ def convert(
         typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. If not given: the source's."),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin, of which nothing but tensors is taken.")
+        bool,
+        typer.Option("--allow-pickle", help="Read pytorch_model.bin or its shards; nothing but tensors is loaded."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a checkpoint.")] = False,
     settings: Annotated[
@@ -33,7 +34,19 @@ def convert(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Of a mixer without a config.json, what shapes do not tell: pad_mode=as_trained say.",
+            help="Set an option that cannot be inferred from tensor shapes (checkpoints without config.json), e.g. "
+            "pad_mode=as_trained.",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--strip-prefix",
+            metavar="PREFIX",
+            help="Remove PREFIX from the keys that begin with it. Those that a wrapper left are found without it.",
         ),
     ] = None,
     verify: Annotated[
@@ -61,5 +74,7 @@ def convert(
         overwrite=overwrite,
         verify=verify,
         settings=settings or (),
+        revision=revision,
+        prefix=prefix,
     )
     typer.echo("\n".join([str(folder), *report.lines()]))

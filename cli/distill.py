@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..conversion.command_line import check_processes, command_line
+from .loading_options import TrustRemoteCode
 
 
 def distill(
@@ -21,6 +22,7 @@ def distill(
             help="Replace a value of the recipe: a dotted key and a YAML value, stages.1.learning_rate=1e-3 say.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Distil a Transformer as a recipe says. Evaluates before and after every stage.
 
@@ -37,15 +39,18 @@ def distill(
 
     accelerator = Accelerator()
     check_processes(accelerator.num_processes)
-    report = run(checked, output, command=distill_command(recipe, output, overrides or []))
+    command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
+    report = run(checked, output, command=command, trust_remote_code=trust_remote_code)
     if accelerator.is_main_process:
         print_table(report, Console())
         typer.echo(f"report: {output / 'report.md'}   student: {output / 'student'}")
 
 
-def distill_command(recipe: str, output: Path, overrides: list[str]) -> str:
+def distill_command(recipe: str, output: Path, overrides: list[str], *, trust_remote_code: bool = False) -> str:
     """The command line that repeats a run, for its report."""
     arguments = ["distill", recipe, str(output)]
     for override in overrides:
         arguments += ["--set", override]
+    if trust_remote_code:
+        arguments.append("--trust-remote-code")
     return command_line(arguments)

@@ -3,7 +3,6 @@
 Weights go from file to file, a shard at a time. Only the proof loads both models, one after the other, in float32.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +19,8 @@ from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from ..modeling.hub_code import code_licence
 from . import format_state_spaces
 from .byte_tokenizer import byte_tokenizer
-from .export import CARRIED, copy_files, hub_id
+from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
+from .export import copy_files
 from .format import Format, read_config
 from .format_bamba import BAMBA
 from .format_jamba import JAMBA
@@ -29,11 +28,14 @@ from .format_llamba import LLAMBA
 from .format_mamba import FALCON_MAMBA, MAMBA
 from .format_mamba2 import MAMBA2
 from .format_masked_mixer import MASKED_MIXER
+from .hub_source import CARRIED_FILES, source_folder
+from .json_files import json_text
 from .mixer_formats import is_transfixer, read_mixer
 from .output_folder import new_folder
-from .parity import Difference, ParityReport, compare, logits_of_folder, logits_of_tensors
+from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .rules import LazyTensor, Mapper, check, lazy
-from .weight_files import read_weights, write_weights
+from .weight_choice import PICKLE, PICKLE_INDEX
+from .weight_files import Weights, read_checkpoint, write_weights
 
 __all__ = ["convert"]
 
@@ -58,7 +60,6 @@ _ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
 _TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
-_CARRIED = ("generation_config.json", *CARRIED)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class _Checkpoint:
         zoo_config: its configuration.
         ours: its tensors.
         notes: lines for the report.
+        is_plain: whether the library that the format is of reads the same tensors from the folder by itself.
     """
 
     format: Format | None
@@ -82,6 +84,7 @@ class _Checkpoint:
     zoo_config: Any
     ours: dict[str, LazyTensor]
     notes: list[str] = field(default_factory=list)
+    is_plain: bool = False
 
     @property
     def name(self) -> str:
@@ -100,6 +103,8 @@ def convert(
     verify: bool = True,
     max_shard_size: int | str = "5GB",
     settings: Sequence[str] = (),
+    revision: str | None = None,
+    prefix: str | None = None,
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
@@ -118,7 +123,8 @@ def convert(
             checkpoint, else "zoo".
         dtype: "float32", "bfloat16" or "float16"; that of each tensor if not given. What our models keep in float32
             (A_log, D and the bias of the step sizes) is written in float32 then.
-        allow_pickle: read `pytorch_model.bin`, with `weights_only=True`, where there is no safetensors file.
+        allow_pickle: read `pytorch_model.bin` or its shards, with `weights_only=True`, where there is no safetensors
+            file. A state dict may be under "state_dict", "model_state_dict", "model" or "module".
         overwrite: replace a folder that holds a checkpoint.
         verify: compare logits of both sides for random tokens, where transformers has the model.
         max_shard_size: bytes of a file of weights, or a text such as "5GB". It bounds the memory taken.
@@ -129,6 +135,9 @@ def convert(
             taps N // 256, at least 1), `use_projections` (of heads in one tensor; true), `mean` (of Toeplitz heads
             with root-mean-square norms; to be given). Of a transfixer without a config.json `num_attention_heads` (to
             be given), `rope_theta` (10000) and `norm_eps` (1e-6).
+        revision: branch, tag or commit, where the source is a Hub id.
+        prefix: what to remove from the keys that begin with it. Prefixes are found without it where the keys fit the
+            configuration once one is removed, added or replaced; the report's notes say so.
 
     Returns:
         The report.
@@ -140,14 +149,18 @@ def convert(
     """
     folder = Path(os.path.abspath(folder))
     if to is not None and to not in _TARGETS:
-        raise ValueError(f"to: got {to!r}; accepted: {', '.join(_TARGETS)}")
+        raise ValueError(f"--to must be one of {', '.join(_TARGETS)}, got {to!r}.")
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}; accepted: {', '.join(_DTYPES)}")
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     _check_folder(folder, overwrite)
-    read_from = _source_folder(source, allow_pickle)
+    read_from, commit = source_folder(source, revision=revision, allow_pickle=allow_pickle)
     if folder.resolve() in (read_from.resolve(), *read_from.resolve().parents):
-        raise ValueError(f"folder: {folder} is or holds the source; accepted: another folder")
-    read = _read(read_from, allow_pickle, settings)
+        raise ValueError(f"{folder} is or holds the source. Write to another folder.")
+    read = _read(read_from, allow_pickle, settings, prefix)
+    if commit is not None:
+        read.notes.insert(0, f"source: {source} at commit {commit}")
+    if verify and read.is_plain:
+        _check_reading(read, read_from)
     to = to or ("zoo" if read.format else "transformers")
     target = None if to == "zoo" else _target_format(to, read)
     ours = read.ours if dtype is None else _cast(read.ours, _DTYPES[dtype], read.zoo_class)
@@ -175,95 +188,112 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"folder: {folder} exists and is not empty; accepted: a new or empty folder, or with --overwrite "
-            "(overwrite=True) a checkpoint's"
+            f"{folder} exists and is not empty. Write to a new or empty folder, or pass --overwrite (overwrite=True) "
+            "to replace a checkpoint."
         )
     if not (folder / "config.json").is_file() and not _is_bare(folder):
-        raise ValueError(f"folder: {folder} is not replaced, as it is no checkpoint: it holds no config.json")
+        raise ValueError(f"{folder} is not replaced: it holds no config.json, so it is no checkpoint.")
 
 
 def _is_bare(folder: Path) -> bool:
     """Whether there are weights and nothing that says what they are."""
-    weights = any(folder.glob("model*.safetensors")) or (folder / "pytorch_model.bin").is_file()
+    weights = any(folder.glob("model*.safetensors")) or any(
+        (folder / name).is_file() for name in (PICKLE, PICKLE_INDEX)
+    )
     return weights and not (folder / "config.json").is_file()
 
 
-def _source_folder(source: str | Path, allow_pickle: bool) -> Path:
-    """The folder to read from: the source itself, or what is needed of a Hub repository, downloaded."""
-    if Path(source).is_dir():
-        return Path(source)
-    source = hub_id(source)
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *_CARRIED]
-    folder = Path(snapshot_download(source, allow_patterns=patterns))
-    if allow_pickle and not any(folder.glob("*.safetensors")):
-        # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
-        return Path(snapshot_download(source, revision=folder.name, allow_patterns=["pytorch_model.bin", *patterns]))
-    return folder
-
-
-def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = ()) -> _Checkpoint:
-    """A checkpoint whose keys, shapes and dtypes are what its configuration, or its sizes, promise."""
+def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = (), prefix: str | None = None) -> _Checkpoint:
+    """Read a checkpoint whose keys, shapes and dtypes are what its configuration, or its sizes, promise."""
     if _is_bare(folder):
-        return _read_mixer(folder, read_weights(folder, allow_pickle=allow_pickle), settings)
+        return _read_mixer(folder, _read_tensors(folder, allow_pickle, prefix), settings)
     values = read_config(folder)
-    if values.get("model_type") == "llama" and _is_transfixer(folder, allow_pickle):
-        return _read_mixer(folder, read_weights(folder, allow_pickle=allow_pickle), settings)
+    if values.get("model_type") == "llama":
+        weights = _read_tensors(folder, allow_pickle, prefix)
+        if is_transfixer(weights.tensors):
+            return _read_mixer(folder, weights, settings)
     if settings:
-        raise ValueError(f"set: got {settings[0]!r}; accepted: nothing for a checkpoint whose config.json says it all")
+        raise ValueError(f"--set must be left out where config.json says what the model is, got {settings[0]!r}.")
     found = next((form for form in FORMATS if form.reads(values)), None)
     zoo_class = found.zoo_class if found else _zoo_class(values)
-    read = found.read if found else zoo_class.config_class.from_pretrained  # pyright: ignore[reportOptionalMemberAccess]
-    try:
-        config: Any = read(folder)
-        zoo_config = found.zoo_config(config) if found else config
-    except StrictDataclassError as error:  # of several lines, the reason in the last
-        raise ValueError(f"config.json: {str(error).strip().splitlines()[-1].strip()}") from None
-    tensors = read_weights(folder, allow_pickle=allow_pickle)
-    if found:
-        tensors = {found.former_keys.get(key, key): tensor for key, tensor in tensors.items()}
+    config, zoo_config = _read_configuration(folder, found, zoo_class)
+    weights = _read_tensors(folder, allow_pickle, prefix)
     model = _empty(zoo_class, zoo_config)
     mapper = Mapper(found.rules(zoo_config), model) if found else None
     expected = mapper.expected() if mapper else {key: lazy(tensor) for key, tensor in model.items()}
     embedding = mapper.theirs_of(_EMBEDDING) if mapper else _EMBEDDING
-    if zoo_config.tie_word_embeddings and _HEAD in tensors and embedding in tensors:
+    tied = bool(zoo_config.tie_word_embeddings)
+    former_keys = found.former_keys if found else {}
+    fitted = fit_keys(weights.tensors, expected, embedding, tied=tied, former_keys=former_keys)
+    tensors = fitted.tensors
+    if tied and _HEAD in tensors and embedding in tensors:
         head = tensors.pop(_HEAD)
         if head.shape != tensors[embedding].shape or not torch.equal(head.load(), tensors[embedding].load()):
             raise ValueError(
-                f"{folder.name}: the configuration ties the head to the embedding, but {_HEAD} is not {embedding}"
+                f"{folder.name}: config.json says that the head is the embedding (`tie_word_embeddings`), but "
+                f"{_HEAD} and {embedding} differ. Set it to false, or remove {_HEAD}."
             )
-    check(tensors, expected, folder.name)
-    return _Checkpoint(found, config, tensors, zoo_class, zoo_config, mapper.to_ours(tensors) if mapper else tensors)
+    hint = fitted.hint
+    if not tied and _HEAD in expected and _HEAD not in tensors and not hint:
+        hint = " If the head is the embedding, set `tie_word_embeddings` to true in config.json."
+    check(tensors, expected, folder.name, hint=hint)
+    ours = mapper.to_ours(tensors) if mapper else tensors
+    notes, is_plain = [*weights.notes, *fitted.notes], weights.is_plain and not fitted.notes
+    return _Checkpoint(found, config, tensors, zoo_class, zoo_config, ours, notes, is_plain)
 
 
-def _is_transfixer(folder: Path, allow_pickle: bool) -> bool:
-    return is_transfixer(read_weights(folder, allow_pickle=allow_pickle))
+def _read_configuration(folder: Path, found: Format | None, zoo_class: type[ZooPreTrainedModel]) -> tuple[Any, Any]:
+    """Return the configuration of a folder as its own library has it, and ours."""
+    read = found.read if found else zoo_class.config_class.from_pretrained  # pyright: ignore[reportOptionalMemberAccess]
+    try:
+        config: Any = read(folder)
+        return config, found.zoo_config(config) if found else config
+    except StrictDataclassError as error:  # of several lines, the reason in the last
+        raise ValueError(f"config.json: {str(error).strip().splitlines()[-1].strip()}") from None
 
 
-def _read_mixer(folder: Path, tensors: dict[str, LazyTensor], settings: Sequence[str]) -> _Checkpoint:
-    """A checkpoint of mixers of positions, which its keys tell."""
+def _read_tensors(folder: Path, allow_pickle: bool, prefix: str | None) -> Weights:
+    """Read the weights of a folder, without a prefix that is to be removed."""
+    weights = read_checkpoint(folder, allow_pickle=allow_pickle)
+    if prefix is None:
+        return weights
+    tensors, notes = strip_prefix(weights.tensors, prefix)
+    return Weights(tensors, [*weights.notes, *notes], is_plain=False)
+
+
+def _read_mixer(folder: Path, weights: Weights, settings: Sequence[str]) -> _Checkpoint:
+    """Read a checkpoint of position mixers, which is known by its keys."""
+    tensors, unwrapped = without_wrappers(weights.tensors)
     reading, used = read_mixer(folder, tensors, settings)
     mapper = Mapper(reading.rules, _empty(reading.model_class, reading.config))
     check(used, mapper.expected(), folder.name, "the sizes of its first block")
     form = replace(MASKED_MIXER, name=reading.name, zoo_class=reading.model_class)
-    ours = mapper.to_ours(used)
-    return _Checkpoint(form, None, used, reading.model_class, reading.config, ours, reading.notes)
+    ours, notes = mapper.to_ours(used), [*weights.notes, *unwrapped, *reading.notes]
+    return _Checkpoint(form, None, used, reading.model_class, reading.config, ours, notes)
+
+
+def _check_reading(read: _Checkpoint, folder: Path) -> None:
+    """Compare the tensors read with those that the source's own library loads from its folder, where it is there."""
+    model_class = read.format.model_class if read.format else read.zoo_class
+    if model_class is not None:
+        check_tensors(model_class, folder, read.tensors)
 
 
 def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
     """Our model that a config.json of no other library names."""
     by_type = {str(kind.config_class.model_type): kind for kind in _ZOO_CLASSES}  # pyright: ignore[reportOptionalMemberAccess]
     model_type = values.get("model_type")
-    if model_type not in by_type:
+    if not isinstance(model_type, str) or model_type not in by_type:
         theirs = [form.name.split()[1] for form in FORMATS if form.library != "state-spaces" and not form.bare]
         raise ValueError(
-            f"config.json: model_type: got {model_type!r}; accepted: {', '.join([*theirs, *by_type])}, or with none "
-            "that of state-spaces, with d_model and n_layer"
+            f"config.json: `model_type` must be one of {', '.join([*theirs, *by_type])}, or missing beside the "
+            f"`d_model` and `n_layer` of state-spaces, got {model_type!r}."
         )
-    architecture = (values.get("architectures") or [by_type[model_type].__name__])[0]
-    if architecture != by_type[model_type].__name__:
+    architectures = values.get("architectures") or [by_type[model_type].__name__]
+    if architectures != [by_type[model_type].__name__]:
         raise ValueError(
-            f"config.json: architectures: got {architecture!r}; accepted: {by_type[model_type].__name__}, as only "
-            "language models are converted"
+            f"config.json: `architectures` must be [{by_type[model_type].__name__!r}], as only language models are "
+            f"converted, got {architectures!r}."
         )
     return by_type[model_type]
 
@@ -286,8 +316,10 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
     for form in formats:
         if form.writes(read.zoo_config):
             return form
-    accepted = ", ".join(form.name for form in formats) or "zoo"
-    raise ValueError(f"to: {to} has no model like this {read.zoo_config.model_type}; accepted: {accepted}")
+    known = ", ".join(form.name for form in formats) or "none"
+    raise ValueError(
+        f"--to {to}: that library has no model like this {read.zoo_config.model_type}; those of the same kind: {known}."
+    )
 
 
 def _cast(
@@ -326,7 +358,7 @@ def _write_config(
     if target is not None and target.bare:
         return
     if target is not None and target.model_class is None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(json_text(config, "config.json") + "\n", encoding="utf-8")
         return
     config.dtype = dtype
     config.architectures = [(target.model_class if target and target.model_class else zoo_class).__name__]
@@ -341,7 +373,7 @@ def _write_config(
 
 def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None) -> list[str]:
     """Copy what is the same in every format; say what was."""
-    carried = copy_files(source, made, _CARRIED)
+    carried = copy_files(source, made, CARRIED_FILES)
     licence = made / "LICENSE"
     # Where a zoo model's weights have no licence of their own, this is that of its code, which stays behind.
     of_code = licence.is_file() and licence.read_text(encoding="utf-8") == code_licence()

@@ -1,7 +1,6 @@
 """What a checkpoint format is: a layout of another library's for one of our models, read and written."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..modeling.causal_lm import ZooPreTrainedModel
+from .json_files import read_json_object
 from .rules import Rule
 
 CARRIED_IDS = ("use_cache", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -53,55 +53,73 @@ class Format:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The values of a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        ValueError: if there is none, or it is not a JSON object.
+        ValueError: if there is none, it is not a JSON object, or it says that the weights are quantised.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"source: {folder} is no checkpoint: it holds no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"config.json: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config.json: accepted: an object, got {type(values).__name__}")
+        raise ValueError(
+            f"{folder} holds no config.json, so it is no checkpoint. Only position mixers are read without one, from "
+            "a folder that holds nothing but weights."
+        )
+    values = read_json_object(path, "config.json", allow_infinity=True)
+    refuse_quantised(values)
     return values
+
+
+def refuse_quantised(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a config.json says that its weights are quantised."""
+    quantisation = values.get("quantization_config")
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    raise ValueError(
+        f"config.json: `quantization_config` says that the weights are quantised ({method or 'method not named'}). "
+        "Quantised weights cannot be converted. Dequantise the model and save it, or take the checkpoint that it was "
+        "made from."
+    )
 
 
 def require(name: str, value: Any, accepted: Any, why: str) -> None:
     """Raise a ValueError that names a field which has another value than the only one that can be expressed."""
     if value != accepted:
-        raise ValueError(f"config.json: {name}: got {value!r}; accepted: {accepted!r} ({why})")
+        raise ValueError(f"config.json: `{name}` must be {accepted!r}, got {value!r} ({why}).")
 
 
-def filled(prefix: str, values: Any, defaults: dict[str, Any], library: str) -> dict[str, Any]:
-    """The values of an object of config.json, with defaults for those that are not given.
+def filled(
+    prefix: str, values: Any, defaults: dict[str, Any], library: str, ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the values of an object of config.json, with defaults for those that are not given.
 
     Args:
         prefix: name of the object and a dot, for the message; empty for the whole file.
         values: what was read.
         defaults: every field that there is, with its default.
         library: whose fields they are, for the message.
+        ignored: fields that say nothing about the model, which are left out.
 
     Raises:
         ValueError: if it is no object, or has another field.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"config.json: {prefix.rstrip('.')}: got {values!r}; accepted: an object")
+        raise ValueError(f"config.json: `{prefix.rstrip('.')}` must be an object, got {values!r}.")
     for key in values:
-        if key not in defaults:
-            raise ValueError(f"config.json: {prefix}{key}: not a field of {library}; accepted: {', '.join(defaults)}")
-    return {**defaults, **values}
+        if key not in defaults and key not in ignored:
+            raise ValueError(
+                f"config.json: `{prefix}{key}` is not a field of {library}: {', '.join(defaults)}. Remove it if it "
+                "does not change what the model computes."
+            )
+    return {**defaults, **{key: value for key, value in values.items() if key in defaults}}
 
 
 def positive(name: str, value: Any) -> None:
     """Raise a ValueError that names a field which is no integer from 1."""
     if type(value) is not int or value < 1:
-        raise ValueError(f"config.json: {name}: got {value!r}; accepted: an integer from 1")
+        raise ValueError(f"config.json: `{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def head_rules(config: PreTrainedConfig) -> list[Rule]:
-    """The rule for the language-modelling head, which a tied model has not of its own."""
+    """Return the rule for the LM head; none if the head is tied to the embedding."""
     return [] if config.tie_word_embeddings else [Rule("lm_head.weight", "lm_head.weight")]

@@ -23,7 +23,7 @@ from ..modeling import (
 )
 from .format import Format, head_rules, read_config, require
 from .rules import Rule, SplitRows
-from .state_spaces_config import EPSILON, StateSpacesConfig, is_state_spaces, layer_kind, parse
+from .state_spaces_config import EPSILON, LARGEST_STEP, StateSpacesConfig, is_state_spaces, layer_kind, parse
 
 BYTES = 256
 """Vocabulary of MambaByte (arXiv 2401.13660), whose checkpoints have this layout: the tokens are bytes, no others."""
@@ -161,7 +161,10 @@ def _steps(config: ZooMambaConfig | ZooMamba2Config) -> dict[str, float]:
 
 
 def _groups(config: ZooMamba2Config | ZooHybridConfig) -> dict[str, Any]:
-    return {"ngroups": config.n_groups, "dt_limit": list(config.time_step_limit)}
+    low, high = config.time_step_limit
+    # Where the default is meant nothing is written: it has an infinity, which JSON does not have.
+    limit = {} if (low, high) == (0.0, math.inf) else {"dt_limit": [low, min(high, LARGEST_STEP)]}
+    return {"ngroups": config.n_groups, **limit}
 
 
 def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:

@@ -140,8 +140,13 @@ def read_json(path: Path) -> Any:
 
 
 def json_text(value: Any, field: str, indent: int | None = None) -> str:
+    """The value as JSON text.
+
+    Raises:
+        ValueError: if JSON does not know a kind of value in it, or has no word for a number that is not finite.
+    """
     try:
-        return json.dumps(dict(value) if isinstance(value, Mapping) else value, indent=indent)
+        return json.dumps(dict(value) if isinstance(value, Mapping) else value, indent=indent, allow_nan=False)
     except (TypeError, ValueError) as error:
         accepted = "numbers, texts, true, false, none, and lists and dicts of them"
         raise ValueError(f"{field}: {error}; accepted: {accepted}") from None

@@ -100,6 +100,28 @@ def compare(ours: Tensor, theirs: Tensor, between: str) -> Difference:
     return result
 
 
+def check_tensors(model_class: type[PreTrainedModel], folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Compare tensors read from a folder with those that transformers loads from it by its own means.
+
+    Raises:
+        ValueError: if it does not load, or one of them differs.
+    """
+    loaded: Any = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, found = loaded
+    state = model.state_dict()
+    missing = [key for key in tensors if key not in state or key in found["missing_keys"]]
+    if missing:
+        raise ValueError(
+            f"{folder}: {model_class.__name__}.from_pretrained does not load {len(missing)} tensors: {missing[0]}"
+        )
+    for key, tensor in tensors.items():
+        if not torch.allclose(state[key].float(), tensor.load().float(), rtol=0.0, atol=0.0, equal_nan=True):
+            raise ValueError(
+                f"{folder}: {model_class.__name__}.from_pretrained loads other values for {key} than were read here. "
+                "Nothing is written."
+            )
+
+
 def logits_of_tensors(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]
 ) -> Tensor:

@@ -203,7 +203,7 @@ class Mapper:
         """
         lacking = [key for theirs, ours, _ in self._steps if not theirs for key in ours]
         lost = [key for key in lacking if bool(tensors[key].load().any())]
-        _raise("weights", {"that have to be 0, as the other layout has none, are not": lost})
+        _raise("weights that the other layout has no place for must be 0", {"are not": lost})
         return self._from_ours(tensors)
 
     def _from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -217,7 +217,11 @@ class Mapper:
 
 
 def check(
-    tensors: Mapping[str, LazyTensor], expected: Mapping[str, LazyTensor], where: str, promise: str = "config.json"
+    tensors: Mapping[str, LazyTensor],
+    expected: Mapping[str, LazyTensor],
+    where: str,
+    promise: str = "config.json",
+    hint: str = "",
 ) -> None:
     """Compare a checkpoint with what its configuration promises.
 
@@ -226,6 +230,7 @@ def check(
         expected: what there has to be.
         where: name of the checkpoint, for the message.
         promise: what says so, for the message.
+        hint: what the message ends with.
 
     Raises:
         ValueError: if keys are missing or left over, or shapes or dtypes are others: all of it in one message.
@@ -243,8 +248,9 @@ def check(
             "missing": [key for key in expected if key not in tensors],
             "left over": [key for key in tensors if key not in expected],
             "of another shape": shapes,
-            f"no weights by their dtype (accepted: {', '.join(map(_name, _WEIGHTS))})": dtypes,
+            f"of a dtype other than {', '.join(map(_name, _WEIGHTS))}": dtypes,
         },
+        hint,
     )
 
 
@@ -253,7 +259,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def _raise(what: str, problems: dict[str, list[str]]) -> None:
+def _raise(what: str, problems: dict[str, list[str]], hint: str = "") -> None:
     """Raise a ValueError that says how many of each problem there are, and which the first are."""
     texts = []
     for problem, names in problems.items():
@@ -261,7 +267,7 @@ def _raise(what: str, problems: dict[str, list[str]]) -> None:
             more = ", ..." if len(names) > _SHOWN else ""
             texts.append(f"{len(names)} {problem}: {', '.join(names[:_SHOWN])}{more}")
     if texts:
-        raise ValueError(f"{what}: {'; '.join(texts)}")
+        raise ValueError(f"{what}: {'; '.join(texts)}{f'.{hint}' if hint else ''}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,9 +1,11 @@
 """The config.json of state-spaces/mamba (e9594ce, `models/config_mamba.py` and the modules' arguments), checked.
 
 It has no model type. A field that is not known here, or has a value that our models cannot express, is refused by its
-name; a field that only says how to initialise or how fast to compute is left aside.
+name; a field that only says how to initialise or how fast to compute is not used, and of what transformers and the Hub
+write beside them, `IGNORED` is left out.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,13 @@ from .format import filled, positive, require
 
 EPSILON = 1e-5
 """Epsilon of every norm, which is no field."""
+
+IGNORED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_commit_hash")
+"""Fields of transformers' that say nothing about what is computed."""
+
+LARGEST_STEP = 3.4028234663852886e38
+"""The largest float32. JSON has no infinity: a step size limit without an upper end is written as this, and no step
+size in float32 is larger."""
 
 _MODEL = {
     "d_model": None,
@@ -83,10 +92,22 @@ class StateSpacesConfig:
 
 
 def layer_kind(values: dict[str, Any]) -> tuple[str, bool]:
-    """Kind of the state-space layers as `ssm_cfg` gives it, and whether every block is such a mixer alone."""
+    """Return the kind of the state-space layers as `ssm_cfg` gives it, and whether every block is such a mixer alone.
+
+    Where every block has attention, `ssm_cfg` says nothing, and the kind is "Mamba2", which goes with attention.
+    """
+    if _attends_everywhere(values):
+        return "Mamba2", False
     mixer = values.get("ssm_cfg") or {}
     layer = str(mixer.get("layer", "Mamba1")) if isinstance(mixer, dict) else ""
     return layer, not values.get("attn_layer_idx") and not values.get("d_intermediate")
+
+
+def _attends_everywhere(values: dict[str, Any]) -> bool:
+    layers, count = values.get("attn_layer_idx"), values.get("n_layer")
+    if not isinstance(layers, list) or type(count) is not int or not 0 < count == len(layers):
+        return False
+    return all(type(layer) is int for layer in layers) and sorted(layers) == list(range(count))
 
 
 def is_state_spaces(values: dict[str, Any]) -> bool:
@@ -100,17 +121,21 @@ def parse(values: dict[str, Any]) -> StateSpacesConfig:
     Raises:
         ValueError: with the name of a field that is unknown, malformed, or says what cannot be expressed.
     """
-    model = filled("", values, _MODEL, "state-spaces")
+    model = filled("", values, _MODEL, "state-spaces", ignored=IGNORED)
     for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
         positive(name, model[name])
     require("rms_norm", model["rms_norm"], True, "norms of the mean are not offered")
     layer, plain = layer_kind(values)
     if layer not in _MIXERS:
-        raise ValueError(f"config.json: ssm_cfg.layer: got {layer!r}; accepted: {', '.join(_MIXERS)}")
+        raise ValueError(f"config.json: `ssm_cfg.layer` must be {' or '.join(_MIXERS)}, got {layer!r}.")
     if layer == "Mamba1" and not plain:
         name = "attn_layer_idx" if model["attn_layer_idx"] else "d_intermediate"
-        raise ValueError(f"config.json: {name}: got {model[name]!r}; accepted with Mamba1: none")
-    given = {key: value for key, value in (model["ssm_cfg"] or {}).items() if key != "layer"}
+        raise ValueError(f"config.json: `{name}` must be empty or 0 with Mamba1, got {model[name]!r}.")
+    given = model["ssm_cfg"] or {}
+    if _attends_everywhere(model):  # its fields are of no use, whichever kind they are of
+        given = {}
+    elif isinstance(given, dict):
+        given = {key: value for key, value in given.items() if key != "layer"}
     mixer = filled("ssm_cfg.", given, _MIXERS[layer], "state-spaces")
     for name in ("d_state", "expand", "d_conv"):
         positive(f"ssm_cfg.{name}", mixer[name])
@@ -120,9 +145,18 @@ def parse(values: dict[str, Any]) -> StateSpacesConfig:
         require("ssm_cfg.D_has_hdim", mixer["D_has_hdim"], False, "D has one value for each head")
         require("ssm_cfg.rmsnorm", mixer["rmsnorm"], True, "the mixer has a gated norm")
         require("ssm_cfg.norm_before_gate", mixer["norm_before_gate"], False, "the gate comes before the norm")
+        mixer["dt_limit"] = _limit(mixer["dt_limit"])
     vocab_size = -(-model["vocab_size"] // model["pad_vocab_size_multiple"]) * model["pad_vocab_size_multiple"]
     attention = _attention(model) if model["attn_layer_idx"] else {}
     return StateSpacesConfig(layer, model, mixer, attention, vocab_size)
+
+
+def _limit(value: Any) -> list[float]:
+    """Return the range of step sizes; an upper end that no float32 exceeds is none."""
+    if not isinstance(value, list) or len(value) != 2 or any(type(end) not in (int, float) for end in value):
+        raise ValueError(f"config.json: `ssm_cfg.dt_limit` must be a list of two numbers, got {value!r}.")
+    low, high = map(float, value)
+    return [low, math.inf if high >= LARGEST_STEP else high]
 
 
 def _attention(model: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +165,7 @@ def _attention(model: dict[str, Any]) -> dict[str, Any]:
         type(layer) is int and 0 <= layer < model["n_layer"] for layer in layers
     ):
         raise ValueError(
-            f"config.json: attn_layer_idx: got {layers!r}; accepted: numbers of the {model['n_layer']} layers"
+            f"config.json: `attn_layer_idx` must be a list of layer numbers below {model['n_layer']}, got {layers!r}."
         )
     attention = filled("attn_cfg.", model["attn_cfg"] or {}, _ATTENTION, "state-spaces")
     positive("attn_cfg.num_heads", attention["num_heads"])

@@ -1,8 +1,7 @@
 """Weights on the disk: read tensor by tensor, and written shard by shard, so that no more than a shard is in memory."""
 
-import json
-import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .json_files import json_text, parse_json, typed
+from .pickle_weights import read_pickle
 from .rules import LazyTensor, lazy
+from .weight_choice import SAFETENSORS_INDEX, choose_weights
 
-_SINGLE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,75 +29,96 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
-def read_weights(folder: Path, *, allow_pickle: bool = False) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint by name, none of them read yet.
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a checkpoint.
+
+    Attributes:
+        tensors: the tensors by name, none of which is read yet.
+        notes: lines for a report: which files were chosen, what they were wrapped in.
+        is_plain: whether transformers, too, can read the files as they are.
+    """
+
+    tensors: dict[str, LazyTensor]
+    notes: list[str] = field(default_factory=list)
+    is_plain: bool = True
+
+
+def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Weights:
+    """Read the weights of a checkpoint, of the files that `weight_choice` chooses.
 
     Args:
-        folder: holds `model.safetensors`, an index and its shards, or, which is taken only where those are not,
-            `pytorch_model.bin`.
-        allow_pickle: take `pytorch_model.bin`. A pickle can hold code; it is read with `weights_only=True`.
+        folder: holds the weights.
+        allow_pickle: read a file of `torch.save`, always with `weights_only=True`, which runs no code.
 
     Raises:
         ValueError: if there are no weights, only a pickle that is not allowed, a file that is damaged, or an index
             that does not fit its shards.
     """
-    if (folder / _INDEX).is_file():
-        return _read_shards(folder)
-    if (folder / _SINGLE).is_file():
-        return _read_file(folder / _SINGLE)
-    if not (folder / _PICKLE).is_file():
-        raise ValueError(f"source: {folder} holds no weights; accepted: {_SINGLE}, {_INDEX} with its shards, {_PICKLE}")
-    if not allow_pickle:
+    chosen = choose_weights(folder)
+    if chosen.is_pickle and not allow_pickle:
         raise ValueError(
-            f"source: {folder} has its weights in {_PICKLE}, a pickle, which can hold code; accepted: safetensors, or "
-            "with --allow-pickle (allow_pickle=True) a pickle of nothing but tensors"
+            f"{folder} has its weights in {chosen.name}, a pickle, which can hold code. Pass --allow-pickle "
+            "(allow_pickle=True) to read nothing but tensors from it."
         )
-    return _read_pickle(folder / _PICKLE)
-
-
-def _read_shards(folder: Path) -> dict[str, LazyTensor]:
-    try:
-        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_INDEX}: no weight_map of key to file can be read from it ({error})") from None
-    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{_INDEX}: {len(missing)} of {len(names)} shards are not there: {', '.join(missing[:3])}")
-    shards = {name: _read_file(folder / name) for name in names}
-    held = {key: name for name, tensors in shards.items() for key in tensors}
+    notes, files = chosen.notes(), {}
+    is_plain = chosen.has_metadata
+    for name, path in chosen.paths.items():
+        if chosen.is_pickle:
+            tensors, wrapped = read_pickle(path)
+            files[name] = {key: lazy(tensor) for key, tensor in tensors.items()}
+            notes, is_plain = [*notes, *wrapped], is_plain and not wrapped
+        else:
+            files[name] = _read_safetensors(path)
+    weight_map = chosen.weight_map
+    if weight_map is None:
+        return Weights(files[chosen.name], notes, is_plain)
+    held: dict[str, str] = {}
+    for name, tensors in files.items():
+        for key in tensors:
+            if key in held:
+                raise ValueError(f"{chosen.name}: {key} is in two shards, {held[key]} and {name}.")
+            held[key] = name
     wrong = sorted(key for key in held.keys() | weight_map.keys() if held.get(key) != weight_map.get(key))
     if wrong:
-        raise ValueError(f"{_INDEX}: {len(wrong)} keys are not in the shards it says: {', '.join(wrong[:3])}")
-    return {key: shards[name][key] for key, name in weight_map.items()}
+        key = wrong[0]
+        raise ValueError(
+            f"{chosen.name} does not fit its shards for {len(wrong)} keys: {key} is in {held.get(key, 'no shard')}, "
+            f"`weight_map` names {weight_map.get(key, 'none')}. Save the checkpoint again, or repair the index."
+        )
+    if not chosen.has_metadata:
+        notes = [*notes, f"{chosen.name}: `metadata` is missing; transformers does not read such an index"]
+    return Weights({key: files[name][key] for key, name in weight_map.items()}, notes, is_plain)
 
 
-def _read_file(path: Path) -> dict[str, LazyTensor]:
+def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    _check_header(path)
     try:
         file: Any = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path.name}: no whole safetensors file ({error})") from None
+        raise ValueError(f"{path.name} is damaged, or no safetensors file ({error}).") from None
     tensors = {}
     for key in file.keys():  # noqa: SIM118, it is no mapping
         header = file.get_slice(key)
         if header.get_dtype() not in _DTYPES:
-            raise ValueError(f"{path.name}: {key} is of dtype {header.get_dtype()}; accepted: {', '.join(_DTYPES)}")
+            raise ValueError(f"{path.name}: {key} must be of one of {', '.join(_DTYPES)}, got {header.get_dtype()}.")
         shape, dtype = tuple(header.get_shape()), _DTYPES[header.get_dtype()]
         tensors[key] = LazyTensor(shape, dtype, lambda key=key: file.get_tensor(key))
     return tensors
 
 
-def _read_pickle(path: Path) -> dict[str, LazyTensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path.name}: not a whole file of tensors alone ({type(error).__name__}: {first})") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path.name}: accepted: a dict of tensors, got {type(state).__name__}")
-    return {str(key): lazy(tensor) for key, tensor in state.items()}
+def _check_header(path: Path) -> None:
+    """Refuse a header that names a tensor twice: the library would take the last one and say nothing."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(_LARGEST_HEADER, path.stat().st_size):
+            return  # damaged, as the library will say
+        header = file.read(size)
+    if header.strip():
+        typed(parse_json(header, f"{path.name}: its header"), dict, f"{path.name}: its header", "")
 
 
 def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, max_shard_size: int | str = "5GB") -> None:
@@ -119,4 +141,5 @@ def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, max_shard_
         del shard
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json_text(index, SAFETENSORS_INDEX, sort_keys=True)
+        (folder / SAFETENSORS_INDEX).write_text(f"{text}\n", encoding="utf-8")

@@ -9,12 +9,11 @@ newer ones have been proven whole by their checksums.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..conversion.checkpoint_manifest import newest_whole
+from ..conversion.fingerprint import sha256_of
 from ..conversion.output_folder import TEMPORARY, flush, json_text, read_json
 
 _FORMAT = 1
@@ -117,7 +118,7 @@ def save_checkpoint(
     try:
         save_file(tensors, temporary / _TENSORS, metadata={"format": "pt"})
         flush(temporary / _TENSORS)
-        state["sha256"] = _sha256(temporary / _TENSORS)
+        state["sha256"] = sha256_of(temporary / _TENSORS)
         (temporary / _STATE).write_text(json_text(state, "extra"), encoding="utf-8")
         flush(temporary / _STATE)
         flush(temporary)
@@ -135,32 +136,36 @@ def save_checkpoint(
     return target
 
 
-def load_latest(folder: str | Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole; a damaged one is passed over with a warning.
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def load_latest(folder: str | Path, report: Callable[[str], object] = _warn) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole.
 
     Args:
         folder: where `save_checkpoint` wrote; may be missing.
+        report: is given one line for every damaged checkpoint that is passed over; a warning by default.
 
     Returns:
-        The checkpoint, its tensors on the CPU, or None if there is no whole one.
+        The checkpoint, its tensors on the CPU, or None if there are no checkpoints.
 
     Raises:
-        ValueError: if a checkpoint was written by a later version in another format.
+        ValueError: if there are checkpoints and none is whole, or one was written by a later version in another
+            format.
     """
-    for path in _checkpoints(Path(folder)):
-        state = _whole_state(path)
-        if state is None:
-            warnings.warn(
-                f"{path} is damaged (its files do not match their checksum) and is passed over",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            continue
-        if state["format"] != _FORMAT:
-            raise ValueError(f"{path}: format: got {state['format']!r}; accepted: {_FORMAT}")
-        tensors = load_file(path / _TENSORS)
-        return Checkpoint(path, state["stage"], state["step"], tensors, state["groups"], state["extra"])
-    return None
+    return newest_whole(_checkpoints(Path(folder)), _read, report)
+
+
+def _read(path: Path) -> Checkpoint | str:
+    """What a checkpoint holds, or what is wrong with it."""
+    state = _whole_state(path)
+    if state is None:
+        return "its files do not match their checksum"
+    if state["format"] != _FORMAT:
+        raise ValueError(f"{path}: format: got {state['format']!r}; accepted: {_FORMAT}")
+    tensors = load_file(path / _TENSORS)
+    return Checkpoint(path, state["stage"], state["step"], tensors, state["groups"], state["extra"])
 
 
 def restore(
@@ -318,7 +323,7 @@ def _whole_state(path: Path) -> dict[str, Any] | None:
     state = read_json(path / _STATE)
     if not isinstance(state, dict) or not {"format", "stage", "step", "groups", "extra", "sha256"} <= state.keys():
         return None
-    if not (path / _TENSORS).is_file() or _sha256(path / _TENSORS) != state["sha256"]:
+    if not (path / _TENSORS).is_file() or sha256_of(path / _TENSORS) != state["sha256"]:
         return None
     return state
 
@@ -339,8 +344,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,11 +17,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.load_model import load_model, load_tokenizer
 from ..conversion.provenance import SOURCE_FILE
 
 __all__ = ["fetch_smollm2", "gguf_to_folder", "load_gguf"]
@@ -49,20 +51,22 @@ def load_gguf(
 
     Raises:
         ValueError: if the package `gguf` is missing, or the file is missing, not GGUF, or of an architecture that
-            transformers cannot read from GGUF.
+            transformers cannot read from GGUF, or its weights are not all there and finite.
     """
     path = Path(path)
     metadata = _gguf_metadata(path)
     # Both constructors draw initial weights; a caller's seed must not depend on where the teacher came from.
     with torch.random.fork_rng(devices=[]):
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        loaded = load_model(
+            path.parent, AutoModelForCausalLM, field=f"teacher: {path.name}", gguf_file=path.name, dtype=torch.float32
+        )
         config = loaded.config
         for attribute in ("quantization_config", "_model_name_or_path"):
             if hasattr(config, attribute):
                 delattr(config, attribute)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer: Any = load_tokenizer(path.parent, field="teacher", gguf_file=path.name)
     if metadata.get("tokenizer.ggml.pre") == "smollm":
         # transformers reads every byte-level BPE as GPT-2's. SmolLM splits off each digit before that
         # (LLAMA_VOCAB_PRE_TYPE_SMOLLM in llama.cpp), which matters for spaces and line ends before a number.

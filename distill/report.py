@@ -41,7 +41,7 @@ from ..conversion.results import (
 )
 from .plots import draw
 
-__all__ = ["EvaluationRow", "evaluation_table", "print_table", "write_report"]
+__all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_report"]
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         (plots / name).unlink(missing_ok=True)
     text = _markdown(checked, figures)
     write_whole(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_json(folder / "report.json", _finite(report))
+    write_json(folder / "report.json", finite(report))
 
 
 def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:
@@ -205,10 +205,10 @@ def _sources(sources: list[str]) -> str:
     return ", ".join(code(source) for source in sources) or "source not recorded"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for every float in it that is not finite."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

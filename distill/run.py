@@ -26,8 +26,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
+from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
+from ..conversion.formatting import number
+from ..conversion.load_model import check_finite
 from ..conversion.machine import describe_machine
-from ..conversion.output_folder import claim_output_folder, result_folder
+from ..conversion.output_folder import result_folder
 from ..conversion.provenance import provenance
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
@@ -37,7 +40,7 @@ from .data import TokenWindows, check_vocabulary, read_texts, shard, tokenize
 from .objectives import LOSS_NAMES, layer_errors, objective
 from .optimizer import average_gradients, clip_gradients, make_optimizer, schedule_factor, trained_parameters
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
-from .report import write_report
+from .report import finite, write_report
 from .student import build_student, zeroed_mixers
 from .teacher import load_teacher, teacher_adapter
 
@@ -45,6 +48,8 @@ from .teacher import load_teacher, teacher_adapter
 _HISTORY = 200
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
 _LAYER_WINDOWS = 2
+_KIND = "ssm-zoo distillation run"
+_REMEDY = "Lower learning_rate, or choose dtype float32."
 # What a process may run under: gradients are averaged over whole replicas.
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -82,19 +87,24 @@ class _Run:
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
 
-def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -> dict[str, Any]:
+def distill(
+    recipe: Recipe, output: str | Path, *, command: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Carry out a recipe, or go on with it.
 
     Args:
         recipe: what to do.
         output: a new or empty folder, or the folder of an earlier start of the same recipe.
         command: what was typed, for the report; the command line of this process if not given.
+        trust_remote_code: run the code that the teacher brings, e.g. of its tokenizer.
 
     Returns:
         The report, as in `report.json`.
 
     Raises:
         ValueError: if the recipe, the teacher, the texts and the folder do not fit together; nothing is written then.
+            Also if the teacher has changed since the run was started, none of the run's checkpoints is whole, or
+            training gives numbers that are not finite; then no result is written.
     """
     accelerator = Accelerator()
     if accelerator.distributed_type not in _REPLICATED:
@@ -113,8 +123,8 @@ def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -
                 f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
                 f"{accelerator.num_processes} processes"
             )
-    run = _prepare(recipe, Path(output), accelerator)
-    found = load_latest(run.output / "checkpoints")
+    run = _prepare(recipe, Path(output), accelerator, trust_remote_code)
+    found = load_latest(run.output / "checkpoints", tqdm.write if run.main else lambda _: None)
     if found is None:
         _first_evaluations(run)
     else:
@@ -122,6 +132,7 @@ def distill(recipe: Recipe, output: str | Path, *, command: str | None = None) -
     done = (0, 0) if found is None else (found.stage, found.step)
     for index in range(done[0], len(recipe.stages)):
         _train_stage(run, index, found if index == done[0] else None)
+    check_finite(run.student, "the trained student", _REMEDY)
     report = _report(run, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
     if run.main:
         _write_results(run, report)
@@ -193,8 +204,6 @@ def _stage_entry(stage: StageSpec) -> dict[str, Any]:
 
 def _note(entry: dict[str, Any], stage: StageSpec, step: int, loss: float, norm: float, rate: float) -> None:
     """Add a step to a stage's curve: a point is the mean over the steps since the one before."""
-    if not math.isfinite(loss):
-        raise ValueError(f"stages.{stage.name}: the loss is {loss} at step {step + 1}; lower learning_rate")
     entry["_pending"].append((loss, norm))
     if (step + 1) % -(-stage.steps // _HISTORY) == 0 or step + 1 == stage.steps:
         losses, norms = zip(*entry["_pending"], strict=True)
@@ -267,11 +276,12 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
         write_card(folder, report)
 
 
-def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
+def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remote_code: bool) -> _Run:
     """Load and check everything, then claim the folder, then build and calibrate the student."""
     main = accelerator.is_main_process
     texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
-    teacher, tokenizer = load_teacher(recipe.teacher)
+    commit = pinned_revision(recipe.teacher, None, output, "teacher") if not Path(recipe.teacher).exists() else None
+    teacher, tokenizer = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
     teacher.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     check_vocabulary(tokenizer, teacher.config)
     layers = resolve_layers(recipe.student.layers, teacher_adapter(teacher).num_layers)
@@ -290,7 +300,7 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator) -> _Run:
                 "evaluation.max_new_tokens"
             )
     if main:
-        claim_output_folder(output, as_mapping(recipe))
+        claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
         temporary = output / ".tmp-recipe.yaml"
         temporary.write_text(dump(recipe), encoding="utf-8")
         temporary.replace(output / "recipe.yaml")
@@ -337,6 +347,7 @@ def _first_evaluations(run: _Run) -> None:
     with run.compute():
         windows = _calibration_windows(run)
         calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
+    check_finite(run.student, "the calibrated student", "Choose dtype float32, or calibration: none.")
     _evaluate(run, "step 0", "start")
 
 
@@ -368,13 +379,19 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     if kind in ("start", "stage"):
         ids = windows[:_LAYER_WINDOWS].to(run.accelerator.device)
         row["layers"] = layer_errors(run.student, run.teacher, run.layers, ids)
+    row = finite(row)
+    # Before training a student may say nothing sensible; the teacher and a trained student have to.
+    lost = [key for key in ("loss", "kl") if row[key] is None and scored.get(key) is not None]
+    if lost and kind in ("teacher", "stage"):
+        who = "the teacher" if kind == "teacher" else "the trained student"
+        raise ValueError(f"evaluation: the held-out {lost[0]} of {who} is {scored[lost[0]]}. {_REMEDY}")
     return row
 
 
 def _one_line(row: dict[str, Any]) -> str:
-    text = f"{row['name']}: held-out loss {row['loss']:.4f}"
-    if row["kl"] is not None:
-        text += f", KL {row['kl']:.4f}, top-1 agreement {row['top1_agreement']:.1%}"
+    text = f"{row['name']}: held-out loss {number(row['loss'])}"
+    if row["top1_agreement"] is not None:
+        text += f", KL {number(row['kl'])}, top-1 agreement {row['top1_agreement']:.1%}"
     return f"{text} ({row['seconds']:.0f} s)"
 
 
@@ -411,6 +428,7 @@ def _train_stage(run: _Run, index: int, found: Checkpoint | None) -> None:
             windows = _calibration_windows(run)
             fit_output_projections(run.student, run.teacher, run.layers, windows, stage.refit, progress=run.main)
         entry["seconds"] = time.monotonic() - started
+    check_finite(run.student, f"stages.{stage.name}: the student after it", _REMEDY)
     run.progress.stages.append({key: value for key, value in entry.items() if not key.startswith("_")})
     _evaluate(run, stage.name, "stage")
     # The next stage's start: its optimiser is made anew, this one's is saved but not put back.
@@ -437,6 +455,9 @@ def _train_step(
         loss = step_loss(ids)
     loss = average_gradients(run.accelerator, parameters, loss)
     norm = clip_gradients(run.student, stage, run.layers, parameters)
+    for name, value in (("loss", loss), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise ValueError(f"stages.{stage.name}: the {name} is {value} at step {step + 1}; lower learning_rate")
     optimizer.step()
     return loss, norm, optimizer.param_groups[0]["lr"]
 

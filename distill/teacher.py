@@ -17,16 +17,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.load_model import WeightsError, load_model, load_tokenizer
 from .fetch import gguf_to_folder, load_gguf
 
 __all__ = [
@@ -45,16 +39,21 @@ CAPTURES = ("block_input", "normed_input", "attention_output", "block_output")
 
 
 def load_teacher(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, frozen and in evaluation mode.
 
-    Only safetensors and GGUF weights are read, and no code of a repository is run.
+    Only safetensors and GGUF weights are read. All of the model's weights must be there and finite.
 
     Args:
         source: a folder, a Hub id, or the path of a .gguf file.
         dtype: dtype of the weights.
         revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run the code that the source brings, e.g. of its tokenizer.
 
     Returns:
         The model, none of whose parameters requires a gradient, and the tokenizer.
@@ -68,12 +67,14 @@ def load_teacher(
         model, tokenizer = load_gguf(source, dtype=dtype)
     else:
         _check_place(source)
-        options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+        options: dict[str, Any] = {"field": "teacher", "revision": revision, "trust_remote_code": trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            tokenizer = load_tokenizer(source, **options)
+            model = load_model(source, AutoModelForCausalLM, dtype=dtype, **options)
+        except WeightsError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0].removeprefix("teacher: ")
             raise ValueError(
                 f"teacher: cannot load {str(source)!r}; accepted: a .gguf file, or a folder or Hub id with the "
                 f"safetensors weights and tokenizer of a causal language model of transformers. Reason: {reason}"

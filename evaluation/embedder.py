@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
-from .. import modeling as _  # noqa: F401 - registers the zoo's classes
+from ..conversion.load_model import check_finite, load_model, quiet_loading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 POOLINGS = {"last": "lasttoken", "mean": "mean"}
 """Name to what sentence-transformers calls it. Both read real tokens alone, on whichever side padding stands."""
+
+HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.", "cls.")
+"""Beginnings of the names of heads: weights that a checkpoint may have and an embedder does not use."""
+
+POOLERS = ("pooler.",)
+"""Beginnings of the names of layers behind the hidden states: weights that an embedder does not need."""
 
 
 def require_sentence_transformers() -> None:
@@ -26,6 +35,10 @@ def require_sentence_transformers() -> None:
             )
 
 
+# Shapes that differ are found by `_check_weights`, with the others.
+_STRICT = {"use_safetensors": True, "ignore_mismatched_sizes": True}
+
+
 def make_embedder(
     source: str,
     *,
@@ -36,6 +49,7 @@ def make_embedder(
     document_prompt: str = "",
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
 ) -> SentenceTransformer:
     """An embedder from a model without a head, or with a head that is left out.
 
@@ -48,6 +62,10 @@ def make_embedder(
         document_prompt: put before every document.
         device: where to; sentence-transformers' choice if None.
         dtype: of the weights; "auto" is the checkpoint's.
+        trust_remote_code: run the code that the source brings.
+
+    Raises:
+        ValueError: if weights other than those of a head are missing, left over or not finite.
     """
     require_sentence_transformers()
     from sentence_transformers import SentenceTransformer
@@ -55,13 +73,15 @@ def make_embedder(
 
     if pooling not in POOLINGS:
         raise ValueError(f"pooling: got {pooling!r}; accepted: {', '.join(POOLINGS)}")
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-    transformer = Transformer(
-        source,
-        model_kwargs={**options, "dtype": dtype, "use_safetensors": True},
-        config_kwargs=dict(options),
-        processor_kwargs=dict(options),
-    )
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    with quiet_loading(source, "model"):
+        transformer = Transformer(
+            source,
+            model_kwargs={**options, "dtype": dtype, **_STRICT},
+            config_kwargs=dict(options),
+            processor_kwargs=dict(options),
+        )
+    _check_weights(transformer, source, "", options)
     if max_tokens is not None:
         transformer.max_seq_length = max_tokens
     tokenizer: Any = transformer.tokenizer
@@ -77,7 +97,13 @@ def make_embedder(
 
 
 def load_embedder(
-    source: str, *, revision: str | None = None, pooling: str | None = None, device: str | None = None, **options: Any
+    source: str,
+    *,
+    revision: str | None = None,
+    pooling: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> SentenceTransformer:
     """An embedder that sentence-transformers has saved, or one made of a plain model.
 
@@ -86,10 +112,12 @@ def load_embedder(
         revision: branch, tag or commit, for a Hub id.
         pooling: for a plain model, how to pool; see :func:`make_embedder`. A saved embedder has its own.
         device: where to; sentence-transformers' choice if None.
+        trust_remote_code: run the code that the source brings.
         **options: for a plain model, further arguments of :func:`make_embedder`.
 
     Raises:
-        ValueError: if a plain model comes without a pooling, or a saved embedder with one or with options.
+        ValueError: if a plain model comes without a pooling, or a saved embedder with one or with options; or if
+            weights other than those of a head are missing, left over, in a pickle or not finite.
     """
     require_sentence_transformers()
     from sentence_transformers import SentenceTransformer
@@ -98,9 +126,54 @@ def load_embedder(
     if not is_sentence_transformer_model(source, revision=revision):
         if pooling is None:
             raise ValueError(f"pooling: {source} is a plain model; accepted: {', '.join(POOLINGS)}")
-        return make_embedder(source, revision=revision, pooling=pooling, device=device, **options)
+        options |= {"device": device, "trust_remote_code": trust_remote_code}
+        return make_embedder(source, revision=revision, pooling=pooling, **options)
     given = {"pooling": pooling, **options}
     for name, value in given.items():
         if value:
             raise ValueError(f"{name}: got {value!r}; accepted with the embedder {source}: none, it has its own")
-    return SentenceTransformer(source, revision=revision, device=device)
+    folders = _module_folders(source, revision)
+    with quiet_loading(source, "model"):
+        embedder = SentenceTransformer(
+            source, revision=revision, device=device, trust_remote_code=trust_remote_code, model_kwargs=dict(_STRICT)
+        )
+    loading = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    for module, folder in zip(embedder, folders, strict=True):
+        _check_weights(module, source, folder, loading)
+    check_finite(embedder, f"model: {source}")
+    return embedder
+
+
+def _check_weights(module: Any, source: str, folder: str, options: dict[str, Any]) -> None:
+    """Check that a module's model has exactly the weights of the source: sentence-transformers does not say.
+
+    On the meta device, where nothing is read but the names.
+    """
+    model = getattr(module, "model", None)
+    if not isinstance(model, PreTrainedModel):
+        return  # a pooling, or a layer that sentence-transformers loads strictly
+    check_finite(model, f"model: {source}")
+    load_model(source, type(model), may_lack=POOLERS, may_add=HEADS, device_map="meta", subfolder=folder, **options)
+
+
+def _module_folders(source: str, revision: str | None) -> list[str]:
+    """Folders of a saved embedder's modules in their order.
+
+    Raises:
+        ValueError: if one has its weights in a pickle.
+    """
+    from sentence_transformers.util import load_file_path
+
+    path = load_file_path(source, "modules.json", revision=revision)
+    assert path is not None  # as is_sentence_transformer_model has found
+    with open(path, encoding="utf-8") as file:
+        folders = [str(entry["path"]) for entry in json.load(file)]
+    for folder in folders:
+        names = [str(PurePosixPath(folder) / name) for name in ("model.safetensors", "pytorch_model.bin")]
+        found = [folder and load_file_path(source, name, revision=revision) for name in names]
+        if found[1] and not found[0]:
+            raise ValueError(
+                f"model: {source} has weights in {names[1]}, a pickle, which can hold code. Only safetensors are read: "
+                "load it with sentence-transformers where you trust it, and save it again."
+            )
+    return folders

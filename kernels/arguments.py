@@ -115,6 +115,15 @@ def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
         )
 
 
+def of_no_rows(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None) -> Tensor:
+    """The (0, ...) result of an op on an empty batch, in the graph of its inputs, whose gradients are zeros."""
+    nothing = next(tensor for tensor in inputs if tensor is not None).new_zeros(shape, dtype=dtype)
+    for tensor in inputs:
+        if tensor is not None and tensor.requires_grad:
+            nothing = nothing + tensor.sum().to(dtype)
+    return nothing
+
+
 def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     """(B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
     document = seq_idx.cummax(dim=1).values

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation
+from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
 from .causal_conv1d_traced import convolve_traced
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
 from .tracing import tracing
@@ -67,7 +67,12 @@ def causal_conv1d(
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
-    if choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS) == "triton":
+    implementation = choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS)
+    if B == 0:
+        inputs = (x, weight, bias, initial_state)
+        y = of_no_rows((B, L, D), x.dtype, *inputs)
+        return (y, of_no_rows((B, D, width - 1), x.dtype, *inputs)) if return_final_state else y
+    if implementation == "triton":
         y, state = causal_conv1d_triton(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
         return y if state is None else (y, state)
     if tracing():
@@ -183,8 +188,11 @@ def causal_conv1d_reference(
             window = window[1:]
         rows.append(torch.stack(outputs))
         states.append(torch.stack(window, dim=-1))
-    y = torch.stack(rows).to(x.dtype)
-    return (y, torch.stack(states).to(x.dtype)) if return_final_state else y
+    if B == 0:  # nothing to stack
+        y, final = x.new_empty(x.shape), x.new_empty(past.shape)
+    else:
+        y, final = torch.stack(rows).to(x.dtype), torch.stack(states).to(x.dtype)
+    return (y, final) if return_final_state else y
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -258,7 +266,7 @@ class _DepthwiseConv(torch.autograd.Function):
 def _panels(x: Tensor, taps: Tensor) -> list[tuple[int, int]]:
     """Ranges of tokens to work on at a time: a panel of them fits a core's L2 cache, and holds a window's reach."""
     batch, length, channels = x.shape
-    tokens = max(_PANEL_ELEMENTS // (batch * channels), taps.shape[0] - 1)
+    tokens = max(_PANEL_ELEMENTS // max(batch * channels, 1), taps.shape[0] - 1)
     return [(start, min(start + tokens, length)) for start in range(0, length, tokens)]
 
 

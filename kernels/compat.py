@@ -400,6 +400,8 @@ def _write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
     Nothing waits for the device: a row of padding repeats the write of another row, and where all are padding, the
     first place is written with what it holds.
     """
+    if len(indices) == 0:
+        return
     real, places = indices >= 0, indices.long().clamp(min=0)
     rows = torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, states[places])
     writer = torch.where(real, torch.arange(len(indices), device=indices.device), real.int().argmax())

@@ -4,6 +4,9 @@ Symbols: D normalised width, S group size.
 
     rms_norm(x) = weight * x / sqrt(mean(x^2) + eps)          (Zhang and Sennrich 2019, eq. 4, with eps)
 
+Where the mean square of a row or group overflows, its outputs are NaN: divided by infinity they would be zeros, and
+what is computed from zeros looks healthy.
+
 The gate `z` is Mamba-2's: norm(x * silu(z)) * weight, or norm(x) * weight * silu(z) with `norm_before_gate`. The
 names are those of mamba_ssm's `RMSNormGated`.
 
@@ -16,6 +19,7 @@ rounding to the dtype of `x`, then the weight.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -126,7 +130,7 @@ def rms_norm_reference(
         u = u * gate
     groups = u.unflatten(-1, (-1, group_size))
     mean_square = groups.pow(2).mean(-1, keepdim=True)
-    n = (groups * torch.rsqrt(mean_square + eps)).flatten(-2)
+    n = (groups * _reciprocal_root(mean_square + eps)).flatten(-2)
     y = (weight * n.to(x.dtype)).to(x.dtype)
     if gate is not None and norm_before_gate:
         y = (y.to(dtype) * gate).to(x.dtype)
@@ -152,7 +156,7 @@ class _RmsNorm(torch.autograd.Function):
         if z is not None:
             u = F.silu(z.to(u.dtype)).mul_(u)
         groups = u.unflatten(-1, (-1, group_size))  # (..., D/S, S)
-        r = groups.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        r = _reciprocal_root(groups.pow(2).mean(-1, keepdim=True).add_(eps))
         n = groups * r if u is x else groups.mul_(r)
         # In-place multiplication computes in the wider dtype and rounds once, to the dtype of x.
         y = n.to(x.dtype).mul_(weight.view(-1, group_size))
@@ -187,6 +191,11 @@ class _RmsNorm(torch.autograd.Function):
                 du.mul_(smooth)
             dx = du.to(x.dtype) if needs_x else None
         return dx, dweight, dz, None, None
+
+
+def _reciprocal_root(x: Tensor) -> Tensor:
+    """x^(-1/2), NaN where x is infinite."""
+    return torch.rsqrt(x).masked_fill(x == math.inf, math.nan)
 
 
 def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:

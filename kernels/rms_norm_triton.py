@@ -275,6 +275,7 @@ def _forward_kernel(
         if not NORM_FIRST:
             u *= gate
     r = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps)  # (BLOCK_R)
+    r = tl.where(r > 0.0, r, float("nan"))  # 0 where the mean square overflowed
     w = tl.load(weight_ptr + column * weight_column, mask=inside_s, other=0.0).to(tl.float32)
     n = u * r[:, None]
     # Rounded to the dtype of what is normalised, than which y may be narrower.

@@ -36,6 +36,7 @@ from .arguments import (
     check_tensor,
     choose_implementation,
     documents,
+    of_no_rows,
 )
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from .state_update import update_state
@@ -92,7 +93,12 @@ def selective_scan(
     real = first = None
     if seq_idx is not None:
         real, first = documents(seq_idx)
-    if choose_implementation(implementation, "selective_scan", x, traceable=True) == "triton":
+    implementation = choose_implementation(implementation, "selective_scan", x, traceable=True)
+    if x.shape[0] == 0:
+        inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+        y = of_no_rows(tuple(x.shape), x.dtype, *inputs)
+        return (y, of_no_rows((0, *A.shape), accumulator(x), *inputs)) if return_final_state else y
+    if implementation == "triton":
         y, state = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, real, first)
         return (y, state) if return_final_state else y
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
@@ -387,7 +393,7 @@ class _Tokens:
         self.starts = None if first is None else first.any(0).tolist()  # tokens at which a document starts in any row
         self.chunk = min(_CHUNK, length)
         self.chunks = [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
-        rows = min(max(_STATES // (self.channels * self.size), 1), batch)
+        rows = max(min(_STATES // (self.channels * self.size), batch), 1)
         self.blocks = [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
     def view(self, tensor: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from .arguments import (
     check_tensor,
     choose_implementation,
     documents,
+    of_no_rows,
 )
 from .ssd_chunked import decay_matrix, skip_and_gate, ssd_scan_torch
 from .ssd_triton import ssd_scan_triton
@@ -264,6 +265,10 @@ def _scan(
     """Outputs and final state by the implementation asked for."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if x.shape[0] == 0:
+        inputs = (x, dt, log_decay, B, C, D, z, initial_state)
+        state = (0, *x.shape[2:], B.shape[-1])
+        return of_no_rows(tuple(x.shape), x.dtype, *inputs), of_no_rows(state, log_decay.dtype, *inputs)
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
     scan = ssd_scan_triton if implementation == "triton" else ssd_scan_torch

@@ -122,8 +122,9 @@ def _grouped(values: Tensor, groups: int) -> Tensor:
 
 def _by_head(values: Tensor, heads: int) -> Tensor:
     """(B, G, Q, R P) as (B, Q, H, P); a view for one group."""
-    batch, groups, length = values.shape[:3]
-    return values.unflatten(3, (heads // groups, -1)).transpose(1, 2).reshape(batch, length, heads, -1)
+    batch, groups, length, channels = values.shape
+    width = channels * groups // heads
+    return values.unflatten(3, (heads // groups, -1)).transpose(1, 2).reshape(batch, length, heads, width)
 
 
 def _held(state: Tensor, groups: int) -> Tensor:

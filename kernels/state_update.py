@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 
@@ -24,8 +26,9 @@ def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) 
     size, batches = state.shape[-1], B.shape[0] * B.shape[1]
     held = state.contiguous()
     held.mul_(decay)
-    matrix = held.view(batches, -1, size)
-    inputs = u.reshape(batches, -1, 1)
+    rows = math.prod(state.shape[1:-1]) // B.shape[1]  # of a group; an empty batch leaves no -1 to infer
+    matrix = held.view(batches, rows, size)
+    inputs = u.reshape(batches, rows, 1)
     matrix.baddbmm_(inputs, B.to(state.dtype).reshape(batches, 1, size))
     y = inputs.new_empty(inputs.shape).baddbmm_(matrix, C.to(state.dtype).reshape(batches, size, 1), beta=0)
     if held is not state:

@@ -29,6 +29,7 @@ from .arguments import (
     check_seq_idx,
     check_tensor,
     choose_implementation,
+    of_no_rows,
 )
 from .window_attention_blocks import attend_blocks, attend_rows
 from .window_attention_triton import WIDEST_HEAD, window_attention_triton
@@ -73,6 +74,8 @@ def window_attention(
     """
     _check(q, k, v, window, index, positions, seq_idx)
     implementation = choose_implementation(implementation, "window_attention", q, q.shape[2] <= WIDEST_HEAD)
+    if k.shape[0] == 0:
+        return of_no_rows(tuple(q.shape), q.dtype, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
@@ -108,6 +111,8 @@ def window_attention_matrix(
         ValueError: as :func:`window_attention`.
     """
     _check(q, k, k, window, index, positions, seq_idx)
+    if k.shape[0] == 0:
+        return of_no_rows((*q.shape[:2], k.shape[1]), accumulator(q), q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     K = k.shape[1]
@@ -227,7 +232,7 @@ def _check(
         raise ValueError(f"q must be (M, H, P) with H and P >= 1, got shape {tuple(q.shape)}")
     check_tensor("k", k, (None, None, None, width), "(B, K, G, P)")
     B, K, G, _ = k.shape
-    if B * K == 0:
+    if K == 0:
         raise ValueError(f"k must hold at least one column, got shape {tuple(k.shape)}")
     check_groups("k", G, heads)
     check_tensor("v", v, tuple(k.shape), "(B, K, G, P)")

@@ -42,6 +42,7 @@ class Attention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
+        hidden_states = sequence.blank(hidden_states)
         q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)

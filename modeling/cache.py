@@ -224,15 +224,17 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()}
 
 
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache of a call, which may come under either of transformers' names for it.
+def one_cache(past_key_values: Cache | None, cache: Cache | None, cache_params: Cache | None = None) -> Cache | None:
+    """The cache of a call, which may come under any of transformers' names for it.
 
     Raises:
-        ValueError: if it comes under both.
+        ValueError: if it comes under two of them.
     """
-    if past_key_values is not None and cache is not None:
-        raise ValueError("pass the cache as `cache` or as `past_key_values`, not as both")
-    return past_key_values if cache is None else cache
+    names = {"past_key_values": past_key_values, "cache": cache, "cache_params": cache_params}
+    given = [name for name, value in names.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"pass the cache as `{given[0]}` or as `{given[1]}`, not as both")
+    return names[given[0]] if given else None
 
 
 def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:

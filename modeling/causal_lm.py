@@ -6,6 +6,7 @@ Symbols: B batch, L length, D width, V vocabulary.
 """
 
 import dataclasses
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -17,8 +18,13 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..kernels.rms_norm import add_rms_norm, rms_norm
+from .adapter_ties import UntiesUnderAdapters
 from .cache import CACHE_FIELD, check_layers, one_cache
+from .call_arguments import check_keywords, check_labels
+from .class_names import enter_class_name
+from .float32_parameters import KeepsFloat32
 from .hub_code import upload, write_code, write_default_card
+from .layer_dtype import as_weight
 from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
 from .sequence import Sequence, make_sequence
 
@@ -42,8 +48,7 @@ class RMSNorm(nn.Module):
 
 def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """The (..., D) hidden states through a norm, in the dtype of its weight."""
-    weight = getattr(norm, "weight", None)
-    return norm(hidden_states if weight is None else hidden_states.to(weight.dtype))
+    return norm(as_weight(norm, hidden_states))
 
 
 def is_bidirectional(config: PreTrainedConfig) -> bool:
@@ -51,15 +56,15 @@ def is_bidirectional(config: PreTrainedConfig) -> bool:
     return getattr(config, "bidirectional", False)
 
 
-class ZooPreTrainedModel(PreTrainedModel):
-    """What every zoo model is: stateful, exported with its code, and A_log, D and dt_bias always in float32."""
+class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
+    """What every zoo model is: stateful, exported with its code, and with some parameters in float32
+    (`float32_parameters.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _is_stateful = True
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
 
     auto_classes: ClassVar[dict[str, str]] = {}
     """Auto class of transformers to class name, for its registry and the exported config's `auto_map`."""
@@ -159,10 +164,11 @@ class ZooPreTrainedModel(PreTrainedModel):
         length = min(_EXAMPLE_TOKENS, getattr(self.config, "max_position_embeddings", _EXAMPLE_TOKENS))
         return {"input_ids": torch.randint(self.config.vocab_size, (1, length), generator=generator)}
 
-    def _auto_class_name(self) -> str:
+    @classmethod
+    def _auto_class_name(cls) -> str:
         """The Auto class that loads this model; of a subclass, that of the class it is made of."""
-        autos = {name: auto for auto, name in self.auto_classes.items()}
-        return next((autos[kind.__name__] for kind in type(self).__mro__ if kind.__name__ in autos), "AutoModel")
+        autos = {name: auto for auto, name in cls.auto_classes.items()}
+        return next((autos[kind.__name__] for kind in cls.__mro__ if kind.__name__ in autos), "AutoModel")
 
     def _saves_adapters(self) -> bool:
         return bool(getattr(self, "_hf_peft_config_loaded", False))
@@ -257,16 +263,19 @@ class ZooModel(ZooPreTrainedModel):
             output_attentions: return every layer's (B, H, L, L) mixing matrix; needs an empty cache.
             return_dict: return a ModelOutput rather than a tuple.
             cache: transformers' later name of `past_key_values`.
-            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read; other entries are the
-                loss's.
+            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
+                the cache in transformers' Mamba classes; the others that are accepted are the loss's, or say nothing
+                new (`call_arguments.py`).
 
         Raises:
             ValueError: if the arguments contradict each other.
+            TypeError: if there is no such argument.
         """
+        check_keywords(type(self).__name__, kwargs, tuple(inspect.signature(ZooModel.forward).parameters)[1:-1])
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        past_key_values = one_cache(past_key_values, cache)
+        past_key_values = one_cache(past_key_values, cache, kwargs.get("cache_params"))
         if is_bidirectional(self.config) and (use_cache or past_key_values is not None):
             raise ValueError(
                 "a bidirectional model has no state to go on from: use_cache must be False and past_key_values None, "
@@ -289,6 +298,7 @@ class ZooModel(ZooPreTrainedModel):
             cu_seqlens=cu_seqlens,
             past_key_values=past_key_values,
         )
+        hidden_states = sequence.blank(hidden_states)
         self.prepare(sequence, hidden_states)
         if use_cache is None:  # a packed row is no prompt to go on from, unless the caller says so
             use_cache = config.use_cache and not (self.training or sequence.packed or is_bidirectional(config))
@@ -341,10 +351,31 @@ class ZooHeadModel(ZooPreTrainedModel):
     """A family's `backbone_class`, where every head finds it: a checkpoint of one head loads into another."""
 
     backbone_class: ClassVar[type[ZooModel]]
+    loss_name: ClassVar[str]
+    """transformers' name of the loss, which it would guess from the name of the class."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        auto_class = cls._auto_class_name()
+        if auto_class != "AutoModel":
+            enter_class_name(auto_class, cls.__name__)
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        self.loss_type = self.loss_name
         self.backbone = self.backbone_class(config)
+
+    def loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        """() loss of the logits; 0 of an empty batch, of which a mean would be NaN.
+
+        Args:
+            logits: (B, ...).
+            labels: (B, ...).
+            **kwargs: what transformers' loss takes.
+        """
+        if labels.shape[0] == 0:
+            return logits.sum().float()
+        return self.loss_function(logits=logits, labels=labels, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -357,6 +388,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
     """A language-modelling head over a family's backbone."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    loss_name = "ForCausalLM"
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if is_bidirectional(config):
@@ -406,9 +438,10 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             **kwargs: `num_items_in_batch` goes to the loss.
 
         Returns:
-            `logits` (B, L or fewer, V) in the head's dtype, `loss`, the cache under transformers' name for it,
-            `hidden_states`, `attentions`; of a model that chooses tokens also `aux_loss`, `router_logits` and
-            `selection_rate` (:class:`ZooModelOutput`), and while training the weighted `aux_loss` in the loss.
+            `logits` (B, L or fewer, V) in the head's dtype or, of a quantised one, that of its inputs; `loss`, the
+            cache under transformers' name for it, `hidden_states`, `attentions`; of a model that chooses tokens also
+            `aux_loss`, `router_logits` and `selection_rate` (:class:`ZooModelOutput`), and while training the weighted
+            `aux_loss` in the loss.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
@@ -427,10 +460,11 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept].to(self.lm_head.weight.dtype))
+        logits = self.lm_head(as_weight(self.lm_head, hidden_states[:, kept]))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            check_labels(labels, logits)
+            loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
         output = ZooCausalLMOutput(

@@ -13,8 +13,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 
+from ..kernels.tracing import tracing
 from .cache import CACHE_FIELD, one_cache
+from .call_arguments import check_labels
 from .causal_lm import ZooHeadModel, is_bidirectional
+from .layer_dtype import as_weight
 from .routing import add_aux_loss
 
 
@@ -25,6 +28,7 @@ class ZooForSequenceClassification(ZooHeadModel):
     last token in the ids alone, and skip a real end-of-text token where padding has the same id; here a mask decides.
     """
 
+    loss_name = "ForSequenceClassification"
     # To the Trainer: the loss is a mean over the rows of this call, whatever `num_items_in_batch` says.
     accepts_loss_kwargs = False
 
@@ -67,8 +71,8 @@ class ZooForSequenceClassification(ZooHeadModel):
             ValueError: if the arguments contradict each other, or rows hold more than one document.
         """
         packed = seq_idx is not None or cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None
-        if position_ids is not None and attention_mask is None:
-            packed = packed or bool((position_ids.diff(dim=1) != 1).any())
+        if not packed and position_ids is not None and attention_mask is None and not tracing():
+            packed = bool((position_ids.diff(dim=1) != 1).any())
         if packed:
             raise ValueError(
                 "a row gets one set of logits, and so must be one document: seq_idx and cu_seqlens must be None and "
@@ -87,10 +91,10 @@ class ZooForSequenceClassification(ZooHeadModel):
         hidden_states = outputs.last_hidden_state
         row = torch.arange(hidden_states.shape[0], device=hidden_states.device)
         pooled = hidden_states[row, self._last_tokens(hidden_states, input_ids, attention_mask)]
-        logits = self.score(pooled.to(self.score.weight.dtype))
+        logits = self.score(as_weight(self.score, pooled))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits.float(), config=self.config)
+            loss = self.loss(logits, labels, pooled_logits=logits.float(), config=self.config)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels)
         output = SequenceClassifierOutputWithPast(
@@ -116,17 +120,13 @@ class ZooForSequenceClassification(ZooHeadModel):
 
 
 class _ZooTokenHead(ZooHeadModel):
-    """A linear layer on every token's hidden state, the loss at the same token; `output_class` holds the results."""
+    """A linear layer on every token's hidden state, with a loss at every token; `output_class` holds the results."""
 
     output_class: type[TokenClassifierOutput] | type[MaskedLMOutput]
 
     def head(self) -> nn.Linear:
         """The layer."""
         raise NotImplementedError
-
-    def targets(self, labels: Tensor) -> Tensor:
-        """(B, L) what the logits of each token are compared with: the label of the same token."""
-        return labels
 
     def forward(
         self,
@@ -160,12 +160,12 @@ class _ZooTokenHead(ZooHeadModel):
             **{"use_cache": False, **kwargs},
         )
         head = self.head()
-        logits = head(outputs.last_hidden_state.to(head.weight.dtype))
+        logits = head(as_weight(head, outputs.last_hidden_state))
         loss = None
         if labels is not None:
-            labels = self.targets(labels)
+            check_labels(labels, logits)
             sizes = {"config": self.config, "vocab_size": self.config.vocab_size}  # what one or the other loss reads
-            loss = self.loss_function(logits=logits, labels=labels, **sizes, **kwargs)
+            loss = self.loss(logits, labels, **sizes, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels, kwargs.get("num_items_in_batch"))
         output = self.output_class(
@@ -179,6 +179,7 @@ class ZooForTokenClassification(_ZooTokenHead):
     """A linear `score` with bias on every token."""
 
     output_class = TokenClassifierOutput
+    loss_name = "ForTokenClassification"
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -194,6 +195,7 @@ class ZooForMaskedLM(_ZooTokenHead):
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     output_class = MaskedLMOutput
+    loss_name = "ForMaskedLM"
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if not is_bidirectional(config):

@@ -17,18 +17,21 @@ two mixings with an activation between, has square matrices (theirs may have mor
 unread); no head mixes the inputs of another, as those of their `MixerHead` do by mistake.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from ..kernels.masked_mix import masked_mix, masked_mix_step
 from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
 from .cache import layer_of
+from .first_values import initialise_alone
 from .mixing_cache import HistoryLayer
 from .sequence import Sequence
 
@@ -58,11 +61,29 @@ class PositionMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, k H, L, L) mixing matrices if asked for: of every tap those of all heads,
         each over the head's shifted channels."""
+        hidden_states = sequence.blank(hidden_states)
         x = hidden_states if self.in_proj is None else self.in_proj(hidden_states)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         attention = self.hidden_attention(hidden_states, sequence) if output_attentions else None
         y = self.mix(x, sequence, layer_of(past_key_values, self.layer_idx)).flatten(2)
         return y if self.out_proj is None else self.out_proj(y), attention
+
+    def initialise(self) -> None:
+        """Set what is not a projection as the authors do.
+
+        | parameter | value |
+        |---|---|
+        | weight and bias of a dense mixer | U(+-1 / sqrt(N k)), as of a convolution over N channels; 0 where hidden |
+        | weight of others | N(0, 2 / N), bias 0 |
+        | decay_value | 1 |
+        """
+        for weight, bias in self.stages():
+            init.normal_(weight, std=math.sqrt(2 / self.positions))
+            init.zeros_(bias)
+
+    def stages(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Weight and bias of each mixing."""
+        return [(self.weight, self.bias)]
 
     def mix(self, x: Tensor, sequence: Sequence, cache: Any) -> Tensor:
         """(B, L, H, P) to (B, L, H, P), with `cache` the layer to go on from, or None."""
@@ -116,6 +137,12 @@ class HistoryMixer(PositionMixer):
         self.act = None if inner is None else ACT2FN[inner]
         self.inner_weight = None if inner is None else nn.Parameter(torch.empty(shape))
         self.inner_bias = None if inner is None else nn.Parameter(torch.empty(heads, positions))
+        initialise_alone(self.initialise)
+
+    def stages(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        if self.inner_weight is None or self.inner_bias is None:
+            return super().stages()
+        return [*super().stages(), (self.inner_weight, self.inner_bias)]
 
     @staticmethod
     def left_of(taps: int) -> int:
@@ -211,6 +238,12 @@ class DenseMixer(HistoryMixer):
     @staticmethod
     def weight_shape(matrices: int, positions: int) -> tuple[int, ...]:
         return matrices, positions, positions
+
+    def initialise(self) -> None:
+        bound = (self.positions * self.taps) ** -0.5
+        for weight, bias in self.stages():
+            init.copy_(weight, torch.empty_like(weight).uniform_(-bound, bound).tril(-self.diagonal))
+            init.uniform_(bias, -bound, bound)
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         return masked_mix(x, weight, bias, seq_idx=seq_idx)

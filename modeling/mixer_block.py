@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .causal_lm import RMSNorm
+from .causal_lm import RMSNorm, normed
 from .sequence import Sequence
 
 
@@ -27,6 +27,5 @@ class MixerBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) hidden states to (B, L, D), and the mixer's matrix if asked for."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        normed = self.norm(hidden_states.to(self.norm.weight.dtype))
-        mixed, attention = self.mixer(normed, sequence, past_key_values, output_attentions)
+        mixed, attention = self.mixer(normed(self.norm, hidden_states), sequence, past_key_values, output_attentions)
         return residual + mixed, attention

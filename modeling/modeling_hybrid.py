@@ -34,10 +34,12 @@ from .attention import Attention
 from .cache import is_single_step, layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
+from .first_values import initialise_alone
+from .float32_parameters import float32_parameter
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
-from .mixing_kinds import init_position_mixer, make_position_mixer
+from .mixing_kinds import make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .rotary import rotate
@@ -71,9 +73,10 @@ class DiscreteMamba2Mixer(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.attention_bias)
         self.conv1d = ShortConvolution(self.split[0], config.conv_kernel, bias=True)
         self.z_bias = nn.Parameter(torch.empty(inner))
-        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = float32_parameter(self.num_heads)
+        self.D = float32_parameter(self.num_heads)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        initialise_alone(init_discrete_mamba2_mixer, self)
 
     def forward(
         self,
@@ -87,6 +90,7 @@ class DiscreteMamba2Mixer(nn.Module):
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         length = hidden_states.shape[1]
         single = is_single_step(hidden_states, sequence, cache)
+        hidden_states = sequence.blank(hidden_states)
         xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx, in_place=single)
         x, B, C, log_decay = self.maps(xBC, a, sequence)
@@ -207,7 +211,7 @@ def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
     return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
 
 
-def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer, config: ZooHybridConfig) -> None:
+def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
     """Initialisation of discrete Mamba-2 after its projections have theirs.
 
     | parameter | value |
@@ -243,7 +247,6 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "dt_proj.bias", "decay_value"]
     auto_classes = {
         "AutoModel": "ZooHybridModel",
         "AutoModelForCausalLM": "ZooHybridForCausalLM",
@@ -259,9 +262,9 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
         elif isinstance(module, Mamba2Mixer):
             init_mamba2_mixer(module, self.config.mamba2)
         elif isinstance(module, PositionMixer):
-            init_position_mixer(module)
+            module.initialise()
         elif isinstance(module, DiscreteMamba2Mixer):
-            init_discrete_mamba2_mixer(module, self.config)
+            init_discrete_mamba2_mixer(module)
 
 
 class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):

@@ -28,11 +28,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from ..kernels.rms_norm import rms_norm
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
 from .cache import is_single_step, layer_of
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba import ZooMambaConfig
+from .first_values import initialise_alone
+from .float32_parameters import float32_parameter
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
 from .sequence import Sequence
@@ -45,13 +48,29 @@ class StepProjection(nn.Linear):
 
     Before softplus a step size of 0.001 is -6.9, nearly all of it the bias. A float32 bias on a bfloat16 product, as in
     the official scan, leaves the rounding error of the product; a sum in bfloat16 would be up to 1.6 % off the step
-    size. Loading in bfloat16 therefore leaves `dt_proj.bias` in float32, beside a weight in bfloat16. Quantised layers,
+    size. A model in bfloat16 therefore has `dt_proj.bias` in float32, beside a weight in bfloat16. Quantised layers,
     which take this one's place, add the bias in their own compute dtype.
     """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.bias = float32_parameter(out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., R) to (..., E), in the wider dtype of the product and the bias."""
         return F.linear(input, self.weight) + self.bias
+
+
+class PlainRMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, without a weight."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) normed."""
+        return rms_norm(hidden_states, hidden_states.new_ones(hidden_states.shape[-1]), self.eps)
 
 
 def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
@@ -60,7 +79,7 @@ def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
         return nn.Identity()
     if config.mixer_rms_weight:
         return RMSNorm(size, config.mixer_rms_eps)
-    return nn.RMSNorm(size, config.mixer_rms_eps, elementwise_affine=False)
+    return PlainRMSNorm(config.mixer_rms_eps)
 
 
 class MambaScan(nn.Module):
@@ -77,8 +96,9 @@ class MambaScan(nn.Module):
         self.b_layernorm = _low_rank_norm(state_size, config)
         self.c_layernorm = _low_rank_norm(state_size, config)
         self.dt_proj = StepProjection(rank, inner)
-        self.A_log = nn.Parameter(torch.empty(inner, state_size))
-        self.D = nn.Parameter(torch.empty(inner))
+        self.A_log = float32_parameter(inner, state_size)
+        self.D = float32_parameter(inner)
+        initialise_alone(init_mamba_scan, self, config)
 
     def scan(
         self, x: Tensor, z: Tensor, sequence: Sequence, cache: Any = None, output_attentions: bool = False
@@ -137,6 +157,7 @@ class MambaMixer(MambaScan):
         self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
         self.reverse = MambaScan(config) if config.bidirectional else None
+        initialise_alone(_init_ends, self, config)
 
     def forward(
         self,
@@ -151,6 +172,7 @@ class MambaMixer(MambaScan):
         over the values of its own direction's convolution.
         """
         cache = layer_of(past_key_values, self.layer_idx)
+        hidden_states = sequence.blank(hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         if is_single_step(hidden_states, sequence, cache):
             return self.step(x, z, cache), None
@@ -195,6 +217,11 @@ def init_mamba_mixer(mixer: MambaMixer, config: ZooMambaConfig) -> None:
     | out_proj | the same over sqrt(number of layers) |
     """
     init_mamba_scan(mixer, config)
+    _init_ends(mixer, config)
+
+
+def _init_ends(mixer: MambaMixer, config: ZooMambaConfig) -> None:
+    """What :func:`init_mamba_mixer` says of in_proj and out_proj."""
     _init_projection(mixer.in_proj, mixer.in_proj.in_features)
     _init_projection(mixer.out_proj, mixer.out_proj.in_features * config.num_hidden_layers)
 
@@ -223,7 +250,6 @@ class ZooS6PreTrainedModel(ZooPreTrainedModel):
     config: ZooMambaConfig
     config_class = ZooMambaConfig
     _no_split_modules = ["MixerBlock"]
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj.bias"]
     auto_classes = {
         "AutoModel": "ZooS6Model",
         "AutoModelForCausalLM": "ZooS6ForCausalLM",

@@ -34,6 +34,8 @@ from ..kernels.ssd_step import ssd_step
 from .cache import is_single_step, layer_of
 from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba2 import ZooMamba2Config
+from .first_values import initialise_alone
+from .float32_parameters import float32_parameter
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
 from .sequence import Sequence
@@ -67,9 +69,10 @@ class Mamba2Scan(nn.Module):
         self.conv1d = ShortConvolution(
             sum(self.conv_split), config.conv_kernel, bias=config.use_conv_bias, activation="silu"
         )
-        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        self.A_log = nn.Parameter(torch.empty(self.num_heads))
-        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = float32_parameter(self.num_heads)
+        self.A_log = float32_parameter(self.num_heads)
+        self.D = float32_parameter(self.num_heads)
+        initialise_alone(init_mamba2_scan, self, config)
 
     def scan(
         self, xBC: Tensor, dt: Tensor, sequence: Sequence, cache: Any = None, output_attentions: bool = False
@@ -125,6 +128,7 @@ class Mamba2Mixer(Mamba2Scan):
         self.norm = GatedRMSNorm(inner, inner // config.n_groups, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
         self.reverse = Mamba2Scan(config) if config.bidirectional else None
+        initialise_alone(_init_projections, self, config)
 
     def forward(
         self,
@@ -139,6 +143,7 @@ class Mamba2Mixer(Mamba2Scan):
         over the values of its own direction's convolution.
         """
         cache = layer_of(past_key_values, self.layer_idx)
+        hidden_states = sequence.blank(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
         if is_single_step(hidden_states, sequence, cache):
             return self.step(z, xBC, dt, cache), None
@@ -198,6 +203,11 @@ def init_mamba2_mixer(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
     """
     init_mamba2_scan(mixer, config)
     init.ones_(mixer.norm.weight)
+    _init_projections(mixer, config)
+
+
+def _init_projections(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
+    """What :func:`init_mamba2_mixer` says of in_proj and out_proj."""
     init.kaiming_uniform_(mixer.in_proj.weight, a=math.sqrt(5))
     bound = 1 / math.sqrt(mixer.out_proj.in_features * config.num_hidden_layers)
     init.uniform_(mixer.out_proj.weight, -bound, bound)

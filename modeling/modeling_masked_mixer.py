@@ -32,7 +32,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
@@ -41,16 +40,19 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .attention import Attention
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
+from .class_names import enter_class_name
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
 from .linear_init import init_linear, init_linear_normal
-from .mixing_kinds import init_position_mixer, make_position_mixer
+from .mixing_kinds import make_position_mixer
 from .plain_mlp import PlainMLP
 from .sequence import Sequence
 from .trained_padding import fill_context, without_fill
 from .window_generation import windowed_inputs
+
+_NEXT_TOKEN = "MaskedMixerForMaskedLM(lookahead=2)"
 
 
 def make_norm(config: MaskedMixerConfig) -> nn.Module:
@@ -143,7 +145,6 @@ class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
     config: MaskedMixerConfig
     config_class = MaskedMixerConfig
     _no_split_modules = ["MaskedMixerBlock"]
-    _keep_in_fp32_modules_strict = ["decay_value"]
     auto_classes = {
         "AutoModel": "MaskedMixerModel",
         "AutoModelForCausalLM": "MaskedMixerForCausalLM",
@@ -158,7 +159,7 @@ class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
         if isinstance(module, nn.Linear):
             (init_linear if self.config.mixing == "dense" else init_linear_normal)(module)
         elif isinstance(module, PositionMixer):
-            init_position_mixer(module)
+            module.initialise()
 
 
 class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
@@ -221,9 +222,15 @@ class MaskedMixerForMaskedLM(MaskedMixerPreTrainedModel, ZooForMaskedLM):
 
     backbone_class = MaskedMixerModel
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """With `lookahead=2` the label of the next token: in packed rows set that of each document's first to -100."""
-        return F.pad(labels[:, 1:], (0, 1), value=-100) if self.config.lookahead == 2 else labels
+    def __init__(self, config: MaskedMixerConfig) -> None:
+        super().__init__(config)
+        # The label of the next token, as of a causal model: in packed rows set that of each document's first to -100.
+        if config.lookahead == 2:
+            self.loss_type = MaskedMixerForCausalLM.loss_name
+
+    def _get_name(self) -> str:
+        """The name of the class, by which transformers' Trainer knows whether labels are shifted (`class_names.py`)."""
+        return _NEXT_TOKEN if self.config.lookahead == 2 else type(self).__name__
 
 
 class MaskedMixerForSequenceClassification(MaskedMixerPreTrainedModel, ZooForSequenceClassification):
@@ -237,6 +244,8 @@ class MaskedMixerForTokenClassification(MaskedMixerPreTrainedModel, ZooForTokenC
 
     backbone_class = MaskedMixerModel
 
+
+enter_class_name("AutoModelForCausalLM", _NEXT_TOKEN)
 
 __all__ = [
     "MaskedMixerForCausalLM",

@@ -24,8 +24,11 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
+from ..kernels.tracing import host_reads
 from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
+from .first_values import initialise_alone
+from .layer_dtype import as_weight
 from .linear_init import init_linear
 from .plain_mlp import PlainMLP
 
@@ -50,6 +53,13 @@ class OpenMixer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(places, places))
         self.bias = nn.Parameter(torch.empty(places))
+        initialise_alone(self.initialise)
+
+    def initialise(self) -> None:
+        """U(+-1 / sqrt(N)), as of a convolution over N channels."""
+        bound = self.weight.shape[0] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, D) to (B, M, D)."""
@@ -99,9 +109,7 @@ class RetrievalMixer(ZooPreTrainedModel):
         if isinstance(module, nn.Linear):
             init_linear(module)
         elif isinstance(module, OpenMixer):
-            bound = module.weight.shape[0] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            module.initialise()
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         rows, width = self.config.max_position_embeddings, self.config.hidden_size
@@ -148,10 +156,12 @@ class RetrievalMixer(ZooPreTrainedModel):
         if labels is not None:
             self._check_labels(labels, batch, count, candidate_mask)
         hidden_states = torch.cat([query_embeds[:, None], candidate_embeds], dim=1)
+        if present is not None:  # whatever stands where there is no candidate
+            hidden_states = hidden_states.masked_fill(~present[..., None], 0)
         for block in self.layers:
             hidden_states = block(hidden_states, present)
         head = self.retrieval_head
-        logits = head(hidden_states[:, 1:].to(head.weight.dtype))[..., 0]
+        logits = head(as_weight(head, hidden_states[:, 1:]))[..., 0]
         if present is not None:
             logits = logits.masked_fill(~present[:, 1:], torch.finfo(logits.dtype).min)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
@@ -163,6 +173,8 @@ class RetrievalMixer(ZooPreTrainedModel):
     def _check_labels(labels: Tensor, batch: int, count: int, candidate_mask: Tensor | None) -> None:
         if tuple(labels.shape) != (batch,) or labels.is_floating_point():
             raise ValueError(f"labels must be (B) = ({batch}) integers, got {tuple(labels.shape)} of {labels.dtype}")
+        if not host_reads(labels):
+            return
         if bool(((labels < 0) | (labels >= count)).any()):
             raise ValueError(f"labels must be from 0 to {count - 1}, got {labels.tolist()}")
         if candidate_mask is not None and bool((candidate_mask.gather(1, labels[:, None]) == 0).any()):

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
 from .configuration_taipan import TaipanConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
+from .layer_dtype import as_weight
 from .mixer_block import MixerBlock
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .selective_attention import SelectiveAttention
@@ -53,12 +54,15 @@ class SelectiveAttentionBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(B, L, D) hidden states to (B, L, D), and what `SelectiveAttention` returns beside its update."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        normed = self.input_layernorm(residual.to(self.input_layernorm.weight.dtype))
         update, *others = self.mixer(
-            normed, sequence, past_key_values, output_attentions, stream=residual if self.convex else None
+            normed(self.input_layernorm, residual),
+            sequence,
+            past_key_values,
+            output_attentions,
+            stream=residual if self.convex else None,
         )
-        normed, residual = self.post_attention_layernorm(update, residual=residual)
-        return residual + self.mlp(normed.to(self.post_attention_layernorm.weight.dtype)), *others
+        inputs, residual = self.post_attention_layernorm(update, residual=residual)
+        return residual + self.mlp(as_weight(self.post_attention_layernorm, inputs)), *others
 
 
 class TaipanPreTrainedModel(ZooPreTrainedModel):

@@ -18,10 +18,13 @@ v_t, which may be 0).
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import is_single_step
+from .first_values import initialise_alone
+from .float32_parameters import float32_parameter
 from .history_mixing import PositionMixer
 from .mixing_cache import StateLayer
 from .sequence import Sequence
@@ -54,7 +57,13 @@ class RepeatMixer(PositionMixer):
         self.columns = {"row_repeat": 0, "mixed_repeat": heads // 2}.get(kind, heads)
         self.recurrences = 2 * heads if self.combined else heads
         self.weight = nn.Parameter(torch.empty(taps * self.recurrences, positions))
-        self.decay_value = nn.Parameter(torch.empty(self.recurrences)) if decay else None
+        self.decay_value = float32_parameter(self.recurrences) if decay else None
+        initialise_alone(self.initialise)
+
+    def initialise(self) -> None:
+        super().initialise()
+        if self.decay_value is not None:
+            init.ones_(self.decay_value)
 
     def mix(self, x: Tensor, sequence: Sequence, cache: StateLayer | None) -> Tensor:
         batch, length = x.shape[:2]

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.tracing import tracing
 from ..kernels.window_attention import window_attention, window_attention_matrix
+from ..kernels.window_attention_traced import attend_traced
 from .cache import layer_of
 from .rotary import rotate
 from .sequence import Sequence
@@ -72,6 +74,7 @@ class SelectiveAttention(nn.Module):
             (B, L, D) what to add to the residual stream, zero at tokens that pass by; the (B, H, L, L) matrix of the
             attention, with rows of zeros there, or None; the (B, L, 2) gate scores; the (B, L) decisions.
         """
+        hidden_states = sequence.blank(hidden_states)
         scores = self.gate(hidden_states)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         margin = scores[..., 1] - scores[..., 0]
@@ -81,6 +84,23 @@ class SelectiveAttention(nn.Module):
         queries = selected
         if self.training and self.dense_training:
             queries = torch.ones_like(selected) if sequence.real is None else sequence.real
+        where: dict[str, Any] = {
+            "window": self.window,
+            "positions": positions,
+            "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
+        }
+        weights = decision * margin.sigmoid()
+        if tracing():  # how many tokens are selected is not known: all attend, and what the others get is dropped
+            q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+            if sequence.rotary is not None:
+                cos, sin = sequence.rotary
+                q = rotate(q, cos[:, :, None], sin[:, :, None])
+            o, matrix = attend_traced(q, keys, values, **where)
+            o = self.o_proj(o.flatten(2))
+            kept = o if stream is None else o - stream
+            update = (weights[..., None] * kept).to(kept.dtype).masked_fill(~queries[..., None], 0)
+            attention = matrix.masked_fill(~selected[:, None, :, None], 0) if output_attentions else None
+            return update, attention, scores, decision
         token = queries.flatten().nonzero()[:, 0]  # (M), in the flattened (B, L)
         q = self.q_proj(hidden_states.flatten(0, 1)[token]).unflatten(-1, (self.num_heads, self.head_dim))
         if sequence.rotary is not None:
@@ -88,14 +108,9 @@ class SelectiveAttention(nn.Module):
             q = rotate(q, cos[:, None], sin[:, None])
         length, columns = queries.shape[1], keys.shape[1]
         index = token + (token // length + 1) * (columns - length)  # the new columns are a row's last
-        where: dict[str, Any] = {
-            "window": self.window,
-            "positions": positions,
-            "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
-        }
         o = self.o_proj(window_attention(q, keys, values, index=index, **where).flatten(1))  # (M, D)
 
-        weight = (decision * margin.sigmoid()).flatten()[token, None]
+        weight = weights.flatten()[token, None]
         kept = o if stream is None else o - stream.flatten(0, 1)[token]
         update = kept.new_zeros(hidden_states.shape).flatten(0, 1).index_copy(0, token, (weight * kept).to(kept.dtype))
         attention = None

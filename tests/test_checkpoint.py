@@ -215,8 +215,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[P
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-0-1", "checkpoint-0-2"}
     damage(tmp_path / "checkpoint-0-1")
     damage(tmp_path / "checkpoint-0-2")
-    with pytest.warns(RuntimeWarning):
-        assert load_latest(tmp_path) is None
+    # A run that has lost what it had done does not start again unasked.
+    with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-0-2: .*; checkpoint-0-1: .*\)\. Restore"):
+        load_latest(tmp_path)
 
 
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:

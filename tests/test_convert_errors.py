@@ -19,7 +19,7 @@ from ssm_zoo.cli.main import app
 from ssm_zoo.conversion import convert as convert_module
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.conversion.rules import Mapper, Rule
-from ssm_zoo.conversion.weight_files import write_weights
+from ssm_zoo.conversion.weight_files import read_checkpoint, write_weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "backbone.layers.1.norm.weight"
@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
 
 def shard(source: Path) -> None:
     """Make shards of the weights."""
-    tensors = convert_module.read_weights(source)
+    tensors = read_checkpoint(source).tensors
     write_weights(source, tensors, max_shard_size=3000)
     (source / WEIGHTS).unlink()
 
@@ -82,6 +82,14 @@ def with_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None
     return apply
 
 
+def with_index_text(text: str) -> Callable[[Path], None]:
+    def apply(source: Path) -> None:
+        shard(source)
+        (source / INDEX).write_text(text)
+
+    return apply
+
+
 def truncate(source: Path) -> None:
     (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes()[:-8])
 
@@ -103,48 +111,54 @@ MALFORMED = {
     ),
     "integer weights": (
         with_tensors(lambda t: t.update({NORM: torch.ones(16, dtype=torch.int8)})),
-        rf"1 no weights by their dtype \(accepted: float16, bfloat16, float32, float64\): {NORM} int8$",
+        rf"1 of a dtype other than float16, bfloat16, float32, float64: {NORM} int8$",
     ),
     "all of it": (
         with_tensors(lambda t: [t.pop(NORM), t.update(a=torch.ones(1)), t.update({"lm_head.weight": torch.ones(2)})]),
         r"promises: 1 missing: .*; 1 left over: a; 1 of another shape: lm_head.weight \[2\] instead of \[61, 16\]$",
     ),
-    "truncated": (truncate, r"^model.safetensors: no whole safetensors file \("),
+    "truncated": (truncate, r"^model.safetensors is damaged, or no safetensors file \("),
     "config of more layers": (with_values(num_hidden_layers=3), r"9 missing: backbone.layers.2.*, \.\.\.$"),
     "config of fewer layers": (with_values(num_hidden_layers=1), r"9 left over: backbone.layers.1.*, \.\.\.$"),
     "config of other groups": (with_values(n_groups=4), r"6 of another shape: .*conv1d"),
     "config without a head": (
         with_values(tie_word_embeddings=True),
-        "ties the head .*, but lm_head.weight is not back",
+        "says that the head is the embedding .* lm_head.weight and backbone.embeddings.weight differ",
     ),
     "config of other sizes": (with_values(num_heads=5), r"^config.json: .*num_heads \* head_dim \(40\)"),
-    "another activation": (with_values(hidden_act="gelu"), "hidden_act: got 'gelu'; accepted: 'silu'"),
-    "fla's mamba2": (with_values(norm_eps=1e-3), "norm_eps: got 0.001; accepted: 1e-05"),
-    "fla's norm": (with_values(norm_before_gate=True), "norm_before_gate: got True; accepted: False"),
-    "another model": (with_values(model_type="llama"), "model_type: got 'llama'; accepted: mamba, falcon_mamba, mam"),
-    "no model": (with_values(model_type="-"), "model_type: got None; accepted: .* with none that of state-spaces"),
-    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json: accepted: an object, got list"),
-    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json: not JSON"),
+    "another activation": (with_values(hidden_act="gelu"), "`hidden_act` must be 'silu', got 'gelu'"),
+    "fla's mamba2": (with_values(norm_eps=1e-3), "`norm_eps` must be 1e-05, got 0.001"),
+    "fla's norm": (with_values(norm_before_gate=True), "`norm_before_gate` must be False, got True"),
+    "another model": (
+        with_values(model_type="llama"),
+        "`model_type` must be one of mamba, falcon_mamba, mam.*, got 'llama'",
+    ),
+    "no model": (with_values(model_type="-"), "`model_type` must be .* missing beside .* of state-spaces, got None"),
+    "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json must be an object, got a list"),
+    "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json must be JSON"),
     "no config": (lambda s: (s / "config.json").unlink(), "holds no config.json"),
     "no weights": (
         lambda s: (s / WEIGHTS).unlink(),
-        "holds no weights; accepted: model.safetensors, .*pytorch_model.bin",
+        "holds no weights: none of model.safetensors, .*, pytorch_model.bin.index.json is there",
     ),
-    "missing shard": (missing_shard, r"index.json: 1 of \d shards are not there: model-00002-of-"),
+    "missing shard": (missing_shard, r"index.json names \d shards, of which 1 are not in .*: model-00002-of-"),
     "shard elsewhere": (
         with_index(lambda m: m.update({NORM: "../source/config.json"})),
-        r"1 of \d shards are not there: ../source/config.json",
+        rf"`weight_map.{NORM}` must be the name of a file in the same folder, got '../source/config.json'",
     ),
     "key in another shard": (
         with_index(lambda m: m.update({NORM: next(name for name in m.values() if name != m[NORM])})),
-        f"index.json: 1 keys are not in the shards it says: {NORM}",
+        f"index.json does not fit its shards for 1 keys: {NORM} is in .*, `weight_map` names",
     ),
     "key of no shard": (
         with_index(lambda m: m.update(a=m[NORM])),
-        "index.json: 1 keys are not in the shards it says: a$",
+        "index.json does not fit its shards for 1 keys: a is in no shard",
     ),
-    "key not in the index": (with_index(lambda m: m.pop(NORM)), f"1 keys are not in the shards it says: {NORM}"),
-    "index is no index": (lambda s: (s / INDEX).write_text('{"weight_map": 3}'), "index.json: no weight_map"),
+    "key not in the index": (with_index(lambda m: m.pop(NORM)), f"1 keys: {NORM} is in .*, `weight_map` names none"),
+    "index is no index": (
+        with_index_text('{"weight_map": 3}'),
+        "index.json: `weight_map` must be an object, got an integer",
+    ),
     "not finite": (with_tensors(lambda t: t[NORM].fill_(torch.nan)), "logits of random tokens are not finite"),
 }
 
@@ -174,7 +188,7 @@ def test_a_pickle_is_read_if_allowed(tmp_path: Path) -> None:
     weights = state_spaces.tensors(state_spaces.MAMBA2)
     weights["lm_head.weight"] = weights["backbone.embedding.weight"]  # the official library saves them as one
     as_pickle(tmp_path, weights)
-    refused(tmp_path, "has its weights in pytorch_model.bin, a pickle, .* with --allow-pickle")
+    refused(tmp_path, "has its weights in pytorch_model.bin, a pickle, .* Pass --allow-pickle")
     convert(tmp_path / "source", tmp_path / "out", allow_pickle=True)
     written = load_file(tmp_path / "out" / WEIGHTS)
     assert torch.equal(written["backbone.embeddings.weight"], weights["lm_head.weight"])
@@ -186,9 +200,9 @@ def test_a_pickle_is_read_if_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param({"a": _Code()}, "pytorch_model.bin: not a whole file of tensors alone", id="code"),
-        pytest.param([torch.ones(1)], "pytorch_model.bin: accepted: a dict of tensors, got list", id="list"),
-        pytest.param({"a": 1}, "pytorch_model.bin: accepted: a dict of tensors", id="number"),
+        pytest.param({"a": _Code()}, "pytorch_model.bin holds more than tensors: an object of getattr", id="code"),
+        pytest.param([torch.ones(1)], "pytorch_model.bin must be a dict of tensors by name, got list", id="list"),
+        pytest.param({"a": 1}, "must hold nothing but tensors by name; its entry 'a' is int", id="number"),
         pytest.param({"a": torch.ones(1)}, "the weights are not what config.json promises", id="keys"),
     ],
 )
@@ -205,14 +219,14 @@ def test_a_damaged_pickle_is_refused(kept: int, tmp_path: Path) -> None:
     as_pickle(tmp_path, state_spaces.tensors(state_spaces.MAMBA2))
     path = tmp_path / "source" / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:kept])
-    refused(tmp_path, "pytorch_model.bin: not a whole file of tensors alone", allow_pickle=True)
+    refused(tmp_path, "pytorch_model.bin is damaged, or not a file of torch.save", allow_pickle=True)
 
 
 def test_a_bare_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     as_pickle(tmp_path, {})
     (tmp_path / "source" / "pytorch_model.bin").write_bytes(pickle.dumps(_Code()))
-    refused(tmp_path, "pytorch_model.bin: not a whole file of tensors alone", allow_pickle=True)
+    refused(tmp_path, "pytorch_model.bin is damaged, or not a file of torch.save", allow_pickle=True)
 
 
 # Of ours
@@ -236,25 +250,45 @@ JAMBA = {"mixer_rms_eps": 1e-5}
             "mamba2-full",
             {"mlp_types": ["gated", "none"]},
             "transformers",
-            r"mlp_types\[1\]: got 'none'; accepted: 'gated'",
+            r"`mlp_types\[1\]` must be 'gated', got 'none'",
         ),
         (
             "mamba2-full",
             {"mlp_types": ["gated", "none"]},
             "state-spaces",
-            r"mlp_types\[1\]: got 'none'; accepted: 'gated'",
+            r"`mlp_types\[1\]` must be 'gated', got 'none'",
         ),
-        ("mamba2-full", {"hidden_act": "gelu"}, "transformers", "hidden_act: got 'gelu'; accepted: 'silu'"),
-        ("mamba2-full", {"intermediate_size": 128, "hidden_act": "gelu"}, "state-spaces", "hidden_act: got 'gelu'"),
-        ("mamba2-full", {"intermediate_size": 128, "mlp_bias": True}, "state-spaces", "mlp_bias: got True"),
-        ("mamba2-full", {"rms_norm_eps": 1e-6, "intermediate_size": 128}, "state-spaces", "rms_norm_eps: got 1e-06"),
-        ("jamba", {}, "transformers", "mixer_rms_eps: got 0.001; accepted: 1e-05"),
-        ("jamba", JAMBA | {"mixer_rms_weight": False}, "transformers", "mixer_rms_weight: got False; accepted: True"),
-        ("jamba", JAMBA | {"rope_parameters": None}, "transformers", "rope_parameters.partial_rotary_factor: got 1.0"),
-        ("jamba", JAMBA | {"attention_bias": True}, "transformers", "attention_bias: got True; accepted: False"),
-        ("jamba", JAMBA | {"mlp_bias": True}, "transformers", "mlp_bias: got True; accepted: False"),
-        ("jamba", JAMBA | {"hidden_act": "gelu"}, "transformers", "hidden_act: got 'gelu'; accepted: 'silu'"),
-        ("jamba", JAMBA | {"mlp_types": ["none", "gated"]}, "transformers", r"mlp_types\[0\]: got 'none'"),
+        ("mamba2-full", {"hidden_act": "gelu"}, "transformers", "`hidden_act` must be 'silu', got 'gelu'"),
+        (
+            "mamba2-full",
+            {"intermediate_size": 128, "hidden_act": "gelu"},
+            "state-spaces",
+            "`hidden_act` must be .*, got 'gelu'",
+        ),
+        (
+            "mamba2-full",
+            {"intermediate_size": 128, "mlp_bias": True},
+            "state-spaces",
+            "`mlp_bias` must be .*, got True",
+        ),
+        (
+            "mamba2-full",
+            {"rms_norm_eps": 1e-6, "intermediate_size": 128},
+            "state-spaces",
+            "`rms_norm_eps` must be .*, got 1e-06",
+        ),
+        ("jamba", {}, "transformers", "`mixer_rms_eps` must be 1e-05, got 0.001"),
+        ("jamba", JAMBA | {"mixer_rms_weight": False}, "transformers", "`mixer_rms_weight` must be True, got False"),
+        (
+            "jamba",
+            JAMBA | {"rope_parameters": None},
+            "transformers",
+            "`rope_parameters.partial_rotary_factor` must be .*, got 1.0",
+        ),
+        ("jamba", JAMBA | {"attention_bias": True}, "transformers", "`attention_bias` must be False, got True"),
+        ("jamba", JAMBA | {"mlp_bias": True}, "transformers", "`mlp_bias` must be False, got True"),
+        ("jamba", JAMBA | {"hidden_act": "gelu"}, "transformers", "`hidden_act` must be 'silu', got 'gelu'"),
+        ("jamba", JAMBA | {"mlp_types": ["none", "gated"]}, "transformers", r"`mlp_types\[0\]` must be .*, got 'none'"),
         (
             "jamba",
             JAMBA | {"mixer_types": ["mamba", "mamba2"]},
@@ -277,13 +311,13 @@ JAMBA = {"mixer_rms_eps": 1e-5}
             "mamba",
             {"mixer_rms_eps": 1e-3, "mixer_rms_weight": True},
             "transformers",
-            "mixer_rms_weight: got True; accepted: False",
+            "`mixer_rms_weight` must be False, got True",
         ),
         (
             "mamba2",
             {"layer_norm_epsilon": 1e-6},
             "state-spaces",
-            "layer_norm_epsilon: got 1e-06; accepted: 1e-05",
+            "`layer_norm_epsilon` must be 1e-05, got 1e-06",
         ),
     ],
 )
@@ -297,13 +331,13 @@ def test_what_the_other_side_cannot_express_is_named(
 def test_experts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     JambaConfig(num_hidden_layers=2, num_experts=4).save_pretrained(tmp_path / "source")
-    refused(tmp_path, "^config.json: num_experts: got 4; accepted: 1")
+    refused(tmp_path, "^config.json: `num_experts` must be 1, got 4")
 
 
 def test_another_head_is_refused(tmp_path: Path) -> None:
     make_model("mamba2").save_pretrained(tmp_path / "source")
     with_values(architectures=["ZooSSDForMaskedLM"])(tmp_path / "source")
-    refused(tmp_path, "architectures: got 'ZooSSDForMaskedLM'; accepted: ZooSSDForCausalLM")
+    refused(tmp_path, "`architectures` must be \\['ZooSSDForCausalLM'\\], .*, got \\['ZooSSDForMaskedLM'\\]")
 
 
 # Arguments and the folder
@@ -312,8 +346,8 @@ def test_another_head_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "gguf"}, "^to: got 'gguf'; accepted: zoo, transformers, state-spaces"),
-        ({"dtype": "int8"}, "^dtype: got 'int8'; accepted: float32, bfloat16, float16"),
+        ({"to": "gguf"}, "^--to must be one of zoo, transformers, state-spaces, .*, got 'gguf'"),
+        ({"dtype": "int8"}, "^--dtype must be one of float32, bfloat16, float16, got 'int8'"),
     ],
 )
 def test_a_wrong_argument_is_refused(options: dict[str, Any], message: str, source: Path) -> None:
@@ -324,8 +358,8 @@ def test_a_folder_that_holds_something_is_kept(source: Path) -> None:
     out = source.parent / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    refused(source.parent, "out exists and is not empty; accepted: .* --overwrite")
-    refused(source.parent, "is not replaced, as it is no checkpoint", overwrite=True)
+    refused(source.parent, "out exists and is not empty. .* pass --overwrite")
+    refused(source.parent, "is not replaced: it holds no config.json", overwrite=True)
     (out / "config.json").write_text("{}")
     (source / WEIGHTS).rename(source / "gone")
     refused(source.parent, "holds no weights", overwrite=True)
@@ -374,7 +408,7 @@ def test_the_command_says_it_in_one_line(source: Path) -> None:
     truncate(source)
     done = CliRunner().invoke(app, ["convert", str(source), str(source.parent / "out")])
     assert done.exit_code == 2 and done.stdout == ""
-    assert done.stderr.startswith("ssm-zoo: model.safetensors: no whole safetensors file")
+    assert done.stderr.startswith("ssm-zoo: model.safetensors is damaged, or no safetensors file")
     assert done.stderr.count("\n") == 1
 
 

@@ -247,4 +247,4 @@ def test_the_command_takes_what_the_shapes_do_not_tell(tmp_path: Path) -> None:
     assert (config["mixing"], config["hidden_act"]) == ("column_repeat", "relu")
     back = [str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "maskedmixers"]
     done = CliRunner().invoke(app, ["convert", *back])
-    assert done.exit_code == 2 and "mixing: got 'column_repeat'; accepted: 'dense'" in done.stderr
+    assert done.exit_code == 2 and "`mixing` must be 'dense', got 'column_repeat'" in done.stderr

@@ -175,6 +175,22 @@ def test_the_table_is_accepted(key: str) -> None:
     OPS[key].op(**OPS[key].arguments())
 
 
+@pytest.mark.parametrize("key", [key for key in OPS if not key.startswith("window_attention")])
+def test_an_empty_batch_gives_empty_results_and_zero_gradients(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "B", 0)
+    op = OPS[key]
+    values = op.arguments()
+    inputs = {name: value for name, value in values.items() if name not in (*op.written, *INTEGERS)}
+    inputs = {name: value.requires_grad_() for name, value in inputs.items() if isinstance(value, Tensor)}
+    results = op.op(**values)
+    results = results if isinstance(results, tuple) else (results,)
+    assert [result.shape[0] for result in results] == [0] * len(results)
+    recorded = [result.sum() for result in results if result.requires_grad]
+    if recorded:
+        gradients = torch.autograd.grad(recorded, list(inputs.values()), allow_unused=True)
+        assert not any(gradient.any() for gradient in gradients if gradient is not None)
+
+
 @pytest.mark.parametrize(("op", "name"), CASES)
 def test_wrong_rank(op: Op, name: str) -> None:
     tensor = op.arguments()[name]

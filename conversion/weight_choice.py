@@ -1,0 +1,143 @@
+"""The weight files of a folder: which of them are its model, and that none of them lies elsewhere.
+
+The choice is that of transformers' `from_pretrained`, so that whatever is converted, exported or checked here is what
+transformers loads: the file that `transformers_weights` in config.json names, else `model.safetensors`, else
+`model.safetensors.index.json` with its shards, else `pytorch_model.bin`, else `pytorch_model.bin.index.json` with its
+shards.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .json_files import read_json_object, typed
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ORDER = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
+
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")  # of a trainer
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a model's weights.
+
+    Attributes:
+        name: the file that was chosen: one with weights, or an index.
+        paths: the files with weights, by their names.
+        weight_map: of an index, the file of each key; None without one.
+        is_pickle: whether the files are pickles.
+        unread: other weight files in the folder, by their names.
+        has_metadata: whether the index has the object `metadata`, without which transformers does not read it.
+    """
+
+    name: str
+    paths: dict[str, Path]
+    weight_map: dict[str, str] | None
+    is_pickle: bool
+    unread: list[str] = field(default_factory=list)
+    has_metadata: bool = True
+
+    def notes(self) -> list[str]:
+        """Lines for a report: nothing where there was nothing to choose."""
+        if not self.unread:
+            return []
+        return [f"weights: {self.name}, the file that transformers loads; not read: {', '.join(self.unread)}"]
+
+
+def choose_weights(folder: Path) -> WeightFiles:
+    """Find the weight files that transformers would load from a folder. Nothing but an index is read.
+
+    Raises:
+        ValueError: if there are none; if there is an adapter, which transformers would add to them; or if an index
+            is malformed, or names a file that is not there or not in the folder.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which transformers would add to the model. Merge it "
+            "(merge_and_unload) and save the result, or remove the adapter's files."
+        )
+    name = _explicit_name(folder) or next((each for each in ORDER if (folder / each).is_file()), None)
+    there = sorted(path.name for path in folder.iterdir() if _may_hold_weights(path.name))
+    if name is None:
+        others = f", only {', '.join(there[:3])}" if there else ""
+        raise ValueError(
+            f"{folder} holds no weights: none of {', '.join(ORDER)} is there{others}. Of a Hub repository, pickles are "
+            "downloaded only with --allow-pickle (allow_pickle=True)."
+        )
+    if not name.endswith(".index.json"):
+        paths, weight_map, has_metadata = {name: _inside(folder, name, "source")}, None, True
+    else:
+        weight_map, has_metadata = read_index(folder / name)
+        names = sorted(set(weight_map.values()))
+        missing = [shard for shard in names if not (folder / shard).is_file()]
+        if missing:
+            raise ValueError(
+                f"{name} names {len(names)} shards, of which {len(missing)} are not in {folder}: "
+                f"{', '.join(missing[:3])}. Copy or download all of them."
+            )
+        paths = {shard: _inside(folder, shard, name) for shard in names}
+    unread = [each for each in there if each != name and each not in paths]
+    return WeightFiles(name, paths, weight_map, name in (PICKLE, PICKLE_INDEX), unread, has_metadata)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], bool]:
+    """Read an index of shards.
+
+    Returns:
+        The file of each key, and whether the index has the object `metadata`.
+
+    Raises:
+        ValueError: if it is malformed, or names a file in another folder.
+    """
+    name = path.name
+    index = read_json_object(path, name)
+    if "weight_map" not in index:
+        raise ValueError(f"{name}: `weight_map` is missing. An index maps each key to the file that holds it.")
+    weight_map: dict[str, Any] = typed(index["weight_map"], dict, name, "weight_map")
+    if not weight_map:
+        raise ValueError(f"{name}: `weight_map` must name at least one key, got none.")
+    for key, shard in weight_map.items():
+        typed(shard, str, name, f"weight_map.{key}")
+        if not _is_plain(shard):
+            raise ValueError(
+                f"{name}: `weight_map.{key}` must be the name of a file in the same folder, got {shard!r}."
+            )
+    return weight_map, isinstance(index.get("metadata"), dict)
+
+
+def _explicit_name(folder: Path) -> str | None:
+    """Return the file that config.json names, as later releases of transformers read it."""
+    if not (folder / "config.json").is_file():
+        return None
+    name = read_json_object(folder / "config.json", "config.json", allow_infinity=True).get("transformers_weights")
+    if name is None:
+        return None
+    typed(name, str, "config.json", "transformers_weights")
+    if not _is_plain(name) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(
+            "config.json: `transformers_weights` must be the name of a .safetensors file or its index in the same "
+            f"folder, got {name!r}."
+        )
+    if not (folder / name).is_file():
+        raise ValueError(f"config.json: `transformers_weights` names {name}, which is not in {folder}.")
+    return name
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\\0")
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """Return the path of a file that must not be a link out of the folder, except to the Hub cache it belongs to."""
+    root, target = folder.resolve(), (folder / name).resolve()
+    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(target.is_relative_to(each) for each in roots):
+        raise ValueError(f"{where}: {name} is a link to a file outside of {folder}. Put the file itself there.")
+    return folder / name
+
+
+def _may_hold_weights(name: str) -> bool:
+    return name.endswith(_SUFFIXES) and not name.startswith(_NO_WEIGHTS)

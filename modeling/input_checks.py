@@ -1,0 +1,50 @@
+"""Values that would be read wrongly without a word, refused before a model computes.
+
+They are looked at where that costs nothing: on the CPU, and not while a graph is traced. On a GPU the host would have
+to wait for the device, so that there shapes and dtypes alone are checked; a floating-point mask, whose meaning depends
+on its values, is checked by the device itself.
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.tracing import host_reads, tracing
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_MASK = (
+    "attention_mask must be non-zero at real tokens and 0 at padding; in a floating-point dtype 1 and 0, got other "
+    "numbers, as of an additive mask: pass `mask == 0` of that instead"
+)
+
+
+def check_integer(name: str, tensor: Tensor | None) -> None:
+    """Raise ValueError unless an argument, if given, is of an integer dtype."""
+    if tensor is not None and tensor.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must have an integer dtype, got {tensor.dtype}")
+
+
+def check_mask(attention_mask: Tensor) -> None:
+    """Raise ValueError if a (B, past + L) mask is not one of real tokens: an additive one says the opposite."""
+    if attention_mask.dtype == torch.bool or attention_mask.is_complex() or tracing():
+        return
+    if attention_mask.is_floating_point():
+        fits = ((attention_mask == 0) | (attention_mask == 1)).all()
+        if attention_mask.is_cuda:
+            torch._assert_async(fits, _MASK)
+            return
+    else:
+        fits = (attention_mask >= 0).all()
+    if host_reads(attention_mask) and not bool(fits):
+        raise ValueError(_MASK)
+
+
+def check_documents(seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
+    """Raise ValueError where documents go back, or their starts do not rise from 0 to the (1, L) row's length."""
+    if seq_idx is not None and host_reads(seq_idx):
+        back = (seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)
+        if bool(back.any()):
+            raise ValueError("seq_idx must be non-decreasing along each row (negative values mark padding)")
+    if cu_seqlens is not None and host_reads(cu_seqlens):
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts[-1] != length or sorted(starts) != starts:
+            raise ValueError(f"cu_seqlens must rise from 0 to L = {length} over a single row, got {starts} for 1 row")
