@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import HAS_TRITON, INTERPRETED
+from .tracing import host_reads, tracing
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -18,7 +19,9 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def choose_implementation(implementation: str, name: str, x: Tensor, supports_triton: bool = True) -> str:
+def choose_implementation(
+    implementation: str, name: str, x: Tensor, supports_triton: bool = True, traceable: bool = False
+) -> str:
     """The implementation that the op `name` takes for `x`.
 
     Args:
@@ -27,6 +30,7 @@ def choose_implementation(implementation: str, name: str, x: Tensor, supports_tr
         name: the op, for the message.
         x: a tensor of the call; its device and dtype decide. Triton kernels sum in float32 and so take no float64.
         supports_triton: whether the op's Triton kernels serve this call.
+        traceable: whether they may stand in a traced graph; if not, "auto" takes the torch path while tracing.
 
     Returns:
         "triton" or "torch".
@@ -37,7 +41,7 @@ def choose_implementation(implementation: str, name: str, x: Tensor, supports_tr
     if implementation == "torch":
         return "torch"
     if implementation == "auto":
-        served = supports_triton and HAS_TRITON and x.dtype != torch.float64
+        served = supports_triton and HAS_TRITON and x.dtype != torch.float64 and (traceable or not tracing())
         return "triton" if served and x.is_cuda else "torch"
     if implementation != "triton":
         raise ValueError(
@@ -93,8 +97,13 @@ def check_groups(name: str, groups: int, heads: int, noun: str = "heads") -> Non
 
 
 def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
-    """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens."""
+    """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens.
+
+    Values on a device are not looked at, as that would wait for it, nor are those of a traced graph.
+    """
     check_integers("seq_idx", seq_idx, (batch, length), "(B, L)")
+    if not host_reads(seq_idx):
+        return
     # Padding is negative, so it never raises the running maximum.
     highest = seq_idx.long().cummax(1).values
     wrong = ((seq_idx >= 0) & (seq_idx < highest)).nonzero().tolist()
@@ -150,7 +159,7 @@ def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
     if seq_idx is None:
         return tensors
     padding = seq_idx < 0
-    if not bool(padding.any()):
+    if not tracing() and not bool(padding.any()):
         return tensors
     return tuple(
         None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)

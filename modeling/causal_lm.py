@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
 
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .adapter_ties import UntiesUnderAdapters
@@ -35,6 +36,8 @@ from .routing import (
 from .sequence import Sequence, make_sequence
 
 _EXAMPLE_TOKENS = 16
+
+logger = logging.get_logger(__name__)
 
 
 class RMSNorm(nn.Module):
@@ -407,8 +410,9 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         return attention_mask
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Never: a forward looks at the values of its mask and at the cache's length, and compiling would run anew for
-        every token."""
+        """Never: caches count their columns in Python numbers, and compiled decoding would run anew for every token."""
+        if generation_config.compile_config is not None:
+            logger.warning_once("`compile_config` has no effect: generate runs these models without compiling them")
         return False
 
     def forward(

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 
+from ..kernels.tracing import tracing
 from .cache import CACHE_FIELD, one_cache
 from .causal_lm import ZooHeadModel, is_bidirectional
 from .input_checks import check_labels
@@ -70,8 +71,8 @@ class ZooForSequenceClassification(ZooHeadModel):
             ValueError: if the arguments contradict each other, or rows hold more than one document.
         """
         packed = seq_idx is not None or cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None
-        if position_ids is not None and attention_mask is None:
-            packed = packed or bool((position_ids.diff(dim=1) != 1).any())
+        if not packed and position_ids is not None and attention_mask is None and not tracing():
+            packed = bool((position_ids.diff(dim=1) != 1).any())
         if packed:
             raise ValueError(
                 "a row gets one set of logits, and so must be one document: seq_idx and cu_seqlens must be None and "

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.tracing import host_reads, tracing
+
 ACCEPTED_KEYWORDS = frozenset(
     {
         "cache_params",  # transformers' name of the cache in its Mamba classes
@@ -35,11 +37,6 @@ _MASK = (
 )
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device and without breaking a traced graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def check_integer(name: str, tensor: Tensor | None) -> None:
     """Raise ValueError unless an argument, if given, is of an integer dtype."""
     if tensor is not None and tensor.dtype not in _INTEGERS:
@@ -48,7 +45,7 @@ def check_integer(name: str, tensor: Tensor | None) -> None:
 
 def check_mask(attention_mask: Tensor) -> None:
     """Raise ValueError if a (B, past + L) mask is not one of real tokens: an additive one says the opposite."""
-    if attention_mask.dtype == torch.bool or attention_mask.is_complex() or torch.compiler.is_compiling():
+    if attention_mask.dtype == torch.bool or attention_mask.is_complex() or tracing():
         return
     if attention_mask.is_floating_point():
         fits = ((attention_mask == 0) | (attention_mask == 1)).all()
@@ -57,17 +54,17 @@ def check_mask(attention_mask: Tensor) -> None:
             return
     else:
         fits = (attention_mask >= 0).all()
-    if readable(attention_mask) and not bool(fits):
+    if host_reads(attention_mask) and not bool(fits):
         raise ValueError(_MASK)
 
 
 def check_documents(seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
     """Raise ValueError where documents go back, or their starts do not rise from 0 to the (1, L) row's length."""
-    if seq_idx is not None and readable(seq_idx):
+    if seq_idx is not None and host_reads(seq_idx):
         back = (seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)
         if bool(back.any()):
             raise ValueError("seq_idx must be non-decreasing along each row (negative values mark padding)")
-    if cu_seqlens is not None and readable(cu_seqlens):
+    if cu_seqlens is not None and host_reads(cu_seqlens):
         starts = cu_seqlens.tolist()
         if starts[0] != 0 or starts[-1] != length or sorted(starts) != starts:
             raise ValueError(f"cu_seqlens must rise from 0 to L = {length} over a single row, got {starts} for 1 row")

@@ -16,13 +16,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin: (..., R) sines.
 
     Returns:
-        (..., P).
+        (..., P) in the dtype of `x`, which the tables may be wider than (under autocast, or where FSDP casts the
+        inputs of a block).
     """
     turned = cos.shape[-1]
-    if turned == x.shape[-1]:
-        return x * cos + rotate_half(x) * sin
     part = x[..., :turned]
-    return torch.cat([part * cos + rotate_half(part) * sin, x[..., turned:]], dim=-1)
+    part = (part * cos + rotate_half(part) * sin).to(x.dtype)
+    return part if turned == x.shape[-1] else torch.cat([part, x[..., turned:]], dim=-1)
 
 
 def llama_rope_parameters(config: Any) -> dict[str, Any]:

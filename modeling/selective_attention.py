@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.tracing import tracing
 from ..kernels.window_attention import window_attention, window_attention_matrix
+from ..kernels.window_attention_traced import attend_traced
 from .cache import layer_of
 from .rotary import rotate
 from .sequence import Sequence
@@ -88,30 +90,37 @@ class SelectiveAttention(nn.Module):
         if sequence.rotary is not None:
             cos, sin = sequence.rotary
             q = rotate(q, cos[:, :, None], sin[:, :, None])
-        token = queries.flatten().nonzero()[:, 0]  # (M), in the flattened (B, L)
-        q = q.flatten(0, 1)[token]
-        length, columns = queries.shape[1], keys.shape[1]
-        index = token + (token // length + 1) * (columns - length)  # the new columns are a row's last
         where: dict[str, Any] = {
             "window": self.window,
             "positions": positions,
             "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
         }
-        o = window_attention(q, keys, values, index=index, **where).flatten(1)
-        o = o.new_zeros(queries.numel(), o.shape[1]).index_copy(0, token, o).unflatten(0, queries.shape)
+        attention = None
+        if tracing():  # how many tokens are selected is not known: all attend, and what the others get is dropped
+            o, matrix = attend_traced(q, keys, values, **where)
+            o = o.flatten(2)
+            if output_attentions:
+                attention = matrix.masked_fill(~selected[:, None, :, None], 0)
+        else:
+            token = queries.flatten().nonzero()[:, 0]  # (M), in the flattened (B, L)
+            q = q.flatten(0, 1)[token]
+            length, columns = queries.shape[1], keys.shape[1]
+            index = token + (token // length + 1) * (columns - length)  # the new columns are a row's last
+            o = window_attention(q, keys, values, index=index, **where).flatten(1)
+            o = o.new_zeros(queries.numel(), o.shape[1]).index_copy(0, token, o).unflatten(0, queries.shape)
+            if output_attentions:
+                chosen = selected.flatten()[token]
+                rows = window_attention_matrix(q[chosen], keys, index=index[chosen], **where)
+                attention = rows.new_zeros(selected.numel(), self.num_heads, columns)
+                attention = attention.index_copy(0, token[chosen], rows)
+                attention = attention.unflatten(0, selected.shape).transpose(1, 2)
+        if attention is not None and past_key_values is not None:
+            attention = sequence.over_columns(attention, positions)
         o = self.o_proj(o)  # (B, L, D)
 
         kept = o if stream is None else o - stream
         weight = (decision * margin.sigmoid())[..., None]
         update = torch.where(queries[..., None], (weight * kept).to(kept.dtype), 0)
-        attention = None
-        if output_attentions:
-            chosen = selected.flatten()[token]
-            rows = window_attention_matrix(q[chosen], keys, index=index[chosen], **where)
-            attention = rows.new_zeros(selected.numel(), self.num_heads, columns).index_copy(0, token[chosen], rows)
-            attention = attention.unflatten(0, selected.shape).transpose(1, 2)
-            if past_key_values is not None:
-                attention = sequence.over_columns(attention, positions)
         return update, attention, scores, decision
 
     def decide(self, margin: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:

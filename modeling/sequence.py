@@ -6,19 +6,21 @@ and two things come out: `seq_idx` for the recurrent ops and boolean masks for s
 Symbols: B batch, L new tokens, M key columns.
 """
 
-from dataclasses import dataclass, field, replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..kernels.tracing import tracing
 from .input_checks import check_documents, check_integer, check_mask
 
 
-@dataclass
 class Sequence:
     """Positions, documents and padding of one forward.
+
+    No dataclass and no node of a pytree, on purpose: FSDP would look inside where a block is called with it, and round
+    the rotary tables to the dtype that it casts inputs to. So every block gets this very object, with the masks that
+    earlier ones have made.
 
     Attributes:
         position_ids: (B, L) position of each token in its document, for rotary embeddings.
@@ -29,15 +31,24 @@ class Sequence:
         rotary: (B, L, P) cosines and sines of the rotary embedding, where a family's layers use it.
     """
 
-    position_ids: Tensor
-    seq_idx: Tensor | None
-    attention_mask: Tensor | None
-    past: int
-    packed: bool
-    rotary: tuple[Tensor, Tensor] | None = None
-    _masks: dict[tuple, Tensor | None] = field(default_factory=dict, init=False)
-    _elsewhere: dict[torch.device, "Sequence"] = field(default_factory=dict, init=False)
-    _reversal: Tensor | None = field(default=None, init=False)
+    def __init__(
+        self,
+        position_ids: Tensor,
+        seq_idx: Tensor | None,
+        attention_mask: Tensor | None,
+        past: int,
+        packed: bool,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.position_ids = position_ids
+        self.seq_idx = seq_idx
+        self.attention_mask = attention_mask
+        self.past = past
+        self.packed = packed
+        self.rotary = rotary
+        self._masks: dict[tuple, Tensor | None] = {}
+        self._elsewhere: dict[torch.device, Sequence] = {}
+        self._reversal: Tensor | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -59,11 +70,12 @@ class Sequence:
             def moved(tensor: Tensor | None) -> Tensor | None:
                 return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
-            self._elsewhere[device] = replace(
-                self,
-                position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-                seq_idx=moved(self.seq_idx),
-                attention_mask=moved(self.attention_mask),
+            self._elsewhere[device] = Sequence(
+                self.position_ids.to(device, non_blocking=non_blocking),
+                moved(self.seq_idx),
+                moved(self.attention_mask),
+                self.past,
+                self.packed,
                 rotary=None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device)),
             )
         return self._elsewhere[device]
@@ -160,6 +172,8 @@ class Sequence:
         columns = self.past + self.position_ids.shape[1]
         if columns <= positions:
             return
+        if tracing() and (self.seq_idx is not None or self.attention_mask is not None):
+            return  # the values would have to be read: whatever is beyond the weights fails where they are looked up
         if self.seq_idx is not None and self.past == 0:
             real = self.seq_idx >= 0
             longest = int((self.places() + 1).masked_fill(~real, 0).max())
@@ -259,15 +273,16 @@ def make_sequence(
             )
         check_mask(attention_mask)
         attention_mask = attention_mask[:, -(past + length) :].to(device=device) != 0
-        if bool(attention_mask.all()):
+        if not tracing() and bool(attention_mask.all()):
             attention_mask = None
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")
         check_integer("position_ids", position_ids)
         position_ids = position_ids.to(device).expand(batch, length)
+    told = seq_idx is not None or cu_seqlens is not None
     seq_idx = _documents(batch, length, device, seq_idx, cu_seqlens, position_ids, attention_mask, past)
-    packed = seq_idx is not None
+    packed = told or (seq_idx is not None and not tracing())  # whether positions restart, a traced graph cannot ask
     if packed and past:
         raise ValueError(
             f"packed documents (seq_idx, cu_seqlens) cannot continue a cache that holds {past} tokens; "
@@ -277,8 +292,10 @@ def make_sequence(
         seq_idx = seq_idx.masked_fill(~attention_mask, -1)
     if position_ids is None:
         position_ids = _positions(batch, length, device, seq_idx, attention_mask, past)
-    if seq_idx is None and attention_mask is not None and not bool(attention_mask[:, past:].all()):
-        seq_idx = attention_mask[:, past:].to(torch.int32) - 1
+    if seq_idx is None and attention_mask is not None:
+        real = attention_mask[:, past:]
+        if tracing() or past == 0 or not bool(real.all()):
+            seq_idx = real.to(torch.int32) - 1
     return Sequence(position_ids, seq_idx, attention_mask, past, packed)
 
 
@@ -312,9 +329,11 @@ def _documents(
         starts = cu_seqlens.to(device)
         column = torch.arange(length, device=device)
         return (torch.searchsorted(starts, column, right=True) - 1).to(torch.int32)[None]
-    if position_ids is not None and attention_mask is None and past == 0 and length > 1:
+    if position_ids is not None and (attention_mask is None or tracing()) and past == 0 and length > 1:
         restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if bool(restarts.any()):
+        if attention_mask is not None:  # a mask without padding says nothing
+            restarts = restarts & attention_mask.all()
+        if tracing() or bool(restarts.any()):
             return F.pad(restarts, (1, 0)).cumsum(-1).to(torch.int32)
     return None
 
