@@ -63,7 +63,7 @@ dev: $(STAMP) ## set up for development, with the pre-commit hooks
 
 # What the libraries' tests import: nothing else needs it.
 $(VENV)/.contracts: $(STAMP)
-	$(PIP) install --editable '.[contracts]'
+	$(PIP) install -c constraints.txt --editable '.[contracts]'
 	@touch $@
 
 # Without an NVIDIA GPU the constraints apply. With one, a torch that the base Python already sees the device with is
