@@ -78,6 +78,12 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     auto_classes: ClassVar[dict[str, str]] = {}
     """Auto class of transformers to class name, for its registry and the exported config's `auto_map`."""
 
+    def post_init(self) -> None:
+        # The blocks of this model: accelerate refuses a name that it does not find.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in type(self)._no_split_modules or [] if name in present]
+        super().post_init()
+
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Save weights, config, the code that loads them, its licence and a card: a folder that needs no ssm-zoo.
 

@@ -6,9 +6,12 @@ with 8 bits an update below 0.4 % of a value is lost. So they are float32 howeve
 
 A cast of a finished model, `model.to(dtype)` or `.half()`, is a cast of all its parameters, as of every PyTorch module
 and in transformers: whoever needs one dtype throughout, as FSDP and DeepSpeed do of a unit's parameters, gets it so. A
-warning says what it costs.
+warning says what it costs. A process that `accelerate launch` started for FSDP, or in which an Accelerator with an FSDP
+plugin exists, gets it without asking: there a model takes the dtype it is loaded in throughout, with a warning. Under
+mixed precision accelerate then keeps the trained parameters in float32.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +25,18 @@ FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias", "dt_proj.bias", "decay_value")
 
 
 def float32_parameter(*shape: int) -> nn.Parameter:
-    """A parameter of that kind, uninitialised; float64 where that is the default dtype."""
-    return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+    """A parameter of that kind, uninitialised; float64 where that is the default dtype, and under FSDP that dtype."""
+    dtype = torch.get_default_dtype()
+    if not under_fsdp():
+        dtype = torch.promote_types(dtype, torch.float32)
+    elif dtype in (torch.float16, torch.bfloat16):
+        _warn("parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact")
+    return nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+def under_fsdp() -> bool:
+    """Whether accelerate shards models with FSDP in this process, which needs one dtype in each block."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def initialise_alone(initialise: Callable[..., None], *arguments: Any) -> None:
@@ -42,7 +55,9 @@ class KeepsFloat32:
         assert isinstance(self, nn.Module)
         # Those of this model: transformers takes a name that is not there for a mistake.
         self._keep_in_fp32_modules_strict = [
-            kept for kept in FLOAT32_PARAMETERS if any(_is(name, kept) for name, _ in self.named_parameters())
+            kept
+            for kept in FLOAT32_PARAMETERS
+            if not under_fsdp() and any(_is(name, kept) for name, _ in self.named_parameters())
         ]
         super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -52,13 +67,16 @@ class KeepsFloat32:
         for name, parameter in self.named_parameters():
             found = [kept for kept in FLOAT32_PARAMETERS if _is(name, kept)]
             if found and parameter.dtype in (torch.float16, torch.bfloat16):
-                logger.warning_once(
-                    f"`{found[0]}` and parameters like it are in {str(parameter.dtype).partition('.')[2]} now, in "
-                    "which small steps of an optimizer are lost; they stay in float32 where the dtype is given to "
-                    "from_pretrained or from_config instead"
-                )
+                remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
+                _warn(f"`{found[0]}` and parameters like it", parameter.dtype, remedy)
                 break
         return result
+
+
+def _warn(parameters: str, dtype: torch.dtype, remedy: str) -> None:
+    """Say once that parameters which ought to be in float32 are not."""
+    name = str(dtype).partition(".")[2]
+    logger.warning_once(f"{parameters} are in {name} now, in which small steps of an optimizer are lost; {remedy}")
 
 
 def _is(name: str, kept: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from families import FAMILIES
-from train_distributed import WAYS
+from train_distributed import PREPARED, WAYS
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +44,14 @@ def results() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS + PREPARED)
 def test_two_processes_train_every_family_as_one_does(results: dict[tuple[str, str], Any], way: str) -> None:
-    losses, weights = (1e-5, 1e-5) if way in ("ddp", "fsdp1", "fsdp2") else (0.03, 0.03)
+    if way in ("ddp", "fsdp1", "fsdp2"):
+        losses, weights = 1e-5, 1e-6
+    else:  # one bfloat16 spacing of a loss that comes back rounded, two of a weight; adapters are in float32
+        losses, weights = 2**-7, 2**-9 if way.endswith("lora") else 2**-6
     for name in FAMILIES:
         found = results[name, way]
-        assert found["losses"] == pytest.approx(found["alone"], rel=losses, abs=losses), (name, found)
+        assert found["losses"] == pytest.approx(found["alone"], rel=losses), (name, found)
         assert found["worst"] < weights, (name, found)
+        assert found["moved"] > 0.002, (name, found)

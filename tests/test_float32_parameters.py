@@ -118,3 +118,38 @@ def test_a_default_dtype_of_float64_is_obeyed() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_under_fsdp_every_parameter_has_the_dtype_that_a_model_is_loaded_in(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(name).save_pretrained(tmp_path)
+    told: list[str] = []
+    monkeypatch.setattr(mixer_parameters.logger, "warning_once", told.append)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_config(make_config(name), dtype=torch.bfloat16),
+    ):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    has_some = any(is_kept(key) for key, _ in model.named_parameters())
+    assert any("lost" in line for line in told) == has_some
+    told.clear()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not told
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    check(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS])
+def test_the_blocks_that_are_not_split_are_those_of_the_model(name: str) -> None:
+    """Of every layer: accelerate refuses a name that it does not find, and would not shard a block without one."""
+    model = make_head(AutoModel, name)
+    assert set(model._no_split_modules) == {type(block).__name__ for block in model.layers}
+
+
+def test_a_taipan_of_selective_attention_alone_names_no_other_block() -> None:
+    model = make_model("taipan", num_hidden_layers=2, sal_layer_idx=[0, 1])
+    assert set(model._no_split_modules) == set(model.backbone._no_split_modules) == {"SelectiveAttentionBlock"}

@@ -1,7 +1,8 @@
 """One of two processes that train every family with DDP, FSDP1 and FSDP2 on the CPU; started by test_distributed.py.
 
-Prints a line of JSON for each family and way: the losses of two steps and the largest difference of a gathered weight
-from what one process gets.
+First with torch's own functions, then as accelerate prepares a model loaded in bfloat16, and with LoRA on such a model.
+Prints a line of JSON for each family and way: the losses of two steps, and how far the gathered weights are from what
+one process gets (`worst`, relative to the largest of a tensor where that is above 1) and from their start (`moved`).
 """
 
 import functools
@@ -11,7 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from families import FAMILIES, draw_ids, make_model
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from families import FAMILIES, draw_ids, make_config, make_model, perturb
+from peft import LoraConfig, get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -21,9 +26,20 @@ from ssm_zoo.modeling import selective_attention
 
 BF16 = torch.bfloat16
 WAYS = ("ddp", "fsdp1", "fsdp1-bf16", "fsdp2", "fsdp2-bf16", "fsdp1-all-bf16", "fsdp2-all-bf16")
+PREPARED = ("prepared-fsdp1", "prepared-fsdp2", "prepared-fsdp1-lora", "prepared-fsdp2-lora")
+"""Mixed precision, of a model loaded in bfloat16."""
 
 
 def make(name: str, way: str) -> Any:
+    if way in PREPARED:
+        torch.manual_seed(0)
+        model = FAMILIES[name].causal_lm._from_config(make_config(name), dtype=BF16)
+        perturb(model)
+        if way.endswith("lora"):  # not zero at first, so that all of them learn, and small, so that training is stable
+            model = get_peft_model(
+                model, LoraConfig(r=2, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+            )
+        return model.train()
     model = make_model(name).train()
     return model.to(BF16) if way.endswith("all-bf16") else model
 
@@ -49,9 +65,38 @@ def wrap(model: Any, way: str) -> Any:
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def train(model: Any, rows: slice) -> list[float]:
-    """Losses of two steps of SGD."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+def sgd(model: Any) -> Any:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+def accelerator_for(way: str) -> Accelerator:
+    """An Accelerator that shards; on the CPU it would not by itself, which only its choice of a kind prevents."""
+    AcceleratorState._reset_state(True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2 if "fsdp2" in way else 1,
+        auto_wrap_policy="transformer_based_wrap",
+        use_orig_params="fsdp1" in way or None,
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", fsdp_plugin=plugin)
+    plugin.set_mixed_precision("bf16")
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def prepare(model: Any, accelerator: Accelerator, way: str) -> tuple[Any, Any]:
+    """Model and optimizer as transformers' Trainer has accelerate prepare them."""
+    if "fsdp2" in way:
+        return accelerator.prepare(model, sgd(model))
+    if way.endswith("lora"):
+        accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+    model = accelerator.prepare(model)
+    return model, sgd(model)
+
+
+def train(model: Any, optimizer: Any, rows: slice) -> list[float]:
+    """Losses of two steps."""
     ids = draw_ids(4, 9)
     mask = torch.ones_like(ids)
     mask[:, :2] = 0
@@ -73,26 +118,43 @@ def weights_of(model: Any, way: str) -> dict[str, torch.Tensor]:
     return get_model_state_dict(inner, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
 
 
+def compare(name: str, way: str, accelerator: Accelerator | None) -> None:
+    """Train in one process and in both, and print how far they are apart."""
+    rank = dist.get_rank()
+    alone = make(name, way)
+    before = {key: parameter.detach().clone() for key, parameter in alone.named_parameters()}
+    expected = train(alone, sgd(alone), slice(0, 4))
+    if accelerator is None:
+        model = wrap(make(name, way), way)
+        optimizer = sgd(model)
+    else:
+        model, optimizer = prepare(make(name, way), accelerator, way)
+    mean = torch.tensor(train(model, optimizer, slice(2 * rank, 2 * rank + 2)))
+    dist.all_reduce(mean)
+    gathered = weights_of(model, way)
+    if rank == 0:
+        reloaded = make(name, way)
+        reloaded.load_state_dict(gathered)
+        theirs = dict(reloaded.named_parameters())
+        worst = max(
+            float(((theirs[k] - p).abs().max() / p.abs().max().clamp(min=1)).detach())
+            for k, p in alone.named_parameters()
+        )
+        moved = max(float((theirs[k] - p).detach().abs().max()) for k, p in before.items())
+        result = {"losses": (mean / 2).tolist(), "alone": expected, "worst": worst, "moved": moved}
+        print(json.dumps({"name": name, "way": way} | result), flush=True)
+
+
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     selective_attention.logistic_noise = torch.zeros_like  # rows of another batch would draw other noise
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for name in names:
-        for way in WAYS:
-            alone = make(name, way)
-            expected = train(alone, slice(0, 4))
-            model = wrap(make(name, way), way)
-            mean = torch.tensor(train(model, slice(2 * rank, 2 * rank + 2)))
-            dist.all_reduce(mean)
-            gathered = weights_of(model, way)
-            if rank == 0:
-                reloaded = make(name, way)
-                reloaded.load_state_dict(gathered)
-                theirs = dict(reloaded.named_parameters())
-                worst = max(float((theirs[k] - p).detach().abs().max()) for k, p in alone.named_parameters())
-                result = {"name": name, "way": way, "losses": (mean / 2).tolist(), "alone": expected, "worst": worst}
-                print(json.dumps(result), flush=True)
+    for way in WAYS:
+        for name in names:
+            compare(name, way, None)
+    for way in PREPARED:  # last: from here on a model knows that it will be sharded
+        for name in names:
+            compare(name, way, accelerator_for(way))
     dist.destroy_process_group()
 
 
