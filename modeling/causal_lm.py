@@ -73,6 +73,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _is_stateful = True
+    _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
 
     auto_classes: ClassVar[dict[str, str]] = {}
