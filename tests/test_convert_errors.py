@@ -370,9 +370,9 @@ def test_a_folder_that_holds_something_is_kept(source: Path) -> None:
     (source / "gone").rename(source / WEIGHTS)
     convert(source, out, overwrite=True)
     assert "modeling_mamba2.py" in contents(out)
-    for folder in (source, source.parent):
-        (source.parent / "config.json").write_text("{}")
-        with pytest.raises(ValueError, match="is or holds the source"):
+    (source.parent / "config.json").write_text("{}")
+    for folder, message in ((source, "is or holds the source"), (source.parent, "is not replaced: it also holds out/")):
+        with pytest.raises(ValueError, match=message):
             convert(source, folder, overwrite=True)
 
 
