@@ -11,11 +11,11 @@ TOOL := $(RUN) -P -m
 PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format type bench bench-gpu dev
+.PHONY: help demo test test-contracts test-gpu lint format type bench bench-gpu dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (ten to fifteen minutes)
 	$(TOOL) ssm_zoo.cli.demo --hub-stand-in tests/hub_stand_in.py
@@ -24,6 +24,11 @@ demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (ten
 JOBS ?= 4
 test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 	OMP_NUM_THREADS=1 $(TOOL) pytest -q -n logical --maxprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# Their source distributions come from the package index once, into ~/.cache/ssm-zoo/contracts (XDG_CACHE_HOME).
+test-contracts: $(VENV)/.contracts ## run transformers' and peft's own tests on every family (CONTRACTS_ARGS adds arguments)
+	OMP_NUM_THREADS=1 $(TOOL) pytest -q -c tests/contracts/pytest.ini -n logical --maxprocesses $(JOBS) --dist worksteal \
+		tests/contracts $(CONTRACTS_ARGS)
 
 test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
@@ -55,6 +60,11 @@ bench-gpu: $(STAMP) ## time the kernels beside their peers; without a CUDA devic
 
 dev: $(STAMP) ## set up for development, with the pre-commit hooks
 	$(TOOL) pre_commit install
+
+# What the libraries' tests import: nothing else needs it.
+$(VENV)/.contracts: $(STAMP)
+	$(PIP) install -c constraints.txt --editable '.[contracts]'
+	@touch $@
 
 # Without an NVIDIA GPU the constraints apply. With one, a torch that the base Python already sees the device with is
 # kept: it was built for that machine's driver, and a second copy of several gigabytes may not fit it.

@@ -88,11 +88,16 @@ def nameable(argument: str) -> str:
 
 
 def write_rows(rows: list[dict[str, object]], path: Path) -> None:
-    """Write one JSON object per line; the file appears whole or not at all."""
+    """Write one JSON object per line; the file appears whole or not at all.
+
+    Raises:
+        ValueError: if a number is not finite, for which JSON has no word.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

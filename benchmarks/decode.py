@@ -126,7 +126,7 @@ class Side:
     @torch.no_grad()
     def step(self, ids: Tensor, cache: Cache) -> Any:
         """A forward over (1, L) tokens, with logits for the last one."""
-        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
     def fill(self, ids: Tensor, chunk: int, limit: int) -> None:
         """Read (1, T) tokens on from those in the cache, `chunk` at a time; full attention up to `limit` of them."""

@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
             "of random weights. One seed."
         )
         stem = f"finetune_lora-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        text = json.dumps({"about": about, **report, "pretraining": pretraining}, indent=1)
+        text = json.dumps({"about": about, **report, "pretraining": pretraining}, indent=1, allow_nan=False)
         (options.output / f"{stem}.json").write_text(f"{text}\n", encoding="utf-8")
         shutil.copyfile(folder / "lora" / "plots" / "loss.png", options.output / f"{stem}.png")
     print(f"wrote {options.output / stem}.json and .png")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
 
@@ -53,12 +54,14 @@ def convert(
         bool,
         typer.Option("--verify/--no-verify", help="Load both models, in float32, and compare their logits."),
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba, jamba; state-spaces; llamba; masked,
     Toeplitz and recurrent mixers; the zoo's.
 
     Prints what was read and written, and how far the logits of both sides are apart. OUT appears whole or not at
-    all. What the other side cannot express is refused by the name of its field.
+    all. What the other side cannot express is refused by the name of its field. No code of SRC is run; that of its
+    tokenizer is copied with --trust-remote-code only.
     """
     from transformers.utils import logging
 
@@ -76,5 +79,6 @@ def convert(
         settings=settings or (),
         revision=revision,
         prefix=prefix,
+        trust_remote_code=trust_remote_code,
     )
     typer.echo("\n".join([str(folder), *report.lines()]))

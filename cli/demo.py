@@ -21,7 +21,9 @@ import typer
 from huggingface_hub import HfApi, get_token
 from rich.console import Console
 
-app = typer.Typer(add_completion=False)
+from .errors import ReportingCommand
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 _PROMPT = "The largest city in the north of England is"
@@ -62,7 +64,7 @@ sys.exit(0 if torch.equal(ours, theirs) else 1)
 """
 
 
-@app.command()
+@app.command(cls=ReportingCommand)
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")] = (
         Path("runs/demo")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..conversion.command_line import check_processes, command_line
+from .hub_client import limit_waiting
 from .loading_options import TrustRemoteCode
 
 
@@ -37,6 +38,7 @@ def distill(
     from ..distill.report import print_table
     from ..distill.run import distill as run
 
+    limit_waiting()
     accelerator = Accelerator()
     check_processes(accelerator.num_processes)
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)

@@ -1,77 +1,284 @@
-"""What the user sees when a command fails: one line on stderr and an exit status; a traceback if asked for."""
+"""What the user sees when a command fails: one line on stderr and an exit status; a traceback if asked for.
 
+The status is 2 for what the caller can put right (arguments, files, the network, the Hub, memory), 1 for a bug of
+ssm-zoo, 130 and 143 after an interrupt and a termination.
+"""
+
+import logging
+import os
 import re
+import signal
 import sys
+import tempfile
+import threading
 import traceback
+import warnings
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+from urllib.parse import quote
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ..conversion.command_line import process_number
+from ..conversion.decoration import DecorationWarning
 
-_FAILED, _INTERRUPTED = 2, 130
+_BUG, _FAILED, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 # Commands that go on where they stopped when they are given again.
 _RESUMABLE = {"distill", "finetune", "train"}
+# Whose errors are about files, the network and the Hub, of whatever class. This decides the status and the wording, not
+# whether the message is one line.
+_OUTSIDE = ("huggingface_hub", "httpx", "httpcore", "safetensors", "hf_xet", "yaml")
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc", re.IGNORECASE)
 
 
 class ReportingGroup(TyperGroup):
-    """A group of commands whose expected errors end in one line `ssm-zoo: MESSAGE` and exit status 2.
+    """A group of commands of which every error ends in one line `ssm-zoo: MESSAGE`.
 
-    Expected are the caller's mistakes, files, the network and the Hub. Anything else is a bug and keeps its
-    traceback.
+    What is not the caller's to put right is a bug: its line says so, names the command, and points to a private file
+    with the traceback.
     """
 
-    def invoke(self, ctx: typer.Context) -> object:
-        try:
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with _usage_in_one_line():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> object:
+        with reported(lambda: ctx.invoked_subcommand, lambda: bool(ctx.params.get("traceback"))):
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # the reader of our output left, `| head` say: typer ends quietly
-        except KeyboardInterrupt:
-            again = "; give the same command again to go on" if ctx.invoked_subcommand in _RESUMABLE else ""
-            if process_number() == 0:
-                _print(f"ssm-zoo: interrupted{again}")
-            raise typer.Exit(_INTERRUPTED) from None
-        except expected_errors() as error:
-            if ctx.params.get("traceback"):
-                _print("".join(traceback.format_exception(error)).rstrip())
-            elif process := process_number():
-                _print(f"ssm-zoo: process {process}: {one_line(error)}")
-            else:
-                _print(f"ssm-zoo: {one_line(error)}")
-            raise typer.Exit(_FAILED) from None
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-    """The exceptions that are not bugs of this program, as far as modules are loaded that may have raised them."""
-    # Those of the Hub's client include the base of the network's errors and those of malformed configurations,
-    # which are neither OSError nor ValueError.
-    modules = [sys.modules.get("huggingface_hub.errors"), sys.modules.get("safetensors")]
-    values = [value for module in modules if module is not None for value in vars(module).values()]
-    classes = [value for value in values if isinstance(value, type)]
-    return (ValueError, OSError, *(kind for kind in classes if issubclass(kind, Exception)))
+class ReportingCommand(TyperCommand):
+    """A program of one command whose errors end as those of a :class:`ReportingGroup`."""
+
+    def invoke(self, ctx: Any) -> object:
+        with reported(lambda: ctx.info_name, lambda: False):
+            return super().invoke(ctx)
 
 
-def one_line(error: Exception) -> str:
+@contextmanager
+def reported(command: Callable[[], str | None], with_traceback: Callable[[], bool]) -> Iterator[None]:
+    """Tell the error that ends the body in one line, and leave with its exit status.
+
+    Args:
+        command: name of the command, asked for when there is an error.
+        with_traceback: whether to show the traceback instead.
+    """
+    try:
+        with _terminable(), _short_warnings(), _logs_without_tokens(), _usage_in_one_line():
+            yield
+    except BrokenPipeError:
+        raise  # the reader of our output left, `| head` say: typer ends quietly
+    except (typer.Exit, typer.Abort):
+        raise
+    except (KeyboardInterrupt, _TerminatedError) as error:
+        again = "; give the same command again to go on" if command() in _RESUMABLE else ""
+        terminated = isinstance(error, _TerminatedError)
+        if process_number() == 0:
+            _print(f"ssm-zoo: {'terminated' if terminated else 'interrupted'}{again}")
+        raise typer.Exit(_TERMINATED if terminated else _INTERRUPTED) from None
+    except Exception as error:  # the outermost frame, the one place where nothing may get past
+        if _is_usage(error):
+            raise
+        expected = is_expected(error)
+        if with_traceback():
+            _print(_traceback(error))
+        else:
+            text = one_line(error) if expected else _bug_line(error, command() or "?")
+            process = process_number()
+            _print(f"ssm-zoo: process {process}: {text}" if process else f"ssm-zoo: {text}")
+        raise typer.Exit(_FAILED if expected else _BUG) from None
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is about what the caller gave, files, the network, the Hub or memory. If not, it is a bug."""
+    if isinstance(error, (ValueError, OSError, MemoryError)) or _is_out_of_memory(error):
+        return True
+    return any(kind.__module__.startswith(_OUTSIDE) for kind in type(error).__mro__)
+
+
+def one_line(error: BaseException) -> str:
     """The message of an error in one line, its lines separated by semicolons where nothing else separates them."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{_printable(error.filename)}: {error.strerror}"
     text = ""
     for line in filter(None, (" ".join(line.split()) for line in str(error).splitlines())):
         separator = "" if not text else " " if text.endswith((":", ".", ",", ";")) else "; "
         text += separator + line
-    return text or type(error).__name__
+    if _is_out_of_memory(error):
+        return f"out of memory: {text or type(error).__name__}; give a smaller model, batch or length"
+    return _printable(text) or type(error).__name__
 
 
 def without_tokens(text: str) -> str:
-    """The text with every Hub token in it blotted out."""
+    """The text with every Hub token in it blotted out, also one that a server sent back."""
     from huggingface_hub import get_token
+    from huggingface_hub.utils import get_stored_tokens
 
-    token = get_token()
-    if token:
-        text = text.replace(token, "***")
+    known = {get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
+    known |= set(get_stored_tokens().values())  # of `hf auth login`, also those that are not in use
+    for token in sorted(filter(None, known), key=len, reverse=True):
+        for form in {token, quote(token, safe=""), quote(token), b64encode(token.encode()).decode()}:
+            text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)  # %2F is %2f as well
+    text = re.sub(r"(?i)\b(bearer\s+)[^\s'\",;]+", r"\1***", text)
+    text = re.sub(r"(\w://)[^\s/@:]+:[^\s/@]+@", r"\1***@", text)
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def _bug_line(error: BaseException, command: str) -> str:
+    """What is said of an error that nobody foresaw."""
+    message = one_line(error)
+    kind = type(error).__name__
+    reason = kind if message == kind else f"{kind}: {message}"
+    where = _write_log(_traceback(error))
+    pointer = f"its traceback is in {where}" if where else "--traceback shows where"
+    return f"{command}: unexpected error, a bug of ssm-zoo: {_shortened(reason)} ({pointer})"
+
+
+def _write_log(text: str) -> str | None:
+    """Write a traceback into a private file of a new name; its path, None where no file can be written."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="ssm-zoo-", suffix=".log")  # mode 0600
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{without_tokens(text)}\n")
+    except OSError:
+        return None
+    return path
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def _shortened(text: str, most: int = 600) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _printable(text: str | bytes) -> str:
+    """The text without what a terminal or UTF-8 would choke on."""
+    text = os.fsdecode(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _print(text: str) -> None:
     # In one write, so that the lines of several processes do not run into each other.
-    sys.stderr.write(f"{without_tokens(text)}\n")
+    line = without_tokens(text).encode("utf-8", "backslashreplace").decode("utf-8")
+    sys.stderr.write(f"{line}\n")
+
+
+def _is_usage(error: BaseException) -> bool:
+    """Whether typer prints the error itself: it has an exit code, and a way to be shown."""
+    return hasattr(error, "exit_code") and hasattr(error, "show")
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """Make of a mistake in the command line, which typer tells in four lines, one line as of any other mistake."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_usage(error) or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "ssm-zoo"
+        told: Any = error
+        message = " ".join(told.format_message().split()).rstrip(".")
+        name = " ".join(command.split()[1:])
+        _print(f"ssm-zoo: {name + ': ' if name else ''}{message}; see {' '.join(['ssm-zoo', *name.split()])} --help")
+        raise typer.Exit(_FAILED) from None
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM or SIGHUP has come: what is half-written goes, as after an interrupt."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a termination end the body as an interrupt does, so that nothing temporary and no child is left behind."""
+
+    def end(_number: int, _frame: object) -> None:
+        raise _TerminatedError
+
+    names = ("SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may
+    # One that is ignored, as under nohup, stays so.
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _logs_without_tokens() -> Iterator[None]:
+    """Blot out tokens in what any library logs: a server may have sent one back."""
+    usual = logging.getLogRecordFactory()
+    busy = threading.local()  # looking for the tokens may itself log
+
+    def make(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = usual(*arguments, **options)
+        if not getattr(busy, "now", False):
+            busy.now = True
+            try:
+                _blot_out_tokens(record)
+            finally:
+                busy.now = False
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(usual)
+
+
+def _blot_out_tokens(record: logging.LogRecord) -> None:
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError, KeyError):
+        return  # its arguments do not fit its text: logging reports that itself, without the record
+    shown = without_tokens(text)
+    if shown != text:
+        record.msg, record.args = shown, None
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = without_tokens("".join(traceback.format_exception(*record.exc_info)).rstrip())
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print the warnings of this package about what it goes on without in one line, others as usual but for tokens."""
+    usual = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not issubclass(category, DecorationWarning):
+            text = without_tokens(str(message))
+            usual(message if text == str(message) else text, category, filename, lineno, file, line)
+        elif process_number() == 0:
+            _print(f"warning: {' '.join(str(message).split())}")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line
+from ..conversion.text_files import check_text
+from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
@@ -17,10 +19,13 @@ Report = Annotated[
     Path | None,
     typer.Option("--output", metavar="FILE", help="Also write what was measured, as JSON, with all settings."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace FILE also if it is no earlier result of this command.")
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn at random.")]
 
 
 class Pooling(StrEnum):
@@ -70,17 +75,24 @@ def retrieval(
         str, typer.Option("--pools", metavar="SIZES", help="Candidates, one of them right, that accuracy is among.")
     ] = "32",
     bm25: Annotated[bool, typer.Option("--bm25", help="Also measure BM25, by bm25s.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure how well an embedder finds what is relevant, among all documents and among a few.
 
     nDCG@10, MRR@10, recall and the first one's rightness over all documents; the share of the queries whose relevant
     document scores best in a pool, with its 95 % interval; and what chance gives. Needs sentence-transformers.
     """
+    _check_output(output, "retrieval", overwrite)
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: got {max_tokens}; accepted: 1 or more")
+    check_text(query_prompt, "query_prompt")
+    check_text(document_prompt, "document_prompt")
     from ..evaluation.bm25 import bm25_scores
     from ..evaluation.embedder import load_embedder
     from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
@@ -94,6 +106,7 @@ def retrieval(
     embedder = load_embedder(
         model_source(model),
         revision=revision,
+        trust_remote_code=trust_remote_code,
         pooling=pooling and pooling.value,
         max_tokens=max_tokens,
         query_prompt=query_prompt,
@@ -134,10 +147,13 @@ def inversion(
         Reading, typer.Option("--reading", help="Tokens by the pseudo-inverse of the embeddings, or by angle.")
     ] = Reading.PINV,
     top_k: Annotated[int, typer.Option("--top-k", help="Tokens read at a place, of which one may be right.")] = 1,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure how much of its input a model's hidden states hold: seek inputs that give the same ones."""
+    _check_output(output, "inversion", overwrite)
     rates = [_number(rate, "learning_rate", float) for rate in learning_rate.split(",")]
     std = None if initial_std == "embedding" else _number(initial_std, "initial_std", float)
     block: Any = target if target == "head" else _number(target, "target", int)
@@ -145,17 +161,18 @@ def inversion(
         if value < 1:
             raise ValueError(f"{field}: got {value}; accepted: 1 or more")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from .. import modeling as _  # noqa: F401 - registers the zoo's classes
+    from ..conversion.load_model import load_model, load_tokenizer
     from ..conversion.text_files import read_text_file
     from ..evaluation.inversion import invert_representation
 
     content, source = read_text_file(text, "text"), model_source(model)
-    ids = AutoTokenizer.from_pretrained(source, revision=revision or "main")(content, verbose=False)["input_ids"]
+    loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
+    ids: Any = load_tokenizer(source, **loading)(content, verbose=False)["input_ids"]
     if len(ids) < texts * tokens:
         raise ValueError(f"text: {text} has {len(ids):,} tokens; accepted: {texts * tokens:,}, {texts} times {tokens}")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision or "main", dtype=torch.float32)
+    loaded: Any = load_model(source, AutoModelForCausalLM, dtype=torch.float32, **loading)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
         "target": block,
@@ -211,18 +228,43 @@ def _print_retrieval(measured: dict[str, dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
+def _kind(what: str) -> str:
+    """What the report of an evaluation calls itself."""
+    return f"ssm-zoo evaluation of {what}"
+
+
+def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
+    """Find out before anything is measured whether the report can be written.
+
+    Raises:
+        ValueError: if it cannot, or would replace a file that is no earlier report of this kind.
+    """
+    if path is None:
+        return
+    from ..conversion.output_folder import read_json
+    from ..conversion.whole_files import check_output_file
+
+    check_output_file(path, "--output")
+    if path.exists() and not overwrite:
+        found = read_json(path)
+        if not isinstance(found, dict) or found.get("kind") != _kind(what):
+            raise ValueError(
+                f"--output: {path} exists and is no earlier {_kind(what)}; give another name, or --overwrite to "
+                "replace it"
+            )
+
+
 def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     if path is None:
         return
-    from ..conversion.formatting import without_folders
     from ..conversion.machine import describe_machine
     from ..conversion.output_folder import write_json
 
     report = {
         "format": 1,
-        "kind": f"ssm-zoo evaluation of {kind}",
+        "kind": _kind(kind),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": without_folders(command_line(sys.argv[1:])),
+        "command": command_line(sys.argv[1:]),
         **describe_machine("sentence-transformers", "bm25s"),
         "settings": settings,
         **found,

@@ -23,7 +23,8 @@ from .finetuning_options import (
     WeightDecay,
     targets,
 )
-from .push import announce, check_repository, push_folder
+from .loading_options import TrustRemoteCode
+from .push import announce, check_push_target, push_folder
 from .run_folder import model_source
 from .training_options import (
     CheckpointEvery,
@@ -103,6 +104,7 @@ def embed(
         int, typer.Option("--pool-size", help="Candidates, one of them right, of the held-out accuracy.")
     ] = 32,
     checkpoint_every: CheckpointEvery = 200,
+    trust_remote_code: TrustRemoteCode = False,
     repo: Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the embedder.")] = None,
     private: Private = False,
 ) -> None:
@@ -146,13 +148,14 @@ def embed(
         "seed": seed,
         "pool_size": pool_size,
         "checkpoint_every": checkpoint_every,
+        "trust_remote_code": trust_remote_code,
         **({} if epochs is None else {"epochs": epochs}),
     }
     settings = parse_embedder_settings(values)
     if private and repo is None:
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
-        check_repository(repo)
+        check_push_target(repo, private=private)
     from ..finetune.embedder import finetune_embedder
 
     report = finetune_embedder(settings, output)

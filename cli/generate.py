@@ -2,10 +2,13 @@
 
 import math
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..conversion.text_files import check_text
+from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
 if TYPE_CHECKING:
@@ -36,7 +39,9 @@ def generate(
         float | None,
         typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens with this probability together."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same tokens each time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Draw the same tokens each time.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="What the weights are loaded in; auto is the checkpoint's own.")
@@ -44,14 +49,13 @@ def generate(
     revision: Annotated[
         str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the code that a model brings along. The zoo's need none."),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue texts with a language model. The text is printed as it comes."""
     if any(not prompt for prompt in prompts):
         raise ValueError("PROMPT: got an empty text; accepted: one character or more")
+    for prompt in prompts:
+        check_text(prompt, "PROMPT")
     if not math.isfinite(temperature):
         raise ValueError(f"--temperature: got {temperature}; accepted: a finite number, 0 or more")
     if top_p == 0:
@@ -61,22 +65,19 @@ def generate(
             raise ValueError(f"{name}: got {value}, but nothing is drawn with --temperature 0; set one above 0")
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+    from transformers import AutoModelForCausalLM, TextStreamer, set_seed
     from transformers.utils import logging
 
-    # Registers the zoo's classes, which then come before the code that a checkpoint brings along.
-    from .. import modeling as _  # noqa: F401
+    from ..conversion.load_model import load_model, load_tokenizer
 
     logging.disable_progress_bar()
     source = model_source(model)
-    _refuse_unwanted_code(source, revision, trust_remote_code)
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    options: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer: Any = load_tokenizer(source, **options)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"--chat: the tokenizer of {model} has no chat template")
-    language_model: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype.value, use_safetensors=True, **options
-    )
+    language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype.value, **options)
+    language_model.register_forward_hook(partial(_refuse_lost_logits, model))
     language_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     language_model.generation_config = _generation_config(
         language_model.generation_config, tokenizer, max_new_tokens, temperature, top_p
@@ -97,20 +98,23 @@ def generate(
             inputs = tokenizer(prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
+        _check_length(inputs["input_ids"].shape[1], language_model.config, model)
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
         language_model.generate(**inputs.to(language_model.device), streamer=streamer)
 
 
-def _refuse_unwanted_code(source: str, revision: str | None, trusted: bool) -> None:
-    """Raise a ValueError if only code that the checkpoint brings along can load it, and nobody asked for that."""
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
+def _refuse_lost_logits(name: str, _model: object, _inputs: object, outputs: Any) -> None:
+    """Raise a ValueError if logits are not finite: the likeliest token would be an arbitrary one."""
+    if not outputs.logits.isfinite().all():
+        raise ValueError(f"MODEL: {name} computes logits that are not finite; try another --dtype, e.g. float32")
 
-    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    known = values.get("model_type") in CONFIG_MAPPING
-    if not trusted and not known and "AutoModelForCausalLM" in values.get("auto_map", {}):
+
+def _check_length(tokens: int, config: Any, name: str) -> None:
+    """Raise a ValueError if a prompt is longer than what the model was made for, unless it looks at a window alone."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit and getattr(config, "context_overflow", None) != "window":
         raise ValueError(
-            f"MODEL: {source} brings code of its own (model_type {values.get('model_type')!r}); read it, then run "
-            "it with --trust-remote-code"
+            f"PROMPT: got {tokens:,} tokens; accepted: at most {limit:,}, the max_position_embeddings of {name}"
         )
 
 

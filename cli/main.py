@@ -15,6 +15,7 @@ from .errors import ReportingGroup
 from .evaluate import evaluate
 from .finetune import finetune
 from .generate import generate
+from .loading_options import TrustRemoteCode
 from .push import push
 from .run_folder import model_source, student_folder
 from .train import train
@@ -63,14 +64,19 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load the folder without ssm-zoo and compare the logits.")
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a checkpoint a self-contained folder. It loads without ssm-zoo, by the code it brings."""
+    """Make a checkpoint a self-contained folder. It loads without ssm-zoo, by the code it brings.
+
+    The model's code is that of the installed ssm-zoo. Tokenizer, licence, card and plots are copied; code that SRC
+    brings is neither run nor copied, but for a tokenizer's with --trust-remote-code.
+    """
     from transformers.utils import logging
 
     from ..conversion.export import export as write
 
     logging.disable_progress_bar()
-    written = write(model_source(source), folder, revision=revision, verify=verify)
+    written = write(model_source(source), folder, revision=revision, verify=verify, trust_remote_code=trust_remote_code)
     proven = "loads without ssm-zoo and gives the same logits, bit for bit" if verify else "not verified"
     typer.echo(f"{written}: {proven}")
 

@@ -1,18 +1,19 @@
 """`ssm-zoo push`: a model folder to the Hub."""
 
-import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .hub_client import limit_waiting
 from .run_folder import model_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-# What transformers might load if it were left in a repository: it prefers an old model.safetensors to new shards.
-_LOADED = (".safetensors", ".safetensors.index.json", ".py")
+# Names in a list, before the rest is counted.
+_LISTED = 12
 
 
 def push(
@@ -33,12 +34,20 @@ def push(
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request on the default branch instead of committing.")
     ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also remove weights and adapters of REPO that no push of ssm-zoo wrote.")
+    ] = False,
 ) -> None:
     """Upload a model folder to the Hub. Code, tokenizer and card go with it.
 
-    A file that the repository has is replaced by the folder's, the card too. Weights and code of the repository
-    that the folder lacks are removed, since transformers might load them; everything else stays. The token is that
-    of `hf auth login` or HF_TOKEN.
+    Sent are safetensors, configurations, tokenizer, README.md, plots, licences and the code that config.json names;
+    links are refused, and hidden or any other files stay here and are listed. The folder has to be whole: weights as
+    config.json promises them, all finite; all code there; no path of this machine.
+
+    A file that the repository has is replaced by the folder's, the card too. What an earlier push left is removed. What
+    else loading the repository might take instead (weights, an adapter), and a model where an adapter is pushed or the
+    other way round, is removed with --yes only; everything else stays. The token is that of `hf auth login` or
+    HF_TOKEN.
     """
     commit = push_folder(
         model_folder(folder),
@@ -47,6 +56,7 @@ def push(
         message=message,
         revision=revision,
         create_pr=create_pr,
+        yes=yes,
     )
     announce(commit)
 
@@ -67,8 +77,9 @@ def push_folder(
     message: str = "Upload model",
     revision: str | None = None,
     create_pr: bool = False,
+    yes: bool = False,
 ) -> "CommitInfo":
-    """Upload a folder that holds a model and its code, or an adapter.
+    """Upload a folder that holds a model and its code, or an adapter. What is not sent is printed.
 
     Args:
         folder: what `save_pretrained` of a zoo model, or of one with adapters, wrote.
@@ -77,21 +88,27 @@ def push_folder(
         message: first line of the commit message.
         revision: branch; made from the default one if it does not exist.
         create_pr: open a pull request on the default branch.
+        yes: remove what of the repository would be loaded instead, even if no push of ours wrote it. Otherwise a user
+            at a terminal is asked.
 
     Returns:
         The commit; `oid` is the revision to pin.
 
     Raises:
-        ValueError: if the folder holds neither a self-contained model nor an adapter, there is no token, or the
-            repository is public although a private one was asked for; nothing is uploaded then.
+        ValueError: if the folder holds neither a whole, self-contained model nor a whole adapter, there is no token,
+            the repository is public although a private one was asked for, or something would have to be removed that
+            is not ours; nothing is uploaded then.
     """
-    check_model_folder(folder)
     if create_pr and revision is not None:
         raise ValueError(f"--revision: got {revision!r}; accepted with --create-pr: none")
-    check_repository(repo)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    from ..conversion.publishable import check_publishable
+    from ..modeling.hub_upload import carry_out, plan_upload
+
+    check_publishable(folder)
+    check_repository(repo)
     api = HfApi(library_name="ssm-zoo")
     if "/" not in repo:  # by itself the name may be that of somebody's old repository without an owner
         repo = f"{api.whoami()['name']}/{repo}"
@@ -104,54 +121,79 @@ def push_folder(
             raise ValueError(f"--private: {repo} is public; make it private on the Hub, or choose another name")
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo, branch=revision, exist_ok=True)
-    here = {path.name for path in folder.iterdir()}
-    stale = [
-        name
-        for name in api.list_repo_files(repo, revision=revision)
-        if "/" not in name and name not in here and name.endswith(_LOADED)
-    ]
-    return api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        commit_message=message,
-        revision=revision,
-        create_pr=create_pr,
-        delete_patterns=stale or None,
-    )
+    plan = plan_upload(api, folder, repo, revision=revision)
+    if plan.not_ours and not yes:
+        question = f"{repo} holds what no push of this kind wrote and would have to go: {_listed(plan.not_ours)}"
+        if not (sys.stdin.isatty() and typer.confirm(f"{question}. Remove it?", err=True)):
+            raise ValueError(f"REPO: {question}; look at it, then remove it with --yes, or choose another repository")
+    if plan.left_out:
+        typer.echo(f"not sent: {_listed(plan.left_out)}")
+    return carry_out(api, plan, commit_message=message, revision=revision, create_pr=create_pr)
 
 
-def check_repository(repo: str) -> None:
-    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token."""
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def check_repository(repo: str, field: str = "REPO") -> None:
+    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token.
+
+    Args:
+        repo: OWNER/NAME or NAME.
+        field: the argument or option that gave it.
+    """
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(repo)
+    limit_waiting()
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"{field}: {error}") from None
     if get_token() is None:
-        raise ValueError("there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN")
+        raise ValueError(f"{field}: there is no Hugging Face token; log in with `hf auth login` or set HF_TOKEN")
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise a ValueError if a folder does not hold weights as safetensors, a config and the code it names.
+def check_push_target(repo: str, *, private: bool = False) -> None:
+    """Ask the Hub whether what a training makes can be pushed, before hours of it.
 
-    An adapter's code is its base model's.
+    Args:
+        repo: OWNER/NAME or NAME, as `--push-to-hub` gives it.
+        private: whether the repository has to be private.
+
+    Raises:
+        ValueError: if the name is no repository's, there is no token, the Hub does not accept it, it may not write
+            there, or the repository is public although a private one is asked for.
+        OSError: if the Hub cannot be reached.
     """
-    if not folder.is_dir():
-        raise ValueError(f"FOLDER: there is no folder {folder}")
-    if (folder / "adapter_config.json").is_file():
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise ValueError(f"FOLDER: {folder} holds no weights (adapter_model.safetensors)")
-        return
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"FOLDER: {folder} is not a model's: it holds no config.json")
-    values = json.loads(config.read_text(encoding="utf-8"))
-    auto_map = values.get("auto_map") if isinstance(values, dict) else None
-    if not isinstance(auto_map, dict) or not auto_map:
-        raise ValueError(f"FOLDER: {config} has no auto_map, so it does not load; write the folder with export")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"FOLDER: {folder} holds no weights (*.safetensors)")
-    for reference in auto_map.values():
-        repository, _, name = str(reference).rpartition("--")
-        file = f"{name.partition('.')[0]}.py"
-        if not repository and not (folder / file).is_file():
-            raise ValueError(f"FOLDER: {config} names {reference}, but there is no {file}; write it with export")
+    field = "--push-to-hub"
+    check_repository(repo, field)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    api = HfApi(library_name="ssm-zoo")
+    try:
+        user = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise ValueError(
+            f"{field}: the Hub does not accept the token; log in anew with `hf auth login`, or set another HF_TOKEN"
+        ) from None
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ValueError(f"{field}: the token of {user['name']} may only read; make one that may write to {repo}")
+    owner = repo.partition("/")[0] if "/" in repo else user["name"]
+    members = {each.get("name"): each.get("roleInOrg") for each in user.get("orgs", [])}
+    # A fine-grained token need not say which organisations its user belongs to.
+    stranger = owner != user["name"] and owner not in members and role != "fineGrained"
+    if stranger or members.get(owner) == "read":
+        raise ValueError(f"{field}: {user['name']} may not write to repositories of {owner}; accepted: your own")
+    try:
+        public = not api.model_info(repo if "/" in repo else f"{owner}/{repo}").private
+    except RepositoryNotFoundError:
+        return  # it will be made
+    if private and public:
+        raise ValueError(f"--private: {repo} is public; make it private on the Hub, or choose another name")

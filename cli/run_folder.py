@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from .hub_client import limit_waiting
+
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -17,6 +19,7 @@ def model_source(source: str) -> str:
         return str(model_folder(folder))
     if not _HUB_ID.fullmatch(source):
         raise ValueError(f"there is no folder {source!r}, and a Hub id would be OWNER/NAME")
+    limit_waiting()
     return source
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line, process_number
-from .push import announce, check_repository, push_folder
+from .loading_options import TrustRemoteCode
+from .push import announce, check_push_target, push_folder
 from .run_folder import model_folder, model_source
 from .training_options import (
     BatchSize,
@@ -62,6 +63,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a configuration key: hidden_size=256 say."),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, where CONFIG is a Hub id."),
+    ] = None,
     recipe: Annotated[
         Recipe, typer.Option("--recipe", help="Whose optimiser and schedule, where the options below give nothing.")
     ] = Recipe.MAMBA,
@@ -103,6 +108,7 @@ def train(
         int | None, typer.Option("--evaluate-every", help="Steps between held-out losses on the way; without it none.")
     ] = None,
     checkpoint_every: CheckpointEvery = 200,
+    trust_remote_code: TrustRemoteCode = False,
     repo: Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the model.")] = None,
     private: Private = False,
 ) -> None:
@@ -127,6 +133,7 @@ def train(
     settings = parse_from_scratch(
         {
             "config": str(model_folder(Path(config))) if Path(config).is_dir() else config,
+            "revision": revision,
             "overrides": overrides or [],
             "tokenizer": None if tokenizer is None else model_source(tokenizer),
             "train_tokenizer": train_tokenizer,
@@ -146,12 +153,13 @@ def train(
             "seed": seed,
             "evaluate_every": evaluate_every,
             "checkpoint_every": checkpoint_every,
+            "trust_remote_code": trust_remote_code,
         }
     )
     if private and repo is None:
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
-        check_repository(repo)
+        check_push_target(repo, private=private)
     from ..finetune.from_scratch import train_from_scratch
 
     report = train_from_scratch(settings, output, command=command_line(sys.argv[1:]))

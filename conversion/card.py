@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..modeling.hub_code import write_atomically
 from .formatting import code, count, fenced, without_folders
 from .hub_licences import HUB_LICENCES
 from .report_schema import Report, parse_report
@@ -34,6 +33,7 @@ from .report_sections import (
     verdict_list,
 )
 from .results import recovered_sentence, summary_sentence
+from .whole_files import write_text_whole
 
 # Texts that ship with the package: their data set on the Hub, and what they are.
 _DATA_SETS = {
@@ -96,7 +96,7 @@ def write_card(folder: str | Path, report: dict[str, Any], repo_id: str | None =
     names = [path.name for path in (folder / "plots").glob("[!.]*.png")]
     names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
     card = render_card(report, repo_id=repo_id, plots=[f"plots/{name}" for name in names])
-    write_atomically(folder / "README.md", card)
+    write_text_whole(folder / "README.md", card)
 
 
 def _check_repo_id(repo_id: str) -> None:

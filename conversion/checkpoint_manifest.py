@@ -1,4 +1,4 @@
-"""A list of a checkpoint's files with their sizes and SHA-256, written last: it tells a whole checkpoint from any other."""
+"""A list of a checkpoint's files with sizes and SHA-256, written last: it tells whether the checkpoint is whole."""
 
 from __future__ import annotations
 

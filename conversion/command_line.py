@@ -4,6 +4,8 @@ import os
 import shlex
 from collections.abc import Sequence
 
+from .formatting import public_argument
+
 _ON_CPUS = "ACCELERATE_USE_CPU"
 
 
@@ -30,6 +32,8 @@ def check_processes(seen: int) -> None:
 def command_line(arguments: Sequence[str]) -> str:
     """The command line that repeats a run of `ssm-zoo`, in as many processes as there are now.
 
+    Of paths that lead out of the working folder it has the last names: it is published.
+
     Args:
         arguments: of `ssm-zoo`, the sub-command first.
     """
@@ -40,7 +44,7 @@ def command_line(arguments: Sequence[str]) -> str:
         nodes = ["--nnodes", str(processes // here)] if here < processes else []
         program = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "ssm_zoo.cli.main"]
     prefix = f"{_ON_CPUS}={os.environ[_ON_CPUS]} " if processes > 1 and _ON_CPUS in os.environ else ""
-    return prefix + shlex.join([*program, *arguments])
+    return prefix + shlex.join([*program, *map(public_argument, arguments)])
 
 
 def _processes_started() -> int:

@@ -19,8 +19,9 @@ from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from ..modeling.hub_code import code_licence
 from . import format_state_spaces
 from .byte_tokenizer import byte_tokenizer
+from .carried_files import LICENCES, TOKENIZER, carry_files
+from .checkpoint_files import check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
-from .export import copy_files
 from .format import Format, read_config
 from .format_bamba import BAMBA
 from .format_jamba import JAMBA
@@ -28,11 +29,12 @@ from .format_llamba import LLAMBA
 from .format_mamba import FALCON_MAMBA, MAMBA
 from .format_mamba2 import MAMBA2
 from .format_masked_mixer import MASKED_MIXER
-from .hub_source import CARRIED_FILES, source_folder
+from .hub_source import source_folder
 from .json_files import json_text
 from .mixer_formats import is_transfixer, read_mixer
 from .output_folder import new_folder
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
+from .remote_code import check_remote_code
 from .rules import LazyTensor, Mapper, check, lazy
 from .weight_choice import PICKLE, PICKLE_INDEX
 from .weight_files import Weights, read_checkpoint, write_weights
@@ -60,6 +62,7 @@ _ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
 _TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
+_CARRIED = (r"generation_config\.json", TOKENIZER, LICENCES)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def convert(
     settings: Sequence[str] = (),
     revision: str | None = None,
     prefix: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
@@ -138,6 +142,7 @@ def convert(
         revision: branch, tag or commit, where the source is a Hub id.
         prefix: what to remove from the keys that begin with it. Prefixes are found without it where the keys fit the
             configuration once one is removed, added or replaced; the report's notes say so.
+        trust_remote_code: copy the code of a tokenizer that transformers does not have. No code is run.
 
     Returns:
         The report.
@@ -153,7 +158,10 @@ def convert(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     _check_folder(folder, overwrite)
-    read_from, commit = source_folder(source, revision=revision, allow_pickle=allow_pickle)
+    read_from, commit = source_folder(
+        source, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    check_remote_code(read_from, trusted=trust_remote_code, auto_class=None)
     if folder.resolve() in (read_from.resolve(), *read_from.resolve().parents):
         raise ValueError(f"{folder} is or holds the source. Write to another folder.")
     read = _read(read_from, allow_pickle, settings, prefix)
@@ -167,7 +175,7 @@ def convert(
     config = target.config(read.zoo_config) if target else read.zoo_config
     tensors = _tensors_of(target, read, config, ours)
     with new_folder(folder, overwrite=overwrite) as made:
-        carried = _carry(read, read_from, made, target)
+        carried = _carry(read, read_from, made, target, trust_remote_code)
         write_weights(made, tensors, max_shard_size=max_shard_size)
         _write_config(made, target, read.zoo_class, config, _dtype(ours))
         logits = _compare(read, ours, target, made) if verify else "not asked for"
@@ -193,6 +201,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
     if not (folder / "config.json").is_file() and not _is_bare(folder):
         raise ValueError(f"{folder} is not replaced: it holds no config.json, so it is no checkpoint.")
+    check_replaceable(folder)
 
 
 def _is_bare(folder: Path) -> bool:
@@ -371,9 +380,9 @@ def _write_config(
     config.save_pretrained(folder)
 
 
-def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None) -> list[str]:
+def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None, trust_remote_code: bool) -> list[str]:
     """Copy what is the same in every format; say what was."""
-    carried = copy_files(source, made, CARRIED_FILES)
+    carried = carry_files(source, made, *_CARRIED, trust_remote_code=trust_remote_code)
     licence = made / "LICENSE"
     # Where a zoo model's weights have no licence of their own, this is that of its code, which stays behind.
     of_code = licence.is_file() and licence.read_text(encoding="utf-8") == code_licence()

@@ -4,15 +4,11 @@ What `save_pretrained` of a zoo model writes is such a folder already. Exporting
 with weights and config alone, the code of the installed package, and checks the result.
 """
 
-import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,87 +18,113 @@ from safetensors.torch import load_file, save_file
 
 from .. import modeling
 from ..modeling.causal_lm import ZooPreTrainedModel
+from ..modeling.hub_code import collect_code
 from . import isolated_load
+from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
+from .child_process import run_child
+from .json_files import read_json_object
+from .load_model import load_model
 from .output_folder import new_folder
+from .remote_code import check_remote_code, reference_of
+from .source_files import check_config
 
 __all__ = ["export", "verify_export"]
 
-CARRIED = (
-    "LICENSE*",
-    "NOTICE*",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "additional_chat_templates/*",
-)
-"""Files of a checkpoint that are the same in any format: its licence and its tokenizer."""
-
 # What of the source is kept as it is. Weights, config, generation config and code are written anew.
-_KEPT = ("README.md", "plots/*", *CARRIED)
+_KEPT = (TOKENIZER, LICENCES, CARD)
 _READ = ("*config.json", "*.safetensors", "*.safetensors.index.json")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
-def export(source: str | Path, folder: str | Path, *, revision: str | None = None, verify: bool = True) -> Path:
+def export(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write a checkpoint as a self-contained Hub folder: weights, config, code, licence, tokenizer, card, plots.
 
-    The code is that of the installed package; code that the source brings is neither run nor copied. The folder
-    appears whole or not at all.
+    The code of the model is that of the installed package; what the source brings for it is neither run nor copied.
+    The folder appears whole or not at all.
 
     Args:
         source: a folder, or a Hub id.
         folder: a new or empty folder; its parents are made as needed.
         revision: branch, tag or commit, where the source is a Hub id.
         verify: prove the folder as :func:`verify_export` does before it appears.
+        trust_remote_code: copy and run the code of a tokenizer that transformers does not have.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if the source is no whole checkpoint of a zoo model, the folder is not empty, or the proof
-            fails.
+        ValueError: if the source is no whole checkpoint of a zoo model, its tokenizer needs code that is not trusted,
+            the folder is not empty, or the proof fails.
         OSError: if files cannot be read, the Hub not reached or a repository not found.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder: {folder} exists and is not empty; accepted: a new or empty folder")
-    read_from = _source_folder(source, revision)
+    read_from = _source_folder(source, revision, trust_remote_code)
+    check_remote_code(read_from, trusted=trust_remote_code, auto_class=None)
     model = _load(read_from)
     with new_folder(folder) as made:
-        copy_files(read_from, made, _KEPT)
+        carry_files(read_from, made, *_KEPT, trust_remote_code=trust_remote_code)
         model.save_pretrained(made)
         if verify:
-            _verify(made, model)
+            _verify(made, model, trust_remote_code)
     return folder
 
 
-def verify_export(folder: str | Path) -> dict[str, Any]:
+def verify_export(folder: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Prove that a folder loads without this package and computes what this package computes from it.
 
     A process of its own, in which `ssm_zoo` cannot be imported and the Hub not be reached, loads the tokenizer, if
-    there is one, and the model with `trust_remote_code=True`, on the CPU. Its first output for random inputs has to be
-    the package's, bit for bit.
+    there is one, and the model by the code in the folder, on the CPU. Its first output for random inputs has to be the
+    package's, bit for bit.
 
     Args:
         folder: what `save_pretrained` of a zoo model wrote.
+        trust_remote_code: run code that is not the installed package's: that of another version, or of a tokenizer.
 
     Returns:
         "auto_class" that loaded it, "dtype" and "shape" of the logits (of a model without a head, of the last
         hidden states), "bit_equal", which is True, and the "seconds" that the other process took.
 
     Raises:
-        ValueError: if the folder is no checkpoint of a zoo model, does not load, or gives other logits.
+        ValueError: if the folder is no checkpoint of a zoo model, holds code that is not trusted, does not load, or
+            gives other logits.
     """
     folder = Path(folder)
-    return _verify(folder, _load(folder))
+    model = _load(folder)
+    if not trust_remote_code:
+        check_remote_code(folder, trusted=False, field="folder", auto_class=None)
+        _check_code(folder, model)
+    return _verify(folder, model, trust_remote_code)
 
 
-def _verify(folder: Path, model: ZooPreTrainedModel) -> dict[str, Any]:
+def _check_code(folder: Path, model: ZooPreTrainedModel) -> None:
+    """Raise a ValueError if the code that loads a folder is not the installed package's."""
+    ours = collect_code([type(model).__module__, type(model.config).__module__])
+    auto_map = read_json_object(folder / "config.json", allow_infinity=True).get("auto_map")
+    keys = auto_map if isinstance(auto_map, dict) else ()
+    named = {f"{str(reference_of(auto_map, key)).partition('.')[0]}.py" for key in keys}
+    there = {path.name: path for path in folder.glob("*.py")}
+    foreign = sorted(
+        name
+        for name in named | there.keys()
+        if name not in ours or name not in there or there[name].read_text(encoding="utf-8") != ours[name]
+    )
+    if foreign:
+        raise ValueError(
+            f"folder: {folder} holds or names code that is not this ssm-zoo's: {', '.join(foreign[:3])}; export it "
+            "anew, or read the code and trust it (trust_remote_code=True)"
+        )
+
+
+def _verify(folder: Path, model: ZooPreTrainedModel, trust_tokenizer: bool) -> dict[str, Any]:
     """Prove that `folder` loads without this package and computes what `model` computes."""
     auto_class = _auto_class(type(model))
     generator = torch.Generator().manual_seed(0)
@@ -113,14 +135,12 @@ def _verify(folder: Path, model: ZooPreTrainedModel) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         given, written = Path(scratch) / "input.safetensors", Path(scratch) / "output.safetensors"
         save_file(inputs, given)
-        arguments = [folder.resolve(), auto_class, torch.get_num_threads(), given, written]
+        trusted = "trusted" if trust_tokenizer else "untrusted"
+        arguments = [folder.resolve(), auto_class, trusted, torch.get_num_threads(), given, written]
         started = time.monotonic()
-        done = subprocess.run(
+        done = run_child(
             [sys.executable, "-P", str(isolated_load.__file__), *map(str, arguments)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
-            capture_output=True,
-            text=True,
-            check=False,
+            {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
         )
         seconds = time.monotonic() - started
         if done.returncode:
@@ -147,7 +167,7 @@ def _distance(theirs: torch.Tensor, ours: torch.Tensor) -> str:
     return f", at most {(theirs.double() - ours.double()).abs().max().item():.3g} apart"
 
 
-def _source_folder(source: str | Path, revision: str | None) -> Path:
+def _source_folder(source: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
     """The folder to read from: the source itself, or what is needed of a Hub repository, downloaded.
 
     Raises:
@@ -157,13 +177,14 @@ def _source_folder(source: str | Path, revision: str | None) -> Path:
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision: got {revision!r}, but {source} is a folder; accepted: none")
-        _model_class(path)
+        model_class_of(path)
         return path
     source = hub_id(source)
     config_only = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json"]))
-    _model_class(config_only)
+    model_class_of(config_only)
     # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
-    return Path(snapshot_download(source, revision=config_only.name, allow_patterns=[*_READ, *_KEPT]))
+    patterns = downloads(*_READ, trust_remote_code=trust_remote_code)
+    return Path(snapshot_download(source, revision=config_only.name, allow_patterns=patterns))
 
 
 def hub_id(source: str | Path) -> str:
@@ -183,27 +204,21 @@ def _load(folder: Path) -> ZooPreTrainedModel:
     Raises:
         ValueError: if the folder is no checkpoint of a zoo model, or its weights are not the model's.
     """
-    model_class = _model_class(folder)
+    model_class = model_class_of(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
-    loaded: Any = model_class.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, found = loaded
-    # transformers would go on with random weights, after a warning.
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[key]:
-            names = ", ".join(sorted(name if isinstance(name, str) else name[0] for name in found[key])[:3])
-            raise ValueError(f"source: {folder}: {key.replace('_keys', ' weights')}, {len(found[key])}: {names}")
+    model = load_model(folder, model_class, field="source", dtype="auto")
+    assert isinstance(model, ZooPreTrainedModel)
     return model
 
 
-def _model_class(folder: Path) -> type[ZooPreTrainedModel]:
+def model_class_of(folder: Path) -> type[ZooPreTrainedModel]:
     """The package's class for the checkpoint in `folder`, by its config's model type and architecture."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"source: {folder} is no checkpoint: it holds no config.json")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json_object(path, allow_infinity=True)
+    check_config(values, str(path))
     model_type = values.get("model_type") if isinstance(values, dict) else None
     classes = [kind for kind in vars(modeling).values() if isinstance(kind, type)]
     classes = [kind for kind in classes if issubclass(kind, ZooPreTrainedModel) and kind.auto_classes]
@@ -224,20 +239,3 @@ def _model_type(kind: type[ZooPreTrainedModel]) -> str:
 def _auto_class(kind: type[ZooPreTrainedModel]) -> str:
     """Name of the Auto class of transformers that loads the class."""
     return next(auto for auto, name in kind.auto_classes.items() if name == kind.__name__)
-
-
-def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> list[str]:
-    """Copy the files that match a pattern, of a snapshot's links what they point to.
-
-    Returns:
-        Their paths in the folder.
-    """
-    copied = []
-    for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                name = path.relative_to(source)
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
-                copied.append(name.as_posix())
-    return copied

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..modeling.causal_lm import ZooPreTrainedModel
 from .json_files import read_json_object
 from .rules import Rule
+from .source_files import check_config
 
 CARRIED_IDS = ("use_cache", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 """Keys of every configuration of transformers that say the same on both sides."""
@@ -66,6 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     values = read_json_object(path, "config.json", allow_infinity=True)
     refuse_quantised(values)
+    check_config(values, "config.json")
     return values
 
 
@@ -77,8 +79,8 @@ def refuse_quantised(values: Mapping[str, Any]) -> None:
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     raise ValueError(
         f"config.json: `quantization_config` says that the weights are quantised ({method or 'method not named'}). "
-        "Quantised weights cannot be converted. Dequantise the model and save it, or take the checkpoint that it was "
-        "made from."
+        "Quantised weights can neither be converted nor distilled. Dequantise the model and save it, or take the "
+        "checkpoint that it was made from."
     )
 
 

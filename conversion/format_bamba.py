@@ -57,6 +57,8 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
                 f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for bamba: 'mamba2', 'full_attention'"
             )
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of bamba has an MLP")
+        if mixer == "full_attention":
+            require("attention_conv_kernel", config.attention_conv_kernel, 0, "bamba's attention has no convolution")
     if "mamba2" in mixers:
         require("hidden_act", config.hidden_act, "silu", "bamba's Mamba-2 takes that of the MLP")
     values = {key: getattr(config, key) for key in _SAME}

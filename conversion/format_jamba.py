@@ -57,6 +57,8 @@ def _config(config: ZooHybridConfig) -> JambaConfig:
                 f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for jamba: 'mamba', 'full_attention'"
             )
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of jamba has an MLP")
+        if mixer == "full_attention":
+            require("attention_conv_kernel", config.attention_conv_kernel, 0, "jamba's attention has no convolution")
     require("hidden_act", config.hidden_act, "silu", "jamba's Mamba takes that of the MLP")
     require("attention_bias", config.attention_bias, False, "jamba has none")
     require("mlp_bias", config.mlp_bias, False, "jamba has none")

@@ -73,7 +73,7 @@ def _mamba2(values: dict[str, Any]) -> ZooMamba2Config:
         head_dim=parsed.mixer["headdim"],
         n_groups=parsed.mixer["ngroups"],
         time_step_limit=parsed.mixer["dt_limit"],
-        A_init_range=[float(bound) for bound in parsed.mixer["A_init_range"]],
+        A_init_bounds=[float(bound) for bound in parsed.mixer["A_init_range"]],
     )
 
 
@@ -93,6 +93,7 @@ def _hybrid(values: dict[str, Any]) -> ZooHybridConfig:
         num_key_value_heads=attention["num_heads_kv"],
         head_dim=attention["head_dim"],
         attention_bias=attention["qkv_proj_bias"],
+        attention_conv_kernel=attention.get("d_conv", 0),
         rope_parameters={
             "rope_type": "default",
             "rope_theta": float(attention.get("rotary_emb_base", 10000.0)),
@@ -148,7 +149,7 @@ def _mamba1_written(config: ZooMambaConfig) -> dict[str, Any]:
 def _mamba2_written(config: ZooMamba2Config) -> dict[str, Any]:
     require("bidirectional", config.bidirectional, False, "state-spaces' Mamba-2 is causal")
     mixer = {"headdim": config.head_dim, "bias": config.use_bias, "conv_bias": config.use_conv_bias}
-    ranges = {"A_init_range": list(config.A_init_range)}
+    ranges = {"A_init_range": list(config.A_init_bounds)}
     return _written(config, "Mamba2", mixer | _groups(config) | _steps(config) | ranges)
 
 
@@ -198,6 +199,7 @@ def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
             "qkv_proj_bias": config.attention_bias,
             "out_proj_bias": config.attention_bias,
             "causal": True,
+            "d_conv": config.attention_conv_kernel,
             "rotary_emb_dim": int(int(config.head_dim or 0) * rotary.get("partial_rotary_factor", 1.0)),
             "rotary_emb_base": rotary["rope_theta"],
         }
@@ -231,6 +233,8 @@ def _hybrid_rules(config: ZooHybridConfig) -> list[Rule]:
         projections = tuple(f"{_LAYER}mixer.{name}.{{rest}}" for name in ("q_proj", "k_proj", "v_proj"))
         rules.append(Rule(_LAYER + "mixer.in_proj.{rest}", projections, split, layers=at))
         rules.append(Rule(_LAYER + "mixer.out_proj.{rest}", _LAYER + "mixer.o_proj.{rest}", layers=at))
+        if config.attention_conv_kernel:  # its channels are in the order of in_proj's rows
+            rules.append(Rule(_LAYER + "mixer.conv1d.{rest}", _LAYER + "mixer.conv1d.{rest}", layers=at))
     if "gated" in (config.mlp_types or []):
         halves = (_LAYER + "mlp.up_proj.{rest}", _LAYER + "mlp.gate_proj.{rest}")
         rules.append(Rule(_LAYER + "norm2.weight", _LAYER + "post_attention_layernorm.weight"))

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ..modeling import MaskedMixerConfig, MaskedMixerForCausalLM
+from ..modeling.rotary import llama_rope_parameters
 from .format_masked_mixer import convolution_rules
 from .mixer_checkpoint import MixerCheckpoint, MixerReading, Settings
 from .rules import Rule
@@ -54,7 +55,7 @@ def _of_config(folder: Path) -> dict[str, Any]:
     given: Any = LlamaConfig.from_pretrained(folder)
     same = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "use_cache")
     same += ("bos_token_id", "eos_token_id", "pad_token_id")
-    rotary = {"rope_parameters": dict(given.rope_parameters), "norm_eps": given.rms_norm_eps}
+    rotary = {"rope_parameters": llama_rope_parameters(given), "norm_eps": given.rms_norm_eps}
     return {name: getattr(given, name) for name in same} | rotary
 
 

@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 
-from .export import CARRIED, hub_id
-from .weight_choice import ORDER, PICKLE, PICKLE_INDEX, SAFETENSORS, SAFETENSORS_INDEX, read_index
+from .carried_files import downloads
+from .export import hub_id
+from .weight_choice import ORDER, PICKLE_INDEX, SAFETENSORS_INDEX, configured_name, read_index
 
-CARRIED_FILES = ("generation_config.json", *CARRIED)
-"""Files of a checkpoint that a conversion carries over."""
-
-_SMALL = ("config.json", "adapter_config.json", SAFETENSORS_INDEX, PICKLE_INDEX)
+_SMALL = ("config.json", "generation_config.json", "adapter_config.json", SAFETENSORS_INDEX, PICKLE_INDEX)
 
 
-def source_folder(source: str | Path, *, revision: str | None, allow_pickle: bool) -> tuple[Path, str | None]:
+def source_folder(
+    source: str | Path, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool = False
+) -> tuple[Path, str | None]:
     """Return the folder to read from and, of a Hub id, the commit.
 
-    Of a repository only the weights that `weight_choice` would choose are downloaded; pickles only if allowed.
+    Of a repository only the weights that `weight_choice` would choose are downloaded; pickles and code only if allowed.
 
     Raises:
         ValueError: if a folder comes with a revision, or the source is neither a folder nor a Hub id.
@@ -27,29 +27,16 @@ def source_folder(source: str | Path, *, revision: str | None, allow_pickle: boo
             raise ValueError(f"--revision must be left out for a folder such as {source}, got {revision!r}.")
         return Path(source), None
     source = hub_id(source)
-    folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*_SMALL, *CARRIED_FILES]))
+    small = downloads(*_SMALL, trust_remote_code=trust_remote_code)
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=small))
     commit = folder.name  # all files come from one commit, even if the branch moves meanwhile
-    for name in ORDER if allow_pickle else (SAFETENSORS, SAFETENSORS_INDEX):
-        if name in (SAFETENSORS, PICKLE):
+    configured = configured_name(folder)
+    for name in (configured,) if configured else ORDER if allow_pickle else ORDER[:2]:
+        if not (folder / name).is_file():
             snapshot_download(source, revision=commit, allow_patterns=[name])
-        elif (folder / name).is_file():
-            snapshot_download(
-                source, revision=commit, allow_patterns=sorted(set(read_index(folder / name)[0].values()))
-            )
         if (folder / name).is_file():
+            if name.endswith(".index.json"):
+                shards = sorted(set(read_index(folder / name)[0].values()))
+                snapshot_download(source, revision=commit, allow_patterns=shards)
             break
     return folder, commit
-
-
-def pinned_revision(source: str | Path, revision: str | None) -> str | None:
-    """Return the commit that a Hub id's revision stands for now; None for a folder or a file.
-
-    Raises:
-        ValueError: if a folder or a file comes with a revision.
-        OSError: if the Hub cannot be reached, or has no such repository or revision.
-    """
-    if Path(source).exists():
-        if revision is not None:
-            raise ValueError(f"revision must be left out for the folder or file {source}, got {revision!r}.")
-        return None
-    return Path(hf_hub_download(str(source), "config.json", revision=revision)).parent.name

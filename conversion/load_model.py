@@ -15,19 +15,33 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which come before a checkpoint's own code
+from .remote_code import check_remote_code
+from .source_files import check_source_files
+from .weight_choice import check_names
 
-__all__ = ["WeightsError", "check_finite", "check_keys", "load_config", "load_model", "load_tokenizer", "quiet_loading"]
+__all__ = [
+    "WeightsError",
+    "check_finite",
+    "check_keys",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "put_adapter",
+    "quiet_loading",
+]
 
 # Dtypes that torch.isfinite does not know; float32 holds all their values.
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 _SHOWN = 3
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
 
@@ -70,6 +84,18 @@ def load_model(
     source = str(source)
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **options}
     folder = options.get("subfolder", "")
+    name = auto_class.__name__ if auto_class.__module__.startswith("transformers.models.auto.") else None
+    check_remote_code(
+        source,
+        trusted=trust_remote_code,
+        field=field,
+        revision=options["revision"],
+        subfolder=folder,
+        auto_class=name,
+        tokenizer=False,
+    )
+    if Path(source).is_dir():
+        check_names(Path(source) / folder)
     if find_adapter_config_file(source, revision=options["revision"], subfolder=folder) is not None:
         return _load_adapted(source, auto_class, field, options)
     if "gguf_file" not in options:
@@ -94,6 +120,15 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer; arguments and errors as :func:`load_model`."""
     source = str(source)
+    if "gguf_file" not in options:
+        check_remote_code(
+            source,
+            trusted=trust_remote_code,
+            field=field,
+            revision=revision,
+            subfolder=options.get("subfolder", ""),
+            auto_class=None,
+        )
     with quiet_loading(source, field):
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=trust_remote_code, **options
@@ -105,12 +140,20 @@ def load_config(
 ) -> PreTrainedConfig:
     """Load a configuration; arguments and errors as :func:`load_model`."""
     source = str(source)
+    check_remote_code(
+        source, trusted=trust_remote_code, field=field, revision=revision, auto_class="AutoConfig", tokenizer=False
+    )
     with quiet_loading(source, field):
         return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 
 def check_keys(
-    found: Mapping[str, Iterable[Any]], place: str, *, may_lack: Collection[str] = (), may_add: Collection[str] = ()
+    found: Mapping[str, Iterable[Any]],
+    place: str,
+    *,
+    may_lack: Collection[str] = (),
+    may_add: Collection[str] = (),
+    of: str = "its config.json",
 ) -> None:
     """Check what `from_pretrained(..., output_loading_info=True)` reports.
 
@@ -119,6 +162,7 @@ def check_keys(
         place: how errors begin: the field and the source.
         may_lack: beginnings of names of weights that may be missing.
         may_add: beginnings of names of weights that may be left over.
+        of: file that says which weights there are.
 
     Raises:
         WeightsError: if other weights are missing or left over, or some have another shape.
@@ -130,16 +174,16 @@ def check_keys(
         f"{len(keys)} {text}: {_first(keys)}"
         for keys, text in (
             (missing, "missing weights"),
-            (unexpected, "unexpected weights, which the model of its config.json does not have"),
-            (shapes, "mismatched weights, whose shapes are not those of its config.json"),
+            (unexpected, f"unexpected weights, which are not those of {of}"),
+            (shapes, f"mismatched weights, whose shapes are not those of {of}"),
         )
         if keys
     ]
     problems += [str(message) for message in found.get("error_msgs") or ()]
     if problems:
         raise WeightsError(
-            f"{place} has {'; '.join(problems)}. The weights and config.json must belong together: save or download "
-            "the checkpoint again."
+            f"{place} has {'; '.join(problems)}. The weights and {of.removeprefix('its ')} must belong together: "
+            "save or download both again."
         )
 
 
@@ -184,6 +228,7 @@ def quiet_loading(source: str, field: str) -> Iterator[None]:
     Raises:
         ValueError: if the source brings code that is not trusted, or its weights are no whole safetensors file.
     """
+    check_source_files(source, field)
     table = logging.getLogger("transformers.modeling_utils")
     level = table.level
     table.setLevel(logging.ERROR)
@@ -202,6 +247,25 @@ def quiet_loading(source: str, field: str) -> Iterator[None]:
             f"{field}: {source} brings code of its own, which is not run. Read it, then pass --trust-remote-code "
             "(trust_remote_code=True) to run it."
         ) from None
+    except MemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        StrictDataclassError,
+    ) as error:
+        # What transformers does with values that it does not expect. The files are somebody's, hence no bug of ours.
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        if isinstance(error, RuntimeError) and "allocate" in reason:
+            raise
+        raise ValueError(
+            f"{field}: transformers cannot load {source} ({type(error).__name__}: {reason}). Check its config.json and "
+            "tokenizer files, or save them again."
+        ) from error
     finally:
         table.setLevel(level)
 
@@ -217,34 +281,59 @@ def _refuse_pickles(source: str, subfolder: str, field: str) -> None:
             )
 
 
-def _load_adapted(source: str, auto_class: Any, field: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The base model of a peft adapter with the adapter in it; every weight of the adapter has its place."""
-    # transformers reports the adapter's keys alone, and fills what its base lacks.
+def put_adapter(model: PreTrainedModel, source: str | Path, *, field: str = "adapter", **place: Any) -> Any:
+    """Put a saved peft adapter into its base model; every weight of the adapter has its place, and every place one.
+
+    Args:
+        model: the base model, changed in place.
+        source: folder or Hub id of the adapter.
+        field: what errors call the source.
+        **place: revision and subfolder, for a Hub id.
+
+    Returns:
+        The `PeftModel` around it.
+
+    Raises:
+        WeightsError: if weights are missing, left over, of another shape, or not finite.
+        ValueError: if the file of the weights is damaged or a pickle.
+        OSError: if the adapter cannot be read.
+    """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    place = {"revision": options.pop("revision"), "subfolder": options.pop("subfolder", "")}
-    config = PeftConfig.from_pretrained(source, **place)
-    base = config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{field}: {source}: {_ADAPTER} names no base model in base_model_name_or_path")
-    _refuse_pickles(source, place["subfolder"], field)
+    source = str(source)
+    _refuse_pickles(source, place.get("subfolder", ""), field)
     path = cached_file(source, _ADAPTER_WEIGHTS, **place)
     assert path is not None  # otherwise an OSError
     with quiet_loading(source, field):
         state = load_file(path)
-    model = load_model(base, auto_class, field=f"{field}: the base of {source}", revision=config.revision, **options)
-    adapted: Any = get_peft_model(model, config)
+    adapted: Any = get_peft_model(model, PeftConfig.from_pretrained(source, **place))
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = {
         "missing_keys": expected.keys() - state.keys(),
         "unexpected_keys": state.keys() - expected.keys(),
         "mismatched_keys": [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape],
     }
-    check_keys(found, f"{field}: the adapter {source}")
-    check_finite(state, f"{field}: the adapter {source}")
+    check_keys(found, f"{field}: {source}", of="its adapter_config.json")
+    check_finite(state, f"{field}: {source}")
     set_peft_model_state_dict(adapted, state)
-    return adapted.get_base_model().eval()
+    return adapted
+
+
+def _load_adapted(source: str, auto_class: Any, field: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The base model of a peft adapter with the adapter in it.
+
+    transformers would report the keys of the adapter alone, and fill what its base lacks.
+    """
+    from peft import PeftConfig
+
+    place = {"revision": options.pop("revision"), "subfolder": options.pop("subfolder", "")}
+    config = PeftConfig.from_pretrained(source, **place)
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{field}: {source}: adapter_config.json names no base model in base_model_name_or_path")
+    base = f"{field}: {source}: its base model"
+    model = load_model(config.base_model_name_or_path, auto_class, field=base, revision=config.revision, **options)
+    return put_adapter(model, source, field=field, **place).get_base_model().eval()
 
 
 def _first(names: Collection[str]) -> str:

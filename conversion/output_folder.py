@@ -1,25 +1,137 @@
-"""The folder of a run: whose it is; files and folders that are never seen half-written.
+"""The folder of a run: whose it is, and that one process at a time writes into it.
 
 A run's folder is claimed by `run.json`, which holds what the run computes, so that the same run goes on in it and
-another one is refused.
+another one is refused. While a run goes on, its main process holds a lock on the folder; the kernel releases it when
+the process ends, however it ends.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp-"
-"""How the names of files begin that are being written."""
+from .whole_files import TEMPORARY, flush, new_folder, repair, result_folder, sweep, write_text_whole, write_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows, where no folder is locked
+    fcntl = None
+
+__all__ = [
+    "TEMPORARY",
+    "check_output_folder",
+    "claim_output_folder",
+    "claimed_folders_end",
+    "flush",
+    "json_text",
+    "new_folder",
+    "read_json",
+    "result_folder",
+    "write_json",
+    "write_whole",
+]
 
 _FORMAT = 1
 _MARKER = "run.json"
+# Below it a run is not started: what is written last, a report and a card, has to find room as well.
+_LEAST_FREE_BYTES = 32 * 2**20
+
+# Handles on the folders that this process has claimed, by device and inode.
+_locks: dict[tuple[int, int], int] = {}
+
+
+def check_output_folder(path: str | Path, *, bytes_needed: int = 0) -> None:
+    """Find out, before anything is loaded or computed, whether a run can write into a folder.
+
+    Args:
+        path: the folder; it and those above it may be missing.
+        bytes_needed: what the run is going to write at least.
+
+    Raises:
+        ValueError: if it is a file, holds something else than a run, is another process's at the moment, cannot be
+            written to, or has no room.
+    """
+    path = Path(path)
+    _check_is_folder(path)
+    above = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    if not above.is_dir():
+        raise ValueError(f"output folder: {path} cannot be made: {above} is no folder; give another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"output folder: {path} cannot be written: no permission to write in {above}")
+    free, needed = shutil.disk_usage(above).free, max(bytes_needed, _LEAST_FREE_BYTES)
+    if free < needed:
+        raise ValueError(
+            f"output folder: {path} has {free / 2**20:,.0f} MiB of free disk space, the run needs at least "
+            f"{needed / 2**20:,.0f} MiB; free some, or give a folder on another disk"
+        )
+    if path.is_dir():
+        if not (path / _MARKER).is_file():
+            _check_is_empty(path, "run")
+        _unlock(_lock(path))
+
+
+@contextmanager
+def claimed_folders_end() -> Iterator[None]:
+    """Release the locks of the folders that the body claims when it ends. Also decorates a function."""
+    before = set(_locks)
+    try:
+        yield
+    finally:
+        for key in _locks.keys() - before:
+            os.close(_locks.pop(key))
+
+
+def _check_is_folder(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a link to nothing" if path.is_symlink() else "a file"
+        raise ValueError(f"output folder: {path} is {what}; accepted: a new or empty folder, or this run's own")
+
+
+def _check_is_empty(path: Path, kind: str) -> None:
+    if any(not entry.name.startswith(TEMPORARY) for entry in path.iterdir()):
+        raise ValueError(
+            f"output folder: {path} is not empty and holds no {_MARKER} of a {kind}; accepted: a new or empty "
+            "folder, or this run's own"
+        )
+
+
+def _lock(path: Path) -> tuple[int, int] | None:
+    """Lock a folder for this process, and say under which key if it is not this process's already.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    status = os.fstat(handle)
+    key = (status.st_dev, status.st_ino)
+    if key in _locks:
+        os.close(handle)
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ValueError(
+                f"output folder: {path} is in use by another process, whose run has not ended; wait for it, or give "
+                "another folder"
+            ) from None
+        return None  # a file system without locks
+    _locks[key] = handle
+    return key
+
+
+def _unlock(key: tuple[int, int] | None) -> None:
+    if key is not None:
+        os.close(_locks.pop(key))
 
 
 def claim_output_folder(
@@ -42,100 +154,65 @@ def claim_output_folder(
     """
     path = Path(path)
     marker = {"kind": kind, "format": _FORMAT, "recipe": json.loads(json_text(recipe, "recipe"))}
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output folder: {path} is a file; accepted: a new or empty folder, or this run's own")
-    if (path / _MARKER).is_file():
-        found = read_json(path / _MARKER)
-        if not isinstance(found, dict) or found.get("kind") != kind or found.get("format") != _FORMAT:
-            raise ValueError(f"output folder: {path / _MARKER} is not the marker of a {kind} of format {_FORMAT}")
-        if found.get("recipe") != marker["recipe"]:
-            differences = "; ".join(_differences(found.get("recipe"), marker["recipe"]))
-            raise ValueError(
-                f"output folder: {path} holds a run of another recipe ({differences}); give another folder, or "
-                "resume that run with its own recipe"
-            )
-        return found
-    if path.is_dir() and any(not entry.name.startswith(TEMPORARY) for entry in path.iterdir()):
-        raise ValueError(
-            f"output folder: {path} is not empty and holds no {_MARKER} of a {kind}; accepted: a new or empty "
-            "folder, or this run's own"
-        )
+    _check_is_folder(path)
+    if path.is_dir():
+        taken = _lock(path)
+        try:
+            found = _earlier_start(path, marker)
+        except BaseException:
+            _unlock(taken)
+            raise
+        if found is not None:
+            _tidy(path)
+            return found
     path.mkdir(parents=True, exist_ok=True)
+    _lock(path)
     write_json(path / _MARKER, marker)
     return None
+
+
+def _earlier_start(path: Path, marker: dict[str, Any]) -> dict[str, Any] | None:
+    """The marker in a folder if it is the same run's; None if the folder is empty."""
+    kind = marker["kind"]
+    if not (path / _MARKER).is_file():
+        _check_is_empty(path, kind)
+        return None
+    found = read_json(path / _MARKER)
+    if not isinstance(found, dict) or found.get("kind") != kind or found.get("format") != _FORMAT:
+        raise ValueError(f"output folder: {path / _MARKER} is not the marker of a {kind} of format {_FORMAT}")
+    if found.get("recipe") != marker["recipe"]:
+        differences = "; ".join(_differences(found.get("recipe"), marker["recipe"]))
+        raise ValueError(
+            f"output folder: {path} holds a run of another recipe ({differences}); give another folder, or "
+            "resume that run with its own recipe"
+        )
+    return found
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a killed start left half-written, and bring back what it was about to replace."""
+    for folder in (path, path / "plots"):
+        sweep(folder)
+    for name in ("student", "model", "adapter"):
+        repair(path / name)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON so that the file is, at every moment, the old one or the new one.
 
     Raises:
-        ValueError: if JSON does not know a kind of value in it; nothing is written then.
+        ValueError: if JSON does not know a kind of value in it, or there is something under the name that is no
+            regular file; nothing is written then.
     """
     path = Path(path)
-    text = json_text(value, path.name, indent=2) + "\n"
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, then give it its own."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, anywhere, which takes its place and name when it is whole; nothing is left of a failure.
-
-    Args:
-        folder: where it goes; there may be an empty folder. Parents are made as needed.
-        overwrite: take the place of a folder that is not empty.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        # One level down, because the scratch folder itself is readable by its owner only.
-        made, replaced = Path(scratch) / folder.name, Path(scratch) / "replaced"
-        made.mkdir()
-        yield made
-        if folder.exists() and overwrite:
-            os.replace(folder, replaced)
-        elif folder.exists():
-            folder.rmdir()  # empty, as it was at the start; a folder that is not stays and is an error
-        try:
-            os.replace(made, folder)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, folder)
-            raise
-
-
-@contextmanager
-def result_folder(folder: Path) -> Iterator[Path]:
-    """As :func:`new_folder`, in a run's own folder: it takes the place of an earlier result, and what a killed run left
-    under the temporary name goes when the next one comes here."""
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_text_whole(path, json_text(value, path.name, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file; None if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
@@ -150,17 +227,6 @@ def json_text(value: Any, field: str, indent: int | None = None) -> str:
     except (TypeError, ValueError) as error:
         accepted = "numbers, texts, true, false, none, and lists and dicts of them"
         raise ValueError(f"{field}: {error}; accepted: {accepted}") from None
-
-
-def flush(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows cannot open a folder for this, and writes its list of names through by itself
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(there: Any, here: Any, key: str = "") -> list[str]:

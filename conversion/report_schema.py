@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 Measured = Annotated[float | None, AfterValidator(lambda value: value if math.isfinite(value or 0.0) else None)]
@@ -155,8 +155,8 @@ class Report(_Part):
     data: Data
     evaluations: list[Evaluation]
     stages: list[Stage]
-    processes: int
-    peak_memory_bytes: int
+    processes: Annotated[int, Field(ge=1)]
+    peak_memory_bytes: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit_together(self) -> Report:

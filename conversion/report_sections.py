@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -19,10 +20,11 @@ from .formatting import (
     gibibytes,
     number,
     percent,
+    public_argument,
+    public_command,
     seconds,
     short,
     table,
-    without_folders,
 )
 from .report_schema import Evaluation, Report
 from .results import evaluation_rows, layer_groups, limits, stage_setting, verdicts
@@ -166,16 +168,22 @@ def machine_table(report: Report) -> str:
 
 def command_block(report: Report) -> str:
     """The command, without the folders of the machine it was typed on."""
-    return fenced(without_folders(report.command), "sh")
+    return fenced(public_command(report.command), "sh")
+
+
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, as a mapping, without the folders of the machine it is run on."""
+    recipe = {**recipe}
+    if isinstance(recipe.get("teacher"), str):
+        recipe["teacher"] = public_argument(recipe["teacher"])
+    if isinstance(recipe.get("data"), dict):
+        recipe["data"] = {key: _relative(value) for key, value in recipe["data"].items()}
+    return recipe
 
 
 def recipe_block(report: Report) -> str:
     """The recipe as YAML, without the folders of the machine it was run on."""
-    recipe = {**report.recipe}
-    if isinstance(recipe.get("teacher"), str):
-        recipe["teacher"] = without_folders(recipe["teacher"])
-    if isinstance(recipe.get("data"), dict):
-        recipe["data"] = {key: _relative(value) for key, value in recipe["data"].items()}
+    recipe = public_recipe(report.recipe)
     return fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml")
 
 
@@ -193,4 +201,4 @@ def _relative(value: object) -> object:
     """A source or a list of sources without the folders of absolute paths; anything else as it is."""
     if isinstance(value, list):
         return [_relative(part) for part in value]
-    return without_folders(value) if isinstance(value, str) else value
+    return public_argument(value) if isinstance(value, str) else value

@@ -171,8 +171,11 @@ def _attention(model: dict[str, Any]) -> dict[str, Any]:
     positive("attn_cfg.num_heads", attention["num_heads"])
     attention["num_heads_kv"] = attention["num_heads_kv"] or attention["num_heads"]
     attention["head_dim"] = attention["head_dim"] or model["d_model"] // attention["num_heads"]
-    accepted = {"causal": True, "d_conv": 0, "mlp_dim": 0, "rotary_emb_interleaved": False}
-    reasons = {"d_conv": "attention with a convolution is not offered", "mlp_dim": "nor one with an MLP beside it"}
+    kernel = attention["d_conv"]
+    if type(kernel) is not int or kernel < 0 or kernel == 1:
+        raise ValueError(f"config.json: `attn_cfg.d_conv` must be 0 or an integer of at least 2, got {kernel!r}.")
+    accepted = {"causal": True, "mlp_dim": 0, "rotary_emb_interleaved": False}
+    reasons = {"mlp_dim": "zoo_hybrid has no attention with an MLP beside it"}
     for name, value in accepted.items():
         require(f"attn_cfg.{name}", attention[name], value, reasons.get(name, "what zoo_hybrid's attention does"))
     scale = attention["head_dim"] ** -0.5

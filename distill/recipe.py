@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ..conversion.text_files import read_text_file
 from ..conversion.yaml_values import merge, override, read_yaml, write_yaml
 from .recipe_values import (
     LAYERS_ACCEPTED,
@@ -241,6 +242,7 @@ class Recipe(_Spec):
         seed: of new weights and of the order of the windows.
         dtype: what the forward passes compute in; the trained weights are float32 in any case.
         checkpoint_every: steps between two checkpoints; every stage also ends with one.
+        teacher_revision: branch, tag or commit of a Hub repository. A run keeps the commit.
     """
 
     teacher: Text
@@ -251,6 +253,7 @@ class Recipe(_Spec):
     seed: Seed = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Count = 100
+    teacher_revision: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -353,6 +356,8 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
 def as_mapping(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON-able values: every key that has an effect, defaults included."""
     values = recipe.model_dump(mode="json")
+    if recipe.teacher_revision is None:
+        del values["teacher_revision"]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
         for field in stage.meaningless:
             del mapping[field]
@@ -403,10 +408,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _read_file(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"recipe: got {str(path)!r}; accepted: a YAML file or one of {', '.join(preset_names())}")
-    try:
-        return read_yaml(Path(path).read_text(encoding="utf-8"), f"recipe {path}")
-    except UnicodeDecodeError:
-        raise ValueError(f"recipe {path} is not UTF-8 text") from None
+    return read_yaml(read_text_file(path, "recipe"), f"recipe {path}")
 
 
 def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, Any]:

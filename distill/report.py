@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..conversion.decoration import decoration
 from ..conversion.formatting import MISSING, code, count, number, percent, seconds, short, table
-from ..conversion.output_folder import write_json, write_whole
+from ..conversion.output_folder import write_json
 from ..conversion.report_schema import Report, parse_report
 from ..conversion.report_sections import (
     PLOT_CAPTIONS,
@@ -39,6 +40,7 @@ from ..conversion.results import (
     summary_sentence,
     verdicts,
 )
+from ..conversion.whole_files import write_text_whole, write_whole
 from .plots import draw
 
 __all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_report"]
@@ -58,16 +60,16 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         ValueError: if a key of the report is missing or has a value that is not accepted; nothing is written then.
     """
     checked = parse_report(report)
-    figures = draw(checked)
     folder = Path(folder)
-    plots = folder / "plots"
+    plots, drawn = folder / "plots", []
     plots.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        write_whole(plots / name, partial(figure.savefig, format="png"))
-    for name in PLOT_CAPTIONS.keys() - figures.keys():
+    with decoration("the plots"):
+        for name, figure in draw(checked).items():
+            write_whole(plots / name, partial(figure.savefig, format="png"))
+            drawn.append(name)
+    for name in PLOT_CAPTIONS.keys() - set(drawn):
         (plots / name).unlink(missing_ok=True)
-    text = _markdown(checked, figures)
-    write_whole(folder / "report.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text_whole(folder / "report.md", _markdown(checked, drawn))
     write_json(folder / "report.json", finite(report))
 
 

@@ -5,7 +5,6 @@ The output folder holds `run.json` and `recipe.yaml` (what the run is), `checkpo
 the same folder goes on where it stopped.
 """
 
-import json
 import math
 import resource
 import shutil
@@ -26,12 +25,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.card import write_card
-from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
+from ..conversion.command_line import command_line
+from ..conversion.decoration import decoration
+from ..conversion.fingerprint import claim_run, fingerprint
 from ..conversion.formatting import number
+from ..conversion.json_files import read_json_object
 from ..conversion.load_model import check_finite
 from ..conversion.machine import describe_machine
-from ..conversion.output_folder import result_folder
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, result_folder
 from ..conversion.provenance import provenance
+from ..conversion.report_sections import public_recipe
+from ..conversion.whole_files import write_text_whole
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
 from .calibrate import calibrate, fit_output_projections
@@ -42,7 +46,7 @@ from .optimizer import average_gradients, clip_gradients, make_optimizer, schedu
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import finite, write_report
 from .student import build_student, zeroed_mixers
-from .teacher import load_teacher, teacher_adapter
+from .teacher import load_teacher, teacher_adapter, teacher_commit
 
 # Points of a stage's curve that are kept, whatever its length.
 _HISTORY = 200
@@ -87,6 +91,7 @@ class _Run:
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
 
 
+@claimed_folders_end()
 def distill(
     recipe: Recipe, output: str | Path, *, command: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
@@ -123,7 +128,11 @@ def distill(
                 f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
                 f"{accelerator.num_processes} processes"
             )
+    if accelerator.is_main_process:
+        check_output_folder(output)
     run = _prepare(recipe, Path(output), accelerator, trust_remote_code)
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(recipe.teacher)
     found = load_latest(run.output / "checkpoints", tqdm.write if run.main else lambda _: None)
     if found is None:
         _first_evaluations(run)
@@ -133,7 +142,7 @@ def distill(
     for index in range(done[0], len(recipe.stages)):
         _train_stage(run, index, found if index == done[0] else None)
     check_finite(run.student, "the trained student", _REMEDY)
-    report = _report(run, command or " ".join(["ssm-zoo", *sys.argv[1:]]))
+    report = _report(run, origin, command or command_line(sys.argv[1:]))
     if run.main:
         _write_results(run, report)
     accelerator.wait_for_everyone()
@@ -224,16 +233,16 @@ def _peak_memory(before: int) -> int:
     return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _report(run: _Run, command: str) -> dict[str, Any]:
+def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str, Any]:
     recipe = run.recipe
-    source, licence = provenance(recipe.teacher)
+    source, licence = origin
     return {
         "format": 1,
         "kind": "distillation",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         **describe_machine(),
-        "recipe": as_mapping(recipe),
+        "recipe": public_recipe(as_mapping(recipe)),
         "teacher": {
             "source": source,
             "model_type": run.teacher.config.model_type,
@@ -272,15 +281,17 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
     with result_folder(run.output / "student") as folder:
         run.student.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        shutil.copytree(run.output / "plots", folder / "plots")
-        write_card(folder, report)
+        with decoration("the plots in the student's folder"):
+            shutil.copytree(run.output / "plots", folder / "plots")
+        with decoration("the model card"):
+            write_card(folder, report)
 
 
 def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remote_code: bool) -> _Run:
     """Load and check everything, then claim the folder, then build and calibrate the student."""
     main = accelerator.is_main_process
     texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
-    commit = pinned_revision(recipe.teacher, None, output, "teacher") if not Path(recipe.teacher).exists() else None
+    commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
     teacher, tokenizer = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
     teacher.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     check_vocabulary(tokenizer, teacher.config)
@@ -301,9 +312,7 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remot
             )
     if main:
         claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
-        temporary = output / ".tmp-recipe.yaml"
-        temporary.write_text(dump(recipe), encoding="utf-8")
-        temporary.replace(output / "recipe.yaml")
+        write_text_whole(output / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
     return _Run(
         recipe,
@@ -471,4 +480,4 @@ def read_report(output: str | Path) -> dict[str, Any]:
     path = Path(output) / "report.json"
     if not path.is_file():
         raise ValueError(f"{output} holds no report.json: not a distillation run, or not finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json_object(path)

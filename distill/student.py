@@ -20,6 +20,7 @@ from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..modeling.history_mixing import DenseMixer
 from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
+from ..modeling.rotary import llama_rope_parameters
 from .average_attention import copy_values
 from .recipe import StudentSpec
 from .teacher import AttentionView, TeacherAdapter, teacher_adapter
@@ -184,6 +185,12 @@ def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence
             f"student.mixer: 'masked_mixing' needs heads * head_dim ({inner}) to be the teacher's hidden_size "
             f"({teacher.hidden_size}); accepted here: 'discrete_mamba2', 'sliding_attention'"
         )
+    longest = teacher.max_position_embeddings
+    if masked and teacher.rope_parameters["rope_type"] == "dynamic" and spec.positions > longest:
+        raise ValueError(
+            f"student.positions: must be at most {longest}, the teacher's max_position_embeddings, beyond which its "
+            f"'dynamic' rotary embedding changes; got {spec.positions}"
+        )
     config = ZooHybridConfig(
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
@@ -197,8 +204,8 @@ def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence
         rms_norm_eps=teacher.rms_norm_eps,
         attention_bias=teacher.attention_bias,
         mlp_bias=teacher.mlp_bias,
-        max_position_embeddings=spec.positions if masked else teacher.max_position_embeddings,
-        rope_parameters=dict(teacher.rope_parameters),
+        max_position_embeddings=spec.positions if masked else longest,
+        rope_parameters=llama_rope_parameters(teacher),
         state_size=teacher.head_dim,
         conv_kernel=spec.conv_kernel,
         feature_map=spec.feature_map,

@@ -15,13 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ..conversion.load_model import WeightsError, load_model, load_tokenizer
-from .fetch import gguf_to_folder, load_gguf
+from ..conversion.format import refuse_quantised
+from ..conversion.load_model import WeightsError, load_model, load_tokenizer, quiet_loading
+from .fetch import check_place, gguf_to_folder, is_gguf, load_gguf, teacher_commit
 
 __all__ = [
     "CAPTURES",
@@ -32,6 +37,7 @@ __all__ = [
     "gguf_to_folder",
     "load_teacher",
     "teacher_adapter",
+    "teacher_commit",
 ]
 
 # What `capture` can hand over for a layer, in the order in which a forward produces it.
@@ -61,14 +67,15 @@ def load_teacher(
     Raises:
         ValueError: if the source cannot be loaded; the message says why.
     """
-    if Path(source).suffix.lower() == ".gguf":
-        if revision is not None:
-            raise ValueError(f"revision: got {revision!r} for the file {source}; only a Hub id has revisions")
+    check_place(source, revision)
+    if is_gguf(source):
         model, tokenizer = load_gguf(source, dtype=dtype)
     else:
-        _check_place(source)
         options: dict[str, Any] = {"field": "teacher", "revision": revision, "trust_remote_code": trust_remote_code}
         try:
+            with quiet_loading(str(source), "teacher"):
+                values, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision or "main")
+            refuse_quantised(values)
             tokenizer = load_tokenizer(source, **options)
             model = load_model(source, AutoModelForCausalLM, dtype=dtype, **options)
         except WeightsError:
@@ -80,18 +87,6 @@ def load_teacher(
                 f"safetensors weights and tokenizer of a causal language model of transformers. Reason: {reason}"
             ) from error
     return model.eval().requires_grad_(False), tokenizer
-
-
-def _check_place(source: str | Path) -> None:
-    """Raise a ValueError for what is neither a folder with a model nor can be a Hub id."""
-    if Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise ValueError(f"teacher: the folder {source} has no config.json; accepted: a folder of save_pretrained")
-        return
-    try:
-        validate_repo_id(str(source))
-    except HFValidationError as error:
-        raise ValueError(f"teacher: there is no folder {source}, and it cannot be a Hub id") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..conversion.json_files import read_json
 from ..conversion.load_model import check_finite, load_model, quiet_loading
+from ..conversion.remote_code import check_remote_code
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -73,6 +74,7 @@ def make_embedder(
 
     if pooling not in POOLINGS:
         raise ValueError(f"pooling: got {pooling!r}; accepted: {', '.join(POOLINGS)}")
+    check_remote_code(source, trusted=trust_remote_code, field="model", revision=revision, auto_class="AutoModel")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with quiet_loading(source, "model"):
         transformer = Transformer(
@@ -132,6 +134,9 @@ def load_embedder(
     for name, value in given.items():
         if value:
             raise ValueError(f"{name}: got {value!r}; accepted with the embedder {source}: none, it has its own")
+    check_remote_code(
+        source, trusted=trust_remote_code, field="model", revision=revision, auto_class="AutoModel", tokenizer=True
+    )
     folders = _module_folders(source, revision)
     with quiet_loading(source, "model"):
         embedder = SentenceTransformer(
@@ -166,8 +171,10 @@ def _module_folders(source: str, revision: str | None) -> list[str]:
 
     path = load_file_path(source, "modules.json", revision=revision)
     assert path is not None  # as is_sentence_transformer_model has found
-    with open(path, encoding="utf-8") as file:
-        folders = [str(entry["path"]) for entry in json.load(file)]
+    modules = read_json(path, f"model: modules.json of {source}")
+    if not isinstance(modules, list) or not all(isinstance(each, dict) and "path" in each for each in modules):
+        raise ValueError(f"model: modules.json of {source} must be a list of objects with a `path`.")
+    folders = [str(module["path"]) for module in modules]
     for folder in folders:
         names = [str(PurePosixPath(folder) / name) for name in ("model.safetensors", "pytorch_model.bin")]
         found = [folder and load_file_path(source, name, revision=revision) for name in names]

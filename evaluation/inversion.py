@@ -103,19 +103,23 @@ def invert_representation(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if an argument is none of the above, a text has no real token, or no attempt of a text ends with a
-            finite objective.
+        ValueError: if an argument is none of the above, a text has no real token, the hidden states of a text are not
+            finite, or no attempt of a text ends with a finite objective.
     """
     rates = [learning_rate] if isinstance(learning_rate, int | float) else list(learning_rate)
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check(model, input_ids, real, steps, rates, restarts, initial_std, top_k, target, positions, reading)
     real = real.to(model.device) != 0
     ids, weight = input_ids.to(model.device), _embedding(model)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed}; accepted: 0 to {2**32 - 1:,}")
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model), _frozen(model), torch.no_grad():
         known = model.get_input_embeddings()(ids)
         compared = real if positions == "all" else real & (real.flip(1).cumsum(1).flip(1) == 1)
         wanted = _states(model, known, real, target)
+        if not wanted[real].isfinite().all():
+            raise ValueError("model: its hidden states of the texts are not finite; there is nothing to invert")
         std = weight.float().square().mean().sqrt().item() if initial_std is None else initial_std
         best: dict[str, Tensor] = {}
         bar = tqdm(total=restarts * len(rates) * steps, desc="invert", unit="step", leave=False, disable=not progress)

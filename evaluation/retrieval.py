@@ -44,6 +44,9 @@ def embedder_scores(
         data: the texts.
         batch_size: texts in one forward.
         progress: show progress bars.
+
+    Raises:
+        ValueError: if an embedding is not finite.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": progress, "convert_to_tensor": True}
     texts = list(data.documents.values())
@@ -51,6 +54,13 @@ def embedder_scores(
     with torch.no_grad():
         queries = model.encode_query(list(data.queries.values()), **options).float()
         embedded = model.encode_document([text for text in texts if text.strip()], **options).float()
+    for name, vectors in (("query", queries), ("document", embedded)):
+        lost = ~vectors.isfinite().all(dim=1)
+        if lost.any():
+            raise ValueError(
+                f"model: its embeddings of {int(lost.sum()):,} of {len(lost):,} texts ({name} first: number "
+                f"{int(lost.nonzero()[0])}) are not finite; nothing is measured"
+            )
     documents = embedded.new_zeros(len(texts), embedded.shape[1])
     documents[filled.to(documents.device)] = embedded
     return lambda part: model.similarity(queries[part], documents).cpu()
@@ -83,7 +93,7 @@ def evaluate_retrieval(
         scores as others do), and "low" and "high", the 95 % interval of the bootstrap over the queries.
 
     Raises:
-        ValueError: if a pool is smaller than 2 or larger than `data.largest_pool`.
+        ValueError: if a pool is smaller than 2 or larger than `data.largest_pool`, or the seed is not in [0, 2^32).
     """
     require_sentence_transformers()
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -91,6 +101,8 @@ def evaluate_retrieval(
     for size in pools:
         if not 2 <= size <= data.largest_pool:
             raise ValueError(f"pools: got {size}; accepted: 2 to {data.largest_pool}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed}; accepted: 0 to {2**32 - 1:,}")
     candidates = draw_pools(data, max(pools), seed)
     identities = list(data.documents)
     hits: list[list[dict[str, Any]]] = []

@@ -88,4 +88,6 @@ def _read_texts(path: Path, *, titles: bool) -> dict[str, str]:
         if isinstance(title, str) and not text.startswith(title):
             text = f"{title} {text}"
         found[identity] = text
+    if not found:
+        raise ValueError(f"{name} holds no texts")
     return found

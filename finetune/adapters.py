@@ -5,19 +5,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
 
-from .. import modeling as _  # noqa: F401 - registers the zoo's classes
+from ..conversion.fingerprint import pinned_revision
+from ..conversion.load_model import load_config, load_model, put_adapter
+from ..conversion.load_model import load_tokenizer as load_tokenizer_from
 from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from .settings import FinetuningSettings, LanguageModelSettings
 from .training import compute_dtype
@@ -27,24 +26,19 @@ ALL_LINEAR = "all-linear"
 Finetuning = TypeVar("Finetuning", bound=FinetuningSettings)
 
 
-def pinned(settings: Finetuning) -> Finetuning:
-    """The settings with a Hub model's revision as a commit: an adapter fits no other weights.
+def pinned(settings: Finetuning, output: Path) -> Finetuning:
+    """The settings with a Hub model's revision as a commit, see `ssm_zoo.conversion.fingerprint.pinned_revision`.
 
     Raises:
         ValueError: if there is a revision of a folder.
     """
-    if Path(settings.model).is_dir():
-        if settings.revision is not None:
-            raise ValueError(f"revision: got {settings.revision!r}; accepted with the folder {settings.model}: none")
-        return settings
-    # A snapshot's folder has the name of its commit.
-    config = Path(hf_hub_download(settings.model, "config.json", revision=settings.revision))
-    return settings.model_copy(update={"revision": config.parent.name})
+    commit = pinned_revision(settings.model, settings.revision, output, "model")
+    return settings.model_copy(update={"revision": commit})
 
 
 def load_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizerBase:
     """The base model's tokenizer."""
-    return AutoTokenizer.from_pretrained(settings.model, revision=settings.revision or "main")
+    return load_tokenizer_from(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
 def load_base(settings: LanguageModelSettings) -> ZooForCausalLM:
@@ -79,27 +73,16 @@ def load_base(settings: LanguageModelSettings) -> ZooForCausalLM:
 
 
 def _load(settings: LanguageModelSettings, **options: Any) -> ZooForCausalLM:
-    revision = settings.revision or "main"
-    config = AutoConfig.from_pretrained(settings.model, revision=revision, trust_remote_code=False)
+    # The package's own class or none: code that the source brings would not be used.
+    config = load_config(settings.model, revision=settings.revision)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not (isinstance(kind, type) and issubclass(kind, ZooForCausalLM)):
         raise ValueError(
             f"model: {settings.model} is of model_type {config.model_type!r}; accepted: a causal language model of the "
             "zoo"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        settings.model,
-        config=config,
-        revision=revision,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
-    model, found = loaded
-    if found["missing_keys"]:
-        names = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ValueError(f"model: {settings.model} lacks {len(found['missing_keys'])} weights: {names}")
+    model = load_model(settings.model, AutoModelForCausalLM, config=config, revision=settings.revision, **options)
+    assert isinstance(model, ZooForCausalLM)
     return model
 
 
@@ -150,5 +133,4 @@ def merged(settings: LanguageModelSettings, adapter: Path) -> ZooForCausalLM:
 
     The base is loaded anew, so that an adapter that was trained over 4 bits goes into the weights themselves.
     """
-    base: Any = _load(settings, dtype="auto")
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()  # pyright: ignore
+    return put_adapter(_load(settings, dtype="auto"), adapter).merge_and_unload()

@@ -7,8 +7,18 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..conversion.formatting import code, count, fenced, gibibytes, number, percent, seconds, table, without_folders
-from ..modeling.hub_code import write_atomically
+from ..conversion.formatting import (
+    code,
+    count,
+    fenced,
+    gibibytes,
+    number,
+    percent,
+    public_command,
+    seconds,
+    table,
+)
+from ..conversion.whole_files import write_text_whole
 
 LOAD_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,7 +40,7 @@ def write_trained_card(folder: Path, metadata: ModelCardData, sections: dict[str
     """
     template = resources.files("ssm_zoo.model_cards").joinpath("trained.md").read_text(encoding="utf-8")
     card = ModelCard.from_template(metadata, template_str=template, **sections)
-    write_atomically(folder / "README.md", f"{str(card).rstrip()}\n")
+    write_text_whole(folder / "README.md", f"{str(card).rstrip()}\n")
 
 
 def common_sections(report: dict[str, Any]) -> dict[str, str]:
@@ -48,7 +58,7 @@ def common_sections(report: dict[str, Any]) -> dict[str, str]:
 def repetition(report: dict[str, Any]) -> dict[str, str]:
     """The sections that tell how to repeat a run."""
     return {
-        "command": fenced(without_folders(report["command"]), "sh"),
+        "command": fenced(public_command(report["command"]), "sh"),
         "machine": _machine(report),
         "settings": fenced(yaml.safe_dump(report["settings"], sort_keys=False, allow_unicode=True, width=100), "yaml"),
     }

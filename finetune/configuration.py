@@ -11,12 +11,15 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from .. import modeling
+from ..conversion.fingerprint import pinned_revision
+from ..conversion.load_model import load_config
+from ..conversion.source_files import check_config
+from ..conversion.text_files import read_text_file
 from ..conversion.yaml_values import override, read_yaml
 from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.presets import PRESETS
@@ -28,7 +31,11 @@ _MULTIPLE = 8
 
 
 def resolve_configuration(
-    source: str | Mapping[str, Any], overrides: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    source: str | Mapping[str, Any],
+    overrides: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str | None = None,
 ) -> PreTrainedConfig:
     """The configuration of a new causal language model.
 
@@ -38,12 +45,13 @@ def resolve_configuration(
         overrides: "key=YAML value" assignments that replace keys, also `vocab_size`.
         tokenizer: the model's. A `vocab_size` that nobody gave is its number of entries, rounded up to a multiple of 8;
             that of a model is given, that of a preset is not. The special ids are its own.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         ValueError: if there is no such source, it is not of the zoo, a key is unknown or its value not accepted, or the
             vocabulary is too small for the tokenizer.
     """
-    values = override(_read(source), overrides)
+    values = override(_read(source, revision), overrides)
     if not isinstance(values.get("model_type"), str):
         raise ValueError(f"config: model_type: got {values.get('model_type')!r}; accepted: {', '.join(_model_types())}")
     kind = _configuration_class(values.pop("model_type"))
@@ -52,6 +60,7 @@ def resolve_configuration(
         if key not in accepted:
             close = difflib.get_close_matches(str(key), accepted, n=3) or accepted
             raise ValueError(f"config: {kind.model_type} has no key {key!r}; accepted: {', '.join(close)}")
+    check_config(values, "config")
     values["vocab_size"] = _vocab_size(values.get("vocab_size"), entries_of(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own, given = getattr(tokenizer, name), values.get(name)
@@ -62,6 +71,26 @@ def resolve_configuration(
         return kind(**values)
     except StrictDataclassError as error:
         raise ValueError(f"config: {error.__cause__ or error}") from None
+
+
+def configuration_commit(source: str | Mapping[str, Any], revision: str | None, output: Path) -> str | None:
+    """Return the commit of a Hub id, as `fingerprint.pinned_revision` finds it for a run in `output`; None for every
+    other source.
+
+    Raises:
+        ValueError: if another source comes with a revision.
+        OSError: if the Hub cannot be reached, or has no such repository or revision.
+    """
+    if isinstance(source, str) and not _is_here(source) and _is_hub_id(source):
+        return pinned_revision(source, revision, output, "config")
+    if revision is not None:
+        raise ValueError(f"revision must be left out unless `config` is a Hub id, got {revision!r} with {source!r}.")
+    return None
+
+
+def _is_here(source: str) -> bool:
+    """Whether a source is a preset, or of a file or folder."""
+    return source in PRESETS or Path(source).suffix in _SUFFIXES or Path(source).is_dir()
 
 
 def configuration_keys(kind: type[PreTrainedConfig]) -> list[str]:
@@ -82,7 +111,7 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(source: str | Mapping[str, Any]) -> dict[str, Any]:
+def _read(source: str | Mapping[str, Any], revision: str | None) -> dict[str, Any]:
     """`model_type` and the keys that are given."""
     if isinstance(source, Mapping):
         return dict(source)
@@ -94,14 +123,14 @@ def _read(source: str | Mapping[str, Any]) -> dict[str, Any]:
     if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise ValueError(f"config: there is no file {source!r}")
-        values = read_yaml(path.read_text(encoding="utf-8"), source)
+        values = read_yaml(read_text_file(path, "config"), source)
         if not isinstance(values, dict):
             raise ValueError(f"config: {source!r} holds {type(values).__name__}; accepted: a mapping of keys to values")
         return values
-    return _read_model(source)
+    return _read_model(source, revision)
 
 
-def _read_model(source: str) -> dict[str, Any]:
+def _read_model(source: str, revision: str | None) -> dict[str, Any]:
     """The keys of a checkpoint's configuration, without what its tokenizer decided besides the vocabulary's size."""
     if not Path(source).is_dir() and not _is_hub_id(source):
         close = difflib.get_close_matches(source, PRESETS, n=1)
@@ -110,7 +139,7 @@ def _read_model(source: str) -> dict[str, Any]:
             f"config: got {source!r}; accepted: a preset ({', '.join(PRESETS)}), a .yaml or .json file, a folder of a "
             f"model, or a Hub id OWNER/NAME{suggestion}"
         )
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = load_config(source, field="config", revision=revision)
     kind = _configuration_class(config.model_type)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {

@@ -29,13 +29,23 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from ..conversion.command_line import command_line
-from ..conversion.output_folder import claim_output_folder, read_json, result_folder, write_json
+from ..conversion.decoration import decoration
+from ..conversion.fingerprint import claim_run, fingerprint
+from ..conversion.load_model import check_finite
+from ..conversion.output_folder import (
+    check_output_folder,
+    claimed_folders_end,
+    read_json,
+    result_folder,
+    write_json,
+)
 from ..conversion.provenance import provenance
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
 from ..evaluation.retrieval_data import RetrievalData
 from ..modeling.selective_attention import SelectiveAttention
 from .adapters import pinned
+from .checkpoints import check_numbers
 from .coverage import adapter_coverage, print_coverage
 from .embedder_card import write_embedder_card
 from .embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
@@ -108,6 +118,7 @@ class EmbedderRun:
         with computing(settings, embedder.device):
             scores = embedder_scores(embedder, data, batch_size=settings.mini_batch_size or settings.batch_size)
         measured = evaluate_retrieval(data, scores, pools=[self.pool], seed=settings.seed)
+        check_numbers(measured, name)
         if self.state.is_main_process:
             accuracy = measured["pools"][0]["accuracy"]
             tqdm.write(f"{name}: nDCG@10 {measured['ndcg@10']:.4f}, {accuracy:.1%} right among {self.pool}")
@@ -128,6 +139,7 @@ def heldout_retrieval(pairs: Pairs) -> RetrievalData:
     )
 
 
+@claimed_folders_end()
 def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[str, Any]:
     """Carry out a finetuning, or go on with it.
 
@@ -140,7 +152,8 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
 
     Raises:
         ValueError: if sentence-transformers is not installed, or settings, model, pairs and folder do not fit together,
-            before anything is written; or if the loss is not finite.
+            before anything is written; if the base model has changed since the run was started; or if the loss, the
+            gradient, a weight or an embedding is not finite.
     """
     require_sentence_transformers()
     from .embedder_training import check_batches, train_embedder, training_rows
@@ -156,16 +169,21 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
         for field in _FIELDS
     }
     rows, state = training_rows(pairs["train"]), processes()
+    if state.is_main_process:
+        check_output_folder(output)
     check_batches(rows, settings, state.num_processes)
-    run = _prepare(pinned(settings), Path(output), pairs, state)
+    run = _prepare(pinned(settings, Path(output)), Path(output), pairs, state)
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(settings.model)
     coverage = _coverage(run)
     before = run.before()
     history = train_embedder(
         run.embedder, rows, run.settings, run.steps, run.output, run.embedder.device, state.num_processes
     )
     finished = finished_embedder(run.embedder, run.settings)
+    check_finite(finished, "the finished embedder", "Lower learning_rate.")
     after = run.evaluate("after", finished)
-    report = _report(run, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
+    report = _report(run, origin, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
     if state.is_main_process:
         _write_results(run, report, finished)
     state.wait_for_everyone()
@@ -186,7 +204,8 @@ def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], 
     embedder.to(state.device)
     if state.is_main_process:
         fingerprints = {field: found.fingerprint() for field, found in pairs.items()}
-        claim_output_folder(output, {**settings.model_dump(mode="json"), "data": fingerprints}, KIND)
+        sources = {"model": fingerprint(settings.model, settings.revision)}
+        claim_run(output, {**settings.model_dump(mode="json"), "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return EmbedderRun(settings, output, embedder, pairs, lengths, state)
 
@@ -261,12 +280,13 @@ def _coverage(run: EmbedderRun) -> dict[str, Any] | None:
 
 def _report(
     run: EmbedderRun,
+    origin: tuple[str, str | None],
     evaluations: list[dict[str, Any]],
     coverage: dict[str, Any] | None,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     settings, data = run.settings, run.heldout
-    source, licence = provenance(settings.model)
+    source, licence = origin
     config = run.model.config
     head = report_head(run, KIND, command_line(sys.argv[1:]), "peft", "sentence-transformers")
     named = {"model": source, "learning_rate": settings.peak_learning_rate}
@@ -303,10 +323,13 @@ def _report(
 def _write_results(run: EmbedderRun, report: dict[str, Any], finished: SentenceTransformer) -> None:
     """The plot, the embedder as a folder that appears whole, and the report."""
     plots = run.output / "plots"
-    plots.mkdir(exist_ok=True)
-    write_embedder_plot(report, plots / "loss.png")
+    with decoration("the plot"):
+        plots.mkdir(exist_ok=True)
+        write_embedder_plot(report, plots / "loss.png")
     with result_folder(run.output / "model") as folder:
         finished.save_pretrained(str(folder), create_model_card=False)
-        shutil.copytree(plots, folder / "plots")
-        write_embedder_card(folder, report)
+        with decoration("the plot in the model's folder"):
+            shutil.copytree(plots, folder / "plots")
+        with decoration("the model card"):
+            write_embedder_card(folder, report)
     write_json(run.output / "report.json", report)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+from transformers import MODEL_MAPPING
 
+from ..conversion.load_model import load_config
 from ..evaluation.embedder import make_embedder
 from ..modeling.causal_lm import ZooModel
 from .adapters import add_adapters
@@ -44,29 +45,15 @@ def _make(settings: EmbedderSettings, device: str | torch.device, dtype: torch.d
         document_prompt=settings.document_prompt,
         device=device,
         dtype=dtype,
+        trust_remote_code=settings.trust_remote_code,
     )
 
 
 def _check_backbone(settings: EmbedderSettings) -> None:
-    revision = settings.revision or "main"
-    config = AutoConfig.from_pretrained(settings.model, revision=revision, trust_remote_code=False)
+    config = load_config(settings.model, revision=settings.revision)
     kind = MODEL_MAPPING.get(type(config), None)
     if not (isinstance(kind, type) and issubclass(kind, ZooModel)):
         raise ValueError(f"model: {settings.model} is of model_type {config.model_type!r}; accepted: one of the zoo")
-    # sentence-transformers does not say what is missing. On the meta device, where nothing is read but the names.
-    loaded: Any = AutoModel.from_pretrained(
-        settings.model,
-        config=config,
-        revision=revision,
-        trust_remote_code=False,
-        use_safetensors=True,
-        device_map="meta",
-        output_loading_info=True,
-    )
-    missing = loaded[1]["missing_keys"]
-    if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise ValueError(f"model: {settings.model} lacks {len(missing)} weights: {names}")
 
 
 def backbone_of(embedder: SentenceTransformer) -> ZooModel | PeftModel:

@@ -26,6 +26,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from torch import Tensor, nn
 
 from ..modeling.causal_lm import ZooModel
+from .checkpoints import CheckedTrainer
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs
 from .selection import SelectionMeans
@@ -34,7 +35,7 @@ from .training import Watch, curve_of, decayed_parameters, train_or_load, traine
 _TRAINED = "trained.safetensors"
 
 
-class EmbedderTrainer(SentenceTransformerTrainer):
+class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
     """sentence-transformers' Trainer, with the zoo's rule of weight decay and its auxiliary loss.
 
     A checkpoint holds what is trained and nothing else of the model, since the base is where it was. The curve's loss
@@ -95,8 +96,12 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         save_file(kept, Path(output_dir) / _TRAINED)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
-        found = self.model.load_state_dict(load_file(Path(checkpoint_path) / _TRAINED), strict=False)
-        assert not found.unexpected_keys
+        state = load_file(Path(checkpoint_path) / _TRAINED)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if state.keys() != trained:
+            keys = ", ".join(sorted(state.keys() ^ trained)[:3])
+            raise ValueError(f"{checkpoint_path} is of another model or other adapters: {keys}")
+        self.model.load_state_dict(state, strict=False)
 
 
 @contextmanager

@@ -18,18 +18,21 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from ..conversion.output_folder import claim_output_folder, write_json
-from .configuration import changed_keys, resolve_configuration
+from ..conversion.fingerprint import claim_run, fingerprint, pinned_revision
+from ..conversion.formatting import public_argument
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, write_json
+from .configuration import changed_keys, configuration_commit, resolve_configuration
 from .from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts
 from .training import TrainingRun, optimiser_steps, processes, train
-from .vocabulary import entries_of, learn_vocabulary, load_vocabulary
+from .vocabulary import BYTES, entries_of, learn_vocabulary, load_vocabulary
 
 KIND = "ssm-zoo training from scratch"
 
 
+@claimed_folders_end()
 def train_from_scratch(
     settings: FromScratchSettings, output: str | Path, *, command: str | None = None
 ) -> dict[str, Any]:
@@ -45,7 +48,8 @@ def train_from_scratch(
 
     Raises:
         ValueError: if settings, configuration, tokenizer, texts and folder do not fit together, before anything is
-            written; or if the loss is not finite.
+            written; if the tokenizer has changed since the run was started; or if the loss, the gradient or a weight is
+            not finite.
     """
     run = _prepare(settings, Path(output))
     before = run.before()
@@ -64,28 +68,39 @@ def train_from_scratch(
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
     """Make and check everything, then claim the folder."""
     state = processes()
+    if state.is_main_process:
+        check_output_folder(output)
     texts = read_texts(settings)
-    tokenizer = _tokenizer(settings, texts["train"], progress=state.is_main_process)
-    config = resolve_configuration(settings.config, settings.overrides, tokenizer)
+    source = settings.tokenizer if settings.tokenizer != BYTES else None
+    commit = None if source is None else pinned_revision(source, None, output, "tokenizer")
+    tokenizer = _tokenizer(settings, texts["train"], commit, progress=state.is_main_process)
+    settings = settings.model_copy(
+        update={"revision": configuration_commit(settings.config, settings.revision, output)}
+    )
+    config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
     # A warm-up that is too long is an error, now rather than when the training begins.
     settings.warmup_steps(optimiser_steps(settings, len(rows.train), state.num_processes))
     set_seed(settings.seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(state.device)
     if state.is_main_process:
-        given = settings.model_dump(mode="json", exclude={"config", "overrides"})
+        given = settings.model_dump(mode="json", exclude={"config", "revision", "overrides"})
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
-        claim_output_folder(output, recipe, KIND)
+        # Of a model whose sizes are taken the recipe holds the whole configuration.
+        sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}
+        claim_run(output, recipe, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, model, rows, state)
 
 
-def _tokenizer(settings: FromScratchSettings, documents: list[str], *, progress: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    settings: FromScratchSettings, documents: list[str], commit: str | None, *, progress: bool
+) -> PreTrainedTokenizerBase:
     if settings.train_tokenizer is not None:
         return learn_vocabulary(documents, settings.train_tokenizer, progress=progress)
     assert settings.tokenizer is not None
-    return load_vocabulary(settings.tokenizer)
+    return load_vocabulary(settings.tokenizer, revision=commit, trust_remote_code=settings.trust_remote_code)
 
 
 def _report(
@@ -117,4 +132,4 @@ def _public(source: str) -> str:
 
 
 def _python_command() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["python", Path(sys.argv[0]).name, *map(public_argument, sys.argv[1:])])

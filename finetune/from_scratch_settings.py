@@ -43,6 +43,7 @@ class FromScratchSettings(TrainingSettings):
     Attributes:
         config: what model: a preset, a .yaml or .json file, a folder or Hub id of a model of the zoo, or a mapping; see
             `ssm_zoo.finetune.configuration.resolve_configuration`.
+        revision: branch, tag or commit, where `config` is a Hub id. A report names the commit.
         overrides: "key=YAML value", to replace configuration keys.
         tokenizer: folder or Hub id of a tokenizer, or "bytes": the 256 bytes.
         train_tokenizer: learn a byte-level BPE of so many entries from the training text, instead of `tokenizer`.
@@ -57,6 +58,7 @@ class FromScratchSettings(TrainingSettings):
     """
 
     config: Text | dict[str, Any]
+    revision: Text | None = None
     overrides: list[Text] = []
     tokenizer: Text | None = None
     train_tokenizer: Annotated[int, Field(ge=_SMALLEST_VOCABULARY)] | None = None

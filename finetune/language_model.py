@@ -17,7 +17,9 @@ from rich.console import Console
 from transformers import set_seed
 
 from ..conversion.command_line import command_line
-from ..conversion.output_folder import claim_output_folder, read_json, write_json
+from ..conversion.fingerprint import claim_run, fingerprint
+from ..conversion.load_model import check_finite
+from ..conversion.output_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..conversion.provenance import provenance
 from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
 from .card import write_card
@@ -30,6 +32,7 @@ from .training import TrainingRun, processes, train
 KIND = "ssm-zoo finetuning of a language model"
 
 
+@claimed_folders_end()
 def finetune_language_model(
     settings: LanguageModelSettings, output: str | Path, *, merge: bool = False
 ) -> dict[str, Any]:
@@ -44,17 +47,19 @@ def finetune_language_model(
         The report, as in `report.json`.
 
     Raises:
-        ValueError: if settings, model, texts and folder do not fit together, before anything is written; or if the
-            loss is not finite.
+        ValueError: if settings, model, texts and folder do not fit together, before anything is written; if the base
+            model has changed since the run was started; or if the loss, the gradient or a weight is not finite.
     """
     if merge and settings.method == "full":
         raise ValueError("merge: got True; accepted: False with method 'full', which leaves nothing to merge")
-    run = _prepare(pinned(settings), Path(output))
+    run = _prepare(pinned(settings, Path(output)), Path(output))
+    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    origin = provenance(settings.model)
     coverage = _coverage(run)
     before = run.before()
     history, _ = train(run)
     after = run.evaluate("after")
-    report = _report(run, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
+    report = _report(run, origin, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
     if run.state.is_main_process:
         _write_results(run, report, merge)
     run.state.wait_for_everyone()
@@ -64,6 +69,8 @@ def finetune_language_model(
 def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[LanguageModelSettings]:
     """Load and check everything, then claim the folder."""
     state = processes()
+    if state.is_main_process:
+        check_output_folder(output)
     texts = read_texts(settings)
     model, tokenizer = load_base(settings), load_tokenizer(settings)
     rows = make_rows(texts, settings, tokenizer, model.config.vocab_size, progress=state.is_main_process)
@@ -72,7 +79,8 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
     if not settings.load_in_4bit:
         trained.to(state.device)  # pyright: ignore[reportArgumentType]
     if state.is_main_process:
-        claim_output_folder(output, {**settings.model_dump(mode="json"), "data": rows.fingerprints}, KIND)
+        sources = {"model": fingerprint(settings.model, settings.revision)}
+        claim_run(output, {**settings.model_dump(mode="json"), "data": rows.fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, trained, rows, state)
 
@@ -97,12 +105,13 @@ def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any] | None:
 
 def _report(
     run: TrainingRun[LanguageModelSettings],
+    origin: tuple[str, str | None],
     evaluations: list[dict[str, Any]],
     coverage: Mapping[str, Any] | None,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     settings = run.settings
-    source, licence = provenance(settings.model)
+    source, licence = origin
     base: Any = run.model.get_base_model() if isinstance(run.model, PeftModel) else run.model
     report = common_report(run, KIND, command_line(sys.argv[1:]), evaluations, history, "peft")
     named = {"model": source, "learning_rate": settings.peak_learning_rate}
@@ -123,10 +132,16 @@ def _write_results(run: TrainingRun[LanguageModelSettings], report: dict[str, An
     """The report, and the adapter and the model as folders that appear whole."""
     write_plots(run, report)
     if isinstance(run.model, PeftModel):
+        if Path(run.settings.model).is_dir():
+            # peft would name the folder, and so the machine; the bare name might be that of somebody's repository.
+            for adapter in run.model.peft_config.values():
+                adapter.base_model_name_or_path = f"{report['base']['source']} (a local folder)"
         save = partial(run.model.save_pretrained, save_embedding_layers=False)
         write_folder(run, "adapter", save, write_card, report)
     if merge:
-        write_folder(run, "model", merged(run.settings, run.output / "adapter").save_pretrained, write_card, report)
+        whole = merged(run.settings, run.output / "adapter")
+        check_finite(whole, "the merged model", "Its dtype is too narrow: merge the adapter in float32.")
+        write_folder(run, "model", whole.save_pretrained, write_card, report)
     elif not isinstance(run.model, PeftModel):
         write_folder(run, "model", run.model.save_pretrained, write_card, report)
     write_json(run.output / "report.json", report)

@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..conversion.formatting import without_folders
+from ..conversion.decoration import decoration
+from ..conversion.formatting import public_argument
 from ..conversion.machine import describe_machine
 from ..conversion.output_folder import result_folder
 from .plot import write_loss_plot
@@ -96,14 +97,15 @@ def common_report(
 
 def public_sources(sources: list[str]) -> list[str]:
     """Sources without the folders of this machine."""
-    return [without_folders(text) if text.startswith(DATASETS) else Path(text).name for text in sources]
+    return [public_argument(text) if text.startswith(DATASETS) else Path(text).name for text in sources]
 
 
 def write_plots(run: TrainingRun[Any], report: dict[str, Any]) -> None:
     """Write `plots/` into the folder of the run."""
     plots = run.output / "plots"
-    plots.mkdir(exist_ok=True)
-    write_loss_plot(report, plots / "loss.png")
+    with decoration("the plot"):
+        plots.mkdir(exist_ok=True)
+        write_loss_plot(report, plots / "loss.png")
 
 
 def write_folder(
@@ -125,5 +127,7 @@ def write_folder(
     with result_folder(run.output / name) as folder:
         save(str(folder))
         run.tokenizer.save_pretrained(folder)
-        shutil.copytree(run.output / "plots", folder / "plots")
-        card(folder, report)
+        with decoration("the plot in the model's folder"):
+            shutil.copytree(run.output / "plots", folder / "plots")
+        with decoration("the model card"):
+            card(folder, report)

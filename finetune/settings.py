@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+Utf8 = Field(pattern="")
+"""Of a text: pydantic looks into it and refuses what UTF-8 cannot hold."""
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -32,6 +34,7 @@ class RunSettings(BaseModel):
         gradient_checkpointing: keep the blocks' inputs alone and compute the rest anew in the backward.
         seed: of the initial weights, the order of the rows and dropout.
         checkpoint_every: optimiser steps from one checkpoint to the next.
+        trust_remote_code: run the Python code that a model's or tokenizer's source brings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -45,6 +48,7 @@ class RunSettings(BaseModel):
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     checkpoint_every: Count = 200
+    trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _refuse_two_lengths(self) -> RunSettings:

@@ -22,9 +22,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from ..conversion.command_line import check_processes
+from ..conversion.load_model import check_finite
 from ..conversion.output_folder import read_json, write_json
 from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.routing import add_aux_loss
+from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
 from .packing import IGNORED, PackedDocuments, RowCollator
 from .rows import TextRows
 from .selection import SelectionMeans
@@ -32,7 +34,6 @@ from .settings import RunSettings, Settings, TrainingSettings
 
 # Points of the curve that are kept, whatever its length.
 _HISTORY = 200
-_KEPT_CHECKPOINTS = 2
 _STATE = "trainer_state.json"
 _CHECKPOINTS = "checkpoints"
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
@@ -91,6 +92,7 @@ class TrainingRun(Generic[Settings]):
         """The held-out loss under a name; see :func:`heldout_loss`."""
         with self.compute():
             measured = heldout_loss(self.model, self.rows.heldout, self.collator, self.settings.batch_size)
+        check_numbers(measured, name)
         if self.state.is_main_process:
             tqdm.write(f"{name}: held-out loss {measured['loss']:.4f}")
         return {"name": name, **measured}
@@ -171,7 +173,7 @@ def decayed_parameters(model: nn.Module) -> list[str]:
     return [name for name in matrices if not name.endswith(("A_log", ".bias"))]
 
 
-class ZooTrainer(Trainer):
+class ZooTrainer(CheckedTrainer, Trainer):
     """transformers' Trainer, with the zoo's rule of weight decay and a curve that says more.
 
     The curve's loss is the language model's alone; "tokens" are those that have been predicted since the run began, by
@@ -217,7 +219,7 @@ class ZooTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Adds the seconds of training so far to every point of the curve, and stops where the loss is not finite.
+    """Adds the seconds of training so far to every point of the curve, and measures the held-out loss on the way.
 
     Args:
         evaluate: measures the held-out loss.
@@ -243,8 +245,7 @@ class Watch(TrainerCallback):
         point = state.log_history[-1]
         if "loss" in point:
             point["seconds"] = time.monotonic() - self._started
-            if not math.isfinite(point["loss"]):
-                raise ValueError(f"the loss is {point['loss']} at step {state.global_step}; lower learning_rate")
+            check_numbers(point, f"step {state.global_step}")
 
 
 def train(
@@ -298,7 +299,6 @@ def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: t
         "save_strategy": "steps",
         # At a point of the curve, since the Trainer forgets the loss since the last one.
         "save_steps": math.ceil(settings.checkpoint_every / every) * every,
-        "save_total_limit": _KEPT_CHECKPOINTS,
         "report_to": [],
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
@@ -315,13 +315,21 @@ def train_or_load(trainer: Trainer, output: Path, steps: int) -> list[dict[str, 
 
     Returns:
         The Trainer's history.
+
+    Raises:
+        ValueError: if there are checkpoints and none is whole, or the loss, the gradient or the trained weights are not
+            finite.
     """
-    found = _last_checkpoint(output / _CHECKPOINTS)
-    if found is None or _steps_done(found) < steps:
+    found = last_checkpoint(output / _CHECKPOINTS, main=trainer.is_world_process_zero())
+    if found is None or steps_done(found) < steps:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
-        return trainer.state.log_history
-    trainer._load_from_checkpoint(str(found))  # the Trainer would do one step more
-    return read_json(found / _STATE)["log_history"]
+        history = trainer.state.log_history
+    else:
+        trainer._load_from_checkpoint(str(found))  # the Trainer would do one step more
+        history = read_json(found / _STATE)["log_history"]
+    model: Any = trainer.model
+    check_finite(model, "the trained model", "Lower learning_rate.")
+    return history
 
 
 def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -336,13 +344,3 @@ def _checkpointing(settings: RunSettings) -> dict[str, Any]:
     new = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The Trainer's newest checkpoint that is whole: its state is what it writes last."""
-    found = [path for path in folder.glob("checkpoint-*") if isinstance(read_json(path / _STATE), dict)]
-    return max(found, key=_steps_done, default=None)
-
-
-def _steps_done(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

@@ -3,17 +3,28 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..conversion.byte_tokenizer import byte_tokenizer
+from ..conversion.load_model import load_tokenizer
 
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_vocabulary(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; of "bytes" the one whose tokens are the 256 bytes."""
-    return byte_tokenizer() if source == BYTES else AutoTokenizer.from_pretrained(source)
+def load_vocabulary(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id; of "bytes" the one whose tokens are the 256 bytes.
+
+    Args:
+        source: folder, Hub id or "bytes".
+        revision: branch, tag or commit, for a Hub id.
+        trust_remote_code: run the code that the source brings.
+    """
+    if source == BYTES:
+        return byte_tokenizer()
+    return load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def learn_vocabulary(documents: Sequence[str], entries: int, *, progress: bool) -> PreTrainedTokenizerFast:

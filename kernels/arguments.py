@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import HAS_TRITON, INTERPRETED
+from .tracing import host_reads, tracing
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -18,7 +19,9 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def choose_implementation(implementation: str, name: str, x: Tensor, supports_triton: bool = True) -> str:
+def choose_implementation(
+    implementation: str, name: str, x: Tensor, supports_triton: bool = True, traceable: bool = False
+) -> str:
     """The implementation that the op `name` takes for `x`.
 
     Args:
@@ -27,6 +30,7 @@ def choose_implementation(implementation: str, name: str, x: Tensor, supports_tr
         name: the op, for the message.
         x: a tensor of the call; its device and dtype decide. Triton kernels sum in float32 and so take no float64.
         supports_triton: whether the op's Triton kernels serve this call.
+        traceable: whether they may stand in a traced graph; if not, "auto" takes the torch path while tracing.
 
     Returns:
         "triton" or "torch".
@@ -37,7 +41,7 @@ def choose_implementation(implementation: str, name: str, x: Tensor, supports_tr
     if implementation == "torch":
         return "torch"
     if implementation == "auto":
-        served = supports_triton and HAS_TRITON and x.dtype != torch.float64
+        served = supports_triton and HAS_TRITON and x.dtype != torch.float64 and (traceable or not tracing())
         return "triton" if served and x.is_cuda else "torch"
     if implementation != "triton":
         raise ValueError(
@@ -93,8 +97,13 @@ def check_groups(name: str, groups: int, heads: int, noun: str = "heads") -> Non
 
 
 def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
-    """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens."""
+    """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens.
+
+    Values on a device are not looked at, as that would wait for it, nor are those of a traced graph.
+    """
     check_integers("seq_idx", seq_idx, (batch, length), "(B, L)")
+    if not host_reads(seq_idx):
+        return
     # Padding is negative, so it never raises the running maximum.
     highest = seq_idx.long().cummax(1).values
     wrong = ((seq_idx >= 0) & (seq_idx < highest)).nonzero().tolist()
@@ -104,6 +113,29 @@ def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
             "seq_idx must not decrease along a row (negative entries are padding), "
             f"got {int(seq_idx[row, column])} after {int(highest[row, column])} in row {row}"
         )
+
+
+def check_projection(name: str, weight: Tensor, shape: tuple[int | None, ...], symbols: str, **inputs: Tensor) -> None:
+    """Raise ValueError unless a weight has the shape and, but under autocast, the dtype of the one named input."""
+    check_tensor(name, weight, shape, symbols)
+    ((x_name, x),) = inputs.items()
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name} must be of the dtype of {x_name}, {x.dtype}, got {weight.dtype}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
+    """Return the bounds of sequences that follow each other, read on the host.
+
+    Raises:
+        ValueError: unless they are integers that start at 0, do not decrease and end at most at `length`.
+    """
+    check_integers("cu_seqlens", cu_seqlens, (max(cu_seqlens.numel(), 1),), "(number of sequences + 1)")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > length:
+        raise ValueError(
+            f"cu_seqlens must start at 0, not decrease, and end at most at the number of tokens, {length}, got {bounds}"
+        )
+    return bounds
 
 
 def of_no_rows(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None) -> Tensor:
@@ -127,7 +159,7 @@ def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
     if seq_idx is None:
         return tensors
     padding = seq_idx < 0
-    if not bool(padding.any()):
+    if not tracing() and not bool(padding.any()):
         return tensors
     return tuple(
         None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)

@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
+from .causal_conv1d_traced import convolve_traced
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
+from .tracing import tracing
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
 _PANEL_ELEMENTS = 128 * 1024
@@ -73,6 +75,9 @@ def causal_conv1d(
     if implementation == "triton":
         y, state = causal_conv1d_triton(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
         return y if state is None else (y, state)
+    if tracing():
+        y, state = convolve_traced(x, weight, bias, activation, initial_state, seq_idx)
+        return (y, state) if return_final_state else y
     dtype = accumulator(x)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)

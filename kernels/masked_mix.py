@@ -25,8 +25,10 @@ from .position_mixing import (
     mix_by_document,
     mix_reference,
     mix_step,
+    mix_traced,
     recorded,
 )
+from .tracing import tracing
 
 _WEIGHTS = "(H, N, N)"
 
@@ -65,6 +67,14 @@ def masked_mix(
     """
     check_mix(x, weight, _WEIGHTS, bias, residual, seq_idx)
     implementation = choose_implementation(implementation, "masked_mix", x)
+    if tracing() and implementation == "torch":
+
+        def entries(target: Tensor, source: Tensor) -> Tensor:
+            if seq_idx is None:
+                return weight[:, None, : x.shape[1], : x.shape[1]]
+            return weight[:, target[:, :, None], source[:, None, :]]
+
+        return mix_traced(entries, x, bias, residual, seq_idx)
 
     def mix(x: Tensor, residual: Tensor | None) -> Tensor:
         if implementation == "triton":

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arguments import accumulator, check_devices, check_integers, check_seq_idx, check_tensor
+from .arguments import accumulator, check_devices, check_integers, check_seq_idx, check_tensor, documents
 from .document_line import DocumentLines
+from .tracing import host_reads
 
 
 def check_mix(
@@ -67,11 +68,6 @@ def _check_weights(weight: Tensor, shape: str, bias: Tensor | None, heads: int) 
     return N
 
 
-def host_reads(positions: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device and without breaking a traced graph."""
-    return positions.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether a gradient of one of them is to be recorded."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -98,6 +94,44 @@ def mix_by_document(
     streams = lines.lay_out(residual)
     y = lines.gather_back([mix(table, stream) for table, stream in zip(tables, streams, strict=True)])
     return y.where(lines.real[..., None, None], residual)
+
+
+def mix_traced(
+    entries: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seq_idx: Tensor | None,
+) -> Tensor:
+    """The mixture of every token in a traced graph (:mod:`tracing`): one product with an (L, L) matrix for each head,
+    and with `seq_idx` for each row too.
+
+    Args:
+        entries: given (B or 1, L) targets and sources, returns the (H, B or 1, L, L) weights of their positions;
+            what it returns for a source behind its target is not used.
+    """
+    length, sums = x.shape[1], accumulator(x)
+    column = torch.arange(length, device=x.device)
+    seen = (column <= column[:, None])[None]
+    if seq_idx is None:
+        places = column[None]
+    else:
+        real, first = documents(seq_idx)
+        rank = real.cumsum(1) - 1
+        start = rank.masked_fill(~first, 0).cummax(1).values
+        places = (rank - start).masked_fill(~real, 0)
+        seen = seen & real[:, None] & (seq_idx[:, :, None] == seq_idx[:, None, :])
+    matrix = entries(places, places).to(sums).masked_fill(~seen, 0)
+    u = x.to(sums)
+    if seq_idx is not None:
+        u = u.masked_fill(~real[..., None, None], 0)
+    with torch.autocast(x.device.type, enabled=False):
+        y = (matrix.transpose(0, 1) @ u.transpose(1, 2)).transpose(1, 2)
+    if bias is not None:
+        y = y + bias.to(sums).T[places][..., None]
+    if seq_idx is not None:
+        y = y.masked_fill(~real[..., None, None], 0)
+    return add_residual(y, x.dtype, residual)
 
 
 def _lines(seq_idx: Tensor, positions: int) -> DocumentLines:

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import accumulator, check_devices, check_tensor, choose_implementation
 from .rms_norm_triton import WIDEST_GROUP, add_rms_norm_triton, rms_norm_triton
+from .tracing import tracing
 
 
 def rms_norm(
@@ -62,6 +63,8 @@ def rms_norm(
     group_size = _check(x, weight, z, group_size)
     if choose_implementation(implementation, "rms_norm", x, group_size <= WIDEST_GROUP) == "triton":
         return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
+    if tracing():  # what a compiler fuses, and differentiates as well as the function below does
+        return rms_norm_reference(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)
     y = _RmsNorm.apply(x, weight, None if norm_before_gate else z, eps, group_size)
     assert isinstance(y, Tensor)  # `apply` is untyped
     if z is not None and norm_before_gate:

@@ -40,6 +40,7 @@ from .arguments import (
 )
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from .state_update import update_state
+from .tracing import opaque, tracing
 
 # Numbers of states (rows x D x N) and of tokens that the torch path works on at a time: the operation of one token then
 # does work enough to pay for its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
@@ -92,7 +93,7 @@ def selective_scan(
     real = first = None
     if seq_idx is not None:
         real, first = documents(seq_idx)
-    implementation = choose_implementation(implementation, "selective_scan", x)
+    implementation = choose_implementation(implementation, "selective_scan", x, traceable=True)
     if x.shape[0] == 0:
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         y = of_no_rows(tuple(x.shape), x.dtype, *inputs)
@@ -103,7 +104,8 @@ def selective_scan(
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     sums = accumulator(x)
     state = x.new_zeros(x.shape[0], *A.shape, dtype=sums) if initial_state is None else initial_state.to(sums)
-    y, state = _SelectiveScan.apply(  # type: ignore[misc]
+    scan = _traced_scan if tracing() else _SelectiveScan.apply
+    y, state = scan(  # type: ignore[misc]
         x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, real, first, torch.is_grad_enabled()
     )
     return (y, state) if return_final_state else y
@@ -330,6 +332,20 @@ class _SelectiveScan(torch.autograd.Function):
                 dstate,
                 *[None] * 4,
             )
+
+
+def _empty_results(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    state = others[7]
+    return x.new_empty(x.shape), state.new_empty(state.shape)
+
+
+_traced_scan = opaque(
+    _SelectiveScan,
+    "scan",
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor state, "
+    "bool dt_softplus, Tensor? real, Tensor? first, bool grad_enabled",
+    _empty_results,
+)
 
 
 class _Inputs(NamedTuple):

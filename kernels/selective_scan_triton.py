@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import triton
 from .selective_scan_triton_kernels import backward_kernel, forward_kernel
+from .tracing import opaque, tracing
 
 # Tokens whose loads the forward issues together: the recurrence waits for memory once per so many tokens.
 _FORWARD_CHUNK = 8
@@ -59,7 +60,8 @@ def selective_scan_triton(
     kinds = None
     if real is not None and first is not None:
         kinds = first.to(torch.int8).masked_fill_(~real, 2)
-    return _SelectiveScanTriton.apply(  # type: ignore[return-value]
+    scan = _traced_scan if tracing() else _SelectiveScanTriton.apply
+    return scan(  # type: ignore[return-value]
         x, dt, A, B, C, D, z, dt_bias, initial_state, kinds, dt_softplus, torch.is_grad_enabled()
     )
 
@@ -136,6 +138,19 @@ class _SelectiveScanTriton(torch.autograd.Function):
         dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = call.backward(dy, dfinal, saved)
         dstate = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
         return dx, ddt, dA, dB, dC, dD, dz, dbias, dstate, None, None, None
+
+
+def _empty_results(x: Tensor, dt: Any, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)
+
+
+_traced_scan = opaque(
+    _SelectiveScanTriton,
+    "scan",
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, "
+    "Tensor? kinds, bool dt_softplus, bool grad_enabled",
+    _empty_results,
+)
 
 
 class _Call:

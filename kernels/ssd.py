@@ -86,7 +86,7 @@ def ssd(
         ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
     """
     check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    implementation = choose_implementation(implementation, "ssd", x)
+    implementation = choose_implementation(implementation, "ssd", x, traceable=True)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, D, z, initial_state, seq_idx, chunk_size, implementation)
@@ -131,7 +131,7 @@ def ssd_log_decay(
         ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
     """
     check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
-    implementation = choose_implementation(implementation, "ssd_log_decay", x)
+    implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     log_decay = log_decay.to(accumulator(x))
     y, state = _scan(x, None, log_decay, B, C, D, z, initial_state, seq_idx, chunk_size, implementation)

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .tracing import opaque, tracing
+
 # Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
 # balance; 64 also keeps the (Q, Q) tiles of 24 heads and their state in a CPU core's L2 cache.
 _CHUNK = 64
@@ -62,6 +64,8 @@ def ssd_scan_torch(
     arguments = (x, scale, log_decay, B, C, D, z, initial_state)
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        if tracing():
+            return _traced_scan(*arguments, chunk_size or _CHUNK)
         if recorded:
             return _Scan.apply(*arguments, chunk_size or _CHUNK)
         return _forward(*arguments, chunk_size or _CHUNK, None)
@@ -230,6 +234,20 @@ class _Scan(torch.autograd.Function):
             dD = dD.sum_to_size(D.shape).to(D.dtype)
         dinitial = None if initial_state is None else _given(dstate).to(initial_state.dtype)
         return dx, dscale, dlog_decay, dB, dC, dD, dz, dinitial, None
+
+
+def _empty_results(x: Tensor, scale: Any, log_decay: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = x.shape
+    return x.new_empty(x.shape), log_decay.new_empty(batch, heads, width, B.shape[3])
+
+
+_traced_scan = opaque(
+    _Scan,
+    "scan",
+    "Tensor x, Tensor? scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
+    "int chunk_size",
+    _empty_results,
+)
 
 
 def _forward(

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, triton
 from .ssd_triton_kernels import chunk_gradients_kernel, output_kernel, walk_kernel
+from .tracing import opaque, tracing
 
 # What an interpreted kernel is said to run on. With one processor, few tokens already make several sections.
 _INTERPRETED_PROCESSORS, _INTERPRETED_CAPABILITY = 1, 9
@@ -73,7 +74,8 @@ def ssd_scan_triton(
         D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
     if initial_state is not None:
         initial_state = initial_state.float()
-    y, state = _Scan.apply(x, scale, log_decay, B, C, D, z, initial_state, chunk_size)
+    scan = _traced_scan if tracing() else _Scan.apply
+    y, state = scan(x, scale, log_decay, B, C, D, z, initial_state, chunk_size)
     return y.to(dtype), state
 
 
@@ -131,6 +133,20 @@ class _Scan(torch.autograd.Function):
                 x, scale, log_decay, B, C, D, z, states, dy, dfinal_state, ctx.chunk_size
             )
         return *gradients, dinitial_state if ctx.needs_input_grad[7] else None, None
+
+
+def _empty_results(x: Tensor, scale: Any, log_decay: Any, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = x.shape
+    return x.new_empty(x.shape), x.new_empty(batch, heads, width, B.shape[3], dtype=torch.float32)
+
+
+_traced_scan = opaque(
+    _Scan,
+    "scan",
+    "Tensor x, Tensor? scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
+    "int? chunk_size",
+    _empty_results,
+)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:

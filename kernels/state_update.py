@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,17 @@ def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) 
     if held is not state:
         state.copy_(held)
     return y.view(u.shape)
+
+
+def write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """Write each of the (B, ...) `rows` to its place in (R, ...) `states`, those of a negative index nowhere.
+
+    Nothing waits for the device: a row of padding repeats the write of another row, and where all are padding, the
+    first place is written with what it holds.
+    """
+    if len(indices) == 0:
+        return
+    real, places = indices >= 0, indices.long().clamp(min=0)
+    rows = torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, states[places])
+    writer = torch.where(real, torch.arange(len(indices), device=indices.device), real.int().argmax())
+    states[places[writer]] = rows[writer]

@@ -22,9 +22,11 @@ from .position_mixing import (
     mix_by_document,
     mix_reference,
     mix_step,
+    mix_traced,
     recorded,
 )
 from .toeplitz_fft import mix_fourier
+from .tracing import tracing
 
 _WEIGHTS = "(H, N)"
 # Tokens from which on the torch path transforms. Measured on 1 CPU core, fp32, torch 2.13, B = H = 1, P = 1024,
@@ -64,6 +66,12 @@ def toeplitz_mix(
     """
     check_mix(x, weight, _WEIGHTS, bias, residual, seq_idx)
     implementation = choose_implementation(implementation, "toeplitz_mix", x)
+    if tracing() and implementation == "torch":
+
+        def entries(target: Tensor, source: Tensor) -> Tensor:
+            return weight[:, (target[:, :, None] - source[:, None, :]).clamp(min=0)]
+
+        return mix_traced(entries, x, bias, residual, seq_idx)
 
     def mix(x: Tensor, residual: Tensor | None) -> Tensor:
         if implementation == "triton":

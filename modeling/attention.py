@@ -11,15 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .cache import layer_of
+from .cache import is_single_step, layer_of
 from .rotary import rotate
 from .sequence import Sequence
+from .short_convolution import ShortConvolution
 
 
 class Attention(nn.Module):
-    """Softmax attention with rotary positions and grouped key-value heads; `window` limits what a query sees."""
+    """Softmax attention with rotary positions and grouped key-value heads.
 
-    def __init__(self, config: Any, layer_idx: int, window: int | None) -> None:
+    Args:
+        config: the model's.
+        layer_idx: number of the block.
+        window: tokens that a query sees, itself included; None: all.
+        conv_kernel: K, width of a causal depthwise convolution, with a bias and without an activation, of queries, keys
+            and values before their positions, as in state-spaces' `modules/mha.py` (mamba_ssm 2.2.4, `d_conv`); 0:
+            none. Only without a window.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, window: int | None, conv_kernel: int = 0) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -33,6 +43,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.conv1d = None
+        if conv_kernel:
+            assert window is None
+            channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+            self.conv1d = ShortConvolution(channels, conv_kernel, bias=True)
 
     def forward(
         self,
@@ -41,14 +56,18 @@ class Attention(nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) attention matrix if asked for."""
+        """(B, L, D) to (B, L, D), and the (B, H, L, past + L) attention matrix if asked for."""
         hidden_states = sequence.blank(hidden_states)
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.conv1d is not None:
+            q, k, v = self._convolved(self.conv1d, (q, k, v), sequence, layer_of(past_key_values, self.layer_idx))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         assert sequence.rotary is not None
         cos, sin = (table[:, None] for table in sequence.rotary)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        key_positions = None
         if self.window is None:
             if past_key_values is not None and self.stays:
                 k, v = layer_of(past_key_values, self.layer_idx).update(k, v)
@@ -58,7 +77,7 @@ class Attention(nn.Module):
                 k, v = past_key_values.update(k, v, self.layer_idx)
             mask = sequence.full_mask(k.shape[2])
         else:
-            query_positions = key_positions = None
+            query_positions = None
             cache = layer_of(past_key_values, self.layer_idx)
             if cache is not None:
                 k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
@@ -75,7 +94,22 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
             )
+        if output_attentions and attention is not None and past_key_values is not None:
+            attention = sequence.over_columns(attention, key_positions)
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
+
+    @staticmethod
+    def _convolved(
+        convolution: ShortConvolution, parts: tuple[Tensor, ...], sequence: Sequence, cache: Any
+    ) -> tuple[Tensor, ...]:
+        """Convolve the (B, L, ...) projections along L, going on from the cached inputs."""
+        x = torch.cat(parts, dim=-1)
+        single = is_single_step(x, sequence, cache)
+        state = None if cache is None else cache.conv_state
+        x, state = convolution(x, state, sequence.seq_idx, in_place=single)
+        if cache is not None:
+            cache.conv_state = state
+        return x.split([part.shape[-1] for part in parts], dim=-1)
 
 
 def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Cache layers of recurrent and windowed token mixers, for transformers' own cache classes.
 
 `DynamicCache(config=...)` and `StaticCache(config=...)` build these layers from `config.layer_types`:
-"zoo_recurrent" gives a :class:`RecurrentLayer` and "zoo_window" a :class:`WindowLayer`. transformers' own layers
+"zoo_recurrent" gives a :class:`RecurrentLayer`, "zoo_window" a :class:`WindowLayer` and
+"zoo_convolved_attention" a :class:`ConvolvedAttentionLayer`. transformers' own layers
 for the same purposes do not fit: its linear-attention layer does not know how many tokens it has seen (`generate`
 asks), and neither that one nor its sliding layer leaves out the padding of a right-padded batch.
 
@@ -10,6 +11,8 @@ Symbols: B batch, H heads, P head width, N state size, D convolution channels, K
 
 import copy
 import dataclasses
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,6 +103,35 @@ class RecurrentLayer(ZooLayer):
     conv_state: Tensor | None
     recurrent_state: Tensor | None
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.factors: tuple[Tensor, ...] | None = None
+        """What the mixing matrix is made of, (B, columns, ...) each: kept only while matrices are asked for."""
+
+    def _map(self, function: Any) -> None:
+        super()._map(function)
+        if self.factors is not None:
+            self.factors = tuple(function(factor) for factor in self.factors)
+
+    def reset(self) -> None:
+        super().reset()
+        self.factors = None
+
+    def keep_factors(self, new: tuple[Tensor, ...], past: int) -> tuple[Tensor, ...] | None:
+        """Keep the (B, L, ...) factors of the new tokens' mixing matrix behind those of the `past` columns.
+
+        Returns:
+            Them all, (B, past + L, ...); None if those of the past are not there: nobody asked for them.
+        """
+        held = 0 if self.factors is None else self.factors[0].shape[1]
+        if held != past:
+            self.factors = None
+            return None
+        if self.factors is not None:
+            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.factors, new, strict=True))
+        self.factors = new
+        return new
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("RecurrentLayer holds states, not keys and values: use set_states")
 
@@ -179,9 +211,32 @@ class WindowLayer(ZooLayer):
         return keys, values, positions, new
 
 
-# Both are of fixed or bounded size, so that a static cache uses them as they are.
-for _mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
-    _mapping.update({"zoo_recurrent": RecurrentLayer, "zoo_window": WindowLayer})
+class ConvolvedAttentionLayer(ZooLayer):
+    """Keys and values (B, H, M, P) of all columns of an attention layer, and `conv_state` (B, D, K-1), the last real
+    inputs of the convolution that makes them."""
+
+    _layer_type = "zoo_convolved_attention"
+    _tensors = ("conv_state", "keys", "values")
+
+    conv_state: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, H, L, P) keys and values; return those of all columns."""
+        self.columns += key_states.shape[2]
+        if self.keys is not None and self.values is not None:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+        return key_states, value_states
+
+
+# A static cache uses them as they are: the first two are of fixed or bounded size, the last one grows.
+for _class in (RecurrentLayer, WindowLayer, ConvolvedAttentionLayer):
+    for _mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
+        _mapping[str(_class._layer_type)] = _class
 
 
 def layer_of(cache: Cache | None, layer_idx: int) -> Any:
@@ -197,7 +252,8 @@ def check_layers(cache: Cache, layer_types: list[str]) -> None:
         if layer_type.startswith("zoo_") and getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
                 f"past_key_values: layer {index} must be a {layer_type!r} layer, got {layer}; make the cache by "
-                f"{type(cache).__name__}(config=model.config)"
+                f"{type(cache).__name__}(config=model.config). A prefix of keys and values, as peft's prefix tuning "
+                "makes it, needs full attention in every layer"
             )
 
 
@@ -220,12 +276,20 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Tensors by `clone`, which keeps their gradients' graph and of a view the viewed part only."""
-    return {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in state.items()}
+    return {name: _copy(value) for name, value in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    """A copy; of tensors by `clone`, which keeps their gradients' graph and of a view the viewed part only."""
+    if isinstance(value, tuple):
+        return tuple(_copy(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None, cache_params: Cache | None = None) -> Cache | None:
     """The cache of a call, which may come under any of transformers' names for it.
+
+    Warns where transformers' own models do: since 5.24 its name is `cache`.
 
     Raises:
         ValueError: if it comes under two of them.
@@ -234,7 +298,33 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, cache_params: 
     given = [name for name, value in names.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"pass the cache as `{given[0]}` or as `{given[1]}`, not as both")
-    return names[given[0]] if given else None
+    if not given:
+        return None
+    if given[0] != CACHE_FIELD == "cache" and not torch.compiler.is_compiling():
+        message = f"`{given[0]}` is deprecated, and will be removed from transformers in version 5.40: pass `cache`."
+        warnings.warn(message, FutureWarning, stacklevel=2)
+    return names[given[0]]
+
+
+def matrix_rows(matrix: Callable[..., Tensor], factors: tuple[Tensor, ...], sequence: Any, cache: Any) -> Tensor | None:
+    """The (B, H, L, past + L) rows of the new tokens in a recurrent mixer's matrix.
+
+    A state does not say which tokens it is made of. The cache therefore keeps the factors of the matrix, once it is
+    asked for at the first tokens.
+
+    Args:
+        matrix: makes the (B, H, K, K) matrix of (B, K, ...) factors and their `Sequence`.
+        factors: (B, L, ...) each, of the new tokens.
+        sequence: their `Sequence`.
+        cache: the mixer's layer of the cache, or None.
+
+    Returns:
+        The rows, or None where the cache holds tokens and did not keep their factors.
+    """
+    if cache is None:
+        return matrix(*factors, sequence)
+    kept = cache.keep_factors(factors, sequence.past)
+    return None if kept is None else matrix(*kept, sequence.whole())[:, :, sequence.past :]
 
 
 def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:

@@ -6,7 +6,6 @@ Symbols: B batch, L length, D width, V vocabulary.
 """
 
 import dataclasses
-import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -16,19 +15,29 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
 
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .adapter_ties import UntiesUnderAdapters
 from .cache import CACHE_FIELD, check_layers, one_cache
-from .call_arguments import check_keywords, check_labels
 from .class_names import enter_class_name
-from .float32_parameters import KeepsFloat32
-from .hub_code import upload, write_code, write_default_card
-from .layer_dtype import as_weight
-from .routing import ROUTING_FIELDS, ZooCausalLMOutput, ZooModelOutput, add_aux_loss, routing_outputs
+from .hub_code import remove_stale_weights, upload, write_code, write_default_card, written_weights
+from .input_checks import check_keywords, check_labels
+from .layers import as_weight
+from .mixer_parameters import KeepsFloat32
+from .routing import (
+    ROUTING_FIELDS,
+    ZooCausalLMOutput,
+    ZooModelOutput,
+    add_aux_loss,
+    routing_outputs,
+    tell_of_lost_aux_loss,
+)
 from .sequence import Sequence, make_sequence
 
 _EXAMPLE_TOKENS = 16
+
+logger = logging.get_logger(__name__)
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +67,7 @@ def is_bidirectional(config: PreTrainedConfig) -> bool:
 
 class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     """What every zoo model is: stateful, exported with its code, and with some parameters in float32
-    (`float32_parameters.py`)."""
+    (`mixer_parameters.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -76,18 +85,20 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         itself loaded with `trust_remote_code` saves its own code; one that carries adapters saves the adapters
         alone.
         """
-        if self._saves_adapters():
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-            return
-        self.name_classes()
+        adapters = self._saves_adapters()
+        if not adapters:
+            self.name_classes()
         push = kwargs.pop("push_to_hub", False)
-        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+        options = ("commit_message", "commit_description", "private", "revision", "create_pr", "tags", "replace")
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        folder = Path(save_directory)
+        before = written_weights(folder)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            folder = Path(save_directory)
-            self.save_code(folder)
+            remove_stale_weights(folder, before)
+            if not adapters:
+                self.save_code(folder)
             if push:
                 upload(folder, repo_id, token=kwargs.get("token"), **hub)
 
@@ -124,26 +135,19 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         create_pr: bool = False,
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
+        replace: bool = False,
     ) -> str:
         """Upload what `save_pretrained` writes. A card that the repository already has is kept.
 
-        Arguments as in transformers.
+        Weights and code that an earlier upload left are removed. Arguments as in transformers, and:
+
+        Args:
+            replace: also remove weights and adapters that no upload of this kind wrote, but that loading the
+                repository would take; otherwise they are an error.
 
         Returns:
             Address of the commit.
         """
-        if self._saves_adapters():
-            return super().push_to_hub(
-                repo_id,  # pyright: ignore[reportArgumentType]
-                commit_message=commit_message,
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                max_shard_size=max_shard_size,
-                tags=tags,
-            )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -157,6 +161,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
                 revision=revision,
                 create_pr=create_pr,
                 tags=tags,
+                replace=replace,
             )
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -178,8 +183,8 @@ class ZooModel(ZooPreTrainedModel):
     """Embedding, blocks and final norm. A family says in `make_block` what a block is.
 
     A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns
-    the (B, L, D) hidden states and its (B, H, L, L) mixing matrix, or None if that was not asked for; one that chooses
-    tokens also its (B, L, 2) scores and (B, L) decisions.
+    the (B, L, D) hidden states and its (B, H, L, past + L) mixing matrix, or None if that was not asked for; one that
+    chooses tokens also its (B, L, 2) scores and (B, L) decisions.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -260,18 +265,19 @@ class ZooModel(ZooPreTrainedModel):
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
             output_hidden_states: return the embeddings and every block's output; the last one after the final
                 norm.
-            output_attentions: return every layer's (B, H, L, L) mixing matrix; needs an empty cache.
+            output_attentions: return every layer's (B, H, L, past + L) mixing matrix: the rows of the new tokens. Of a
+                recurrent layer None if the cache holds tokens for which it was not asked.
             return_dict: return a ModelOutput rather than a tuple.
             cache: transformers' later name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
                 the cache in transformers' Mamba classes; the others that are accepted are the loss's, or say nothing
-                new (`call_arguments.py`).
+                new (`input_checks.py`).
 
         Raises:
             ValueError: if the arguments contradict each other.
             TypeError: if there is no such argument.
         """
-        check_keywords(type(self).__name__, kwargs, tuple(inspect.signature(ZooModel.forward).parameters)[1:-1])
+        check_keywords(type(self).__name__, kwargs, ZooModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -317,11 +323,9 @@ class ZooModel(ZooPreTrainedModel):
             past_key_values = DynamicCache(config=config)
         if past_key_values is not None:
             check_layers(past_key_values, config.layer_types)
-        if output_attentions and sequence.past:
-            raise ValueError(f"output_attentions=True needs an empty cache, this one holds {sequence.past} tokens")
 
         all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
-        attentions: list[Tensor] = []
+        attentions: list[Any] = []
         choices: list[Any] = []
         hidden_states = self.split(hidden_states)
         for block in self.layers:
@@ -406,8 +410,9 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         return attention_mask
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Never: a forward looks at the values of its mask and at the cache's length, and compiling would run anew for
-        every token."""
+        """Never: caches count their columns in Python numbers, and compiled decoding would run anew for every token."""
+        if generation_config.compile_config is not None:
+            logger.warning_once("`compile_config` has no effect: generate runs these models without compiling them")
         return False
 
     def forward(
@@ -448,7 +453,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache),
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_idx=seq_idx,
@@ -467,6 +472,8 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            tell_of_lost_aux_loss(outputs, self.config)
         output = ZooCausalLMOutput(
             loss=loss,
             logits=logits,

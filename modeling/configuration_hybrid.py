@@ -45,6 +45,8 @@ class ZooHybridConfig(PreTrainedConfig):
             given.
         hidden_act: activation of the MLP.
         rms_norm_eps: epsilon of every RMSNorm.
+        attention_conv_kernel: K, width of a causal convolution of the queries, keys and values of "full_attention", at
+            least 2; 0: none.
         attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
         mlp_bias: bias in the MLP.
         max_position_embeddings: context that the rotary embedding was made for; with "masked_mixing" the positions that
@@ -95,6 +97,7 @@ class ZooHybridConfig(PreTrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
+    attention_conv_kernel: int = 0
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 8192
@@ -154,7 +157,7 @@ class ZooHybridConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Kind of cache layer of each block."""
-        kinds = {"full_attention": "full_attention"}
+        kinds = {"full_attention": "zoo_convolved_attention" if self.attention_conv_kernel else "full_attention"}
         kinds |= {"sliding_attention": "zoo_window", "selective_attention": "zoo_window"}
         kinds["masked_mixing"] = "zoo_state" if self.mixing in REPEATS else "zoo_history"
         return [kinds.get(mixer, "zoo_recurrent") for mixer in self.mixer_types or []]
@@ -243,6 +246,8 @@ class ZooHybridConfig(PreTrainedConfig):
             )
         if self.ssm_rotary and self.state_size != self.head_dim:
             raise ValueError(f"ssm_rotary needs state_size equal to head_dim ({self.head_dim}), got {self.state_size}")
+        if self.attention_conv_kernel < 0 or self.attention_conv_kernel == 1:
+            raise ValueError(f"attention_conv_kernel must be 0 or at least 2, got {self.attention_conv_kernel}")
         if self.conv_kernel < 2:
             raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
         if self.hidden_act not in ACT2FN:

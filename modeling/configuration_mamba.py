@@ -34,6 +34,7 @@ class ZooMambaConfig(PreTrainedConfig):
             head is tied, it is the head's too, and matters in a short training of a small model: 3 M parameters, 80
             steps of 512 tokens, rate 3e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.0125, 0.025,
             0.05, 0.1, 0.2: 5.40, 5.34, 5.39, 6.00, 6.10.
+        num_attention_heads: 1, and nothing else: there are none, but peft's prompt learning divides by their number.
     """
 
     model_type = "zoo_mamba"
@@ -56,6 +57,7 @@ class ZooMambaConfig(PreTrainedConfig):
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     initializer_range: float = 0.02
+    num_attention_heads: int = 1
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -92,6 +94,8 @@ class ZooMambaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.num_attention_heads != 1:
+            raise ValueError(f"num_attention_heads must be 1, as there is no attention, got {self.num_attention_heads}")
         if self.mixer_rms_weight and self.mixer_rms_eps is None:
             raise ValueError("mixer_rms_weight=True needs norms: mixer_rms_eps must be given, got None")
         if not 0 < self.time_step_min <= self.time_step_max:

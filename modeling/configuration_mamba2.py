@@ -30,7 +30,9 @@ class ZooMamba2Config(PreTrainedConfig):
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
         time_step_limit: range that step sizes are clamped to when the model runs.
-        A_init_range: range of the decay rate -A at initialisation, uniform.
+        A_init_bounds: bounds of the decay rate -A at initialisation, which is uniform between them. `A_init_range`, its
+            name in state-spaces' configurations and formerly in ours, is read too. (transformers' shared tests take a
+            field whose name contains `init_range` for a single number.)
         initializer_range: standard deviation of the embedding at initialisation; the paper's by default. Where the
             head is tied, it is the head's too, and matters in a short training of a small model: 3 M parameters, 300
             steps of 512 tokens, rate 6e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.025, 0.05, 0.1,
@@ -38,6 +40,7 @@ class ZooMamba2Config(PreTrainedConfig):
     """
 
     model_type = "zoo_mamba2"
+    attribute_map = {"A_init_range": "A_init_bounds"}
 
     vocab_size: int = 50288
     hidden_size: int = 768
@@ -57,7 +60,7 @@ class ZooMamba2Config(PreTrainedConfig):
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
     time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
-    A_init_range: list[float] | tuple[float, ...] = (1.0, 16.0)
+    A_init_bounds: list[float] | tuple[float, ...] = (1.0, 16.0)
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -100,7 +103,7 @@ class ZooMamba2Config(PreTrainedConfig):
             raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
         if self.layer_norm_epsilon <= 0:
             raise ValueError(f"layer_norm_epsilon must be positive, got {self.layer_norm_epsilon}")
-        for name in ("time_step_limit", "A_init_range"):
+        for name in ("time_step_limit", "A_init_bounds"):
             value = getattr(self, name)
             if len(value) != 2 or not 0 <= value[0] <= value[1] or value[1] == 0:
                 raise ValueError(f"{name} must be (low, high) with 0 <= low <= high and 0 < high, got {value}")

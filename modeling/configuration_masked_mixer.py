@@ -195,6 +195,9 @@ class MaskedMixerConfig(PreTrainedConfig):
             )
         if int(self.head_dim or 0) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
+        part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if part != 1.0:
+            raise ValueError(f"rope_parameters['partial_rotary_factor'] must be 1, heads are turned whole, got {part}")
         if self.mlp_first:
             raise ValueError("mlp_first must be False with attention, got True: the MLP is a block's last part there")
 

@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
 
+from ..kernels.tracing import tracing
 from .cache import CACHE_FIELD, one_cache
-from .call_arguments import check_labels
 from .causal_lm import ZooHeadModel, is_bidirectional
-from .layer_dtype import as_weight
-from .routing import add_aux_loss
+from .input_checks import check_labels
+from .layers import as_weight
+from .routing import add_aux_loss, tell_of_lost_aux_loss
 
 
 class ZooForSequenceClassification(ZooHeadModel):
@@ -70,8 +71,8 @@ class ZooForSequenceClassification(ZooHeadModel):
             ValueError: if the arguments contradict each other, or rows hold more than one document.
         """
         packed = seq_idx is not None or cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None
-        if position_ids is not None and attention_mask is None:
-            packed = packed or bool((position_ids.diff(dim=1) != 1).any())
+        if not packed and position_ids is not None and attention_mask is None and not tracing():
+            packed = bool((position_ids.diff(dim=1) != 1).any())
         if packed:
             raise ValueError(
                 "a row gets one set of logits, and so must be one document: seq_idx and cu_seqlens must be None and "
@@ -81,7 +82,7 @@ class ZooForSequenceClassification(ZooHeadModel):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache),
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
             inputs_embeds=inputs_embeds,
             use_cache=bool(use_cache),
             return_dict=True,
@@ -167,6 +168,8 @@ class _ZooTokenHead(ZooHeadModel):
             loss = self.loss(logits, labels, **sizes, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels, kwargs.get("num_items_in_batch"))
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            tell_of_lost_aux_loss(outputs, self.config)
         output = self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

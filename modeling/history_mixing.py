@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache
 from ..kernels.masked_mix import masked_mix, masked_mix_step
 from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
 from .cache import layer_of
-from .first_values import initialise_alone
+from .mixer_parameters import initialise_alone
 from .mixing_cache import HistoryLayer
 from .sequence import Sequence
 
@@ -59,12 +59,15 @@ class PositionMixer(nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, k H, L, L) mixing matrices if asked for: of every tap those of all heads,
-        each over the head's shifted channels."""
+        """(B, L, D) to (B, L, D), and the (B, k H, L, past + L) mixing matrices if asked for: of every tap those of all
+        heads, each over the head's shifted channels."""
         hidden_states = sequence.blank(hidden_states)
         x = hidden_states if self.in_proj is None else self.in_proj(hidden_states)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        attention = self.hidden_attention(hidden_states, sequence) if output_attentions else None
+        attention = None
+        if output_attentions:
+            columns = hidden_states.new_zeros(()).expand(len(hidden_states), sequence.past + x.shape[1], 1)
+            attention = self.hidden_attention(columns, sequence.whole())[:, :, sequence.past :]
         y = self.mix(x, sequence, layer_of(past_key_values, self.layer_idx)).flatten(2)
         return y if self.out_proj is None else self.out_proj(y), attention
 

@@ -11,10 +11,18 @@ import os
 import re
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from .hub_upload import carry_out, check_base, files_to_send, plan_upload
+
+logger = logging.get_logger(__name__)
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _FROM_KERNELS = re.compile(r"^(\s*)from \.\.kernels\.(\w+) import", flags=re.MULTILINE)
 
@@ -48,7 +56,8 @@ def collect_code(module_names: list[str]) -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
-def _companions(path: Path, text: str) -> list[Path]:
+@cache
+def _companions(path: Path, text: str) -> tuple[Path, ...]:
     """The package's files that `path` imports."""
     companions = []
     for node in ast.walk(ast.parse(text)):
@@ -72,7 +81,7 @@ def _companions(path: Path, text: str) -> list[Path]:
                 f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can "
                 "be exported"
             )
-    return companions
+    return tuple(companions)
 
 
 def write_code(folder: Path, module_names: list[str]) -> None:
@@ -83,6 +92,25 @@ def write_code(folder: Path, module_names: list[str]) -> None:
         texts["LICENSE"] = licence
     for name, text in texts.items():
         write_atomically(folder / name, text)
+
+
+def written_weights(folder: Path) -> dict[str, tuple[int, int]]:
+    """When a folder's single file of weights and its index were written, and how long they are; of those there are."""
+    stats = {name: folder / name for name in (_SINGLE, _INDEX) if (folder / name).is_file()}
+    return {name: (path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats.items()}
+
+
+def remove_stale_weights(folder: Path, before: dict[str, tuple[int, int]]) -> None:
+    """Remove what an earlier save in another sharding left: transformers would load the single file, old or new.
+
+    Args:
+        folder: that has been saved to.
+        before: of :func:`written_weights`, before that.
+    """
+    after = written_weights(folder)
+    new = {name for name, written in after.items() if before.get(name) != written}
+    if len(after) == 2 and len(new) == 1:
+        (folder / (after.keys() - new).pop()).unlink()
 
 
 def write_default_card(folder: Path, *, model_type: str, class_name: str, auto_class: str, parameters: int) -> None:
@@ -146,30 +174,47 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
     tags: list[str] | None = None,
+    replace: bool = False,
 ) -> str:
     """Upload `folder` to a model repository, made if it does not exist. A card that the repository has is kept.
 
+    See :mod:`hub_upload` for what is sent, and what of the repository is removed.
+
+    Args:
+        replace: also remove what no upload of ours wrote, where loading the repository might take it instead.
+
     Returns:
         Address of the commit.
+
+    Raises:
+        ValueError: if the folder cannot be sent, or something had to be removed that only `replace` allows.
     """
+    check_base(folder)
+    files_to_send(folder)  # whatever is wrong with the folder: before a repository is made
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    if tags:
+    if tags and (folder / "README.md").is_file():
         card = ModelCard.load(folder / "README.md")
         data: Any = card.data
         data.tags = sorted({*(data.tags or []), *tags})
         card.save(folder / "README.md")
-    keep_card = api.file_exists(repo_id, "README.md", revision=revision, token=token)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
+    plan = plan_upload(api, folder, repo_id, revision=revision, keep_card=True, token=token)
+    if plan.not_ours and not replace:
+        raise ValueError(
+            f"{repo_id} holds files that would have to go and that no upload of this kind wrote: "
+            f"{', '.join(plan.not_ours)}; remove them, or give replace=True"
+        )
+    if plan.left_out:
+        logger.warning("not sent: %s", ", ".join(plan.left_out))
+    commit = carry_out(
+        api,
+        plan,
         commit_message=commit_message or "Upload model",
         commit_description=commit_description,
-        token=token,
         revision=revision,
         create_pr=create_pr,
-        ignore_patterns=["README.md"] if keep_card else None,
+        token=token,
     )
     return str(commit.commit_url)

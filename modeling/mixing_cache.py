@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 
+from ..kernels.tracing import tracing
 from .cache import ZooLayer
 
 
@@ -113,6 +114,13 @@ class HistoryLayer(_CountingLayer):
             history = room if history is None else torch.cat([history, room], dim=1)
         assert history is not None  # it has at least the new columns
         x = x.to(history.dtype)
+        if tracing() and real is not None:
+            # Padding goes to a place behind all others, which is cut off: how many tokens there are is not known.
+            row = torch.arange(x.shape[0], device=x.device)[:, None]
+            wide = torch.cat([history, history.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)
+            history = wide.index_put((row, positions.where(real, history.shape[1])), x)[:, :-1]
+            setattr(self, name, history)
+            return history[:, :places]
         if real is None:
             index = (torch.arange(x.shape[0], device=x.device)[:, None], positions)
         else:

@@ -23,6 +23,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,21 +32,20 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .attention import Attention
-from .cache import is_single_step, layer_of
+from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
+from .mixer_parameters import float32_parameter, initialise_alone
 from .mixing_kinds import make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
 from .sequence import Sequence
-from .short_convolution import ShortConvolution
+from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import inverse_softplus
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
@@ -85,7 +85,7 @@ class DiscreteMamba2Mixer(nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) mixing matrix if asked for."""
+        """(B, L, D) to (B, L, D), and the (B, H, L, past + L) mixing matrix if asked for."""
         cache = layer_of(past_key_values, self.layer_idx)
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         length = hidden_states.shape[1]
@@ -114,7 +114,7 @@ class DiscreteMamba2Mixer(nn.Module):
             y = y[..., :-1] / y[..., -1:].clamp(min=_SMALLEST_ROW_SUM)
         y = y + self.D.to(y.dtype)[:, None] * x
         y = y.flatten(2) * F.silu(z + self.z_bias)
-        attention = self.mixing_matrix(log_decay, B, C, sequence) if output_attentions else None
+        attention = matrix_rows(self.mixing_matrix, (log_decay, B, C), sequence, cache) if output_attentions else None
         return self.out_proj(y), attention
 
     def maps(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -208,7 +208,9 @@ def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
         return make_position_mixer(config.masked_mixer, layer_idx)
     if kind == "selective_attention":
         return SelectiveAttention(config, layer_idx, bias=config.attention_bias)
-    return Attention(config, layer_idx, config.sliding_window if kind == "sliding_attention" else None)
+    if kind == "sliding_attention":
+        return Attention(config, layer_idx, config.sliding_window)
+    return Attention(config, layer_idx, None, config.attention_conv_kernel)
 
 
 def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
@@ -265,6 +267,8 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
             module.initialise()
         elif isinstance(module, DiscreteMamba2Mixer):
             init_discrete_mamba2_mixer(module)
+        elif isinstance(module, Attention) and module.conv1d is not None:
+            init_short_convolution(module.conv1d)
 
 
 class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
@@ -289,7 +293,7 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
 
-class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM):
+class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """The hybrid with a language-modelling head."""
 
     backbone_class = ZooHybridModel

@@ -25,19 +25,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from ..kernels.rms_norm import rms_norm
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
-from .cache import is_single_step, layer_of
+from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba import ZooMambaConfig
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import PlainRMSNorm
 from .mixer_block import MixerBlock
+from .mixer_parameters import float32_parameter, initialise_alone
 from .sequence import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias
@@ -59,18 +59,6 @@ class StepProjection(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., R) to (..., E), in the wider dtype of the product and the bias."""
         return F.linear(input, self.weight) + self.bias
-
-
-class PlainRMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, without a weight."""
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) normed."""
-        return rms_norm(hidden_states, hidden_states.new_ones(hidden_states.shape[-1]), self.eps)
 
 
 def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
@@ -123,7 +111,12 @@ class MambaScan(nn.Module):
         )
         if cache is not None:
             cache.set_states(conv_state, state, x.shape[1])
-        return y, self.mixing_matrix(dt, A, B, C, sequence) if output_attentions else None
+        attention = None
+        if output_attentions:
+            attention = matrix_rows(
+                lambda dt, B, C, whole: self.mixing_matrix(dt, A, B, C, whole), (dt, B, C), sequence, cache
+            )
+        return y, attention
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (B, L, E) before softplus, B and C (B, L, 1, N), of convolved (B, L, E) inputs."""
@@ -166,7 +159,7 @@ class MambaMixer(MambaScan):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, E, L, L) mixing matrix if asked for.
+        """(B, L, D) to (B, L, D), and the (B, E, L, past + L) mixing matrix if asked for.
 
         In both directions the matrix is (B, 2 E, L, L): the channels that look back, then those that look ahead, each
         over the values of its own direction's convolution.
@@ -174,7 +167,7 @@ class MambaMixer(MambaScan):
         cache = layer_of(past_key_values, self.layer_idx)
         hidden_states = sequence.blank(hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if is_single_step(hidden_states, sequence, cache):
+        if not output_attentions and is_single_step(hidden_states, sequence, cache):
             return self.step(x, z, cache), None
         y, attention = self.scan(x, z, sequence, cache, output_attentions)
         if self.reverse is not None:
@@ -278,7 +271,7 @@ class ZooS6Model(ZooS6PreTrainedModel, ZooModel):
         return config.layer_norm_epsilon
 
 
-class ZooS6ForCausalLM(ZooS6PreTrainedModel, ZooForCausalLM):
+class ZooS6ForCausalLM(ZooS6PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Mamba with a language-modelling head."""
 
     backbone_class = ZooS6Model

@@ -25,19 +25,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from ..kernels.rms_norm import rms_norm
 from ..kernels.ssd import ssd, ssd_matrix
 from ..kernels.ssd_step import ssd_step
-from .cache import is_single_step, layer_of
+from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba2 import ZooMamba2Config
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
+from .mixer_parameters import float32_parameter, initialise_alone
 from .sequence import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias
@@ -98,7 +98,12 @@ class Mamba2Scan(nn.Module):
         )
         if cache is not None:
             cache.set_states(conv_state, state, xBC.shape[1])
-        return y.flatten(2), self.mixing_matrix(dt, A, B, C, sequence) if output_attentions else None
+        attention = None
+        if output_attentions:
+            attention = matrix_rows(
+                lambda dt, B, C, whole: self.mixing_matrix(dt, A, B, C, whole), (dt, B, C), sequence, cache
+            )
+        return y.flatten(2), attention
 
     def maps(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, H, P), B and C (B, L, G, N) of the convolved projections."""
@@ -137,7 +142,7 @@ class Mamba2Mixer(Mamba2Scan):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, H, L, L) mixing matrix if asked for.
+        """(B, L, D) to (B, L, D), and the (B, H, L, past + L) mixing matrix if asked for.
 
         In both directions the matrix is (B, 2 H, L, L): the heads that look back, then those that look ahead, each
         over the values of its own direction's convolution.
@@ -145,7 +150,7 @@ class Mamba2Mixer(Mamba2Scan):
         cache = layer_of(past_key_values, self.layer_idx)
         hidden_states = sequence.blank(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
-        if is_single_step(hidden_states, sequence, cache):
+        if not output_attentions and is_single_step(hidden_states, sequence, cache):
             return self.step(z, xBC, dt, cache), None
         y, attention = self.scan(xBC, dt, sequence, cache, output_attentions)
         if self.reverse is not None:
@@ -195,7 +200,7 @@ def init_mamba2_mixer(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
 
     | parameter | value |
     |---|---|
-    | A_log | log of U(A_init_range) |
+    | A_log | log of U(A_init_bounds) |
     | dt_bias | inverse softplus of a step size log-uniform in [time_step_min, time_step_max], at least the floor |
     | D, norm | 1 |
     | in_proj, conv1d | PyTorch's default, U(+-1 / sqrt(fan in)), conv bias too; other biases 0 |
@@ -218,7 +223,7 @@ def _init_projections(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
 
 def init_mamba2_scan(scan: Mamba2Scan, config: ZooMamba2Config) -> None:
     """What :func:`init_mamba2_mixer` says of A_log, dt_bias, D and conv1d: they are there once for each direction."""
-    low, high = (float(bound) for bound in config.A_init_range)
+    low, high = (float(bound) for bound in config.A_init_bounds)
     rates = torch.empty_like(scan.A_log).uniform_(low, high).clamp(min=1e-6)  # a range may start at 0
     init.copy_(scan.A_log, rates.log())
     init_step_bias(scan.dt_bias, config.time_step_min, config.time_step_max, config.time_step_floor)
@@ -260,7 +265,7 @@ class ZooSSDModel(ZooSSDPreTrainedModel, ZooModel):
         return config.layer_norm_epsilon
 
 
-class ZooSSDForCausalLM(ZooSSDPreTrainedModel, ZooForCausalLM):
+class ZooSSDForCausalLM(ZooSSDPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Mamba-2 with a language-modelling head."""
 
     backbone_class = ZooSSDModel

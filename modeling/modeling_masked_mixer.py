@@ -45,6 +45,7 @@ from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .history_mixing import PositionMixer
+from .layers import LayerNorm
 from .linear_init import init_linear, init_linear_normal
 from .mixing_kinds import make_position_mixer
 from .plain_mlp import PlainMLP
@@ -57,7 +58,7 @@ _NEXT_TOKEN = "MaskedMixerForMaskedLM(lookahead=2)"
 
 def make_norm(config: MaskedMixerConfig) -> nn.Module:
     """A norm over the width."""
-    kind = RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    kind = RMSNorm if config.norm_type == "rms_norm" else LayerNorm
     return kind(config.hidden_size, config.norm_eps)
 
 
@@ -200,7 +201,7 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
         return hidden_states.sum(0) if self.config.bidirectional else hidden_states
 
 
-class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM):
+class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """A masked mixer with a language-modelling head."""
 
     backbone_class = MaskedMixerModel

@@ -20,6 +20,7 @@ Symbols: B batch, L length, D width.
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -27,7 +28,7 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, no
 from .configuration_taipan import TaipanConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
-from .layer_dtype import as_weight
+from .layers import as_weight
 from .mixer_block import MixerBlock
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .selective_attention import SelectiveAttention
@@ -98,7 +99,7 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         return config.rms_norm_eps
 
 
-class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM):
+class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Taipan with a language-modelling head."""
 
     backbone_class = TaipanModel

@@ -23,9 +23,8 @@ from transformers import initialization as init
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import is_single_step
-from .first_values import initialise_alone
-from .float32_parameters import float32_parameter
 from .history_mixing import PositionMixer
+from .mixer_parameters import float32_parameter, initialise_alone
 from .mixing_cache import StateLayer
 from .sequence import Sequence
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 ROUTING_FIELDS = ("aux_loss", "router_logits", "selection_rate")
 
@@ -59,6 +62,16 @@ def routing_outputs(choices: list[tuple[Tensor, Tensor]], real: Tensor | None, c
         selection_rate = decisions.sum((1, 2)) / count.sum().clamp(min=1)
     logits = tuple(scores for scores, _ in choices)
     return {"aux_loss": penalty, "router_logits": logits, "selection_rate": selection_rate}
+
+
+def tell_of_lost_aux_loss(outputs: Any, config: PreTrainedConfig) -> None:
+    """Warn once that a loss worked out from the logits, as the Trainer's smoothed one is, lacks the `aux_loss`."""
+    if getattr(outputs, "aux_loss", None) is not None and config.router_aux_loss_coef > 0:
+        logger.warning_once(
+            f"router_aux_loss_coef is {config.router_aux_loss_coef}, but the loss is worked out without the model "
+            "(label smoothing does that), and so without its capacity loss: add outputs.aux_loss in compute_loss_func, "
+            "or set the coefficient to 0"
+        )
 
 
 def add_aux_loss(

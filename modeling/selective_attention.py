@@ -16,6 +16,8 @@ Where the paper leaves something open or reads two ways:
 * A token that passes by gives no gradient of the language model's loss to the gate, since its o is not computed
   (the capacity loss reaches it). `sal_dense_training` computes it: the exact straight-through gradient, at the cost of
   attention for every token.
+* The projections run over all tokens, and attention itself over the selected ones: adapters that choose by the row of
+  a batch or by the place in it need both axes.
 * A query sees the tokens of its window whether they were selected or not (equation 4); figure 2 draws selected keys
   alone, which `sal_key_source="selected"` gives.
 """
@@ -26,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.tracing import tracing
 from ..kernels.window_attention import window_attention, window_attention_matrix
+from ..kernels.window_attention_traced import attend_traced
 from .cache import layer_of
 from .rotary import rotate
 from .sequence import Sequence
@@ -82,30 +86,42 @@ class SelectiveAttention(nn.Module):
         queries = selected
         if self.training and self.dense_training:
             queries = torch.ones_like(selected) if sequence.real is None else sequence.real
-        token = queries.flatten().nonzero()[:, 0]  # (M), in the flattened (B, L)
-        q = self.q_proj(hidden_states.flatten(0, 1)[token]).unflatten(-1, (self.num_heads, self.head_dim))
+        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
         if sequence.rotary is not None:
-            cos, sin = (table.expand(*queries.shape, -1).flatten(0, 1)[token] for table in sequence.rotary)
-            q = rotate(q, cos[:, None], sin[:, None])
-        length, columns = queries.shape[1], keys.shape[1]
-        index = token + (token // length + 1) * (columns - length)  # the new columns are a row's last
+            cos, sin = sequence.rotary
+            q = rotate(q, cos[:, :, None], sin[:, :, None])
         where: dict[str, Any] = {
             "window": self.window,
             "positions": positions,
             "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
         }
-        o = self.o_proj(window_attention(q, keys, values, index=index, **where).flatten(1))  # (M, D)
-
-        weight = (decision * margin.sigmoid()).flatten()[token, None]
-        kept = o if stream is None else o - stream.flatten(0, 1)[token]
-        update = kept.new_zeros(hidden_states.shape).flatten(0, 1).index_copy(0, token, (weight * kept).to(kept.dtype))
         attention = None
-        if output_attentions:  # the cache was empty: columns are tokens
-            chosen = selected.flatten()[token]
-            rows = window_attention_matrix(q[chosen], keys, index=index[chosen], **where)
-            attention = rows.new_zeros(selected.numel(), self.num_heads, columns).index_copy(0, token[chosen], rows)
-            attention = attention.unflatten(0, selected.shape).transpose(1, 2)
-        return update.view_as(hidden_states), attention, scores, decision
+        if tracing():  # how many tokens are selected is not known: all attend, and what the others get is dropped
+            o, matrix = attend_traced(q, keys, values, **where)
+            o = o.flatten(2)
+            if output_attentions:
+                attention = matrix.masked_fill(~selected[:, None, :, None], 0)
+        else:
+            token = queries.flatten().nonzero()[:, 0]  # (M), in the flattened (B, L)
+            q = q.flatten(0, 1)[token]
+            length, columns = queries.shape[1], keys.shape[1]
+            index = token + (token // length + 1) * (columns - length)  # the new columns are a row's last
+            o = window_attention(q, keys, values, index=index, **where).flatten(1)
+            o = o.new_zeros(queries.numel(), o.shape[1]).index_copy(0, token, o).unflatten(0, queries.shape)
+            if output_attentions:
+                chosen = selected.flatten()[token]
+                rows = window_attention_matrix(q[chosen], keys, index=index[chosen], **where)
+                attention = rows.new_zeros(selected.numel(), self.num_heads, columns)
+                attention = attention.index_copy(0, token[chosen], rows)
+                attention = attention.unflatten(0, selected.shape).transpose(1, 2)
+        if attention is not None and past_key_values is not None:
+            attention = sequence.over_columns(attention, positions)
+        o = self.o_proj(o)  # (B, L, D)
+
+        kept = o if stream is None else o - stream
+        weight = (decision * margin.sigmoid())[..., None]
+        update = torch.where(queries[..., None], (weight * kept).to(kept.dtype), 0)
+        return update, attention, scores, decision
 
     def decide(self, margin: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which tokens attend.

@@ -6,19 +6,21 @@ and two things come out: `seq_idx` for the recurrent ops and boolean masks for s
 Symbols: B batch, L new tokens, M key columns.
 """
 
-from dataclasses import dataclass, field, replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..kernels.tracing import tracing
 from .input_checks import check_documents, check_integer, check_mask
 
 
-@dataclass
 class Sequence:
     """Positions, documents and padding of one forward.
+
+    No dataclass and no node of a pytree, on purpose: FSDP would look inside where a block is called with it, and round
+    the rotary tables to the dtype that it casts inputs to. So every block gets this very object, with the masks that
+    earlier ones have made.
 
     Attributes:
         position_ids: (B, L) position of each token in its document, for rotary embeddings.
@@ -29,15 +31,24 @@ class Sequence:
         rotary: (B, L, P) cosines and sines of the rotary embedding, where a family's layers use it.
     """
 
-    position_ids: Tensor
-    seq_idx: Tensor | None
-    attention_mask: Tensor | None
-    past: int
-    packed: bool
-    rotary: tuple[Tensor, Tensor] | None = None
-    _masks: dict[tuple, Tensor | None] = field(default_factory=dict, init=False)
-    _elsewhere: dict[torch.device, "Sequence"] = field(default_factory=dict, init=False)
-    _reversal: Tensor | None = field(default=None, init=False)
+    def __init__(
+        self,
+        position_ids: Tensor,
+        seq_idx: Tensor | None,
+        attention_mask: Tensor | None,
+        past: int,
+        packed: bool,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.position_ids = position_ids
+        self.seq_idx = seq_idx
+        self.attention_mask = attention_mask
+        self.past = past
+        self.packed = packed
+        self.rotary = rotary
+        self._masks: list[tuple[int | None, Tensor]] = []
+        self._elsewhere: dict[torch.device, Sequence] = {}
+        self._reversal: Tensor | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -59,11 +70,12 @@ class Sequence:
             def moved(tensor: Tensor | None) -> Tensor | None:
                 return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
-            self._elsewhere[device] = replace(
-                self,
-                position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-                seq_idx=moved(self.seq_idx),
-                attention_mask=moved(self.attention_mask),
+            self._elsewhere[device] = Sequence(
+                self.position_ids.to(device, non_blocking=non_blocking),
+                moved(self.seq_idx),
+                moved(self.attention_mask),
+                self.past,
+                self.packed,
                 rotary=None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device)),
             )
         return self._elsewhere[device]
@@ -104,21 +116,22 @@ class Sequence:
         length = self.position_ids.shape[1]
         if self.attention_mask is None and self.seq_idx is None and (keys == length or length == 1 == keys - self.past):
             return None
-        key = ("full", keys)
-        if key not in self._masks:
-            device = self.position_ids.device
-            query_column = self.past + torch.arange(length, device=device)
-            key_column = torch.arange(keys, device=device)
-            mask = (key_column <= query_column[:, None])[None]
-            if self.attention_mask is not None:
-                present = F.pad(self.attention_mask, (0, keys - self.attention_mask.shape[1]), value=True)
-                mask = mask & present[:, None, :]
-            if self.seq_idx is not None and self.past == 0:
-                documents = F.pad(self.seq_idx, (0, keys - length), value=-1)
-                mask = mask & (self.seq_idx[:, :, None] == documents[:, None, :])
-            mask = mask | (key_column == query_column[:, None])
-            self._masks[key] = mask[:, None]
-        return self._masks[key]
+        found = self._made(None, keys)
+        if found is not None:
+            return found
+        device = self.position_ids.device
+        query_column = self.past + torch.arange(length, device=device)
+        key_column = torch.arange(keys, device=device)
+        mask = (key_column <= query_column[:, None])[None]
+        if self.attention_mask is not None:
+            present = F.pad(self.attention_mask, (0, keys - self.attention_mask.shape[1]), value=True)
+            mask = mask & present[:, None, :]
+        if self.seq_idx is not None and self.past == 0:
+            documents = F.pad(self.seq_idx, (0, keys - length), value=-1)
+            mask = mask & (self.seq_idx[:, :, None] == documents[:, None, :])
+        mask = mask | (key_column == query_column[:, None])
+        self._masks.append((None, mask[:, None]))
+        return mask[:, None]
 
     def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
         """(B or 1, 1, L, M) True where a query may look: itself and `window - 1` earlier tokens of its document.
@@ -130,20 +143,26 @@ class Sequence:
         """
         if query_positions is None or key_positions is None:
             query_positions = key_positions = self.row_positions()
-        key = ("window", window, key_positions.shape[1])
-        if key not in self._masks:
-            distance = query_positions[:, :, None] - key_positions[:, None, :]
-            mask = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None, :]
-            length, keys = mask.shape[1:]
-            if self.seq_idx is not None and self.past == 0:
-                mask = mask & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
-            itself = torch.arange(keys, device=mask.device) == keys - length + torch.arange(
-                length, device=mask.device
-            ).unsqueeze(-1)
-            self._masks[key] = (mask | itself)[:, None]
-        mask = self._masks[key]
-        assert mask is not None
+        found = self._made(window, key_positions.shape[1])
+        if found is not None:
+            return found
+        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        mask = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None, :]
+        length, keys = mask.shape[1:]
+        if self.seq_idx is not None and self.past == 0:
+            mask = mask & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
+        column = torch.arange(keys, device=mask.device)
+        itself = column == keys - length + torch.arange(length, device=mask.device)[:, None]
+        mask = (mask | itself)[:, None]
+        self._masks.append((window, mask))
         return mask
+
+    def _made(self, window: int | None, keys: int) -> Tensor | None:
+        """The mask over a window, or all columns, and `keys` columns that an earlier layer has made.
+
+        No table with a length in its keys: a traced graph would hold for that length alone.
+        """
+        return next((mask for of, mask in self._masks if of == window and mask.shape[-1] == keys), None)
 
     def places(self) -> Tensor:
         """(B or 1, L) place of each new token among those of its document, from 0, whatever `position_ids` say; any
@@ -160,6 +179,8 @@ class Sequence:
         columns = self.past + self.position_ids.shape[1]
         if columns <= positions:
             return
+        if tracing() and (self.seq_idx is not None or self.attention_mask is not None):
+            return  # the values would have to be read: whatever is beyond the weights fails where they are looked up
         if self.seq_idx is not None and self.past == 0:
             real = self.seq_idx >= 0
             longest = int((self.places() + 1).masked_fill(~real, 0).max())
@@ -170,6 +191,42 @@ class Sequence:
                 f"max_position_embeddings: there are weights for {positions} positions, got a document of {longest} "
                 f"tokens, {self.past} columns of the cache included; accepted: at most {positions}"
             )
+
+    def whole(self) -> "Sequence":
+        """The :class:`Sequence` of the cached columns and the new ones together, without rotary tables."""
+        if not self.past:
+            return self
+        batch, length = self.position_ids.shape[0], self.past + self.position_ids.shape[1]
+        device = self.position_ids.device
+        position_ids = _positions(batch, length, device, None, self.attention_mask, 0)
+        seq_idx = None if self.attention_mask is None else self.attention_mask.to(torch.int32) - 1
+        return Sequence(position_ids, seq_idx, self.attention_mask, 0, False)
+
+    def over_columns(self, matrix: Tensor, key_positions: Tensor | None) -> Tensor:
+        """Rows of attention over the columns of the whole row, the cached ones first.
+
+        Args:
+            matrix: (B, H, L, M) weights of the columns that a cache gave, of which the last L are the new ones, or
+                which are the row's own from the first on.
+            key_positions: (B, M) place of each column among the row's real tokens, -1 where nobody looks; None: the
+                columns are the row's own.
+
+        Returns:
+            (B, H, L, past + L).
+        """
+        batch, heads, length, keys = matrix.shape
+        if key_positions is None or not self.past:  # a static cache has columns that are still empty
+            columns = self.past + length
+            return matrix if keys == columns else matrix[..., :columns]
+        kept = matrix[..., : keys - length]
+        place = key_positions[:, : keys - length]
+        column = place.clamp(min=0)
+        if self.attention_mask is not None:  # the real tokens' columns, in their order
+            column = (~self.attention_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, column)
+        rows = matrix.new_zeros(batch, heads, length, self.past)
+        index = column[:, None, None].expand_as(kept)
+        rows = rows.scatter_add(-1, index, kept * (place >= 0)[:, None, None])
+        return torch.cat([rows, matrix[..., keys - length :]], dim=-1)
 
     def row_positions(self) -> Tensor:
         """(B or 1, L) place of each token among the row's real ones, whatever document it is of; -1 at padding."""
@@ -216,22 +273,23 @@ def make_sequence(
             raise ValueError(
                 f"attention_mask must be (B, past + L) = ({batch}, {past + length}), got {tuple(attention_mask.shape)}"
             )
-        if attention_mask.shape[1] != past + length:
+        if batch and attention_mask.shape[1] != past + length:  # of no rows transformers' caches do not know the length
             raise ValueError(
                 f"attention_mask must cover the {past} cached and the {length} new tokens, "
                 f"got length {attention_mask.shape[1]}"
             )
         check_mask(attention_mask)
-        attention_mask = attention_mask.to(device=device) != 0
-        if bool(attention_mask.all()):
+        attention_mask = attention_mask[:, -(past + length) :].to(device=device) != 0
+        if not tracing() and bool(attention_mask.all()):
             attention_mask = None
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")
         check_integer("position_ids", position_ids)
         position_ids = position_ids.to(device).expand(batch, length)
+    told = seq_idx is not None or cu_seqlens is not None
     seq_idx = _documents(batch, length, device, seq_idx, cu_seqlens, position_ids, attention_mask, past)
-    packed = seq_idx is not None
+    packed = told or (seq_idx is not None and not tracing())  # whether positions restart, a traced graph cannot ask
     if packed and past:
         raise ValueError(
             f"packed documents (seq_idx, cu_seqlens) cannot continue a cache that holds {past} tokens; "
@@ -241,8 +299,10 @@ def make_sequence(
         seq_idx = seq_idx.masked_fill(~attention_mask, -1)
     if position_ids is None:
         position_ids = _positions(batch, length, device, seq_idx, attention_mask, past)
-    if seq_idx is None and attention_mask is not None and not bool(attention_mask[:, past:].all()):
-        seq_idx = attention_mask[:, past:].to(torch.int32) - 1
+    if seq_idx is None and attention_mask is not None:
+        real = attention_mask[:, past:]
+        if tracing() or past == 0 or not bool(real.all()):
+            seq_idx = real.to(torch.int32) - 1
     return Sequence(position_ids, seq_idx, attention_mask, past, packed)
 
 
@@ -276,9 +336,11 @@ def _documents(
         starts = cu_seqlens.to(device)
         column = torch.arange(length, device=device)
         return (torch.searchsorted(starts, column, right=True) - 1).to(torch.int32)[None]
-    if position_ids is not None and attention_mask is None and past == 0 and length > 1:
+    if position_ids is not None and (attention_mask is None or tracing()) and past == 0 and length > 1:
         restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if bool(restarts.any()):
+        if attention_mask is not None:  # a mask without padding says nothing
+            restarts = restarts & attention_mask.all()
+        if tracing() or bool(restarts.any()):
             return F.pad(restarts, (1, 0)).cumsum(-1).to(torch.int32)
     return None
 

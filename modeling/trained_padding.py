@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..kernels.tracing import host_reads
+
 
 def fill_context(
     embeddings: nn.Module, config: Any, input_ids: Tensor | None, arguments: dict[str, Any]
@@ -35,7 +37,7 @@ def fill_context(
     arguments = dict(arguments)
     mask = arguments.pop("attention_mask", None)
     arguments.pop("position_ids", None)
-    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+    if mask is not None and host_reads(mask) and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise ValueError("pad_mode='as_trained' takes padding at the left only, attention_mask has some elsewhere")
     packed = [name for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q") if arguments.get(name) is not None]
     if packed:

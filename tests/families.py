@@ -169,6 +169,9 @@ FAMILIES: dict[str, Family] = {
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.0},
     ),
     "mamba2-full": _hybrid("mamba2", "full_attention", state_size=8),
+    "convolved-attention": _hybrid(
+        "full_attention", "mamba2", attention_conv_kernel=3, attention_bias=True, state_size=8
+    ),
     "all-four": _hybrid("discrete_mamba2", "sliding_attention", "mamba2", "full_attention", ssm_rotary=True),
     "discrete": _hybrid("discrete_mamba2", "discrete_mamba2", feature_map="softplus", conv_kernel=2),
     "half-blocks": _hybrid(

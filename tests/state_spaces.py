@@ -48,6 +48,7 @@ ATTENTION = {
     "rotary_emb_dim": 6,
 }
 WITH_ATTENTION = {**MAMBA2, "n_layer": 3, "attn_layer_idx": [1], "attn_cfg": ATTENTION}
+WITH_CONVOLUTION = {**WITH_ATTENTION, "attn_cfg": {**ATTENTION, "d_conv": 4}}  # as in mamba2attn-2.7b
 WITH_MLP = {**MAMBA2, "d_intermediate": 100}
 WITH_BOTH = {**WITH_ATTENTION, "d_intermediate": 128, "tie_embeddings": False}
 WITH_BOTH["attn_cfg"] = {**ATTENTION, "qkv_proj_bias": True, "out_proj_bias": True, "rotary_emb_dim": 0}
@@ -76,6 +77,9 @@ def _mixer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ..
         attention = config["attn_cfg"]
         heads, kv, size = attention["num_heads"], attention["num_heads_kv"], attention["head_dim"]
         found = {"in_proj.weight": ((heads + 2 * kv) * size, width), "out_proj.weight": (width, heads * size)}
+        if kernel := attention.get("d_conv"):
+            channels = (heads + 2 * kv) * size
+            found |= {"conv1d.weight": (channels, 1, kernel), "conv1d.bias": (channels,)}
         biases = {"in_proj.bias": ((heads + 2 * kv) * size,), "out_proj.bias": (width,)}
         return found | (biases if attention["qkv_proj_bias"] else {})
     inner, kernel = 2 * width, ssm.get("d_conv", 4)
@@ -150,10 +154,10 @@ def _project(mixer: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return F.linear(x, mixer[f"{name}.weight"], mixer.get(f"{name}.bias"))
 
 
-def _convolve(mixer: dict[str, Tensor], x: Tensor) -> Tensor:
+def _convolve(mixer: dict[str, Tensor], x: Tensor, activation: Any = F.silu) -> Tensor:
     weight, bias = mixer["conv1d.weight"], mixer.get("conv1d.bias")
     padded = F.pad(x.transpose(1, 2), (weight.shape[-1] - 1, 0))
-    return F.silu(F.conv1d(padded, weight, bias, groups=weight.shape[0]).transpose(1, 2))
+    return activation(F.conv1d(padded, weight, bias, groups=weight.shape[0]).transpose(1, 2))
 
 
 def _mamba1(ssm: dict[str, Any], mixer: dict[str, Tensor], u: Tensor) -> Tensor:
@@ -192,7 +196,10 @@ def _mamba2(ssm: dict[str, Any], mixer: dict[str, Tensor], u: Tensor) -> Tensor:
 
 def _attention(config: dict[str, Any], mixer: dict[str, Tensor], u: Tensor) -> Tensor:
     heads, kv, size = config["num_heads"], config["num_heads_kv"], config["head_dim"]
-    q, k, v = _project(mixer, "in_proj", u).split([heads * size, kv * size, kv * size], dim=-1)
+    qkv = _project(mixer, "in_proj", u)
+    if config.get("d_conv"):
+        qkv = _convolve(mixer, qkv, activation=lambda x: x)
+    q, k, v = qkv.split([heads * size, kv * size, kv * size], dim=-1)
     q, k, v = (m.unflatten(-1, (-1, size)).transpose(1, 2) for m in (q, k, v))
     q, k = _turn(q, config["rotary_emb_dim"]), _turn(k, config["rotary_emb_dim"])
     k, v = (m.repeat_interleave(heads // kv, dim=1) for m in (k, v))

@@ -216,7 +216,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[P
     damage(tmp_path / "checkpoint-0-1")
     damage(tmp_path / "checkpoint-0-2")
     # A run that has lost what it had done does not start again unasked.
-    with pytest.raises(ValueError, match=r"no checkpoint is whole \(checkpoint-0-2: .*; checkpoint-0-1: .*\)\. Restore"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is whole \(checkpoint-0-2: .*; checkpoint-0-1: .*\)\. Restore"
+    ):
         load_latest(tmp_path)
 
 
@@ -378,7 +380,7 @@ def test_a_new_folder_is_claimed_once_and_found_again(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_may_be_claimed(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-run.json").write_text("{")  # of a start that was killed
+    (tmp_path / ".tmp-ssm-zoo-0123456789abcdef").write_text("{")  # of a start that was killed
     assert claim_output_folder(str(tmp_path), {"half_life": (1.0, 2.0)}) is None
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
     assert claim_output_folder(tmp_path, {"half_life": [1.0, 2.0]}) is not None

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import typer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_zoo_checkpoint
 from typer.testing import CliRunner, Result
@@ -146,7 +149,7 @@ MISTAKES = [
         id="export-another-class",
     ),
     pytest.param(
-        "export {model} out", with_value("n_groups", 0), "ValueError: n_groups must be", id="export-wrong-config"
+        "export {model} out", with_value("n_groups", 0), "n_groups must be at least 1, got 0", id="export-wrong-config"
     ),
     pytest.param(
         "export {model} out",
@@ -157,19 +160,19 @@ MISTAKES = [
     pytest.param(
         "export {model} out",
         tensors_changed(lambda tensors: tensors.pop("lm_head.weight")),
-        "missing weights, 1: lm_head.weight",
+        "has 1 missing weights: lm_head.weight",
         id="export-weight-missing",
     ),
     pytest.param(
         "export {model} out",
         tensors_changed(lambda tensors: tensors.update({"extra": torch.ones(1)})),
-        "unexpected weights, 1: extra",
+        "has 1 unexpected weights, .*: extra",
         id="export-weight-too-many",
     ),
     pytest.param(
         "export {model} out",
         tensors_changed(lambda tensors: tensors.update({"lm_head.weight": torch.ones(3, 16)})),
-        "mismatched weights, 1: lm_head.weight",
+        "has 1 mismatched weights, .*: lm_head.weight",
         id="export-weight-of-another-shape",
     ),
     pytest.param(
@@ -230,7 +233,7 @@ MISTAKES = [
     ),
     pytest.param("push {model} a/b/c", nothing, "Repo id must", id="push-wrong-id"),
     pytest.param("push {model} a/b --create-pr --revision x", nothing, "--revision: got 'x'", id="push-pr-branch"),
-    pytest.param("push {model} a/b", nothing, "no Hugging Face token: .*`hf auth login`.*HF_TOKEN", id="no-token"),
+    pytest.param("push {model} a/b", nothing, "no Hugging Face token; .*`hf auth login`.*HF_TOKEN", id="no-token"),
     pytest.param("card {model}", nothing, "has no student/config.json", id="card-no-run"),
 ]
 
@@ -312,11 +315,84 @@ def test_traceback_is_shown_on_request_without_the_token(
     assert result.stderr.endswith("ValueError: refused ***\n")
 
 
-def test_bug_is_not_hidden(ssm_zoo: Callable[..., Result], run_that: Callable[[BaseException], None]) -> None:
-    run_that(RuntimeError("a bug"))
+def test_a_bug_ends_in_one_line_that_says_so_and_its_traceback_is_in_a_private_file(
+    ssm_zoo: Callable[..., Result],
+    run_that: Callable[[BaseException], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_that(RuntimeError(f"a bug\nwith {TOKEN}"))
     result = ssm_zoo(*DISTILL)
-    assert result.exit_code == 1
-    assert isinstance(result.exception, RuntimeError)
+    said = "ssm-zoo: distill: unexpected error, a bug of ssm-zoo: RuntimeError: a bug; with *** (its traceback is in "
+    found = re.fullmatch(rf"{re.escape(said)}(\S+)\)\n", result.stderr)
+    assert result.exit_code == 1 and found, result.stderr
+    log = Path(found[1])
+    assert log.parent == tmp_path and stat.S_IMODE(log.stat().st_mode) == 0o600
+    text = log.read_text()
+    assert text.startswith("Traceback (most recent call last):") and "raise error" in text and TOKEN not in text
+    shown = ssm_zoo("--traceback", *DISTILL)
+    assert shown.exit_code == 1 and shown.stderr.startswith("Traceback (most recent call last):")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        pytest.param(MemoryError(), "out of memory: MemoryError; give a smaller model, batch or length", id="memory"),
+        pytest.param(
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+            "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.; give a smaller "
+            "model, batch or length",
+            id="allocator",
+        ),
+        pytest.param(OSError(28, "No space left on device"), "[Errno 28] No space left on device", id="disk-full"),
+        pytest.param(
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "I/O error: No space left on device (os error 28)",
+            id="disk-full-for-weights",
+        ),
+        pytest.param(ValueError("a \ud800 \x1b[1m b"), r"a \ud800 \x1b[1m b", id="unprintable"),
+        pytest.param(OSError("401: Bearer abc/def"), "401: Bearer ***", id="token-sent-back"),
+        pytest.param(OSError("https://me:secret@hub.co: 500"), "https://***@hub.co: 500", id="password"),
+    ],
+)
+def test_what_the_caller_can_put_right_ends_in_one_line_of_status_2(
+    ssm_zoo: Callable[..., Result], run_that: Callable[[BaseException], None], error: Exception, line: str
+) -> None:
+    run_that(error)
+    result = ssm_zoo(*DISTILL)
+    assert (result.exit_code, result.stderr) == (2, f"ssm-zoo: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        pytest.param("generate m p --max-new-tokens 0", "generate: Invalid value for '--max-new-tokens': ", id="0"),
+        pytest.param("generate m p --seed x", "generate: Invalid value for '--seed': ", id="word"),
+        pytest.param("generate m", "generate: Missing argument", id="missing"),
+        pytest.param("finetune lm m o --nope", "finetune lm: No such option: --nope", id="option"),
+        pytest.param("nope", "No such command 'nope'", id="command"),
+        pytest.param("--nope", "No such option: --nope", id="option-of-the-program"),
+    ],
+)
+def test_a_mistake_in_the_command_line_ends_in_one_line(
+    ssm_zoo: Callable[..., Result], arguments: str, line: str
+) -> None:
+    result = ssm_zoo(*arguments.split())
+    assert result.exit_code == 2 and result.stdout == ""
+    assert re.fullmatch(rf"ssm-zoo: {re.escape(line)}[^\n]*; see ssm-zoo [^\n]*--help\n", result.stderr), result.stderr
+
+
+def test_a_termination_takes_what_is_half_written_along(zoo: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, ssm_zoo.conversion.export as e; from ssm_zoo.cli.main import app;"
+        "e._verify = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM); app(['export', *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(zoo), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (143, "ssm-zoo: terminated")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupt_says_how_to_go_on(

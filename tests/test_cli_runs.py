@@ -258,6 +258,8 @@ def test_export_that_is_not_the_package_is_found_out(
     assert text.count(old) == 1
     (folder / file).write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
+        verify_export(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"code that is not this ssm-zoo's: {file}; export it anew"):
         verify_export(folder)
 
 
@@ -319,7 +321,7 @@ def test_push_replaces_card_and_weights_and_leaves_the_rest(models: Path, tmp_pa
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "README.md").write_text(CARD.replace("My", "Another"))
     revision = pushed(ssm_zoo("push", folder, REPO))
-    kept = {".gitattributes", "notes.txt", "onnx/model.safetensors"}
+    kept = {".gitattributes", ".ssm-zoo.json", "notes.txt", "onnx/model.safetensors", "old.py"}
     names = set(api.list_repo_files(REPO, revision=revision))
     assert names == set(files(folder)) | kept
     assert "model.safetensors.index.json" in names

@@ -12,8 +12,11 @@ from ssm_zoo.kernels import compat
 from ssm_zoo.kernels.ssd import ssd_reference
 from tolerances import TOLERANCES
 
-# The arguments of mamba_ssm 2.3.2 and causal-conv1d 1.6.2, which callers also pass by position. mamba_ssm got
+# The arguments of mamba_ssm 2.3.2 and causal-conv1d 1.7.0, which callers also pass by position. mamba_ssm got
 # `state_dtype` later.
+NORM = "residual=None, x1=None, weight1=None, bias1=None, eps=1e-06, dropout_p=0.0, rowscale=None, prenorm=False, "
+NORM += "residual_in_fp32=False, "
+GATED = "x, weight, bias, z=None, eps=1e-06, group_size=None, norm_before_gate=True"
 SIGNATURES = {
     "mamba_chunk_scan_combined": "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, "
     "seq_idx=None, cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
@@ -22,6 +25,21 @@ SIGNATURES = {
     "return_last_state=False",
     "selective_state_update": "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, "
     "state_batch_indices=None",
+    "mamba_split_conv1d_scan_combined": "zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, "
+    "initial_states=None, seq_idx=None, dt_limit=(0.0, inf), return_final_states=False, activation='silu', "
+    "rmsnorm_weight=None, rmsnorm_eps=1e-06, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, "
+    "norm_before_gate=True, state_dtype=None",
+    "mamba_inner_fn": "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, "
+    "out_proj_bias, A, B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, C_proj_bias=None, "
+    "delta_softplus=True, checkpoint_lvl=1, b_rms_weight=None, c_rms_weight=None, dt_rms_weight=None, "
+    "b_c_dt_rms_eps=1e-06",
+    "layer_norm_fn": f"x, weight, bias, {NORM}is_rms_norm=False, return_dropout_mask=False",
+    "rms_norm_fn": f"x, weight, bias, {NORM}return_dropout_mask=False",
+    "layer_norm_linear_fn": "x, norm_weight, norm_bias, linear_weight, linear_bias, residual=None, eps=1e-06, "
+    "prenorm=False, residual_in_fp32=False, is_rms_norm=False",
+    "layernorm_fn": f"{GATED}, is_rms_norm=False",
+    "rmsnorm_fn": GATED,
+    "causal_conv1d_varlen_states": "x, cu_seqlens, state_len",
     "causal_conv1d_fn": "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
     "final_states_out=None, activation=None",
     "causal_conv1d_update": "x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, "
@@ -71,7 +89,7 @@ def test_chunk_scan_is_the_definition() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"return_varlen_states": True}, "return_varlen_states=True is not offered", id="varlen"),
+        pytest.param({"return_varlen_states": True}, "cu_seqlens must be given with return_varlen", id="varlen"),
         pytest.param({"state_dtype": torch.bfloat16}, "state_dtype must be None or torch.float32", id="state-dtype"),
         pytest.param({"chunk_size": 0}, "chunk_size must be at least 1", id="chunk"),
     ],
@@ -119,7 +137,8 @@ def test_selective_scan_is_the_recurrence(groups: int | None) -> None:
     ("change", "message"),
     [
         pytest.param({"A": torch.zeros(6, 4, dtype=torch.complex64)}, "A must be real", id="complex"),
-        pytest.param({"B": torch.zeros(6, 4)}, r"B must be \(B, N, L\) or \(B, G, N, L\)", id="constant-map"),
+        pytest.param({"B": torch.zeros(6, 5)}, r"B must be \(D, N\), \(B, N, L\) or \(B, G, N, L\)", id="map"),
+        pytest.param({"C": torch.zeros(2, 2, 4, 7)}, "C must have the 1 groups of B, got 2", id="groups"),
     ],
 )
 def test_selective_scan_refuses_what_it_does_not_offer(change: dict[str, Tensor], message: str) -> None:

@@ -45,8 +45,8 @@ MALFORMED = [
         r"time_step_limit must be \(low, high\) .* got \(0.5, 0.1\)",
     ),
     (ZooMamba2Config, {"time_step_limit": [0.5]}, r"time_step_limit must be \(low, high\) .* got \[0.5\]"),
-    (ZooMamba2Config, {"A_init_range": (-1.0, 1.0)}, r"A_init_range must be \(low, high\) .* got \(-1.0, 1.0\)"),
-    (ZooMamba2Config, {"A_init_range": (0.0, 0.0)}, r"A_init_range must .* got \(0.0, 0.0\)"),
+    (ZooMamba2Config, {"A_init_bounds": (-1.0, 1.0)}, r"A_init_bounds must be \(low, high\) .* got \(-1.0, 1.0\)"),
+    (ZooMamba2Config, {"A_init_bounds": (0.0, 0.0)}, r"A_init_bounds must .* got \(0.0, 0.0\)"),
     (ZooMamba2Config, {"time_step_min": 0.2}, r"0 < min <= max, got 0.2 and 0.1"),
     (ZooMamba2Config, {"hidden_size": "16"}, r"'hidden_size' expected int, got str \(value: '16'\)"),
     (ZooMamba2Config, {"use_bias": 1.5}, r"'use_bias' expected bool, got float"),
@@ -69,6 +69,7 @@ MALFORMED = [
         r"ssm_rotary needs state_size .* head_dim \(4\), got 6",
     ),
     (ZooHybridConfig, {"conv_kernel": 0}, r"conv_kernel must be at least 2, got 0"),
+    (ZooHybridConfig, {"attention_conv_kernel": 1}, r"attention_conv_kernel must be 0 or at least 2, got 1"),
     (ZooHybridConfig, {"sliding_window": 0}, r"sliding_window must be at least 1, got 0"),
     (ZooHybridConfig, {"feature_map": "relu"}, r"feature_map must be one of identity, softplus, got 'relu'"),
     (

@@ -24,7 +24,8 @@ IDS = torch.randint(VOCABULARY, (1, 64), generator=torch.Generator().manual_seed
 BOUNDED = [
     name
     for name in FAMILIES
-    if "full_attention" not in (config := make_config(name)).layer_types and config.model_type != "masked_mixer"
+    if not {"full_attention", "zoo_convolved_attention"} & {*(config := make_config(name)).layer_types}
+    and config.model_type != "masked_mixer"
 ]
 # Of a Mamba-2 block: 3 inputs of the convolution for 64 + 2 x 4 channels, a state of 64 x 4, in four bytes.
 MAMBA2_BYTES = 4 * (3 * 72 + 64 * 4)

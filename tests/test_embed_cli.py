@@ -112,6 +112,7 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
     assert recipe.items() >= options.items()
     assert set(EmbedderSettings.model_fields) == options.keys() | {
         "method",
+        "trust_remote_code",
         "revision",
         "steps",
         "model",

@@ -418,7 +418,7 @@ MISTAKES = [
         {"heldout": ["digits.jsonl", "one.jsonl"]}, "heldout: .* has no token for the text 'é'", id="no-token"
     ),
     pytest.param({"model": "llama"}, "model_type 'llama'; accepted: one of the zoo", id="llama"),
-    pytest.param({"model": "lacking"}, "model: lacking lacks 1 weights: norm_f.weight", id="weight-missing"),
+    pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: norm_f.weight", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: its tokenizer gave the id \d+, but its vocab_size is 5", id="vocabulary"),
     pytest.param({"target_modules": ["nope"]}, "target_modules: got 'nope'; accepted: down_proj, ", id="target"),
     pytest.param({"revision": "v1"}, "revision: got 'v1'; accepted with the folder .*all-four: none", id="revision"),

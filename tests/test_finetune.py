@@ -295,11 +295,11 @@ MISTAKES: list[Any] = [
     pytest.param({"train": ["nope.txt"]}, "train: there is no file 'nope.txt'", id="missing-file"),
     pytest.param({"train": ["nope.csv"]}, "train: got 'nope.csv'; accepted: a .txt or .jsonl file", id="csv"),
     pytest.param({"heldout": ["bad.jsonl"]}, "heldout: 'bad.jsonl', line 2: accepted: an object", id="jsonl"),
-    pytest.param({"heldout": ["torn.jsonl"]}, "heldout: 'torn.jsonl', line 1: not JSON", id="not-json"),
+    pytest.param({"heldout": ["torn.jsonl"]}, "heldout: 'torn.jsonl', line 1 must be JSON: ", id="not-json"),
     pytest.param({"heldout": ["latin.txt"]}, r"heldout: 'latin.txt' is not UTF-8 text \(byte 3", id="latin"),
     pytest.param({"heldout": ["empty.txt"]}, "heldout: 'empty.txt' holds no text", id="empty"),
     pytest.param({"model": "llama"}, "model_type 'llama'; accepted: a causal language model of the zoo", id="llama"),
-    pytest.param({"model": "lacking"}, "model: lacking lacks 1 weights: backbone.norm_f", id="weight-missing"),
+    pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: backbone.norm_f", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: its tokenizer gave the id \d+, but its vocab_size is 28", id="tokenizer"),
     pytest.param({"load_in_4bit": True}, "load_in_4bit: needs", id="4-bit"),
 ]

@@ -108,7 +108,7 @@ def test_mamba2(hybrid: bool) -> None:
 
 def test_mamba2_options() -> None:
     torch.manual_seed(0)
-    options = {"time_step_min": 0.5, "time_step_max": 2.0, "time_step_floor": 1.0, "A_init_range": (0.0, 0.5)}
+    options = {"time_step_min": 0.5, "time_step_max": 2.0, "time_step_floor": 1.0, "A_init_bounds": (0.0, 0.5)}
     model = ZooSSDForCausalLM(ZooMamba2Config(**MAMBA2, **options, initializer_range=0.3))
     mixer = model.backbone.layers[0].mixer
     steps = F.softplus(mixer.dt_bias)

@@ -28,7 +28,10 @@ from ssm_zoo.kernels.window_attention import window_attention, window_attention_
 # Batch, length, heads or channels, head width, groups, states, taps, taps less one, a longer state's places and rows,
 # selected tokens
 SIZES = {"B": 2, "L": 5, "H": 4, "P": 3, "G": 2, "N": 6, "K": 4, "J": 3, "S": 5, "R": 7, "M": 3}
-INDICES = ("seq_idx", "cache_seqlens", "state_batch_indices", "conv_state_indices")
+# Of the compatibility layer: projected inputs and convolved channels of Mamba-2, its H P; 2 H and M + 2 N of Mamba-1;
+# outputs, one, all tokens, bounds of a sequence
+SIZES |= {"Z": 52, "Y": 36, "X": 12, "W": 8, "V": 15, "O": 5, "I": 1, "T": 9, "Q": 2}
+INDICES = ("cu_seqlens", "seq_idx", "cache_seqlens", "state_batch_indices", "conv_state_indices")
 COUNTING = ("index", "positions")  # indices too, which have to increase
 INTEGERS = (*INDICES, *COUNTING)
 
@@ -42,12 +45,14 @@ class Op:
         shapes: the tensors; the others have to be on the device of the first one.
         written: tensors that a successful call writes to.
         options: other arguments.
+        sizing: tensors whose sizes are parts of the sizes of others.
     """
 
     op: Callable[..., Any]
     shapes: str
     written: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    sizing: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -110,6 +115,30 @@ OPS: dict[str, Op] = {
         options={"chunk_size": 4},
     ),
     "selective_scan_fn": Op(compat.selective_scan_fn, "u:BHL delta:BHL A:HN B:BGNL C:BGNL D:H z:BHL delta_bias:H"),
+    "mamba_split_conv1d_scan_combined": Op(
+        compat.mamba_split_conv1d_scan_combined,
+        "zxbcdt:BLZ conv1d_weight:YK conv1d_bias:Y dt_bias:H A:H D:HP initial_states:BHPN seq_idx:BL rmsnorm_weight:X "
+        "outproj_weight:OX outproj_bias:O",
+        options={"chunk_size": 4, "ngroups": 2},
+        sizing=("D",),
+    ),
+    "mamba_inner_fn": Op(
+        compat.mamba_inner_fn,
+        "xz:BWL conv1d_weight:HIK conv1d_bias:H x_proj_weight:VH delta_proj_weight:HM out_proj_weight:OH "
+        "out_proj_bias:O A:HN D:H delta_bias:H B_proj_bias:N C_proj_bias:N b_rms_weight:N c_rms_weight:N "
+        "dt_rms_weight:H",
+        sizing=("A",),
+    ),
+    "layer_norm_fn": Op(compat.layer_norm_fn, "x:BH weight:H bias:H residual:BH x1:BH weight1:H bias1:H"),
+    "rms_norm_fn": Op(compat.rms_norm_fn, "x:BH weight:H bias:H residual:BH rowscale:B"),
+    "layer_norm_linear_fn": Op(
+        compat.layer_norm_linear_fn, "x:BH norm_weight:H norm_bias:H linear_weight:OH linear_bias:O residual:BH"
+    ),
+    "layernorm_fn": Op(compat.layernorm_fn, "x:BH weight:H bias:H z:BH"),
+    "rmsnorm_fn": Op(compat.rmsnorm_fn, "x:BH weight:H bias:H z:BH"),
+    "causal_conv1d_varlen_states": Op(
+        compat.causal_conv1d_varlen_states, "x:TH cu_seqlens:Q", options={"state_len": 3}
+    ),
     "selective_state_update": Op(
         compat.selective_state_update,
         "x:BHP state:BHPN dt:BHP A:HPN B:BGN C:BGN D:HP z:BHP dt_bias:HP",
@@ -160,12 +189,12 @@ def resized(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def test_every_op_is_in_the_table() -> None:
     """Ops are the functions with an `implementation`, and those of the compatibility layer."""
-    ops = set()
+    ops = {function for _, function in inspect.getmembers(compat, inspect.isfunction)}
     for path in Path(arguments.__file__).parent.glob("[!_]*.py"):
         module = importlib.import_module(f"ssm_zoo.kernels.{path.stem}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             public = function.__module__ == module.__name__ and not name.startswith("_")
-            if public and (module is compat or "implementation" in inspect.signature(function).parameters):
+            if public and "implementation" in inspect.signature(function).parameters:
                 ops.add(function)
     assert ops - {arguments.choose_implementation} <= {op.op for op in OPS.values()}
 
@@ -175,7 +204,7 @@ def test_the_table_is_accepted(key: str) -> None:
     OPS[key].op(**OPS[key].arguments())
 
 
-@pytest.mark.parametrize("key", [key for key in OPS if not key.startswith("window_attention")])
+@pytest.mark.parametrize("key", [key for key, op in OPS.items() if ":B" in op.shapes and "window" not in key])
 def test_an_empty_batch_gives_empty_results_and_zero_gradients(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "B", 0)
     op = OPS[key]
@@ -196,7 +225,7 @@ def test_wrong_rank(op: Op, name: str) -> None:
     tensor = op.arguments()[name]
     scalar = torch.zeros((), dtype=tensor.dtype)
     # x of a norm has any number of dimensions but none.
-    for wrong in (scalar,) if op.options is EPS and name == "x" else (scalar, tensor[None, None]):
+    for wrong in (scalar,) if "norm" in op.op.__name__ and name == "x" else (scalar, tensor[None, None]):
         message = message_of(op, **{name: wrong})
         assert re.match(rf"{name} must be .*, got shape {re.escape(str(tuple(wrong.shape)))}$", message), message
 
@@ -209,6 +238,7 @@ def test_wrong_size(op: Op, name: str) -> None:
         sharing = [other for other, letters in op.tensors.items() if letter in letters.replace("J", "K")]
         if len(sharing) > 1:  # else it is for this argument to say
             named = "|".join(sharing) if name in sharing[:2] else name
+            named = "|".join([*op.tensors, *op.options]) if name in op.sizing else named
             message = message_of(op, **{name: wrong})
             assert re.match(rf"({named})\b.* must .*, got ", message), f"{letter} of {name}: {message}"
 

@@ -82,7 +82,11 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
         return torch.einsum("bhls,bshp->blhp", matrix, values).flatten(2)
 
     if isinstance(mixer, (Attention, SelectiveAttention)):
-        values = mixer.v_proj(hidden_states).unflatten(-1, (mixer.num_kv_heads, mixer.head_dim))
+        values = mixer.v_proj(hidden_states)
+        if isinstance(mixer, Attention) and mixer.conv1d is not None:
+            parts = [mixer.q_proj(hidden_states), mixer.k_proj(hidden_states), values]
+            values = mixer.conv1d(torch.cat(parts, dim=-1), seq_idx=seq_idx)[0][..., -values.shape[-1] :]
+        values = values.unflatten(-1, (mixer.num_kv_heads, mixer.head_dim))
         output = mixer.o_proj(mixed(values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=2)))
         if isinstance(mixer, Attention):
             return output

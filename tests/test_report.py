@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from report_example import CONVERTED, HEADS, HOSTILE, example_report, hostile_report, markup, table_after
 from rich.console import Console
 
+from ssm_zoo.conversion.decoration import DecorationWarning
 from ssm_zoo.conversion.report_schema import parse_report
 from ssm_zoo.conversion.report_sections import verdict_list
 from ssm_zoo.conversion.results import limits, recovered_fraction, recovered_sentence, verdicts
@@ -323,17 +324,33 @@ def test_what_a_run_did_not_measure_is_not_drawn(tmp_path: Path):
     assert text.count("](plots/") == 1
 
 
-def test_a_write_that_fails_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_plot_that_fails_costs_a_warning_and_not_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(_figure: Figure, path: Path, **_: Any) -> None:
         Path(path).write_bytes(b"half")
+        raise ValueError("cannot find the font")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.warns(DecorationWarning, match="the plots: cannot find the font; going on without it"):
+        write_report(tmp_path, example_report())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["plots", "report.json", "report.md"]
+    assert "](plots/" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_write_that_fails_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path, _content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(b"half")
         raise OSError("no space left on device")
 
     write_report(tmp_path, example_report())
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(Figure, "savefig", fail)
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    # The same numbers in the same plots: what is left to be replaced is the text.
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name not in pictures}
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space left"):
         write_report(tmp_path, hostile_report())
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    after = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "plots"]
+    assert {path: path.read_bytes() for path in after} == before
 
 
 def printed(report: dict[str, Any], width: int = 80) -> str:

@@ -1,0 +1,160 @@
+"""The interfaces of mamba_ssm 2.3 for gated norms (`ops.triton.layernorm_gated`) over :mod:`rms_norm`.
+
+Symbols: D width, S group size; "..." stands for any axes.
+
+Gate, statistics, weight and bias are applied in float32 (float64 for float64 inputs). In half precision, a norm without
+mean and bias has the rounding of :mod:`rms_norm`; the others are rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arguments import accumulator, check_devices, check_tensor
+from .rms_norm import rms_norm
+
+
+def layernorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> Tensor:
+    """Normalise groups of channels, with a gate before or after.
+
+    Args:
+        x: (..., D) inputs.
+        weight: (D) scale.
+        bias: (D) bias.
+        z: (..., D) gate.
+        eps: added to the variance or mean square.
+        group_size: S channels that are normalised together; divides D. None: all D.
+        norm_before_gate: return `norm(x) silu(z)`, otherwise `norm(x silu(z))`. Without `z` they are the same.
+        is_rms_norm: divide by the root mean square, without subtracting the mean.
+
+    Returns:
+        (..., D) in the dtype of `x`.
+
+    Raises:
+        ValueError: if an argument does not fit.
+    """
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be (..., D) with D >= 1, got shape {tuple(x.shape)}")
+    D = x.shape[-1]
+    check_tensor("x", x, tuple(x.shape), "(..., D)")
+    check_tensor("weight", weight, (D,), "(D)")
+    if bias is not None:
+        check_tensor("bias", bias, (D,), "(D)")
+    if z is not None:
+        check_tensor("z", z, tuple(x.shape), "(..., D)")
+    check_devices(x=x, weight=weight, bias=bias, z=z)
+    if is_rms_norm and bias is None:
+        return rms_norm(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)
+    sums = accumulator(x)
+    u, scale, gate = x.to(sums), weight.to(sums), None if z is None else z.to(sums)
+    if is_rms_norm:
+        y = rms_norm(u, scale, eps, z=None if norm_before_gate else gate, group_size=group_size)
+    else:
+        size = D if group_size is None else group_size
+        if size < 1 or D % size:
+            raise ValueError(f"group_size must be a positive divisor of D = {D}, got {group_size}")
+        if gate is not None and not norm_before_gate:
+            u = u * F.silu(gate)
+        y = F.layer_norm(u.unflatten(-1, (D // size, size)), (size,), eps=eps).flatten(-2) * scale
+    if bias is not None:
+        y = y + bias.to(sums)
+    if gate is not None and norm_before_gate:
+        y = y * F.silu(gate)
+    return y.to(x.dtype)
+
+
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """Run :func:`layernorm_fn` with `is_rms_norm`. Arguments, result and errors as there."""
+    return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+class LayerNorm(nn.Module):
+    """:func:`layernorm_fn` with a weight and a bias of its own.
+
+    Args:
+        hidden_size: D.
+        eps: added to the variance.
+        group_size: S channels that are normalised together. None: all D.
+        norm_before_gate: apply the gate after the norm.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to one and the bias to zero."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Normalise (..., D) inputs with the gate `z`."""
+        return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
+
+
+class RMSNorm(nn.Module):
+    """:func:`rmsnorm_fn` with a weight of its own, without a bias.
+
+    Args:
+        hidden_size: D.
+        eps: added to the mean square.
+        group_size: S channels that are normalised together. None: all D.
+        norm_before_gate: apply the gate after the norm.
+        device: of the weight.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Normalise (..., D) inputs with the gate `z`."""
+        return rmsnorm_fn(x, self.weight, None, z, self.eps, self.group_size, self.norm_before_gate)

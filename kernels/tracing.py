@@ -1,0 +1,102 @@
+"""What the ops do while a graph of them is traced: by torch.compile, torch.export or torch.jit.trace.
+
+A traced graph holds for other values and lengths than those that it was traced with. So nothing may depend on a value
+(a shortcut for a mask without padding, a check), and no Python loop on a length. Most torch paths have a second form
+for this, of a few dense operations that the compiler fuses and differentiates. The two scans have none that is fast:
+:func:`opaque` makes of each an operator, which a graph holds as one node.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tracing() -> bool:
+    """Whether a graph is being traced, so that nothing may depend on the values of tensors."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def host_reads(tensor: Tensor) -> bool:
+    """Whether values can be checked: neither waiting for a device nor while tracing."""
+    return tensor.device.type == "cpu" and not tracing()
+
+
+class _Context:
+    """Stands for the context of an autograd function that is called without autograd."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Do nothing: the operator's gradients are always there."""
+
+
+def opaque(
+    function: type[torch.autograd.Function], name: str, arguments: str, fake: Callable[..., tuple[Tensor, Tensor]]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register an autograd function of two results as an operator: a traced graph holds it as one node.
+
+    The operator saves its inputs only. Its backward, an operator too, runs the forward again. Operators are named after
+    the module, so that the package and any number of exported copies of this file live in one process.
+
+    Args:
+        function: computes the results, and with what it saves the gradients.
+        name: of the operator.
+        arguments: of `function.forward`, as in an operator's schema.
+        fake: given the arguments, returns empty contiguous results of the right shapes and dtypes.
+
+    Returns:
+        A function of the same arguments that calls the operator.
+    """
+    qualified = f"{re.sub(r'[^0-9a-zA-Z_]', '_', function.__module__)}::{name}"
+
+    @torch.library.custom_op(qualified, mutates_args=(), schema=f"({arguments}) -> (Tensor, Tensor)")
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            first, second = function.forward(_Context((False,) * len(inputs)), *inputs)
+        return first.contiguous(), second.contiguous()
+
+    @torch.library.custom_op(
+        f"{qualified}_backward",
+        mutates_args=(),
+        schema=f"(Tensor first, Tensor second, bool[] needed, {arguments}) -> Tensor[]",
+    )
+    def backward(first: Tensor, second: Tensor, needed: list[bool], *inputs: Any) -> list[Tensor]:
+        context = _Context(tuple(needed))
+        with torch.autocast(first.device.type, enabled=False), torch.no_grad():
+            function.forward(context, *inputs)
+            gradients = function.backward(context, first, second)
+        pairs = zip(inputs, gradients, needed, strict=True)
+        return [
+            torch.zeros_like(like, memory_format=torch.contiguous_format) if found is None else found.contiguous()
+            for like, found, wanted in pairs
+            if wanted
+        ]
+
+    def backward_fake(first: Tensor, second: Tensor, needed: list[bool], *inputs: Any) -> list[Tensor]:
+        return [like.new_empty(like.shape) for like, wanted in zip(inputs, needed, strict=True) if wanted]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in inputs])
+        ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def differentiate(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor | None, ...]:
+        saved = zip(ctx.saved_tensors, ctx.options, strict=True)
+        inputs = [option if tensor is None else tensor for tensor, option in saved]
+        needed = list(ctx.needs_input_grad)
+        found = iter(backward(first, second, needed, *inputs))
+        return tuple(next(found) if wanted else None for wanted in needed)
+
+    forward.register_fake(fake)
+    backward.register_fake(backward_fake)
+    forward.register_autograd(differentiate, setup_context=save)
+    return forward
