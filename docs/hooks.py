@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-PACKAGES = ("kernels", "modeling", "harness", "reports", "conversion", "evaluation", "training", "distill")
+PACKAGES = ("kernels", "modeling", "conversion", "evaluation", "finetune", "distill")
 
 _sources = tempfile.TemporaryDirectory(prefix="ssm-zoo-docs-")
 
