@@ -118,7 +118,8 @@ class Table:
             write(f"{count:>6} {outcome}: {reason}")
         if self.whole_run():
             for reason in sorted(set(all_reasons()) - {row.get("reason") for row in rows}):
-                write(f"stale, as nothing needed it in this run: {reason}")
+                also = ", if the absent files do not need it" if TRANSFORMERS.absent else ""
+                write(f"stale{also}: {reason}")
         for library, where in sources.items():
             for source, version in where.items():
                 write(f"{library}: {source} {version}")
