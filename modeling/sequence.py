@@ -46,7 +46,7 @@ class Sequence:
         self.past = past
         self.packed = packed
         self.rotary = rotary
-        self._masks: dict[tuple, Tensor | None] = {}
+        self._masks: list[tuple[int | None, Tensor]] = []
         self._elsewhere: dict[torch.device, Sequence] = {}
         self._reversal: Tensor | None = None
 
@@ -116,21 +116,22 @@ class Sequence:
         length = self.position_ids.shape[1]
         if self.attention_mask is None and self.seq_idx is None and (keys == length or length == 1 == keys - self.past):
             return None
-        key = ("full", keys)
-        if key not in self._masks:
-            device = self.position_ids.device
-            query_column = self.past + torch.arange(length, device=device)
-            key_column = torch.arange(keys, device=device)
-            mask = (key_column <= query_column[:, None])[None]
-            if self.attention_mask is not None:
-                present = F.pad(self.attention_mask, (0, keys - self.attention_mask.shape[1]), value=True)
-                mask = mask & present[:, None, :]
-            if self.seq_idx is not None and self.past == 0:
-                documents = F.pad(self.seq_idx, (0, keys - length), value=-1)
-                mask = mask & (self.seq_idx[:, :, None] == documents[:, None, :])
-            mask = mask | (key_column == query_column[:, None])
-            self._masks[key] = mask[:, None]
-        return self._masks[key]
+        found = self._made(None, keys)
+        if found is not None:
+            return found
+        device = self.position_ids.device
+        query_column = self.past + torch.arange(length, device=device)
+        key_column = torch.arange(keys, device=device)
+        mask = (key_column <= query_column[:, None])[None]
+        if self.attention_mask is not None:
+            present = F.pad(self.attention_mask, (0, keys - self.attention_mask.shape[1]), value=True)
+            mask = mask & present[:, None, :]
+        if self.seq_idx is not None and self.past == 0:
+            documents = F.pad(self.seq_idx, (0, keys - length), value=-1)
+            mask = mask & (self.seq_idx[:, :, None] == documents[:, None, :])
+        mask = mask | (key_column == query_column[:, None])
+        self._masks.append((None, mask[:, None]))
+        return mask[:, None]
 
     def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
         """(B or 1, 1, L, M) True where a query may look: itself and `window - 1` earlier tokens of its document.
@@ -142,20 +143,26 @@ class Sequence:
         """
         if query_positions is None or key_positions is None:
             query_positions = key_positions = self.row_positions()
-        key = ("window", window, key_positions.shape[1])
-        if key not in self._masks:
-            distance = query_positions[:, :, None] - key_positions[:, None, :]
-            mask = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None, :]
-            length, keys = mask.shape[1:]
-            if self.seq_idx is not None and self.past == 0:
-                mask = mask & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
-            itself = torch.arange(keys, device=mask.device) == keys - length + torch.arange(
-                length, device=mask.device
-            ).unsqueeze(-1)
-            self._masks[key] = (mask | itself)[:, None]
-        mask = self._masks[key]
-        assert mask is not None
+        found = self._made(window, key_positions.shape[1])
+        if found is not None:
+            return found
+        distance = query_positions[:, :, None] - key_positions[:, None, :]
+        mask = (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None, :]
+        length, keys = mask.shape[1:]
+        if self.seq_idx is not None and self.past == 0:
+            mask = mask & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
+        column = torch.arange(keys, device=mask.device)
+        itself = column == keys - length + torch.arange(length, device=mask.device)[:, None]
+        mask = (mask | itself)[:, None]
+        self._masks.append((window, mask))
         return mask
+
+    def _made(self, window: int | None, keys: int) -> Tensor | None:
+        """The mask over a window, or all columns, and `keys` columns that an earlier layer has made.
+
+        No table with a length in its keys: a traced graph would hold for that length alone.
+        """
+        return next((mask for of, mask in self._masks if of == window and mask.shape[-1] == keys), None)
 
     def places(self) -> Tensor:
         """(B or 1, L) place of each new token among those of its document, from 0, whatever `position_ids` say; any
