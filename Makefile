@@ -11,7 +11,7 @@ TOOL := $(RUN) -P -m
 PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-contracts test-gpu lint format type bench bench-gpu dev
+.PHONY: help demo docs test test-contracts test-gpu lint format type bench bench-gpu dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -58,8 +58,15 @@ bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH
 bench-gpu: $(STAMP) ## time the kernels beside their peers; without a CUDA device at small sizes (BENCH_ARGS adds arguments)
 	$(RUN) benchmarks/gpu_kernels.py $(BENCH_ARGS)
 
+docs: $(VENV)/.docs ## build the documentation into site/, without a warning
+	NO_MKDOCS_2_WARNING=1 $(TOOL) mkdocs build --strict --quiet
+
 dev: $(STAMP) ## set up for development, with the pre-commit hooks
 	$(TOOL) pre_commit install
+
+$(VENV)/.docs: $(STAMP)
+	$(PIP) install -c constraints.txt --editable '.[docs]'
+	@touch $@
 
 # What the libraries' tests import: nothing else needs it.
 $(VENV)/.contracts: $(STAMP)

@@ -4,6 +4,7 @@ The status is 2 for what the caller can put right (arguments, files, the network
 ssm-zoo, 130 and 143 after an interrupt and a termination.
 """
 
+import logging
 import os
 import re
 import signal
@@ -66,7 +67,7 @@ def reported(command: Callable[[], str | None], with_traceback: Callable[[], boo
         with_traceback: whether to show the traceback instead.
     """
     try:
-        with _terminable(), _short_warnings(), _usage_in_one_line():
+        with _terminable(), _short_warnings(), _logs_without_tokens(), _usage_in_one_line():
             yield
     except BrokenPipeError:
         raise  # the reader of our output left, `| head` say: typer ends quietly
@@ -223,8 +224,43 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
+def _logs_without_tokens() -> Iterator[None]:
+    """Blot out tokens in what any library logs: a server may have sent one back."""
+    usual = logging.getLogRecordFactory()
+    busy = threading.local()  # looking for the tokens may itself log
+
+    def make(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = usual(*arguments, **options)
+        if not getattr(busy, "now", False):
+            busy.now = True
+            try:
+                _blot_out_tokens(record)
+            finally:
+                busy.now = False
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(usual)
+
+
+def _blot_out_tokens(record: logging.LogRecord) -> None:
+    try:
+        text = record.getMessage()
+    except (TypeError, ValueError, KeyError):
+        return  # its arguments do not fit its text: logging reports that itself, without the record
+    shown = without_tokens(text)
+    if shown != text:
+        record.msg, record.args = shown, None
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = without_tokens("".join(traceback.format_exception(*record.exc_info)).rstrip())
+
+
+@contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Print the warnings of this package about what it goes on without in one line, others as usual."""
+    """Print the warnings of this package about what it goes on without in one line, others as usual but for tokens."""
     usual = warnings.showwarning
 
     def show(
@@ -236,7 +272,8 @@ def _short_warnings() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if not issubclass(category, DecorationWarning):
-            usual(message, category, filename, lineno, file, line)
+            text = without_tokens(str(message))
+            usual(message if text == str(message) else text, category, filename, lineno, file, line)
         elif process_number() == 0:
             _print(f"warning: {' '.join(str(message).split())}")
 

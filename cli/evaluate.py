@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..conversion.command_line import command_line
+from ..conversion.text_files import check_text
 from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
@@ -24,7 +25,7 @@ Overwrite = Annotated[
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of what is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn at random.")]
 
 
 class Pooling(StrEnum):
@@ -90,6 +91,8 @@ def retrieval(
         raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: got {max_tokens}; accepted: 1 or more")
+    check_text(query_prompt, "query_prompt")
+    check_text(document_prompt, "document_prompt")
     from ..evaluation.bm25 import bm25_scores
     from ..evaluation.embedder import load_embedder
     from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval

@@ -25,7 +25,7 @@ from .finetuning_options import (
     targets,
 )
 from .loading_options import TrustRemoteCode
-from .push import announce, check_repository, push_folder
+from .push import announce, check_push_target, push_folder
 from .run_folder import model_source
 from .training_options import (
     BatchSize,
@@ -141,12 +141,12 @@ def language_model(
     if private and repo is None:
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
-        check_repository(repo)
         if not whole and Path(settings.model).is_dir():
             raise ValueError(
                 f"--push-to-hub: the adapter's base is the folder {settings.model}, which others do not have; push the "
                 "base first and name its Hub id, or push the merged model with --merge"
             )
+        check_push_target(repo, private=private)
     from ..finetune.language_model import finetune_language_model
 
     report = finetune_language_model(settings, output, merge=merge)

@@ -24,7 +24,7 @@ from .finetuning_options import (
     targets,
 )
 from .loading_options import TrustRemoteCode
-from .push import announce, check_repository, push_folder
+from .push import announce, check_push_target, push_folder
 from .run_folder import model_source
 from .training_options import (
     CheckpointEvery,
@@ -155,7 +155,7 @@ def embed(
     if private and repo is None:
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
-        check_repository(repo)
+        check_push_target(repo, private=private)
     from ..finetune.embedder import finetune_embedder
 
     report = finetune_embedder(settings, output)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..conversion.text_files import check_text
 from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
@@ -38,7 +39,9 @@ def generate(
         float | None,
         typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens with this probability together."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same tokens each time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Draw the same tokens each time.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="What the weights are loaded in; auto is the checkpoint's own.")
@@ -51,6 +54,8 @@ def generate(
     """Continue texts with a language model. The text is printed as it comes."""
     if any(not prompt for prompt in prompts):
         raise ValueError("PROMPT: got an empty text; accepted: one character or more")
+    for prompt in prompts:
+        check_text(prompt, "PROMPT")
     if not math.isfinite(temperature):
         raise ValueError(f"--temperature: got {temperature}; accepted: a finite number, 0 or more")
     if top_p == 0:

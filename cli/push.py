@@ -136,12 +136,64 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def check_repository(repo: str) -> None:
-    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token."""
+def check_repository(repo: str, field: str = "REPO") -> None:
+    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token.
+
+    Args:
+        repo: OWNER/NAME or NAME.
+        field: the argument or option that gave it.
+    """
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     limit_waiting()
-    validate_repo_id(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"{field}: {error}") from None
     if get_token() is None:
-        raise ValueError("there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN")
+        raise ValueError(f"{field}: there is no Hugging Face token; log in with `hf auth login` or set HF_TOKEN")
+
+
+def check_push_target(repo: str, *, private: bool = False) -> None:
+    """Ask the Hub whether what a training makes can be pushed, before hours of it.
+
+    Args:
+        repo: OWNER/NAME or NAME, as `--push-to-hub` gives it.
+        private: whether the repository has to be private.
+
+    Raises:
+        ValueError: if the name is no repository's, there is no token, the Hub does not accept it, it may not write
+            there, or the repository is public although a private one is asked for.
+        OSError: if the Hub cannot be reached.
+    """
+    field = "--push-to-hub"
+    check_repository(repo, field)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    api = HfApi(library_name="ssm-zoo")
+    try:
+        user = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise ValueError(
+            f"{field}: the Hub does not accept the token; log in anew with `hf auth login`, or set another HF_TOKEN"
+        ) from None
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ValueError(f"{field}: the token of {user['name']} may only read; make one that may write to {repo}")
+    owner = repo.partition("/")[0] if "/" in repo else user["name"]
+    members = {each.get("name"): each.get("roleInOrg") for each in user.get("orgs", [])}
+    # A fine-grained token need not say which organisations its user belongs to.
+    stranger = owner != user["name"] and owner not in members and role != "fineGrained"
+    if stranger or members.get(owner) == "read":
+        raise ValueError(f"{field}: {user['name']} may not write to repositories of {owner}; accepted: your own")
+    try:
+        public = not api.model_info(repo if "/" in repo else f"{owner}/{repo}").private
+    except RepositoryNotFoundError:
+        return  # it will be made
+    if private and public:
+        raise ValueError(f"--private: {repo} is public; make it private on the Hub, or choose another name")

@@ -9,7 +9,7 @@ import typer
 
 from ..conversion.command_line import command_line, process_number
 from .loading_options import TrustRemoteCode
-from .push import announce, check_repository, push_folder
+from .push import announce, check_push_target, push_folder
 from .run_folder import model_folder, model_source
 from .training_options import (
     BatchSize,
@@ -159,7 +159,7 @@ def train(
     if private and repo is None:
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
-        check_repository(repo)
+        check_push_target(repo, private=private)
     from ..finetune.from_scratch import train_from_scratch
 
     report = train_from_scratch(settings, output, command=command_line(sys.argv[1:]))

@@ -31,8 +31,8 @@ _SAME = (
 _FORMER_KEYS = {"backbone.embedding.weight": "backbone.embeddings.weight"}
 
 
-def _read(folder: Path, kind: type[MambaConfig] | type[FalconMambaConfig]) -> Any:
-    config = kind.from_pretrained(folder)
+def _read(folder: Path, config_class: type[MambaConfig] | type[FalconMambaConfig]) -> Any:
+    config = config_class.from_pretrained(folder)
     check_others(read_config(folder), config.layer_norm_epsilon)
     return config
 
@@ -63,7 +63,7 @@ MAMBA = Format(
     library="transformers",
     zoo_class=ZooS6ForCausalLM,
     reads=lambda values: values.get("model_type") == "mamba",
-    read=partial(_read, kind=MambaConfig),
+    read=partial(_read, config_class=MambaConfig),
     zoo_config=_zoo_config,
     config=_config,
     rules=plain_rules,
@@ -76,7 +76,7 @@ FALCON_MAMBA = Format(
     library="transformers",
     zoo_class=ZooS6ForCausalLM,
     reads=lambda values: values.get("model_type") == "falcon_mamba",
-    read=partial(_read, kind=FalconMambaConfig),
+    read=partial(_read, config_class=FalconMambaConfig),
     zoo_config=_zoo_config,
     config=_falcon_config,
     rules=plain_rules,

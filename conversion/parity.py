@@ -106,7 +106,9 @@ def check_tensors(model_class: type[PreTrainedModel], folder: Path, tensors: Map
     Raises:
         ValueError: if it does not load, or one of them differs.
     """
-    loaded: Any = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = model_class.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     model, found = loaded
     state = model.state_dict()
     missing = [key for key in tensors if key not in state or key in found["missing_keys"]]
@@ -127,12 +129,14 @@ def logits_of_tensors(
 ) -> Tensor:
     """Logits of a model with these weights for the random tokens, in float32."""
     state = {key: tensor.load().float() for key, tensor in tensors.items()}
-    return _logits(model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32))
+    return _logits(
+        model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, trust_remote_code=False)
+    )
 
 
 def logits_of_folder(model_class: type[PreTrainedModel], folder: Path) -> Tensor:
     """Logits of the model in a folder for the random tokens, in float32."""
-    return _logits(model_class.from_pretrained(folder, dtype=torch.float32))
+    return _logits(model_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False))
 
 
 @torch.no_grad()

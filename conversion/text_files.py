@@ -42,3 +42,11 @@ def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         yield number, parse_json(line, f"{name}, line {number}")
+
+
+def check_text(text: str, field: str) -> None:
+    """Raise a ValueError if a text holds what UTF-8 cannot, such as a byte that the shell gave undecoded."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} must be UTF-8 text, got {text[error.start]!r} at character {error.start}.") from None

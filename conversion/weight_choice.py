@@ -6,6 +6,7 @@ transformers loads: the file that `transformers_weights` in config.json names, e
 shards.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,32 @@ class WeightFiles:
         if not self.unread:
             return []
         return [f"weights: {self.name}, the file that transformers loads; not read: {', '.join(self.unread)}"]
+
+    def check_shards(self, keys: Mapping[str, Iterable[str]]) -> None:
+        """Check that each key is in the one shard that the index names.
+
+        Args:
+            keys: those in each file, by its name.
+
+        Raises:
+            ValueError: naming the index and a key that is in two shards, or not in that one.
+        """
+        if self.weight_map is None:
+            return
+        held: dict[str, str] = {}
+        for name, found in keys.items():
+            for key in found:
+                if key in held:
+                    raise ValueError(f"{self.name}: {key} is in two shards, {held[key]} and {name}.")
+                held[key] = name
+        wrong = sorted(key for key in held.keys() | self.weight_map if held.get(key) != self.weight_map.get(key))
+        if wrong:
+            key = wrong[0]
+            raise ValueError(
+                f"{self.name} does not fit its shards for {len(wrong)} keys: {key} is in {held.get(key, 'no shard')}, "
+                f"`weight_map` names {self.weight_map.get(key, 'none')}. Save the checkpoint again, or repair the "
+                "index."
+            )
 
 
 def choose_weights(folder: Path) -> WeightFiles:

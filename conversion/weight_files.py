@@ -76,19 +76,7 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Weights:
     weight_map = chosen.weight_map
     if weight_map is None:
         return Weights(files[chosen.name], notes, is_plain)
-    held: dict[str, str] = {}
-    for name, tensors in files.items():
-        for key in tensors:
-            if key in held:
-                raise ValueError(f"{chosen.name}: {key} is in two shards, {held[key]} and {name}.")
-            held[key] = name
-    wrong = sorted(key for key in held.keys() | weight_map.keys() if held.get(key) != weight_map.get(key))
-    if wrong:
-        key = wrong[0]
-        raise ValueError(
-            f"{chosen.name} does not fit its shards for {len(wrong)} keys: {key} is in {held.get(key, 'no shard')}, "
-            f"`weight_map` names {weight_map.get(key, 'none')}. Save the checkpoint again, or repair the index."
-        )
+    chosen.check_shards(files)
     if not chosen.has_metadata:
         notes = [*notes, f"{chosen.name}: `metadata` is missing; transformers does not read such an index"]
     return Weights({key: files[name][key] for key, name in weight_map.items()}, notes, is_plain)

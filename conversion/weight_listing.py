@@ -43,18 +43,12 @@ def read_headers(folder: Path, field: str = "source") -> dict[str, Header]:
     chosen = choose_weights(folder)
     if chosen.is_pickle:
         raise ValueError(f"{field}: {folder} holds no weights but a pickle ({chosen.name}); accepted: safetensors")
-    found: dict[str, Header] = {}
-    for path in chosen.paths.values():
-        found |= read_header(path, field)
-    if chosen.weight_map is not None:
-        files = {key: header.file for key, header in found.items()}
-        wrong = sorted(key for key in files.keys() | chosen.weight_map if files.get(key) != chosen.weight_map.get(key))
-        if wrong:
-            raise ValueError(
-                f"{field}: {chosen.name} of {folder.name} and the files that it names do not agree on {len(wrong)} "
-                f"weights: {', '.join(wrong[:3])}"
-            )
-    return found
+    files = {name: read_header(path, field) for name, path in chosen.paths.items()}
+    try:
+        chosen.check_shards(files)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    return {key: header for headers in files.values() for key, header in headers.items()}
 
 
 def read_header(path: Path, field: str = "source") -> dict[str, Header]:

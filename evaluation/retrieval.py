@@ -93,7 +93,7 @@ def evaluate_retrieval(
         scores as others do), and "low" and "high", the 95 % interval of the bootstrap over the queries.
 
     Raises:
-        ValueError: if a pool is smaller than 2 or larger than `data.largest_pool`.
+        ValueError: if a pool is smaller than 2 or larger than `data.largest_pool`, or the seed is not in [0, 2^32).
     """
     require_sentence_transformers()
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -101,6 +101,8 @@ def evaluate_retrieval(
     for size in pools:
         if not 2 <= size <= data.largest_pool:
             raise ValueError(f"pools: got {size}; accepted: 2 to {data.largest_pool}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed}; accepted: 0 to {2**32 - 1:,}")
     candidates = draw_pools(data, max(pools), seed)
     identities = list(data.documents)
     hits: list[list[dict[str, Any]]] = []

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .settings import Count, FinetuningSettings, Positive, Text, check_settings, wrong
+from .settings import Count, FinetuningSettings, Positive, Text, Utf8, check_settings, wrong
 
 
 class EmbedderSettings(FinetuningSettings):
@@ -43,8 +43,8 @@ class EmbedderSettings(FinetuningSettings):
     negatives: list[Text] = []
     pooling: Literal["last", "mean"] = "last"
     max_tokens: Count = 512
-    query_prompt: str = ""
-    document_prompt: str = ""
+    query_prompt: Annotated[str, Utf8] = ""
+    document_prompt: Annotated[str, Utf8] = ""
     temperature: Positive = 0.02
     symmetric: bool = False
     mini_batch_size: Count | None = None

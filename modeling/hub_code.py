@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def collect_code(module_names: list[str]) -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
-def _companions(path: Path, text: str) -> list[Path]:
+@cache
+def _companions(path: Path, text: str) -> tuple[Path, ...]:
     """The package's files that `path` imports."""
     companions = []
     for node in ast.walk(ast.parse(text)):
@@ -79,7 +81,7 @@ def _companions(path: Path, text: str) -> list[Path]:
                 f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can "
                 "be exported"
             )
-    return companions
+    return tuple(companions)
 
 
 def write_code(folder: Path, module_names: list[str]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -390,6 +391,10 @@ _OTHERS = [
     Case("generate-an-empty-prompt", "generate zoo ''", "PROMPT"),
     Case("generate-a-prompt-too-long", f"generate zoo {'ab' * 50_000}", "PROMPT"),
     Case("generate-a-surrogate", "generate zoo \udcff", "PROMPT|prompt"),
+    Case("a-query-prompt-with-a-surrogate", f"{RETRIEVAL} --query-prompt \udcff", "query_prompt"),
+    Case("embed-a-prompt-with-a-surrogate", f"{EMBED} --document-prompt \udcff", "document_prompt"),
+    Case("a-separator-with-a-surrogate", f"{LM} --separator \udcff", "separator"),
+    Case("generate-a-seed-too-large", f"{GENERATE} --temperature 1 --seed {2**32}", "seed"),
     Case("generate-a-null-byte", "generate zoo\0 abc", "zoo"),
     Case("train-into-a-full-folder", TRAIN.replace(" out ", " beir "), "beir"),
     Case("train-into-a-file", TRAIN.replace(" out ", " text.txt "), "text.txt"),
@@ -443,5 +448,7 @@ def cases() -> Iterator[Case]:
         yield Case(name, line, rf"{re.escape(key.split('.')[-1])}|{Path(file).name}", with_key(file, key, value))
     for line, option, values, says in _OPTIONS:
         for value in values:
-            yield Case(f"{' '.join(line.split()[:2])} {option} {value!r}", f"{line} {option} {value or repr('')}", says)
+            yield Case(
+                f"{' '.join(line.split()[:2])} {option} {value!r}", f"{line} {option} {shlex.quote(value)}", says
+            )
     yield from _OTHERS

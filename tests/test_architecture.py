@@ -147,6 +147,25 @@ def long_files(root: Path) -> list[str]:
     return [f"{name}: {length} lines, at most {MAX_LINES}" for name, length in lengths if length > MAX_LINES]
 
 
+def undecided_loading(root: Path) -> list[str]:
+    """Who loads something with transformers says whether code that it brings is run: left out, a user would be asked.
+
+    A configuration's own class reads JSON and runs nothing, whatever the file names.
+    """
+    found = []
+    for name, path in sources(root, *set(MAY_IMPORT) - {"kernels"}):
+        for node in ast.walk(parse(path)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            loader, owner = node.func.attr, ast.unparse(node.func.value)
+            plain = owner.endswith(("Config", "config_class")) and not owner.endswith("AutoConfig")
+            said = {keyword.arg for keyword in node.keywords} & {"trust_remote_code", None}
+            by_auto_class = loader == "from_config" and owner.startswith("Auto")
+            if ((loader == "from_pretrained" and not plain) or by_auto_class) and not said:
+                found.append(f"{name}:{node.lineno}: {owner}.{loader} without trust_remote_code")
+    return found
+
+
 def machine_paths(root: Path) -> list[str]:
     """Read what git would commit: the tracked files and the new ones it does not ignore."""
     git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -192,6 +211,11 @@ WRONG: dict[Callable[[Path], list[str]], dict[str, tuple[str, str, str]]] = {
     kernels_package_files: {"kernels-init": ("kernels/__init__.py", "", "kernels/__init__.py")},
     names_used_twice: {"same-name": ("kernels/cache.py", "", "same name")},
     vague_names: {"utils": ("distill/utils.py", "", "distill/utils.py")},
+    undecided_loading: {
+        "left-out": ("distill/a.py", "x = AutoTokenizer.from_pretrained(y, revision=z)", "without trust_remote_code"),
+        "any-class": ("cli/a.py", "x = kind.from_pretrained(y)", "kind.from_pretrained without trust_remote_code"),
+        "from-a-configuration": ("finetune/a.py", "x = AutoModel.from_config(y)", "without trust_remote_code"),
+    },
     long_files: {"long": ("tests/a.py", "x = 1\n" * (MAX_LINES + 1), f"{MAX_LINES + 1} lines")},
 }
 

@@ -149,7 +149,7 @@ MISTAKES = [
         id="export-another-class",
     ),
     pytest.param(
-        "export {model} out", with_value("n_groups", 0), "ValueError: n_groups must be", id="export-wrong-config"
+        "export {model} out", with_value("n_groups", 0), "n_groups must be at least 1, got 0", id="export-wrong-config"
     ),
     pytest.param(
         "export {model} out",
@@ -233,7 +233,7 @@ MISTAKES = [
     ),
     pytest.param("push {model} a/b/c", nothing, "Repo id must", id="push-wrong-id"),
     pytest.param("push {model} a/b --create-pr --revision x", nothing, "--revision: got 'x'", id="push-pr-branch"),
-    pytest.param("push {model} a/b", nothing, "no Hugging Face token: .*`hf auth login`.*HF_TOKEN", id="no-token"),
+    pytest.param("push {model} a/b", nothing, "no Hugging Face token; .*`hf auth login`.*HF_TOKEN", id="no-token"),
     pytest.param("card {model}", nothing, "has no student/config.json", id="card-no-run"),
 ]
 

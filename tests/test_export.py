@@ -39,10 +39,12 @@ SHARED += [
 SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
 SHARED += ["rms_norm_triton.py", "softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
 SHARED += ["adapter_ties.py", "class_names.py", "input_checks.py", "layers.py", "mixer_parameters.py"]
+SHARED += ["causal_conv1d_traced.py", "tracing.py"]
 MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
 MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
 SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
 SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
+SELECTIVE += ["window_attention_traced.py"]
 MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
 MIXING = ["attention.py", "configuration_masked_mixer.py", "document_line.py", "history_mixing.py", "masked_mix.py"]
 MIXING += ["masked_mix_step_triton.py", "masked_mix_triton.py", "masked_mix_triton_kernels.py", "mix_panels.py"]
@@ -50,8 +52,8 @@ MIXING += ["mixing_cache.py", "mixing_kinds.py", "position_mixing.py", "repeat_m
 MIXING += ["toeplitz_mix.py"]
 MIXER = ["gated_mlp.py", "linear_init.py", "modeling_masked_mixer.py", "plain_mlp.py", "rotary.py", "ssd_step.py"]
 MIXER += ["ssd_step_triton.py", "state_update.py", "trained_padding.py", "window_generation.py"]
-SCANNING = ["causal_conv1d.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py", "mixer_block.py"]
-SCANNING += ["short_convolution.py", "step_sizes.py"]
+# What mixers of positions do without; the attention beside them may have a short convolution.
+SCANNING = ["mixer_block.py", "step_sizes.py"]
 HYBRID = ["configuration_hybrid.py", "modeling_hybrid.py"]
 CODE = {
     "mamba-options": sorted([*SHARED, *MAMBA]),

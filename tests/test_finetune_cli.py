@@ -123,7 +123,7 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
         pytest.param(["--train", "nope.txt"], "train: there is no file 'nope.txt'", id="text"),
         pytest.param(["--private"], "--private: accepted with --push-to-hub only", id="private"),
         pytest.param(["--push-to-hub", "me/model", "--merge"], "there is no Hugging Face token", id="token"),
-        pytest.param(["--push-to-hub", "a b"], "Repo id must use alphanumeric", id="repository"),
+        pytest.param(["--push-to-hub", "a b", "--merge"], "Repo id must use alphanumeric", id="repository"),
         pytest.param(["--revision", "v1"], "revision: got 'v1'; accepted with the folder zoo: none", id="revision"),
         pytest.param(["--load-in-4bit"], "load_in_4bit: needs", id="4-bit"),
     ],
@@ -238,7 +238,10 @@ def test_what_was_pushed_computes_the_same_without_the_package(pushed: Pushed) -
 def test_what_was_pushed_is_complete_and_names_no_machine(pushed: Pushed) -> None:
     card = {"README.md", "plots/loss.png", "tokenizer.json", "tokenizer_config.json"}
     files = {name: set(pushed.api.list_repo_files(f"tester/{name}")) for name in ("adapter", "merged")}
-    assert files["adapter"] - {".gitattributes"} == card | {"adapter_config.json", "adapter_model.safetensors"}
+    assert files["adapter"] - {".gitattributes", ".ssm-zoo.json"} == card | {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert files["merged"] >= card | {"config.json", "model.safetensors", "modeling_hybrid.py", "ssd.py", "LICENSE"}
     assert pushed.api.model_info("tester/merged").private
     for name, found in files.items():

@@ -1,18 +1,29 @@
 """A Hub that refuses, breaks off or never answers: one line, status 2, soon, and no token in it."""
 
+import logging
+import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from embedding_pairs import write_pairs
 from tiny_checkpoints import save_zoo_checkpoint
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from hub_stand_in import HubStandIn
+from ssm_zoo.cli.errors import reported
 from ssm_zoo.cli.main import app
 
 TOKEN = "hf_" + "y" * 20
@@ -33,6 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = f"no: {self.headers.get('Authorization')}".encode()
         self.send_response(int(self.answer))
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-HF-Warning", f"token; you sent {self.headers.get('Authorization')}")  # logged by the client
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -48,6 +60,17 @@ class _Server(ThreadingHTTPServer):
         """A client that has gone, or a connection that was cut on purpose."""
 
 
+def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client of this process talk to a server, with a token."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("SSM_ZOO_HUB_TIMEOUT", "0.5")
+
+
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "zoo"
@@ -61,13 +84,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iter
     handler = type("Handler", (_Handler,), {"answer": request.param, **methods})
     server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    constants, endpoint = huggingface_hub.constants, f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("SSM_ZOO_HUB_TIMEOUT", "0.5")
+    point_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
     yield
     server.shutdown()
     server.server_close()
@@ -94,3 +111,139 @@ def test_a_download_that_fails_ends_in_one_line_and_writes_nothing(
     assert result.exit_code == 2, (result.stderr, result.exception)
     assert re.search(r"^ssm-zoo: [^\n]+\n\Z", result.stderr, re.MULTILINE), result.stderr
     assert TOKEN not in result.stderr and list(tmp_path.iterdir()) == []
+
+
+def say(how: str, text: str) -> None:
+    if how == "log":
+        logging.getLogger("some.library").warning("sent %s", text)
+    elif how == "log-of-an-error":
+        try:
+            raise RuntimeError(f"sent {text}")
+        except RuntimeError:
+            logging.getLogger("some.library").exception("it failed")
+    else:
+        warnings.warn(f"sent {text}", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("how", ["log", "log-of-an-error", "warning"])
+def test_what_other_libraries_say_holds_no_token(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a process, where nobody but the command listens to logs and warnings."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    stream = logging.StreamHandler(sys.stderr)
+    logging.getLogger("some.library").addHandler(stream)
+    factory = logging.getLogRecordFactory()
+    with warnings.catch_warnings(record=True) as shown:
+        usual = warnings.showwarning
+        try:
+            with reported(lambda: "push", lambda: False):
+                say(how, TOKEN)
+        finally:
+            logging.getLogger("some.library").removeHandler(stream)
+        assert warnings.showwarning is usual and logging.getLogRecordFactory() is factory
+    told = capsys.readouterr().err + "".join(str(warning.message) for warning in shown)
+    assert "sent ***" in told and TOKEN not in told
+
+
+@pytest.mark.parametrize("hub", [404], indirect=True)
+@pytest.mark.usefixtures("hub")
+def test_a_server_that_echoes_the_token_in_a_header_has_it_blotted_out(zoo: Path, tmp_path: Path) -> None:
+    """In a process of its own: its client logs the header."""
+    environment = {**os.environ, "HF_ENDPOINT": huggingface_hub.constants.ENDPOINT, "HF_HOME": str(tmp_path)}
+    line = [sys.executable, "-P", "-m", "ssm_zoo.cli.main", "push", str(zoo), "tester/model"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "you sent Bearer ***" in done.stderr and TOKEN not in done.stdout + done.stderr
+
+
+# What a training asks before it begins
+
+
+TEXTS = ["--train", "text.txt", "--heldout", "text.txt", "--row-tokens", "32", "--steps", "1"]
+PAIRS = ["--train", "pairs.jsonl", "--heldout", "pairs.jsonl", "--batch-size", "3", "--steps", "1"]
+TRAININGS = {
+    "train": ["train", "zoo", "out", *TEXTS, "--tokenizer", "zoo"],
+    "lm": ["finetune", "lm", "zoo", "out", *TEXTS, "--rank", "2", "--merge"],
+    "embed": ["finetune", "embed", "zoo", "out", *PAIRS, "--rank", "2"],
+}
+
+
+def whoami(**changes: Any) -> dict[str, Any]:
+    return {"name": "tester", "orgs": [], "auth": {"accessToken": {"role": "write"}}, **changes}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "read-only": (
+        whoami(auth={"accessToken": {"role": "read"}}),
+        ["tester/new"],
+        "--push-to-hub: the token of tester may only read",
+    ),
+    "a-stranger": (whoami(), ["somebody/new"], "--push-to-hub: tester may not write to repositories of somebody"),
+    "a-reader-of-an-organisation": (
+        whoami(orgs=[{"name": "lab", "roleInOrg": "read"}]),
+        ["lab/new"],
+        "--push-to-hub: tester may not write to repositories of lab",
+    ),
+    "public": (whoami(), ["tester/public", "--private"], "--private: tester/public is public"),
+}
+
+
+@pytest.fixture
+def work(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(zoo, "zoo")
+    Path("text.txt").write_text("abc def ghi " * 20)
+    write_pairs(Path("pairs.jsonl"), 9)
+    return tmp_path
+
+
+def begun(arguments: list[str]) -> Result:
+    """The result of a command that must not have begun anything."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, (result.stderr, result.exception)
+    assert not Path("out").exists() and TOKEN not in result.stderr
+    return result
+
+
+@pytest.mark.parametrize("why", REFUSED)
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.usefixtures("work")
+def test_a_training_that_could_not_push_does_not_begin(
+    training: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user, target, message = REFUSED[why]
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda *_arguments, **_options: user)
+    with HubStandIn() as hub:
+        point_to(hub.endpoint, monkeypatch)
+        huggingface_hub.HfApi(endpoint=hub.endpoint, token=TOKEN).create_repo("tester/public")
+        assert message in begun([*TRAININGS[training], "--push-to-hub", *target]).stderr
+
+
+@pytest.mark.parametrize("hub", [401, 500, "reset"], indirect=True)
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.usefixtures("hub", "work")
+def test_a_training_does_not_begin_where_the_hub_refuses(training: str, hub: object) -> None:
+    result = begun([*TRAININGS[training], "--push-to-hub", "tester/model"])
+    assert re.fullmatch(r"ssm-zoo: [^\n]+\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.usefixtures("work")
+def test_what_is_not_finite_is_not_pushed(training: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that the last step has spoiled: nothing is on the Hub, not even a repository."""
+    inner = torch.optim.AdamW.step
+
+    def overflowing(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = inner(self, *arguments, **options)
+        self.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with HubStandIn() as hub:
+        point_to(hub.endpoint, monkeypatch)
+        result = CliRunner().invoke(app, [*TRAININGS[training], "--push-to-hub", "tester/model"])
+        assert result.exit_code == 2, (result.stderr, result.exception)
+        assert "not finite" in result.stderr
+        assert {request.method for request in hub.requests} == {"GET"}
+    assert not Path("out", "report.json").exists() and not Path("out", "model").exists()

@@ -73,7 +73,7 @@ MISTAKES = [
     pytest.param("a.txt", "x", "train: got 'a.txt'; accepted: a .jsonl, .csv or .tsv file, or 'datasets:", id="suffix"),
     pytest.param("datasets:x", None, "train: got 'datasets:x'; accepted: a .jsonl", id="data-set"),
     pytest.param("missing.tsv", None, "train: there is no file 'missing.tsv'", id="missing"),
-    pytest.param("a.jsonl", "{", r"train: 'a.jsonl', line 1: not JSON \(", id="torn"),
+    pytest.param("a.jsonl", "{", r"train: 'a.jsonl', line 1 must be JSON: ", id="torn"),
     pytest.param("a.jsonl", "\n[1]", "train: 'a.jsonl', line 2: accepted: an object", id="no-object"),
     pytest.param(
         "a.jsonl", '{"anchor": "x"}', "'a.jsonl', line 1 has no column 'positive'; it has 'anchor'$", id="lacks"

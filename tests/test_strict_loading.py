@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,32 @@ def test_code_of_a_tokenizer_is_run_only_when_trusted(work: Path, command: str) 
     if command != "export" and not known:
         assert result.exit_code == 2
         assert "brings code of its own" in result.stderr and "--trust-remote-code" in result.stderr
+
+
+TAKING_A_MODEL = {
+    **COMMANDS,
+    "convert": ["convert", "source", "out"],
+    "train": ["train", "source", "out", *TEXTS, "--tokenizer", "llama"],
+}
+
+
+@pytest.mark.parametrize("command", TAKING_A_MODEL)
+def test_code_of_a_model_is_never_run_unasked(work: Path, command: str) -> None:
+    """Of the configuration and of the model, where transformers knows neither."""
+    if command in ("finetune-embed", "retrieval"):
+        pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    source = use(work, command)
+    (source / "hostile.py").write_text("import pathlib\npathlib.Path('ran').touch()\nclass Hostile:\n    pass\n")
+    values = json.loads((source / "config.json").read_text())
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    values |= {"model_type": "hostile", "auto_map": dict.fromkeys(names, "hostile.Hostile")}
+    (source / "config.json").write_text(json.dumps(values))
+    result = invoke(TAKING_A_MODEL[command])
+    assert result.exit_code == 2, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
+    # Some load no model of another type, trusted or not, and say that.
+    assert re.search("brings code of its own.*--trust-remote-code|model_type.*'hostile'", result.stderr), result.stderr
+    assert "[y/N]" not in result.stdout + result.stderr
+    assert not (work / "ran").exists() and not (work / "out").exists()
 
 
 def test_an_embedder_without_a_head_and_one_with_a_head_left_out_are_whole(work: Path) -> None:

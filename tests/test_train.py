@@ -445,7 +445,7 @@ def test_a_mistake_is_named_and_nothing_is_written(
 
 def test_a_folder_that_holds_something_else_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is not empty and holds no run\.json of a ssm-zoo training"):
+    with pytest.raises(ValueError, match=r"is not empty and holds no run\.json of a run"):
         train_from_scratch(parse_from_scratch(values(folder)), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -1,48 +1,113 @@
-"""A Trainer's checkpoints that are damaged, a base that has changed, and steps whose numbers are not finite."""
+"""What every Trainer does about damaged checkpoints, changed sources and numbers that are not finite."""
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from embedding_pairs import write_pairs
 from families import make_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tokenizer
 
 from ssm_zoo.conversion.checkpoint_manifest import MANIFEST
+from ssm_zoo.finetune.checkpoints import CheckedTrainer
+from ssm_zoo.finetune.embedder import finetune_embedder
+from ssm_zoo.finetune.embedder_settings import parse_embedder_settings
+from ssm_zoo.finetune.from_scratch import train_from_scratch
+from ssm_zoo.finetune.from_scratch_settings import parse_from_scratch
 from ssm_zoo.finetune.language_model import finetune_language_model
 from ssm_zoo.finetune.settings import parse_settings
-from ssm_zoo.finetune.training import ZooTrainer
+
+HOW = {"steps": 6, "checkpoint_every": 2, "batch_size": 2}
+TEXTS = {"train": ["text.txt"], "heldout": ["text.txt"], "row_tokens": 32}
+PAIRS = {"train": ["pairs.jsonl"], "heldout": ["pairs.jsonl"]}
 
 
-def settings(folder: Path, **changes: Any) -> Any:
-    values = {"train": [str(folder / "text.txt")], "heldout": [str(folder / "text.txt")], "row_tokens": 32}
-    values |= {"model": str(folder / "zoo"), "steps": 6, "checkpoint_every": 2, "batch_size": 1, "rank": 2}
-    return parse_settings({**values, **changes})
+@dataclass(frozen=True)
+class Training:
+    """A way to train.
+
+    Attributes:
+        start: trains in the working folder and writes into "run".
+        saved: a checkpoint's weights.
+        result: the folder that a run leaves.
+        tokenizer: what a message calls the source whose tokenizer is used.
+    """
+
+    start: Callable[[], Any]
+    saved: str
+    result: str
+    tokenizer: str
+
+
+TRAININGS = {
+    "train": Training(
+        lambda: train_from_scratch(parse_from_scratch({**HOW, **TEXTS, "config": "zoo", "tokenizer": "zoo"}), "run"),
+        "model.safetensors",
+        "model",
+        "tokenizer",
+    ),
+    "lm": Training(
+        lambda: finetune_language_model(parse_settings({**HOW, **TEXTS, "model": "zoo", "rank": 2}), "run"),
+        "adapter_model.safetensors",
+        "adapter",
+        "model",
+    ),
+    "embed": Training(
+        lambda: finetune_embedder(parse_embedder_settings({**HOW, **PAIRS, "model": "zoo", "rank": 2}), "run"),
+        "trained.safetensors",
+        "model",
+        "model",
+    ),
+}
+
+
+def stop_in(step: int, patch: pytest.MonkeyPatch, spoil: Callable[[Any], object] | None = None) -> None:
+    """Interrupt every training in a step, or spoil what its backward has computed."""
+    inner = CheckedTrainer.training_step
+
+    def stopping(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step + 1 == step and spoil is None:
+            raise KeyboardInterrupt
+        loss = inner(self, model, *arguments, **options)
+        if self.state.global_step + 1 == step:
+            assert spoil is not None
+            spoil(model)
+        return loss
+
+    patch.setattr(CheckedTrainer, "training_step", stopping)
+
+
+@pytest.fixture(scope="module", params=TRAININGS)
+def killed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Training]:
+    """A folder with all that a training reads, with its result in "whole", and killed in its last step in "run"."""
+    if request.param == "embed":
+        pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    folder, training = tmp_path_factory.mktemp(request.param), TRAININGS[request.param]
+    make_model("mamba2-full").save_pretrained(folder / "zoo")
+    save_tokenizer(folder / "zoo")
+    (folder / "text.txt").write_text("abc def ghi " * 20)
+    write_pairs(folder / "pairs.jsonl", 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        training.start()
+        (folder / "run").rename("whole")
+        stop_in(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training.start()
+    return folder, training
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_model("mamba2-full").save_pretrained(tmp_path / "zoo")
-    save_tokenizer(tmp_path / "zoo")
-    (tmp_path / "text.txt").write_text("abc def ghi " * 20)
-    return tmp_path
-
-
-def kill(folder: Path, monkeypatch: pytest.MonkeyPatch, step: int = 6) -> None:
-    """Interrupt a run in a step."""
-    inner = ZooTrainer.training_step
-
-    def stopping(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.state.global_step + 1 == step:
-            raise KeyboardInterrupt
-        return inner(self, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ZooTrainer, "training_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            finetune_language_model(settings(folder), folder / "run")
+def work(killed: tuple[Path, Training], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
+    """The training, in an own copy of its folder."""
+    monkeypatch.chdir(shutil.copytree(killed[0], tmp_path / "work"))
+    return killed[1]
 
 
 def flip(path: Path) -> None:
@@ -51,56 +116,109 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "flipped-weights": lambda path: flip(path / "adapter_model.safetensors"),
-    "no-optimizer": lambda path: (path / "optimizer.pt").unlink(),
-    "empty-optimizer": lambda path: (path / "optimizer.pt").write_bytes(b""),
-    "no-manifest": lambda path: (path / MANIFEST).unlink(),
+DAMAGES: dict[str, Callable[[Path, str], Any]] = {
+    "flipped-weights": lambda path, saved: flip(path / saved),
+    "empty-weights": lambda path, saved: (path / saved).write_bytes(b""),
+    "no-optimizer": lambda path, _: (path / "optimizer.pt").unlink(),
+    "empty-optimizer": lambda path, _: (path / "optimizer.pt").write_bytes(b""),
+    "no-manifest": lambda path, _: (path / MANIFEST).unlink(),
 }
+
+
+def weights(run: str, training: Training) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.name} {key}": tensor
+        for path in sorted(Path(run, training.result).glob("*.safetensors"))
+        for key, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_to_the_same_weights(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], damage: str
+    work: Training, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    finetune_language_model(settings(folder), folder / "whole")
-    kill(folder, monkeypatch)
-    checkpoints = folder / "run" / "checkpoints"
+    checkpoints = Path("run", "checkpoints")
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    DAMAGES[damage](checkpoints / "checkpoint-4")
-    finetune_language_model(settings(folder), folder / "run")
+    DAMAGES[damage](checkpoints / "checkpoint-4", work.saved)
+    work.start()
     assert "checkpoint-4 is damaged" in capsys.readouterr().out
-    ours, theirs = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("run", "whole"))
+    ours, theirs = weights("run", work), weights("whole", work)
+    assert ours.keys() == theirs.keys() != set()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    for path in checkpoints.iterdir():
-        DAMAGES[damage](path)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_again(work: Training) -> None:
+    for path in Path("run", "checkpoints").iterdir():
+        flip(path / work.saved)
     with pytest.raises(ValueError, match="no checkpoint is whole"):
-        finetune_language_model(settings(folder), folder / "run")
+        work.start()
+    assert not Path("run", work.result).exists()
 
 
-def test_a_base_that_has_changed_is_not_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill(folder, monkeypatch)
-    path = folder / "zoo" / "model.safetensors"
+def test_weights_that_have_changed_are_not_gone_on_with(work: Training) -> None:
+    path = Path("zoo", "model.safetensors")
     tensors = load_file(path)
     save_file({key: tensor + 1 for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model: weights of .*zoo changed since the run in .*run was started"):
-        finetune_language_model(settings(folder), folder / "run")
+    if work.tokenizer == "tokenizer":  # only sizes and tokenizer are taken
+        work.start()
+        return
+    with pytest.raises(ValueError, match=r"model: weights of zoo changed since the run in run was started"):
+        work.start()
+    assert not Path("run", work.result).exists()
+
+
+def test_a_tokenizer_that_has_changed_is_not_gone_on_with(work: Training) -> None:
+    path = Path("zoo", "tokenizer_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    with pytest.raises(ValueError, match=rf"{work.tokenizer}: tokenizer of zoo changed since the run in run was"):
+        work.start()
+    assert not Path("run", work.result).exists()
+
+
+def test_a_run_that_does_not_say_what_it_began_with_is_refused(work: Training) -> None:
+    """Folders of releases that did not note it."""
+    path = Path("run", "run.json")
+    marker = json.loads(path.read_text())
+    del marker["recipe"]["sources"]
+    path.write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match=r"run holds a run of an earlier version.*Finish it with that version"):
+        work.start()
+    assert json.loads(path.read_text()) == marker and not Path("run", work.result).exists()
+
+
+def spoil_gradient(model: Any) -> None:
+    next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
 
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    work: Training, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Also in the last step, after which no loss would tell."""
-    inner = ZooTrainer.training_step
-
-    def spoiling(self: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-        loss = inner(self, model, *arguments, **options)
-        if self.state.global_step + 1 == step:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
-        return loss
-
-    monkeypatch.setattr(ZooTrainer, "training_step", spoiling)
+    shutil.rmtree("run")
+    stop_in(step, monkeypatch, spoil_gradient)
     with pytest.raises(ValueError, match=rf"the gradient norm is (inf|nan) at step {step}; lower learning_rate"):
-        finetune_language_model(settings(folder), folder / "run")
-    assert not (folder / "run" / "report.json").exists() and not (folder / "run" / "adapter").exists()
+        work.start()
+    assert not Path("run", "report.json").exists() and not Path("run", work.result).exists()
+
+
+def test_a_last_step_that_makes_weights_not_finite_leaves_no_result(
+    work: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is computed with these weights any more: neither a loss nor a gradient tells."""
+    shutil.rmtree("run")
+    inner = torch.optim.AdamW.step
+    steps: list[None] = []
+
+    def overflowing(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = inner(self, *arguments, **options)
+        steps.append(None)
+        if len(steps) == HOW["steps"]:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(ValueError, match="not finite"):
+        work.start()
+    assert len(steps) == HOW["steps"]
+    assert not Path("run", "report.json").exists() and not Path("run", work.result).exists()

@@ -83,6 +83,12 @@ class Table:
             rows.append(row)
         return rows
 
+    def whole_run(self) -> bool:
+        """Whether no test was left out that the sources hold."""
+        option = self.config.option
+        named = [Path(argument).resolve() for argument in self.config.args]
+        return named == [Path(__file__).parent] and not (option.keyword or option.markexpr or option.deselect)
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -92,6 +98,7 @@ class Table:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         from library_tests import PEFT, TRANSFORMERS
+        from reasons import all_reasons
 
         rows, write = self.rows(), terminalreporter.write_line
         sources = {"transformers": TRANSFORMERS.sources, "peft": PEFT.sources}
@@ -109,6 +116,10 @@ class Table:
         reasons = Counter((row["outcome"], row["reason"]) for row in rows if "reason" in row)
         for (outcome, reason), count in sorted(reasons.items()):
             write(f"{count:>6} {outcome}: {reason}")
+        if self.whole_run():
+            for reason in sorted(set(all_reasons()) - {row.get("reason") for row in rows}):
+                also = ", if the absent files do not need it" if TRANSFORMERS.absent else ""
+                write(f"stale{also}: {reason}")
         for library, where in sources.items():
             for source, version in where.items():
                 write(f"{library}: {source} {version}")

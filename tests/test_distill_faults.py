@@ -1,0 +1,168 @@
+"""What a distillation does about a damaged checkpoint, a changed teacher and numbers that are not finite."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import save_llama
+
+from ssm_zoo.distill import run
+from ssm_zoo.distill.recipe import parse_recipe
+
+STEPS = 6
+RECIPE: dict[str, Any] = {
+    "teacher": "teacher",
+    "student": {"layers": "odd", "half_life": [1, 8]},
+    "data": {"train": "text.txt", "heldout": "text.txt", "sequence_length": 16},
+    "stages": [
+        {
+            "name": "align",
+            "objective": "hidden_state_alignment",
+            "tokens": 32 * STEPS,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+        }
+    ],
+    "evaluation": {"tokens": 64, "prompts": []},
+    "checkpoint_every": 2,
+}
+
+
+def start() -> None:
+    run.distill(parse_recipe(RECIPE), "run")
+
+
+def before_step(step: int, patch: pytest.MonkeyPatch, change: Callable[..., object]) -> None:
+    """Do something before one step of the stage, counted from 1."""
+    inner = run._train_step
+
+    def changed(here: Any, stage: Any, index: int, at: int, *arguments: Any) -> Any:
+        if at + 1 == step:
+            change(here, *arguments)
+        return inner(here, stage, index, at, *arguments)
+
+    patch.setattr(run, "_train_step", changed)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a distillation reads, its result in "whole", and one killed in its last step in "run"."""
+    folder = tmp_path_factory.mktemp("distill")
+    save_llama(folder / "teacher")
+    (folder / "text.txt").write_text("abcdefgh bcdefgha cdefghab " * 60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        start()
+        (folder / "run").rename(folder / "whole")
+        before_step(STEPS, patch, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    return folder
+
+
+@pytest.fixture
+def work(killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shutil.copytree(killed, tmp_path / "work"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def nothing_is_made() -> bool:
+    return not any(Path("run", name).exists() for name in ("student", "report.json", "report.md"))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", ["*.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.usefixtures("work")
+def test_a_damaged_checkpoint_is_passed_over_to_the_same_student(
+    damage: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = Path("run", "checkpoints", "checkpoint-0-4")
+    for path in newest.glob(name):
+        DAMAGES[damage](path)
+    start()
+    assert "checkpoint-0-4 is damaged" in capsys.readouterr().out
+    ours, theirs = (load_file(Path(run, "student", "model.safetensors")) for run in ("run", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_teacher_whose_weights_have_changed_is_not_gone_on_with() -> None:
+    path = Path("teacher", "model.safetensors")
+    save_file({key: tensor + 1e-3 for key, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"teacher: weights of teacher changed since the run in run was started"):
+        start()
+    assert nothing_is_made()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_run_that_does_not_say_what_it_began_with_is_refused() -> None:
+    """Folders of releases that did not note it."""
+    path = Path("run", "run.json")
+    marker = json.loads(path.read_text())
+    del marker["recipe"]["sources"]
+    path.write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match=r"run holds a run of an earlier version.*Finish it with that version"):
+        start()
+    assert nothing_is_made() and json.loads(path.read_text()) == marker
+
+
+@pytest.mark.parametrize("step", [3, STEPS])
+@pytest.mark.usefixtures("work")
+def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree("run")
+    before_step(step, monkeypatch, lambda _run, _optimizer, parameters, _loss: parameters[0].data.fill_(torch.nan))
+    with pytest.raises(ValueError, match=rf"stages\.align: the loss is nan at step {step}; lower learning_rate"):
+        start()
+    assert nothing_is_made()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_last_step_that_makes_weights_not_finite_leaves_no_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed with these weights any more: no loss tells."""
+    shutil.rmtree("run")
+    inner = run._train_step
+
+    def overflowing(here: Any, stage: Any, index: int, at: int, optimizer: Any, parameters: Any, loss: Any) -> Any:
+        result = inner(here, stage, index, at, optimizer, parameters, loss)
+        if at + 1 == STEPS:
+            parameters[0].data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(run, "_train_step", overflowing)
+    with pytest.raises(ValueError, match=r"stages\.align: the student after it: .* of the weights are not finite"):
+        start()
+    assert nothing_is_made()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_calibration_that_makes_weights_not_finite_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree("run")
+
+    def overflowing(student: Any, *_arguments: Any, **_options: Any) -> None:
+        student.backbone.layers[1].mixer.out_proj.weight.data.fill_(float("inf"))
+
+    monkeypatch.setattr(run, "calibrate", overflowing)
+    with pytest.raises(ValueError, match=r"the calibrated student: .* of the weights are not finite"):
+        start()
+    assert nothing_is_made()
