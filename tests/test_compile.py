@@ -21,7 +21,10 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from ssm_zoo.kernels import selective_scan, ssd_chunked
 from ssm_zoo.modeling import causal_lm
 
-ALL = [*FAMILIES, *ENCODERS]
+# One of each kind of layer; the others are slow tests, being many.
+QUICK = ["mamba", "mamba2", "sliding-discrete", "jamba", "convolved-attention", "taipan", "mixer", "mixer-series"]
+QUICK += ["hybrid-mixers", "mamba2-encoder", "mixer-encoder"]
+ALL = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in [*FAMILIES, *ENCODERS]]
 
 
 @pytest.fixture(autouse=True)
