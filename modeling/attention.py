@@ -91,9 +91,10 @@ class Attention(nn.Module):
             attention = _attention_matrix(q, k, mask, scale)
             y = attention.to(v.dtype) @ v
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale
-            )
+            causal = mask is None
+            if q.shape[2] == 1:  # not as one expression: in a traced graph that is no bool, but a symbol
+                causal = False
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         if output_attentions and attention is not None and past_key_values is not None:
             attention = sequence.over_columns(attention, key_positions)
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None

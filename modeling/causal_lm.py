@@ -73,6 +73,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _is_stateful = True
+    _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
 
     auto_classes: ClassVar[dict[str, str]] = {}
@@ -470,8 +471,11 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(as_weight(self.lm_head, hidden_states[:, kept]))
+        if not isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep != 0:  # a slice by a variable 0 would leave a traced graph unsure of the length
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(as_weight(self.lm_head, hidden_states))
         loss = None
         if labels is not None:
             check_labels(labels, logits)

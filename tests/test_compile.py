@@ -1,14 +1,36 @@
-"""torch.compile and torch.export of every family: one graph for all lengths and masks, with eager's numbers."""
+"""torch.compile of every family: one graph for all lengths and masks, with eager's numbers and gradients."""
 
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from families import ENCODERS, FAMILIES, draw_ids, make_head, make_model
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModel
+from torch._dynamo.utils import counters
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    CompileConfig,
+)
+from transformers.cache_utils import DynamicCache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-ALL = [*FAMILIES, *ENCODERS]
+from ssm_zoo.kernels import selective_scan, ssd_chunked
+from ssm_zoo.modeling import causal_lm
+
+# One of each kind of layer; the others are slow tests, being many.
+QUICK = ["mamba", "mamba2", "sliding-discrete", "jamba", "convolved-attention", "taipan", "mixer", "mixer-series"]
+QUICK += ["hybrid-mixers", "mamba2-encoder", "mixer-encoder"]
+ALL = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in [*FAMILIES, *ENCODERS]]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
 
 
 def build(name: str) -> Any:
@@ -18,53 +40,175 @@ def build(name: str) -> Any:
 
 
 def padded(length: int, side: str) -> dict[str, Any]:
-    """Two rows, of which one is padded."""
-    ids = draw_ids(2, length, seed=length)
-    mask = torch.ones_like(ids)
+    """Two rows, of which one is padded; on no side both are whole, and with "absent" there is no mask."""
+    inputs = {"input_ids": draw_ids(2, length, seed=length), "use_cache": False}
+    if side == "absent":
+        return inputs
+    mask = torch.ones_like(inputs["input_ids"])
     mask[:1, : 4 if side == "left" else 0] = 0
     mask[1:, length - (3 if side == "right" else 0) :] = 0
-    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    return inputs | {"attention_mask": mask}
 
 
 def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """What the model computes at real tokens."""
     found = model(**inputs)
     states = found.logits if "logits" in found else found.last_hidden_state
-    return states[inputs["attention_mask"].bool()]
+    mask = inputs.get("attention_mask")
+    return states if mask is None else states[mask.bool()]
 
 
-@pytest.mark.slow
+def trained(call: Any, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of one step; a gate draws the same noise each time."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    y = outputs(call, inputs)
+    y.square().sum().backward()
+    return {"outputs": y.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_training(name: str, backend: str, cases: tuple[tuple[int, str], ...]) -> None:
+    model = build(name).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for length, side in cases:
+        inputs = padded(length, side)
+        assert_same(trained(compiled, model, inputs), trained(model, model, inputs))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_one_graph_serves_lengths_and_padding_and_has_the_gradients_of_eager(name: str) -> None:
-    torch._dynamo.reset()
-    model = build(name).train()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for length, side in ((9, "left"), (12, "right"), (14, "none")):
-        found = []
-        for call in (compiled, model):
-            model.zero_grad()
-            torch.manual_seed(0)
-            y = outputs(call, padded(length, side))
-            y.square().sum().backward()
-            gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-            found.append((y.detach(), gradients))
-        (y, gradients), (expected, slopes) = found
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-        assert gradients.keys() == slopes.keys()
-        for key, slope in slopes.items():
-            torch.testing.assert_close(gradients[key], slope, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
-    # A window or a context splits the lengths into two ranges at most.
-    assert counter.frame_count <= 3
+    check_training(name, "eager", ((9, "left"), (12, "right"), (14, "none")))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2-full", "sliding-discrete", "taipan", "mixer"])
+def test_without_a_mask_one_graph_serves_all_lengths(name: str) -> None:
+    check_training(name, "eager", ((9, "absent"), (12, "absent"), (14, "absent")))
+
+
+@pytest.mark.parametrize(
+    "name", ["mamba", "mamba2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("taipan", "mamba2-encoder"))]
+)
+def test_the_compiled_backward_has_the_gradients_of_eager(name: str) -> None:
+    check_training(name, "aot_eager", ((9, "left"), (12, "right")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "taipan", "mixer"])
-def test_an_exported_program_serves_another_length(name: str) -> None:
+def test_inductor_has_the_gradients_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of processes
+    check_training("mamba2", "inductor", ((9, "left"), (12, "right")))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "taipan", "mixer", "jamba"])
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_heads_with_labels_compile(auto: Any, name: str) -> None:
+    check_head(auto, name)
+
+
+@pytest.mark.parametrize("name", ["mamba-encoder", "mixer-encoder"])
+def test_masked_heads_with_labels_compile(name: str) -> None:
+    check_head(AutoModelForMaskedLM, name)
+
+
+def check_head(auto: Any, name: str) -> None:
+    model = make_head(auto, name).double().train()
+    # Left open, transformers' loss writes it at its first call, and the second one is compiled anew.
+    model.config.problem_type = "single_label_classification"
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for length, side in ((9, "left"), (12, "right")):
+        inputs = padded(length, side)
+        row = auto is AutoModelForSequenceClassification
+        labels = torch.tensor([0, 1]) if row else (inputs["input_ids"] % 2)
+        losses = []
+        for call in (compiled, model):
+            torch.manual_seed(0)
+            losses.append(call(**inputs, labels=labels).loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+STEPPED = ["mamba", "mamba2", "sliding-discrete", "mamba2-full", "convolved-attention", "taipan", "mixer"]
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_compiled_prompt_makes_a_cache_and_compiled_steps_go_on_from_it(name: str) -> None:
     model = build(name).eval()
-    length = torch.export.Dim("length", min=6, max=100)
-    shapes = {"input_ids": {1: length}, "attention_mask": {1: length}, "use_cache": None}
-    program = torch.export.export(model, (), kwargs=padded(9, "left"), dynamic_shapes=shapes)
-    for inputs in (padded(9, "left"), padded(13, "right")):
-        with torch.no_grad():
-            torch.testing.assert_close(outputs(program.module(), inputs), outputs(model, inputs), rtol=1e-5, atol=1e-5)
+    prompt = padded(9, "left")
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        found, expected = compiled(ids, attention_mask=mask), model(ids, attention_mask=mask)
+        torch.testing.assert_close(found.logits[mask.bool()], expected.logits[mask.bool()], rtol=1e-5, atol=1e-5)
+        mine, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        for cache in (mine, theirs):
+            model(ids, attention_mask=mask, past_key_values=cache)
+        counter.frame_count = 0
+        for step in range(4):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            token = draw_ids(2, 1, seed=step)
+            found = compiled(token, attention_mask=mask, past_key_values=mine).logits
+            expected = model(token, attention_mask=mask, past_key_values=theirs).logits
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2  # the count of columns is a constant of the first, and a variable from then on
+
+
+SCANS = {"selective_scan": selective_scan, "ssd_chunked": ssd_chunked}
+
+
+def scan_arguments(name: str) -> tuple[Any, ...]:
+    """Small float64 arguments of a scan that need gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    if name == "selective_scan":
+        x, dt, A = draw(2, 5, 4), draw(2, 5, 4), (-draw(4, 3).detach().exp()).requires_grad_()
+        maps = draw(2, 5, 1, 3), draw(2, 5, 1, 3)
+        return x, dt, A, *maps, draw(4), draw(2, 5, 4), draw(4), draw(2, 4, 3), True, None, None, True
+    log_decay = (-draw(2, 5, 2).detach().exp()).requires_grad_()
+    maps = draw(2, 5, 1, 3), draw(2, 5, 1, 3)
+    return draw(2, 5, 2, 4), draw(2, 5, 2), log_decay, *maps, draw(2, 4), draw(2, 5, 2, 4), draw(2, 2, 4, 3), 2
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_the_scans_are_operators_by_torchs_rules(name: str) -> None:
+    torch.library.opcheck(SCANS[name]._traced_scan, scan_arguments(name))
+
+
+def test_exported_copies_of_the_code_and_the_package_compile_in_one_process(tmp_path: Any) -> None:
+    models = [make_model("mamba2").double()]
+    for name in ("first_copy", "second_copy"):
+        make_model("mamba2").save_pretrained(tmp_path / name)
+        kind = get_class_from_dynamic_module("modeling_mamba2.ZooSSDForCausalLM", str(tmp_path / name))
+        models.append(kind.from_pretrained(tmp_path / name).double().eval())
+    assert len({type(model).__module__ for model in models}) == 3
+    inputs = padded(9, "left")
+    with torch.no_grad():
+        expected = outputs(models[0], inputs)
+        for model in models[::-1]:
+            found = outputs(torch.compile(model, fullgraph=True, backend="eager"), inputs)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba2-full"])
+def test_generate_with_a_static_cache_needs_no_compiling_and_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(causal_lm.logger, "warning_once", said.append)
+    model = make_model(name)
+    ids = draw_ids(2, 6)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **settings)
+    found = model.generate(ids, cache_implementation="static", compile_config=CompileConfig(), **settings)
+    assert torch.equal(found, expected)
+    assert said and all("`compile_config` has no effect" in text for text in said)
