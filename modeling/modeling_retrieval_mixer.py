@@ -94,6 +94,7 @@ class RetrievalMixer(ZooPreTrainedModel):
     main_input_name = "query_embeds"
     accepts_loss_kwargs = False
     _no_split_modules = ["RetrievalMixerBlock"]
+    _can_compile_fullgraph = False  # not tested
     auto_classes = {"AutoModel": "RetrievalMixer"}
 
     def __init__(self, config: RetrievalMixerConfig) -> None:

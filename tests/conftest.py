@@ -1,13 +1,15 @@
 """What holds for every test: no usage statistics, one thread, interpreted Triton where no CUDA device is."""
 
 import os
+import sys
 
 # Read when huggingface_hub and tokenizers are imported, hence before anything else. HF_HUB_OFFLINE stays unset:
 # tests talk to a Hub stand-in on their own machine through the real client.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +62,24 @@ def without_gate_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     from ssm_zoo.modeling import selective_attention
 
     monkeypatch.setattr(selective_attention, "logistic_noise", torch.zeros_like)
+
+
+@pytest.fixture
+def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of this test's own for the code of checkpoints, which transformers imports as `transformers_modules`.
+
+    That package is imported once a process, from the folder of whichever test came first: a later test with a folder of
+    its own would not find its code there.
+    """
+    from transformers import dynamic_module_utils
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    folder = tmp_path / "modules"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+    forget()
+    yield folder
+    forget()

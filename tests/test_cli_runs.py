@@ -16,7 +16,7 @@ import torch
 from families import make_model
 from huggingface_hub import HfApi
 from tiny_checkpoints import CARD, save_llama, save_zoo_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hub_stand_in import HubStandIn
@@ -179,9 +179,7 @@ def test_generate_ignores_the_code_of_a_zoo_checkpoint(models: Path, tmp_path: P
         assert ssm_zoo("generate", folder, "abc", "--max-new-tokens", 2, *options).startswith("abc")
 
 
-def test_generate_runs_code_of_others_when_told(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+def test_generate_runs_code_of_others_when_told(models: Path, tmp_path: Path, modules_cache: Path) -> None:
     folder = shutil.copytree(models / "llama", tmp_path / "other")
     (folder / "configuration_other.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass OtherConfig(LlamaConfig):\n    model_type = 'other_llama'\n"
@@ -199,7 +197,7 @@ def test_generate_runs_code_of_others_when_told(models: Path, tmp_path: Path, mo
     (folder / "config.json").write_text(json.dumps(config))
     arguments = ["generate", folder, "abc", "--max-new-tokens", 6]
     assert "brings code of its own" in ssm_zoo(*arguments, status=2)
-    assert not (tmp_path / "modules").exists()
+    assert not modules_cache.exists()
     assert ssm_zoo(*arguments, "--trust-remote-code") == ssm_zoo("generate", models / "llama", *arguments[2:])
 
 

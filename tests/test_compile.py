@@ -184,6 +184,7 @@ def test_the_scans_are_operators_by_torchs_rules(name: str) -> None:
     torch.library.opcheck(SCANS[name]._traced_scan, scan_arguments(name))
 
 
+@pytest.mark.usefixtures("modules_cache")
 def test_exported_copies_of_the_code_and_the_package_compile_in_one_process(tmp_path: Any) -> None:
     models = [make_model("mamba2").double()]
     for name in ("first_copy", "second_copy"):

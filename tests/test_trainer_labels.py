@@ -82,6 +82,7 @@ def test_a_subclass_under_any_name_is_shifted_and_has_its_loss(tmp_path: Path) -
     assert Tagger(make_config("mamba")).loss_type == "ForTokenClassification"
 
 
+@pytest.mark.usefixtures("modules_cache")
 def test_exported_code_is_shifted_too(tmp_path: Path) -> None:
     model, ids = make_model("mamba2"), draw_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
@@ -91,6 +92,7 @@ def test_exported_code_is_shifted_too(tmp_path: Path) -> None:
     assert smoothed_loss(loaded, ids, ids, tmp_path) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("modules_cache")
 def test_exported_code_enters_its_own_class_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("mamba2")
     model.save_pretrained(tmp_path)
