@@ -41,7 +41,7 @@ from result_file import ResultFile, search
 from torch import Tensor
 from tqdm import tqdm
 
-from ssm_zoo.modeling.routing import add_aux_loss
+from ssm_zoo.modeling.outputs import add_aux_loss
 
 # What a run is for.
 TRIAL, RESULT = "trial", "result"

@@ -31,7 +31,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssm_zoo.finetune.packing import PackedDocuments, RowCollator
+from ssm_zoo.training.packing import PackedDocuments, RowCollator
 from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, ZooSSDForCausalLM
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2" / "train.txt"

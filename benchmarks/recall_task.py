@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_zoo.modeling.routing import add_aux_loss
+from ssm_zoo.modeling.outputs import add_aux_loss
 
 # Label of a position that is no query.
 UNASKED = -100

@@ -5,7 +5,7 @@ Transformer, both finetuned by InfoNCE. Here the models have equal width and abo
 
 1. train for `--steps` as causal language models on the stories and abstracts that are searched later, those of
    TinyStories that are held out excepted;
-2. finetune all weights with InfoNCE by `ssm_zoo.finetune.embedder`, `--share` times over the pairs of each task. A
+2. finetune all weights with InfoNCE by `ssm_zoo.training.embedder`, `--share` times over the pairs of each task. A
    text's embedding is the mean over its tokens, the temperature 0.1. With the paper's last token and 0.02 hardly a
    loss falls below that of guessing within the some 90 steps that a CPU has time for.
 
@@ -54,8 +54,8 @@ from transformers import PreTrainedTokenizerFast
 from ssm_zoo.evaluation.bm25 import bm25_scores
 from ssm_zoo.evaluation.embedder import load_embedder
 from ssm_zoo.evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
-from ssm_zoo.finetune.embedder import finetune_embedder
-from ssm_zoo.finetune.embedder_settings import parse_embedder_settings
+from ssm_zoo.training.embedder import finetune_embedder
+from ssm_zoo.training.embedder_settings import parse_embedder_settings
 
 COMPARED = (MIXER, LLAMA, MAMBA2)
 STORIES, CRANFIELD = "stories", "cranfield"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..conversion.command_line import check_processes, command_line
+from ..harness.command_line import check_processes, command_line
 from .hub_client import limit_waiting
 from .loading_options import TrustRemoteCode
 

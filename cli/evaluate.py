@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion.command_line import command_line
-from ..conversion.text_files import check_text
+from ..harness.command_line import command_line
+from ..harness.text_files import check_text
 from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 
@@ -164,7 +164,7 @@ def inversion(
     from transformers import AutoModelForCausalLM
 
     from ..conversion.load_model import load_model, load_tokenizer
-    from ..conversion.text_files import read_text_file
+    from ..harness.text_files import read_text_file
     from ..evaluation.inversion import invert_representation
 
     content, source = read_text_file(text, "text"), model_source(model)
@@ -241,8 +241,8 @@ def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
     """
     if path is None:
         return
-    from ..conversion.output_folder import read_json
-    from ..conversion.whole_files import check_output_file
+    from ..harness.run_folder import read_json
+    from ..harness.whole_files import check_output_file
 
     check_output_file(path, "--output")
     if path.exists() and not overwrite:
@@ -257,8 +257,8 @@ def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
 def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     if path is None:
         return
-    from ..conversion.machine import describe_machine
-    from ..conversion.output_folder import write_json
+    from ..harness.machine import describe_machine
+    from ..harness.run_folder import write_json
 
     report = {
         "format": 1,

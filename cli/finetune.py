@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion.command_line import process_number
+from ..harness.command_line import process_number
 from .finetune_embed import embed
 from .finetuning_options import (
     AfterWarmup,
@@ -103,7 +103,7 @@ def language_model(
     private: Private = False,
 ) -> None:
     """Finetune on text as a language model. Measures the held-out loss before and after."""
-    from ..finetune.settings import parse_settings
+    from ..training.settings import parse_settings
 
     values: dict[str, Any] = {
         "model": model_source(model),
@@ -147,7 +147,7 @@ def language_model(
                 "base first and name its Hub id, or push the merged model with --merge"
             )
         check_push_target(repo, private=private)
-    from ..finetune.language_model import finetune_language_model
+    from ..training.language_model import finetune_language_model
 
     report = finetune_language_model(settings, output, merge=merge)
     if process_number():  # of several processes the first one speaks
@@ -157,7 +157,7 @@ def language_model(
     typer.echo(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
     typer.echo(f"report: {output / 'report.json'}   {folder.name}: {folder}")
     if repo is not None:
-        from ..finetune.card import write_card
+        from ..reports.training_card import write_card
 
         write_card(folder, report, repo_id=repo)
         announce(push_folder(folder, repo, private=private))

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion.command_line import process_number
+from ..harness.command_line import process_number
 from .finetuning_options import (
     AfterWarmup,
     Alpha,
@@ -113,7 +113,7 @@ def embed(
     Needs sentence-transformers, the extra "embed", which loads the result. Measures retrieval from the held-out texts
     before and after. Given again, the same command goes on at the last checkpoint.
     """
-    from ..finetune.embedder_settings import parse_embedder_settings
+    from ..training.embedder_settings import parse_embedder_settings
 
     values: dict[str, Any] = {
         "model": model_source(model),
@@ -156,7 +156,7 @@ def embed(
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
         check_push_target(repo, private=private)
-    from ..finetune.embedder import finetune_embedder
+    from ..training.embedder import finetune_embedder
 
     report = finetune_embedder(settings, output)
     if process_number():  # of several processes the first one speaks
@@ -165,7 +165,7 @@ def embed(
     typer.echo(f"held-out nDCG@10: {before['ndcg@10']:.4f} before, {after['ndcg@10']:.4f} after")
     typer.echo(f"report: {output / 'report.json'}   model: {folder}")
     if repo is not None:
-        from ..finetune.embedder_card import write_embedder_card
+        from ..reports.embedder_card import write_embedder_card
 
         write_embedder_card(folder, report, repo_id=repo)
         announce(push_folder(folder, repo, private=private))

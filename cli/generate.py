@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..conversion.text_files import check_text
+from ..harness.text_files import check_text
 from .loading_options import TrustRemoteCode
 from .run_folder import model_source
 

@@ -90,7 +90,7 @@ def card(
 ) -> None:
     """Write a student's model card anew. All of it comes from the run's report."""
     student = student_folder(run)
-    from ..conversion.card import write_card
+    from ..reports.distillation_card import write_card
     from ..distill.run import read_report
 
     write_card(student, read_report(run), repo_id=repo_id)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..conversion.command_line import command_line, process_number
+from ..harness.command_line import command_line, process_number
 from .loading_options import TrustRemoteCode
 from .push import announce, check_push_target, push_folder
 from .run_folder import model_folder, model_source
@@ -119,7 +119,7 @@ def train(
 
     Several processes: accelerate launch -m ssm_zoo.cli.main train CONFIG OUTPUT ...
     """
-    from ..finetune.from_scratch_settings import parse_from_scratch
+    from ..training.from_scratch_settings import parse_from_scratch
 
     given: dict[str, Any] = {
         "learning_rate": learning_rate,
@@ -160,7 +160,7 @@ def train(
         raise ValueError("--private: accepted with --push-to-hub only")
     if repo is not None:
         check_push_target(repo, private=private)
-    from ..finetune.from_scratch import train_from_scratch
+    from ..training.from_scratch import train_from_scratch
 
     report = train_from_scratch(settings, output, command=command_line(sys.argv[1:]))
     if process_number():  # of several processes the first one speaks
@@ -169,7 +169,7 @@ def train(
     typer.echo(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
     typer.echo(f"report: {output / 'report.json'}   model: {folder}")
     if repo is not None:
-        from ..finetune.from_scratch_card import write_from_scratch_card
+        from ..reports.from_scratch_card import write_from_scratch_card
 
         write_from_scratch_card(folder, report, repo_id=repo)
         announce(push_folder(folder, repo, private=private))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, is_named
-from .json_files import read_json_object
+from ..harness.json_files import read_json_object
 from .remote_code import reference_of
 
 __all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "downloads", "inside"]

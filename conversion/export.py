@@ -21,10 +21,10 @@ from ..modeling.causal_lm import ZooPreTrainedModel
 from ..modeling.hub_code import collect_code
 from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
-from .child_process import run_child
-from .json_files import read_json_object
+from ..harness.child_process import run_child
+from ..harness.json_files import read_json_object
 from .load_model import load_model
-from .output_folder import new_folder
+from ..harness.run_folder import new_folder
 from .remote_code import check_remote_code, reference_of
 from .source_files import check_config
 

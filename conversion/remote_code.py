@@ -17,7 +17,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils.hub import cached_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which need no code of a source
-from .json_files import read_json, typed
+from ..harness.json_files import read_json, typed
 
 __all__ = ["BroughtCode", "brought_code", "check_remote_code", "reference_of"]
 

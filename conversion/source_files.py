@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .json_files import read_json_object, typed
-from .machine import describe_machine
+from ..harness.json_files import read_json_object, typed
+from ..harness.machine import describe_machine
 
 __all__ = ["check_config", "check_memory", "check_source_files"]
 

@@ -10,7 +10,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .json_files import json_text, parse_json, typed
+from ..harness.json_files import json_text, parse_json, typed
 from .pickle_weights import read_pickle
 from .rules import LazyTensor, lazy
 from .weight_choice import SAFETENSORS_INDEX, choose_weights

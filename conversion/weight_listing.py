@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .json_files import parse_json, typed
+from ..harness.json_files import parse_json, typed
 from .weight_choice import choose_weights
 
 __all__ = ["Header", "read_header", "read_headers"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling.history_mixing import DenseMixer
+from ..modeling.position_mixers import DenseMixer
 from .teacher import AttentionView, capture, teacher_adapter
 
 

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..conversion.checkpoint_manifest import newest_whole
-from ..conversion.fingerprint import sha256_of
-from ..conversion.output_folder import TEMPORARY, flush, json_text, read_json
+from ..harness.checkpoint_manifest import newest_whole
+from ..harness.fingerprint import sha256_of
+from ..harness.run_folder import TEMPORARY, flush, json_text, read_json
 
 _FORMAT = 1
 _TENSORS, _STATE = "state.safetensors", "state.json"

@@ -25,9 +25,9 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..conversion.fingerprint import pinned_revision
+from ..harness.fingerprint import pinned_revision
 from ..conversion.load_model import load_model, load_tokenizer
-from ..conversion.provenance import SOURCE_FILE
+from ..harness.provenance import SOURCE_FILE
 
 __all__ = ["fetch_smollm2", "gguf_to_folder", "load_gguf", "teacher_commit"]
 

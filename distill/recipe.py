@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from ..conversion.text_files import read_text_file
-from ..conversion.yaml_values import merge, override, read_yaml, write_yaml
+from ..harness.text_files import read_text_file
+from ..harness.yaml_values import merge, override, read_yaml, write_yaml
 from .recipe_values import (
     LAYERS_ACCEPTED,
     Betas,

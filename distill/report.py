@@ -1,6 +1,6 @@
 """The report of a distillation: `report.json`, `report.md` with `plots/`, and a table for the terminal.
 
-All of them are made from one dict (`ssm_zoo.conversion.report_schema`), so they cannot disagree.
+All of them are made from one dict (`ssm_zoo.reports.distillation_report`), so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..conversion.decoration import decoration
-from ..conversion.formatting import MISSING, code, count, number, percent, seconds, short, table
-from ..conversion.output_folder import write_json
-from ..conversion.report_schema import Report, parse_report
-from ..conversion.report_sections import (
+from ..harness.decoration import decoration
+from ..reports.markdown import MISSING, code, count, number, percent, seconds, short, table
+from ..harness.run_folder import write_json
+from ..reports.distillation_report import Report, parse_report
+from ..reports.distillation_tables import (
     PLOT_CAPTIONS,
     command_block,
     evaluations_table,
@@ -33,15 +33,15 @@ from ..conversion.report_sections import (
     stages_table,
     verdict_list,
 )
-from ..conversion.results import (
+from ..reports.results import (
     EvaluationRow,
     evaluation_rows,
     recovered_sentence,
     summary_sentence,
     verdicts,
 )
-from ..conversion.whole_files import write_text_whole, write_whole
-from .plots import draw
+from ..harness.whole_files import write_text_whole, write_whole
+from ..reports.distillation_plots import draw
 
 __all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_report"]
 
@@ -54,7 +54,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
     Args:
         folder: of the run; made if missing.
-        report: see `ssm_zoo.conversion.report_schema`.
+        report: see `ssm_zoo.reports.distillation_report`.
 
     Raises:
         ValueError: if a key of the report is missing or has a value that is not accepted; nothing is written then.

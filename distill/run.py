@@ -24,18 +24,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..conversion.card import write_card
-from ..conversion.command_line import command_line
-from ..conversion.decoration import decoration
-from ..conversion.fingerprint import claim_run, fingerprint
-from ..conversion.formatting import number
-from ..conversion.json_files import read_json_object
+from ..reports.distillation_card import write_card
+from ..harness.command_line import command_line
+from ..harness.decoration import decoration
+from ..harness.fingerprint import claim_run, fingerprint
+from ..reports.markdown import number
+from ..harness.json_files import read_json_object
 from ..conversion.load_model import check_finite
-from ..conversion.machine import describe_machine
-from ..conversion.output_folder import check_output_folder, claimed_folders_end, result_folder
-from ..conversion.provenance import provenance
-from ..conversion.report_sections import public_recipe
-from ..conversion.whole_files import write_text_whole
+from ..harness.machine import describe_machine
+from ..harness.run_folder import check_output_folder, claimed_folders_end, result_folder
+from ..harness.provenance import provenance
+from ..reports.distillation_tables import public_recipe
+from ..harness.whole_files import write_text_whole
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
 from .calibrate import calibrate, fit_output_projections

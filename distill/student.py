@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
-from ..modeling.history_mixing import DenseMixer
+from ..modeling.position_mixers import DenseMixer
 from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
 from ..modeling.rotary import llama_rope_parameters

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..conversion.format import refuse_quantised
+from ..conversion.formats.format import refuse_quantised
 from ..conversion.load_model import WeightsError, load_model, load_tokenizer, quiet_loading
 from .fetch import check_place, gguf_to_folder, is_gguf, load_gguf, teacher_commit
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..conversion.json_files import read_json
+from ..harness.json_files import read_json
 from ..conversion.load_model import check_finite, load_model, quiet_loading
 from ..conversion.remote_code import check_remote_code
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..conversion.text_files import read_json_lines, read_text_file
+from ..harness.text_files import read_json_lines, read_text_file
 
 _FIELD = "folder"
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
+from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
 from .causal_conv1d_traced import convolve_traced
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
 from .tracing import tracing

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import accumulator
+from .checks import accumulator
 
 
 def convolve_traced(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import check_cu_seqlens, check_devices, check_integers, check_tensor
+from .checks import check_cu_seqlens, check_devices, check_integers, check_tensor
 from .causal_conv1d import causal_conv1d
 from .state_update import write_rows
 

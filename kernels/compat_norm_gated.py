@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import accumulator, check_devices, check_tensor
+from .checks import accumulator, check_devices, check_tensor
 from .rms_norm import rms_norm
 
 

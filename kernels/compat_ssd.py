@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import (
+from .checks import (
     accumulator,
     check_cu_seqlens,
     check_devices,

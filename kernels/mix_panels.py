@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator
+from .checks import accumulator
 
 # Rows of a panel of short rows of the batch; twice as many from that length on.
 _PANEL, _LONG = 128, 1024

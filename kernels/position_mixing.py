@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .arguments import accumulator, check_devices, check_integers, check_seq_idx, check_tensor, documents
+from .checks import accumulator, check_devices, check_integers, check_seq_idx, check_tensor, documents
 from .document_line import DocumentLines
 from .tracing import host_reads
 

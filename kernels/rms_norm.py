@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator, check_devices, check_tensor, choose_implementation
+from .checks import accumulator, check_devices, check_tensor, choose_implementation
 from .rms_norm_triton import WIDEST_GROUP, add_rms_norm_triton, rms_norm_triton
 from .tracing import tracing
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import (
+from .checks import (
     accumulator,
     blank_padding,
     check_devices,

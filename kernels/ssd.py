@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import (
+from .checks import (
     accumulator,
     blank_padding,
     check_devices,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import choose_implementation
+from .checks import choose_implementation
 from .ssd import check_inputs, step_sizes
 from .ssd_chunked import skip_and_gate
 from .ssd_step_triton import ssd_step_triton

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator
+from .checks import accumulator
 
 # Features that are transformed at once, whose spectra stay in the cache. As measured in `toeplitz_mix`, at L = 1024: 47
 # milliseconds forward + backward, with 256 features 53, with all 1024 of them 96.

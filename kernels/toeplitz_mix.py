@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .arguments import choose_implementation
+from .checks import choose_implementation
 from .masked_mix_step_triton import mix_step_triton
 from .masked_mix_triton import mix_triton
 from .mix_panels import ToeplitzWeights, mix_panels

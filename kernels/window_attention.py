@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import (
+from .checks import (
     accumulator,
     check_devices,
     check_groups,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arguments import accumulator
+from .checks import accumulator
 
 # Queries of a block, at most; and its columns: so many times those of its first query, or so many. Where few tokens are
 # selected, the range of more of them together would mostly be columns that one of them sees and the others do not.

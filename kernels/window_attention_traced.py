@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import accumulator
+from .checks import accumulator
 
 
 def attend_traced(

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from .cache import is_single_step, layer_of
 from .rotary import rotate
-from .sequence import Sequence
+from .token_layout import Sequence
 from .short_convolution import ShortConvolution
 
 

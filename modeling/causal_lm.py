@@ -25,7 +25,7 @@ from .hub_code import remove_stale_weights, upload, write_code, write_default_ca
 from .input_checks import check_keywords, check_labels
 from .layers import as_weight
 from .mixer_parameters import KeepsFloat32
-from .routing import (
+from .outputs import (
     ROUTING_FIELDS,
     ZooCausalLMOutput,
     ZooModelOutput,
@@ -33,7 +33,7 @@ from .routing import (
     routing_outputs,
     tell_of_lost_aux_loss,
 )
-from .sequence import Sequence, make_sequence
+from .token_layout import Sequence, make_sequence
 
 _EXAMPLE_TOKENS = 16
 

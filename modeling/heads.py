@@ -18,7 +18,7 @@ from .cache import CACHE_FIELD, one_cache
 from .causal_lm import ZooHeadModel, is_bidirectional
 from .input_checks import check_labels
 from .layers import as_weight
-from .routing import add_aux_loss, tell_of_lost_aux_loss
+from .outputs import add_aux_loss, tell_of_lost_aux_loss
 
 
 class ZooForSequenceClassification(ZooHeadModel):

@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .causal_lm import RMSNorm, normed
-from .sequence import Sequence
+from .token_layout import Sequence
 
 
 class MixerBlock(GradientCheckpointingLayer):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
-from .history_mixing import DenseMixer, PositionMixer, ToeplitzMixer
+from .position_mixers import DenseMixer, PositionMixer, ToeplitzMixer
 from .repeat_mixing import RepeatMixer
 
 

@@ -38,7 +38,7 @@ from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClas
 from .layers import PlainRMSNorm
 from .mixer_block import MixerBlock
 from .mixer_parameters import float32_parameter, initialise_alone
-from .sequence import Sequence
+from .token_layout import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias
 

@@ -32,7 +32,7 @@ from .layers import as_weight
 from .mixer_block import MixerBlock
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
 from .selective_attention import SelectiveAttention
-from .sequence import Sequence
+from .token_layout import Sequence
 
 
 class SelectiveAttentionBlock(GradientCheckpointingLayer):

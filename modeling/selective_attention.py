@@ -33,7 +33,7 @@ from ..kernels.window_attention import window_attention, window_attention_matrix
 from ..kernels.window_attention_traced import attend_traced
 from .cache import layer_of
 from .rotary import rotate
-from .sequence import Sequence
+from .token_layout import Sequence
 
 
 class SelectiveAttention(nn.Module):

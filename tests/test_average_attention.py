@@ -14,7 +14,7 @@ from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import teacher_adapter
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
-from ssm_zoo.modeling.history_mixing import DenseMixer
+from ssm_zoo.modeling.position_mixers import DenseMixer
 
 LENGTHS = (3, 11, 1, 7, 11, 5)
 LAYERS = [2, 0]

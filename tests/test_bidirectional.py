@@ -18,7 +18,7 @@ from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_reference
 from ssm_zoo.modeling.cache import CACHE_FIELD
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
-from ssm_zoo.modeling.sequence import Sequence, make_sequence
+from ssm_zoo.modeling.token_layout import Sequence, make_sequence
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

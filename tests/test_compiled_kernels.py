@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.kernels import arguments
+from ssm_zoo.kernels import checks as arguments
 from with_triton import NEEDS_TRITON
 
 # Bytes of shared memory that a program may take, from the CUDA programming guide.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ssm_zoo.conversion.convert import convert
-from ssm_zoo.conversion.format_llamba import LLAMBA
+from ssm_zoo.conversion.formats.cartesia_llamba import LLAMBA
 from ssm_zoo.conversion.rules import Mapper
 from ssm_zoo.modeling import ZooHybridForCausalLM
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.conversion.json_files import read_json_object
+from ssm_zoo.harness.json_files import read_json_object
 
 ALL_ATTENTION = {**state_spaces.WITH_ATTENTION, "attn_layer_idx": [0, 1, 2], "ssm_cfg": {}}
 LAYOUTS = {

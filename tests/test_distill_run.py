@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.conversion.report_schema import parse_report
+from ssm_zoo.reports.distillation_report import parse_report
 from ssm_zoo.distill import run
 from ssm_zoo.distill.data import TokenWindows, tokenize
 from ssm_zoo.distill.optimizer import schedule_factor

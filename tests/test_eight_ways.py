@@ -21,16 +21,8 @@ from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
 from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix_reference
 from ssm_zoo.kernels.window_attention import window_attention_reference
-from ssm_zoo.modeling import (
-    causal_lm,
-    history_mixing,
-    modeling_hybrid,
-    modeling_mamba,
-    modeling_mamba2,
-    repeat_mixing,
-    selective_attention,
-    short_convolution,
-)
+from ssm_zoo.modeling import causal_lm, modeling_hybrid, modeling_mamba, modeling_mamba2, repeat_mixing, selective_attention, short_convolution
+from ssm_zoo.modeling import position_mixers as history_mixing
 from ssm_zoo.modeling.cache import restore, snapshot
 
 # Largest difference of two logits, float32. The logits are of order 1 and 1e-6 away from those in float64.

@@ -19,7 +19,7 @@ pytest.importorskip("sentence_transformers", reason="sentence-transformers is no
 from embedding_pairs import save_model, write_pairs
 
 from ssm_zoo.cli.main import app
-from ssm_zoo.finetune.embedder_settings import EmbedderSettings
+from ssm_zoo.training.embedder_settings import EmbedderSettings
 
 PAIRS = ["--train", "pairs.jsonl", "--heldout", "pairs.jsonl", "--batch-size", "3", "--steps", "1"]
 

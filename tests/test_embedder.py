@@ -22,11 +22,11 @@ pytest.importorskip("sentence_transformers", reason="sentence-transformers is no
 from embedding_pairs import embedder_values, save_model, write_pairs
 
 from ssm_zoo.evaluation.retrieval import embedder_scores
-from ssm_zoo.finetune.embedder import finetune_embedder, heldout_retrieval
-from ssm_zoo.finetune.embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
-from ssm_zoo.finetune.embedder_settings import parse_embedder_settings
-from ssm_zoo.finetune.embedder_training import EmbedderTrainer, infonce, training_rows
-from ssm_zoo.finetune.pairs import Pairs, read_pairs
+from ssm_zoo.training.embedder import finetune_embedder, heldout_retrieval
+from ssm_zoo.training.embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
+from ssm_zoo.training.embedder_settings import parse_embedder_settings
+from ssm_zoo.training.embedder_trainer import EmbedderTrainer, infonce, training_rows
+from ssm_zoo.training.pairs import Pairs, read_pairs
 
 DROPOUT = {"rank": 4, "dropout": 0.2}
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 from hub_stand_in import HubStandIn
 from ssm_zoo.cli.main import app
-from ssm_zoo.finetune.settings import LanguageModelSettings
+from ssm_zoo.training.settings import LanguageModelSettings
 
 TEXT = "\n\n".join(" ".join("abcdefghij"[i : i + 4] for i in range(k, k + 5)) for k in range(5)) + "\n"
 BASIC = ["--train", "text.txt", "--heldout", "text.txt", "--row-tokens", "32", "--steps", "2", "--rank", "2"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssm_zoo.conversion.formatting import code, fenced, number, ranges, seconds, short, table, without_folders
+from ssm_zoo.reports.markdown import code, fenced, number, ranges, seconds, short, table, without_folders
 
 HOME = "/" + "home"  # in two parts: no file of this repository names a path of a machine
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from ssm_zoo.modeling.sequence import make_sequence
+from ssm_zoo.modeling.token_layout import make_sequence
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

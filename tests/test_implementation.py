@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssm_zoo.kernels import arguments
-from ssm_zoo.kernels.arguments import choose_implementation
+from ssm_zoo.kernels import checks as arguments
+from ssm_zoo.kernels.checks import choose_implementation
 
 X = torch.zeros(2)
 

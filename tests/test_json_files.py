@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.conversion.json_files import json_text, parse_json, read_json, read_json_object, typed
+from ssm_zoo.harness.json_files import json_text, parse_json, read_json, read_json_object, typed
 
 REFUSED = {
     "a key twice": ('{"a": {"b": 1, "b": 2}}', "has the key 'b' twice"),

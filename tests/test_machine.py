@@ -7,8 +7,8 @@ import pytest
 import torch
 from report_example import example_report
 
-from ssm_zoo.conversion.machine import describe_machine
-from ssm_zoo.conversion.report_schema import Report, parse_report
+from ssm_zoo.harness.machine import describe_machine
+from ssm_zoo.reports.distillation_report import Report, parse_report
 
 
 def test_the_machine_is_described_without_its_name():

@@ -11,7 +11,7 @@ from families import FAMILIES, draw_ids, make_model
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from ssm_zoo.finetune.packing import (
+from ssm_zoo.training.packing import (
     IGNORED,
     PackedDocuments,
     PackingCollator,

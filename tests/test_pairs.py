@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.finetune.pairs import Pairs, read_pairs
+from ssm_zoo.training.pairs import Pairs, read_pairs
 
 ROWS = [("a", 'b "quoted"'), ("c, d", "e\u2028f"), ("a", "g")]
 

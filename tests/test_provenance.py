@@ -6,8 +6,8 @@ import huggingface_hub
 import pytest
 
 from ssm_zoo.conversion.checkpoint_files import check_replaceable
-from ssm_zoo.conversion.decoration import DecorationWarning, decoration
-from ssm_zoo.conversion.provenance import provenance
+from ssm_zoo.harness.decoration import DecorationWarning, decoration
+from ssm_zoo.harness.provenance import provenance
 from ssm_zoo.conversion.source_files import MOST_LAYERS, check_config, check_memory
 
 

@@ -109,7 +109,7 @@ def test_the_queries_of_cranfield_are_split_and_every_document_can_be_found(fold
 
 
 def test_pairs_are_written_as_the_finetuning_reads_them(tmp_path: Path):
-    from ssm_zoo.finetune.pairs import read_pairs
+    from ssm_zoo.training.pairs import read_pairs
 
     write_pairs([("a\n“b”", "c"), ("d", "e")], tmp_path / "pairs.jsonl")
     found = read_pairs([str(tmp_path / "pairs.jsonl")], "train")

@@ -19,7 +19,7 @@ from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.recipe import as_mapping, load_recipe
 from ssm_zoo.distill.teacher import load_teacher, teacher_commit
-from ssm_zoo.finetune.configuration import configuration_commit
+from ssm_zoo.training.new_model import configuration_commit
 
 # What a user's process finds on the Hub, by the revision "first", a tag of the first commit.
 USER = """
@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.teacher import load_teacher, teacher_commit
-from ssm_zoo.finetune.configuration import configuration_commit, resolve_configuration
+from ssm_zoo.training.new_model import configuration_commit, resolve_configuration
 folder, found = Path(sys.argv[1]), {}
 for revision in ("first", None):
     name = str(revision)

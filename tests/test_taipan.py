@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from ssm_zoo.kernels.window_attention import window_attention
 from ssm_zoo.modeling import TaipanConfig, TaipanForCausalLM, preset, selective_attention
 from ssm_zoo.modeling.modeling_taipan import SelectiveAttentionBlock
-from ssm_zoo.modeling.routing import routing_outputs
-from ssm_zoo.modeling.sequence import make_sequence
+from ssm_zoo.modeling.outputs import routing_outputs
+from ssm_zoo.modeling.token_layout import make_sequence
 from with_triton import NEEDS_TRITON, with_triton
 
 WINDOW = 5

@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from hub_stand_in import HubStandIn
 from ssm_zoo.cli.main import app
 from ssm_zoo.cli.train import Recipe
-from ssm_zoo.finetune.from_scratch_settings import RECIPES, FromScratchSettings
+from ssm_zoo.training.from_scratch_settings import RECIPES, FromScratchSettings
 
 TEXT = "\n\n".join(" ".join("abcdefghij"[i : i + 4] for i in range(k, k + 5)) for k in range(5)) + "\n"
 CONFIG = "model_type: zoo_mamba2\nhidden_size: 16\nnum_hidden_layers: 1\nhead_dim: 8\nstate_size: 8\n"
@@ -153,7 +153,7 @@ def test_a_mistake_ends_in_one_line(
 def test_processes_that_know_nothing_of_each_other_are_refused(
     ssm_zoo: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssm_zoo.finetune import training
+    from ssm_zoo.training import trainer as training
 
     class Alone:
         num_processes = 1

@@ -14,14 +14,14 @@ from families import make_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tokenizer
 
-from ssm_zoo.conversion.checkpoint_manifest import MANIFEST
-from ssm_zoo.finetune.checkpoints import CheckedTrainer
-from ssm_zoo.finetune.embedder import finetune_embedder
-from ssm_zoo.finetune.embedder_settings import parse_embedder_settings
-from ssm_zoo.finetune.from_scratch import train_from_scratch
-from ssm_zoo.finetune.from_scratch_settings import parse_from_scratch
-from ssm_zoo.finetune.language_model import finetune_language_model
-from ssm_zoo.finetune.settings import parse_settings
+from ssm_zoo.harness.checkpoint_manifest import MANIFEST
+from ssm_zoo.training.checkpoints import CheckedTrainer
+from ssm_zoo.training.embedder import finetune_embedder
+from ssm_zoo.training.embedder_settings import parse_embedder_settings
+from ssm_zoo.training.from_scratch import train_from_scratch
+from ssm_zoo.training.from_scratch_settings import parse_from_scratch
+from ssm_zoo.training.language_model import finetune_language_model
+from ssm_zoo.training.settings import parse_settings
 
 HOW = {"steps": 6, "checkpoint_every": 2, "batch_size": 2}
 TEXTS = {"train": ["text.txt"], "heldout": ["text.txt"], "row_tokens": 32}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.conversion import whole_files
-from ssm_zoo.conversion.output_folder import check_output_folder, claim_output_folder, claimed_folders_end, write_json
-from ssm_zoo.conversion.whole_files import new_folder, repair, result_folder, sweep, write_text_whole
+from ssm_zoo.harness import whole_files
+from ssm_zoo.harness.run_folder import check_output_folder, claim_output_folder, claimed_folders_end, write_json
+from ssm_zoo.harness.whole_files import new_folder, repair, result_folder, sweep, write_text_whole
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and links as POSIX has them")
 
@@ -173,7 +173,7 @@ CHILD = (
     "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 )
 PARENT = (
-    "import os, sys; from ssm_zoo.conversion.child_process import run_child;"
+    "import os, sys; from ssm_zoo.harness.child_process import run_child;"
     "run_child([sys.executable, '-c', sys.argv[1], sys.argv[2]], os.environ)"
 )
 
@@ -200,7 +200,7 @@ def test_the_process_that_verifies_an_export_ends_with_a_parent_that_is_killed(t
 
 
 HOLD = (
-    "import sys, time; from ssm_zoo.conversion.output_folder import claim_output_folder as claim;"
+    "import sys, time; from ssm_zoo.harness.run_folder import claim_output_folder as claim;"
     "claim(sys.argv[1], {}); print('claimed', flush=True); time.sleep(60)"
 )
 

@@ -1,0 +1,168 @@
+"""Cartesia's `llamba` and `zoo_hybrid`: Llama's blocks with discrete Mamba-2 in the place of attention.
+
+Paper: Bick et al., "Llamba" (arXiv 2502.14458); official code: cartesia-ai/edge@95d8276,
+`cartesia-pytorch/cartesia_pytorch/Llamba` (`llamba.py`, `configuration_llamba.py`, `mixers/discrete_mamba2.py`). The
+rows of `in_proj` are x, B, C, z, a on both sides. The decay has no bias there: `dt_bias`, and with a bias in `in_proj`
+`z_bias` too, are zero here, and only then written.
+
+Phi-Mamba (goombalab/phi-mamba@b2e405f) has the same mixer, but in Phi's block: mixer and MLP side by side behind one
+LayerNorm, and a head with a bias. `zoo_hybrid` has no such block, so it is refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
+from .format import Format, filled, head_rules, positive, read_config, require
+from ..rules import Rule
+
+_EPSILON = 1e-5  # of the blocks' norms, where it is no field
+_MODEL = {
+    "vocab_size": None,
+    "d_model": None,
+    "n_layer": 32,
+    "tie_embeddings": False,
+    "pad_vocab_size_multiple": 8,
+    "lm_head_bias": False,
+    "norm_epsilon": _EPSILON,
+    "lm_head_prenorm": "rms",
+    "mlp_cfg": None,
+    "ssm_cfg": None,
+}
+_MLP = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
+_MIXER = {
+    "d_state": 64,
+    "n_v_heads": 32,
+    "n_qk_heads": 32,
+    "expand": 1,
+    "d_conv": 4,
+    "conv_bias": True,
+    "bias": False,
+    "activation": "identity",
+    "chunk_size": 128,  # changes no result
+}
+_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_LAYER = "backbone.layers.{layer}."
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    values = read_config(folder)
+    if "MixerModel" in values:
+        block = next((key for key in values if key.startswith("Block")), "Block1")
+        found = values.get(block)
+        kind = found.get("BlockType") if isinstance(found, dict) else found
+        raise ValueError(
+            f"config.json: {block}.BlockType: got {kind!r}; accepted: none: Phi-Mamba adds its mixer and its MLP, both "
+            "of one LayerNorm, at once; zoo_hybrid has blocks that are sequential, with an RMSNorm for each"
+        )
+    return values
+
+
+def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
+    model = {key: values.get(key, default) for key, default in _MODEL.items()}  # others are transformers' own
+    for name in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple"):
+        positive(name, model[name])
+    require("lm_head_bias", model["lm_head_bias"], False, "zoo_hybrid's head has none")
+    require("norm_epsilon", model["norm_epsilon"], _EPSILON, "that of the norms in the blocks, which is no field")
+    require("lm_head_prenorm", model["lm_head_prenorm"], "rms", "norms of the mean are not offered")
+    mlp = filled("mlp_cfg.", model["mlp_cfg"] or {}, _MLP, "llamba")
+    mixer = filled("ssm_cfg.", model["ssm_cfg"] or {}, _MIXER, "llamba")
+    positive("mlp_cfg.intermediate_size", mlp["intermediate_size"])
+    for name in ("d_state", "n_v_heads", "expand", "d_conv"):
+        positive(f"ssm_cfg.{name}", mixer[name])
+    heads, inner = mixer["n_v_heads"], mixer["expand"] * model["d_model"]
+    require("ssm_cfg.n_qk_heads", mixer["n_qk_heads"], heads, "that of n_v_heads: every head has B and C of its own")
+    require("ssm_cfg.activation", mixer["activation"], "identity", "zoo_hybrid's convolution has none")
+    require("ssm_cfg.conv_bias", mixer["conv_bias"], True, "zoo_hybrid's convolution has one")
+    if inner % heads:
+        raise ValueError(
+            f"config.json: ssm_cfg.n_v_heads: got {heads}; accepted: a divisor of expand * d_model = {inner}"
+        )
+    multiple = model["pad_vocab_size_multiple"]
+    ids: dict[str, Any] = {key: values.get(key) for key in _IDS}
+    return ZooHybridConfig(
+        vocab_size=-(-model["vocab_size"] // multiple) * multiple,
+        hidden_size=model["d_model"],
+        intermediate_size=mlp["intermediate_size"],
+        num_hidden_layers=model["n_layer"],
+        mixer_types=["discrete_mamba2"] * model["n_layer"],
+        num_attention_heads=heads,
+        head_dim=inner // heads,
+        hidden_act=mlp["act_fn"],
+        rms_norm_eps=_EPSILON,
+        attention_bias=mixer["bias"],
+        mlp_bias=mlp["bias"],
+        state_size=mixer["d_state"],
+        conv_kernel=mixer["d_conv"],
+        tie_word_embeddings=model["tie_embeddings"],
+        **ids,
+    )
+
+
+def _config(config: ZooHybridConfig) -> dict[str, Any]:
+    for layer, kinds in enumerate(zip(config.mixer_types or [], config.mlp_types or [], strict=True)):
+        require(f"mixer_types[{layer}]", kinds[0], "discrete_mamba2", "llamba has no other mixer")
+        require(f"mlp_types[{layer}]", kinds[1], "gated", "every block of llamba has an MLP")
+    require("feature_map", config.feature_map, "identity", "llamba has no other")
+    require("normalize", config.normalize, False, "llamba does not divide by row sums")
+    require("ssm_rotary", config.ssm_rotary, False, "llamba has no positions")
+    require("rms_norm_eps", config.rms_norm_eps, _EPSILON, "llamba has no other in its blocks")
+    heads, inner = config.num_attention_heads, config.num_attention_heads * int(config.head_dim or 0)
+    if inner % config.hidden_size:
+        raise ValueError(
+            f"config.json: head_dim: got {config.head_dim}; accepted for llamba: {heads} heads as wide as a multiple "
+            f"of hidden_size ({config.hidden_size})"
+        )
+    return {
+        "model_type": "llamba",
+        "architectures": ["LlambaLMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "d_model": config.hidden_size,
+        "n_layer": config.num_hidden_layers,
+        "tie_embeddings": config.tie_word_embeddings,
+        "pad_vocab_size_multiple": 1,
+        "lm_head_bias": False,
+        "norm_epsilon": config.rms_norm_eps,
+        "resid_dropout": 0.0,
+        "mlp_cfg": {
+            "intermediate_size": config.intermediate_size,
+            "bias": config.mlp_bias,
+            "act_fn": config.hidden_act,
+        },
+        "ssm_cfg": _MIXER
+        | {
+            "d_state": config.state_size,
+            "n_v_heads": heads,
+            "n_qk_heads": heads,
+            "expand": inner // config.hidden_size,
+            "d_conv": config.conv_kernel,
+            "bias": config.attention_bias,
+        },
+        **{key: getattr(config, key) for key in _IDS},
+    }
+
+
+def _rules(config: ZooHybridConfig) -> list[Rule]:
+    same = ["input_layernorm.weight", "post_attention_layernorm.weight", "mlp.{rest}", "mixer.in_proj.{rest}"]
+    same += ["mixer.conv1d.{rest}", "mixer.D", "mixer.out_proj.{rest}"]
+    return [
+        Rule("backbone.embedding.weight", "backbone.embeddings.weight"),
+        *(Rule(_LAYER + key, _LAYER + key) for key in same),
+        Rule(None if config.attention_bias else _LAYER + "mixer.z_bias", _LAYER + "mixer.z_bias"),
+        Rule(None, _LAYER + "mixer.dt_bias"),
+        Rule("backbone.final_layernorm.weight", "backbone.norm_f.weight"),
+        *head_rules(config),
+    ]
+
+
+LLAMBA = Format(
+    name="cartesia llamba",
+    library="cartesia",
+    zoo_class=ZooHybridForCausalLM,
+    # Phi-Mamba's is read as this one and refused there, by its field.
+    reads=lambda values: values.get("model_type") == "llamba" or "MixerModel" in values,
+    read=_read,
+    zoo_config=_zoo_config,
+    config=_config,
+    rules=_rules,
+)

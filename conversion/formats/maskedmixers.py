@@ -1,0 +1,318 @@
+"""Masked mixers as their author saves them (blbadger/maskedmixers@8f9515d, blbadger/memorymodels@b5bbc77).
+
+`LanguageMixer`, whose mixing is a convolution over positions as channels, with k taps over the features, a linear layer
+(`MLPMixerBlock`), or expanded: two convolutions with a GELU between; `MultiHeadedMixer`, with a projection, a
+convolution and a bias for each head; the encoder of `AutoencodingMixer`; and the two streams of `DoubleMixerBlock`.
+What stands above a diagonal was never read there, but moved by the optimiser: it is cut off. Written are the first and,
+where there are projections, the second.
+
+`MixerHead` has a second form, whose output projection is as wide as H inputs: a stale loop index makes each of its
+heads the last convolution of the inputs without a projection. That is one head, and the sum of the projection's blocks.
+Experiments that put a softmax on the weights or on the mixing have the same keys, and are not told apart.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...modeling import (
+    MaskedMixerConfig,
+    MaskedMixerForCausalLM,
+    MaskedMixerForMaskedLM,
+    MaskedMixerModel,
+    RetrievalMixer,
+    RetrievalMixerConfig,
+)
+from .format import Format, require
+from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, dropped, stacked, unstacked
+from ..rules import Computed, Rule
+
+LIBRARY = "maskedmixers"
+_EPSILON = 1e-5  # torch's, of a LayerNorm that is given none
+_OURS = "layers.{layer}."
+_EMBEDDING = "backbone.embeddings.weight"
+
+
+def read_language_mixer(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
+    """The one with a head, causal or, with two streams, a head for masked tokens."""
+    two = checkpoint.has(r"mixerblocks\.\d+\.convf\..*")
+    tied = checkpoint.tie("wte.weight", "lm_head.weight")
+    model_class = MaskedMixerForMaskedLM if two else MaskedMixerForCausalLM
+    notes = dropped(checkpoint.drop(r"wte_second\..*"), "no forward reads them")
+    config, rules, more = _blocks(checkpoint, settings, "mixerblocks", two=two, prefix="backbone.", tied=tied)
+    if not tied:
+        rules.append(Rule("lm_head.weight", "lm_head.weight"))
+    name = "LanguageMixer of two streams" if two else "MultiHeadedMixer" if config.use_projections else "LanguageMixer"
+    return MixerReading(name, model_class, config, rules, [*notes, *more])
+
+
+def read_autoencoder(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
+    """The encoder, a model without a head: a text's embedding is its last hidden state."""
+    decoder = checkpoint.drop(r"(decoderblocks|lm_head|down|up|projection)\..*")
+    notes = dropped(decoder, "the decoder's, and the compression's on the way to it")
+    config, rules, more = _blocks(checkpoint, settings, "encoderblocks", two=False, prefix="", tied=False)
+    return MixerReading("encoder of AutoencodingMixer", MaskedMixerModel, config, rules, [*notes, *more])
+
+
+def read_retrieval(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
+    """`RetrievalMixer`, which reads embeddings of a query and of candidates: its matrices are whole."""
+    places, *_ = shape = checkpoint.square("mixerblocks.0.conv.weight", 3)
+    inner, width = checkpoint.shape("mixerblocks.0.patch_ff.0.weight", 2)
+    theirs = "mixerblocks.{layer}."
+    whole = Computed((shape,), (places, places), lambda tensors: tensors[0][..., 0])
+    rules = [
+        Rule("retrieval_head.{rest}", "retrieval_head.{rest}"),
+        Rule(f"{theirs}seq_layernorm.{{rest}}", f"{_OURS}token_norm.{{rest}}"),
+        Rule(f"{theirs}conv.weight", f"{_OURS}mixer.weight", whole),
+        Rule(f"{theirs}conv.bias", f"{_OURS}mixer.bias"),
+        *_mlp_rules(theirs, _OURS),
+    ]
+    config = RetrievalMixerConfig(
+        hidden_size=width,
+        num_hidden_layers=checkpoint.count("mixerblocks"),
+        max_position_embeddings=places,
+        intermediate_size=inner,
+        hidden_act=settings.take("hidden_act", str) or "gelu",
+        norm_eps=_EPSILON,
+    )
+    return MixerReading("RetrievalMixer", RetrievalMixer, config, rules)
+
+
+def _mlp_rules(theirs: str, ours: str) -> list[Rule]:
+    """Those of the channels' half of a block."""
+    return [
+        Rule(f"{theirs}patch_layernorm.{{rest}}", f"{ours}channel_norm.{{rest}}"),
+        Rule(f"{theirs}patch_ff.0.{{rest}}", f"{ours}mlp.up_proj.{{rest}}"),
+        Rule(f"{theirs}patch_ff.2.{{rest}}", f"{ours}mlp.down_proj.{{rest}}"),
+    ]
+
+
+def _blocks(
+    checkpoint: MixerCheckpoint, settings: Settings, blocks: str, *, two: bool, prefix: str, tied: bool
+) -> tuple[MaskedMixerConfig, list[Rule], list[str]]:
+    """Configuration and rules of embedding and blocks; lines for the report."""
+    vocabulary, width = checkpoint.shape("wte.weight", 2)
+    first, theirs, ours = f"{blocks}.0.", blocks + ".{layer}.", prefix + _OURS
+    inner = checkpoint.shape(f"{first}patch_ff.0.weight", 2)[0]
+    rules = [Rule("wte.weight", f"{prefix}embeddings.weight"), *_mlp_rules(theirs, ours)]
+    sizes: dict[str, Any] = {}
+    notes: list[str] = []
+    head = next((name for name in ("mixerhead.", "conv.") if checkpoint.has(rf"{first}{name}convs\..*")), None)
+    if two:
+        sizes |= {"bidirectional": True, "lookahead": 2}
+        positions = checkpoint.square(f"{first}convf.weight", 3)[0]
+        for name, mixer, norm in (("f", "mixer", "token_norm"), ("r", "reverse", "reverse_norm")):
+            rules.append(Rule(f"{theirs}seq_layernorm{name}.{{rest}}", f"{ours}{norm}.{{rest}}"))
+            turned = name == "r"
+            rules += convolution_rules(f"{theirs}conv{name}.", f"{ours}{mixer}.", (positions, positions, 1), turned)
+        notes = ["positions of the second stream count from the end of a text: as there for rows that fill the context"]
+    else:
+        rules.append(Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"))
+        if checkpoint.has(rf"{first}conv\.0\..*"):
+            positions = checkpoint.shape(f"{first}conv.2.weight", 3)[0]
+            sizes["expanded"] = True
+            biased = checkpoint.has(rf"{first}conv\.[02]\.bias")
+            wide = checkpoint.shape(f"{first}conv.0.weight", 3)[0]
+            rules += _expanded_rules(f"{theirs}conv.", f"{ours}mixer.", positions, wide, biased)
+        elif head is None:
+            shape = checkpoint.square(f"{first}conv.weight", 2, 3)
+            positions = shape[0]
+            sizes["kernel_size"] = shape[2] if len(shape) == 3 else 1
+            rules += convolution_rules(f"{theirs}conv.", f"{ours}mixer.", shape)
+        else:
+            positions, *_, taps = checkpoint.square(f"{first}{head}convs.0.weight", 3)
+            count = checkpoint.count(f"{first}{head}convs")
+            more, sizes, notes = _head_rules(checkpoint, theirs + head, f"{ours}mixer.", positions, count, taps, width)
+            rules += more
+    config = MaskedMixerConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=checkpoint.count(blocks),
+        max_position_embeddings=positions,
+        intermediate_size=inner,
+        norm_eps=_EPSILON,
+        tie_word_embeddings=tied,
+        **sizes,
+        **settings.common("gelu"),
+    )
+    return config, rules, notes
+
+
+def convolution_rules(
+    theirs: str,
+    ours: str,
+    shape: tuple[int, ...],
+    turned: bool = False,
+    *,
+    positions: int | None = None,
+    biased: bool = True,
+) -> list[Rule]:
+    """Those of a convolution (N, N, k), or a linear layer (N, N), that is the only head.
+
+    One of another number of rows or columns, half of an expanded mixer, has its `positions` said. As both halves are
+    causal, an output reads as many places between them as there are positions before it: of more places the others are
+    cut off, and of fewer the missing ones are zeros, which compute the same.
+    """
+    rows, columns = shape[:2]
+    positions = rows if positions is None else positions
+    taps = shape[2] if len(shape) == 3 else 1
+
+    def make(tensors: list[Tensor]) -> Tensor:
+        weight = tensors[0].movedim(2, 0) if len(shape) == 3 else tensors[0][None]
+        # The second stream counts from the end, and its first two diagonals are not read.
+        weight = weight.flip(1, 2).tril(-2) if turned else weight.tril()
+        return F.pad(weight, (0, positions - columns, 0, positions - rows))  # below zero it cuts
+
+    def undo(tensor: Tensor) -> list[Tensor]:
+        return [tensor.movedim(0, 2) if len(shape) == 3 else tensor[0]]
+
+    def make_bias(tensors: list[Tensor]) -> Tensor:
+        bias = tensors[0].flip(0) if turned else tensors[0]
+        return F.pad(bias, (0, positions - rows))[None]
+
+    weight = Rule(f"{theirs}weight", f"{ours}weight", Computed((shape,), (taps, positions, positions), make, undo))
+    if not biased:
+        return [weight, Rule(None, f"{ours}bias")]
+    return [weight, Rule(f"{theirs}bias", f"{ours}bias", Computed(((rows,),), (1, positions), make_bias, unstacked))]
+
+
+def _expanded_rules(theirs: str, ours: str, positions: int, wide: int, biased: bool) -> list[Rule]:
+    """Those of two convolutions, to `wide` places and back."""
+    first = convolution_rules(f"{theirs}0.", f"{ours}inner_", (wide, positions, 1), positions=positions, biased=biased)
+    return first + convolution_rules(f"{theirs}2.", ours, (positions, wide, 1), positions=positions, biased=biased)
+
+
+def _head_rules(
+    checkpoint: MixerCheckpoint, theirs: str, ours: str, positions: int, count: int, taps: int, width: int
+) -> tuple[list[Rule], dict[str, Any], list[str]]:
+    """Rules, sizes and lines for the report of a `MixerHead`."""
+    outputs = checkpoint.shape(f"{theirs.format(layer=0)}out_proj.weight", 2)[1]
+    if outputs == width:
+        sizes = {"num_heads": count, "kernel_size": taps, "use_projections": True}
+        return _projected_rules(theirs, ours, positions, count, taps, width), sizes, []
+    if outputs != count * width:
+        raise ValueError(
+            f"{checkpoint.name}: {theirs.format(layer=0)}out_proj.weight has {outputs} columns; accepted: {width}, or "
+            f"with MixerHead's stale index {count} times that"
+        )
+    last = f"{theirs}convs.{count - 1}."
+    pattern = theirs.replace(".", r"\.").replace("{layer}", r"\d+")
+    unused = checkpoint.drop(rf"{pattern}proj_head\..*", rf"{pattern}convs\.(?!{count - 1}\.)\d+\..*")
+    notes = dropped(unused, "no forward reads them, as MixerHead's stale index takes the last convolution for all")
+    folded = Computed(
+        ((width, outputs),), (width, width), lambda tensors: tensors[0].unflatten(1, (count, width)).sum(1)
+    )
+    rules = [
+        *convolution_rules(last, ours, (positions, positions, taps)),
+        Rule(f"{theirs}out_proj.weight", f"{ours}out_proj.weight", folded),
+        Rule(f"{theirs}out_proj.bias", f"{ours}out_proj.bias"),
+        Rule(f"{theirs}out_proj.weight", f"{ours}in_proj.weight", constant((width, outputs), torch.eye(width))),
+        Rule(f"{theirs}out_proj.bias", f"{ours}in_proj.bias", constant((width,), torch.zeros(width))),
+    ]
+    return rules, {"num_heads": 1, "kernel_size": taps, "use_projections": True}, notes
+
+
+def _projected_rules(theirs: str, ours: str, positions: int, count: int, taps: int, width: int) -> list[Rule]:
+    """Those of a `MixerHead` that does what it says."""
+
+    def each(name: str) -> tuple[str, ...]:
+        return tuple(f"{theirs}{name.format(head)}" for head in range(count))
+
+    def make(tensors: list[Tensor]) -> Tensor:
+        return torch.stack([tensor.movedim(2, 0) for tensor in tensors], dim=1).flatten(0, 1).tril()
+
+    def undo(tensor: Tensor) -> list[Tensor]:
+        return [head.movedim(0, 2) for head in tensor.unflatten(0, (taps, count)).unbind(1)]
+
+    weight = Computed(((positions, positions, taps),) * count, (taps * count, positions, positions), make, undo)
+    return [
+        Rule(each("convs.{}.weight"), f"{ours}weight", weight),
+        Rule(
+            each("convs.{}.bias"),
+            f"{ours}bias",
+            Computed(((positions,),) * count, (count, positions), stacked, unstacked),
+        ),
+        *in_proj_rules(each("proj_head.{}."), ours, width),
+        Rule(f"{theirs}out_proj.{{rest}}", f"{ours}out_proj.{{rest}}"),
+    ]
+
+
+def in_proj_rules(theirs: tuple[str, ...], ours: str, width: int) -> list[Rule]:
+    """Those of one linear layer for each head, which end in "weight" and "bias"; here one layer holds them all."""
+    rows = width // len(theirs)
+    rules = []
+    for name, shape in (("weight", (rows, width)), ("bias", (rows,))):
+        joined = Computed(
+            (shape,) * len(theirs), (width, *shape[1:]), torch.cat, lambda tensor: list(tensor.split(rows))
+        )
+        rules.append(Rule(tuple(key + name for key in theirs), f"{ours}in_proj.{name}", joined))
+    return rules
+
+
+def _no_config(config: MaskedMixerConfig) -> dict[str, Any]:
+    """Raise ValueError for what the author's classes cannot express; there is nothing to write beside the weights."""
+    reasons = {
+        "mixing": ("dense", "they have no other"),
+        "attention": ("none", "they have none"),
+        "bidirectional": (False, "its head is not that of a causal model"),
+        "norm_type": ("layer_norm", "the only one there"),
+        "norm_eps": (_EPSILON, "the only one there"),
+        "final_norm": (False, "they have none"),
+        "mlp_first": (False, "tokens are mixed first there"),
+        "mlp_type": ("plain", "the only one there"),
+        "mlp_bias": (True, "they have one"),
+        "hidden_act": ("gelu", "the only one there"),
+    }
+    for name, (accepted, why) in reasons.items():
+        require(name, getattr(config, name), accepted, f"masked mixers of maskedmixers: {why}")
+    if config.num_heads > 1 and not config.use_projections:
+        raise ValueError("config.json: use_projections: got False; accepted: True for more than one head, as there")
+    if config.expanded and (config.num_heads > 1 or config.use_projections):
+        raise ValueError("config.json: expanded: got True with heads; accepted: True with one head without projections")
+    return {}
+
+
+def _written_rules(config: MaskedMixerConfig) -> list[Rule]:
+    theirs, ours = "mixerblocks.{layer}.", "backbone." + _OURS
+    width, positions, taps = config.hidden_size, config.max_position_embeddings, config.kernel_size
+    rules = [Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"), *_mlp_rules(theirs, ours)]
+    if not config.tie_word_embeddings:
+        rules.append(Rule("lm_head.weight", "lm_head.weight"))
+    if config.use_projections and taps == 1:
+        rules.append(Rule(("wte.weight", "wte_second.weight", "wte_second.bias"), _EMBEDDING, _with_second(config)))
+    else:
+        rules.append(Rule("wte.weight", _EMBEDDING))
+    if config.expanded:
+        return rules + _expanded_rules(f"{theirs}conv.", f"{ours}mixer.", positions, positions, biased=True)
+    if not config.use_projections:
+        return rules + convolution_rules(f"{theirs}conv.", f"{ours}mixer.", (positions, positions, taps))
+    # `MultiHeadedMixer`, and where there are taps the block of mixer_autoencoder.py.
+    place = "mixerhead." if taps == 1 else "conv."
+    return rules + _projected_rules(theirs + place, f"{ours}mixer.", positions, config.num_heads, taps, width)
+
+
+def _with_second(config: MaskedMixerConfig) -> Computed:
+    """The embedding, and the layer after it that `MultiHeadedMixer` has and does not apply: the identity."""
+    vocabulary, width = config.vocab_size, config.hidden_size
+
+    def undo(tensor: Tensor) -> list[Tensor]:
+        return [tensor, torch.eye(width, dtype=tensor.dtype), torch.zeros(width, dtype=tensor.dtype)]
+
+    shapes = ((vocabulary, width), (width, width), (width,))
+    return Computed(shapes, (vocabulary, width), lambda tensors: tensors[0], undo)
+
+
+MASKED_MIXER = Format(
+    name="maskedmixers LanguageMixer or MultiHeadedMixer",
+    library=LIBRARY,
+    zoo_class=MaskedMixerForCausalLM,
+    reads=lambda values: False,  # there is no config.json: mixer_formats.py reads by the keys
+    read=lambda folder: None,
+    zoo_config=lambda config: config,
+    config=_no_config,
+    rules=_written_rules,
+    keeps_tied_head=True,
+    bare=True,
+)

@@ -1,0 +1,132 @@
+"""Toeplitz mixers with root-mean-square norms: experiments 001, 002 and 010 of ethan-w-roland/ToeplitzMixers@6a67297.
+
+Their norms have no epsilon of their own, and so the smallest number by which a float32 of 1 changes; tokens are mixed
+before channels; a norm stands before the head. Experiment 010 has heads. Its later form keeps `weight_raw`, of which
+the weights are the softplus, and may divide each position's output by the sum of its weights (`mean`), which makes the
+matrices dense ones.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...modeling import MaskedMixerConfig, MaskedMixerForCausalLM
+from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, stacked
+from ..rules import Computed, Rule
+
+_EPSILON = float(torch.finfo(torch.float32).eps)
+_THEIRS, _OURS = "blocks.{layer}.", "backbone.layers.{layer}."
+
+
+def read_fast_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
+    """`ToeplitzMixerModel` of 001 and 002: one vector, no heads."""
+    (positions,) = checkpoint.shape("blocks.0.mixer.weight", 1)
+    vector = Computed(((positions,),), (1, positions), stacked)
+    rules = [Rule(f"{_THEIRS}mixer.{name}", f"{_OURS}mixer.{name}", vector) for name in ("weight", "bias")]
+    names = {"inp_emb": "backbone.embeddings", "norm": "backbone.norm_f", "out_emb": "lm_head"}
+    norms = {"norm1": "token_norm", "norm2": "channel_norm"}
+    sizes = {"mixing": "toeplitz", "max_position_embeddings": positions, "use_projections": False}
+    return _reading("ToeplitzMixerModel", checkpoint, settings, names, norms, rules, sizes, "silu")
+
+
+def read_optimised_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
+    """`MLPMixer` of 010: heads in one tensor, with projections or without.
+
+    Raises:
+        ValueError: if nothing says whether outputs are divided by the sums of their weights.
+    """
+    raw = "weight_raw" if checkpoint.has(r"blocks\.0\.mixer\.weight_raw") else "weight"
+    count, positions = checkpoint.shape(f"blocks.0.mixer.{raw}", 2)
+    mean = settings.take("mean", bool)
+    if mean is None:
+        raise ValueError(
+            "set: mean: not given, and the keys do not tell it; accepted: mean=true if outputs are divided by the sum "
+            "of their weights (do_toep_mean), or mean=false"
+        )
+    weights = _weights(count, positions, raw == "weight_raw", mean)
+    rules = [
+        Rule(f"{_THEIRS}mixer.{raw}", f"{_OURS}mixer.weight", weights),
+        Rule(f"{_THEIRS}mixer.bias", f"{_OURS}mixer.bias"),
+    ]
+    projections = checkpoint.has(r"blocks\.0\.mixer\.out_proj\..*")
+    if projections:
+        (width,) = checkpoint.shape("blocks.0.mlp_norm.weight", 1)
+        rules += [
+            Rule(f"{_THEIRS}mixer.inp_proj.{{rest}}", f"{_OURS}mixer.in_proj.{{rest}}"),
+            Rule(f"{_THEIRS}mixer.out_proj.weight", f"{_OURS}mixer.out_proj.weight"),
+            Rule(
+                f"{_THEIRS}mixer.out_proj.weight",
+                f"{_OURS}mixer.out_proj.bias",
+                constant((width, width), torch.zeros(width)),
+            ),
+        ]
+    names = {"inp_embed": "backbone.embeddings", "out_norm": "backbone.norm_f", "out_embed": "lm_head"}
+    norms = {"mixer_norm": "token_norm", "mlp_norm": "channel_norm"}
+    sizes = {
+        "mixing": "dense" if mean else "toeplitz",
+        "max_position_embeddings": positions,
+        "num_heads": count,
+        "use_projections": projections,
+    }
+    name = "Toeplitz MLPMixer of heads"
+    return _reading(name, checkpoint, settings, names, norms, rules, sizes, "gelu_pytorch_tanh")
+
+
+def _weights(count: int, positions: int, positive: bool, mean: bool) -> Computed | None:
+    """How our weights come from theirs; None where they are the same."""
+    if not positive and not mean:
+        return None
+
+    def make(tensors: list[Tensor]) -> Tensor:
+        return _by_distance(tensors[0], positive, mean)
+
+    return Computed(((count, positions),), (count, positions, positions) if mean else (count, positions), make)
+
+
+def _by_distance(weights: Tensor, positive: bool, mean: bool) -> Tensor:
+    """(H, N) weights by distance or, divided by the sums over those of a position, (H, N, N)."""
+    weights = F.softplus(weights.double()) if positive else weights.double()
+    if not mean:
+        return weights
+    place = torch.arange(weights.shape[1])
+    matrix = weights[:, (place[:, None] - place).clamp(min=0)].tril()
+    return matrix / weights.cumsum(-1)[..., None]
+
+
+def _reading(
+    name: str,
+    checkpoint: MixerCheckpoint,
+    settings: Settings,
+    names: dict[str, str],
+    norms: dict[str, str],
+    rules: list[Rule],
+    sizes: dict[str, Any],
+    hidden_act: str,
+) -> MixerReading:
+    """What both forms share: `names` are those of embedding, last norm and head, `norms` those of the blocks."""
+    embedding, last, head = names
+    tied = checkpoint.tie(f"{embedding}.weight", f"{head}.weight")
+    vocabulary, width = checkpoint.shape(f"{embedding}.weight", 2)
+    rules = [
+        *rules,
+        *(Rule(f"{key}.weight", f"{names[key]}.weight") for key in (embedding, last, head) if key != head or not tied),
+        *(Rule(f"{_THEIRS}{key}.weight", f"{_OURS}{value}.weight") for key, value in norms.items()),
+        Rule(f"{_THEIRS}mlp.fc1.{{rest}}", f"{_OURS}mlp.up_proj.{{rest}}"),
+        Rule(f"{_THEIRS}mlp.fc2.{{rest}}", f"{_OURS}mlp.down_proj.{{rest}}"),
+    ]
+    config = MaskedMixerConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=checkpoint.count("blocks"),
+        intermediate_size=checkpoint.shape("blocks.0.mlp.fc1.weight", 2)[0],
+        norm_type="rms_norm",
+        norm_eps=_EPSILON,
+        final_norm=True,
+        mlp_first=False,
+        tie_word_embeddings=tied,
+        **sizes,
+        **settings.common(hidden_act),
+    )
+    return MixerReading(name, MaskedMixerForCausalLM, config, rules)

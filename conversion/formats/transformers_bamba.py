@@ -1,0 +1,110 @@
+"""transformers' `bamba` and `zoo_hybrid`: Mamba-2 and attention with partial rotary positions, each with an MLP."""
+
+from collections.abc import Collection
+
+from transformers import BambaConfig, BambaForCausalLM
+
+from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
+from .format import CARRIED_IDS, Format, head_rules, require
+from ..rules import Rule
+
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "attention_bias",
+    "mlp_bias",
+    "max_position_embeddings",
+    "rope_parameters",
+    "mamba_proj_bias",
+    "mamba_conv_bias",
+    "time_step_limit",
+    "initializer_range",
+    *CARRIED_IDS,
+)
+_RENAMED = {  # theirs to ours
+    "mamba_d_state": "state_size",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_expand": "expand",
+    "mamba_d_head": "mamba_head_dim",
+    "mamba_n_groups": "n_groups",
+}
+
+
+def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
+    attention = set(config.attn_layer_indices or [])
+    mixers = ["full_attention" if layer in attention else "mamba2" for layer in range(config.num_hidden_layers)]
+    if "mamba2" in mixers:
+        require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba-2, which it is for, too")
+    return ZooHybridConfig(
+        **{key: getattr(config, key) for key in _SAME},
+        **{ours: getattr(config, theirs) for theirs, ours in _RENAMED.items()},
+        head_dim=getattr(config, "head_dim", None),
+        mixer_types=mixers,
+    )
+
+
+def _config(config: ZooHybridConfig) -> BambaConfig:
+    mixers = config.mixer_types or []
+    for layer, mixer in enumerate(mixers):
+        if mixer not in ("mamba2", "full_attention"):
+            raise ValueError(
+                f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for bamba: 'mamba2', 'full_attention'"
+            )
+        require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of bamba has an MLP")
+        if mixer == "full_attention":
+            require("attention_conv_kernel", config.attention_conv_kernel, 0, "bamba's attention has no convolution")
+    if "mamba2" in mixers:
+        require("hidden_act", config.hidden_act, "silu", "bamba's Mamba-2 takes that of the MLP")
+    values = {key: getattr(config, key) for key in _SAME}
+    values |= {theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()}
+    # bamba takes half of each head where it is told nothing
+    values["rope_parameters"] = {"partial_rotary_factor": 1.0} | dict(config.rope_parameters or {})
+    if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
+        values["head_dim"] = config.head_dim
+    return BambaConfig(
+        **values,
+        mamba_n_heads=config.expand * config.hidden_size // config.mamba_head_dim,
+        attn_layer_indices=layers_of(config, {"full_attention"}),
+    )
+
+
+def layers_of(config: ZooHybridConfig, kinds: Collection[str]) -> list[int]:
+    """The blocks whose token mixer is one of `kinds`."""
+    return [layer for layer, mixer in enumerate(config.mixer_types or []) if mixer in kinds]
+
+
+def block_rules(config: ZooHybridConfig) -> list[Rule]:
+    """The keys of transformers' Bamba and Jamba."""
+    theirs, ours = "model.layers.{layer}.", "backbone.layers.{layer}."
+    rules = [
+        Rule("model.embed_tokens.weight", "backbone.embeddings.weight"),
+        Rule(theirs + "input_layernorm.weight", ours + "input_layernorm.weight"),
+        Rule(theirs + "pre_ff_layernorm.weight", ours + "post_attention_layernorm.weight"),
+        Rule(theirs + "feed_forward.{rest}", ours + "mlp.{rest}"),
+        Rule("model.final_layernorm.weight", "backbone.norm_f.weight"),
+        *head_rules(config),
+    ]
+    for name, kinds in (("mamba", {"mamba", "mamba2"}), ("self_attn", {"full_attention"})):
+        if layers := layers_of(config, kinds):
+            rules.append(Rule(f"{theirs}{name}.{{rest}}", ours + "mixer.{rest}", layers=layers))
+    return rules
+
+
+BAMBA = Format(
+    name="transformers bamba",
+    library="transformers",
+    zoo_class=ZooHybridForCausalLM,
+    reads=lambda values: values.get("model_type") == "bamba",
+    read=BambaConfig.from_pretrained,
+    zoo_config=_zoo_config,
+    config=_config,
+    rules=block_rules,
+    writes=lambda config: "mamba" not in (config.mixer_types or []),
+    model_class=BambaForCausalLM,
+)

@@ -1,0 +1,105 @@
+"""transformers' `jamba` without experts and `zoo_hybrid`: Mamba-1 with norms, and attention without positions.
+
+Paper: Lieber et al., "Jamba" (arXiv 2403.19887), whose blocks have an MLP each. A model with a mixture of experts in
+the place of some is refused.
+"""
+
+from transformers import JambaConfig, JambaForCausalLM
+
+from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
+from .format import CARRIED_IDS, Format, require
+from .transformers_bamba import block_rules, layers_of
+
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "mamba_proj_bias",
+    "mamba_conv_bias",
+    "initializer_range",
+    *CARRIED_IDS,
+)
+_RENAMED = {  # theirs to ours
+    "mamba_d_state": "state_size",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_expand": "expand",
+    "mamba_dt_rank": "time_step_rank",
+}
+_NO_POSITIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.0}
+
+
+def _zoo_config(config: JambaConfig) -> ZooHybridConfig:
+    require("num_experts", config.num_experts, 1, "zoo_hybrid has no mixture of experts")
+    mixers = ["full_attention" if kind == "attention" else "mamba" for kind in config.layers_block_type]
+    if "mamba" in mixers:
+        require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba, which it is for, too")
+    return ZooHybridConfig(
+        **{key: getattr(config, key) for key in _SAME},
+        **{ours: getattr(config, theirs) for theirs, ours in _RENAMED.items()},
+        head_dim=getattr(config, "head_dim", None),
+        mixer_types=mixers,
+        mixer_rms_eps=config.rms_norm_eps,
+        mixer_rms_weight=True,
+        rope_parameters=dict(_NO_POSITIONS),
+    )
+
+
+def _config(config: ZooHybridConfig) -> JambaConfig:
+    for layer, mixer in enumerate(config.mixer_types or []):
+        if mixer not in ("mamba", "full_attention"):
+            raise ValueError(
+                f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for jamba: 'mamba', 'full_attention'"
+            )
+        require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of jamba has an MLP")
+        if mixer == "full_attention":
+            require("attention_conv_kernel", config.attention_conv_kernel, 0, "jamba's attention has no convolution")
+    require("hidden_act", config.hidden_act, "silu", "jamba's Mamba takes that of the MLP")
+    require("attention_bias", config.attention_bias, False, "jamba has none")
+    require("mlp_bias", config.mlp_bias, False, "jamba has none")
+    require("mixer_rms_eps", config.mixer_rms_eps, config.rms_norm_eps, "that of rms_norm_eps")
+    require("mixer_rms_weight", config.mixer_rms_weight, True, "jamba's norms have weights")
+    attention = layers_of(config, {"full_attention"})
+    if attention:
+        part = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        require("rope_parameters.partial_rotary_factor", part, 0.0, "jamba's attention has no positions")
+    period, offset = _period(attention, config.num_hidden_layers)
+    values = {key: getattr(config, key) for key in _SAME}
+    values |= {theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()}
+    values["mamba_dt_rank"] = config.mamba.time_step_rank
+    if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
+        values["head_dim"] = config.head_dim
+    return JambaConfig(
+        **values, attn_layer_period=period, attn_layer_offset=offset, num_experts=1, num_experts_per_tok=1
+    )
+
+
+def _period(layers: list[int], count: int) -> tuple[int, int]:
+    """The numbers that say which of `count` layers are attention: every so many, from which one on."""
+    offset = layers[0] if layers else count
+    period = layers[1] - offset if len(layers) > 1 else count + 1
+    if offset >= period or layers != list(range(offset, count, period)):
+        raise ValueError(
+            f"config.json: mixer_types: got 'full_attention' in layers {layers}; accepted for jamba: in none, one, or "
+            "every n-th, the first of them among the first n"
+        )
+    return period, offset
+
+
+JAMBA = Format(
+    name="transformers jamba",
+    library="transformers",
+    zoo_class=ZooHybridForCausalLM,
+    reads=lambda values: values.get("model_type") == "jamba",
+    read=JambaConfig.from_pretrained,
+    zoo_config=_zoo_config,
+    config=_config,
+    rules=block_rules,
+    writes=lambda config: "mamba" in (config.mixer_types or []),
+    model_class=JambaForCausalLM,
+)

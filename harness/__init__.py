@@ -1,0 +1,1 @@
+"""Run folders, the command line, the machine and files, for every folder but kernels/ and modeling/."""

@@ -1,0 +1,152 @@
+"""Which weights, configuration and tokenizer a run was started from, so that it does not go on with others."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .run_folder import claim_output_folder, read_json
+
+__all__ = ["claim_run", "fingerprint", "pinned_revision", "sha256_of"]
+
+_PARTS = {
+    "weights": ("*.safetensors", "*.safetensors.index.json"),
+    "config": ("config.json",),
+    "tokenizer": (
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+    ),
+}
+"""What a folder is read for, and the files that hold it."""
+
+# Any of them tells the commit of a repository.
+_SMALL_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(source: str, commit: str | None = None, parts: Iterable[str] = tuple(_PARTS)) -> dict[str, str]:
+    """Return what tells a source from any other with the same name.
+
+    Args:
+        source: a folder, a file or a Hub id.
+        commit: of the Hub id, see :func:`pinned_revision`.
+        parts: which of "weights", "config" and "tokenizer" the run reads of a folder.
+
+    Returns:
+        "source", and: of a Hub id its "commit", of a file its SHA-256 as "weights", of a folder a SHA-256 for each of
+        `parts` that is there, over the names and contents of its files.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {"source": source, "weights": sha256_of(path)}
+    if not path.is_dir():
+        assert commit is not None
+        return {"source": source, "commit": commit}
+    found = {"source": source}
+    for part in parts:
+        files = sorted({file for pattern in _PARTS[part] for file in path.glob(pattern) if file.is_file()})
+        if files:
+            text = "".join(f"{file.name} {sha256_of(file)}\n" for file in files)
+            found[part] = hashlib.sha256(text.encode()).hexdigest()
+    return found
+
+
+def pinned_revision(source: str, revision: str | None, output: Path, name: str) -> str | None:
+    """Return the commit that a run reads of a Hub id: an adapter or a student fits no other weights.
+
+    Args:
+        source: a folder, a file or a Hub id.
+        revision: branch, tag or commit; None: the commit with which the run in `output` was started, if there is one,
+            else the newest.
+        output: folder of the run.
+        name: the source's name in `sources` of :func:`claim_run`.
+
+    Returns:
+        The commit, or None for a folder or file.
+
+    Raises:
+        ValueError: if there is a revision of a folder or file.
+        OSError: if the repository is not found or cannot be reached.
+    """
+    if Path(source).exists():
+        if revision is not None:
+            kind = "folder" if Path(source).is_dir() else "file"
+            raise ValueError(f"revision: got {revision!r}; accepted with the {kind} {source}: none")
+        return None
+    earlier = _sources_of(output).get(name, {})
+    if revision is None and earlier.get("source") == source and "commit" in earlier:
+        return str(earlier["commit"])
+    for index, filename in enumerate(_SMALL_FILES):
+        try:
+            # A snapshot's folder has the name of its commit.
+            return Path(hf_hub_download(source, filename, revision=revision)).parent.name
+        except EntryNotFoundError:
+            if index + 1 == len(_SMALL_FILES):
+                raise
+    raise AssertionError("unreachable")
+
+
+def claim_run(
+    output: Path, recipe: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]], kind: str
+) -> dict[str, Any] | None:
+    """Claim a run's folder as `claim_output_folder` does, for this recipe with these sources.
+
+    Args:
+        output: the folder.
+        recipe: what the run computes.
+        sources: name to :func:`fingerprint` of everything it is started from.
+        kind: what sort of run this is.
+
+    Returns:
+        As `claim_output_folder`.
+
+    Raises:
+        ValueError: also if a source has changed since the run was started.
+    """
+    marker = read_json(output / "run.json")
+    if isinstance(marker, dict) and marker.get("kind") == kind and isinstance(marker.get("recipe"), dict):
+        earlier = marker["recipe"].get("sources")
+        if sources and not isinstance(earlier, dict):
+            raise ValueError(
+                f"output folder: {output} holds a run of an earlier version, which did not note what its weights were. "
+                "Finish it with that version, or give another folder."
+            )
+        for name, here in sources.items():
+            _check_source(name, earlier.get(name, {}), here, output)
+    return claim_output_folder(output, {**recipe, "sources": sources} if sources else recipe, kind)
+
+
+def _check_source(name: str, there: Mapping[str, str], here: Mapping[str, str], output: Path) -> None:
+    if there.get("source") != here["source"]:
+        return  # another source altogether, which the recipe says too
+    changed = [part for part in (*_PARTS, "commit") if there.get(part) != here.get(part)]
+    if changed == ["commit"]:
+        raise ValueError(
+            f"{name}: the run in {output} was started from commit {there.get('commit')} of {here['source']}, got "
+            f"{here.get('commit')}. Give that commit as the revision, or another folder."
+        )
+    if changed:
+        raise ValueError(
+            f"{name}: {' and '.join(changed)} of {here['source']} changed since the run in {output} was started. "
+            "Restore what was there, or give another folder to start again."
+        )
+
+
+def _sources_of(output: Path) -> dict[str, Any]:
+    marker = read_json(output / "run.json")
+    recipe = marker.get("recipe") if isinstance(marker, dict) else None
+    sources = recipe.get("sources") if isinstance(recipe, dict) else None
+    return sources if isinstance(sources, dict) else {}

@@ -1,0 +1,1 @@
+"""Results as people see them: model cards, tables and plots."""

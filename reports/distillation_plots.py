@@ -1,0 +1,244 @@
+"""The figures of a distillation report: training curves, held-out scores, and errors by layer and by head.
+
+Figures are matplotlib `Figure` objects that render with Agg; pyplot, which keeps figures and a backend for the
+whole process, is not touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from .markdown import number, percent, short
+from .distillation_report import Evaluation, LayerErrors, Report
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
+_SERIES = (_ORANGE, _BLUE, _GREEN, "#D55E00", "#CC79A7", "#56B4E9")
+_BARS = {"zeroed": _GREY, "start": _ORANGE, "stage": _BLUE}
+_TITLE, _LABEL, _TICK = 12, 11, 10
+# A logarithmic axis from this ratio of the largest to the smallest value on.
+_LOG_RATIO = 10.0
+# Cells of a heat map that still have room for their number.
+_ANNOTATED_CELLS = 72
+
+
+def draw(report: Report) -> dict[str, Figure]:
+    """All figures that the report has data for, by file name.
+
+    "heldout.png" is always there; "losses.png" needs a training curve, "layers.png" and "heads.png" an evaluation
+    with errors of layers and of heads.
+    """
+    figures = {"losses.png": _losses(report), "heldout.png": _heldout(report)}
+    figures |= {"layers.png": _layers(report), "heads.png": _heads(report)}
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _losses(report: Report) -> Figure | None:
+    """One panel a stage: the training loss over its steps."""
+    stages = [stage for stage in report.stages if any(point.loss is not None for point in stage.history)]
+    if not stages:
+        return None
+    columns = min(3, len(stages))
+    rows = math.ceil(len(stages) / columns)
+    figure = _figure(max(4.6 * columns, 6.0), 3.6 * rows)
+    for index, stage in enumerate(stages):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        points = [(point.step, point.loss) for point in stage.history if point.loss is not None]
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, color=_BLUE, linewidth=1.6, marker="o" if len(points) < 30 else None, markersize=3.5)
+        if _wide(losses):
+            axes.set_yscale("log")
+            _plain_ticks(axes.yaxis, losses)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(alpha=0.3)
+        _label(axes, f"{stage.name}\n{stage.objective.replace('_', ' ')}, {stage.tokens:,} tokens", "optimiser step")
+        axes.set_ylabel(fill(stage.loss_name, 30), fontsize=_LABEL, parse_math=False)
+    figure.suptitle("Training loss", fontsize=_TITLE)
+    return figure
+
+
+def _heldout(report: Report) -> Figure:
+    """Bars for every evaluation but the teacher's: loss with the teacher as a line, KL, and top-1 agreement."""
+    teacher = report.evaluation("teacher").loss
+    rows = [part for part in report.evaluations if part.kind != "teacher"]
+    figure = _figure(13.0, 1.9 + 0.48 * len(rows))
+    losses, divergences, agreements = figure.subplots(1, 3, sharey=True)
+    if teacher is None:
+        _bars(losses, rows, [part.loss for part in rows], number)
+        _label(losses, "Held-out loss", "nats per token, lower is better")
+    else:
+        _bars(
+            losses,
+            rows,
+            [part.loss for part in rows],
+            lambda loss: f"{number(loss)} ({number(None if loss is None else loss - teacher, sign=True)})",
+            room=1.6,
+        )
+        losses.axvline(teacher, color="black", linestyle="--", linewidth=1.4)
+        explained = f"nats per token, lower is better\ndashed: teacher, {number(teacher)}; in brackets: gap to it"
+        _label(losses, "Held-out loss", explained)
+    _bars(divergences, rows, [part.kl for part in rows], number)
+    _label(divergences, "KL(teacher || student)", "nats per token, lower is better")
+    _bars(agreements, rows, [part.top1_agreement for part in rows], percent)
+    _label(agreements, "Top-1 agreement with the teacher", "share of tokens, higher is better")
+    agreements.set_xlim(0.0, 1.25)
+    agreements.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
+    agreements.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    losses.set_yticks(range(len(rows)), labels=[_title(part) for part in rows], fontsize=_LABEL, parse_math=False)
+    losses.invert_yaxis()
+    return figure
+
+
+def _layers(report: Report) -> Figure | None:
+    """Relative output error of the converted layers, a line for every evaluation that measured it."""
+    parts = [part for part in report.students if any(row.output_error is not None for row in part.layers)]
+    if not parts:
+        return None
+    figure = _figure(9.0, 4.6)
+    axes = figure.add_subplot()
+    values: list[float] = []
+    for index, part in enumerate(parts):
+        measured = [(row.layer, row.output_error) for row in part.layers if row.output_error is not None]
+        layers, errors = zip(*sorted(measured), strict=True)
+        values += errors
+        axes.plot(
+            layers,
+            errors,
+            label=_title(part),
+            marker="o",
+            markersize=4.5,
+            linewidth=1.6,
+            color=_SERIES[index % len(_SERIES)],
+            linestyle=("-", "--", ":")[index // len(_SERIES) % 3],
+        )
+    axes.axhline(1.0, color=_GREY, linewidth=1.0, linestyle=":", label="as far off as no output at all")
+    if _wide(values):
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis, values)
+    else:
+        axes.set_ylim(bottom=0.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    _label(axes, "Output error of the converted mixers, on the teacher's hidden states", "layer")
+    axes.set_ylabel("relative error ||y - t|| / ||t||", fontsize=_LABEL)
+    legend = figure.legend(loc="outside right upper", fontsize=_TICK, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _heads(report: Report) -> Figure | None:
+    """Heat maps of the matrix error, layer by head, of the first and the last evaluation that measured it."""
+    parts = [part for part in report.students if any(row.matrix_error for row in part.layers)]
+    if not parts:
+        return None
+    shown = [parts[0]] if len(parts) == 1 else [parts[0], parts[-1]]
+    grids = [_grid([row for row in part.layers if row.matrix_error]) for part in shown]
+    finite = np.concatenate([grid[np.isfinite(grid)] for _, grid in grids])
+    if finite.size == 0:
+        return None
+    rows, columns = (max(grid.shape[axis] for _, grid in grids) for axis in (0, 1))
+    figure = _figure(2.6 + len(shown) * min(max(0.42 * columns, 3.4), 7.0), min(max(1.9 + 0.3 * rows, 3.6), 11.0))
+    norm = _color_scale(finite)
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    image = None
+    for axes, part, (layers, grid) in zip(panels, shown, grids, strict=True):
+        colors = matplotlib.colormaps["viridis_r"].with_extremes(bad="0.85")
+        image = axes.imshow(np.ma.masked_invalid(grid), cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+        step = math.ceil(len(layers) / 32)
+        axes.set_yticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
+        axes.set_ylabel("layer", fontsize=_LABEL)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
+        _label(axes, _title(part), "head")
+        if grid.size <= _ANNOTATED_CELLS:
+            _annotate(axes, grid, norm)
+    assert image is not None
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.95)
+    bar.set_label("relative error of the mixing matrix\n||M - A|| / ||A||, lower is better", fontsize=_LABEL)
+    bar.ax.tick_params(labelsize=_TICK)
+    if isinstance(norm, LogNorm):
+        _plain_ticks(bar.ax.yaxis, [float(finite.min()), float(finite.max())])
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=140, layout="constrained")
+
+
+def _label(axes: Axes, title: str, horizontal: str) -> None:
+    axes.set_title(title, fontsize=_TITLE, parse_math=False)
+    axes.set_xlabel(horizontal, fontsize=_LABEL)
+    axes.tick_params(labelsize=_TICK)
+
+
+def _title(part: Evaluation) -> str:
+    return f"after {part.name}" if part.kind == "stage" else part.name
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Whether the values are positive and span more than a linear axis shows."""
+    return min(values) > 0 and max(values) / min(values) >= _LOG_RATIO
+
+
+def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis as plain numbers, several in a decade where there are few decades."""
+    decades = math.log10(max(values) / min(values))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e5 else f"{value:.0e}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _bars(
+    axes: Axes,
+    rows: Sequence[Evaluation],
+    values: Sequence[float | None],
+    text: Callable[[float | None], str],
+    *,
+    room: float = 1.3,
+) -> None:
+    """A horizontal bar with its number for every value; the axis ends at `room` times the longest bar."""
+    axes.barh(
+        range(len(rows)),
+        [value or 0.0 for value in values],
+        color=[_BARS[part.kind] for part in rows],
+        height=0.66,
+    )
+    longest = max((value for value in values if value is not None), default=0.0) or 1.0
+    for place, value in enumerate(values):
+        shown = "no finite value" if value is None else text(value)
+        axes.text((value or 0.0) + 0.015 * longest, place, shown, va="center", fontsize=_TICK)
+    axes.set_xlim(0.0, room * longest)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _grid(rows: Sequence[LayerErrors]) -> tuple[list[int], np.ndarray]:
+    """Layer numbers, and their errors as (layers, most heads), NaN where a layer has no such head."""
+    rows = sorted(rows, key=lambda row: row.layer)
+    grid = np.full((len(rows), max(len(row.matrix_error) for row in rows)), np.nan)
+    for place, row in enumerate(rows):
+        grid[place, : len(row.matrix_error)] = [math.nan if error is None else error for error in row.matrix_error]
+    return [row.layer for row in rows], grid
+
+
+def _color_scale(values: np.ndarray) -> Normalize:
+    low, high = float(values.min()), float(values.max())
+    return LogNorm(low, high) if _wide([low, high]) else Normalize(0.0, high or 1.0)
+
+
+def _annotate(axes: Axes, grid: np.ndarray, norm: Normalize) -> None:
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            color: Any = "white" if norm(value) > 0.5 else "black"
+            axes.text(column, row, short(float(value)), ha="center", va="center", fontsize=9, color=color)

@@ -1,0 +1,204 @@
+"""The Markdown sections that a run's report and its model card have in common.
+
+Names, sources, samples and commands come from outside, so they stand as code; sentences are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+
+from .markdown import (
+    MISSING,
+    code,
+    count,
+    fenced,
+    gibibytes,
+    number,
+    percent,
+    public_argument,
+    public_command,
+    seconds,
+    short,
+    table,
+)
+from .distillation_report import Evaluation, Report
+from .results import evaluation_rows, layer_groups, limits, stage_setting, verdicts
+
+# What each token mixer is, for a reader who has not seen the code.
+MIXERS = {
+    "full_attention": "softmax attention over the whole context",
+    "sliding_attention": "softmax attention over a sliding window",
+    "mamba2": "Mamba-2: a state-space layer",
+    "discrete_mamba2": "discrete Mamba-2: a state-space layer without a step size",
+    "masked_mixing": "masked mixing: weights for pairs of positions, the same for every text",
+}
+
+
+# The plots of a report, in the order in which a reader wants them.
+PLOT_CAPTIONS = {
+    "heldout.png": "Held-out loss, KL divergence and top-1 agreement of every evaluation",
+    "losses.png": "Training loss of every stage",
+    "layers.png": "Relative output error of every converted layer",
+    "heads.png": "Relative matrix error of every head, before and after",
+}
+
+
+def plot_image(path: str) -> str:
+    """A picture by its path relative to the text; a caption for the plots that are known."""
+    caption = PLOT_CAPTIONS.get(PurePosixPath(path).name, "Plot")
+    return f"![{caption}]({quote(path)})"
+
+
+def layers_table(report: Report) -> str:
+    """Which layers have which token mixer."""
+    header = ("Token mixer", "Layers (from 0)", "Number")
+    rows = [
+        (f"{code(mixer)}{f', {MIXERS[mixer]}' if mixer in MIXERS else ''}", layers, count(size))
+        for mixer, layers, size in layer_groups(report)
+    ]
+    return table(header, rows, left=2)
+
+
+def evaluations_table(report: Report) -> str:
+    """Loss, gap, divergence and agreement of every evaluation."""
+    header = (
+        "Model",
+        "Loss (nats/token)",
+        "Gap to teacher (nats)",
+        "Perplexity",
+        "KL (nats/token)",
+        "Top-1 agreement",
+        "Tokens so far",
+        "Seconds so far",
+    )
+    rows = [
+        (
+            f"after {code(row.name)}" if row.kind == "stage" else code(row.name),
+            number(row.loss),
+            number(row.gap, sign=True),
+            short(row.perplexity),
+            number(row.kl),
+            percent(row.top1_agreement),
+            count(row.trained_tokens),
+            seconds(row.trained_seconds),
+        )
+        for row in evaluation_rows(report)
+    ]
+    return table(header, rows)
+
+
+def stages_table(report: Report) -> str:
+    """What each stage did, on how much, at which learning rate, and for how long."""
+    header = (
+        "Stage",
+        "Objective",
+        "Trained",
+        "Tokens",
+        "Steps",
+        "Sequence length",
+        "Sequences a step",
+        "Peak learning rate",
+        "Seconds",
+    )
+    rows = []
+    for stage in report.stages:
+        rows.append(
+            (
+                code(stage.name),
+                code(stage.objective),
+                _setting(report, stage.name, "train"),
+                count(stage.tokens),
+                count(stage.steps),
+                _setting(report, stage.name, "sequence_length"),
+                _setting(report, stage.name, "batch_size"),
+                _setting(report, stage.name, "learning_rate"),
+                seconds(stage.seconds),
+            )
+        )
+    return table(header, rows, left=3)
+
+
+def verdict_list(report: Report) -> str:
+    """A sentence a stage on whether it improved on what was before it."""
+    lines = []
+    for verdict in verdicts(report):
+        line = f"{code(verdict.stage)} {verdict.sentence}"
+        lines.append(f"- {line}" if verdict.improved else f"- **{line}**")
+    return "\n".join(lines) or "- No stage was trained."
+
+
+def samples_section(evaluations: Iterable[Evaluation]) -> str:
+    """Every prompt with its continuations in these evaluations; an empty text where there are none."""
+    prompts: dict[str, list[str]] = {}
+    for part in evaluations:
+        for sample in part.samples:
+            name = f"After {code(part.name)}" if part.kind == "stage" else code(part.name)
+            title = f"{name}, {percent(sample.repetition)} of its 4-grams repeated:"
+            prompts.setdefault(sample.prompt, []).append(f"{title}\n\n{fenced(sample.completion)}")
+    return "\n\n".join(f"Prompt:\n\n{fenced(prompt)}\n\n" + "\n\n".join(blocks) for prompt, blocks in prompts.items())
+
+
+def limits_list(report: Report) -> str:
+    """The limits as a list."""
+    return "\n".join(f"- {sentence}" for sentence in limits(report))
+
+
+def machine_table(report: Report) -> str:
+    """Where and when the run took place, and with what."""
+    hardware = report.hardware
+    cores = f", {count(hardware.cores)} cores" if hardware.cores is not None else ""
+    rows = [
+        ("Date", code(report.created)),
+        ("CPU", (code(hardware.cpu) if hardware.cpu else "unknown") + cores),
+        (
+            "Memory",
+            f"{gibibytes(hardware.memory_bytes)}; the main process used {gibibytes(report.peak_memory_bytes)}",
+        ),
+        ("GPU", code(hardware.gpu) if hardware.gpu else "none"),
+        ("Processes", count(report.processes)),
+        ("Versions", ", ".join(f"{code(name)} {code(version)}" for name, version in report.versions.items())),
+    ]
+    return table(("Machine and versions", "Value"), rows, left=2)
+
+
+def command_block(report: Report) -> str:
+    """The command, without the folders of the machine it was typed on."""
+    return fenced(public_command(report.command), "sh")
+
+
+def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, as a mapping, without the folders of the machine it is run on."""
+    recipe = {**recipe}
+    if isinstance(recipe.get("teacher"), str):
+        recipe["teacher"] = public_argument(recipe["teacher"])
+    if isinstance(recipe.get("data"), dict):
+        recipe["data"] = {key: _relative(value) for key, value in recipe["data"].items()}
+    return recipe
+
+
+def recipe_block(report: Report) -> str:
+    """The recipe as YAML, without the folders of the machine it was run on."""
+    recipe = public_recipe(report.recipe)
+    return fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml")
+
+
+def _setting(report: Report, stage: str, key: str) -> str:
+    """A setting of a stage as a table cell."""
+    value = stage_setting(report, stage, key)
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:g}"
+    return count(value) if isinstance(value, int) else code(str(value))
+
+
+def _relative(value: object) -> object:
+    """A source or a list of sources without the folders of absolute paths; anything else as it is."""
+    if isinstance(value, list):
+        return [_relative(part) for part in value]
+    return public_argument(value) if isinstance(value, str) else value

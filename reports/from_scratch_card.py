@@ -1,0 +1,95 @@
+"""The model card of what was trained from scratch, filled in from the report of its run and from nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+
+from .markdown import code, count, fenced, percent
+from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
+from ..training.vocabulary import BYTES
+
+
+def write_from_scratch_card(folder: Path, report: dict[str, Any], repo_id: str | None = None) -> None:
+    """Write README.md into the folder of the model, so that it is never seen half-written.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        report: of the run; see `ssm_zoo.training.from_scratch`.
+        repo_id: the repository that the card is for, if known: its title, and what the example loads.
+    """
+    # No licence: nobody has said that of the text.
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["ssm-zoo", report["model"]["model_type"], "custom_code"],
+    )
+    write_trained_card(folder, metadata, _sections(report, repo_id))
+
+
+def _sections(report: dict[str, Any], repo_id: str | None) -> dict[str, str]:
+    """What the template's holes are filled with; all of it Markdown."""
+    common, model_type = common_sections(report), report["model"]["model_type"]
+    return {
+        **common,
+        "title": code(repo_id.rpartition("/")[2] if repo_id else f"{model_type}, trained from scratch"),
+        "introduction": f"A {code(model_type)} with {count(report['parameters']['all'])} parameters, trained from "
+        f"scratch as a language model with ssm-zoo. It has predicted {count(report['tokens'])} tokens.",
+        "loading": LOADED_ALONE,
+        "snippet": fenced(LOAD_MODEL.format(repository=repo_id or "<this repository>"), "python"),
+        "data": f"{common['data']} {_tokenizer(report)}",
+        "training": optimisation(report, _schedule(report)),
+        "adapters": "",
+        "settings": "\n\n".join([common["settings"], "CONFIG, with what the tokenizer decided:", _config(report)]),
+        "evaluations": "\n\n".join(filter(None, [common["evaluations"], _selection(report)])),
+        "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
+        "licence": _licence(report),
+    }
+
+
+def _tokenizer(report: dict[str, Any]) -> str:
+    source, entries = report["tokenizer"]["source"], count(report["tokenizer"]["entries"])
+    if source is None:
+        return f"Tokenizer: a byte-level BPE of {entries} entries, learnt from the training text."
+    return f"Tokenizer: {code(source)}, {entries} entries."
+
+
+def _config(report: dict[str, Any]) -> str:
+    return fenced(yaml.safe_dump(report["model"]["config"], sort_keys=False), "yaml")
+
+
+def _schedule(report: dict[str, Any]) -> str:
+    """The rest of "AdamW, peak learning rate 0.001, "."""
+    settings, warmup = report["settings"], report["settings"]["warmup"]
+    rising = f"{count(warmup)} steps" if isinstance(warmup, int) else f"{percent(warmup)} of the steps"
+    betas = " and ".join(f"{beta:g}" for beta in settings["betas"])
+    return (
+        f"reached in {rising}, then a cosine to {settings['final_learning_rate']:g}, betas {betas}, weight decay "
+        f"{settings['weight_decay']:g} of the matrices, gradients clipped to {settings['max_grad_norm']:g} (recipe "
+        f"{code(settings['recipe'])})"
+    )
+
+
+def _selection(report: dict[str, Any]) -> str:
+    """What selective layers select of the held-out text, if there are any."""
+    rates = report["evaluations"][-1].get("selection_rate")
+    if not rates:
+        return ""
+    return f"Of the held-out tokens, the selective layers select, in order: {', '.join(map(percent, rates))}."
+
+
+def _limits(report: dict[str, Any]) -> list[str]:
+    sentences = [
+        "One run with one seed; the held-out text is what was given for it, and no other ability was measured.",
+        "It continues text as its training text goes on; what it writes may be wrong or offensive, or be that text.",
+    ]
+    if report["evaluations"][-1]["loss"] >= report["evaluations"][0]["loss"]:
+        sentences.insert(0, "**The held-out loss did not fall.**")
+    return sentences
+
+
+def _licence(report: dict[str, Any]) -> str:
+    ours = report["tokenizer"]["source"] in (None, BYTES)
+    whose = "licence of the training text is" if ours else "licences of the training text and of the tokenizer are"
+    return f"The {whose} not known to ssm-zoo: find out before you use or share the weights. {OUR_CODE}"

@@ -1,0 +1,210 @@
+"""What a distillation report says: the table of evaluations, what each stage gained, what was recovered, limits.
+
+The tables and sentences that the report, the model card and the command line share. A sentence never flatters: a
+stage that did not improve the held-out loss is said not to have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .markdown import count, number, percent, ranges
+from .distillation_report import Evaluation, Report
+
+# Losses are compared as they are printed: what no reader can see is no improvement.
+_DIGITS = 4
+# Below this, a budget is small beside every published recipe (RADLADS 0.35e9, arXiv 2505.03005; MOHAWK 3e9).
+_SMALL_BUDGET = 100_000_000
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """A row of the table of evaluations.
+
+    Attributes:
+        name: of the evaluation.
+        kind: "teacher", "zeroed", "start" or "stage".
+        loss: held-out loss, nats per token; None where it is not finite.
+        gap: loss above the teacher's, in nats.
+        perplexity: exponential of the loss.
+        kl: KL(teacher || student), nats per token; None for the teacher.
+        top1_agreement: share in [0, 1]; None for the teacher.
+        trained_tokens: training tokens read by then, over all stages.
+        trained_seconds: seconds of training by then, over all stages.
+    """
+
+    name: str
+    kind: str
+    loss: float | None
+    gap: float | None
+    perplexity: float | None
+    kl: float | None
+    top1_agreement: float | None
+    trained_tokens: int
+    trained_seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a stage improved on what was before it, and the sentence on it that follows the stage's name."""
+
+    stage: str
+    improved: bool
+    sentence: str
+
+
+def evaluation_rows(report: Report) -> list[EvaluationRow]:
+    """The evaluations in their order, with the gap to the teacher and the training that came before each."""
+    teacher = report.evaluation("teacher").loss
+    durations = {stage.name: stage.seconds for stage in report.stages}
+    trained, rows = 0.0, []
+    for part in report.evaluations:
+        if part.kind == "stage":
+            trained += durations[part.name]
+        rows.append(
+            EvaluationRow(
+                name=part.name,
+                kind=part.kind,
+                loss=part.loss,
+                gap=_difference(part.loss, teacher) if part.kind != "teacher" else None,
+                perplexity=part.perplexity,
+                kl=part.kl,
+                top1_agreement=part.top1_agreement,
+                trained_tokens=part.trained_tokens,
+                trained_seconds=trained,
+            )
+        )
+    return rows
+
+
+def recovered_fraction(report: Report) -> float | None:
+    """(L0 - LS) / (L0 - LT): how much of the loss that the converted mixers are worth the student has won back.
+
+    L0 is the loss with the converted mixers silenced, LS the student's at the end, LT the teacher's. None where a
+    loss is not finite, or silencing the mixers does no harm.
+    """
+    floor, reached = report.evaluation("zeroed").loss, report.students[-1].loss
+    teacher = report.evaluation("teacher").loss
+    if floor is None or reached is None or teacher is None or floor <= teacher:
+        return None
+    return (floor - reached) / (floor - teacher)
+
+
+def recovered_sentence(report: Report) -> str:
+    """The recovered fraction with the losses that it is made of."""
+    fraction = recovered_fraction(report)
+    losses = [report.evaluation("zeroed").loss, report.students[-1].loss, report.evaluation("teacher").loss]
+    floor, reached, teacher = (number(loss, _DIGITS) for loss in losses)
+    given = f"L0 = {floor} (converted mixers zeroed), LS = {reached} (student), LT = {teacher} (teacher)"
+    if fraction is None:
+        return f"The recovered fraction (L0 - LS) / (L0 - LT) is not defined here: {given}, in nats per token."
+    return f"Recovered fraction (L0 - LS) / (L0 - LT) = {percent(fraction)}, with {given}, in nats per token."
+
+
+def summary_sentence(report: Report) -> str:
+    """The held-out loss of student and teacher, and the raw gap, which is the primary number."""
+    teacher, student = report.evaluation("teacher"), report.students[-1]
+    if student.loss is None or teacher.loss is None:
+        return f"Held-out loss: {number(student.loss)} (student), {number(teacher.loss)} (teacher): not finite."
+    gap = student.loss - teacher.loss
+    where = "above" if gap >= 0 else "below"
+    return (
+        f"Held-out loss {number(student.loss, _DIGITS)} nats per token, {number(abs(gap), _DIGITS)} {where} the "
+        f"teacher's {number(teacher.loss, _DIGITS)}, on {count(student.tokens)} predictions."
+    )
+
+
+def verdicts(report: Report) -> list[Verdict]:
+    """One verdict a stage, against the student as the stage found it."""
+    return [_verdict(before, after) for before, after in pairwise(report.students)]
+
+
+def layer_groups(report: Report) -> list[tuple[str, str, int]]:
+    """(token mixer, its layers as text, how many), in the order of first appearance."""
+    groups: dict[str, list[int]] = {}
+    for layer, mixer in enumerate(report.student.mixer_types):
+        groups.setdefault(mixer, []).append(layer)
+    return [(mixer, ranges(layers), len(layers)) for mixer, layers in groups.items()]
+
+
+def stage_setting(report: Report, stage: str, key: str) -> Any:
+    """A setting of a stage in the recipe that was run, None where the recipe does not say."""
+    stages = report.recipe.get("stages")
+    for settings in stages if isinstance(stages, list) else []:
+        if isinstance(settings, dict) and settings.get("name") == stage:
+            return settings.get(key)
+    return None
+
+
+def limits(report: Report) -> list[str]:
+    """What the numbers do not show, in plain sentences."""
+    found = []
+    tokens = sum(stage.tokens for stage in report.stages)
+    if tokens < _SMALL_BUDGET:
+        found.append(
+            f"A small budget: {count(tokens)} training tokens in all. Published recipes of this kind spend "
+            "hundreds of millions to billions."
+        )
+    scored = count(report.students[-1].tokens)
+    text = f"The loss, divergence and agreement are over {scored} predictions of one held-out text"
+    if set(report.data.train_sources) & set(report.data.heldout_sources):
+        text += " from the same source as the training text, so they are in-domain numbers"
+    found.append(f"{text}. They say little about other kinds of text.")
+    found.append("No benchmark was run: nothing is claimed about question answering, reasoning, retrieval or code.")
+    lengths = [stage_setting(report, stage.name, "sequence_length") for stage in report.stages]
+    known = [length for length in lengths if isinstance(length, int)]
+    if known:
+        found.append(f"Trained on sequences of up to {count(max(known))} tokens. Longer contexts were not tested.")
+    found.append(
+        "It inherits the teacher's biases and mistakes. Nothing was done to remove them, and whatever alignment "
+        "the teacher had may have weakened."
+    )
+    repeated = [_mean_repetition(part) for part in (report.students[-1], report.evaluation("teacher"))]
+    if repeated[0] is not None:
+        text = f"In its greedy samples {percent(repeated[0])} of the 4-grams repeat earlier ones"
+        found.append(text + ("." if repeated[1] is None else f" (teacher: {percent(repeated[1])})."))
+    found.append("One run with one seed. Differences of a few thousandths of a nat need not be differences.")
+    return found
+
+
+def _verdict(before: Evaluation, after: Evaluation) -> Verdict:
+    old, new = (None if part.loss is None else round(part.loss, _DIGITS) for part in (before, after))
+    improved = new is not None and (old is None or new < old)
+    if new is None:
+        sentence = "did not improve on the one before: the held-out loss is not finite."
+    elif old is None:
+        sentence = f"brought the held-out loss, which was not finite, to {number(new, _DIGITS)} nats per token."
+    else:
+        difference = number(new - old, _DIGITS, sign=True)
+        change = f"from {number(old, _DIGITS)} to {number(new, _DIGITS)} nats per token ({difference})"
+        if improved:
+            sentence = f"lowered the held-out loss {change}"
+        elif new > old:
+            sentence = f"did not improve on the one before: the held-out loss rose {change}"
+        else:
+            sentence = f"did not improve on the one before: the held-out loss stayed at {number(new, _DIGITS)}"
+        if before.kl is not None and after.kl is not None:
+            sentence += f"; KL to the teacher {_movement(number(before.kl), number(after.kl), after.kl - before.kl)}"
+        if before.top1_agreement is not None and after.top1_agreement is not None:
+            shares = percent(before.top1_agreement), percent(after.top1_agreement)
+            sentence += f"; top-1 agreement {_movement(*shares, after.top1_agreement - before.top1_agreement)}"
+        sentence += "."
+    return Verdict(after.name, improved, sentence)
+
+
+def _movement(before: str, after: str, change: float) -> str:
+    if before == after:
+        return f"stayed at {after}"
+    return f"{'rose' if change > 0 else 'fell'} from {before} to {after}"
+
+
+def _difference(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _mean_repetition(part: Evaluation) -> float | None:
+    if not part.samples:
+        return None
+    return sum(sample.repetition for sample in part.samples) / len(part.samples)

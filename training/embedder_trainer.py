@@ -1,0 +1,202 @@
+"""The training of an embedder: sentence-transformers' Trainer with InfoNCE, its curve and its checkpoints.
+
+Starting the same run on the same folder goes on at the last whole checkpoint, to the same bits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from sentence_transformers.sentence_transformer import (
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+from torch import Tensor, nn
+
+from ..modeling.causal_lm import ZooModel
+from .checkpoints import CheckedTrainer
+from .embedder_settings import EmbedderSettings
+from .pairs import Pairs
+from .selection import SelectionMeans
+from .trainer import Watch, curve_of, decayed_parameters, train_or_load, trainer_arguments
+
+_TRAINED = "trained.safetensors"
+
+
+class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
+    """sentence-transformers' Trainer, with the zoo's rule of weight decay and its auxiliary loss.
+
+    A checkpoint holds what is trained and nothing else of the model, since the base is where it was. The curve's loss
+    is InfoNCE alone.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._selection = SelectionMeans()
+        self._penalties: list[Tensor] = []
+        self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        with ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, ZooModel):
+                    stack.enter_context(_noting(module, self._note_choices))
+            return super().train(*arguments, **options)
+
+    def _note_choices(self, model: ZooModel, outputs: Any) -> None:
+        if model.training and getattr(outputs, "aux_loss", None) is not None:
+            self._selection.add(outputs)
+            self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: it would look for models and data sets on the Hub."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self._penalties = []
+        loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)  # pyright: ignore[reportArgumentType]
+        if self._penalties:
+            # Of the columns that are embedded one by one each has its own.
+            penalty = torch.stack(self._penalties).mean().to(loss.device, loss.dtype)
+            loss = loss + penalty
+            self._auxiliary += penalty.detach()
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
+            auxiliary: Any = self.accelerator.reduce(self._auxiliary, reduction="mean")
+            logs["loss"] -= float(auxiliary) / max(self.state.global_step - last, 1)
+            self._auxiliary = torch.zeros_like(self._auxiliary)
+            logs |= self._selection.take(lambda tensor: self.accelerator.reduce(tensor, reduction="mean"))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = self.model.state_dict() if state_dict is None else state_dict
+        kept = {name: tensor.contiguous() for name, tensor in state.items() if name in trained}
+        save_file(kept, Path(output_dir) / _TRAINED)
+
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+        state = load_file(Path(checkpoint_path) / _TRAINED)
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        if state.keys() != trained:
+            keys = ", ".join(sorted(state.keys() ^ trained)[:3])
+            raise ValueError(f"{checkpoint_path} is of another model or other adapters: {keys}")
+        self.model.load_state_dict(state, strict=False)
+
+
+@contextmanager
+def _noting(model: ZooModel, note: Callable[[ZooModel, Any], None]) -> Iterator[None]:
+    """Tell of every forward for a while. A hook would not do: sentence-transformers calls `forward` itself."""
+    forward: Any = model.forward
+
+    @wraps(forward)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        outputs = forward(*arguments, **options)
+        note(model, outputs)
+        return outputs
+
+    model.forward = noted
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+def infonce(embedder: SentenceTransformer, settings: EmbedderSettings, processes: int) -> nn.Module:
+    """The loss: minus the logarithm of exp(s+ / t), divided by the sum of exp(s / t) over the documents of a batch.
+
+    s is the cosine of an anchor and a document, s+ that of its positive, t the temperature (arXiv 1807.03748, eq. 4,
+    with cosines). The documents are the positives and hard negatives of all pairs, in all processes. With `symmetric`
+    the mean of this and of the same with the anchors as what a positive searches.
+    """
+    options: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": processes > 1}
+    if settings.symmetric:
+        options |= {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    if settings.mini_batch_size is None:
+        return MultipleNegativesRankingLoss(embedder, **options)
+    return CachedMultipleNegativesRankingLoss(embedder, mini_batch_size=settings.mini_batch_size, **options)
+
+
+def training_rows(pairs: Pairs) -> Dataset:
+    """The pairs as the Trainer reads them."""
+    return Dataset.from_dict(dict(pairs.columns))
+
+
+def check_batches(rows: Dataset, settings: EmbedderSettings, processes: int) -> None:
+    """Raise a ValueError if not one batch can be made in which no text is there twice."""
+    in_a_step = settings.batch_size * processes
+    if len(rows) < in_a_step:
+        raise ValueError(
+            f"batch_size: got {settings.batch_size} in {processes} processes with {len(rows)} pairs to "
+            f"train on; accepted: at most {len(rows) // processes}"
+        )
+    sampler = NoDuplicatesBatchSampler(rows, settings.batch_size, drop_last=True, generator=torch.Generator())
+    if next(iter(sampler), None) is None:
+        raise ValueError(
+            f"batch_size: got {settings.batch_size}, but the texts of train repeat so often that no batch without a "
+            "text that is there twice has so many pairs; accepted: less"
+        )
+
+
+def train_embedder(
+    embedder: SentenceTransformer,
+    rows: Dataset,
+    settings: EmbedderSettings,
+    steps: int,
+    output: Path,
+    device: torch.device,
+    processes: int,
+) -> list[dict[str, Any]]:
+    """Train an embedder in place, from the last whole checkpoint if there is one.
+
+    Args:
+        embedder: on the device.
+        rows: see :func:`training_rows`.
+        settings: how.
+        steps: optimiser steps of the whole training.
+        output: folder of the run.
+        device: where.
+        processes: how many there are.
+
+    Returns:
+        The points of the curve.
+
+    Raises:
+        ValueError: if the loss is not finite.
+    """
+    prompts = {"anchor": settings.query_prompt}
+    prompts |= {name: settings.document_prompt for name in rows.column_names if name != "anchor"}
+    trainer = EmbedderTrainer(
+        model=embedder,
+        args=SentenceTransformerTrainingArguments(
+            **trainer_arguments(settings, steps, output, device),
+            prompts={name: prompt for name, prompt in prompts.items() if prompt},
+            # A text that is there twice would be its own negative; a smaller last batch would have fewer of them.
+            batch_sampler=BatchSamplers.NO_DUPLICATES,
+            dataloader_drop_last=True,
+        ),
+        train_dataset=rows,
+        loss=infonce(embedder, settings, processes),
+        callbacks=[Watch(lambda _: {}, None)],
+    )
+    return curve_of(train_or_load(trainer, output, steps))

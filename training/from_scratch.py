@@ -1,0 +1,135 @@
+"""A whole training from scratch: from a configuration and text to a model's folder and a report.
+
+    from ssm_zoo.training.from_scratch import train_from_scratch
+    from ssm_zoo.training.from_scratch_settings import parse_from_scratch
+
+    settings = parse_from_scratch({"config": "mamba-130m", "tokenizer": "bytes", "train": [...], "heldout": [...]})
+    report = train_from_scratch(settings, "runs/mine")
+
+The output folder holds `run.json` (what the run is), `before.json` (the loss before training), `checkpoints/` (the
+Trainer's), and at the end `model/`, `report.json` and `plots/loss.png`. Starting the same settings on the same folder
+goes on at the last whole checkpoint.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+
+from ..harness.fingerprint import claim_run, fingerprint, pinned_revision
+from ..reports.markdown import public_argument
+from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
+from .new_model import changed_keys, configuration_commit, resolve_configuration
+from ..reports.from_scratch_card import write_from_scratch_card
+from .from_scratch_settings import FromScratchSettings
+from .report import common_report, write_folder, write_plots
+from .rows import make_rows, read_texts
+from .trainer import TrainingRun, optimiser_steps, processes, train
+from .vocabulary import BYTES, entries_of, learn_vocabulary, load_vocabulary
+
+KIND = "ssm-zoo training from scratch"
+
+
+@claimed_folders_end()
+def train_from_scratch(
+    settings: FromScratchSettings, output: str | Path, *, command: str | None = None
+) -> dict[str, Any]:
+    """Carry out a training from scratch, or go on with it.
+
+    Args:
+        settings: what to do.
+        output: a new or empty folder, or the folder of an earlier start with the same settings.
+        command: what was typed, for the report; the Python command line of this process if not given.
+
+    Returns:
+        The report, as in `report.json`.
+
+    Raises:
+        ValueError: if settings, configuration, tokenizer, texts and folder do not fit together, before anything is
+            written; if the tokenizer has changed since the run was started; or if the loss, the gradient or a weight is
+            not finite.
+    """
+    run = _prepare(settings, Path(output))
+    before = run.before()
+    history, on_the_way = train(run, settings.evaluate_every)
+    after = run.evaluate("after")
+    evaluations = [{**before, "step": 0}, *on_the_way, {**after, "step": run.steps}]
+    report = _report(run, command or _python_command(), evaluations, history)
+    if run.state.is_main_process:
+        write_plots(run, report)
+        write_folder(run, "model", run.model.save_pretrained, write_from_scratch_card, report)
+        write_json(run.output / "report.json", report)
+    run.state.wait_for_everyone()
+    return report
+
+
+def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
+    """Make and check everything, then claim the folder."""
+    state = processes()
+    if state.is_main_process:
+        check_output_folder(output)
+    texts = read_texts(settings)
+    source = settings.tokenizer if settings.tokenizer != BYTES else None
+    commit = None if source is None else pinned_revision(source, None, output, "tokenizer")
+    tokenizer = _tokenizer(settings, texts["train"], commit, progress=state.is_main_process)
+    settings = settings.model_copy(
+        update={"revision": configuration_commit(settings.config, settings.revision, output)}
+    )
+    config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
+    rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
+    # A warm-up that is too long is an error, now rather than when the training begins.
+    settings.warmup_steps(optimiser_steps(settings, len(rows.train), state.num_processes))
+    set_seed(settings.seed)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.to(state.device)
+    if state.is_main_process:
+        given = settings.model_dump(mode="json", exclude={"config", "revision", "overrides"})
+        recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
+        # Of a model whose sizes are taken the recipe holds the whole configuration.
+        sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}
+        claim_run(output, recipe, sources, KIND)
+    state.wait_for_everyone()
+    return TrainingRun(settings, output, tokenizer, model, rows, state)
+
+
+def _tokenizer(
+    settings: FromScratchSettings, documents: list[str], commit: str | None, *, progress: bool
+) -> PreTrainedTokenizerBase:
+    if settings.train_tokenizer is not None:
+        return learn_vocabulary(documents, settings.train_tokenizer, progress=progress)
+    assert settings.tokenizer is not None
+    return load_vocabulary(settings.tokenizer, revision=commit, trust_remote_code=settings.trust_remote_code)
+
+
+def _report(
+    run: TrainingRun[FromScratchSettings],
+    command: str,
+    evaluations: list[dict[str, Any]],
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    settings, config = run.settings, run.model.config
+    report = common_report(run, KIND, command, evaluations, history)
+    named = {
+        "config": _public(settings.config) if isinstance(settings.config, str) else settings.config,
+        "overrides": settings.overrides,
+        "tokenizer": settings.tokenizer and _public(settings.tokenizer),
+    }
+    return {
+        **report,
+        # What is trained first, and no path of this machine.
+        "settings": named | report["settings"] | named,
+        "model": {"model_type": config.model_type, "config": changed_keys(config)},
+        "tokenizer": {"source": named["tokenizer"], "entries": entries_of(run.tokenizer)},
+        "tokens": history[-1]["tokens"],
+    }
+
+
+def _public(source: str) -> str:
+    """What a file, a folder or a Hub id is called where this machine is not known."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _python_command() -> str:
+    return shlex.join(["python", Path(sys.argv[0]).name, *map(public_argument, sys.argv[1:])])

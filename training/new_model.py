@@ -1,0 +1,186 @@
+"""The configuration of a model that is trained from scratch: whose sizes, and what its tokenizer decides."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from .. import modeling
+from ..harness.fingerprint import pinned_revision
+from ..conversion.load_model import load_config
+from ..conversion.source_files import check_config
+from ..harness.text_files import read_text_file
+from ..harness.yaml_values import override, read_yaml
+from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.presets import PRESETS
+from .vocabulary import entries_of
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+# Rows of the embedding are padded to it, so that they divide well, as in Mamba's checkpoints.
+_MULTIPLE = 8
+
+
+def resolve_configuration(
+    source: str | Mapping[str, Any],
+    overrides: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    revision: str | None = None,
+) -> PreTrainedConfig:
+    """The configuration of a new causal language model.
+
+    Args:
+        source: what to take the sizes from: a preset of `ssm_zoo.modeling.presets`; a .yaml or .json file, or a
+            mapping, of `model_type` and configuration keys; or a folder or Hub id of a model of the zoo.
+        overrides: "key=YAML value" assignments that replace keys, also `vocab_size`.
+        tokenizer: the model's. A `vocab_size` that nobody gave is its number of entries, rounded up to a multiple of 8;
+            that of a model is given, that of a preset is not. The special ids are its own.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: if there is no such source, it is not of the zoo, a key is unknown or its value not accepted, or the
+            vocabulary is too small for the tokenizer.
+    """
+    values = override(_read(source, revision), overrides)
+    if not isinstance(values.get("model_type"), str):
+        raise ValueError(f"config: model_type: got {values.get('model_type')!r}; accepted: {', '.join(_model_types())}")
+    kind = _configuration_class(values.pop("model_type"))
+    accepted = configuration_keys(kind)
+    for key in values:
+        if key not in accepted:
+            close = difflib.get_close_matches(str(key), accepted, n=3) or accepted
+            raise ValueError(f"config: {kind.model_type} has no key {key!r}; accepted: {', '.join(close)}")
+    check_config(values, "config")
+    values["vocab_size"] = _vocab_size(values.get("vocab_size"), entries_of(tokenizer))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own, given = getattr(tokenizer, name), values.get(name)
+        if given is not None and given != own:
+            raise ValueError(f"config: {name}: got {given!r}; accepted: none, or the tokenizer's, {own!r}")
+        values[name] = own
+    try:
+        return kind(**values)
+    except StrictDataclassError as error:
+        raise ValueError(f"config: {error.__cause__ or error}") from None
+
+
+def configuration_commit(source: str | Mapping[str, Any], revision: str | None, output: Path) -> str | None:
+    """Return the commit of a Hub id, as `fingerprint.pinned_revision` finds it for a run in `output`; None for every
+    other source.
+
+    Raises:
+        ValueError: if another source comes with a revision.
+        OSError: if the Hub cannot be reached, or has no such repository or revision.
+    """
+    if isinstance(source, str) and not _is_here(source) and _is_hub_id(source):
+        return pinned_revision(source, revision, output, "config")
+    if revision is not None:
+        raise ValueError(f"revision must be left out unless `config` is a Hub id, got {revision!r} with {source!r}.")
+    return None
+
+
+def _is_here(source: str) -> bool:
+    """Whether a source is a preset, or of a file or folder."""
+    return source in PRESETS or Path(source).suffix in _SUFFIXES or Path(source).is_dir()
+
+
+def configuration_keys(kind: type[PreTrainedConfig]) -> list[str]:
+    """The keys that are a family's own, in their order; not those that transformers gives every model."""
+    general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    return [field.name for field in dataclasses.fields(kind) if field.name not in general]
+
+
+def changed_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    """`model_type`, and the keys that differ from the family's defaults: a `source` of the same configuration."""
+    defaults = {field.name: _as_list(field.default) for field in dataclasses.fields(type(config))}
+    keys = {key: _as_list(getattr(config, key)) for key in configuration_keys(type(config))}
+    return {"model_type": config.model_type, **{key: v for key, v in keys.items() if v != defaults[key]}}
+
+
+def _as_list(value: Any) -> Any:
+    """A tuple as JSON would have it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read(source: str | Mapping[str, Any], revision: str | None) -> dict[str, Any]:
+    """`model_type` and the keys that are given."""
+    if isinstance(source, Mapping):
+        return dict(source)
+    if source in PRESETS:
+        kind, sizes = PRESETS[source]
+        # A preset's vocabulary belongs to its checkpoint's tokenizer.
+        return {"model_type": kind.model_type, **{key: v for key, v in sizes.items() if key != "vocab_size"}}
+    path = Path(source)
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise ValueError(f"config: there is no file {source!r}")
+        values = read_yaml(read_text_file(path, "config"), source)
+        if not isinstance(values, dict):
+            raise ValueError(f"config: {source!r} holds {type(values).__name__}; accepted: a mapping of keys to values")
+        return values
+    return _read_model(source, revision)
+
+
+def _read_model(source: str, revision: str | None) -> dict[str, Any]:
+    """The keys of a checkpoint's configuration, without what its tokenizer decided besides the vocabulary's size."""
+    if not Path(source).is_dir() and not _is_hub_id(source):
+        close = difflib.get_close_matches(source, PRESETS, n=1)
+        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"config: got {source!r}; accepted: a preset ({', '.join(PRESETS)}), a .yaml or .json file, a folder of a "
+            f"model, or a Hub id OWNER/NAME{suggestion}"
+        )
+    config = load_config(source, field="config", revision=revision)
+    kind = _configuration_class(config.model_type)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        "model_type": config.model_type,
+        **{key: getattr(config, key) for key in configuration_keys(kind) if key not in special},
+    }
+
+
+def _is_hub_id(source: str) -> bool:
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return "/" in source
+
+
+def _configuration_class(model_type: str) -> type[PreTrainedConfig]:
+    """The class of a family of the zoo that has a causal language model."""
+    try:
+        kind = CONFIG_MAPPING[model_type]
+    except KeyError:
+        model = None
+    else:
+        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    if not (isinstance(model, type) and issubclass(model, ZooForCausalLM)):
+        raise ValueError(f"config: model_type: got {model_type!r}; accepted: {', '.join(_model_types())}")
+    return kind
+
+
+def _model_types() -> list[str]:
+    """The families of the zoo that have a causal language model."""
+    exported = [getattr(modeling, name) for name in modeling.__all__]
+    kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, PreTrainedConfig)]
+    return sorted(kind.model_type for kind in kinds if MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) is not None)
+
+
+def _vocab_size(given: Any, entries: int) -> int:
+    if given is None:
+        return -(-entries // _MULTIPLE) * _MULTIPLE
+    if not isinstance(given, int) or isinstance(given, bool) or given < entries:
+        raise ValueError(
+            f"config: vocab_size: got {given!r}; accepted: {entries} or more, as many as the tokenizer has"
+        )
+    return given

@@ -1,0 +1,346 @@
+"""The training itself, which all runs share: transformers' Trainer over packed rows, its curve, held-out losses.
+
+Starting the same run on the same folder goes on at the Trainer's last whole checkpoint, to the same bits.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from ..harness.command_line import check_processes
+from ..conversion.load_model import check_finite
+from ..harness.run_folder import read_json, write_json
+from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.outputs import add_aux_loss
+from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
+from .packing import IGNORED, PackedDocuments, RowCollator
+from .rows import TextRows
+from .selection import SelectionMeans
+from .settings import RunSettings, Settings, TrainingSettings
+
+# Points of the curve that are kept, whatever its length.
+_HISTORY = 200
+_STATE = "trainer_state.json"
+_CHECKPOINTS = "checkpoints"
+_POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
+
+
+@dataclass
+class TrainingRun(Generic[Settings]):
+    """What a training works with.
+
+    Attributes:
+        settings: what to do.
+        output: the folder of the run.
+        tokenizer: the model's.
+        model: on its device.
+        rows: the texts.
+        state: accelerate's view of the processes.
+    """
+
+    settings: Settings
+    output: Path
+    tokenizer: PreTrainedTokenizerBase
+    model: ZooForCausalLM | PeftModel
+    rows: TextRows
+    state: PartialState
+
+    @property
+    def device(self) -> torch.device:
+        assert self.state.device is not None
+        return self.state.device
+
+    @property
+    def collator(self) -> RowCollator:
+        padding = self.tokenizer.pad_token_id
+        return RowCollator(padding if isinstance(padding, int) else 0)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole training."""
+        return optimiser_steps(self.settings, len(self.rows.train), self.state.num_processes)
+
+    def compute(self) -> Any:
+        """Context of every forward and backward."""
+        return computing(self.settings, self.device)
+
+    def before(self) -> dict[str, Any]:
+        """The held-out loss before training, in `before.json`: that of the first start, if it has measured it."""
+        found = read_json(self.output / "before.json")
+        self.state.wait_for_everyone()  # all have looked before the first one writes
+        if found is None:
+            found = self.evaluate("before")
+            if self.state.is_main_process:
+                write_json(self.output / "before.json", found)
+        return found
+
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """The held-out loss under a name; see :func:`heldout_loss`."""
+        with self.compute():
+            measured = heldout_loss(self.model, self.rows.heldout, self.collator, self.settings.batch_size)
+        check_numbers(measured, name)
+        if self.state.is_main_process:
+            tqdm.write(f"{name}: held-out loss {measured['loss']:.4f}")
+        return {"name": name, **measured}
+
+
+def processes() -> PartialState:
+    """accelerate's view of the processes that were started.
+
+    Raises:
+        ValueError: if it does not see all of them.
+    """
+    # Unlike Accelerator, PartialState does not read the variable by itself.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    check_processes(state.num_processes)
+    return state
+
+
+def compute_dtype(settings: RunSettings) -> torch.dtype:
+    """What forward and backward compute in: `settings.dtype`, where "auto" goes by the device."""
+    if settings.dtype == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def computing(settings: RunSettings, device: torch.device) -> Any:
+    """Context of every forward and backward of a run on a device."""
+    dtype = compute_dtype(settings)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def optimiser_steps(settings: TrainingSettings, rows: int, processes: int) -> int:
+    """Optimiser steps of a training on so many rows: `settings.steps`, or as many as its epochs take."""
+    in_a_step = settings.batch_size * settings.gradient_accumulation * processes
+    return settings.steps or math.ceil(settings.epochs * math.ceil(rows / in_a_step))
+
+
+def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator, batch_size: int) -> dict[str, Any]:
+    """Mean language-modelling loss over all predictions of some rows, in evaluation mode.
+
+    Args:
+        model: a causal language model, or one with adapters.
+        rows: the packed documents.
+        collator: stacks rows.
+        batch_size: rows in one forward.
+
+    Returns:
+        "loss" in nats a token, "perplexity", its exponential (None where that is no float), and "tokens", the number of
+        predictions; of a model with selective layers what `SelectionMeans` gives, over the tokens.
+    """
+    training, total, selection = model.training, 0.0, SelectionMeans()
+    device = next(model.parameters()).device
+    # A generator of its own: in the middle of a training, the model's random numbers go on as if nothing had been.
+    batches: Any = DataLoader(
+        rows,  # pyright: ignore[reportArgumentType]
+        batch_size=batch_size,
+        collate_fn=collator,
+        generator=torch.Generator(),
+    )
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            batch = {key: tensor.to(device) for key, tensor in batch.items()}
+            # The sum over the targets, divided by 1.
+            outputs = model(**batch, num_items_in_batch=1)
+            total += float(outputs.loss.double())
+            selection.add(outputs, weight=int((batch["seq_idx"] >= 0).sum()))
+    model.train(training)
+    loss = total / rows.targets
+    perplexity = math.exp(loss) if loss < 700 else None
+    return {"loss": loss, "perplexity": perplexity, "tokens": rows.targets, **selection.take()}
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the matrices, the masked mixers' stacks of them too: not norms, biases (a masked mixer has one for each
+    head and position) and convolutions, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
+    matrices = [name for name, p in model.named_parameters() if p.dim() == 2 or (p.dim() == 3 and p.shape[1] > 1)]
+    return [name for name in matrices if not name.endswith(("A_log", ".bias"))]
+
+
+class ZooTrainer(CheckedTrainer, Trainer):
+    """transformers' Trainer, with the zoo's rule of weight decay and a curve that says more.
+
+    The curve's loss is the language model's alone; "tokens" are those that have been predicted since the run began, by
+    all processes; "aux_loss" and "selection_rate" are means over the steps since the last point.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        model: Any = self.model
+        self._config: PreTrainedConfig = model.config
+        self._selection = SelectionMeans()
+        self._predicted = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As the Trainer's; a model adds the auxiliary loss in shares, which in a step of several forwards make one."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        targets = inputs["labels"][:, 1:]
+        self._predicted += (targets != IGNORED).sum()
+        self._selection.add(outputs)
+        nothing = torch.zeros_like(self._auxiliary)
+        self._auxiliary += add_aux_loss(nothing, outputs, self._config, targets, num_items_in_batch).detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Add to a point of the curve what the Trainer does not know."""
+        if "loss" in logs:
+            measured = self._selection.take(partial(self.accelerator.reduce, reduction="mean"))
+            last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
+            auxiliary: Any = self.accelerator.reduce(self._auxiliary, reduction="sum")
+            logs["loss"] -= float(auxiliary) / max(self.state.global_step - last, 1)
+            self._auxiliary = torch.zeros_like(self._auxiliary)
+            before = max((point.get("tokens", 0) for point in self.state.log_history), default=0)
+            predicted: Any = self.accelerator.reduce(self._predicted, reduction="sum")
+            self._predicted = torch.zeros_like(self._predicted)
+            logs |= {"tokens": before + int(predicted), **measured}
+        super().log(logs, start_time)
+
+
+class Watch(TrainerCallback):
+    """Adds the seconds of training so far to every point of the curve, and measures the held-out loss on the way.
+
+    Args:
+        evaluate: measures the held-out loss.
+        every: steps from one such measurement to the next; None: none. The last step has none.
+    """
+
+    def __init__(self, evaluate: Callable[[str], dict[str, Any]], every: int | None) -> None:
+        self._evaluate, self._every = evaluate, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before = max((point.get("seconds", 0.0) for point in state.log_history), default=0.0)
+        self._started = time.monotonic() - before
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if self._every is not None and step % self._every == 0 and step < state.max_steps:
+            begun = time.monotonic()
+            # In the Trainer's history, which is saved with its checkpoints.
+            state.log_history.append({"step": step, "evaluation": self._evaluate(f"step {step}")})
+            self._started += time.monotonic() - begun
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        point = state.log_history[-1]
+        if "loss" in point:
+            point["seconds"] = time.monotonic() - self._started
+            check_numbers(point, f"step {state.global_step}")
+
+
+def train(
+    run: TrainingRun[Any], evaluate_every: int | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Train, from the last whole checkpoint if there is one.
+
+    Args:
+        run: the run; its model is trained in place.
+        evaluate_every: steps from one held-out loss to the next on the way; None: none.
+
+    Returns:
+        The points of the curve, and the held-out losses on the way, each with its "step".
+
+    Raises:
+        ValueError: if the loss is not finite.
+    """
+    settings, config = run.settings, run.model.config
+    use_cache = config.use_cache
+    trainer = ZooTrainer(
+        model=run.model,
+        args=TrainingArguments(
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            **trainer_arguments(settings, run.steps, run.output, run.device),
+        ),
+        train_dataset=run.rows.train,
+        data_collator=run.collator,
+        callbacks=[Watch(run.evaluate, evaluate_every)],
+    )
+    config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
+    points = train_or_load(trainer, run.output, run.steps)
+    return curve_of(points), [
+        {"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point
+    ]
+
+
+def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: torch.device) -> dict[str, Any]:
+    """Arguments of transformers' `TrainingArguments` for a run of so many steps, with checkpoints in its folder."""
+    every = math.ceil(steps / _HISTORY)
+    return {
+        "output_dir": str(output / _CHECKPOINTS),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        **settings.optimisation(steps),
+        "bf16": compute_dtype(settings) == torch.bfloat16,
+        **_checkpointing(settings),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "logging_steps": every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        # At a point of the curve, since the Trainer forgets the loss since the last one.
+        "save_steps": math.ceil(settings.checkpoint_every / every) * every,
+        "report_to": [],
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
+def train_or_load(trainer: Trainer, output: Path, steps: int) -> list[dict[str, Any]]:
+    """Train to a number of steps, from the last whole checkpoint if there is one.
+
+    Args:
+        trainer: made with :func:`trainer_arguments`; its model is trained in place.
+        output: the folder of the run.
+        steps: of the whole training.
+
+    Returns:
+        The Trainer's history.
+
+    Raises:
+        ValueError: if there are checkpoints and none is whole, or the loss, the gradient or the trained weights are not
+            finite.
+    """
+    found = last_checkpoint(output / _CHECKPOINTS, main=trainer.is_world_process_zero())
+    if found is None or steps_done(found) < steps:
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        history = trainer.state.log_history
+    else:
+        trainer._load_from_checkpoint(str(found))  # the Trainer would do one step more
+        history = read_json(found / _STATE)["log_history"]
+    model: Any = trainer.model
+    check_finite(model, "the trained model", "Lower learning_rate.")
+    return history
+
+
+def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of the curve in the Trainer's history."""
+    return [{key: point[key] for key in _POINT if key in point} for point in history if "loss" in point]
+
+
+def _checkpointing(settings: RunSettings) -> dict[str, Any]:
+    """The Trainer's arguments for it: transformers 5.23 gave them another name and warns of the old one."""
+    if not settings.gradient_checkpointing:
+        return {}
+    new = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
