@@ -18,7 +18,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (ten to fifteen minutes)
-	$(TOOL) ssm_zoo.cli.demo --hub-stand-in tests/hub_stand_in.py
+	$(TOOL) ssm_zoo.cli.demo --hub-stand-in tests/support/hub_stand_in.py
 
 # A process for each logical core, up to JOBS, each with one thread; a file's tests stay together, as they share fixtures.
 JOBS ?= 4
@@ -33,12 +33,7 @@ test-contracts: $(VENV)/.contracts ## run transformers' and peft's own tests on 
 test-gpu: $(STAMP) ## run the kernel tests on the CUDA device
 	@$(RUN) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() \
 	else f'make test-gpu: torch {torch.__version__} finds no CUDA device; use make test')"
-	$(TOOL) pytest -q tests/test_ssd.py tests/test_ssd_triton.py tests/test_ssd_step.py tests/test_ssd_matrix.py \
-		tests/test_ssd_autocast.py tests/test_causal_conv1d.py tests/test_rms_norm.py tests/test_add_rms_norm.py \
-		tests/test_selective_scan.py tests/test_packed_documents.py tests/test_peak_memory.py tests/test_compat.py \
-		tests/test_window_attention.py tests/test_masked_mix.py tests/test_masked_mix_step.py \
-		tests/test_toeplitz_mix.py tests/test_document_line.py tests/test_kernel_errors.py tests/test_implementation.py \
-		tests/test_compiled_kernels.py $(PYTEST_ARGS)
+	$(TOOL) pytest -q tests/kernels $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(TOOL) ruff check .

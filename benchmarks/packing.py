@@ -31,8 +31,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssm_zoo.training.packing import PackedDocuments, RowCollator
 from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, ZooSSDForCausalLM
+from ssm_zoo.training.packing import PackedDocuments, RowCollator
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2" / "train.txt"
 VOCABULARY = 2048

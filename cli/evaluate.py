@@ -164,8 +164,8 @@ def inversion(
     from transformers import AutoModelForCausalLM
 
     from ..conversion.load_model import load_model, load_tokenizer
-    from ..harness.text_files import read_text_file
     from ..evaluation.inversion import invert_representation
+    from ..harness.text_files import read_text_file
 
     content, source = read_text_file(text, "text"), model_source(model)
     loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}

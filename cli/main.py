@@ -90,8 +90,8 @@ def card(
 ) -> None:
     """Write a student's model card anew. All of it comes from the run's report."""
     student = student_folder(run)
-    from ..reports.distillation_card import write_card
     from ..distill.run import read_report
+    from ..reports.distillation_card import write_card
 
     write_card(student, read_report(run), repo_id=repo_id)
     typer.echo(student / "README.md")

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, is_named
 from ..harness.json_files import read_json_object
+from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, is_named
 from .remote_code import reference_of
 
 __all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "downloads", "inside"]

@@ -14,25 +14,25 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..harness.json_files import json_text
+from ..harness.run_folder import new_folder
 from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
 from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from ..modeling.hub_code import code_licence
-from .formats import state_spaces as format_state_spaces
 from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
 from .checkpoint_files import check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
+from .formats import state_spaces as format_state_spaces
+from .formats.bare_formats import is_transfixer, read_mixer
+from .formats.cartesia_llamba import LLAMBA
 from .formats.format import Format, read_config
+from .formats.maskedmixers import MASKED_MIXER
 from .formats.transformers_bamba import BAMBA
 from .formats.transformers_jamba import JAMBA
-from .formats.cartesia_llamba import LLAMBA
 from .formats.transformers_mamba import FALCON_MAMBA, MAMBA
 from .formats.transformers_mamba2 import MAMBA2
-from .formats.maskedmixers import MASKED_MIXER
 from .hub_source import source_folder
-from ..harness.json_files import json_text
-from .formats.bare_formats import is_transfixer, read_mixer
-from ..harness.run_folder import new_folder
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .remote_code import check_remote_code
 from .rules import LazyTensor, Mapper, check, lazy

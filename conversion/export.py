@@ -17,14 +17,14 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from .. import modeling
+from ..harness.child_process import run_child
+from ..harness.json_files import read_json_object
+from ..harness.run_folder import new_folder
 from ..modeling.causal_lm import ZooPreTrainedModel
 from ..modeling.hub_code import collect_code
 from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
-from ..harness.child_process import run_child
-from ..harness.json_files import read_json_object
 from .load_model import load_model
-from ..harness.run_folder import new_folder
 from .remote_code import check_remote_code, reference_of
 from .source_files import check_config
 

@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
+from ..harness.json_files import read_json_object
 from ..modeling.causal_lm import ZooPreTrainedModel
 from ..modeling.hub_upload import check_base, code_of, files_to_send
 from .export import model_class_of
-from ..harness.json_files import read_json_object
 from .weight_listing import Header, read_header, read_headers
 
 __all__ = ["check_publishable"]

@@ -25,8 +25,8 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..harness.fingerprint import pinned_revision
 from ..conversion.load_model import load_model, load_tokenizer
+from ..harness.fingerprint import pinned_revision
 from ..harness.provenance import SOURCE_FILE
 
 __all__ = ["fetch_smollm2", "gguf_to_folder", "load_gguf", "teacher_commit"]

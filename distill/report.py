@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..harness.decoration import decoration
-from ..reports.markdown import MISSING, code, count, number, percent, seconds, short, table
 from ..harness.run_folder import write_json
+from ..harness.whole_files import write_text_whole, write_whole
+from ..reports.distillation_plots import draw
 from ..reports.distillation_report import Report, parse_report
 from ..reports.distillation_tables import (
     PLOT_CAPTIONS,
@@ -33,6 +34,7 @@ from ..reports.distillation_tables import (
     stages_table,
     verdict_list,
 )
+from ..reports.markdown import MISSING, code, count, number, percent, seconds, short, table
 from ..reports.results import (
     EvaluationRow,
     evaluation_rows,
@@ -40,8 +42,6 @@ from ..reports.results import (
     summary_sentence,
     verdicts,
 )
-from ..harness.whole_files import write_text_whole, write_whole
-from ..reports.distillation_plots import draw
 
 __all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_report"]
 

@@ -24,20 +24,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..reports.distillation_card import write_card
+from ..conversion.load_model import check_finite
+from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..harness.command_line import command_line
 from ..harness.decoration import decoration
 from ..harness.fingerprint import claim_run, fingerprint
-from ..reports.markdown import number
 from ..harness.json_files import read_json_object
-from ..conversion.load_model import check_finite
 from ..harness.machine import describe_machine
-from ..harness.run_folder import check_output_folder, claimed_folders_end, result_folder
 from ..harness.provenance import provenance
-from ..reports.distillation_tables import public_recipe
+from ..harness.run_folder import check_output_folder, claimed_folders_end, result_folder
 from ..harness.whole_files import write_text_whole
-from ..evaluation.language_modeling import evaluate_language_model, generation_sample
 from ..modeling import ZooHybridForCausalLM
+from ..reports.distillation_card import write_card
+from ..reports.distillation_tables import public_recipe
+from ..reports.markdown import number
 from .calibrate import calibrate, fit_output_projections
 from .checkpoint import Checkpoint, load_latest, restore, save_checkpoint
 from .data import TokenWindows, check_vocabulary, read_texts, shard, tokenize

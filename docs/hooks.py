@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-PACKAGES = ("kernels", "modeling", "conversion", "evaluation", "finetune", "distill")
+PACKAGES = ("kernels", "modeling", "conversion", "reports", "evaluation", "training", "distill", "harness")
 
 _sources = tempfile.TemporaryDirectory(prefix="ssm-zoo-docs-")
 

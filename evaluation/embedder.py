@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..harness.json_files import read_json
 from ..conversion.load_model import check_finite, load_model, quiet_loading
 from ..conversion.remote_code import check_remote_code
+from ..harness.json_files import read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Sequence
 
-from ..reports.markdown import public_argument
+from .public_text import public_argument
 
 _ON_CPUS = "ACCELERATE_USE_CPU"
 

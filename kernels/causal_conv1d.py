@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
 from .causal_conv1d_traced import convolve_traced
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
+from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
 from .tracing import tracing
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_cu_seqlens, check_devices, check_integers, check_tensor
 from .causal_conv1d import causal_conv1d
+from .checks import check_cu_seqlens, check_devices, check_integers, check_tensor
 from .state_update import write_rows
 
 

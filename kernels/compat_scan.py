@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_devices, check_groups, check_integers, check_projection, check_tensor
 from .causal_conv1d import causal_conv1d
+from .checks import check_devices, check_groups, check_integers, check_projection, check_tensor
 from .rms_norm import rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 from .ssd_step import ssd_step

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .causal_conv1d import causal_conv1d
 from .checks import (
     accumulator,
     check_cu_seqlens,
@@ -21,7 +22,6 @@ from .checks import (
     check_seq_idx,
     check_tensor,
 )
-from .causal_conv1d import causal_conv1d
 from .compat_conv import convolution_activation
 from .rms_norm import rms_norm
 from .ssd import ssd, step_sizes

@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache
 
 from .cache import is_single_step, layer_of
 from .rotary import rotate
-from .token_layout import Sequence
 from .short_convolution import ShortConvolution
+from .token_layout import Sequence
 
 
 class Attention(nn.Module):

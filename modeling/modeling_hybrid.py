@@ -37,16 +37,16 @@ from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForSequenceClassification, ZooForTokenClassification
-from .position_mixers import PositionMixer
 from .mixer_parameters import float32_parameter, initialise_alone
 from .mixing_kinds import make_position_mixer
 from .modeling_mamba import MambaMixer, init_mamba_mixer
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .position_mixers import PositionMixer
 from .rotary import rotate
 from .selective_attention import SelectiveAttention
-from .token_layout import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import inverse_softplus
+from .token_layout import Sequence
 
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 _SMALLEST_ROW_SUM = 1e-6

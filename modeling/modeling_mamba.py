@@ -38,9 +38,9 @@ from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClas
 from .layers import PlainRMSNorm
 from .mixer_block import MixerBlock
 from .mixer_parameters import float32_parameter, initialise_alone
-from .token_layout import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias
+from .token_layout import Sequence
 
 
 class StepProjection(nn.Linear):

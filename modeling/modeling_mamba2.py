@@ -38,9 +38,9 @@ from .configuration_mamba2 import ZooMamba2Config
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .mixer_block import MixerBlock
 from .mixer_parameters import float32_parameter, initialise_alone
-from .token_layout import Sequence
 from .short_convolution import ShortConvolution, init_short_convolution
 from .step_sizes import init_step_bias
+from .token_layout import Sequence
 
 
 class GatedRMSNorm(nn.Module):

@@ -44,11 +44,11 @@ from .class_names import enter_class_name
 from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
 from .gated_mlp import GatedMLP
 from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .position_mixers import PositionMixer
 from .layers import LayerNorm
 from .linear_init import init_linear, init_linear_normal
 from .mixing_kinds import make_position_mixer
 from .plain_mlp import PlainMLP
+from .position_mixers import PositionMixer
 from .token_layout import Sequence
 from .trained_padding import fill_context, without_fill
 from .window_generation import windowed_inputs

@@ -23,9 +23,9 @@ from transformers import initialization as init
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import is_single_step
-from .position_mixers import PositionMixer
 from .mixer_parameters import float32_parameter, initialise_alone
 from .mixing_cache import StateLayer
+from .position_mixers import PositionMixer
 from .token_layout import Sequence
 
 _SLOWEST, _FASTEST = 1.0, 0.9

@@ -7,18 +7,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from .markdown import (
-    code,
-    count,
-    fenced,
-    gibibytes,
-    number,
-    percent,
-    public_command,
-    seconds,
-    table,
-)
+from ..harness.public_text import public_command
 from ..harness.whole_files import write_text_whole
+from .markdown import code, count, fenced, gibibytes, number, percent, seconds, table
 
 LOAD_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .markdown import code, count, fenced, without_folders
-from .hub_licences import HUB_LICENCES
+from ..harness.public_text import without_folders
+from ..harness.whole_files import write_text_whole
 from .distillation_report import Report, parse_report
 from .distillation_tables import (
     PLOT_CAPTIONS,
@@ -32,8 +32,9 @@ from .distillation_tables import (
     stages_table,
     verdict_list,
 )
+from .hub_licences import HUB_LICENCES
+from .markdown import code, count, fenced
 from .results import recovered_sentence, summary_sentence
-from ..harness.whole_files import write_text_whole
 
 # Texts that ship with the package: their data set on the Hub, and what they are.
 _DATA_SETS = {

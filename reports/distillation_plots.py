@@ -19,8 +19,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from .markdown import number, percent, short
 from .distillation_report import Evaluation, LayerErrors, Report
+from .markdown import number, percent, short
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"

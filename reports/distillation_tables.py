@@ -12,21 +12,9 @@ from urllib.parse import quote
 
 import yaml
 
-from .markdown import (
-    MISSING,
-    code,
-    count,
-    fenced,
-    gibibytes,
-    number,
-    percent,
-    public_argument,
-    public_command,
-    seconds,
-    short,
-    table,
-)
+from ..harness.public_text import public_argument, public_command
 from .distillation_report import Evaluation, Report
+from .markdown import MISSING, code, count, fenced, gibibytes, number, percent, seconds, short, table
 from .results import evaluation_rows, layer_groups, limits, stage_setting, verdicts
 
 # What each token mixer is, for a reader who has not seen the code.

@@ -6,9 +6,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from .markdown import code, count, fenced, percent
 from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
-from ..training.vocabulary import BYTES
+from .markdown import code, count, fenced, percent
 
 
 def write_from_scratch_card(folder: Path, report: dict[str, Any], repo_id: str | None = None) -> None:
@@ -90,6 +89,6 @@ def _limits(report: dict[str, Any]) -> list[str]:
 
 
 def _licence(report: dict[str, Any]) -> str:
-    ours = report["tokenizer"]["source"] in (None, BYTES)
+    ours = report["tokenizer"]["source"] in (None, "bytes")
     whose = "licence of the training text is" if ours else "licences of the training text and of the tokenizer are"
     return f"The {whose} not known to ssm-zoo: find out before you use or share the weights. {OUR_CODE}"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .markdown import count, number, percent, ranges
 from .distillation_report import Evaluation, Report
+from .markdown import count, number, percent, ranges
 
 # Losses are compared as they are printed: what no reader can see is no improvement.
 _DIGITS = 4

@@ -7,9 +7,10 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .markdown import code, count, fenced, table, without_folders
-from .hub_licences import HUB_LICENCES
+from ..harness.public_text import without_folders
 from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
+from .hub_licences import HUB_LICENCES
+from .markdown import code, count, fenced, table
 
 _ADAPTER = """\
 from peft import PeftModel

@@ -17,17 +17,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500
 
-# cli -> finetune, distill, evaluation -> conversion -> modeling -> kernels. Distillation and finetuning measure
-# themselves, so within their rank both may import evaluation; nothing else crosses a rank sideways.
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "modeling": {"modeling", "kernels"},
-    "conversion": {"conversion", "modeling", "kernels"},
-    "evaluation": {"evaluation", "conversion", "modeling", "kernels"},
-    "distill": {"distill", "evaluation", "conversion", "modeling", "kernels"},
-    "finetune": {"finetune", "evaluation", "conversion", "modeling", "kernels"},
-    "cli": {"cli", "finetune", "distill", "evaluation", "conversion", "modeling", "kernels"},
+# What each folder may import beside itself: cli -> distill -> training -> evaluation -> conversion, reports -> modeling
+# -> kernels. harness/ imports nothing of the project; all but the two exported folders may import it.
+_LAYERS = {
+    "cli": {"distill", "training", "evaluation", "conversion", "reports", "modeling", "kernels", "harness"},
+    "distill": {"training", "evaluation", "conversion", "reports", "modeling", "kernels", "harness"},
+    "training": {"evaluation", "conversion", "reports", "modeling", "kernels", "harness"},
+    "evaluation": {"conversion", "reports", "modeling", "kernels", "harness"},
+    "conversion": {"modeling", "kernels", "harness"},
+    "reports": {"modeling", "kernels", "harness"},
+    "modeling": {"kernels"},
+    "kernels": set(),
+    "harness": set(),
 }
+MAY_IMPORT = {folder: {folder, *others} for folder, others in _LAYERS.items()}
 # The exported code of a model must load with torch and transformers alone.
 THIRD_PARTY = {"kernels": {"torch"}, "modeling": {"torch", "transformers", "huggingface_hub"}}
 TRITON_FILE = "kernels/_triton.py"
@@ -190,7 +193,8 @@ WRONG: dict[Callable[[Path], list[str]], dict[str, tuple[str, str, str]]] = {
         "kernel-up": ("kernels/a.py", "from ..modeling.b import B", "kernels may not import modeling"),
         "model-up": ("modeling/a.py", "from .. import conversion", "modeling may not import conversion"),
         "in-a-function": ("modeling/a.py", "def f():\n    from ..cli.b import c", "modeling may not import cli"),
-        "sideways": ("evaluation/a.py", "from ..distill.b import c", "evaluation may not import distill"),
+        "sideways": ("reports/a.py", "from ..conversion.b import c", "reports may not import conversion"),
+        "upwards": ("harness/a.py", "from ..modeling.b import c", "harness may not import modeling"),
         "out-of-the-package": ("cli/sub/a.py", "from ....other import b", "outside ssm_zoo"),
         "absolute": ("cli/a.py", "from ssm_zoo.kernels.ssd import ssd", "absolute name"),
     },
@@ -214,7 +218,7 @@ WRONG: dict[Callable[[Path], list[str]], dict[str, tuple[str, str, str]]] = {
     undecided_loading: {
         "left-out": ("distill/a.py", "x = AutoTokenizer.from_pretrained(y, revision=z)", "without trust_remote_code"),
         "any-class": ("cli/a.py", "x = kind.from_pretrained(y)", "kind.from_pretrained without trust_remote_code"),
-        "from-a-configuration": ("finetune/a.py", "x = AutoModel.from_config(y)", "without trust_remote_code"),
+        "from-a-configuration": ("training/a.py", "x = AutoModel.from_config(y)", "without trust_remote_code"),
     },
     long_files: {"long": ("tests/a.py", "x = 1\n" * (MAX_LINES + 1), f"{MAX_LINES + 1} lines")},
 }

@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..harness.fingerprint import pinned_revision
 from ..conversion.load_model import load_config, load_model, put_adapter
 from ..conversion.load_model import load_tokenizer as load_tokenizer_from
+from ..harness.fingerprint import pinned_revision
 from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
 from .settings import FinetuningSettings, LanguageModelSettings
 from .trainer import compute_dtype

@@ -28,10 +28,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from ..conversion.load_model import check_finite
+from ..evaluation.embedder import require_sentence_transformers
+from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
+from ..evaluation.retrieval_data import RetrievalData
 from ..harness.command_line import command_line
 from ..harness.decoration import decoration
 from ..harness.fingerprint import claim_run, fingerprint
-from ..conversion.load_model import check_finite
+from ..harness.provenance import provenance
 from ..harness.run_folder import (
     check_output_folder,
     claimed_folders_end,
@@ -39,17 +43,13 @@ from ..harness.run_folder import (
     result_folder,
     write_json,
 )
-from ..harness.provenance import provenance
-from ..evaluation.embedder import require_sentence_transformers
-from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
-from ..evaluation.retrieval_data import RetrievalData
 from ..modeling.selective_attention import SelectiveAttention
+from ..reports.embedder_card import write_embedder_card
+from ..reports.embedder_plot import write_embedder_plot
 from .adapters import pinned
 from .checkpoints import check_numbers
 from .coverage import adapter_coverage, print_coverage
-from ..reports.embedder_card import write_embedder_card
 from .embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
-from ..reports.embedder_plot import write_embedder_plot
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs, read_pairs
 from .report import public_sources, report_head

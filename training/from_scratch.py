@@ -19,11 +19,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from ..harness.fingerprint import claim_run, fingerprint, pinned_revision
-from ..reports.markdown import public_argument
+from ..harness.public_text import public_argument
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
-from .new_model import changed_keys, configuration_commit, resolve_configuration
 from ..reports.from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
+from .new_model import changed_keys, configuration_commit, resolve_configuration
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts
 from .trainer import TrainingRun, optimiser_steps, processes, train

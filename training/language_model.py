@@ -16,13 +16,13 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import set_seed
 
+from ..conversion.load_model import check_finite
 from ..harness.command_line import command_line
 from ..harness.fingerprint import claim_run, fingerprint
-from ..conversion.load_model import check_finite
-from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..harness.provenance import provenance
-from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
+from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..reports.training_card import write_card
+from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
 from .coverage import adapter_coverage, print_coverage
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts

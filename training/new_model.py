@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from .. import modeling
-from ..harness.fingerprint import pinned_revision
 from ..conversion.load_model import load_config
 from ..conversion.source_files import check_config
+from ..harness.fingerprint import pinned_revision
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import override, read_yaml
 from ..modeling.causal_lm import ZooForCausalLM

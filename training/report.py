@@ -11,8 +11,8 @@ from accelerate import PartialState
 from torch import nn
 
 from ..harness.decoration import decoration
-from ..reports.markdown import public_argument
 from ..harness.machine import describe_machine
+from ..harness.public_text import public_argument
 from ..harness.run_folder import result_folder
 from ..reports.training_plots import write_loss_plot
 from .settings import RunSettings

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ...harness.yaml_values import override
 from ...modeling.causal_lm import ZooPreTrainedModel
 from ..rules import Computed, LazyTensor, Rule
-from ...harness.yaml_values import override
 
 _WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
 _COMMON: dict[str, type] = {

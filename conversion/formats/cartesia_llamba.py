@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
-from .format import Format, filled, head_rules, positive, read_config, require
 from ..rules import Rule
+from .format import Format, filled, head_rules, positive, read_config, require
 
 _EPSILON = 1e-5  # of the blocks' norms, where it is no field
 _MODEL = {

@@ -25,9 +25,9 @@ from ...modeling import (
     RetrievalMixer,
     RetrievalMixerConfig,
 )
-from .format import Format, require
-from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, dropped, stacked, unstacked
 from ..rules import Computed, Rule
+from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, dropped, stacked, unstacked
+from .format import Format, require
 
 LIBRARY = "maskedmixers"
 _EPSILON = 1e-5  # torch's, of a LayerNorm that is given none

@@ -21,8 +21,8 @@ from ...modeling import (
     ZooS6ForCausalLM,
     ZooSSDForCausalLM,
 )
-from .format import Format, head_rules, read_config, require
 from ..rules import Rule, SplitRows
+from .format import Format, head_rules, read_config, require
 from .state_spaces_config import EPSILON, LARGEST_STEP, StateSpacesConfig, is_state_spaces, layer_kind, parse
 
 BYTES = 256

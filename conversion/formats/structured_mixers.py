@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ...modeling import MaskedMixerConfig, MaskedMixerForCausalLM
-from .maskedmixers import in_proj_rules
-from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, dropped, stacked
 from ..rules import Computed, Rule
+from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, dropped, stacked
+from .maskedmixers import in_proj_rules
 
 _EPSILON = 1e-5  # torch's, of a LayerNorm that is given none
 _FASTEST, _SLOWEST = 0.9, 1.0

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...modeling import MaskedMixerConfig, MaskedMixerForCausalLM
-from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, stacked
 from ..rules import Computed, Rule
+from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, stacked
 
 _EPSILON = float(torch.finfo(torch.float32).eps)
 _THEIRS, _OURS = "blocks.{layer}.", "backbone.layers.{layer}."

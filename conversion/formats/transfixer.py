@@ -10,9 +10,9 @@ from transformers import LlamaConfig
 
 from ...modeling import MaskedMixerConfig, MaskedMixerForCausalLM
 from ...modeling.rotary import llama_rope_parameters
-from .maskedmixers import convolution_rules
-from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings
 from ..rules import Rule
+from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings
+from .maskedmixers import convolution_rules
 
 _THEIRS, _OURS = "model.layers.{layer}.", "backbone.layers.{layer}."
 _FIRST = "model.layers.0."

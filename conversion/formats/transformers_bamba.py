@@ -5,8 +5,8 @@ from collections.abc import Collection
 from transformers import BambaConfig, BambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
-from .format import CARRIED_IDS, Format, head_rules, require
 from ..rules import Rule
+from .format import CARRIED_IDS, Format, head_rules, require
 
 _SAME = (
     "vocab_size",

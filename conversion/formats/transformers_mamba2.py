@@ -6,8 +6,8 @@ from typing import Any
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig
 
 from ...modeling import ZooMamba2Config, ZooSSDForCausalLM
-from .format import CARRIED_IDS, Format, head_rules, read_config, require
 from ..rules import Rule
+from .format import CARRIED_IDS, Format, head_rules, read_config, require
 
 # What sizes and computes. The rest is initialisation, where the two differ, and of theirs chunk_size, which changes no
 # result, and time_step_rank, which nothing reads.

@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCach
 from ssm_zoo.kernels.masked_mix import masked_mix
 from ssm_zoo.kernels.ssd import ssd_log_decay
 from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix
-from ssm_zoo.modeling import MaskedMixerConfig, MaskedMixerForCausalLM, MaskedMixerForMaskedLM, MaskedMixerModel, ZooHybridConfig, ZooHybridForCausalLM, repeat_mixing
+from ssm_zoo.modeling import (
+    MaskedMixerConfig,
+    MaskedMixerForCausalLM,
+    MaskedMixerForMaskedLM,
+    MaskedMixerModel,
+    ZooHybridConfig,
+    ZooHybridForCausalLM,
+    repeat_mixing,
+)
 from ssm_zoo.modeling import position_mixers as history_mixing
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton

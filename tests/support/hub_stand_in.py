@@ -10,7 +10,7 @@ gating, discussions, `.gitignore` filters, `expand`ed listings, moving or re-con
 and what the Hub demands of a card beyond being YAML.
 
 In a test:     with HubStandIn() as hub: HfApi(endpoint=hub.endpoint, token="any")
-As a process:  python tests/hub_stand_in.py --port 0 --ready-file endpoint.txt --storage hub/
+As a process:  python tests/support/hub_stand_in.py --port 0 --ready-file endpoint.txt --storage hub/
 """
 
 import argparse

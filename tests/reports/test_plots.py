@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from report_example import CONVERTED, HEADS, example_report, hostile_report
 
-from ssm_zoo.reports.distillation_report import parse_report
-from ssm_zoo.reports.distillation_plots import draw
 from ssm_zoo.distill.report import write_report
+from ssm_zoo.reports.distillation_plots import draw
+from ssm_zoo.reports.distillation_report import parse_report
 
 PLOTS = {"heads.png", "heldout.png", "layers.png", "losses.png"}
 

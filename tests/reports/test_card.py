@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard
 from report_example import HOSTILE, example_report, hostile_report, markup, table_after
 from teachers import small_tokenizer
 
-from ssm_zoo.reports.distillation_card import render_card, write_card
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
+from ssm_zoo.reports.distillation_card import render_card, write_card
 
 HEADINGS = [
     "What it is",

@@ -21,7 +21,15 @@ from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
 from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix_reference
 from ssm_zoo.kernels.window_attention import window_attention_reference
-from ssm_zoo.modeling import causal_lm, modeling_hybrid, modeling_mamba, modeling_mamba2, repeat_mixing, selective_attention, short_convolution
+from ssm_zoo.modeling import (
+    causal_lm,
+    modeling_hybrid,
+    modeling_mamba,
+    modeling_mamba2,
+    repeat_mixing,
+    selective_attention,
+    short_convolution,
+)
 from ssm_zoo.modeling import position_mixers as history_mixing
 from ssm_zoo.modeling.cache import restore, snapshot
 

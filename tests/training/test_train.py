@@ -24,15 +24,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.training.new_model import changed_keys, resolve_configuration
+from ssm_zoo.modeling import ZooSSDForCausalLM
+from ssm_zoo.modeling.outputs import add_aux_loss
+from ssm_zoo.modeling.presets import PRESETS
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import RECIPES, FromScratchSettings, parse_from_scratch
+from ssm_zoo.training.new_model import changed_keys, resolve_configuration
 from ssm_zoo.training.vocabulary import END_OF_TEXT, entries_of, learn_vocabulary
-from ssm_zoo.modeling import ZooSSDForCausalLM
-from ssm_zoo.modeling.presets import PRESETS
-from ssm_zoo.modeling.outputs import add_aux_loss
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
+TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2"
 MAMBA2 = {
     "model_type": "zoo_mamba2",
     "hidden_size": 16,

@@ -1,6 +1,6 @@
 """Kill processes that save checkpoints, at every moment that can be told apart, and look at what they leave.
 
-`python tests/kill_savers.py FOLDER` is run by test_checkpoint.py in a process of its own, since it forks. Savers
+`python tests/distill/kill_savers.py FOLDER` is run by test_checkpoint.py as its own process: it forks. Savers
 die at each file-system call in turn (an audit hook counts them), in the middle of the tensor file, and at random
 moments. After each death there must be a whole checkpoint, the new one or the one before, and saving must go on.
 Prints the number of deaths as JSON; an AssertionError is a failure.

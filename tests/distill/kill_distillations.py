@@ -1,6 +1,6 @@
 """Kill a distillation again and again, let it go on each time, and say from where it went on.
 
-`python tests/kill_distillations.py RECIPE FOLDER DEATHS` is run by test_distill_run.py in a process of its own, since
+`python tests/distill/kill_distillations.py RECIPE FOLDER DEATHS` is run by test_distill_run.py as a process, since
 it forks. It carries the recipe out twice: in FOLDER/whole, left alone, and in FOLDER/killed. The first death is before
 the first step, the last one while the results are written, the others are in between, stage ends and evaluations
 included. A moment is a number of Python calls drawn by a seed, so that it is the same however busy the machine is.

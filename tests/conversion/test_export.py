@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from hub_stand_in import HubStandIn
 from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_default_card
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
 SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
 SHARED += [

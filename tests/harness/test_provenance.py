@@ -6,9 +6,9 @@ import huggingface_hub
 import pytest
 
 from ssm_zoo.conversion.checkpoint_files import check_replaceable
+from ssm_zoo.conversion.source_files import MOST_LAYERS, check_config, check_memory
 from ssm_zoo.harness.decoration import DecorationWarning, decoration
 from ssm_zoo.harness.provenance import provenance
-from ssm_zoo.conversion.source_files import MOST_LAYERS, check_config, check_memory
 
 
 @pytest.mark.parametrize(

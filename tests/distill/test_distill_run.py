@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.reports.distillation_report import parse_report
 from ssm_zoo.distill import run
 from ssm_zoo.distill.data import TokenWindows, tokenize
 from ssm_zoo.distill.optimizer import schedule_factor
@@ -29,6 +28,7 @@ from ssm_zoo.distill.recipe import load_recipe, parse_recipe
 from ssm_zoo.distill.run import distill, read_report
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling import ZooHybridForCausalLM
+from ssm_zoo.reports.distillation_report import parse_report
 
 TESTS = Path(__file__).parent
 DEATHS = 5

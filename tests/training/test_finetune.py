@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ssm_zoo.conversion.export import verify_export
+from ssm_zoo.modeling.position_mixers import PositionMixer
 from ssm_zoo.training.adapters import load_base, load_tokenizer
 from ssm_zoo.training.language_model import finetune_language_model
 from ssm_zoo.training.settings import parse_settings
 from ssm_zoo.training.texts import encode, read_documents
 from ssm_zoo.training.trainer import ZooTrainer
-from ssm_zoo.modeling.position_mixers import PositionMixer
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
+TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2"
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
 from ssm_zoo.conversion import convert as convert_module
-from ssm_zoo.harness import whole_files
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.conversion.rules import Mapper, Rule
 from ssm_zoo.conversion.weight_files import read_checkpoint, write_weights
+from ssm_zoo.harness import whole_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "backbone.layers.1.norm.weight"

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_zoo.kernels import compat
 from ssm_zoo.kernels import checks as arguments
+from ssm_zoo.kernels import compat
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
 from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_reference, masked_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference

@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ssm_zoo.kernels import ssd_triton
 from ssm_zoo.kernels import checks as arguments
+from ssm_zoo.kernels import ssd_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssm_zoo.harness.run_folder import claim_output_folder, write_json
 from ssm_zoo.distill.checkpoint import load_latest, restore, save_checkpoint
+from ssm_zoo.harness.run_folder import claim_output_folder, write_json
 
 RECIPE = {"teacher": "t", "seed": 0, "stages": [{"name": "a", "tokens": 8}], "student": {"layers": [0, 1]}}
 
