@@ -19,7 +19,7 @@ def results() -> dict[tuple[str, str], dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = Path(__file__).parents[1] / "support" / "train_distributed.py"
+    script = Path(__file__).with_name("train_distributed.py")
     path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
     processes = [
