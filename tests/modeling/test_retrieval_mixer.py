@@ -141,7 +141,7 @@ def test_saved_loaded_and_exported(tmp_path: Path) -> None:
     assert (report["auto_class"], report["shape"], report["bit_equal"]) == ("AutoModel", [1, 5], True)
     names = {path.name for path in (tmp_path / "exported").iterdir()}
     assert {"modeling_retrieval_mixer.py", "configuration_retrieval_mixer.py", "LICENSE", "README.md"} <= names
-    assert not names & {"history_mixing.py", "masked_mix.py", "ssd.py"}
+    assert not names & {"position_mixers.py", "masked_mix.py", "ssd.py"}
 
 
 # What it refuses
