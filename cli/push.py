@@ -137,13 +137,13 @@ def _listed(names: list[str]) -> str:
 
 
 def check_repository(repo: str, field: str = "REPO") -> None:
-    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token.
+    """Raise a ValueError if `repo` cannot be a repository's name, there is no token, or the Hub is switched off.
 
     Args:
         repo: OWNER/NAME or NAME.
         field: the argument or option that gave it.
     """
-    from huggingface_hub import get_token
+    from huggingface_hub import get_token, is_offline_mode
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -154,6 +154,11 @@ def check_repository(repo: str, field: str = "REPO") -> None:
         raise ValueError(f"{field}: {error}") from None
     if get_token() is None:
         raise ValueError(f"{field}: there is no Hugging Face token; log in with `hf auth login` or set HF_TOKEN")
+    if is_offline_mode():
+        remedy = "" if field == "REPO" else ", or leave the option out and run `ssm-zoo push` later"
+        raise ValueError(
+            f"{field}: nothing can be pushed in offline mode; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE{remedy}"
+        )
 
 
 def check_push_target(repo: str, *, private: bool = False) -> None:
@@ -164,8 +169,8 @@ def check_push_target(repo: str, *, private: bool = False) -> None:
         private: whether the repository has to be private.
 
     Raises:
-        ValueError: if the name is no repository's, there is no token, the Hub does not accept it, it may not write
-            there, or the repository is public although a private one is asked for.
+        ValueError: if the name is no repository's, there is no token, the Hub is switched off or does not accept the
+            token, it may not write there, or the repository is public although a private one is asked for.
         OSError: if the Hub cannot be reached.
     """
     field = "--push-to-hub"

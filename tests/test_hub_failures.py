@@ -228,6 +228,27 @@ def test_a_training_does_not_begin_where_the_hub_refuses(training: str, hub: obj
     assert re.fullmatch(r"ssm-zoo: [^\n]+\n", result.stderr), result.stderr
 
 
+@pytest.mark.parametrize("command", [*TRAININGS, "push"])
+@pytest.mark.usefixtures("work")
+def test_nothing_begins_in_offline_mode_that_would_end_in_a_push(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubStandIn() as hub:
+        point_to(hub.endpoint, monkeypatch)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        pushes = command == "push"
+        result = begun(["push", "zoo", "a/b"] if pushes else [*TRAININGS[command], "--push-to-hub", "tester/model"])
+        field = "REPO" if pushes else "--push-to-hub"
+        message = f"ssm-zoo: {field}: nothing can be pushed in offline mode; unset HF_HUB_OFFLINE"
+        assert result.stderr.startswith(message) and result.stderr.count("\n") == 1, result.stderr
+        assert not hub.requests
+
+
+def test_the_variable_of_the_environment_is_offline_mode(zoo: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-P", "-m", "ssm_zoo.cli.main", "push", str(zoo), "tester/model"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("ssm-zoo: REPO: nothing can be pushed in offline mode")
+
+
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.usefixtures("work")
 def test_what_is_not_finite_is_not_pushed(training: str, monkeypatch: pytest.MonkeyPatch) -> None:
