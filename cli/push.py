@@ -143,7 +143,7 @@ def check_repository(repo: str, field: str = "REPO") -> None:
         repo: OWNER/NAME or NAME.
         field: the argument or option that gave it.
     """
-    from huggingface_hub import get_token, is_offline_mode
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -154,8 +154,14 @@ def check_repository(repo: str, field: str = "REPO") -> None:
         raise ValueError(f"{field}: {error}") from None
     if get_token() is None:
         raise ValueError(f"{field}: there is no Hugging Face token; log in with `hf auth login` or set HF_TOKEN")
+    check_online(field, "" if field == "REPO" else ", or leave the option out and run `ssm-zoo push` later")
+
+
+def check_online(field: str, remedy: str = "") -> None:
+    """Raise a ValueError in offline mode, with one more `remedy` than to leave it."""
+    from huggingface_hub import is_offline_mode
+
     if is_offline_mode():
-        remedy = "" if field == "REPO" else ", or leave the option out and run `ssm-zoo push` later"
         raise ValueError(
             f"{field}: nothing can be pushed in offline mode; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE{remedy}"
         )
