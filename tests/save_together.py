@@ -1,6 +1,7 @@
 """Two processes save checkpoints and go on from them, called by train_with_trainer.py.
 
-test_distributed.py looks at what they leave. A folder gets one subfolder for each training, with `zoo/` and `text.txt` to read and these runs:
+test_distributed.py looks at what they leave. A folder gets one subfolder for each training, with `zoo/` and `text.txt`
+to read and these runs:
 
     whole      never interrupted
     run        killed in the last step, then finished by both processes
