@@ -61,7 +61,7 @@ class Way:
 
 WAYS = {
     f"{kind}-{name}": Way(version, *rest)
-    for version, kind in ((1, "fsdp1"), (2, "fsdp2"), (0, "ddp"))
+    for version, kind in ((0, "ddp"), (1, "fsdp1"), (2, "fsdp2"))
     for name, rest in (
         ("float32", (torch.float32, False)),
         ("mixed", (torch.float32, True)),
