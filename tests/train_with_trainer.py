@@ -60,15 +60,15 @@ class Way:
 
 
 WAYS = {
-    f"{kind}-{name}": Way(version, *rest)
+    f"{kind}-{name}": Way(version, dtype, mixed, lora)
     for version, kind in ((0, "ddp"), (1, "fsdp1"), (2, "fsdp2"))
-    for name, rest in (
-        ("float32", (torch.float32, False)),
-        ("mixed", (torch.float32, True)),
-        ("loaded-bf16", (BF16, True)),
-        ("all-bf16", (BF16, False)),
-        ("lora", (BF16, True, torch.float32)),
-        ("bf16-lora", (BF16, True, BF16)),
+    for name, dtype, mixed, lora in (
+        ("float32", torch.float32, False, None),
+        ("mixed", torch.float32, True, None),
+        ("loaded-bf16", BF16, True, None),
+        ("all-bf16", BF16, False, None),
+        ("lora", BF16, True, torch.float32),
+        ("bf16-lora", BF16, True, BF16),
     )
 }
 
@@ -180,6 +180,9 @@ def train_alone(model: Any, rows: list[dict[str, Any]], way: Way) -> list[float]
 
 def train_together(model: Any, rows: list[dict[str, Any]], way: Way, folder: str) -> tuple[Any, list[float]]:
     """The wrapped model, and the losses of two steps of both processes."""
+    sharding: dict[str, Any] = {}
+    if way.version:
+        sharding = {"fsdp": True, "fsdp_config": {"version": way.version, "sync_module_states": False}}
     arguments = TrainingArguments(
         output_dir=folder,
         use_cpu=True,
@@ -197,7 +200,7 @@ def train_together(model: Any, rows: list[dict[str, Any]], way: Way, folder: str
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,
-        **({"fsdp": True, "fsdp_config": {"version": way.version, "sync_module_states": False}} if way.version else {}),
+        **sharding,
     )
     trainer = CPUTrainer(model=model, args=arguments, train_dataset=rows)  # pyright: ignore[reportArgumentType]
     trainer.train()
