@@ -34,7 +34,7 @@ THIRD_PARTY = {"kernels": {"torch"}, "modeling": {"torch", "transformers", "hugg
 TRITON_FILE = "kernels/_triton.py"
 EXPORTED = ("kernels", "modeling")
 VAGUE_NAMES = {"utils.py", "util.py", "common.py", "helpers.py", "helper.py", "misc.py"}
-NOT_SOURCE = {".git", ".venv", "venv", "build", "dist", "runs", "outputs", "__pycache__"}
+NOT_SOURCE = {".git", ".venv", ".venv-oldest", "venv", "build", "dist", "runs", "outputs", "__pycache__"}
 
 # transformers.dynamic_module_utils.get_relative_imports finds the files of a model by these expressions, in the
 # text, so a docstring line can match them too.
