@@ -21,7 +21,7 @@ from test_trainer_checkpoints import weights
 from train_distributed import PREPARED, WAYS
 from train_with_trainer import cases
 
-from ssm_zoo.conversion.checkpoint_manifest import MANIFEST, damage
+from ssm_zoo.harness.checkpoint_manifest import MANIFEST, damage
 
 EVERY = ("first", pytest.param("every", marks=pytest.mark.slow))
 
