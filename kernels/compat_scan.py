@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
 from .checks import check_devices, check_groups, check_integers, check_projection, check_tensor
+from .recurrence import write_rows
 from .rms_norm import rms_norm
 from .selective_scan import selective_scan, selective_scan_step
 from .ssd_step import ssd_step
-from .state_update import write_rows
 
 
 def selective_scan_fn(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, tl, triton
-from .ssd_triton_kernels import _narrow
+from .triton_math import narrow
 
 # (S, places at a time, C). 16 bytes a thread of bfloat16, in 8 rows of 16 threads; a share is what a program reads in
 # the time that its launch takes, or so. Not timed on a device.
@@ -120,7 +120,7 @@ def _finish(
         y += tl.load(residual_ptr + feature * residual_feature, mask=inside, other=0.0).to(tl.float32)
     y = tl.where(position < limit, y, float("nan"))
     place = (row * heads + head) * WIDTH + feature
-    tl.store(y_ptr + place, _narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside)
+    tl.store(y_ptr + place, narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside)
 
 
 @triton.jit(do_not_specialize=["limit"])

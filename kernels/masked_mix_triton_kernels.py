@@ -11,14 +11,14 @@ bits up to a tile and in 32 bits inside it, but for columns of several rows.
 from __future__ import annotations
 
 from ._triton import tl, triton
-from .ssd_triton_kernels import _dot, _narrow
+from .triton_math import narrow
 
 
 @triton.jit
 def _as(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
     """An operand in the dtype that is multiplied in."""
     if values.dtype != dtype:
-        values = _narrow(values.to(tl.float32), dtype, EMULATE)
+        values = narrow(values.to(tl.float32), dtype, EMULATE)
     return values
 
 
@@ -140,7 +140,7 @@ def mix_kernel(
         w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, False, M, K)
         mask = (at + k < length)[:, None] & in_c[None, :]
         x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
-        acc = _dot(_as(w, dot, EMULATE), _as(x, dot, EMULATE), acc, EMULATE)
+        acc = dot(_as(w, dot, EMULATE), _as(x, dot, EMULATE), acc, EMULATE)
         x_at += K * x_token
         w_at += 0 if TOEPLITZ else K * w_k
     x_at = x_ptr + first_m.to(tl.int64) * x_token
@@ -149,7 +149,7 @@ def mix_kernel(
         w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, True, M, K)
         mask = (at + k < length)[:, None] & in_c[None, :]
         x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
-        acc = _dot(_as(w, dot, EMULATE), _as(x, dot, EMULATE), acc, EMULATE)
+        acc = dot(_as(w, dot, EMULATE), _as(x, dot, EMULATE), acc, EMULATE)
         if sums_ptr is not None:
             sums = tl.sum(x.to(tl.float32), 1)
             tl.store(sums_ptr + (head * tiles_c + tile_c) * length + at + k, sums, mask=at + k < length)
@@ -168,7 +168,7 @@ def mix_kernel(
         acc += residual.to(tl.float32)
     base, offsets, _ = _columns(tile_c, columns, y_row, WIDTH, PACKED, C)
     y_ptr += head * y_head + base + first_m.to(tl.int64) * y_token
-    y = _narrow(acc, y_ptr.dtype.element_ty, EMULATE)
+    y = narrow(acc, y_ptr.dtype.element_ty, EMULATE)
     tl.store(y_ptr + m[:, None] * y_token + offsets[None, :], y, mask=mask)
 
 
@@ -232,7 +232,7 @@ def weight_products_kernel(
         x = tl.load(
             x_ptr + (base + j.to(tl.int64) * x_token) + t[:, None] * x_token + offsets[None, :], mask=mask, other=0.0
         )
-        acc = _dot(_as(dy, dot, EMULATE), tl.trans(_as(x, dot, EMULATE)), acc, EMULATE)
+        acc = dot(_as(dy, dot, EMULATE), tl.trans(_as(x, dot, EMULATE)), acc, EMULATE)
     place = (share * tl.num_programs(2) + head) * tl.num_programs(0) + tile
     tl.store(partial_ptr + place * (T * T) + t[:, None] * T + t[None, :], acc)
 
@@ -265,7 +265,7 @@ def dense_gradient_kernel(
     i, j = tile_i * T + r, tile_j * T + t
     dweight_ptr += head * w_head + i[:, None].to(tl.int64) * w_row + j[None, :]
     mask = (i < length)[:, None] & (j[None, :] <= i[:, None])
-    tl.store(dweight_ptr, _narrow(acc, dweight_ptr.dtype.element_ty, EMULATE), mask=mask)
+    tl.store(dweight_ptr, narrow(acc, dweight_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
 @triton.jit(do_not_specialize=["length", "shares"])
@@ -299,5 +299,5 @@ def toeplitz_gradient_kernel(
             mask = tl.where(behind, tile + 1, tile) < tiles
             acc += tl.sum(tl.load(partial_ptr + place * (T * T) + offsets, mask=mask, other=0.0), 0)
     distance = tile * T + s
-    values = _narrow(acc, dweight_ptr.dtype.element_ty, EMULATE)
+    values = narrow(acc, dweight_ptr.dtype.element_ty, EMULATE)
     tl.store(dweight_ptr + head * w_head + distance, values, mask=distance < length)

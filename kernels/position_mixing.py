@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import accumulator, check_devices, check_integers, check_seq_idx, check_tensor, documents
+from .checks import accumulator, check_devices, check_integers, check_seq_idx, check_tensor
 from .document_line import DocumentLines
+from .recurrence import documents
 from .tracing import host_reads
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._triton import tl, triton
-from .softplus_triton import softplus
+from .triton_math import softplus
 
 
 @triton.jit

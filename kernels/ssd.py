@@ -23,21 +23,19 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import (
     accumulator,
-    blank_padding,
     check_devices,
     check_groups,
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    documents,
     of_no_rows,
 )
-from .ssd_chunked import decay_matrix, skip_and_gate, ssd_scan_torch
+from .recurrence import blank_padding, documents, skip_and_gate, step_sizes
+from .ssd_chunked import decay_matrix, ssd_scan_torch
 from .ssd_triton import ssd_scan_triton
 
 
@@ -283,17 +281,6 @@ def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]
     """
     real, first = documents(seq_idx)
     return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
-
-
-def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """The step sizes proper, of raw ones."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
-        dt = dt.clamp(*dt_limit)
-    return dt
 
 
 def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) -> None:

@@ -337,12 +337,3 @@ def _exp(sums: Tensor) -> Tensor:
 def _smallest(dtype: torch.dtype) -> float:
     """Of the sums whose exponential counts."""
     return -80.0 if dtype == torch.float32 else -700.0
-
-
-def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """`(y + D x) silu(z)` in the dtype of x."""
-    if D is not None:
-        y = y + (D[:, None] if D.dim() == 1 else D).to(y.dtype) * x.to(y.dtype)
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype)

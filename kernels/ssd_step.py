@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .checks import choose_implementation
-from .ssd import check_inputs, step_sizes
-from .ssd_chunked import skip_and_gate
+from .recurrence import skip_and_gate, step_sizes, update_state
+from .ssd import check_inputs
 from .ssd_step_triton import ssd_step_triton
-from .state_update import update_state
 
 
 def ssd_step(

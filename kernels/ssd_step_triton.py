@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, tl, triton
-from .softplus_triton import softplus
-from .ssd_triton_kernels import _narrow
+from .triton_math import narrow, softplus
 
 # States of a program, and the number of programs from which on it is used. A warp takes 512 states, 16 for a thread:
 # four loads of 16 bytes, on their way at once. Small programs are for small batches, which the large ones would not
@@ -181,4 +180,4 @@ def _step_kernel(
         z = tl.load(z_ptr + batch * z_batch + head * z_head + p * z_p, mask=inside_p, other=0.0).to(tl.float32)
         y *= z * tl.sigmoid(z)
     place = (batch * tl.num_programs(1) + head) * WIDTH + p
-    tl.store(y_ptr + place, _narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside_p)
+    tl.store(y_ptr + place, narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside_p)

@@ -7,35 +7,7 @@ registers for the tiles.
 from __future__ import annotations
 
 from ._triton import tl, triton
-
-
-# Triton's interpreter keeps bfloat16 as bit patterns: it multiplies those in a dot product, and it cuts a float32 off
-# where a device rounds to the nearest. EMULATE makes the next two do there what the compiled code does.
-@triton.jit
-def _dot(a, b, acc, EMULATE: tl.constexpr):
-    """acc + a b, summed in float32; float32 operands are multiplied as such, not as TF32."""
-    if EMULATE:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision="ieee")
-
-
-@triton.jit
-def _narrow(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """Round float32 values to the nearest of `dtype`, ties to even."""
-    if EMULATE and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        values = bits.to(tl.float32, bitcast=True)
-    return values.to(dtype)
-
-
-@triton.jit
-def _gate(z_ptr, offsets, mask):
-    """The sigmoid of z and silu(z)."""
-    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    smooth = tl.sigmoid(z)
-    return smooth, z * smooth
+from .triton_math import dot, load_gate, narrow
 
 
 @triton.jit
@@ -151,7 +123,7 @@ def walk_kernel(
             index = count - 1 - step
         if not SUMMARY:
             at = ((batch * capacity + index) * heads + head) * (WIDTH * SIZE)
-            tl.store(states_ptr + at + inside, _narrow(state, dtype, EMULATE), mask=in_state)
+            tl.store(states_ptr + at + inside, narrow(state, dtype, EMULATE), mask=in_state)
 
         begin = (tl.zeros((), dtype=tl.int64) + first + index) * Q
         present = rows < tl.minimum(length - begin, Q).to(tl.int32)
@@ -167,7 +139,7 @@ def walk_kernel(
             value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :], mask=in_value, other=0.0
         ).to(tl.float32)  # (Q, P)
         if HAS_Z:
-            _, gate = _gate(z_ptr + begin * z_token, rows[:, None] * z_token + p[None, :], in_value)
+            _, gate = load_gate(z_ptr + begin * z_token, rows[:, None] * z_token + p[None, :], in_value)
             value *= gate
         key = tl.load(
             key_ptr + begin * key_token + rows[:, None] * key_token + n[None, :],
@@ -180,12 +152,12 @@ def walk_kernel(
         if SPLIT:
             # The state adds up a whole row. Two half-precision terms keep 16 or more bits of the weighted values,
             # where rounding them once would leave 8: the final state is as good as float32 sums of the given inputs.
-            high = _narrow(weighted, dtype, EMULATE)
-            low = _narrow(weighted - high.to(tl.float32), dtype, EMULATE)
-            state = _dot(tl.trans(key), high, state, EMULATE)
-            state = _dot(tl.trans(key), low, state, EMULATE)
+            high = narrow(weighted, dtype, EMULATE)
+            low = narrow(weighted - high.to(tl.float32), dtype, EMULATE)
+            state = dot(tl.trans(key), high, state, EMULATE)
+            state = dot(tl.trans(key), low, state, EMULATE)
         else:
-            state = _dot(tl.trans(key), weighted, state, EMULATE)
+            state = dot(tl.trans(key), weighted, state, EMULATE)
     if SUMMARY:
         at = passing + place * heads
         tl.store(summary_ptr + at * (WIDTH * SIZE) + inside, state, mask=in_state)
@@ -252,10 +224,10 @@ def output_kernel(
     C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
     scalars = first_row + head
     coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
-    mix = _dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows, False)  # (Q target, Q source)
+    mix = dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows, False)  # (Q target, Q source)
     if HAS_SCALE:
         mix *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)[None, :]
-    mix = _narrow(mix, dtype, EMULATE)
+    mix = narrow(mix, dtype, EMULATE)
     from_start = tl.exp2(coarse + fine)[:, None]
     x_ptr += batch * x_batch + begin * x_token + head * x_head
     D_ptr += head * D_head
@@ -270,14 +242,14 @@ def output_kernel(
             states_ptr + p[:, None] * SIZE + n[None, :], mask=in_p[:, None] & in_n[None, :], other=0.0
         )  # (P, N)
         x = tl.load(x_ptr + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
-        y = _dot(C, tl.trans(state), None, EMULATE) * from_start
-        y = _dot(mix, x, y, EMULATE)
+        y = dot(C, tl.trans(state), None, EMULATE) * from_start
+        y = dot(mix, x, y, EMULATE)
         if HAS_D:
             y += x.to(tl.float32) * tl.load(D_ptr + p * D_width, mask=in_p, other=0.0)[None, :]
         if HAS_Z:
-            _, gate = _gate(z_ptr, rows[:, None] * z_token + p[None, :], in_x)
+            _, gate = load_gate(z_ptr, rows[:, None] * z_token + p[None, :], in_x)
             y *= gate
-        y = _narrow(y, y_ptr.dtype.element_ty, EMULATE)
+        y = narrow(y, y_ptr.dtype.element_ty, EMULATE)
         tl.store(y_ptr + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_x)
 
 
@@ -357,7 +329,7 @@ def chunk_gradients_kernel(
     # This kernel is short of registers. What is computed elementwise enters products on the right, by way of shared
     # memory, where the left would have it a second time in the layout of an operand; and products are added up with a
     # factor each, because one product that starts from another makes the compiler lay both out twice over the warps.
-    scores = _dot(B, tl.trans(C), None, EMULATE)  # (Q source, Q target)
+    scores = dot(B, tl.trans(C), None, EMULATE)  # (Q source, Q target)
     dB = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     dC = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     x_ptr += batch * x_batch + begin * x_token
@@ -372,7 +344,7 @@ def chunk_gradients_kernel(
         scale = tl.full((Q,), 1.0, dtype=tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
-        mix = _narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
+        mix = narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
 
         dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
         read = tl.zeros((Q,), dtype=tl.float32)  # by each token from the state entering
@@ -391,39 +363,39 @@ def chunk_gradients_kernel(
             x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
             dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
             state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
-            carried = _dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
+            carried = dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
             if HAS_D:
                 D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
             through = dy.to(tl.float32)  # what reaches the output before the gate
             if HAS_Z:
-                smooth, gate = _gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
+                smooth, gate = load_gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
                 slope = through * (smooth + gate * (1.0 - smooth))
                 dz = carried * slope
-                scaled = _narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
-                dz += _dot(tl.trans(mix), scaled, None, EMULATE) * slope
+                scaled = narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
+                dz += dot(tl.trans(mix), scaled, None, EMULATE) * slope
                 if HAS_D:
                     dz += x.to(tl.float32) * D[None, :] * slope
-                tl.store(dz_ptr + dense, _narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
+                tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
                 through *= gate
-                dy = _narrow(through, dtype, EMULATE)
-            dmix = _dot(x, tl.trans(dy), dmix, EMULATE)
+                dy = narrow(through, dtype, EMULATE)
+            dmix = dot(x, tl.trans(dy), dmix, EMULATE)
             read += tl.sum(carried * through, 1)
-            weighted = _narrow(through * from_start[:, None], dtype, EMULATE)
-            dC = _dot(tl.trans(state), tl.trans(weighted), dC, EMULATE)
+            weighted = narrow(through * from_start[:, None], dtype, EMULATE)
+            dC = dot(tl.trans(state), tl.trans(weighted), dC, EMULATE)
 
             dstate = tl.load(dstate_ptr + inside, mask=in_state, other=0.0)
             passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-            du = _dot(B, tl.trans(dstate), None, EMULATE) * to_end[:, None]  # (Q, P), the gradient of scale * x
+            du = dot(B, tl.trans(dstate), None, EMULATE) * to_end[:, None]  # (Q, P), the gradient of scale * x
             left += tl.sum(du * x.to(tl.float32), 1)
-            weighted = _narrow(x.to(tl.float32) * (to_end * scale)[:, None], dtype, EMULATE)
-            dB = _dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
+            weighted = narrow(x.to(tl.float32) * (to_end * scale)[:, None], dtype, EMULATE)
+            dB = dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
 
-            dx = _dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
+            dx = dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
             if HAS_D:
                 dx += through * D[None, :]
                 skipped = tl.sum(through * x.to(tl.float32), 0)
                 tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
-            tl.store(dx_ptr + dense, _narrow(dx, dtype, EMULATE), mask=in_x)
+            tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=in_x)
 
         # Loaded and summed again: kept, the decays between tokens would take up registers all along the loop.
         coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
@@ -434,9 +406,9 @@ def chunk_gradients_kernel(
             dmix *= scale[:, None]
             flow *= scale[:, None]
             left *= scale
-        half = _narrow(dmix, dtype, EMULATE)
-        dC = _dot(tl.trans(B), half, dC, EMULATE)
-        dB = _dot(tl.trans(C), tl.trans(half), dB, EMULATE)
+        half = narrow(dmix, dtype, EMULATE)
+        dC = dot(tl.trans(B), half, dC, EMULATE)
+        dB = dot(tl.trans(C), tl.trans(half), dB, EMULATE)
 
         # What passes from before k to k or later: from token to token, into the state leaving, from the one entering.
         flow = tl.cumsum(flow, 1, reverse=True) + left[:, None]

@@ -10,7 +10,7 @@ values are not read. Offsets count in 64 bits up to a tile and in 32 bits inside
 from __future__ import annotations
 
 from ._triton import tl, triton
-from .ssd_triton_kernels import _dot, _narrow
+from .triton_math import dot, narrow
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def forward_kernel(
         held = _real(real_ptr, column, columns)
         mask = held[:, None] & in_p
         k = tl.load(k_ptr + s[:, None] * k_column + p[None, :], mask=mask, other=0.0)
-        scores = _dot(q, tl.trans(k), tl.zeros((T, S), dtype=tl.float32), EMULATE) * factor
+        scores = dot(q, tl.trans(k), tl.zeros((T, S), dtype=tl.float32), EMULATE) * factor
         seen = held[None, :] & (column[None, :] >= starts[:, None]) & (column[None, :] < ends[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 1))
@@ -102,7 +102,7 @@ def forward_kernel(
         kept = tl.exp2(highest - base)
         total = total * kept + tl.sum(weights, 1)
         v = tl.load(v_ptr + s[:, None] * v_column + p[None, :], mask=mask, other=0.0)
-        o = _dot(_narrow(weights, v.dtype, EMULATE), v, o * kept[:, None], EMULATE)
+        o = dot(narrow(weights, v.dtype, EMULATE), v, o * kept[:, None], EMULATE)
         highest = raised
         k_ptr += S * k_column
         v_ptr += S * v_column
@@ -111,7 +111,7 @@ def forward_kernel(
     o /= total[:, None]
     place = first * heads + head
     offset = t[:, None] * (heads * WIDTH) + p[None, :]
-    tl.store(o_ptr + place * WIDTH + offset, _narrow(o, o_ptr.dtype.element_ty, EMULATE), mask=inside[:, None] & in_p)
+    tl.store(o_ptr + place * WIDTH + offset, narrow(o, o_ptr.dtype.element_ty, EMULATE), mask=inside[:, None] & in_p)
     tl.store(lse_ptr + place + t * heads, highest + tl.log2(total), mask=inside)
 
 
@@ -185,15 +185,15 @@ def query_gradients_kernel(
         mask = held[:, None] & in_p
         k = tl.load(k_ptr + s[:, None] * k_column + p[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + s[:, None] * v_column + p[None, :], mask=mask, other=0.0)
-        scores = _dot(q, tl.trans(k), tl.zeros((T, S), dtype=tl.float32), EMULATE) * factor
-        dweights = _dot(do, tl.trans(v), tl.zeros((T, S), dtype=tl.float32), EMULATE)
+        scores = dot(q, tl.trans(k), tl.zeros((T, S), dtype=tl.float32), EMULATE) * factor
+        dweights = dot(do, tl.trans(v), tl.zeros((T, S), dtype=tl.float32), EMULATE)
         seen = held[None, :] & (column[None, :] >= starts[:, None]) & (column[None, :] < ends[:, None])
         weights = tl.exp2(tl.where(seen, scores - lse[:, None], float("-inf")))
         dscores = weights * (dweights - delta[:, None])
-        dq = _dot(_narrow(dscores, k.dtype, EMULATE), k, dq, EMULATE)
+        dq = dot(narrow(dscores, k.dtype, EMULATE), k, dq, EMULATE)
         k_ptr += S * k_column
         v_ptr += S * v_column
-    dq = _narrow(dq * scale, dq_ptr.dtype.element_ty, EMULATE)
+    dq = narrow(dq * scale, dq_ptr.dtype.element_ty, EMULATE)
     tl.store(dq_ptr + place * WIDTH + offset, dq, mask=inside[:, None] & in_p)
 
 
@@ -268,16 +268,16 @@ def key_gradients_kernel(
             place = m * heads + head
             lse = tl.load(lse_ptr + place + t * heads, mask=live, other=0.0)
             delta = tl.load(delta_ptr + place + t * heads, mask=live, other=0.0)
-            scores = _dot(k, tl.trans(q), tl.zeros((S, T), dtype=tl.float32), EMULATE) * factor
+            scores = dot(k, tl.trans(q), tl.zeros((S, T), dtype=tl.float32), EMULATE) * factor
             seen = held[:, None] & (column[:, None] >= starts[None, :]) & (column[:, None] < ends[None, :])
             weights = tl.exp2(tl.where(seen, scores - lse[None, :], float("-inf")))
-            dv = _dot(_narrow(weights, do.dtype, EMULATE), do, dv, EMULATE)
-            dweights = _dot(v, tl.trans(do), tl.zeros((S, T), dtype=tl.float32), EMULATE)
+            dv = dot(narrow(weights, do.dtype, EMULATE), do, dv, EMULATE)
+            dweights = dot(v, tl.trans(do), tl.zeros((S, T), dtype=tl.float32), EMULATE)
             dscores = weights * (dweights - delta[None, :])
-            dk = _dot(_narrow(dscores, q.dtype, EMULATE), q, dk, EMULATE)
+            dk = dot(narrow(dscores, q.dtype, EMULATE), q, dk, EMULATE)
     groups = heads // per_group
     place = ((row * columns + at) * groups + group) * WIDTH
     offset = s[:, None] * (groups * WIDTH) + p[None, :]
     mask = (column < columns)[:, None] & in_p
-    tl.store(dk_ptr + place + offset, _narrow(dk * scale, dk_ptr.dtype.element_ty, EMULATE), mask=mask)
-    tl.store(dv_ptr + place + offset, _narrow(dv, dv_ptr.dtype.element_ty, EMULATE), mask=mask)
+    tl.store(dk_ptr + place + offset, narrow(dk * scale, dk_ptr.dtype.element_ty, EMULATE), mask=mask)
+    tl.store(dv_ptr + place + offset, narrow(dv, dv_ptr.dtype.element_ty, EMULATE), mask=mask)
