@@ -1,8 +1,28 @@
-"""Device functions that several ops' Triton kernels share."""
+"""What the Triton files of several ops share: strides of operands, and device functions."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from ._triton import tl, triton
+
+
+def unit_stride(tensor: Any) -> Any:
+    """Return the tensor, copied unless its last dimension is dense (as it is in a slice of channels); None for None."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """Return the tensor's strides, and 0 for the dimensions that follow (all, if there is no tensor)."""
+    found = () if tensor is None else tensor.stride()
+    return (*found, *[0] * (dimensions - len(found)))
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))  # log2(e)
 
 
 @triton.jit
