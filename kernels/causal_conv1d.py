@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
-from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows
+from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows, recorded
 from .tracing import tracing
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
@@ -135,8 +135,7 @@ def causal_conv1d_step(
     check_tensor("x", x, (None, weight.shape[0]), "(B, D)")
     check_tensor("state", state, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
     check_devices(x=x, state=state, weight=weight, bias=bias)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, state, weight, bias))
-    served = weight.shape[1] in WIDTHS and not recorded  # the kernel has no backward
+    served = weight.shape[1] in WIDTHS and not recorded(x, state, weight, bias)  # the kernel has no backward
     if choose_implementation(implementation, "causal_conv1d_step", x, served) == "triton":
         return causal_conv1d_step_triton(x, state, weight, bias, activation)
     dtype = accumulator(x)

@@ -58,12 +58,7 @@ def causal_conv1d_step_triton(
     block, warps = _WINDOW_TILE
     with torch.cuda.device_of(x):
         step_kernel[(batch, triton.cdiv(channels, block))](
-            x,
-            state,
-            weight,
-            bias,
-            y,
-            channels,
+            *(x, state, weight, bias, y, channels),
             *x.stride(),
             *state.stride(),
             *weight.stride(),
@@ -106,14 +101,7 @@ class _CausalConv1d(torch.autograd.Function):
         with torch.cuda.device_of(x):
             tokens, block, warps = _FORWARD_TILE
             forward_kernel[(triton.cdiv(length, tokens), triton.cdiv(channels, block), batch)](
-                x,
-                weight,
-                bias,
-                initial_state,
-                sources,
-                y,
-                length,
-                channels,
+                *(x, weight, bias, initial_state, sources, y, length, channels),
                 *x.stride(),
                 *weight.stride(),
                 0 if bias is None else bias.stride(0),
@@ -128,12 +116,7 @@ class _CausalConv1d(torch.autograd.Function):
                 state = x.new_empty(batch, channels, width - 1)
                 block, warps = _WINDOW_TILE
                 final_state_kernel[(batch, triton.cdiv(channels, block))](
-                    x,
-                    initial_state,
-                    sources,
-                    state,
-                    length,
-                    channels,
+                    *(x, initial_state, sources, state, length, channels),
                     *x.stride(),
                     *strides(initial_state, 3),
                     WIDTH=width,
@@ -167,19 +150,8 @@ class _CausalConv1d(torch.autograd.Function):
             partial = x.new_empty(batch * blocks, width + 1, channels, dtype=torch.float32)
         with torch.cuda.device_of(x):
             backward_kernel[(blocks, triton.cdiv(channels, block), batch)](
-                x,
-                weight,
-                bias,
-                initial_state,
-                sources,
-                targets,
-                dy,
-                dstate,
-                dx,
-                dinitial,
-                partial,
-                length,
-                channels,
+                *(x, weight, bias, initial_state, sources, targets, dy, dstate, dx, dinitial, partial),
+                *(length, channels),
                 *x.stride(),
                 *weight.stride(),
                 0 if bias is None else bias.stride(0),

@@ -21,7 +21,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import accumulator, check_devices, check_integers, check_seq_idx, check_tensor, choose_implementation
+from .checks import (
+    accumulator,
+    check_devices,
+    check_integers,
+    check_seq_idx,
+    check_tensor,
+    choose_implementation,
+    recorded,
+)
 from .position_mix_torch import DenseWeights, DocumentLines, ToeplitzWeights, mix_fourier, mix_panels
 from .position_mix_triton import mix_step_triton, mix_triton
 from .recurrence import documents
@@ -282,11 +290,6 @@ def _check_weights(weight: Tensor, shape: str, bias: Tensor | None, heads: int) 
     if bias is not None:
         check_tensor("bias", bias, (heads, N), "(H, N)")
     return N
-
-
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether a gradient of one of them is to be recorded."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def mix_by_document(

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
-from .triton_math import narrow, strides, unit_stride
+from .triton_math import dot, narrow, strides, unit_stride
 
 # (M, C, K, warps, stages) of the mixtures and (T, C, warps, stages) of the weights' gradient, by bytes of an element.
 # Compiled by Triton 3.9 they spill no registers on sm_80 and sm_90; shared memory is at most 144 KiB. No tile has been
@@ -128,16 +128,7 @@ def _mix(
     by_row, by_column = (1, 1) if toeplitz else weight.stride()[1:]
     with torch.cuda.device_of(x):
         mix_kernel[tiles_m * tiles_c, H](
-            x,
-            weight,
-            bias,
-            residual,
-            y,
-            sums,
-            L,
-            B * P,
-            tiles_m,
-            tiles_c,
+            *(x, weight, bias, residual, y, sums, L, B * P, tiles_m, tiles_c),
             *x.stride()[:3],
             *strides(residual, 3)[:3],
             *y.stride()[:3],
@@ -171,13 +162,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     rows = min(_ROWS, T)
     with torch.cuda.device_of(x):
         weight_products_kernel[programs, shares, H](
-            x,
-            dy,
-            partial,
-            L,
-            B * P,
-            tiles,
-            tiles_c,
+            *(x, dy, partial, L, B * P, tiles, tiles_c),
             *x.stride()[:3],
             *dy.stride()[:3],
             WIDTH=P,
@@ -195,10 +180,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
             )
         else:
             dense_gradient_kernel[programs, triton.cdiv(T, rows), H](
-                partial,
-                dweight,
-                L,
-                shares,
+                *(partial, dweight, L, shares),
                 *dweight.stride()[:2],
                 T=T,
                 R=rows,
@@ -295,7 +277,7 @@ def mix_kernel(
     weight_ptr += head * w_head
 
     # The gradient of a float32 stream is multiplied in the dtype of the inputs.
-    dot = y_ptr.dtype.element_ty if TRANSPOSED else x_ptr.dtype.element_ty
+    operand = y_ptr.dtype.element_ty if TRANSPOSED else x_ptr.dtype.element_ty
     acc = tl.zeros((M, C), dtype=tl.float32)
     begin = first_m + M if TRANSPOSED else first_m * 0
     end = length if TRANSPOSED else first_m
@@ -305,7 +287,7 @@ def mix_kernel(
         w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, False, M, K)
         mask = (at + k < length)[:, None] & in_c[None, :]
         x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
-        acc = dot(_as(w, dot, EMULATE), _as(x, dot, EMULATE), acc, EMULATE)
+        acc = dot(_as(w, operand, EMULATE), _as(x, operand, EMULATE), acc, EMULATE)
         x_at += K * x_token
         w_at += 0 if TOEPLITZ else K * w_k
     x_at = x_ptr + first_m.to(tl.int64) * x_token
@@ -314,7 +296,7 @@ def mix_kernel(
         w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, True, M, K)
         mask = (at + k < length)[:, None] & in_c[None, :]
         x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
-        acc = dot(_as(w, dot, EMULATE), _as(x, dot, EMULATE), acc, EMULATE)
+        acc = dot(_as(w, operand, EMULATE), _as(x, operand, EMULATE), acc, EMULATE)
         if sums_ptr is not None:
             sums = tl.sum(x.to(tl.float32), 1)
             tl.store(sums_ptr + (head * tiles_c + tile_c) * length + at + k, sums, mask=at + k < length)
@@ -365,7 +347,7 @@ def weight_products_kernel(
         tile_j = tile - tile_i * (tile_i + 1) // 2
         below = tile_i - tile_j
         steps = tiles_c
-    dot = x_ptr.dtype.element_ty
+    operand = x_ptr.dtype.element_ty
     x_ptr += head * x_head
     dy_ptr += head * dy_head
     each = tl.cdiv(steps, tl.num_programs(1))
@@ -383,7 +365,7 @@ def weight_products_kernel(
         x = tl.load(
             x_ptr + (base + j.to(tl.int64) * x_token) + t[:, None] * x_token + offsets[None, :], mask=mask, other=0.0
         )
-        acc = dot(_as(dy, dot, EMULATE), tl.trans(_as(x, dot, EMULATE)), acc, EMULATE)
+        acc = dot(_as(dy, operand, EMULATE), tl.trans(_as(x, operand, EMULATE)), acc, EMULATE)
     place = (share * tl.num_programs(2) + head) * tl.num_programs(0) + tile
     tl.store(partial_ptr + place * (T * T) + t[:, None] * T + t[None, :], acc)
 
@@ -482,10 +464,7 @@ def mix_step_triton(
         return y
     with torch.cuda.device_of(history):
         _step_kernel[triton.cdiv(P, C), shares, B * H](
-            history,
-            weight,
-            positions,
-            partial,
+            *(history, weight, positions, partial),
             *epilogue,
             limit,
             H,
@@ -505,10 +484,7 @@ def mix_step_triton(
                 positions,
                 partial,
                 *epilogue,
-                limit,
-                H,
-                shares,
-                positions.stride(0),
+                *(limit, H, shares, positions.stride(0)),
                 WIDTH=P,
                 S=share,
                 C=C,

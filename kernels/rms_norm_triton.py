@@ -138,16 +138,7 @@ def _forward(
     block_rows, block, warps = _tile(group_size)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(rows, block_rows), groups)](
-            x_rows,
-            weight,
-            z_rows,
-            residual_rows,
-            y,
-            total,
-            r,
-            rows,
-            group_size,
-            eps,
+            *(x_rows, weight, z_rows, residual_rows, y, total, r, rows, group_size, eps),
             *x_rows.stride(),
             *weight.stride(),
             *strides(z_rows, 2),
@@ -185,18 +176,7 @@ def _backward(
     partial = x.new_empty(programs, width, dtype=torch.float32) if needs_weight else None
     with torch.cuda.device_of(x):
         _backward_kernel[(programs, groups)](
-            x_rows,
-            weight,
-            z_rows,
-            r,
-            dy_rows,
-            dtotal_rows,
-            dx,
-            dz,
-            dresidual,
-            partial,
-            rows,
-            group_size,
+            *(x_rows, weight, z_rows, r, dy_rows, dtotal_rows, dx, dz, dresidual, partial, rows, group_size),
             *x_rows.stride(),
             *weight.stride(),
             *strides(z_rows, 2),

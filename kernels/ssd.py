@@ -47,6 +47,7 @@ from .checks import (
     check_tensor,
     choose_implementation,
     of_no_rows,
+    recorded,
 )
 from .recurrence import blank_padding, documents, skip_and_gate, step_sizes, update_state
 from .ssd_triton import ssd_scan_triton, ssd_step_triton
@@ -377,11 +378,10 @@ def ssd_scan_torch(
     if D is not None and D.dim() == 1:
         D = D[:, None]
     arguments = (x, scale, log_decay, B, C, D, z, initial_state)
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
         if tracing():
             return _traced_scan(*arguments, chunk_size or _CHUNK)
-        if recorded:
+        if recorded(*arguments):
             return _Scan.apply(*arguments, chunk_size or _CHUNK)
         return _forward(*arguments, chunk_size or _CHUNK, None)
 
@@ -747,6 +747,5 @@ def _choose(
     check_inputs(x, decay_name, decay, A, B, C, D, z, dt_bias, state, None, one_token=True)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
-    arguments = (state, x, decay, A, B, C, D, z, dt_bias)
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments)
-    return choose_implementation(implementation, name, state, not recorded)  # the kernel has no backward
+    served = not recorded(state, x, decay, A, B, C, D, z, dt_bias)  # the kernel has no backward
+    return choose_implementation(implementation, name, state, served)
