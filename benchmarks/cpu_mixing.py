@@ -38,8 +38,7 @@ from dense_mixing import (
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from ssm_zoo.kernels.masked_mix import masked_mix
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix
+from ssm_zoo.kernels.position_mix import masked_mix, toeplitz_mix
 
 WIDTH = 1024
 COLUMNS = "inputs as one matrix"

@@ -33,8 +33,7 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
 from ssm_zoo.kernels.rms_norm import rms_norm
-from ssm_zoo.kernels.ssd import ssd
-from ssm_zoo.kernels.ssd_step import ssd_step
+from ssm_zoo.kernels.ssd import ssd, ssd_step
 
 Run = Callable[[], tuple[Tensor, ...]]
 

@@ -16,12 +16,10 @@ from mixers import mamba1_parts, mamba2_parts
 from torch import Tensor
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
-from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_reference
+from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_reference, toeplitz_mix, toeplitz_mix_reference
 from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference
-from ssm_zoo.kernels.ssd import ssd, ssd_reference
-from ssm_zoo.kernels.ssd_step import ssd_step
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference
+from ssm_zoo.kernels.ssd import ssd, ssd_reference, ssd_step
 from ssm_zoo.kernels.window_attention import window_attention, window_attention_reference
 
 Sizes = Mapping[str, int]

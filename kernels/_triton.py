@@ -2,7 +2,7 @@
 
 A kernel file takes `triton` and `tl` from here and starts with `from __future__ import annotations`, so that an
 annotation such as `BLOCK: tl.constexpr` is not evaluated where `tl` is None. Without Triton a decorated kernel is
-the plain function, which nobody calls: `arguments.choose_implementation` refuses first.
+the plain function, which nobody calls: `checks.choose_implementation` refuses first.
 """
 
 from __future__ import annotations

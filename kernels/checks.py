@@ -4,10 +4,7 @@ reading of `seq_idx` that the recurrences share.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._triton import HAS_TRITON, INTERPRETED
@@ -150,23 +147,3 @@ def of_no_rows(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | Non
         if tensor is not None and tensor.requires_grad:
             nothing = nothing + tensor.sum().to(dtype)
     return nothing
-
-
-def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
-    document = seq_idx.cummax(dim=1).values
-    before = F.pad(document[:, :-1], (1, 0), value=-1)
-    return seq_idx >= 0, (document != before) & (before >= 0)
-
-
-def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
-    if seq_idx is None:
-        return tensors
-    padding = seq_idx < 0
-    if not tracing() and not bool(padding.any()):
-        return tensors
-    return tuple(
-        None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)
-        for tensor in tensors
-    )

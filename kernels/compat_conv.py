@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
 from .checks import check_cu_seqlens, check_devices, check_integers, check_tensor
-from .state_update import write_rows
+from .recurrence import write_rows
 
 
 def causal_conv1d_fn(

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
 from .checks import check_devices, check_groups, check_integers, check_projection, check_tensor
+from .recurrence import write_rows
 from .rms_norm import rms_norm
 from .selective_scan import selective_scan, selective_scan_step
-from .ssd_step import ssd_step
-from .state_update import write_rows
+from .ssd import ssd_step
 
 
 def selective_scan_fn(
@@ -239,7 +239,7 @@ def selective_state_update(
 
     Mamba-2's tensors have a head axis, Mamba-1's have none. Where step sizes, their bias and decay rates are expanded
     over P and N (stride 0), as Mamba-2's callers pass them, this is one
-    :func:`~ssm_zoo.kernels.ssd_step.ssd_step`, otherwise one
+    :func:`~ssm_zoo.kernels.ssd.ssd_step`, otherwise one
     :func:`~ssm_zoo.kernels.selective_scan.selective_scan_step`.
 
     Args:

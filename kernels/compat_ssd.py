@@ -23,8 +23,9 @@ from .checks import (
     check_tensor,
 )
 from .compat_conv import convolution_activation
+from .recurrence import step_sizes
 from .rms_norm import rms_norm
-from .ssd import ssd, step_sizes
+from .ssd import ssd
 
 
 def mamba_chunk_scan_combined(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
+from .triton_math import sigmoid, strides
 
 # A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, backward spills up to 220 bytes of registers per
 # thread at 8192 numbers and up to 420 at 16384; wider groups are left to torch.
@@ -137,20 +138,11 @@ def _forward(
     block_rows, block, warps = _tile(group_size)
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(rows, block_rows), groups)](
-            x_rows,
-            weight,
-            z_rows,
-            residual_rows,
-            y,
-            total,
-            r,
-            rows,
-            group_size,
-            eps,
+            *(x_rows, weight, z_rows, residual_rows, y, total, r, rows, group_size, eps),
             *x_rows.stride(),
             *weight.stride(),
-            *_strides(z_rows),
-            *_strides(residual_rows),
+            *strides(z_rows, 2),
+            *strides(residual_rows, 2),
             NORM_FIRST=norm_before_gate,
             BLOCK_R=block_rows,
             BLOCK_S=block,
@@ -184,23 +176,12 @@ def _backward(
     partial = x.new_empty(programs, width, dtype=torch.float32) if needs_weight else None
     with torch.cuda.device_of(x):
         _backward_kernel[(programs, groups)](
-            x_rows,
-            weight,
-            z_rows,
-            r,
-            dy_rows,
-            dtotal_rows,
-            dx,
-            dz,
-            dresidual,
-            partial,
-            rows,
-            group_size,
+            *(x_rows, weight, z_rows, r, dy_rows, dtotal_rows, dx, dz, dresidual, partial, rows, group_size),
             *x_rows.stride(),
             *weight.stride(),
-            *_strides(z_rows),
+            *strides(z_rows, 2),
             *dy_rows.stride(),
-            *_strides(dtotal_rows),
+            *strides(dtotal_rows, 2),
             NORM_FIRST=norm_before_gate,
             ROWS=_SUMMED_ROWS,
             BLOCK_R=block_rows,
@@ -221,38 +202,15 @@ def _tile(group_size: int) -> tuple[int, int, int]:
     return rows, block, min(max(rows * block // 512, 1), 32)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if tensor is None else tensor.stride()
-
-
-@triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))  # log2(e)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x_ptr,
-    weight_ptr,
-    z_ptr,
-    residual_ptr,
-    y_ptr,
-    total_ptr,
-    r_ptr,
+    x_ptr, weight_ptr, z_ptr, residual_ptr, y_ptr, total_ptr, r_ptr,
     rows,
     group_size,
     eps,
-    x_row,
-    x_column,
-    weight_column,
-    z_row,
-    z_column,
-    residual_row,
-    residual_column,
-    NORM_FIRST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    x_row, x_column, weight_column, z_row, z_column, residual_row, residual_column,
+    NORM_FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     group = tl.program_id(1).to(tl.int64)
     groups = tl.num_programs(1)
@@ -271,7 +229,7 @@ def _forward_kernel(
     gate = tl.zeros((BLOCK_R, BLOCK_S), dtype=tl.float32)
     if z_ptr is not None:
         z = tl.load(z_ptr + row[:, None] * z_row + column[None, :] * z_column, mask=inside, other=0.0).to(tl.float32)
-        gate = z * _sigmoid(z)
+        gate = z * sigmoid(z)
         if not NORM_FIRST:
             u *= gate
     r = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps)  # (BLOCK_R)
@@ -289,32 +247,11 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
-    x_ptr,
-    weight_ptr,
-    z_ptr,
-    r_ptr,
-    dy_ptr,
-    dtotal_ptr,
-    dx_ptr,
-    dz_ptr,
-    dresidual_ptr,
-    partial_ptr,
+    x_ptr, weight_ptr, z_ptr, r_ptr, dy_ptr, dtotal_ptr, dx_ptr, dz_ptr, dresidual_ptr, partial_ptr,
     rows,
-    group_size,
-    x_row,
-    x_column,
-    weight_column,
-    z_row,
-    z_column,
-    dy_row,
-    dy_column,
-    dtotal_row,
-    dtotal_column,
-    NORM_FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
+    group_size, x_row, x_column, weight_column, z_row, z_column, dy_row, dy_column, dtotal_row, dtotal_column,
+    NORM_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     group = tl.program_id(1).to(tl.int64)
     groups = tl.num_programs(1)
@@ -340,9 +277,9 @@ def _backward_kernel(
         else:
             z_offset = row[:, None] * z_row + column[None, :] * z_column
             z = tl.load(z_ptr + z_offset, mask=inside, other=0.0).to(tl.float32)
-            sigmoid = _sigmoid(z)
-            gate = z * sigmoid
-            slope = sigmoid * (1.0 + z * (1.0 - sigmoid))  # of silu
+            smooth = sigmoid(z)
+            gate = z * smooth
+            slope = smooth * (1.0 + z * (1.0 - smooth))  # of silu
             if NORM_FIRST:
                 n = x * r
                 dw = dy * gate * n

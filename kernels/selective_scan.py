@@ -29,17 +29,15 @@ from torch.autograd.function import once_differentiable
 
 from .checks import (
     accumulator,
-    blank_padding,
     check_devices,
     check_groups,
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    documents,
     of_no_rows,
 )
+from .recurrence import blank_padding, documents, update_state
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
-from .state_update import update_state
 from .tracing import opaque, tracing
 
 # Numbers of states (rows x D x N) and of tokens that the torch path works on at a time: the operation of one token then

@@ -10,35 +10,48 @@ The recurrence is, for every batch row and head (head h reads B and C of group h
 with a_t = dt_t A and u_t = dt_t x_t in Mamba-2 (:func:`ssd`), and a_t given directly with u_t = x_t in discrete
 Mamba-2, retention and gated linear attention (:func:`ssd_log_decay`).
 
-Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 (block decomposition of the semiseparable
-matrix) and listing 1.
-
 `seq_idx`: (B, L) integer document index of each token of a packed row, non-decreasing over the real tokens. A negative
 value marks padding, which is skipped as if it were absent. The initial state belongs to the document of the row's first
 real token; the final state is the one after the row's last real token.
+
+The torch path (:func:`ssd_scan_torch`) is a loop over chunks that carries the state, forward and backward. With S_i the
+sum of a chunk's log-decays up to token i, T their total, h the state entering the chunk and
+M_ji = (B_j . C_i) exp(S_i - S_j) for j <= i (source by target),
+
+    y_i = sum_j M_ji u_j + exp(S_i) h C_i,          h' = exp(T) h + sum_j exp(T - S_j) u_j (x) B_j.
+
+Memory traffic bounds such code on a CPU: the intermediate tensors of a chunk stay in the cache until they are used, all
+heads of a group meet the state in one matrix product (the state is held as (N, H/G P)), and no tensor is padded,
+transposed in memory or written twice. The backward keeps the inputs and the state entering each chunk, and recomputes
+the rest.
+
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 (block decomposition of the semiseparable
+matrix) and listing 1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .checks import (
     accumulator,
-    blank_padding,
     check_devices,
     check_groups,
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    documents,
     of_no_rows,
+    recorded,
 )
-from .ssd_chunked import decay_matrix, skip_and_gate, ssd_scan_torch
-from .ssd_triton import ssd_scan_triton
+from .recurrence import blank_padding, documents, skip_and_gate, step_sizes, update_state
+from .ssd_triton import ssd_scan_triton, ssd_step_triton
+from .tracing import opaque, tracing
 
 
 def ssd(
@@ -285,17 +298,6 @@ def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]
     return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
 
 
-def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """The step sizes proper, of raw ones."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
-        dt = dt.clamp(*dt_limit)
-    return dt
-
-
 def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) -> None:
     check_tensor("B", B, (*rows, None, None), f"({lead}, G, N)")
     check_groups("B", B.shape[-2], heads)
@@ -337,3 +339,413 @@ def check_inputs(
     check_devices(**named, seq_idx=seq_idx)
     if seq_idx is not None:
         check_seq_idx(seq_idx, rows[0], rows[1])
+
+
+# Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
+# balance; 64 also keeps the (Q, Q) tiles of 24 heads and their state in a CPU core's L2 cache.
+_CHUNK = 64
+
+
+def ssd_scan_torch(
+    x: Tensor,
+    scale: Tensor | None,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`, differentiable.
+
+    Documents and padding are already in the arguments: log-decays of -inf and of 0, zeros in x, B, C and z.
+
+    Args:
+        x: (B, L, H, P) inputs, L >= 1.
+        scale: (B, L, H) factors of the inputs in the dtype of `log_decay`, or None for one.
+        log_decay: (B, L, H) in the dtype of the sums, in [-inf, 0].
+        B: (B, L, G, N) input maps; G divides H.
+        C: (B, L, G, N) output maps.
+        D: (H) or (H, P) skip.
+        z: (B, L, H, P) gate.
+        initial_state: (B, H, P, N) state before the first token; zero if not given.
+        chunk_size: tokens of a chunk.
+
+    Returns:
+        (B, L, H, P) outputs in the dtype of x and the (B, H, P, N) final state in the dtype of the sums.
+    """
+    if D is not None and D.dim() == 1:
+        D = D[:, None]
+    arguments = (x, scale, log_decay, B, C, D, z, initial_state)
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        if tracing():
+            return _traced_scan(*arguments, chunk_size or _CHUNK)
+        if recorded(*arguments):
+            return _Scan.apply(*arguments, chunk_size or _CHUNK)
+        return _forward(*arguments, chunk_size or _CHUNK, None)
+
+
+class _Chunk(NamedTuple):
+    """What forward and backward both need of a chunk, in the dtype of the sums; R = H / G, i target, j source."""
+
+    x: Tensor
+    """(B, Q, H, P)"""
+    u: Tensor
+    """(B, Q, H, P) scaled inputs"""
+    B: Tensor
+    """(B, G, Q, N)"""
+    C: Tensor
+    """(B, G, Q, N)"""
+    scores: Tensor
+    """(B, G, 1, Q j, Q i) products B_j . C_i, 0 for i < j"""
+    decay: Tensor
+    """(B, H, Q j, Q i) exp(S_i - S_j), of no meaning for i < j"""
+    to_end: Tensor
+    """(B, Q, H, 1) exp(T - S_j)"""
+    from_start: Tensor
+    """(B, Q, H, 1) exp(S_i)"""
+
+    @property
+    def whole(self) -> Tensor:
+        """(B, G, 1, R, 1) exp(T)"""
+        return self.from_start[:, -1].unflatten(1, (self.B.shape[1], -1))[:, :, None]
+
+
+def _chunk(
+    part: slice, x: Tensor, scale: Tensor | None, log_decay: Tensor, B: Tensor, C: Tensor, sums: torch.dtype
+) -> _Chunk:
+    x = x[:, part].to(sums)
+    u = x if scale is None else x * scale[:, part, :, None]
+    B, C = B[:, part].to(sums).transpose(1, 2), C[:, part].to(sums).transpose(1, 2)
+    log_decay = log_decay[:, part]
+    decay = _decays(log_decay.transpose(1, 2))
+    to_end = decay[..., -1].transpose(1, 2)[..., None]
+    scores = (B @ C.transpose(-1, -2)).triu_()[:, :, None]
+    return _Chunk(x, u, B, C, scores, decay, to_end, _exp(log_decay.cumsum(1))[..., None])
+
+
+def _mixed(matrix: Tensor, values: Tensor) -> Tensor:
+    """(B, H, Q, Q) times (B, Q, H, P), as (B, Q, H, P)."""
+    return (matrix @ values.transpose(1, 2)).transpose(1, 2)
+
+
+def _grouped(values: Tensor, groups: int) -> Tensor:
+    """(B, Q, H, P) as (B, G, Q, R P); a view for one group."""
+    return values.unflatten(2, (groups, -1)).transpose(1, 2).flatten(3)
+
+
+def _by_head(values: Tensor, heads: int) -> Tensor:
+    """(B, G, Q, R P) as (B, Q, H, P); a view for one group."""
+    batch, groups, length, channels = values.shape
+    width = channels * groups // heads
+    return values.unflatten(3, (heads // groups, -1)).transpose(1, 2).reshape(batch, length, heads, width)
+
+
+def _held(state: Tensor, groups: int) -> Tensor:
+    """A copy of (B, H, P, N) as the loops hold it: (B, G, N, R, P)."""
+    return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).clone(memory_format=torch.contiguous_format)
+
+
+def _given(state: Tensor) -> Tensor:
+    """(B, G, N, R, P) as callers see it: (B, H, P, N)."""
+    return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+class _Scan(torch.autograd.Function):
+    """Saves the inputs and the states entering the chunks.
+
+    With g the gradient of the state leaving a chunk and dM_ji = dy_i . u_j:
+    dC_i = sum_j dM_ji exp(S_i - S_j) B_j + exp(S_i) h^T dy_i, dB_j likewise with C_i and exp(T - S_j) g^T u_j, and
+    du_j = sum_i M_ji dy_i + exp(T - S_j) g B_j.
+
+    d(log_decay)_k is the sum of all that passes from before k to k or later: dM_ji M_ji for j < k <= i, what the tokens
+    from k on read from h, what those before k leave in h', and exp(T) h . g. The shorter identity d(log_decay) =
+    reverse cumulative sum of (y . dy - u . du) is not used: there, everything that does not pass k is added and
+    subtracted again, so that its rounding swamps the gradient of a strong decay.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        log_decay: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        initial_state: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        batch, length, heads, width = x.shape
+        chunks = -(-length // chunk_size)
+        states = log_decay.new_empty(chunks, batch, B.shape[2], B.shape[3], heads // B.shape[2], width)
+        result = _forward(x, scale, log_decay, B, C, D, z, initial_state, chunk_size, states)
+        ctx.save_for_backward(x, scale, log_decay, B, C, D, z, initial_state, states)
+        ctx.chunk_size = chunk_size
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, log_decay, B, C, D, z, initial_state, states = ctx.saved_tensors
+        chunk_size = ctx.chunk_size
+        heads, groups = x.shape[2], B.shape[2]
+        sums = log_decay.dtype
+        dx, dlog_decay = torch.empty_like(x), torch.empty_like(log_decay)
+        dB, dC = torch.empty_like(B), torch.empty_like(C)
+        dscale = None if scale is None else torch.empty_like(scale)
+        dD = None if D is None else x.new_zeros(x.shape[2:], dtype=sums)
+        dz = None if z is None else torch.empty_like(z)
+        dstate = _held(dfinal_state.to(sums), groups)
+        for index in reversed(range(len(states))):
+            part = slice(index * chunk_size, (index + 1) * chunk_size)
+            state = states[index]
+            now = _chunk(part, x, scale, log_decay, B, C, sums)
+            mix = _mixing(now)
+            dy_now = dy[:, part].to(sums)
+            if z is not None and dz is not None:
+                gate = z[:, part].to(sums)
+                smooth = gate.sigmoid()
+                slope = smooth * (1 + gate * (1 - smooth))
+                dz[:, part] = dy_now * _outputs(now, state, D, mix) * slope
+                dy_now = dy_now * (gate * smooth)
+
+            # Through h, what is read from it and what is left in it; (B, Q, H, P) each.
+            flat_state, flat_dstate = state.flatten(3), dstate.flatten(3)
+            dread = dy_now * now.from_start
+            read = (_by_head(now.C @ flat_state, heads) * dread).sum(-1)  # (B, Q, H)
+            left = _by_head(now.B @ flat_dstate, heads) * now.to_end  # the gradient of u
+            passed = (now.whole * state * dstate).sum((2, 4)).flatten(1)  # (B, H)
+            dread = _grouped(dread, groups)
+            dC_now = dread @ flat_state.transpose(-1, -2)
+            dB_now = _grouped(now.u * now.to_end, groups) @ flat_dstate.transpose(-1, -2)
+            dstate *= now.whole
+            _add_product(dstate, now.C.transpose(-1, -2), dread)
+            flow = read.flip(1).cumsum(1).flip(1) + passed[:, None]
+            flow[:, 1:] += (left * now.u).sum(-1).cumsum(1)[:, :-1]
+
+            # Inside the chunk.
+            du = left + _mixed(mix, dy_now)
+            dmix = now.u.transpose(1, 2) @ dy_now.permute(0, 2, 3, 1)  # (B, H, Q j, Q i)
+            flow[:, 1:] += _crossing(dmix * mix)
+            dmix *= now.decay
+            dscores = dmix.unflatten(1, (groups, -1)).sum(2).triu_()
+            dB_now += dscores @ now.C
+            dC_now += dscores.transpose(-1, -2) @ now.B
+
+            dlog_decay[:, part] = flow
+            dB[:, part] = dB_now.transpose(1, 2)
+            dC[:, part] = dC_now.transpose(1, 2)
+            if scale is not None and dscale is not None:
+                dscale[:, part] = (du * now.x).sum(-1)
+                du *= scale[:, part, :, None]
+            if D is not None and dD is not None:
+                dD += (dy_now * now.x).sum((0, 1))
+                du += D.to(sums) * dy_now
+            dx[:, part] = du
+        if D is not None and dD is not None:
+            dD = dD.sum_to_size(D.shape).to(D.dtype)
+        dinitial = None if initial_state is None else _given(dstate).to(initial_state.dtype)
+        return dx, dscale, dlog_decay, dB, dC, dD, dz, dinitial, None
+
+
+def _empty_results(x: Tensor, scale: Any, log_decay: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = x.shape
+    return x.new_empty(x.shape), log_decay.new_empty(batch, heads, width, B.shape[3])
+
+
+_traced_scan = opaque(
+    _Scan,
+    "scan",
+    "Tensor x, Tensor? scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
+    "int chunk_size",
+    _empty_results,
+)
+
+
+def _forward(
+    x: Tensor,
+    scale: Tensor | None,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    states: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final state; the (c, B, G, N, R, P) states entering the chunks are written into `states`."""
+    batch, length, heads, width = x.shape
+    groups, size = B.shape[2:]
+    sums = log_decay.dtype
+    if initial_state is None:
+        state = log_decay.new_zeros(batch, groups, size, heads // groups, width)
+    else:
+        state = _held(initial_state.to(sums), groups)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for index, start in enumerate(range(0, length, chunk_size)):
+        part = slice(start, start + chunk_size)
+        now = _chunk(part, x, scale, log_decay, B, C, sums)
+        if states is not None:
+            states[index] = state
+        out = _outputs(now, state, D, _mixing(now))
+        y[:, part] = out if z is None else out * F.silu(z[:, part].to(sums))
+        state *= now.whole
+        _add_product(state, now.B.transpose(-1, -2), _grouped(now.u * now.to_end, groups))
+    return y, _given(state)
+
+
+def _add_product(state: Tensor, left: Tensor, right: Tensor) -> None:
+    """state += left right, for (B, G, N, R, P), (B, G, N, Q) and (B, G, Q, R P)."""
+    state.flatten(3).flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+
+
+def _mixing(now: _Chunk) -> Tensor:
+    """(B, H, Q j, Q i) the matrix M."""
+    groups = now.B.shape[1]
+    return (now.decay.unflatten(1, (groups, -1)) * now.scores).flatten(1, 2)
+
+
+def _outputs(now: _Chunk, state: Tensor, D: Tensor | None, mix: Tensor) -> Tensor:
+    """(B, Q, H, P) outputs before the gate; `state` is (B, G, N, R, P)."""
+    y = _by_head(now.C @ state.flatten(3), now.x.shape[2])
+    y *= now.from_start
+    y += _mixed(mix.transpose(-1, -2), now.u)
+    return y if D is None else y.addcmul_(now.x, D.to(y.dtype))
+
+
+def _crossing(flow: Tensor) -> Tensor:
+    """(B, H, Q j, Q i) to (B, Q - 1, H): at k - 1 the sum over j < k <= i, of the terms that count only."""
+    length = flow.shape[-1]
+    ones = torch.ones(length, length, dtype=flow.dtype, device=flow.device).tril()
+    later = flow @ ones  # [j, k]: the sum over i >= k
+    return later.triu_(1).sum(-2)[..., 1:].transpose(1, 2)
+
+
+def decay_matrix(log_decay: Tensor) -> Tensor:
+    """(..., Q) to (..., Q source j, Q target i): exp of the sum of `log_decay` over k = j+1..i, 0 for i < j."""
+    return _decays(log_decay).triu()
+
+
+def _decays(log_decay: Tensor) -> Tensor:
+    """:func:`decay_matrix`, but with ones for i < j.
+
+    Differences of cumulative sums, which in float64 lose nothing that float32 could hold. Each summand is cut off below
+    what makes a product zero by itself (:func:`_exp`), so that sums stay small, and a decay of -inf gives no NaN.
+    """
+    sums = log_decay.double().clamp_min(2 * _smallest(log_decay.dtype)).cumsum(-1)
+    difference = (sums[..., None, :] - sums[..., None]).to(log_decay.dtype)
+    return _exp(difference.triu_())
+
+
+def _exp(sums: Tensor) -> Tensor:
+    """exp, and zero for what is below e^-80 (e^-700 in float64).
+
+    Much below, numbers are subnormal, with which a CPU computes many times as slowly; strong decays make many of them.
+    """
+    return F.threshold(sums, _smallest(sums.dtype), -math.inf).exp_()
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Of the sums whose exponential counts."""
+    return -80.0 if dtype == torch.float32 else -700.0
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    implementation: str = "auto",
+) -> Tensor:
+    """One token of :func:`ssd`; `state` is updated in place.
+
+    Nothing waits for the device and the state stays where it is, so that a CUDA graph can hold the step; with Triton it
+    is one launch, and views of one projection are read where they are.
+
+    Args:
+        state: (B, H, P, N) state, float32 (or float64), of any strides.
+        x: (B, H, P) input.
+        dt: (B, H) step sizes.
+        A: (H) decay rates, negative.
+        B: (B, G, N) input map; G divides H.
+        C: (B, G, N) output map.
+        D: (H) or (H, P) skip.
+        z: (B, H, P) gate.
+        dt_bias: (H) added to `dt` first.
+        dt_softplus: apply softplus to `dt + dt_bias`.
+        dt_limit: range that the step sizes are clamped to, after softplus.
+        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: a float64
+            state, or a gradient to be recorded), "triton" or "torch".
+
+    Returns:
+        (B, H, P) output in the dtype of `x`. Sums are kept in the dtype of `state`.
+
+    Raises:
+        ValueError: if a shape, dtype, device, group count or `implementation` does not fit.
+    """
+    chosen = _choose(implementation, "ssd_step", state, x, "dt", dt, A, B, C, D, z, dt_bias)
+    if chosen == "triton":
+        return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+    dt = step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
+    decay = (dt * A.to(state.dtype)).exp()[..., None, None]
+    y = update_state(state, decay, x.to(state.dtype) * dt[..., None], B, C)
+    return skip_and_gate(y, x, D, z)
+
+
+def ssd_log_decay_step(
+    state: Tensor,
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """One token of :func:`ssd_log_decay`; `state` is updated in place.
+
+    Args:
+        log_decay: (B, H) logarithm of the decay, in [-inf, 0]. The others are those of :func:`ssd_step`, and so are
+            the result and the errors.
+    """
+    chosen = _choose(implementation, "ssd_log_decay_step", state, x, "log_decay", log_decay, None, B, C, D, z, None)
+    if chosen == "triton":
+        return ssd_step_triton(state, x, log_decay, None, B, C, D, z)
+    decay = log_decay.to(state.dtype).exp()[..., None, None]
+    y = update_state(state, decay, x.to(state.dtype), B, C)
+    return skip_and_gate(y, x, D, z)
+
+
+def _choose(
+    implementation: str,
+    name: str,
+    state: Tensor,
+    x: Tensor,
+    decay_name: str,
+    decay: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> str:
+    """Check the arguments of a step, and say which implementation takes them."""
+    check_inputs(x, decay_name, decay, A, B, C, D, z, dt_bias, state, None, one_token=True)
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state must be float32 or float64, got {state.dtype}")
+    served = not recorded(state, x, decay, A, B, C, D, z, dt_bias)  # the kernel has no backward
+    return choose_implementation(implementation, name, state, served)

@@ -29,8 +29,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
-from ..kernels.ssd import ssd_log_decay, ssd_matrix
-from ..kernels.ssd_step import ssd_log_decay_step
+from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
 from .attention import Attention
 from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel

@@ -30,8 +30,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from ..kernels.rms_norm import rms_norm
-from ..kernels.ssd import ssd, ssd_matrix
-from ..kernels.ssd_step import ssd_step
+from ..kernels.ssd import ssd, ssd_matrix, ssd_step
 from .cache import is_single_step, layer_of, matrix_rows
 from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
 from .configuration_mamba2 import ZooMamba2Config

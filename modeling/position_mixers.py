@@ -28,8 +28,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
-from ..kernels.masked_mix import masked_mix, masked_mix_step
-from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
+from ..kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from .cache import layer_of
 from .mixer_parameters import initialise_alone
 from .mixing_cache import HistoryLayer

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..kernels.ssd import ssd_log_decay, ssd_matrix
-from ..kernels.ssd_step import ssd_log_decay_step
+from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
 from .cache import is_single_step
 from .mixer_parameters import float32_parameter, initialise_alone
 from .mixing_cache import StateLayer

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..kernels.tracing import tracing
-from ..kernels.window_attention import window_attention, window_attention_matrix
-from ..kernels.window_attention_traced import attend_traced
+from ..kernels.window_attention import attend_traced, window_attention, window_attention_matrix
 from .cache import layer_of
 from .rotary import rotate
 from .token_layout import Sequence

@@ -26,32 +26,18 @@ from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_defa
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
 SHARED = ["checks.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
-SHARED += [
-    "hub_upload.py",
-    "mixer_block.py",
-    "rms_norm.py",
-    "outputs.py",
-    "token_layout.py",
-    "short_convolution.py",
-    "ssd.py",
-    "ssd_chunked.py",
-]
-SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
-SHARED += ["rms_norm_triton.py", "softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
+SHARED += ["hub_upload.py", "mixer_block.py", "rms_norm.py", "outputs.py", "token_layout.py", "short_convolution.py"]
+SHARED += ["ssd.py", "step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "rms_norm_triton.py", "triton_math.py"]
+SHARED += ["recurrence.py", "ssd_triton.py", "tracing.py"]
 SHARED += ["adapter_ties.py", "class_names.py", "input_checks.py", "layers.py", "mixer_parameters.py"]
-SHARED += ["causal_conv1d_traced.py", "tracing.py"]
-MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
+MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py"]
 MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
 SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
-SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
-SELECTIVE += ["window_attention_traced.py"]
-MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
-MIXING = ["attention.py", "configuration_masked_mixer.py", "document_line.py", "position_mixers.py", "masked_mix.py"]
-MIXING += ["masked_mix_step_triton.py", "masked_mix_triton.py", "masked_mix_triton_kernels.py", "mix_panels.py"]
-MIXING += ["mixing_cache.py", "mixing_kinds.py", "position_mixing.py", "repeat_mixing.py", "toeplitz_fft.py"]
-MIXING += ["toeplitz_mix.py"]
-MIXER = ["gated_mlp.py", "linear_init.py", "modeling_masked_mixer.py", "plain_mlp.py", "rotary.py", "ssd_step.py"]
-MIXER += ["ssd_step_triton.py", "state_update.py", "trained_padding.py", "window_generation.py"]
+SELECTIVE += ["window_attention_triton.py"]
+MIXING = ["attention.py", "configuration_masked_mixer.py", "position_mixers.py", "position_mix.py"]
+MIXING += ["position_mix_torch.py", "position_mix_triton.py", "mixing_cache.py", "mixing_kinds.py", "repeat_mixing.py"]
+MIXER = ["gated_mlp.py", "linear_init.py", "modeling_masked_mixer.py", "plain_mlp.py", "rotary.py"]
+MIXER += ["trained_padding.py", "window_generation.py"]
 # What mixers of positions do without; the attention beside them may have a short convolution.
 SCANNING = ["mixer_block.py", "step_sizes.py"]
 HYBRID = ["configuration_hybrid.py", "modeling_hybrid.py"]

@@ -15,15 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ssm_zoo.kernels import checks as arguments
-from ssm_zoo.kernels import ssd_triton
+from ssm_zoo.kernels import checks, ssd_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_step
+from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
-from ssm_zoo.kernels.ssd import ssd
-from ssm_zoo.kernels.ssd_step import ssd_step
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
+from ssm_zoo.kernels.ssd import ssd, ssd_step
 from ssm_zoo.kernels.window_attention import window_attention
 
 B, L, H, P, N, D, K = 1, 4096, 4, 64, 128, 128, 4
@@ -109,7 +106,7 @@ def main() -> None:
 
     driver.set_active(NoDevice(capability))  # type: ignore[arg-type]
     JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
-    arguments.INTERPRETED = True  # so that tensors on the CPU are taken
+    checks.INTERPRETED = True  # so that tensors on the CPU are taken
     ssd_triton._INTERPRETED_PROCESSORS, ssd_triton._INTERPRETED_CAPABILITY = 132, capability // 10
     run_the_ops(torch.bfloat16, everything=True)
     run_the_ops(torch.float32, everything=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.kernels import checks as arguments
+from ssm_zoo.kernels import checks
 from with_triton import NEEDS_TRITON
 
 # Bytes of shared memory that a program may take, from the CUDA programming guide.
@@ -19,7 +19,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 def kernels() -> set[str]:
     """`file.function` of all that is launched: what a decorator of Triton's makes, by the name that it has."""
     found = set()
-    for path in Path(arguments.__file__).parent.glob("*.py"):
+    for path in Path(checks.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list:
                 found.add(f"{path.stem}.{node.name}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssm_zoo.kernels.document_line import DocumentLines
+from ssm_zoo.kernels.position_mix_torch import DocumentLines
 
 
 def test_documents_of_about_one_length_share_a_table() -> None:

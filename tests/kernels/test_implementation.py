@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssm_zoo.kernels import checks as arguments
+from ssm_zoo.kernels import checks
 from ssm_zoo.kernels.checks import choose_implementation
 
 X = torch.zeros(2)
@@ -18,8 +18,8 @@ def on_cuda(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def triton_is_installed_and_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "HAS_TRITON", True)
-    monkeypatch.setattr(arguments, "INTERPRETED", False)
+    monkeypatch.setattr(checks, "HAS_TRITON", True)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
 
 
 def test_auto_is_triton_on_cuda_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,12 +27,12 @@ def test_auto_is_triton_on_cuda_where_it_serves(monkeypatch: pytest.MonkeyPatch)
     assert choose_implementation("auto", "op", on_cuda(), supports_triton=False) == "torch"
     assert choose_implementation("auto", "op", on_cuda(torch.float64)) == "torch"
     assert choose_implementation("auto", "op", X) == "torch"
-    monkeypatch.setattr(arguments, "HAS_TRITON", False)
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
     assert choose_implementation("auto", "op", on_cuda()) == "torch"
 
 
 def test_auto_is_torch_on_a_cpu_that_could_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "INTERPRETED", True)
+    monkeypatch.setattr(checks, "INTERPRETED", True)
     assert choose_implementation("auto", "op", X) == "torch"
     assert choose_implementation("triton", "op", X) == "triton"
 
@@ -60,6 +60,6 @@ def test_what_cannot_be_had_raises(
 
 
 def test_triton_that_is_not_installed_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "HAS_TRITON", False)
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="needs Triton, which is not installed; accepted: 'auto', 'torch'"):
         choose_implementation("triton", "op", on_cuda())

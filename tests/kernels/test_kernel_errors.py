@@ -15,15 +15,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_zoo.kernels import checks as arguments
-from ssm_zoo.kernels import compat
+from ssm_zoo.kernels import checks, compat
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
-from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_reference, masked_mix_step
+from ssm_zoo.kernels.position_mix import (
+    masked_mix,
+    masked_mix_reference,
+    masked_mix_step,
+    toeplitz_mix,
+    toeplitz_mix_reference,
+    toeplitz_mix_step,
+)
 from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference, selective_scan_step
-from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_log_decay_reference, ssd_matrix, ssd_reference
-from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference, toeplitz_mix_step
+from ssm_zoo.kernels.ssd import (
+    ssd,
+    ssd_log_decay,
+    ssd_log_decay_reference,
+    ssd_log_decay_step,
+    ssd_matrix,
+    ssd_reference,
+    ssd_step,
+)
 from ssm_zoo.kernels.window_attention import window_attention, window_attention_matrix, window_attention_reference
 
 # Batch, length, heads or channels, head width, groups, states, taps, taps less one, a longer state's places and rows,
@@ -191,13 +203,13 @@ def resized(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 def test_every_op_is_in_the_table() -> None:
     """Ops are the functions with an `implementation`, and those of the compatibility layer."""
     ops = {function for _, function in inspect.getmembers(compat, inspect.isfunction)}
-    for path in Path(arguments.__file__).parent.glob("[!_]*.py"):
+    for path in Path(checks.__file__).parent.glob("[!_]*.py"):
         module = importlib.import_module(f"ssm_zoo.kernels.{path.stem}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             public = function.__module__ == module.__name__ and not name.startswith("_")
             if public and "implementation" in inspect.signature(function).parameters:
                 ops.add(function)
-    assert ops - {arguments.choose_implementation} <= {op.op for op in OPS.values()}
+    assert ops - {checks.choose_implementation} <= {op.op for op in OPS.values()}
 
 
 @pytest.mark.parametrize("key", OPS)
@@ -287,8 +299,8 @@ def test_unknown_implementation(key: str) -> None:
 
 @pytest.mark.parametrize("key", IMPLEMENTED)
 def test_triton_on_the_cpu(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "HAS_TRITON", True)
-    monkeypatch.setattr(arguments, "INTERPRETED", False)
+    monkeypatch.setattr(checks, "HAS_TRITON", True)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     obstacle = "takes CUDA tensors, got one on cpu"
     message = f"implementation='triton' of {key} {obstacle}; accepted: 'auto', 'torch'"
     assert message_of(OPS[key], implementation="triton") == message
@@ -296,7 +308,7 @@ def test_triton_on_the_cpu(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("key", IMPLEMENTED)
 def test_triton_in_float64(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "HAS_TRITON", True)
+    monkeypatch.setattr(checks, "HAS_TRITON", True)
     double = {name: value.double() for name, value in OPS[key].arguments().items() if isinstance(value, Tensor)}
     double = {name: value for name, value in double.items() if name not in INTEGERS}
     obstacle = "computes in float32 and takes no torch.float64"

@@ -19,7 +19,7 @@ from mixing import (
 )
 from torch import Tensor
 
-from ssm_zoo.kernels import masked_mix_triton, mix_panels, toeplitz_mix
+from ssm_zoo.kernels import position_mix, position_mix_torch, position_mix_triton
 from with_triton import NEEDS_TRITON
 
 # Tiles of the Triton kernels hold 64 positions in float32 and 128 in half precision; panels of the torch path hold 128.
@@ -52,18 +52,18 @@ LAYOUTS = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes 50 milliseconds for a program, however little it does."""
-    monkeypatch.setattr(masked_mix_triton, "_ROWS", 128)
+    monkeypatch.setattr(position_mix_triton, "_ROWS", 128)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch, few_programs: None) -> None:
     """Several of everything at small sizes."""
-    monkeypatch.setattr(masked_mix_triton, "_ROWS", 8)
-    monkeypatch.setattr(masked_mix_triton, "_MIX_TILES", dict.fromkeys((2, 4), (32, 16, 16, 4, 2)))
-    monkeypatch.setattr(masked_mix_triton, "_WEIGHT_TILES", dict.fromkeys((2, 4), (16, 16, 4, 2)))
-    monkeypatch.setattr(masked_mix_triton, "_GROUP", 2)
-    monkeypatch.setattr(masked_mix_triton, "_PROGRAMS", 12)
-    monkeypatch.setattr(mix_panels, "_PANEL", 16)
+    monkeypatch.setattr(position_mix_triton, "_ROWS", 8)
+    monkeypatch.setattr(position_mix_triton, "_MIX_TILES", dict.fromkeys((2, 4), (32, 16, 16, 4, 2)))
+    monkeypatch.setattr(position_mix_triton, "_WEIGHT_TILES", dict.fromkeys((2, 4), (16, 16, 4, 2)))
+    monkeypatch.setattr(position_mix_triton, "_GROUP", 2)
+    monkeypatch.setattr(position_mix_triton, "_PROGRAMS", 12)
+    monkeypatch.setattr(position_mix_torch, "_PANEL", 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -276,7 +276,7 @@ def test_inputs_are_left_alone(family: Family, way: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("threshold", [1, 10**6], ids=["transforms", "panels"])
 def test_autocast_leaves_the_sums_in_float32(family: Family, threshold: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toeplitz_mix, "_TRANSFORM_FROM", threshold)
+    monkeypatch.setattr(position_mix, "_TRANSFORM_FROM", threshold)
     values = Case(2, 20, 20).draw(family, torch.float32)
     runs = []
     for enabled in (False, True):

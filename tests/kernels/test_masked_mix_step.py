@@ -7,7 +7,7 @@ import torch
 from mixing import FAMILIES, FAST_WAYS, MASKED, Case, Family, close, oracle
 from torch import Tensor
 
-from ssm_zoo.kernels import masked_mix_step_triton, position_mixing
+from ssm_zoo.kernels import position_mix, position_mix_triton
 from with_triton import with_triton
 
 
@@ -54,7 +54,7 @@ def test_shares_of_the_places(
     family: Family, way: str, dtype: torch.dtype, places: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One less than fills a share, as many, one more; tiles of features that are cut at the end."""
-    monkeypatch.setattr(masked_mix_step_triton, "_TILES", (16, 8, 16))
+    monkeypatch.setattr(position_mix_triton, "_TILES", (16, 8, 16))
     values = drawn(family, Case(4, 30, 40, P=20), dtype)
     whole = oracle(family, **{name: value.double() for name, value in values.items()})
     positions = torch.tensor([0, 14, 15, 16])
@@ -124,7 +124,7 @@ def test_gradients_of_a_step(family: Family) -> None:
 @pytest.mark.parametrize("way", FAST_WAYS)
 def test_positions_of_a_device_are_not_looked_at(family: Family, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device: a position that is too large shows in the result, and nothing is written or read beyond."""
-    monkeypatch.setattr(position_mixing, "host_reads", lambda positions: False)
+    monkeypatch.setattr(position_mix, "host_reads", lambda positions: False)
     values = drawn(family, Case(4, 9, 6))
     positions = torch.tensor([5, 6, 8, -1])
     y = step_of(family, way)(values["x"], values["weight"], values["bias"], positions)
@@ -156,7 +156,7 @@ def test_a_history_without_places() -> None:
 @pytest.mark.parametrize("way", FAST_WAYS)
 def test_steps_are_complete_and_bit_identical(family: Family, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else is in the batch, and however much room the cache has."""
-    monkeypatch.setattr(masked_mix_step_triton, "_TILES", (16, 8, 16))
+    monkeypatch.setattr(position_mix_triton, "_TILES", (16, 8, 16))
     values = drawn(family, Case(3, 33, 64, P=20))
     positions = torch.tensor([31, 32, 3])
     step, parameters = step_of(family, way), (values["weight"], values["bias"])

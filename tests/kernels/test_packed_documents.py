@@ -14,10 +14,9 @@ from torch import Tensor
 from ssm_zoo.kernels import selective_scan as selective_scan_torch
 from ssm_zoo.kernels import selective_scan_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
-from ssm_zoo.kernels.masked_mix import masked_mix
+from ssm_zoo.kernels.position_mix import masked_mix, toeplitz_mix
 from ssm_zoo.kernels.selective_scan import selective_scan
 from ssm_zoo.kernels.ssd import ssd, ssd_log_decay
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from peak_memory import IdleKernel, PeakMemory, nbytes, peak_of_gradients
-from ssm_zoo.kernels import masked_mix_triton, selective_scan_triton
+from ssm_zoo.kernels import position_mix_triton, selective_scan_triton
 from ssm_zoo.kernels._triton import HAS_TRITON
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
-from ssm_zoo.kernels.masked_mix import masked_mix
+from ssm_zoo.kernels.position_mix import masked_mix
 from ssm_zoo.kernels.selective_scan import selective_scan
 from ssm_zoo.kernels.ssd import ssd
 
@@ -139,7 +139,7 @@ def test_masked_mixing_copies_a_panel_of_its_weights() -> None:
 def test_kernels_of_mixing(batch: int, length: int, dimensions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without storage and without kernels: beyond what is needed, tiles of weights that are still to be summed."""
     for name in ("mix", "weight_products", "dense_gradient", "toeplitz_gradient"):
-        monkeypatch.setattr(masked_mix_triton, f"{name}_kernel", IdleKernel())
+        monkeypatch.setattr(position_mix_triton, f"{name}_kernel", IdleKernel())
 
     def zeros(*sizes: int) -> Tensor:
         return torch.zeros(sizes, dtype=torch.bfloat16, device="meta").requires_grad_()
@@ -147,11 +147,11 @@ def test_kernels_of_mixing(batch: int, length: int, dimensions: int, monkeypatch
     inputs = [zeros(batch, length, 1, 1024), zeros(1, *[length] * dimensions), zeros(1, length)]
 
     def op(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return (masked_mix_triton.mix_triton(x, weight, bias, None),)
+        return (position_mix_triton.mix_triton(x, weight, bias, None),)
 
     peak, needed = peak_of_gradients(op, inputs)
     tiles = length // 128
-    programs = max(masked_mix_triton._PROGRAMS, tiles * (tiles + 1) // 2)
+    programs = max(position_mix_triton._PROGRAMS, tiles * (tiles + 1) // 2)
     assert peak <= 1.02 * needed + 4 * 128 * 128 * programs
 
 

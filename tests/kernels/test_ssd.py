@@ -13,9 +13,10 @@ from ssm_zoo.kernels.ssd import (
     ssd,
     ssd_log_decay,
     ssd_log_decay_reference,
+    ssd_log_decay_step,
     ssd_reference,
+    ssd_step,
 )
-from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssm_zoo.kernels import ssd_step_triton
+from ssm_zoo.kernels import ssd_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d_step
 from ssm_zoo.kernels.selective_scan import selective_scan_step
-from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
-from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
+from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_log_decay_step, ssd_reference, ssd_step
 from tolerances import TOLERANCES
 from with_triton import DEVICE, NEEDS_TRITON, moved
 
@@ -119,16 +118,16 @@ def test_steps_in_float64() -> None:
 @NEEDS_TRITON
 @pytest.mark.parametrize("tiles", [((16, 0),), ((32, 5), (8, 0)), ((4, 0),)], ids=str)
 def test_tiles_of_the_width(tiles: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssd_step_triton, "_TILES", tiles)
+    monkeypatch.setattr(ssd_triton, "_TILES", tiles)
     check_steps("dt", draw("dt", (2, 2, 5, 1, 7), {"wide D", "z"}), {"dt_softplus": True}, "triton")
 
 
 @NEEDS_TRITON
 def test_small_batches_get_small_tiles() -> None:
-    assert ssd_step_triton._tile(24, 64, 128) == (4, 128, 1)  # of mamba2-130m, batch 1
-    assert ssd_step_triton._tile(128 * 24, 64, 128) == (16, 128, 4)
-    assert ssd_step_triton._tile(24, 3, 5) == (4, 8, 1)
-    assert ssd_step_triton._tile(1, 64, 4096) == (1, 4096, 8)
+    assert ssd_triton._tile(24, 64, 128) == (4, 128, 1)  # of mamba2-130m, batch 1
+    assert ssd_triton._tile(128 * 24, 64, 128) == (16, 128, 4)
+    assert ssd_triton._tile(24, 3, 5) == (4, 8, 1)
+    assert ssd_triton._tile(1, 64, 4096) == (1, 4096, 8)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -15,14 +15,14 @@ from mixing import (
     results,
 )
 
-from ssm_zoo.kernels import toeplitz_fft, toeplitz_mix
+from ssm_zoo.kernels import position_mix, position_mix_torch
 
 
 @pytest.fixture
 def transforms(monkeypatch: pytest.MonkeyPatch) -> None:
     """For rows of any length; of a few features at once."""
-    monkeypatch.setattr(toeplitz_mix, "_TRANSFORM_FROM", 1)
-    monkeypatch.setattr(toeplitz_fft, "_FEATURES", 4)
+    monkeypatch.setattr(position_mix, "_TRANSFORM_FROM", 1)
+    monkeypatch.setattr(position_mix_torch, "_FEATURES", 4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -74,18 +74,18 @@ def test_gradcheck_of_transforms() -> None:
 
     def function(*tensors: torch.Tensor) -> torch.Tensor:
         x, weight, bias, residual = tensors
-        return toeplitz_mix.toeplitz_mix(x, weight, bias, residual=residual)
+        return position_mix.toeplitz_mix(x, weight, bias, residual=residual)
 
     assert torch.autograd.gradcheck(function, tuple(values.values()))
 
 
 def test_the_transforms_begin_where_the_panels_end() -> None:
     """On either side of the length from which on the torch path transforms."""
-    length = toeplitz_mix._TRANSFORM_FROM
+    length = position_mix._TRANSFORM_FROM
     for tokens in (length - 1, length):
         values = Case(1, tokens, length, P=2).draw(TOEPLITZ, torch.float32)
         exact = {name: value.detach().double().requires_grad_() for name, value in values.items()}
         # Sums of a thousand terms of order 1: to the tolerance of their size.
-        found, expected = (results(toeplitz_mix.toeplitz_mix, given) for given in (values, exact))
+        found, expected = (results(position_mix.toeplitz_mix, given) for given in (values, exact))
         for name, value in expected.items():
             assert (found[name] - value).norm() < 1e-6 * value.norm(), name

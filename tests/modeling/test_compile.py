@@ -13,7 +13,7 @@ from transformers import AutoModel, CompileConfig
 from transformers.cache_utils import DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ssm_zoo.kernels import selective_scan, ssd_chunked
+from ssm_zoo.kernels import selective_scan, ssd
 from ssm_zoo.modeling import causal_lm
 
 # One of each kind of layer; the others are slow tests, being many.
@@ -197,7 +197,7 @@ def test_a_compiled_prompt_makes_a_cache_and_compiled_steps_go_on_from_it(name: 
     assert counter.frame_count <= 2  # the count of columns is a constant of the first, and a variable from then on
 
 
-SCANS = {"selective_scan": selective_scan, "ssd_chunked": ssd_chunked}
+SCANS = {"selective_scan": selective_scan, "ssd": ssd}
 
 
 def scan_arguments(name: str) -> tuple[Any, ...]:

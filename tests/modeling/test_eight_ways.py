@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d_reference
-from ssm_zoo.kernels.masked_mix import masked_mix_reference
+from ssm_zoo.kernels.position_mix import masked_mix_reference, toeplitz_mix_reference
 from ssm_zoo.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix_reference
 from ssm_zoo.kernels.window_attention import window_attention_reference
 from ssm_zoo.modeling import (
     causal_lm,

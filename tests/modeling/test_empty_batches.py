@@ -17,12 +17,10 @@ from transformers import (
 )
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_step
+from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
-from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_matrix
-from ssm_zoo.kernels.ssd_step import ssd_log_decay_step, ssd_step
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
+from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_log_decay_step, ssd_matrix, ssd_step
 from ssm_zoo.kernels.window_attention import window_attention, window_attention_matrix
 
 ALL = [*FAMILIES, *ENCODERS]

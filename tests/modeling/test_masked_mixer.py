@@ -10,9 +10,8 @@ from families import VOCAB, draw_ids, perturb
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
-from ssm_zoo.kernels.masked_mix import masked_mix
+from ssm_zoo.kernels.position_mix import masked_mix, toeplitz_mix
 from ssm_zoo.kernels.ssd import ssd_log_decay
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix
 from ssm_zoo.modeling import (
     MaskedMixerConfig,
     MaskedMixerForCausalLM,

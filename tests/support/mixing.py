@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_zoo.kernels.masked_mix import masked_mix, masked_mix_reference, masked_mix_step
-from ssm_zoo.kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_reference, toeplitz_mix_step
+from ssm_zoo.kernels.position_mix import (
+    masked_mix,
+    masked_mix_reference,
+    masked_mix_step,
+    toeplitz_mix,
+    toeplitz_mix_reference,
+    toeplitz_mix_step,
+)
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton
 

@@ -1,11 +1,46 @@
-"""One token of a linear recurrence on a state that stays where it is: what the recurrences' steps share."""
+"""What the linear recurrences share: documents and padding, step sizes, one token's state update, skip and gate."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .tracing import tracing
+
+
+def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
+    document = seq_idx.cummax(dim=1).values
+    before = F.pad(document[:, :-1], (1, 0), value=-1)
+    return seq_idx >= 0, (document != before) & (before >= 0)
+
+
+def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
+    if seq_idx is None:
+        return tensors
+    padding = seq_idx < 0
+    if not tracing() and not bool(padding.any()):
+        return tensors
+    return tuple(
+        None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)
+        for tensor in tensors
+    )
+
+
+def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
+    """The step sizes proper, of raw ones."""
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
+        dt = dt.clamp(*dt_limit)
+    return dt
 
 
 def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -49,3 +84,12 @@ def write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
     rows = torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, states[places])
     writer = torch.where(real, torch.arange(len(indices), device=indices.device), real.int().argmax())
     states[places[writer]] = rows[writer]
+
+
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """`(y + D x) silu(z)` in the dtype of x."""
+    if D is not None:
+        y = y + (D[:, None] if D.dim() == 1 else D).to(y.dtype) * x.to(y.dtype)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(x.dtype)

@@ -1,0 +1,612 @@
+"""The mixing of positions in Triton: launches, the gradient, the one-token update and the kernels.
+
+Symbols: B batch, L length, H heads, P head width, N positions that there are weights for; a column is a feature of a
+row of the batch, of which a head has B P; M rows, K places and C columns of a tile, T rows and columns of a tile of
+weights. In the step, K places of a history, S places of a share and C features of a tile.
+
+The mixture is a matrix product that visits the tiles of weights on and below the diagonal. Bias and residual are added
+before the one rounding. The gradient of the inputs is the product with the transpose. The gradient of the weights has
+few tiles and a long sum, over the features of all rows: shares of that sum are programs of their own, and a second
+launch adds them up in order. There are no atomics: two runs give the same bits.
+
+Where a row has few features, a tile of columns takes those of several rows. The weights of a head are (N, N), or (N) by
+distance where TOEPLITZ: a tile then reads the same few numbers again and again, from the cache. Offsets are 64-bit up
+to a tile and 32-bit inside it, except for columns of several rows.
+
+The step reads the inputs so far once and does two operations on each, so its time is that of reading them. A program
+takes a share of the places and a tile of features; if the places make more than one share, a second launch adds the
+shares up. A place's share depends on the place alone, so a result depends neither on the batch nor on the room of the
+cache. Programs of shares behind a row's position return at once; positions are read by the device only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._triton import INTERPRETED, tl, triton
+from .triton_math import dot, narrow, strides, unit_stride
+
+# (M, C, K, warps, stages) of the mixtures and (T, C, warps, stages) of the weights' gradient, by bytes of an element.
+# Compiled by Triton 3.9 they spill no registers on sm_80 and sm_90; shared memory is at most 144 KiB. No tile has been
+# timed on a device. float32 has no tensor cores at full precision, and its products take registers.
+_MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 2)}
+_WEIGHT_TILES = {2: (128, 64, 8, 3), 4: (64, 32, 8, 2)}
+# Tiles of columns that run together, those of all positions one after the other: so many programs at once read the same
+# weights, and the inputs of so few columns stay in the L2 cache until the last position has read them.
+_GROUP = 8
+# Programs of the weights' gradient, at least, where the columns can be shared among as many: a few times the processors
+# of a device.
+_PROGRAMS = 512
+# Rows of a tile that a program of the second launch takes.
+_ROWS = 8
+
+
+def mix_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The mixture of every token, differentiable.
+
+    Args:
+        x: (B, L, H, P) inputs, not float64.
+        weight: (H, N, N), or (H, N) by distance; N >= L.
+        bias: (H, N).
+        residual: (B, L, H, P) that the mixture is added to.
+
+    Returns:
+        (B, L, H, P) in the dtype of `residual`, or of `x` if there is none.
+    """
+    y = _Mix.apply(x, weight, bias, residual)
+    assert isinstance(y, Tensor)  # `apply` is untyped
+    return y
+
+
+class _Mix(torch.autograd.Function):
+    """Keeps its inputs only.
+
+    Backward: dx_j = sum_{i >= j} W_ij dy_i,  dW_ij = sum over rows and features of dy_i x_j for j <= i,
+    db_i = sum of dy_i; of weights by distance the sum of dW_ij over i - j.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        x, weight, bias, stream = map(unit_stride, (x, weight, bias, residual))
+        ctx.save_for_backward(x, weight, bias)
+        y = torch.empty(x.shape, dtype=x.dtype if stream is None else stream.dtype, device=x.device)
+        _mix(x, weight, bias, stream, y, None, transposed=False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
+        dy = unit_stride(gradients[0])
+        dx = dweight = dbias = sums = None
+        if needs_x:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            tiles_c = triton.cdiv(x.shape[0] * x.shape[3], _mix_tile(x)[1])
+            if needs_bias:
+                sums = torch.empty(x.shape[2], tiles_c, x.shape[1], dtype=torch.float32, device=x.device)
+            _mix(dy, weight, None, None, dx, sums, transposed=True)
+        if needs_weight:
+            dweight = _weight_gradient(x, dy, weight)
+        if needs_bias:
+            total = dy.sum((0, 3), dtype=torch.float32).T if sums is None else sums.sum(1)
+            dbias = torch.zeros_like(bias)
+            dbias[:, : x.shape[1]] = total
+        return dx, dweight, dbias, gradients[0] if needs_residual else None
+
+
+def _cut(size: int, length: int) -> int:
+    """A tile's size, less where there is less to fill it; a product takes 16 at least."""
+    return min(size, max(16, triton.next_power_of_2(length)))
+
+
+def _mix_tile(x: Tensor) -> tuple[int, int, int, int, int]:
+    """(M, C, K, warps, stages) for inputs, or their gradient, of this shape and dtype."""
+    M, C, K, warps, stages = _MIX_TILES[x.dtype.itemsize]
+    M = _cut(M, x.shape[1])
+    return M, _cut(C, x.shape[0] * x.shape[3]), min(M, K), warps, stages
+
+
+def _mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    sums: Tensor | None,
+    transposed: bool,
+) -> None:
+    """Write the mixtures of x, or those by the transpose, to y; and the sums over each tile's columns of x."""
+    B, L, H, P = x.shape
+    M, C, K, warps, stages = _mix_tile(y if transposed else x)
+    tiles_m, tiles_c = triton.cdiv(L, M), triton.cdiv(B * P, C)
+    toeplitz = weight.dim() == 2
+    by_row, by_column = (1, 1) if toeplitz else weight.stride()[1:]
+    with torch.cuda.device_of(x):
+        mix_kernel[tiles_m * tiles_c, H](
+            *(x, weight, bias, residual, y, sums, L, B * P, tiles_m, tiles_c),
+            *x.stride()[:3],
+            *strides(residual, 3)[:3],
+            *y.stride()[:3],
+            weight.stride(0),
+            *((by_column, by_row) if transposed else (by_row, by_column)),
+            0 if bias is None else bias.stride(0),
+            WIDTH=P,
+            PACKED=P % C != 0,
+            TRANSPOSED=transposed,
+            TOEPLITZ=toeplitz,
+            M=M,
+            C=C,
+            K=K,
+            GROUP=_GROUP,
+            EMULATE=INTERPRETED,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    B, L, H, P = x.shape
+    T, C, warps, stages = _WEIGHT_TILES[x.dtype.itemsize]
+    T, C = _cut(T, L), _cut(C, B * P)
+    tiles, tiles_c = triton.cdiv(L, T), triton.cdiv(B * P, C)
+    toeplitz = weight.dim() == 2
+    programs = tiles if toeplitz else tiles * (tiles + 1) // 2
+    shares = max(1, min(tiles_c, _PROGRAMS // (programs * H)))
+    partial = torch.empty(shares, H, programs, T, T, dtype=torch.float32, device=x.device)
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    rows = min(_ROWS, T)
+    with torch.cuda.device_of(x):
+        weight_products_kernel[programs, shares, H](
+            *(x, dy, partial, L, B * P, tiles, tiles_c),
+            *x.stride()[:3],
+            *dy.stride()[:3],
+            WIDTH=P,
+            PACKED=P % C != 0,
+            TOEPLITZ=toeplitz,
+            T=T,
+            C=C,
+            EMULATE=INTERPRETED,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        if toeplitz:
+            toeplitz_gradient_kernel[tiles, H](
+                partial, dweight, L, shares, dweight.stride(0), T=T, R=rows, EMULATE=INTERPRETED, num_warps=4
+            )
+        else:
+            dense_gradient_kernel[programs, triton.cdiv(T, rows), H](
+                *(partial, dweight, L, shares),
+                *dweight.stride()[:2],
+                T=T,
+                R=rows,
+                EMULATE=INTERPRETED,
+                num_warps=4,
+            )
+    return dweight
+
+
+@triton.jit
+def _as(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """An operand in the dtype that is multiplied in."""
+    if values.dtype != dtype:
+        values = narrow(values.to(tl.float32), dtype, EMULATE)
+    return values
+
+
+@triton.jit
+def _columns(tile, columns, row_stride, WIDTH: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr):
+    """Offsets of a tile's columns, a scalar and (C), and which of them there are; all of one row unless PACKED."""
+    first = tile * C
+    c = tl.arange(0, C)
+    base = tl.zeros((), dtype=tl.int64)
+    if PACKED:
+        offsets = ((first + c) // WIDTH).to(tl.int64) * row_stride + (first + c) % WIDTH
+        inside = first + c < columns
+    else:
+        base = (base + first // WIDTH) * row_stride + first % WIDTH
+        offsets = c
+        inside = c < C
+    return base, offsets, inside
+
+
+@triton.jit
+def _weights(
+    weight_ptr,
+    first_m, first_k,
+    length,
+    w_m, w_k,
+    TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, DIAGONAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """(M, K) weights, of the tile at `weight_ptr` or from those by distance; the DIAGONAL may go through the tile.
+
+    Masks are as coarse as they can be: one that changes inside the 16 bytes that a thread loads would make it load
+    number by number. So what stands above the diagonal is loaded and dropped, except by distance, where nothing does.
+    """
+    m, k = tl.arange(0, M), tl.arange(0, K)
+    distance = (first_m - first_k) + m[:, None] - k[None, :]
+    in_m, in_k = (first_m + m < length)[:, None], (first_k + k < length)[None, :]
+    if TRANSPOSED:
+        distance = -distance
+    # Off the diagonal, the others come before one that is inside.
+    inside = in_k if TRANSPOSED else in_m
+    if DIAGONAL:
+        inside = in_m & in_k
+    if TOEPLITZ:
+        return tl.load(weight_ptr + distance, mask=inside & (distance >= 0), other=0.0)
+    w = tl.load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, mask=inside, other=0.0)
+    return tl.where(distance >= 0, w, 0.0) if DIAGONAL else w
+
+
+@triton.jit(do_not_specialize=["tiles_m", "tiles_c"])
+def mix_kernel(
+    x_ptr, weight_ptr,
+    bias_ptr,  # or None, as the next one
+    residual_ptr, y_ptr,
+    sums_ptr,  # or None
+    length, columns, tiles_m, tiles_c,
+    x_row, x_token, x_head, residual_row, residual_token, residual_head, y_row, y_token, y_head, w_head, w_m, w_k,
+    bias_head,
+    WIDTH: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, M: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Mixtures, a tile of positions and of columns of a head to a program; TRANSPOSED: the gradient of the inputs.
+
+    That gradient is the same product with the weights' transpose, of the positions from each one on. On the way it sums
+    (H, tiles_c, L) gradients over a tile's columns, for the bias.
+
+    Programs that run together share what they read: GROUP tiles of columns, for all positions, those with most to sum
+    first.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0) // (GROUP * tiles_m)
+    members = tl.minimum(tiles_c - group * GROUP, GROUP)
+    place = tl.program_id(0) - group * GROUP * tiles_m
+    tile_m = place // members
+    tile_c = group * GROUP + place % members
+    if not TRANSPOSED:
+        tile_m = tiles_m - 1 - tile_m
+    first_m = tile_m * M
+    m, k = tl.arange(0, M), tl.arange(0, K)
+    base, offsets, in_c = _columns(tile_c, columns, x_row, WIDTH, PACKED, C)
+    x_ptr += head * x_head + base
+    weight_ptr += head * w_head
+
+    # The gradient of a float32 stream is multiplied in the dtype of the inputs.
+    operand = y_ptr.dtype.element_ty if TRANSPOSED else x_ptr.dtype.element_ty
+    acc = tl.zeros((M, C), dtype=tl.float32)
+    begin = first_m + M if TRANSPOSED else first_m * 0
+    end = length if TRANSPOSED else first_m
+    x_at = x_ptr + begin.to(tl.int64) * x_token
+    w_at = weight_ptr if TOEPLITZ else weight_ptr + first_m.to(tl.int64) * w_m + begin.to(tl.int64) * w_k
+    for at in range(begin, end, K):
+        w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, False, M, K)
+        mask = (at + k < length)[:, None] & in_c[None, :]
+        x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
+        acc = dot(_as(w, operand, EMULATE), _as(x, operand, EMULATE), acc, EMULATE)
+        x_at += K * x_token
+        w_at += 0 if TOEPLITZ else K * w_k
+    x_at = x_ptr + first_m.to(tl.int64) * x_token
+    w_at = weight_ptr if TOEPLITZ else weight_ptr + first_m.to(tl.int64) * w_m + first_m.to(tl.int64) * w_k
+    for at in range(first_m, tl.minimum(first_m + M, length), K):
+        w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, True, M, K)
+        mask = (at + k < length)[:, None] & in_c[None, :]
+        x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
+        acc = dot(_as(w, operand, EMULATE), _as(x, operand, EMULATE), acc, EMULATE)
+        if sums_ptr is not None:
+            sums = tl.sum(x.to(tl.float32), 1)
+            tl.store(sums_ptr + (head * tiles_c + tile_c) * length + at + k, sums, mask=at + k < length)
+        x_at += K * x_token
+        w_at += 0 if TOEPLITZ else K * w_k
+
+    in_m = first_m + m < length
+    mask = in_m[:, None] & in_c[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + head * bias_head + first_m + m, mask=in_m, other=0.0)
+        acc += bias.to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        base, offsets, _ = _columns(tile_c, columns, residual_row, WIDTH, PACKED, C)
+        residual_ptr += head * residual_head + base + first_m.to(tl.int64) * residual_token
+        residual = tl.load(residual_ptr + m[:, None] * residual_token + offsets[None, :], mask=mask, other=0.0)
+        acc += residual.to(tl.float32)
+    base, offsets, _ = _columns(tile_c, columns, y_row, WIDTH, PACKED, C)
+    y_ptr += head * y_head + base + first_m.to(tl.int64) * y_token
+    y = narrow(acc, y_ptr.dtype.element_ty, EMULATE)
+    tl.store(y_ptr + m[:, None] * y_token + offsets[None, :], y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["tiles", "tiles_c"])
+def weight_products_kernel(
+    x_ptr, dy_ptr, partial_ptr,
+    length, columns, tiles, tiles_c,
+    x_row, x_token, x_head, dy_row, dy_token, dy_head,
+    WIDTH: tl.constexpr, PACKED: tl.constexpr, TOEPLITZ: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of dy x^T on and below the diagonal, summed over a share of the columns: (shares, H, tiles, T, T).
+
+    A program has a tile, by rows (0, 0), (1, 0), (1, 1), (2, 0), ...; or, where TOEPLITZ, a diagonal of them and their
+    sum.
+    """
+    tile, share = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(2).to(tl.int64)
+    t = tl.arange(0, T)
+    if TOEPLITZ:
+        below = tile
+        tile_j = tile * 0
+        steps = (tiles - below) * tiles_c
+    else:
+        # The largest i with i (i + 1) / 2 <= tile; the root is of a number that float32 may have rounded.
+        tile_i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+        tile_i = tl.where(tile_i * (tile_i + 1) // 2 > tile, tile_i - 1, tile_i)
+        tile_i = tl.where((tile_i + 1) * (tile_i + 2) // 2 <= tile, tile_i + 1, tile_i)
+        tile_j = tile - tile_i * (tile_i + 1) // 2
+        below = tile_i - tile_j
+        steps = tiles_c
+    operand = x_ptr.dtype.element_ty
+    x_ptr += head * x_head
+    dy_ptr += head * dy_head
+    each = tl.cdiv(steps, tl.num_programs(1))
+    acc = tl.zeros((T, T), dtype=tl.float32)
+    for step in range(share * each, tl.minimum((share + 1) * each, steps)):
+        j = (tile_j + step // tiles_c) * T
+        i = j + below * T
+        base, offsets, in_c = _columns(step % tiles_c, columns, dy_row, WIDTH, PACKED, C)
+        mask = (i + t < length)[:, None] & in_c[None, :]
+        dy = tl.load(
+            dy_ptr + (base + i.to(tl.int64) * dy_token) + t[:, None] * dy_token + offsets[None, :], mask=mask, other=0.0
+        )
+        base, offsets, in_c = _columns(step % tiles_c, columns, x_row, WIDTH, PACKED, C)
+        mask = (j + t < length)[:, None] & in_c[None, :]
+        x = tl.load(
+            x_ptr + (base + j.to(tl.int64) * x_token) + t[:, None] * x_token + offsets[None, :], mask=mask, other=0.0
+        )
+        acc = dot(_as(dy, operand, EMULATE), tl.trans(_as(x, operand, EMULATE)), acc, EMULATE)
+    place = (share * tl.num_programs(2) + head) * tl.num_programs(0) + tile
+    tl.store(partial_ptr + place * (T * T) + t[:, None] * T + t[None, :], acc)
+
+
+@triton.jit(do_not_specialize=["length", "shares"])
+def dense_gradient_kernel(
+    partial_ptr, dweight_ptr,
+    length, shares,
+    w_head, w_row,
+    T: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sum the shares of a tile; R of its rows to a program. Nothing is written above the diagonal."""
+    tile = tl.program_id(0)
+    head = tl.program_id(2).to(tl.int64)
+    tile_i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    tile_i = tl.where(tile_i * (tile_i + 1) // 2 > tile, tile_i - 1, tile_i)
+    tile_i = tl.where((tile_i + 1) * (tile_i + 2) // 2 <= tile, tile_i + 1, tile_i)
+    tile_j = tile - tile_i * (tile_i + 1) // 2
+    r = tl.program_id(1) * R + tl.arange(0, R)
+    t = tl.arange(0, T)
+    acc = tl.zeros((R, T), dtype=tl.float32)
+    for share in range(shares):
+        place = (share * tl.num_programs(2) + head) * tl.num_programs(0) + tile
+        acc += tl.load(partial_ptr + place * (T * T) + r[:, None] * T + t[None, :])
+    i, j = tile_i * T + r, tile_j * T + t
+    dweight_ptr += head * w_head + i[:, None].to(tl.int64) * w_row + j[None, :]
+    mask = (i < length)[:, None] & (j[None, :] <= i[:, None])
+    tl.store(dweight_ptr, narrow(acc, dweight_ptr.dtype.element_ty, EMULATE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "shares"])
+def toeplitz_gradient_kernel(
+    partial_ptr, dweight_ptr,
+    length, shares,
+    w_head,
+    T: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sum T diagonals over the shares, R rows at a time.
+
+    A diagonal that begins at the first column of a tile ends in the next tile: of entry (a, b) the distance is
+    T tile + a - b, so distance T tile + s has the columns (a - s) mod T, in the next tile where a < s.
+    """
+    tiles = tl.num_programs(0)
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    s = tl.arange(0, T)
+    acc = tl.zeros((T,), dtype=tl.float32)
+    for share in range(shares):
+        place = (share * tl.num_programs(1) + head) * tiles + tile
+        for first in range(0, T, R):
+            a = first + tl.arange(0, R)[:, None]
+            behind = a < s[None, :]
+            b = tl.where(behind, a - s[None, :] + T, a - s[None, :])
+            offsets = tl.where(behind, T * T, 0) + a * T + b
+            mask = tl.where(behind, tile + 1, tile) < tiles
+            acc += tl.sum(tl.load(partial_ptr + place * (T * T) + offsets, mask=mask, other=0.0), 0)
+    distance = tile * T + s
+    values = narrow(acc, dweight_ptr.dtype.element_ty, EMULATE)
+    tl.store(dweight_ptr + head * w_head + distance, values, mask=distance < length)
+
+
+# (S, places at a time, C). 16 bytes a thread of bfloat16, in 8 rows of 16 threads; a share is what a program reads in
+# the time that its launch takes, or so. Not timed on a device.
+_TILES = (256, 32, 128)
+
+
+def mix_step_triton(
+    history: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, residual: Tensor | None
+) -> Tensor:
+    """One token on checked arguments, without a gradient; none is copied, whatever its strides.
+
+    Args:
+        history: (B, K, H, P) inputs by place, not float64.
+        weight: (H, N, N), or (H, N) by distance.
+        bias: (H, N).
+        positions: (B) place of the newest token; a negative one has none.
+        residual: (B, H, P) that the result is added to.
+
+    Returns:
+        (B, H, P) in the dtype of `residual`, or of `history` if there is none.
+    """
+    B, K, H, P = history.shape
+    limit = min(K, weight.shape[-1])
+    y = torch.empty((B, H, P), dtype=history.dtype if residual is None else residual.dtype, device=history.device)
+    share, rows, wide = _TILES
+    C = min(wide, triton.next_power_of_2(P))
+    shares = triton.cdiv(limit, share)
+    partial = torch.empty((B, H, shares, P), dtype=torch.float32, device=history.device) if shares > 1 else None
+    toeplitz = weight.dim() == 2
+    epilogue = (
+        *(bias, residual, y),
+        *strides(bias, 2),
+        *strides(residual, 3),
+    )
+    if not B:
+        return y
+    with torch.cuda.device_of(history):
+        _step_kernel[triton.cdiv(P, C), shares, B * H](
+            *(history, weight, positions, partial),
+            *epilogue,
+            limit,
+            H,
+            *history.stride(),
+            *(weight.stride() if not toeplitz else (weight.stride(0), 0, weight.stride(1))),
+            positions.stride(0),
+            WIDTH=P,
+            TOEPLITZ=toeplitz,
+            S=share,
+            R=rows,
+            C=C,
+            EMULATE=INTERPRETED,
+            num_warps=4,
+        )
+        if partial is not None:
+            _sum_kernel[triton.cdiv(P, C), B * H](
+                positions,
+                partial,
+                *epilogue,
+                *(limit, H, shares, positions.stride(0)),
+                WIDTH=P,
+                S=share,
+                C=C,
+                EMULATE=INTERPRETED,
+                num_warps=4,
+            )
+    return y
+
+
+@triton.jit
+def _finish(
+    y, position,
+    bias_ptr, residual_ptr, y_ptr,
+    bias_head, bias_place, residual_row, residual_head, residual_feature,
+    limit, row, head, heads, feature,
+    WIDTH: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add bias and residual and write; NaN for a position that there are no weights or no inputs for."""
+    inside = feature < WIDTH
+    if bias_ptr is not None:
+        known = (position >= 0) & (position < limit)
+        y += tl.load(bias_ptr + head * bias_head + position * bias_place, mask=known, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual_ptr += row * residual_row + head * residual_head
+        y += tl.load(residual_ptr + feature * residual_feature, mask=inside, other=0.0).to(tl.float32)
+    y = tl.where(position < limit, y, float("nan"))
+    place = (row * heads + head) * WIDTH + feature
+    tl.store(y_ptr + place, narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _step_kernel(
+    history_ptr, weight_ptr, positions_ptr,
+    partial_ptr,  # or None, as the next two
+    bias_ptr, residual_ptr, y_ptr,
+    bias_head, bias_place, residual_row, residual_head, residual_feature,
+    limit, heads,
+    history_row, history_place, history_head, history_feature, w_head, w_row, w_place, positions_row,
+    WIDTH: tl.constexpr, TOEPLITZ: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The sum of a share of the places; if there is only one, the result."""
+    row = (tl.program_id(2) // heads).to(tl.int64)
+    head = (tl.program_id(2) % heads).to(tl.int64)
+    first = tl.program_id(1) * S
+    position = tl.load(positions_ptr + row * positions_row).to(tl.int64)
+    feature = tl.program_id(0) * C + tl.arange(0, C)
+    last = tl.minimum(position, limit - 1).to(tl.int32)  # place
+    r = tl.arange(0, R)
+    history_ptr += row * history_row + head * history_head + first.to(tl.int64) * history_place
+    offsets = r[:, None] * history_place + feature[None, :] * history_feature
+    weight_ptr += head * w_head + last.to(tl.int64) * (w_place if TOEPLITZ else w_row)
+    acc = tl.zeros((R, C), dtype=tl.float32)
+    for at in range(first, tl.minimum(first + S, last + 1), R):
+        place = at + r
+        known = place <= last
+        w = tl.load(weight_ptr + (-place if TOEPLITZ else place) * w_place, mask=known, other=0.0).to(tl.float32)
+        x = tl.load(history_ptr + offsets, mask=known[:, None] & (feature < WIDTH)[None, :], other=0.0)
+        acc += w[:, None] * x.to(tl.float32)
+        history_ptr += R * history_place
+    y = tl.sum(acc, 0)
+    if partial_ptr is None:
+        _finish(
+            y,
+            position,
+            bias_ptr,
+            residual_ptr,
+            y_ptr,
+            bias_head,
+            bias_place,
+            residual_row,
+            residual_head,
+            residual_feature,
+            limit,
+            row,
+            head,
+            heads,
+            feature,
+            WIDTH,
+            EMULATE,
+        )
+    else:
+        place = ((row * heads + head) * tl.num_programs(1) + tl.program_id(1)) * WIDTH + feature
+        tl.store(partial_ptr + place, y, mask=feature < tl.where(first <= last, WIDTH, 0))
+
+
+@triton.jit(do_not_specialize=["limit", "shares"])
+def _sum_kernel(
+    positions_ptr, partial_ptr,
+    bias_ptr,  # or None, as the next one
+    residual_ptr, y_ptr,
+    bias_head, bias_place, residual_row, residual_head, residual_feature,
+    limit, heads, shares,
+    positions_row,
+    WIDTH: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The result, of the shares up to the position's."""
+    row = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    position = tl.load(positions_ptr + row * positions_row).to(tl.int64)
+    feature = tl.program_id(0) * C + tl.arange(0, C)
+    last = tl.minimum(position, limit - 1).to(tl.int32)
+    partial_ptr += (row * heads + head) * shares * WIDTH + feature
+    y = tl.zeros((C,), dtype=tl.float32)
+    for share in range(tl.cdiv(last + 1, S)):
+        y += tl.load(partial_ptr + share * WIDTH, mask=feature < WIDTH, other=0.0)
+    _finish(
+        y,
+        position,
+        bias_ptr,
+        residual_ptr,
+        y_ptr,
+        bias_head,
+        bias_place,
+        residual_row,
+        residual_head,
+        residual_feature,
+        limit,
+        row,
+        head,
+        heads,
+        feature,
+        WIDTH,
+        EMULATE,
+    )

@@ -1,0 +1,64 @@
+"""What the Triton files of several ops share: strides of operands, and device functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ._triton import tl, triton
+
+
+def unit_stride(tensor: Any) -> Any:
+    """Return the tensor, copied unless its last dimension is dense (as it is in a slice of channels); None for None."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    """Return the tensor's strides, and 0 for the dimensions that follow (all, if there is no tensor)."""
+    found = () if tensor is None else tensor.stride()
+    return (*found, *[0] * (dimensions - len(found)))
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))  # log2(e)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v) to full relative precision: what rounding 1 + e^v loses is divided out again."""
+    power = tl.exp(tl.minimum(v, 20.0))
+    above = 1.0 + power
+    small = above == 1.0
+    result = tl.where(small, power, tl.log(above) * (power / tl.where(small, 1.0, above - 1.0)))
+    return tl.where(v > 20.0, v, result)
+
+
+@triton.jit
+def load_gate(z_ptr, offsets, mask):
+    """The sigmoid of z and silu(z)."""
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    smooth = tl.sigmoid(z)
+    return smooth, z * smooth
+
+
+# Triton's interpreter keeps bfloat16 as bit patterns: it multiplies the patterns in a dot product, and it truncates a
+# float32 where a device rounds to the nearest. With EMULATE, the next two functions do there what compiled code does.
+@triton.jit
+def dot(a, b, acc, EMULATE: tl.constexpr):
+    """acc + a b, summed in float32; float32 operands are multiplied as such, not as TF32."""
+    if EMULATE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def narrow(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """Round float32 values to the nearest of `dtype`, ties to even."""
+    if EMULATE and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = bits.to(tl.float32, bitcast=True)
+    return values.to(dtype)
