@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridForCausalLM
-from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
+from ..modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
 from ..modeling.position_mixers import DenseMixer
 from .average_attention import average_attention, copy_average_attention

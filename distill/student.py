@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
-from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
+from ..modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
+from ..modeling.layers import llama_rope_parameters
 from ..modeling.modeling_mamba2 import Mamba2Mixer
 from ..modeling.position_mixers import DenseMixer
-from ..modeling.rotary import llama_rope_parameters
 from .average_attention import copy_values
 from .recipe import StudentSpec
 from .teacher import AttentionView, TeacherAdapter, teacher_adapter

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .cache import is_single_step, layer_of
-from .rotary import rotate
-from .short_convolution import ShortConvolution
+from .cache import layer_of
+from .layers import ShortConvolution, rotate
+from .mixer import is_single_step
 from .token_layout import Sequence
 
 

@@ -31,15 +31,13 @@ from transformers.cache_utils import Cache
 
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
-from .cache import is_single_step, layer_of, matrix_rows
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .backbone import ZooModel
+from .cache import layer_of
 from .configuration_mamba import ZooMambaConfig
-from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .layers import PlainRMSNorm
-from .mixer_block import MixerBlock
-from .mixer_parameters import float32_parameter, initialise_alone
-from .short_convolution import ShortConvolution, init_short_convolution
-from .step_sizes import init_step_bias
+from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import MixerBlock, PlainRMSNorm, RMSNorm, ShortConvolution, init_short_convolution, init_step_bias
+from .mixer import float32_parameter, initialise_alone, is_single_step, matrix_rows
+from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
 
 

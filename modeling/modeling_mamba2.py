@@ -32,14 +32,13 @@ from transformers.cache_utils import Cache
 from ..kernels.rms_norm import rms_norm
 from ..kernels.ssd import ssd, ssd_matrix
 from ..kernels.ssd_step import ssd_step
-from .cache import is_single_step, layer_of, matrix_rows
-from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .backbone import ZooModel
+from .cache import layer_of
 from .configuration_mamba2 import ZooMamba2Config
-from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .mixer_block import MixerBlock
-from .mixer_parameters import float32_parameter, initialise_alone
-from .short_convolution import ShortConvolution, init_short_convolution
-from .step_sizes import init_step_bias
+from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import MixerBlock, ShortConvolution, init_short_convolution, init_step_bias
+from .mixer import float32_parameter, initialise_alone, is_single_step, matrix_rows
+from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
 
 

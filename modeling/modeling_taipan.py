@@ -24,13 +24,12 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
+from .backbone import ZooModel
 from .configuration_taipan import TaipanConfig
-from .gated_mlp import GatedMLP
-from .heads import ZooForSequenceClassification, ZooForTokenClassification
-from .layers import as_weight
-from .mixer_block import MixerBlock
+from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import GatedMLP, MixerBlock, RMSNorm, as_weight, normed
 from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .pretrained import ZooPreTrainedModel
 from .selective_attention import SelectiveAttention
 from .token_layout import Sequence
 

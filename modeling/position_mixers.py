@@ -1,7 +1,7 @@
-"""Token mixing by weights that depend on positions and on no input: dense and Toeplitz matrices.
+"""Token mixing by weights that depend on positions and on no input: dense and Toeplitz matrices, and repeats.
 
 Source: masked mixers (arXiv 2409.01482; blbadger/maskedmixers@8f9515d) and Toeplitz MLP mixers (arXiv 2605.06683;
-ethan-w-roland/ToeplitzMixers@6a67297). Repeats, which are recurrences, stand in `repeat_mixing.py`.
+ethan-w-roland/ToeplitzMixers@6a67297). Repeats are recurrences (:class:`RepeatMixer`).
 
 Symbols: B batch, L length, D width, H heads, P head width, N positions, k taps, K places of a history.
 
@@ -29,10 +29,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from ..kernels.masked_mix import masked_mix, masked_mix_step
+from ..kernels.ssd import ssd_log_decay, ssd_matrix
+from ..kernels.ssd_step import ssd_log_decay_step
 from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
-from .cache import layer_of
-from .mixer_parameters import initialise_alone
-from .mixing_cache import HistoryLayer
+from .cache import HistoryLayer, StateLayer, layer_of
+from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
+from .mixer import float32_parameter, initialise_alone, is_single_step
 from .token_layout import Sequence
 
 
@@ -284,3 +286,130 @@ class ToeplitzMixer(HistoryMixer):
     def entries(self, weight: Tensor, target: Tensor, source: Tensor) -> Tensor:
         distance = (target[:, :, None] - source[:, None, :]).clamp(min=0)
         return weight[:, distance].transpose(0, 1)
+
+
+_SLOWEST, _FASTEST = 1.0, 0.9
+_DECAY_CONTEXT = 512
+
+
+class RepeatMixer(PositionMixer):
+    """Mixing as a recurrence with one number for each channel; column repeats come first, then row repeats.
+
+    Source: "Structured Recurrent Mixers" (arXiv 2605.08696; blbadger/mrm@b06563e, `mrm/repeat_main.py`). With v the
+    weights and S the state:
+
+        row repeat:     S_t = l S_{t-1} + v_t x_t,    y_t = S_t + b_t             W_ij = v_j l^(i - j)
+        column repeat:  S_t = l S_{t-1} + x_t,        y_t = v_t S_t + b_t         W_ij = v_i l^(i - j)
+
+    The decay is l = clip(decay_value, 0.9, 1)^(1 / c), c = max(N // 512, 1). Either is state-space duality with a state
+    of one number and a decay that no input changes, and is computed so: in time linear in L. Taps mix the neighbouring
+    channels of a head, of x in a row repeat and of S in a column repeat.
+
+    Deviations: `c` is at least 1 (the authors divide by 0 below N = 512); the sum of both matrices has the decay inside
+    the power in both (theirs divides the row matrix by c); a column repeat keeps S itself (theirs recovers it by a
+    division by v_t, which may be 0).
+
+    `weight` (k S, N) and `decay_value` (S) are those of S recurrences: one for each head, or of the sum of both kinds
+    two for each, the columns of all heads first. The weights of tap t are `weight[t * S : (t + 1) * S]`.
+    """
+
+    def __init__(
+        self,
+        layer_idx: int,
+        width: int,
+        positions: int,
+        *,
+        kind: str,
+        heads: int = 1,
+        taps: int = 1,
+        projections: bool = False,
+        decay: bool = True,
+    ) -> None:
+        super().__init__(layer_idx, width, positions, heads=heads, taps=taps, left=taps - 1, projections=projections)
+        self.combined = kind == "combined_repeat"
+        self.columns = {"row_repeat": 0, "mixed_repeat": heads // 2}.get(kind, heads)
+        self.recurrences = 2 * heads if self.combined else heads
+        self.weight = nn.Parameter(torch.empty(taps * self.recurrences, positions))
+        self.decay_value = float32_parameter(self.recurrences) if decay else None
+        initialise_alone(self.initialise)
+
+    def initialise(self) -> None:
+        super().initialise()
+        if self.decay_value is not None:
+            init.ones_(self.decay_value)
+
+    def mix(self, x: Tensor, sequence: Sequence, cache: StateLayer | None) -> Tensor:
+        batch, length = x.shape[:2]
+        state = None if cache is None else cache.recurrent_state
+        single = is_single_step(x, sequence, cache)
+        places = sequence.places() if cache is None else cache.advance(x, sequence.real).clamp(min=0)
+        weights = self.weights_at(places, x.dtype)
+        column, row = slice(0, self.columns), slice(self.columns, None)
+        inputs = torch.cat([x, x], dim=2) if self.combined else x
+        if self.columns < self.recurrences:
+            mixed = self.over_taps(weights[:, :, :, row], lambda weight: inputs[:, :, row] * weight)
+            inputs = torch.cat([inputs[:, :, column], mixed], dim=2)
+        log_decay = self.log_decay(x)
+        ones = x.new_ones(batch, length, 1, 1)
+        if single and state is not None:
+            y = ssd_log_decay_step(state, inputs[:, 0], log_decay[:, 0], ones[:, 0], ones[:, 0])[:, None]
+        else:
+            y, state = ssd_log_decay(
+                inputs,
+                log_decay,
+                ones,
+                ones,
+                initial_state=state,
+                seq_idx=sequence.seq_idx,
+                return_final_state=True,
+            )
+            if cache is not None:
+                cache.recurrent_state = state
+        if self.columns:
+            scaled = self.over_taps(weights[:, :, :, column], lambda weight: y[:, :, column] * weight)
+            y = torch.cat([scaled, y[:, :, row]], dim=2)
+        if self.combined:
+            y = y[:, :, : self.num_heads] + y[:, :, self.num_heads :]
+        return y + self.bias.T[places].to(y.dtype)[..., None]
+
+    def weights_at(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """(k, B or 1, L, S, 1) weights at the (B or 1, L) positions."""
+        weights = self.weight.unflatten(0, (self.taps, self.recurrences))
+        return weights[:, :, places].movedim(1, 3)[..., None].to(dtype)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, S) logarithm of the decays at (B, L, ...) inputs, the same everywhere."""
+        shape = (*hidden_states.shape[:2], self.recurrences)
+        if self.decay_value is None:
+            return torch.zeros(shape, device=hidden_states.device)
+        stretch = max(self.positions // _DECAY_CONTEXT, 1)
+        return (self.decay_value.clamp(_FASTEST, _SLOWEST).log() / stretch).expand(shape)
+
+    def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
+        places = sequence.places()
+        weights = self.weights_at(places, self.weight.dtype)
+        log_decay = self.log_decay(places[..., None])
+        matrices = []
+        for weight in weights:  # (B or 1, L, S, 1)
+            ones = torch.ones_like(weight)
+            target = torch.cat([weight[:, :, : self.columns], ones[:, :, self.columns :]], dim=2)
+            source = torch.cat([ones[:, :, : self.columns], weight[:, :, self.columns :]], dim=2)
+            matrix = ssd_matrix(log_decay, source, target, seq_idx=sequence.seq_idx)
+            if self.combined:
+                matrix = matrix[:, : self.num_heads] + matrix[:, self.num_heads :]
+            matrices.append(matrix)
+        return torch.cat(matrices, dim=1).float().expand(hidden_states.shape[0], -1, -1, -1)
+
+
+def make_position_mixer(config: MaskedMixerConfig, layer_idx: int, diagonal: int = 0) -> PositionMixer:
+    """The mixer that a configuration names; of tokens from `diagonal` before a position on."""
+    sizes = (layer_idx, config.hidden_size, config.max_position_embeddings)
+    options: dict[str, Any] = {
+        "heads": config.num_heads,
+        "taps": config.kernel_size,
+        "projections": bool(config.use_projections),
+    }
+    if config.mixing in REPEATS:
+        return RepeatMixer(*sizes, kind=config.mixing, decay=config.use_decay, **options)
+    kind = DenseMixer if config.mixing == "dense" else ToeplitzMixer
+    return kind(*sizes, diagonal=diagonal, inner=str(config.hidden_act) if config.expanded else None, **options)

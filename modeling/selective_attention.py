@@ -32,7 +32,7 @@ from ..kernels.tracing import tracing
 from ..kernels.window_attention import window_attention, window_attention_matrix
 from ..kernels.window_attention_traced import attend_traced
 from .cache import layer_of
-from .rotary import rotate
+from .layers import rotate
 from .token_layout import Sequence
 
 

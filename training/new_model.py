@@ -21,7 +21,7 @@ from ..conversion.source_files import check_config
 from ..harness.fingerprint import pinned_revision
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import override, read_yaml
-from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.heads import ZooForCausalLM
 from ..modeling.presets import PRESETS
 from .vocabulary import entries_of
 

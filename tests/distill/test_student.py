@@ -17,7 +17,7 @@ from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, copy_attention, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import teacher_adapter
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
-from ssm_zoo.modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
+from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
 from tolerances import TOLERANCES
 
 RTOL, ATOL = TOLERANCES[torch.float32]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig, mixer_parameters
-from ssm_zoo.modeling.mixer_parameters import FLOAT32_PARAMETERS
+from ssm_zoo.modeling.mixer import FLOAT32_PARAMETERS
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -16,7 +16,7 @@ from ssm_zoo.modeling import (
     ZooS6ForCausalLM,
     ZooSSDForCausalLM,
 )
-from ssm_zoo.modeling.modeling_hybrid import half_life_to_bias
+from ssm_zoo.modeling.discrete_mamba2 import half_life_to_bias
 
 # Heads enough for their statistics: 128 of each kind.
 MAMBA2 = {"hidden_size": 128, "head_dim": 2, "vocab_size": 200, "state_size": 4, "num_hidden_layers": 3}

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,9 @@ def float32_parameter(*shape: int) -> nn.Parameter:
     if not under_fsdp():
         dtype = torch.promote_types(dtype, torch.float32)
     elif dtype in (torch.float16, torch.bfloat16):
-        _warn("parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact")
+        warn_of_dtype(
+            "parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact"
+        )
     return nn.Parameter(torch.empty(shape, dtype=dtype))
 
 
@@ -46,39 +48,45 @@ def initialise_alone(initialise: Callable[..., None], *arguments: Any) -> None:
         initialise(*arguments)
 
 
-class KeepsFloat32:
-    """A model with such parameters."""
-
-    _keep_in_fp32_modules_strict: Any = list(FLOAT32_PARAMETERS)
-
-    def post_init(self) -> None:
-        assert isinstance(self, nn.Module)
-        # Those of this model: transformers takes a name that is not there for a mistake.
-        self._keep_in_fp32_modules_strict = [
-            kept
-            for kept in FLOAT32_PARAMETERS
-            if not under_fsdp() and any(_is(name, kept) for name, _ in self.named_parameters())
-        ]
-        super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(self, nn.Module)
-        for name, parameter in self.named_parameters():
-            found = [kept for kept in FLOAT32_PARAMETERS if _is(name, kept)]
-            if found and parameter.dtype in (torch.float16, torch.bfloat16):
-                remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
-                _warn(f"`{found[0]}` and parameters like it", parameter.dtype, remedy)
-                break
-        return result
-
-
-def _warn(parameters: str, dtype: torch.dtype, remedy: str) -> None:
+def warn_of_dtype(parameters: str, dtype: torch.dtype, remedy: str) -> None:
     """Say once that parameters which ought to be in float32 are not."""
     name = str(dtype).partition(".")[2]
     logger.warning_once(f"{parameters} are in {name} now, in which small steps of an optimizer are lost; {remedy}")
 
 
-def _is(name: str, kept: str) -> bool:
-    """Whether a parameter has this name, below whatever modules."""
-    return f".{name}".endswith(f".{kept}")
+def matrix_rows(matrix: Callable[..., Tensor], factors: tuple[Tensor, ...], sequence: Any, cache: Any) -> Tensor | None:
+    """The (B, H, L, past + L) rows of the new tokens in a recurrent mixer's matrix.
+
+    A state does not say which tokens it is made of. The cache therefore keeps the factors of the matrix, once it is
+    asked for at the first tokens.
+
+    Args:
+        matrix: makes the (B, H, K, K) matrix of (B, K, ...) factors and their `Sequence`.
+        factors: (B, L, ...) each, of the new tokens.
+        sequence: their `Sequence`.
+        cache: the mixer's layer of the cache, or None.
+
+    Returns:
+        The rows, or None where the cache holds tokens and did not keep their factors.
+    """
+    if cache is None:
+        return matrix(*factors, sequence)
+    kept = cache.keep_factors(factors, sequence.past)
+    return None if kept is None else matrix(*kept, sequence.whole())[:, :, sequence.past :]
+
+
+def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:
+    """Whether the in-place step may be taken: one token, a state to go on from, no padding, no gradients.
+
+    Args:
+        hidden_states: (B, L, D) inputs of a mixer.
+        sequence: their `Sequence`.
+        cache: the mixer's layer of the cache, or None.
+    """
+    return (
+        cache is not None
+        and cache.is_initialized
+        and hidden_states.shape[1] == 1
+        and sequence.seq_idx is None
+        and not torch.is_grad_enabled()
+    )
