@@ -12,9 +12,12 @@ has a bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `featur
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -22,11 +25,21 @@ from transformers.cache_utils import Cache
 from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from .cache import layer_of
-from .configuration_hybrid import ZooHybridConfig
 from .layers import ShortConvolution, inverse_softplus, rotate
-from .mixer import float32_parameter, initialise_alone, is_single_step, matrix_rows
+from .mixer import (
+    FromAttention,
+    MixerSettings,
+    TokenMixer,
+    check_sizes,
+    float32_parameter,
+    initialise_alone,
+    is_single_step,
+    matrix_rows,
+    start_from_attention,
+)
 from .token_layout import Sequence
 
+FEATURE_MAPS = ("identity", "softplus")
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 _SMALLEST_ROW_SUM = 1e-6
 
@@ -39,18 +52,20 @@ class DiscreteMamba2Mixer(nn.Module):
     that sum to 1.
     """
 
-    def __init__(self, config: ZooHybridConfig, layer_idx: int) -> None:
+    float32_parameters = ("dt_bias", "D")
+
+    def __init__(self, config: Any, settings: "DiscreteMamba2Settings", layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.num_attention_heads, int(config.head_dim or 0)
-        self.state_size = int(config.state_size or 0)
-        self.feature_map, self.normalize, self.rotary = config.feature_map, config.normalize, config.ssm_rotary
+        self.state_size = int(settings.state_size or 0)
+        self.feature_map, self.normalize, self.rotary = settings.feature_map, settings.normalize, settings.rotary
         inner, maps = self.num_heads * self.head_dim, self.num_heads * self.state_size
         # rows in the order x, B, C, z, a
         self.conv_split = [inner, maps, maps]
         self.split = [inner + 2 * maps, inner, self.num_heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.attention_bias)
-        self.conv1d = ShortConvolution(self.split[0], config.conv_kernel, bias=True)
+        self.conv1d = ShortConvolution(self.split[0], settings.conv_kernel, bias=True)
         self.z_bias = nn.Parameter(torch.empty(inner))
         self.dt_bias = float32_parameter(self.num_heads)
         self.D = float32_parameter(self.num_heads)
@@ -95,6 +110,21 @@ class DiscreteMamba2Mixer(nn.Module):
         y = y.flatten(2) * F.silu(z + self.z_bias)
         attention = matrix_rows(self.mixing_matrix, (log_decay, B, C), sequence, cache) if output_attentions else None
         return self.out_proj(y), attention
+
+    def initialise(self) -> None:
+        init_discrete_mamba2_mixer(self)
+
+    @torch.no_grad()
+    def set_half_lives(self, half_lives: Tensor) -> None:
+        """Decays that halve the state every (H) half-lives, in tokens, where the input says nothing."""
+        self.dt_bias.copy_(half_life_to_bias(half_lives))
+
+    @torch.no_grad()
+    def start_from(self, view: Any) -> None:
+        """Start from an attention layer, see `start_from_attention`. Softplus features take keys and queries as they
+        are: the larger its argument, the more softplus tells apart. The gate stays open."""
+        query_scale = view.scaling if self.feature_map == "identity" else 1.0
+        start_from_attention(self, view, first=0, query_scale=query_scale)
 
     def maps(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the recurrence reads, from the convolved (B, L, ...) projections and the (B, L, H) decay logits.
@@ -158,6 +188,68 @@ def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
     span = torch.linspace(0.0, 1.0, mixer.num_heads, device=mixer.dt_bias.device, dtype=torch.float32)
     init.copy_(mixer.dt_bias, half_life_to_bias(4.0 * 16.0**span))
     init.ones_(mixer.D)
+
+
+@strict
+@dataclass
+class DiscreteMamba2Settings(MixerSettings):
+    """Discrete Mamba-2 in `zoo_hybrid`, which has the heads of attention.
+
+    Args:
+        state_size: N, state channels of a head; the width of an attention head if not given.
+        conv_kernel: K, width of the short convolution, at least 2.
+        feature_map: map on B and C: "identity", or "softplus" (positive features).
+        normalize: divide each output by its row sum, as softmax does; needs positive features.
+        rotary: apply the rotary embedding to B and C, as attention does to k and q.
+    """
+
+    state_size: int | None = None
+    conv_kernel: int = 4
+    feature_map: str = "identity"
+    normalize: bool = False
+    rotary: bool = False
+
+    def validate_choices(self) -> None:
+        check_sizes(self, "state_size")
+        check_sizes(self, "conv_kernel", least=2)
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if self.normalize and self.feature_map == "identity":
+            raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
+
+    def complete(self, config: Any) -> None:
+        if self.state_size is None:
+            self.state_size = config.head_dim
+
+    def check(self, config: Any) -> None:
+        if self.rotary and self.state_size != config.head_dim:
+            raise ValueError(f"rotary needs state_size equal to head_dim ({config.head_dim}), got {self.state_size}")
+
+
+def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
+    if spec.normalize and spec.feature_map == "identity":
+        raise ValueError(
+            "student.normalize: got True with feature_map 'identity', whose row sums may be 0 or negative; accepted: "
+            "feature_map 'softplus'"
+        )
+    names = ("conv_kernel", "feature_map", "normalize", "rotary")
+    return {"discrete_mamba2": {"state_size": teacher.head_dim} | {name: getattr(spec, name) for name in names}}
+
+
+MIXER = TokenMixer(
+    label="discrete Mamba-2: a state-space layer without a step size",
+    make=DiscreteMamba2Mixer,
+    settings=DiscreteMamba2Settings,
+    student=FromAttention(
+        _student_keys,
+        ("conv_kernel", "feature_map", "normalize", "rotary", "half_life", "calibration", "copy_projections"),
+    ),
+    tags=("mamba2",),
+    flat={
+        **{name: name for name in ("state_size", "conv_kernel", "feature_map", "normalize")},
+        "ssm_rotary": "rotary",
+    },
+)
 
 
 def half_life_to_bias(half_life: Tensor) -> Tensor:

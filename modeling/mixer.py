@@ -1,4 +1,18 @@
-"""Parameters of mixers: those that stay in float32 beside weights in half precision, and first values.
+"""What a token mixer is: the row that the table of mixers has of it, its parameters in float32, its first values.
+
+A mixer is a module that is called as `mixer(hidden_states, sequence, past_key_values, output_attentions)`, with normed
+(B, L, D) states, and returns (B, L, D) and its (B, H, L, past + L) mixing matrix or None; one that chooses tokens also
+its (B, L, 2) scores and (B, L) decisions. What else it can do, it says by having it:
+
+| attribute | meaning |
+|---|---|
+| `initialise()` | sets the first values of its parameters, after its linear layers have transformers' |
+| `float32_parameters` | names of the parameters that stay in float32 |
+| `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
+| `start_from(view)` | copies an attention layer's projections, an `AttentionView` of `distill/teacher.py` |
+| `set_half_lives(half_lives)` | gives each of `num_heads` heads a half-life in tokens, (H) |
+| `set_average_attention(matrix)` | takes the (H, N, N) mean attention of a layer for its weights |
+| `out_proj` | a linear layer over `num_heads` heads, which calibration may fit |
 
 Decay rates, step sizes and skips act over the whole length of a text, or are moved by steps that bfloat16 rounds away:
 with 8 bits an update below 0.4 % of a value is lost. So they are float32 however a model comes about with
@@ -13,6 +27,7 @@ mixed precision accelerate then keeps the trained parameters in float32.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +36,65 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias", "dt_proj.bias", "decay_value")
+
+@dataclass
+class MixerSettings:
+    """The settings of a kind of mixer in `zoo_hybrid`: a strict dataclass, which checks itself, derives from this."""
+
+    def complete(self, config: Any) -> None:
+        """Fill in what was not given and depends on the sizes of the model."""
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError where the settings contradict the sizes of the model."""
+
+
+@dataclass(frozen=True)
+class FromAttention:
+    """How distillation puts a kind of mixer in the place of an attention layer.
+
+    Attributes:
+        keys: from the teacher's configuration and the student's part of a recipe the keys of `ZooHybridConfig` that the
+            kind needs; raises ValueError where the teacher's sizes do not fit.
+        options: fields of the student's part of a recipe that mean something for this kind.
+        is_attention: whether the mixer takes the parameters of the attention layer as they are.
+    """
+
+    keys: Callable[[Any, Any], dict[str, Any]]
+    options: tuple[str, ...]
+    is_attention: bool = False
+
+
+@dataclass(frozen=True)
+class TokenMixer:
+    """A row of the table of token mixers: all that the rest of the project knows of a kind.
+
+    Attributes:
+        label: what it is, for a reader who has not seen the code.
+        make: makes the module, from the model's configuration, the kind's settings and the number of the block.
+        settings: class of its settings.
+        cache_layer: kind of its cache layer; a function of the settings where they decide.
+        bounded: whether it knows no positions beyond `max_position_embeddings`.
+        student: how it takes the place of an attention layer; None: it cannot.
+        tags: for model cards on the Hub.
+        flat: the keys that its settings had in configurations of before 2026-11, all in one, to their names now.
+    """
+
+    label: str
+    make: Callable[[Any, Any, int], nn.Module]
+    settings: type[MixerSettings] = MixerSettings
+    cache_layer: str | Callable[[Any], str] = "zoo_recurrent"
+    bounded: bool = False
+    student: FromAttention | None = None
+    tags: tuple[str, ...] = ()
+    flat: dict[str, str] = field(default_factory=dict)
+
+
+def check_sizes(settings: Any, *names: str, least: int = 1) -> None:
+    """Raise ValueError where one of the named settings, if given, is below `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def float32_parameter(*shape: int) -> nn.Parameter:
@@ -90,3 +163,50 @@ def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:
         and sequence.seq_idx is None
         and not torch.is_grad_enabled()
     )
+
+
+def start_from_attention(mixer: Any, view: Any, *, first: int, query_scale: float) -> None:
+    """Start a state-space mixer from an attention layer: v to x, k to B, q to C, o to out_proj; key-value heads are
+    repeated whole. The skip D is 0, and the decay does not depend on the input yet.
+
+    Args:
+        mixer: has H heads of P channels and P state channels, whose `in_proj` has rows for x, B and C one after the
+            other, and in its last H rows those of the decay.
+        view: the attention.
+        first: row of `in_proj` that x starts at.
+        query_scale: factor on the queries; that of the scores, where nothing else has it.
+
+    Raises:
+        ValueError: if the mixer's sizes differ from the attention's.
+    """
+    sizes = (mixer.num_heads, mixer.head_dim, mixer.state_size)
+    if sizes != (view.num_heads, view.head_dim, view.head_dim):
+        raise ValueError(
+            f"student: its mixer has {sizes[0]} heads of {sizes[1]} channels with state_size {sizes[2]}; copying needs "
+            f"the attention's {view.num_heads} heads of {view.head_dim}, and state_size {view.head_dim}"
+        )
+    inner = view.num_heads * view.head_dim
+    weight, bias = mixer.in_proj.weight, mixer.in_proj.bias
+    rows = [view.expand_heads(view.v), view.expand_heads(view.k), view.q * query_scale]
+    weight[first : first + 3 * inner] = torch.cat(rows).to(weight)
+    weight[-mixer.num_heads :] = 0.0
+    if bias is not None:
+        bias.zero_()
+        biases = [None if part is None else view.expand_heads(part) for part in (view.v_bias, view.k_bias)]
+        biases.append(None if view.q_bias is None else view.q_bias * query_scale)
+        for part, values in enumerate(biases):
+            if values is not None:
+                bias[first + part * inner : first + (part + 1) * inner] = values.to(weight)
+    mixer.conv1d.weight.zero_()
+    mixer.conv1d.weight[:, :, -1] = 1.0
+    if mixer.conv1d.bias is not None:
+        mixer.conv1d.bias.zero_()
+    mixer.D.zero_()
+    copy_output(mixer.out_proj, view)
+
+
+def copy_output(out_proj: nn.Linear, view: Any) -> None:
+    """Give an output projection an attention layer's weight, and its bias or none."""
+    out_proj.weight.copy_(view.o)
+    if out_proj.bias is not None:
+        out_proj.bias.copy_(view.o_bias if view.o_bias is not None else torch.zeros(()))

@@ -2,34 +2,25 @@
 
 Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
-first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
-tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-1 (`modeling_mamba.py`) and
-Mamba-2 (`modeling_mamba2.py`); masked mixing (`position_mixers.py`); and discrete Mamba-2
-(`discrete_mamba2.py`).
+first channels of a head, or none. The mixers are those of the table in `token_mixers.py`.
 
 Symbols: B batch, L length, D width.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
-from .attention import Attention
 from .backbone import ZooModel
 from .cache import layer_of
 from .configuration_hybrid import ZooHybridConfig
-from .discrete_mamba2 import DiscreteMamba2Mixer, init_discrete_mamba2_mixer
 from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClassification
-from .layers import GatedMLP, RMSNorm, init_short_convolution
-from .modeling_mamba import MambaMixer, init_mamba_mixer
-from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
-from .position_mixers import PositionMixer, make_position_mixer
+from .layers import GatedMLP, RMSNorm
 from .pretrained import ZooPreTrainedModel
-from .selective_attention import SelectiveAttention
 from .token_layout import Sequence
+from .token_mixers import TOKEN_MIXERS
 
 
 class HybridBlock(GradientCheckpointingLayer):
@@ -74,19 +65,7 @@ def make_mlp(config: ZooHybridConfig) -> GatedMLP:
 def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
     """The token mixer that `config.mixer_types` names for a layer."""
     kind = (config.mixer_types or [])[layer_idx]
-    if kind == "mamba":
-        return MambaMixer(config.mamba, layer_idx)
-    if kind == "mamba2":
-        return Mamba2Mixer(config.mamba2, layer_idx)
-    if kind == "discrete_mamba2":
-        return DiscreteMamba2Mixer(config, layer_idx)
-    if kind == "masked_mixing":
-        return make_position_mixer(config.masked_mixer, layer_idx)
-    if kind == "selective_attention":
-        return SelectiveAttention(config, layer_idx, bias=config.attention_bias)
-    if kind == "sliding_attention":
-        return Attention(config, layer_idx, config.sliding_window)
-    return Attention(config, layer_idx, None, config.attention_conv_kernel)
+    return TOKEN_MIXERS[kind].make(config, config.settings_of(kind), layer_idx)
 
 
 class ZooHybridPreTrainedModel(ZooPreTrainedModel):
@@ -101,20 +80,6 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
         "AutoModelForSequenceClassification": "ZooHybridForSequenceClassification",
         "AutoModelForTokenClassification": "ZooHybridForTokenClassification",
     }
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MambaMixer):  # after its projections, which it initialises again
-            init_mamba_mixer(module, self.config.mamba)
-        elif isinstance(module, Mamba2Mixer):
-            init_mamba2_mixer(module, self.config.mamba2)
-        elif isinstance(module, PositionMixer):
-            module.initialise()
-        elif isinstance(module, DiscreteMamba2Mixer):
-            init_discrete_mamba2_mixer(module)
-        elif isinstance(module, Attention) and module.conv1d is not None:
-            init_short_convolution(module.conv1d)
 
 
 class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
@@ -134,7 +99,7 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         return config.rms_norm_eps
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
-        if "masked_mixing" in (self.config.mixer_types or []):
+        if self.config.is_bounded:
             sequence.check_length(self.config.max_position_embeddings)
         sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 

@@ -42,7 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..kernels.tracing import host_reads
 from .attention import Attention
 from .backbone import ZooModel
-from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
+from .configuration_masked_mixer import MaskedMixerConfig
 from .heads import (
     ZooForCausalLM,
     ZooForMaskedLM,
@@ -51,7 +51,7 @@ from .heads import (
     enter_class_name,
 )
 from .layers import GatedMLP, LayerNorm, PlainMLP, RMSNorm, init_linear, init_linear_normal, normed
-from .position_mixers import PositionMixer, make_position_mixer
+from .masked_mixing import REPEATS, make_position_mixer
 from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
 
@@ -81,9 +81,11 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
         self.attention_norm = make_norm(config) if config.attention == "series" else None
         self.attention = Attention(config, layer_idx, None) if attends else None
         self.token_norm = make_norm(config)
-        self.mixer = make_position_mixer(config, layer_idx)
+        self.mixer = make_position_mixer(config, config, layer_idx)
         self.reverse_norm = make_norm(config) if config.bidirectional else None
-        self.reverse = make_position_mixer(config, layer_idx, config.lookahead) if config.bidirectional else None
+        self.reverse = (
+            make_position_mixer(config, config, layer_idx, config.lookahead) if config.bidirectional else None
+        )
         self.channel_norm = make_norm(config)
         self.mlp = make_mlp(config)
 
@@ -161,8 +163,6 @@ class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             (init_linear if self.config.mixing == "dense" else init_linear_normal)(module)
-        elif isinstance(module, PositionMixer):
-            module.initialise()
 
 
 class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):

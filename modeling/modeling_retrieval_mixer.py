@@ -107,8 +107,6 @@ class RetrievalMixer(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init_linear(module)
-        elif isinstance(module, OpenMixer):
-            module.initialise()
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         rows, width = self.config.max_position_embeddings, self.config.hidden_size

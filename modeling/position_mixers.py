@@ -33,8 +33,12 @@ from ..kernels.ssd import ssd_log_decay, ssd_matrix
 from ..kernels.ssd_step import ssd_log_decay_step
 from ..kernels.toeplitz_mix import toeplitz_mix, toeplitz_mix_step
 from .cache import HistoryLayer, StateLayer, layer_of
-from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
-from .mixer import float32_parameter, initialise_alone, is_single_step
+from .mixer import (
+    copy_output,
+    float32_parameter,
+    initialise_alone,
+    is_single_step,
+)
 from .token_layout import Sequence
 
 
@@ -259,6 +263,39 @@ class DenseMixer(HistoryMixer):
     def below_diagonal(self, weights: Tensor) -> Tensor:
         return weights.tril(-self.diagonal) if self.diagonal else weights
 
+    @torch.no_grad()
+    def set_average_attention(self, matrix: Tensor) -> None:
+        """Take the (H, N, N) mean attention of a layer for the weights; the bias is 0 then.
+
+        Raises:
+            ValueError: if the mixer has other sizes or neighbouring channels in its mixing.
+        """
+        if self.taps != 1 or self.weight.shape != matrix.shape:
+            raise ValueError(
+                f"student: the average attention is {tuple(matrix.shape)}, (heads, positions, positions); got a mixer "
+                f"of {tuple(self.weight.shape)} with {self.taps} taps"
+            )
+        self.weight.copy_(matrix)
+        self.bias.zero_()
+
+    @torch.no_grad()
+    def start_from(self, view: Any) -> None:
+        """Start from an attention layer: v to in_proj, o to out_proj; key-value heads are repeated whole.
+
+        Raises:
+            ValueError: if the mixer has no projections, or other heads.
+        """
+        sizes = (view.num_heads, view.head_dim)
+        if self.in_proj is None or self.out_proj is None or (self.num_heads, self.head_dim) != sizes:
+            raise ValueError(
+                f"student: its mixer has {self.num_heads} heads of {self.head_dim} channels, and "
+                f"{'no' if self.in_proj is None else 'with'} projections; copying needs the attention's {sizes[0]} "
+                f"heads of {sizes[1]}, with projections"
+            )
+        self.in_proj.weight.copy_(view.expand_heads(view.v))
+        self.in_proj.bias.copy_(view.expand_heads(view.v_bias) if view.v_bias is not None else torch.zeros(()))
+        copy_output(self.out_proj, view)
+
     def entries(self, weight: Tensor, target: Tensor, source: Tensor) -> Tensor:
         return weight[:, target[:, :, None], source[:, None, :]].transpose(0, 1)
 
@@ -312,6 +349,8 @@ class RepeatMixer(PositionMixer):
     `weight` (k S, N) and `decay_value` (S) are those of S recurrences: one for each head, or of the sum of both kinds
     two for each, the columns of all heads first. The weights of tap t are `weight[t * S : (t + 1) * S]`.
     """
+
+    float32_parameters = ("decay_value",)
 
     def __init__(
         self,
@@ -399,17 +438,3 @@ class RepeatMixer(PositionMixer):
                 matrix = matrix[:, : self.num_heads] + matrix[:, self.num_heads :]
             matrices.append(matrix)
         return torch.cat(matrices, dim=1).float().expand(hidden_states.shape[0], -1, -1, -1)
-
-
-def make_position_mixer(config: MaskedMixerConfig, layer_idx: int, diagonal: int = 0) -> PositionMixer:
-    """The mixer that a configuration names; of tokens from `diagonal` before a position on."""
-    sizes = (layer_idx, config.hidden_size, config.max_position_embeddings)
-    options: dict[str, Any] = {
-        "heads": config.num_heads,
-        "taps": config.kernel_size,
-        "projections": bool(config.use_projections),
-    }
-    if config.mixing in REPEATS:
-        return RepeatMixer(*sizes, kind=config.mixing, decay=config.use_decay, **options)
-    kind = DenseMixer if config.mixing == "dense" else ToeplitzMixer
-    return kind(*sizes, diagonal=diagonal, inner=str(config.hidden_act) if config.expanded else None, **options)

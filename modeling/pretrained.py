@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .hub_code import remove_stale_weights, upload, write_code, write_default_card, written_weights
-from .mixer import FLOAT32_PARAMETERS, under_fsdp, warn_of_dtype
+from .mixer import under_fsdp, warn_of_dtype
 
 _EXAMPLE_TOKENS = 16
 
@@ -25,25 +25,30 @@ def is_bidirectional(config: PreTrainedConfig) -> bool:
 
 
 class KeepsFloat32:
-    """A model with such parameters."""
-
-    _keep_in_fp32_modules_strict: Any = list(FLOAT32_PARAMETERS)
+    """A model with mixers whose `float32_parameters` stay in float32 (`mixer.py`)."""
 
     def post_init(self) -> None:
         assert isinstance(self, nn.Module)
         # Those of this model: transformers takes a name that is not there for a mistake.
         self._keep_in_fp32_modules_strict = [
             kept
-            for kept in FLOAT32_PARAMETERS
+            for kept in self._float32_parameters()
             if not under_fsdp() and any(_is(name, kept) for name, _ in self.named_parameters())
         ]
         super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _float32_parameters(self) -> list[str]:
+        """The names, which the mixers know."""
+        assert isinstance(self, nn.Module)
+        kinds = {type(module) for module in self.modules()}
+        return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(self, nn.Module)
+        kinds = self._float32_parameters()
         for name, parameter in self.named_parameters():
-            found = [kept for kept in FLOAT32_PARAMETERS if _is(name, kept)]
+            found = [kept for kept in kinds if _is(name, kept)]
             if found and parameter.dtype in (torch.float16, torch.bfloat16):
                 remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
                 warn_of_dtype(f"`{found[0]}` and parameters like it", parameter.dtype, remedy)
@@ -99,7 +104,7 @@ def _base(layer: nn.Module) -> nn.Module:
 
 class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     """What every zoo model is: stateful, exported with its code, and with some parameters in float32
-    (`mixer_parameters.py`)."""
+    (`mixer.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -116,6 +121,12 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules or [] if name in present]
         super().post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "initialise"):  # after its linear layers, which it may set again
+            module.initialise()  # pyright: ignore[reportCallIssue]
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Save weights, config, the code that loads them, its licence and a card: a folder that needs no ssm-zoo.

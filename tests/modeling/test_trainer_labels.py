@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ssm_zoo.modeling import outputs as routing
+from ssm_zoo.modeling import outputs
 
 SMOOTHING = 0.1
 
