@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..harness.json_files import json_text
 from ..harness.run_folder import new_folder
-from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
+from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooMamba2ForCausalLM, ZooMambaForCausalLM
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
 from ..modeling.pretrained import ZooPreTrainedModel
@@ -55,8 +55,8 @@ FORMATS = (
     MASKED_MIXER,
 )
 _ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
-    ZooS6ForCausalLM,
-    ZooSSDForCausalLM,
+    ZooMambaForCausalLM,
+    ZooMamba2ForCausalLM,
     ZooHybridForCausalLM,
     MaskedMixerForCausalLM,
 )

@@ -226,7 +226,7 @@ class DiscreteMamba2Settings(MixerSettings):
             raise ValueError(f"rotary needs state_size equal to head_dim ({config.head_dim}), got {self.state_size}")
 
 
-def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
+def _discrete_mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     if spec.normalize and spec.feature_map == "identity":
         raise ValueError(
             "student.normalize: got True with feature_map 'identity', whose row sums may be 0 or negative; accepted: "
@@ -236,12 +236,12 @@ def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     return {"discrete_mamba2": {"state_size": teacher.head_dim} | {name: getattr(spec, name) for name in names}}
 
 
-MIXER = TokenMixer(
+DISCRETE_MAMBA2 = TokenMixer(
     label="discrete Mamba-2: a state-space layer without a step size",
     make=DiscreteMamba2Mixer,
     settings=DiscreteMamba2Settings,
     student=FromAttention(
-        _student_keys,
+        _discrete_mamba2_keys,
         ("conv_kernel", "feature_map", "normalize", "rotary", "half_life", "calibration", "copy_projections"),
     ),
     tags=("mamba2",),

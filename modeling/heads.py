@@ -96,6 +96,16 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         """The 2-D mask itself: `generate` would make it 4-D for a static cache, and recurrent layers read it too."""
         return attention_mask
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
+        """As transformers'. Before 5.24 it goes by the name of the class, and calls the cache of one with "mamba" in it
+        `cache_params`, whatever its forward calls it."""
+        renames = CACHE_FIELD == "past_key_values" and "mamba" in type(self).__name__.lower()
+        if renames and "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        if renames and "cache_params" in model_kwargs:
+            model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """Never: caches count their columns in Python numbers, and compiled decoding would run anew for every token."""
         if generation_config.compile_config is not None:

@@ -71,7 +71,7 @@ class MaskedMixingSettings(MixerSettings):
         check_position_mixing(config, self)
 
 
-def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
+def _masked_mixing_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     inner = teacher.num_attention_heads * teacher.head_dim
     if inner != teacher.hidden_size:
         raise ValueError(
@@ -88,13 +88,13 @@ def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     return {"masked_mixing": sizes, "max_position_embeddings": spec.positions}
 
 
-MIXER = TokenMixer(
+MASKED_MIXING = TokenMixer(
     label="masked mixing: weights for pairs of positions, the same for every text",
     make=make_position_mixer,
     settings=MaskedMixingSettings,
     cache_layer=lambda settings: "zoo_state" if settings.mixing in REPEATS else "zoo_history",
     bounded=True,
-    student=FromAttention(_student_keys, ("positions", "calibration", "copy_projections")),
+    student=FromAttention(_masked_mixing_keys, ("positions", "calibration", "copy_projections")),
     flat={
         "mixing": "mixing",
         "mixing_heads": "num_heads",

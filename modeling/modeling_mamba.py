@@ -16,8 +16,7 @@ kuleshov-group/caduceus@0d7fae1). A causal checkpoint loads into an encoder, wit
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `dt_proj` is called, where the official code multiplies by its weight and passes its bias to the scan (see
-:class:`StepProjection`). The classes are named after the mixer (S6): transformers' `generate`, before 5.24, hands its
-cache to classes with "mamba" in their name under another keyword than `past_key_values`.
+:class:`StepProjection`).
 """
 
 from dataclasses import dataclass
@@ -288,7 +287,7 @@ class MambaSettings(MixerSettings):
         return ZooMambaConfig(**sizes, **vars(self))
 
 
-MIXER = TokenMixer(
+MAMBA = TokenMixer(
     label="Mamba: a state-space layer whose channels decay by themselves",
     make=lambda config, settings, layer_idx: MambaMixer(settings.sizes(config), layer_idx),
     settings=MambaSettings,
@@ -302,22 +301,22 @@ MIXER = TokenMixer(
 )
 
 
-class ZooS6PreTrainedModel(ZooPreTrainedModel):
+class ZooMambaPreTrainedModel(ZooPreTrainedModel):
     """Mamba's configuration, blocks and initialisation."""
 
     config: ZooMambaConfig
     config_class = ZooMambaConfig
     _no_split_modules = ["MixerBlock"]
     auto_classes = {
-        "AutoModel": "ZooS6Model",
-        "AutoModelForCausalLM": "ZooS6ForCausalLM",
-        "AutoModelForMaskedLM": "ZooS6ForMaskedLM",
-        "AutoModelForSequenceClassification": "ZooS6ForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooS6ForTokenClassification",
+        "AutoModel": "ZooMambaModel",
+        "AutoModelForCausalLM": "ZooMambaForCausalLM",
+        "AutoModelForMaskedLM": "ZooMambaForMaskedLM",
+        "AutoModelForSequenceClassification": "ZooMambaForSequenceClassification",
+        "AutoModelForTokenClassification": "ZooMambaForTokenClassification",
     }
 
 
-class ZooS6Model(ZooS6PreTrainedModel, ZooModel):
+class ZooMambaModel(ZooMambaPreTrainedModel, ZooModel):
     """Mamba without a head."""
 
     def make_block(self, config: ZooMambaConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -328,36 +327,36 @@ class ZooS6Model(ZooS6PreTrainedModel, ZooModel):
         return config.layer_norm_epsilon
 
 
-class ZooS6ForCausalLM(ZooS6PreTrainedModel, ZooForCausalLM, GenerationMixin):
+class ZooMambaForCausalLM(ZooMambaPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Mamba with a language-modelling head."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
-class ZooS6ForMaskedLM(ZooS6PreTrainedModel, ZooForMaskedLM):
+class ZooMambaForMaskedLM(ZooMambaPreTrainedModel, ZooForMaskedLM):
     """Mamba in both directions with a head that fills in masked tokens."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
-class ZooS6ForSequenceClassification(ZooS6PreTrainedModel, ZooForSequenceClassification):
+class ZooMambaForSequenceClassification(ZooMambaPreTrainedModel, ZooForSequenceClassification):
     """Mamba with one score or one set of labels for each row."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
-class ZooS6ForTokenClassification(ZooS6PreTrainedModel, ZooForTokenClassification):
+class ZooMambaForTokenClassification(ZooMambaPreTrainedModel, ZooForTokenClassification):
     """Mamba with labels for each token."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
 __all__ = [
     "MambaMixer",
-    "ZooS6ForCausalLM",
-    "ZooS6ForMaskedLM",
-    "ZooS6ForSequenceClassification",
-    "ZooS6ForTokenClassification",
-    "ZooS6Model",
-    "ZooS6PreTrainedModel",
+    "ZooMambaForCausalLM",
+    "ZooMambaForMaskedLM",
+    "ZooMambaForSequenceClassification",
+    "ZooMambaForTokenClassification",
+    "ZooMambaModel",
+    "ZooMambaPreTrainedModel",
 ]

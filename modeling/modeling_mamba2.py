@@ -15,9 +15,7 @@ adds before it. A causal checkpoint loads into an encoder, with `reverse` alone 
 (arXiv 2407.09941; goombalab/hydra@0daa208): a centred convolution, and B, C and dt projected for each direction.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
--> mixer); `D_has_hdim` and `d_ssm` are not offered. The classes are named after the mixer (SSD): transformers'
-`generate`, before 5.24, hands its cache to classes with "mamba" in their name under another keyword than
-`past_key_values`.
+-> mixer); `D_has_hdim` and `d_ssm` are not offered.
 """
 
 import math
@@ -299,7 +297,7 @@ class Mamba2Settings(MixerSettings):
         )
 
 
-def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
+def _mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     inner = teacher.num_attention_heads * teacher.head_dim
     if inner % teacher.hidden_size:
         raise ValueError(
@@ -310,11 +308,11 @@ def _student_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     return {"mamba2": sizes | {"expand": inner // teacher.hidden_size, "conv_kernel": spec.conv_kernel}}
 
 
-MIXER = TokenMixer(
+MAMBA2 = TokenMixer(
     label="Mamba-2: a state-space layer",
     make=lambda config, settings, layer_idx: Mamba2Mixer(settings.sizes(config), layer_idx),
     settings=Mamba2Settings,
-    student=FromAttention(_student_keys, ("conv_kernel", "half_life", "calibration", "copy_projections")),
+    student=FromAttention(_mamba2_keys, ("conv_kernel", "half_life", "calibration", "copy_projections")),
     tags=("mamba2",),
     flat={
         **{name: name for name in ("state_size", "expand", "n_groups", "conv_kernel", "time_step_limit")},
@@ -325,22 +323,22 @@ MIXER = TokenMixer(
 )
 
 
-class ZooSSDPreTrainedModel(ZooPreTrainedModel):
+class ZooMamba2PreTrainedModel(ZooPreTrainedModel):
     """Mamba-2's configuration, blocks and initialisation."""
 
     config: ZooMamba2Config
     config_class = ZooMamba2Config
     _no_split_modules = ["MixerBlock"]
     auto_classes = {
-        "AutoModel": "ZooSSDModel",
-        "AutoModelForCausalLM": "ZooSSDForCausalLM",
-        "AutoModelForMaskedLM": "ZooSSDForMaskedLM",
-        "AutoModelForSequenceClassification": "ZooSSDForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooSSDForTokenClassification",
+        "AutoModel": "ZooMamba2Model",
+        "AutoModelForCausalLM": "ZooMamba2ForCausalLM",
+        "AutoModelForMaskedLM": "ZooMamba2ForMaskedLM",
+        "AutoModelForSequenceClassification": "ZooMamba2ForSequenceClassification",
+        "AutoModelForTokenClassification": "ZooMamba2ForTokenClassification",
     }
 
 
-class ZooSSDModel(ZooSSDPreTrainedModel, ZooModel):
+class ZooMamba2Model(ZooMamba2PreTrainedModel, ZooModel):
     """Mamba-2 without a head."""
 
     def make_block(self, config: ZooMamba2Config, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -351,36 +349,36 @@ class ZooSSDModel(ZooSSDPreTrainedModel, ZooModel):
         return config.layer_norm_epsilon
 
 
-class ZooSSDForCausalLM(ZooSSDPreTrainedModel, ZooForCausalLM, GenerationMixin):
+class ZooMamba2ForCausalLM(ZooMamba2PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Mamba-2 with a language-modelling head."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
-class ZooSSDForMaskedLM(ZooSSDPreTrainedModel, ZooForMaskedLM):
+class ZooMamba2ForMaskedLM(ZooMamba2PreTrainedModel, ZooForMaskedLM):
     """Mamba-2 in both directions with a head that fills in masked tokens."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
-class ZooSSDForSequenceClassification(ZooSSDPreTrainedModel, ZooForSequenceClassification):
+class ZooMamba2ForSequenceClassification(ZooMamba2PreTrainedModel, ZooForSequenceClassification):
     """Mamba-2 with one score or one set of labels for each row."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
-class ZooSSDForTokenClassification(ZooSSDPreTrainedModel, ZooForTokenClassification):
+class ZooMamba2ForTokenClassification(ZooMamba2PreTrainedModel, ZooForTokenClassification):
     """Mamba-2 with labels for each token."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
 __all__ = [
     "Mamba2Mixer",
-    "ZooSSDForCausalLM",
-    "ZooSSDForMaskedLM",
-    "ZooSSDForSequenceClassification",
-    "ZooSSDForTokenClassification",
-    "ZooSSDModel",
-    "ZooSSDPreTrainedModel",
+    "ZooMamba2ForCausalLM",
+    "ZooMamba2ForMaskedLM",
+    "ZooMamba2ForSequenceClassification",
+    "ZooMamba2ForTokenClassification",
+    "ZooMamba2Model",
+    "ZooMamba2PreTrainedModel",
 ]

@@ -216,7 +216,7 @@ class SelectiveAttentionSettings(MixerSettings):
         check_selective_attention(self)
 
 
-MIXER = TokenMixer(
+SELECTIVE_ATTENTION = TokenMixer(
     label="softmax attention over a sliding window, for the tokens that a gate selects",
     make=lambda config, settings, layer_idx: SelectiveAttention(
         config, settings, layer_idx, bias=config.attention_bias

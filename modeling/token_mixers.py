@@ -5,12 +5,12 @@ line and an entry.
 """
 
 from .attention import FULL_ATTENTION, SLIDING_ATTENTION
-from .discrete_mamba2 import MIXER as DISCRETE_MAMBA2
-from .masked_mixing import MIXER as MASKED_MIXING
+from .discrete_mamba2 import DISCRETE_MAMBA2
+from .masked_mixing import MASKED_MIXING
 from .mixer import TokenMixer
-from .modeling_mamba import MIXER as MAMBA
-from .modeling_mamba2 import MIXER as MAMBA2
-from .selective_attention import MIXER as SELECTIVE_ATTENTION
+from .modeling_mamba import MAMBA
+from .modeling_mamba2 import MAMBA2
+from .selective_attention import SELECTIVE_ATTENTION
 
 TOKEN_MIXERS: dict[str, TokenMixer] = {
     "full_attention": FULL_ATTENTION,

@@ -80,6 +80,7 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
         )
     multiple = model["pad_vocab_size_multiple"]
     ids: dict[str, Any] = {key: values.get(key) for key in _IDS}
+    settings: dict[str, Any] = {"discrete_mamba2": {"state_size": mixer["d_state"], "conv_kernel": mixer["d_conv"]}}
     return ZooHybridConfig(
         vocab_size=-(-model["vocab_size"] // multiple) * multiple,
         hidden_size=model["d_model"],
@@ -92,9 +93,9 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
         rms_norm_eps=_EPSILON,
         attention_bias=mixer["bias"],
         mlp_bias=mlp["bias"],
-        discrete_mamba2={"state_size": mixer["d_state"], "conv_kernel": mixer["d_conv"]},
         tie_word_embeddings=model["tie_embeddings"],
         **ids,
+        **settings,
     )
 
 

@@ -17,9 +17,9 @@ from ...modeling import (
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooMamba2Config,
+    ZooMamba2ForCausalLM,
     ZooMambaConfig,
-    ZooS6ForCausalLM,
-    ZooSSDForCausalLM,
+    ZooMambaForCausalLM,
 )
 from ..rules import Rule, SplitRows
 from .format import Format, head_rules, read_config, require
@@ -99,7 +99,10 @@ def _hybrid(values: dict[str, Any]) -> ZooHybridConfig:
     attention = parsed.attention or {"num_heads": 1, "num_heads_kv": 1, "head_dim": 2, "qkv_proj_bias": False}
     turned = attention.get("rotary_emb_dim", 0)
     mixers = ["full_attention" if layer in at else "mamba2" for layer in range(layers)]
-    settings = {"full_attention": {"conv_kernel": attention.get("d_conv", 0)}, "mamba2": _mixer2(parsed)}
+    settings: dict[str, Any] = {
+        "full_attention": {"conv_kernel": attention.get("d_conv", 0)},
+        "mamba2": _mixer2(parsed),
+    }
     return ZooHybridConfig(
         **_shared(parsed),
         intermediate_size=-(-inner // _MLP_MULTIPLE) * _MLP_MULTIPLE,
@@ -258,7 +261,7 @@ def _hybrid_rules(config: ZooHybridConfig) -> list[Rule]:
 MAMBA1 = Format(
     name="state-spaces Mamba-1",
     library="state-spaces",
-    zoo_class=ZooS6ForCausalLM,
+    zoo_class=ZooMambaForCausalLM,
     # What is of neither kind is parsed as this one and refused there, by its field.
     reads=lambda values: is_state_spaces(values) and layer_kind(values)[0] != "Mamba2",
     read=read_config,
@@ -270,7 +273,7 @@ MAMBA1 = Format(
 MAMBA2 = Format(
     name="state-spaces Mamba-2",
     library="state-spaces",
-    zoo_class=ZooSSDForCausalLM,
+    zoo_class=ZooMamba2ForCausalLM,
     reads=lambda values: is_state_spaces(values) and layer_kind(values) == ("Mamba2", True),
     read=read_config,
     zoo_config=_mamba2,

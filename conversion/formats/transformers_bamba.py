@@ -1,6 +1,7 @@
 """transformers' `bamba` and `zoo_hybrid`: Mamba-2 and attention with partial rotary positions, each with an MLP."""
 
 from collections.abc import Collection
+from typing import Any
 
 from transformers import BambaConfig, BambaForCausalLM
 
@@ -41,10 +42,11 @@ def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
     mixers = ["full_attention" if layer in attention else "mamba2" for layer in range(config.num_hidden_layers)]
     if "mamba2" in mixers:
         require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba-2, which it is for, too")
-    settings = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
+    settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
+    kinds: dict[str, Any] = {"mamba2": settings} if "mamba2" in mixers else {}
     return ZooHybridConfig(
         **{key: getattr(config, key) for key in _SAME},
-        **({"mamba2": settings} if "mamba2" in mixers else {}),
+        **kinds,
         head_dim=getattr(config, "head_dim", None),
         mixer_types=mixers,
     )

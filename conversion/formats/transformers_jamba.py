@@ -4,6 +4,8 @@ Paper: Lieber et al., "Jamba" (arXiv 2403.19887), whose blocks have an MLP each.
 the place of some is refused.
 """
 
+from typing import Any
+
 from transformers import JambaConfig, JambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
@@ -39,11 +41,12 @@ def _zoo_config(config: JambaConfig) -> ZooHybridConfig:
     mixers = ["full_attention" if kind == "attention" else "mamba" for kind in config.layers_block_type]
     if "mamba" in mixers:
         require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba, which it is for, too")
-    settings = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
+    settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
     settings |= {"mixer_rms_eps": config.rms_norm_eps, "mixer_rms_weight": True}
+    kinds: dict[str, Any] = {"mamba": settings} if "mamba" in mixers else {}
     return ZooHybridConfig(
         **{key: getattr(config, key) for key in _SAME},
-        **({"mamba": settings} if "mamba" in mixers else {}),
+        **kinds,
         head_dim=getattr(config, "head_dim", None),
         mixer_types=mixers,
         rope_parameters=dict(_NO_POSITIONS),

@@ -343,8 +343,8 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 
 def test_another_head_is_refused(tmp_path: Path) -> None:
     make_model("mamba2").save_pretrained(tmp_path / "source")
-    with_values(architectures=["ZooSSDForMaskedLM"])(tmp_path / "source")
-    refused(tmp_path, "`architectures` must be \\['ZooSSDForCausalLM'\\], .*, got \\['ZooSSDForMaskedLM'\\]")
+    with_values(architectures=["ZooMamba2ForMaskedLM"])(tmp_path / "source")
+    refused(tmp_path, "`architectures` must be \\['ZooMamba2ForCausalLM'\\], .*, got \\['ZooMamba2ForMaskedLM'\\]")
 
 
 # Arguments and the folder
