@@ -22,6 +22,7 @@ from huggingface_hub import HfApi, get_token
 from rich.console import Console
 
 from .errors import ReportingCommand
+from .push import check_online
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -83,6 +84,7 @@ def demo(
 ) -> None:
     """Distil a small Transformer into a Mamba-2 hybrid, push it, and load it back without this package."""
     started = time.monotonic()
+    check_online("--repo")
     from ..distill.fetch import fetch_smollm2
     from ..distill.report import print_table
     from ..distill.run import read_report

@@ -62,7 +62,8 @@ class Sequence:
     def blank(self, hidden_states: Tensor) -> Tensor:
         """The (B, L, D) states with zeros at padding, so that what stands there (a NaN, say) reaches no real token and
         no gradient."""
-        return hidden_states if self.real is None else hidden_states.masked_fill(~self.real[..., None], 0)
+        real = self.real
+        return hidden_states if real is None else hidden_states.masked_fill(~real[..., None], 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequence":
         """This on `device`: accelerate calls it between the blocks of a model spread over several devices."""
@@ -282,10 +283,9 @@ def make_sequence(
                 f"attention_mask must cover the {past} cached and the {length} new tokens, "
                 f"got length {attention_mask.shape[1]}"
             )
-        check_mask(attention_mask)
-        attention_mask = attention_mask[:, -(past + length) :].to(device=device) != 0
-        if not tracing() and bool(attention_mask.all()):
-            attention_mask = None
+        attention_mask = read_mask(attention_mask)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -(past + length) :].to(device=device)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")
@@ -404,19 +404,30 @@ def check_integer(name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name} must have an integer dtype, got {tensor.dtype}")
 
 
-def check_mask(attention_mask: Tensor) -> None:
-    """Raise ValueError if a (B, past + L) mask is not one of real tokens: an additive one says the opposite."""
-    if attention_mask.dtype == torch.bool or attention_mask.is_complex() or tracing():
-        return
+def read_mask(attention_mask: Tensor) -> Tensor | None:
+    """(B, past + L) True at real tokens; None of a mask without padding, but while tracing.
+
+    Raises:
+        ValueError: if it is not a mask of real tokens: an additive one says the opposite.
+    """
+    if tracing():
+        return attention_mask != 0
+    if attention_mask.numel() == 0:
+        return None
+    if attention_mask.dtype in _INTEGERS:
+        # Check and shortcut from one number: in a step of decoding, three more operations are to be felt.
+        lowest = int(attention_mask.min())
+        if lowest < 0:
+            raise ValueError(_MASK)
+        return None if lowest > 0 else attention_mask != 0
     if attention_mask.is_floating_point():
         fits = ((attention_mask == 0) | (attention_mask == 1)).all()
         if attention_mask.is_cuda:
             torch._assert_async(fits, _MASK)  # pyright: ignore[reportPrivateImportUsage]
-            return
-    else:
-        fits = (attention_mask >= 0).all()
-    if host_reads(attention_mask) and not bool(fits):
-        raise ValueError(_MASK)
+        elif host_reads(attention_mask) and not bool(fits):
+            raise ValueError(_MASK)
+    real = attention_mask != 0
+    return None if bool(real.all()) else real
 
 
 def check_documents(seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
@@ -439,6 +450,8 @@ def check_keywords(model: str, given: dict[str, Any], forward: Callable[..., Any
         given: what is not in the signature.
         forward: what has the signature.
     """
+    if not given:
+        return
     unknown = [name for name, value in given.items() if value is not None and name not in ACCEPTED_KEYWORDS]
     if not unknown:
         return
