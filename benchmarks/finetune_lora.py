@@ -24,7 +24,7 @@ from circumstances import RESULTS, positive
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ssm_zoo.modeling import ZooMamba2Config, ZooSSDForCausalLM
+from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
 VOCABULARY = 2048
@@ -46,7 +46,7 @@ def save_untrained(folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=0,
     )
-    ZooSSDForCausalLM(config).save_pretrained(folder)
+    ZooMamba2ForCausalLM(config).save_pretrained(folder)
 
 
 def save_texts(source: Path, folder: Path) -> None:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, ZooSSDForCausalLM
+from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM, ZooMambaConfig, ZooMambaForCausalLM
 
 # The arm beside OURS and PEER: transformers' own class.
 CLASS = "theirs"
@@ -79,9 +79,9 @@ def make(family: str, arm: str, seed: int, **options: Any) -> nn.Module:
     """A freshly initialised model of 3 million parameters; `options` are further fields of its configuration."""
     common = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 6, "tie_word_embeddings": True}
     common |= SIZES[family] | options
-    ours, theirs = (ZooS6ForCausalLM, ZooMambaConfig), (MambaForCausalLM, MambaConfig)
+    ours, theirs = (ZooMambaForCausalLM, ZooMambaConfig), (MambaForCausalLM, MambaConfig)
     if family == "mamba2":
-        ours, theirs = (ZooSSDForCausalLM, ZooMamba2Config), (Mamba2ForCausalLM, Mamba2Config)
+        ours, theirs = (ZooMamba2ForCausalLM, ZooMamba2Config), (Mamba2ForCausalLM, Mamba2Config)
     torch.manual_seed(seed)
     if arm == OURS:
         return ours[0](ours[1](**common))

@@ -23,7 +23,7 @@ from ssm_zoo.modeling import (
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooMamba2Config,
-    ZooSSDForCausalLM,
+    ZooMamba2ForCausalLM,
 )
 
 TAIPAN, MAMBA2, HYBRID, TRANSFORMER = "taipan", "mamba2", "hybrid", "transformer"
@@ -60,7 +60,7 @@ def make(arm: str, vocabulary: int, window: int, seed: int) -> PreTrainedModel:
         sizes = {"num_hidden_layers": GROUP + 1, "sal_every": GROUP, "intermediate_size": INNER}
         return TaipanForCausalLM(TaipanConfig(**common, **attention, **sizes, sliding_window=window))
     if arm == MAMBA2:
-        return ZooSSDForCausalLM(ZooMamba2Config(**common, num_hidden_layers=ALONE))
+        return ZooMamba2ForCausalLM(ZooMamba2Config(**common, num_hidden_layers=ALONE))
     sizes = {"num_hidden_layers": BLOCKS, "intermediate_size": BLOCK_INNER}
     if arm == HYBRID:
         sizes = {

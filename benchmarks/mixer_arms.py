@@ -16,7 +16,7 @@ from ssm_zoo.modeling import (
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooMamba2Config,
-    ZooSSDForCausalLM,
+    ZooMamba2ForCausalLM,
 )
 
 HYBRID, LLAMA, MIXER, GPT, MAMBA2 = "hybrid", "llama", "mixer", "gpt", "mamba2"
@@ -104,7 +104,7 @@ def untrained(arm: str, sizes: Sizes, vocabulary: int, length: int) -> PreTraine
         return MaskedMixerForCausalLM(MaskedMixerConfig(**common, max_position_embeddings=length))
     if arm == MAMBA2:
         more: dict[str, Any] = {"state_size": sizes.state, "head_dim": sizes.width // 4}
-        return ZooSSDForCausalLM(ZooMamba2Config(**common, **more))
+        return ZooMamba2ForCausalLM(ZooMamba2Config(**common, **more))
     if arm == GPT:
         dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return OpenAIGPTLMHeadModel(

@@ -17,7 +17,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
 from ssm_zoo.kernels.selective_scan import selective_scan
-from ssm_zoo.modeling import ZooMamba2Config, ZooSSDModel
+from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2Model
 
 # Kept in float32 whatever the dtype of the rest, as mamba_ssm asks for and our models do.
 IN_FLOAT32 = ("A_log", "D", "dt_bias")
@@ -52,7 +52,7 @@ def mamba2_parts(width: int) -> Parts:
         "n_groups": 1,
     }
     theirs = Mamba2Mixer(Mamba2Config(**sizes, num_hidden_layers=1), layer_idx=0)
-    model = ZooSSDModel(ZooMamba2Config(**sizes, num_hidden_layers=1, vocab_size=8))
+    model = ZooMamba2Model(ZooMamba2Config(**sizes, num_hidden_layers=1, vocab_size=8))
     mixer = model.layers[0].get_submodule("mixer")
     with torch.no_grad():
         theirs.out_proj.weight.normal_(std=0.02)

@@ -31,7 +31,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooS6ForCausalLM, ZooSSDForCausalLM
+from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM, ZooMambaConfig, ZooMambaForCausalLM
 from ssm_zoo.training.packing import PackedDocuments, RowCollator
 
 TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2" / "train.txt"
@@ -56,8 +56,8 @@ def make(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 4}
     if family == "mamba2":
-        return ZooSSDForCausalLM(ZooMamba2Config(**common, state_size=64, head_dim=64))
-    return ZooS6ForCausalLM(ZooMambaConfig(**common))
+        return ZooMamba2ForCausalLM(ZooMamba2Config(**common, state_size=64, head_dim=64))
+    return ZooMambaForCausalLM(ZooMambaConfig(**common))
 
 
 def batches(rows: PackedDocuments, size: int, *, by_length: bool = False) -> list[Batch]:

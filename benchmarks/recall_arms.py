@@ -19,7 +19,7 @@ from ssm_zoo.modeling import (
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooMamba2Config,
-    ZooSSDForCausalLM,
+    ZooMamba2ForCausalLM,
 )
 
 TAIPAN, MAMBA2, LARGE, TRANSFORMER = "taipan", "mamba2", "mamba2-large", "transformer"
@@ -101,7 +101,9 @@ def build(arm: str, sizes: Sizes, fit: int, initializer_range: float) -> nn.Modu
     }
     if arm in (MAMBA2, LARGE):
         state = sizes.state if arm == MAMBA2 else sizes.large_state
-        return ZooSSDForCausalLM(ZooMamba2Config(**common | {"hidden_size": fit, "head_dim": fit, "state_size": state}))
+        return ZooMamba2ForCausalLM(
+            ZooMamba2Config(**common | {"hidden_size": fit, "head_dim": fit, "state_size": state})
+        )
     common |= {"intermediate_size": fit, "num_attention_heads": 1}
     if arm == TRANSFORMER:
         return ZooHybridForCausalLM(ZooHybridConfig(**common))

@@ -16,9 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..harness.json_files import json_text
 from ..harness.run_folder import new_folder
-from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooS6ForCausalLM, ZooSSDForCausalLM
-from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
+from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooMamba2ForCausalLM, ZooMambaForCausalLM
+from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
+from ..modeling.pretrained import ZooPreTrainedModel
 from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
 from .checkpoint_files import check_replaceable
@@ -54,8 +55,8 @@ FORMATS = (
     MASKED_MIXER,
 )
 _ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
-    ZooS6ForCausalLM,
-    ZooSSDForCausalLM,
+    ZooMambaForCausalLM,
+    ZooMamba2ForCausalLM,
     ZooHybridForCausalLM,
     MaskedMixerForCausalLM,
 )

@@ -20,8 +20,8 @@ from .. import modeling
 from ..harness.child_process import run_child
 from ..harness.json_files import read_json_object
 from ..harness.run_folder import new_folder
-from ..modeling.causal_lm import ZooPreTrainedModel
 from ..modeling.hub_code import collect_code
+from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
 from .load_model import load_model

@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from ..harness.json_files import read_json_object
-from ..modeling.causal_lm import ZooPreTrainedModel
 from ..modeling.hub_upload import check_base, code_of, files_to_send
+from ..modeling.pretrained import ZooPreTrainedModel
 from .export import model_class_of
 from .weight_listing import Header, read_header, read_headers
 

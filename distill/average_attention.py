@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..modeling.position_mixers import DenseMixer
-from .teacher import AttentionView, capture, teacher_adapter
+from .teacher import capture, teacher_adapter
 
 
 def average_attention(
@@ -78,40 +77,3 @@ def average_attention(
         # Without a mask: a document's tokens look back, and its padding follows them.
         capture(teacher, ids, layers, ("normed_input",), on_layer=on_layer)
     return {layer: total / reached[:, None] for layer, total in sums.items()}
-
-
-@torch.no_grad()
-def copy_average_attention(matrix: Tensor, mixer: DenseMixer) -> None:
-    """Give a masked mixer the (H, N, N) mean attention of its teacher's layer; its bias is 0 then.
-
-    Raises:
-        ValueError: if the mixer has other sizes or neighbouring channels in its mixing.
-    """
-    if mixer.taps != 1 or mixer.weight.shape != matrix.shape:
-        raise ValueError(
-            f"student: the average attention is {tuple(matrix.shape)}, (heads, positions, positions); got a mixer of "
-            f"{tuple(mixer.weight.shape)} with {mixer.taps} taps"
-        )
-    mixer.weight.copy_(matrix)
-    mixer.bias.zero_()
-
-
-@torch.no_grad()
-def copy_values(view: AttentionView, mixer: DenseMixer) -> None:
-    """Start a masked mixer's projections as an attention layer's: v to in_proj, o to out_proj; key-value heads are
-    repeated whole.
-
-    Raises:
-        ValueError: if the mixer has no projections, or other heads.
-    """
-    sizes = (view.num_heads, view.head_dim)
-    if mixer.in_proj is None or mixer.out_proj is None or (mixer.num_heads, mixer.head_dim) != sizes:
-        raise ValueError(
-            f"student: its mixer has {mixer.num_heads} heads of {mixer.head_dim} channels, and "
-            f"{'no' if mixer.in_proj is None else 'with'} projections; copying needs the attention's {sizes[0]} heads "
-            f"of {sizes[1]}, with projections"
-        )
-    mixer.in_proj.weight.copy_(view.expand_heads(view.v))
-    mixer.in_proj.bias.copy_(view.expand_heads(view.v_bias) if view.v_bias is not None else torch.zeros(()))
-    mixer.out_proj.weight.copy_(view.o)
-    mixer.out_proj.bias.copy_(view.o_bias if view.o_bias is not None else torch.zeros(()))

@@ -17,7 +17,6 @@ Symbols: B batch, L length, D width, E inner width, H heads, P head width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridForCausalLM
-from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
-from ..modeling.modeling_mamba2 import Mamba2Mixer
-from ..modeling.position_mixers import DenseMixer
-from .average_attention import average_attention, copy_average_attention
+from .average_attention import average_attention
 from .recipe import StudentSpec
 from .student import student_mixer
 from .teacher import capture, teacher_adapter
@@ -68,15 +64,13 @@ def calibrate(
         batch_size: windows in one forward.
         progress: show progress bars.
     """
-    masked = _with(student, layers, DenseMixer)
+    masked = _with(student, layers, "set_average_attention")
     if masked:
         documents, positions = list(windows), student.config.max_position_embeddings
         averages = average_attention(teacher, masked, documents, positions, batch_size=batch_size, progress=progress)
         for layer, matrix in averages.items():
-            mixer = student_mixer(student, layer)
-            assert isinstance(mixer, DenseMixer)
-            copy_average_attention(matrix, mixer)
-    state_space = _with(student, layers, DiscreteMamba2Mixer | Mamba2Mixer)
+            student_mixer(student, layer).set_average_attention(matrix)  # pyright: ignore[reportCallIssue]
+    state_space = _with(student, layers, "set_half_lives")
     if state_space and spec.half_life == "calibrated":
         # A matrix per candidate: one window tells as much about a decay as many do.
         _calibrate_half_lives(student, teacher, state_space, windows[: min(2, len(windows))])
@@ -108,7 +102,7 @@ def fit_output_projections(
         batch_size: windows in one forward.
         progress: show a progress bar.
     """
-    layers = _with(student, layers, DiscreteMamba2Mixer | Mamba2Mixer | DenseMixer)
+    layers = _with(student, layers, "out_proj")
     moments: dict[int, _Moments] = {}
 
     def on_layer(layer: int, normed_input: Tensor, attention_output: Tensor) -> None:
@@ -140,9 +134,9 @@ def fit_output_projections(
             weight.copy_(fitted)
 
 
-def _with(student: ZooHybridForCausalLM, layers: Sequence[int], kinds: Any) -> list[int]:
-    """Those of the layers whose mixer is of these kinds."""
-    return [layer for layer in layers if isinstance(student_mixer(student, layer), kinds)]
+def _with(student: ZooHybridForCausalLM, layers: Sequence[int], ability: str) -> list[int]:
+    """Those of the layers whose mixer has an attribute that says what it can do (`modeling/mixer.py`)."""
+    return [layer for layer in layers if hasattr(student_mixer(student, layer), ability)]
 
 
 def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Tensor:
@@ -207,12 +201,12 @@ def _calibrate_half_lives(
         mixer = student_mixer(student, layer)
         values = adapter.attention(layer).values(normed_input).transpose(1, 2).float()  # (B, H, L, P)
         target = adapter.attention_matrix(layer, normed_input).float() @ values
-        dt_bias = mixer.get_parameter("dt_bias")
+        heads = int(mixer.num_heads)  # pyright: ignore[reportArgumentType]
         errors = []
         with torch.no_grad():
             sequence = student.backbone.sequence_of(normed_input)
             for half_life in _HALF_LIVES:
-                dt_bias.fill_(float(half_life_to_bias(torch.tensor(half_life, dtype=torch.float64))))
+                mixer.set_half_lives(torch.full((heads,), half_life, dtype=torch.float64))  # pyright: ignore[reportCallIssue]
                 matrix = mixer.hidden_attention(normed_input.float(), sequence)  # pyright: ignore[reportCallIssue]
                 output = matrix.float() @ values
                 # 1 - cos^2 of the angle between the two, as vectors: the relative error with the best scale
@@ -220,6 +214,6 @@ def _calibrate_half_lives(
                 errors.append(1 - product / (output.square().sum((0, 2, 3)) * target.square().sum((0, 2, 3))))
             best = torch.stack(errors).argmin(0)
             chosen = torch.tensor(_HALF_LIVES, dtype=torch.float64)[best.cpu()]
-            dt_bias.copy_(half_life_to_bias(chosen))
+            mixer.set_half_lives(chosen)  # pyright: ignore[reportCallIssue]
 
     capture(teacher, windows.to(teacher.device), layers, ("normed_input",), on_layer=on_layer)

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import merge, override, read_yaml, write_yaml
+from ..modeling.token_mixers import TOKEN_MIXERS
 from .recipe_values import (
     LAYERS_ACCEPTED,
     Betas,
@@ -48,19 +49,11 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-# A field of a student that means something only for some mixers.
-_STATE_SPACE = ("discrete_mamba2", "mamba2")
-_NEW = (*_STATE_SPACE, "masked_mixing")
+# The mixers that can take the place of attention, and the fields of a student that mean something only for some.
+_STARTS = {kind: row.student for kind, row in TOKEN_MIXERS.items() if row.student is not None}
 _MIXERS_WITH: dict[str, tuple[str, ...]] = {
-    "feature_map": ("discrete_mamba2",),
-    "normalize": ("discrete_mamba2",),
-    "rotary": ("discrete_mamba2",),
-    "sliding_window": ("sliding_attention",),
-    "conv_kernel": _STATE_SPACE,
-    "half_life": _STATE_SPACE,
-    "positions": ("masked_mixing",),
-    "calibration": _NEW,
-    "copy_projections": _NEW,
+    option: tuple(kind for kind, start in _STARTS.items() if option in start.options)
+    for option in dict.fromkeys(option for start in _STARTS.values() for option in start.options)
 }
 
 
@@ -88,7 +81,7 @@ class StudentSpec(_Spec):
     """
 
     layers: Layers = "all"
-    mixer: Literal["discrete_mamba2", "mamba2", "sliding_attention", "masked_mixing"] = "discrete_mamba2"
+    mixer: Literal[tuple(_STARTS)] = "discrete_mamba2"  # pyright: ignore[reportInvalidTypeForm]
     conv_kernel: ConvKernel = 4
     feature_map: Literal["identity", "softplus"] = "identity"
     normalize: bool = False
@@ -283,7 +276,7 @@ class Recipe(_Spec):
 
     @model_validator(mode="after")
     def _refuse_texts_without_weights(self) -> Recipe:
-        if self.student.mixer == "masked_mixing":
+        if TOKEN_MIXERS[self.student.mixer].bounded:
             lengths = {f"stages.{index}.": stage.sequence_length for index, stage in enumerate(self.stages)}
             lengths |= {"data.": self.data.sequence_length, "evaluation.": self.evaluation.sequence_length}
             for place, length in lengths.items():

@@ -4,16 +4,18 @@ Symbols: B batch, L new tokens, M key columns, D width, H heads.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .cache import is_single_step, layer_of
-from .rotary import rotate
-from .short_convolution import ShortConvolution
+from .cache import layer_of
+from .layers import ShortConvolution, init_short_convolution, rotate
+from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, is_single_step
 from .token_layout import Sequence
 
 
@@ -48,6 +50,10 @@ class Attention(nn.Module):
             assert window is None
             channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
             self.conv1d = ShortConvolution(channels, conv_kernel, bias=True)
+
+    def initialise(self) -> None:
+        if self.conv1d is not None:
+            init_short_convolution(self.conv1d)
 
     def forward(
         self,
@@ -120,3 +126,55 @@ def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -
         length, keys = scores.shape[-2:]
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
     return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+@strict
+@dataclass
+class FullAttentionSettings(MixerSettings):
+    """Attention over the whole context in `zoo_hybrid`.
+
+    Args:
+        conv_kernel: K, width of a causal convolution of the queries, keys and values, at least 2; 0: none.
+    """
+
+    conv_kernel: int = 0
+
+    def validate_kernel(self) -> None:
+        if self.conv_kernel < 0 or self.conv_kernel == 1:
+            raise ValueError(f"conv_kernel must be 0 or at least 2, got {self.conv_kernel}")
+
+
+@strict
+@dataclass
+class SlidingAttentionSettings(MixerSettings):
+    """Attention over a sliding window in `zoo_hybrid`.
+
+    Args:
+        sliding_window: tokens that a query sees, itself included.
+    """
+
+    sliding_window: int = 256
+
+    def validate_window(self) -> None:
+        check_sizes(self, "sliding_window")
+
+
+FULL_ATTENTION = TokenMixer(
+    label="softmax attention over the whole context",
+    make=lambda config, settings, layer_idx: Attention(config, layer_idx, None, settings.conv_kernel),
+    settings=FullAttentionSettings,
+    cache_layer=lambda settings: "zoo_convolved_attention" if settings.conv_kernel else "full_attention",
+    flat={"attention_conv_kernel": "conv_kernel"},
+)
+SLIDING_ATTENTION = TokenMixer(
+    label="softmax attention over a sliding window",
+    make=lambda config, settings, layer_idx: Attention(config, layer_idx, settings.sliding_window),
+    settings=SlidingAttentionSettings,
+    cache_layer="zoo_window",
+    student=FromAttention(
+        lambda teacher, spec: {"sliding_attention": {"sliding_window": spec.sliding_window}},
+        ("sliding_window",),
+        is_attention=True,
+    ),
+    flat={"sliding_window": "sliding_window"},
+)

@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-MIXINGS = ("dense", "toeplitz", "row_repeat", "column_repeat", "mixed_repeat", "combined_repeat")
-REPEATS = MIXINGS[2:]
+from .masked_mixing import REPEATS, check_choice, check_position_mixing
+
 ATTENTIONS = ("none", "series", "parallel")
 NORMS = ("layer_norm", "rms_norm")
 MLPS = ("plain", "gated")
@@ -146,7 +146,7 @@ class MaskedMixerConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
-        check_position_mixing(self, "num_heads", "kernel_size")
+        check_position_mixing(self, self)
         for name in ("vocab_size", "num_hidden_layers", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -212,29 +212,6 @@ class MaskedMixerConfig(PreTrainedConfig):
                 "context_overflow='window' keeps half of a context: max_position_embeddings must be at least 3, "
                 f"got {self.max_position_embeddings}"
             )
-
-
-def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of the accepted ones."""
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}")
-
-
-def check_position_mixing(config: Any, heads: str, kernel: str) -> None:
-    """Raise ValueError where what a configuration says of position mixing is out of range; `heads` and `kernel` are the
-    names of its fields for them."""
-    for name in ("hidden_size", "max_position_embeddings", heads, kernel):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    check_choice("mixing", config.mixing, MIXINGS)
-    number = getattr(config, heads)
-    if config.hidden_size % number:
-        raise ValueError(f"{heads} must divide hidden_size ({config.hidden_size}), got {number}")
-    if config.mixing == "mixed_repeat" and number % 2:
-        raise ValueError(f"{heads} must be even for mixing='mixed_repeat', half rows and half columns, got {number}")
-    width = config.hidden_size // number
-    if getattr(config, kernel) > width:
-        raise ValueError(f"{kernel} must be at most the {width} channels of a head, got {getattr(config, kernel)}")
 
 
 __all__ = ["MaskedMixerConfig"]

@@ -1,14 +1,13 @@
 """Configuration of `taipan`."""
 
-import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_mamba2 import ZooMamba2Config
+from .selective_attention import check_selective_attention
 
-KEY_SOURCES = ("all", "selected")
 FUSIONS = ("convex", "residual")
 
 
@@ -165,24 +164,6 @@ class TaipanConfig(PreTrainedConfig):
                 f"got {self.mamba_head_dim}"
             )
         _ = self.mamba2  # checks the rest
-
-
-def check_selective_attention(config: Any) -> None:
-    """Raise ValueError where what a configuration says of selective attention is out of range."""
-    if config.sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, got {config.sliding_window}")
-    if not 0 < config.attention_capacity <= 1:
-        raise ValueError(f"attention_capacity must be above 0 and at most 1, got {config.attention_capacity}")
-    if not 0 < config.gumbel_tau < math.inf:
-        raise ValueError(f"gumbel_tau must be positive, got {config.gumbel_tau}")
-    if not 0 <= config.router_aux_loss_coef < math.inf:
-        raise ValueError(f"router_aux_loss_coef must not be negative, got {config.router_aux_loss_coef}")
-    if config.sal_key_source not in KEY_SOURCES:
-        raise ValueError(f"sal_key_source must be one of {', '.join(KEY_SOURCES)}, got {config.sal_key_source!r}")
-    if config.sal_dense_training and config.sal_key_source != "all":
-        raise ValueError(
-            "sal_dense_training needs sal_key_source='all', got 'selected': what passes by has no key to see itself"
-        )
 
 
 __all__ = ["TaipanConfig"]

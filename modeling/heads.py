@@ -1,24 +1,187 @@
-"""The heads that all families share, other than the causal one: labels of a row, labels of tokens, masked tokens.
+"""The heads that all families share: next tokens, labels of a row, labels of tokens, masked tokens.
 
 Embeddings need no head: `AutoModel` returns the last hidden states, which sentence-transformers' `Pooling` reads.
 
 Symbols: B batch, L new tokens, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from ..kernels.tracing import tracing
+from .backbone import ZooModel
 from .cache import CACHE_FIELD, one_cache
-from .causal_lm import ZooHeadModel, is_bidirectional
-from .input_checks import check_labels
 from .layers import as_weight
-from .outputs import add_aux_loss, tell_of_lost_aux_loss
+from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, tell_of_lost_aux_loss
+from .pretrained import ZooPreTrainedModel, is_bidirectional
+from .token_layout import check_labels
+
+logger = logging.get_logger(__name__)
+
+_TABLES = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
+def enter_class_name(auto_class: str, name: str) -> None:
+    """Put a class into the table of an Auto class, under its own name: there may be several of one model type."""
+    _TABLES[auto_class][name] = name
+
+
+class ZooHeadModel(ZooPreTrainedModel):
+    """A family's `backbone_class`, where every head finds it: a checkpoint of one head loads into another."""
+
+    backbone_class: ClassVar[type[ZooModel]]
+    loss_name: ClassVar[str]
+    """transformers' name of the loss, which it would guess from the name of the class."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        auto_class = cls._auto_class_name()
+        if auto_class != "AutoModel":
+            enter_class_name(auto_class, cls.__name__)
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.loss_type = self.loss_name
+        self.backbone = self.backbone_class(config)
+
+    def loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        """() loss of the logits; 0 of an empty batch, of which a mean would be NaN.
+
+        Args:
+            logits: (B, ...).
+            labels: (B, ...).
+            **kwargs: what transformers' loss takes.
+        """
+        if labels.shape[0] == 0:
+            return logits.sum().float()
+        return self.loss_function(logits=logits, labels=labels, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+
+class ZooForCausalLM(ZooHeadModel, GenerationMixin):
+    """A language-modelling head over a family's backbone."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    loss_name = "ForCausalLM"
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if is_bidirectional(config):
+            raise ValueError(
+                "bidirectional: a causal language model needs False, got True: its tokens would see what they predict. "
+                "Load an encoder with AutoModel, AutoModelForMaskedLM or a classification head"
+            )
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """The 2-D mask itself: `generate` would make it 4-D for a static cache, and recurrent layers read it too."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
+        """As transformers'. Before 5.24 it goes by the name of the class, and calls the cache of one with "mamba" in it
+        `cache_params`, whatever its forward calls it."""
+        renames = CACHE_FIELD == "past_key_values" and "mamba" in type(self).__name__.lower()
+        if renames and "past_key_values" in model_kwargs:
+            model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        if renames and "cache_params" in model_kwargs:
+            model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Never: caches count their columns in Python numbers, and compiled decoding would run anew for every token."""
+        if generation_config.compile_config is not None:
+            logger.warning_once("`compile_config` has no effect: generate runs these models without compiling them")
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> ZooCausalLMOutput | tuple:
+        """Next-token logits, and the loss if `labels` are given. Arguments as in :meth:`ZooModel.forward`, and:
+
+        Args:
+            labels: (B, L) token ids, -100 where there is no loss; shifted inside. In packed rows set the label of
+                each document's first token to -100, as transformers' padding-free collators do.
+            logits_to_keep: compute the logits of that many last positions only (0: all), or of the given
+                positions.
+            **kwargs: `num_items_in_batch` goes to the loss.
+
+        Returns:
+            `logits` (B, L or fewer, V) in the head's dtype or, of a quantised one, that of its inputs; `loss`, the
+            cache under transformers' name for it, `hidden_states`, `attentions`; of a model that chooses tokens also
+            `aux_loss`, `router_logits` and `selection_rate` (:class:`ZooModelOutput`), and while training the weighted
+            `aux_loss` in the loss.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep != 0:  # a slice by a variable 0 would leave a traced graph unsure of the length
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(as_weight(self.lm_head, hidden_states))
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits)
+            loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training:
+                loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
+        elif self.training and kwargs.get("num_items_in_batch") is not None:
+            tell_of_lost_aux_loss(outputs, self.config)
+        output = ZooCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{name: getattr(outputs, name) for name in (CACHE_FIELD, *ROUTING_FIELDS)},
+        )
+        return output if return_dict else output.to_tuple()
 
 
 class ZooForSequenceClassification(ZooHeadModel):

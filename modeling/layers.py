@@ -1,9 +1,23 @@
-"""Layers and what concerns any layer: norms that do not hide an overflow, the dtype that a layer takes."""
+"""Layers that several families share: norms, MLPs, rotary positions, short convolution, first values.
+
+Symbols: B batch, L length, D width, K convolution width, P head width, R rotated channels.
+"""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import rotate_half
 
-from ..kernels.rms_norm import rms_norm
+from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ..kernels.rms_norm import add_rms_norm, rms_norm
+from .token_layout import Sequence
 
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,3 +56,180 @@ class PlainRMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) normed."""
         return rms_norm(hidden_states, hidden_states.new_ones(hidden_states.shape[-1]), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, with a weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(..., D) normed; with `residual` the norm of `residual + hidden_states`, and that sum."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.eps)
+        return add_rms_norm(hidden_states, residual, self.weight, self.eps)
+
+
+def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The (..., D) hidden states through a norm, in the dtype of its weight."""
+    return norm(as_weight(norm, hidden_states))
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(h)) * up(h))`."""
+
+    def __init__(self, width: int, inner: int, *, act: str = "silu", bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act = ACT2FN[act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PlainMLP(nn.Module):
+    """`down(act(up(h)))`."""
+
+    def __init__(self, width: int, inner: int, *, act: str, bias: bool = True) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.act = ACT2FN[act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(hidden_states)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first R of P channels, halves against each other (arXiv 2104.09864; Llama's order of channels).
+
+    Args:
+        x: (..., P) queries or keys.
+        cos: (..., R) cosines of the positions, broadcastable over the other axes of `x`.
+        sin: (..., R) sines.
+
+    Returns:
+        (..., P) in the dtype of `x`, which the tables may be wider than (under autocast, or where FSDP casts the
+        inputs of a block).
+    """
+    turned = cos.shape[-1]
+    part = x[..., :turned]
+    part = (part * cos + rotate_half(part) * sin).to(x.dtype)
+    return part if turned == x.shape[-1] else torch.cat([part, x[..., turned:]], dim=-1)
+
+
+def llama_rope_parameters(config: Any) -> dict[str, Any]:
+    """The `rope_parameters` of a Llama configuration, as transformers' Llama reads them, for one of ours.
+
+    Without a scaling it turns whole heads, whatever `partial_rotary_factor` says. The two scalings whose factor may be
+    left open take it from `max_position_embeddings`, which may be another number in ours.
+    """
+    given = dict(config.rope_parameters)
+    if given["rope_type"] == "default":
+        given.pop("partial_rotary_factor", None)
+    if given["rope_type"] in ("longrope", "yarn") and given.get("factor") is None:
+        given["factor"] = config.max_position_embeddings / given["original_max_position_embeddings"]
+    return given
+
+
+class ShortConvolution(nn.Conv1d):
+    """A causal depthwise convolution: PyTorch's parameters, our op.
+
+    A module that is called, so that hooks on it (offloading, say) see every use of its weights.
+    """
+
+    def __init__(self, channels: int, width: int, *, bias: bool, activation: str | None = None) -> None:
+        super().__init__(channels, channels, width, groups=channels, bias=bias)
+        self.activation = activation
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve along L.
+
+        Args:
+            x: (B, L, D) inputs.
+            state: (B, D, K-1) the inputs before them.
+            seq_idx: (B, L) document of each token, negative at padding.
+            in_place: update `state`, which is then needed, in place; L must be 1 and `seq_idx` None.
+
+        Returns:
+            (B, L, D) outputs and the (B, D, K-1) state after them.
+        """
+        weight = self.weight[:, 0]
+        if in_place:
+            assert state is not None and seq_idx is None
+            y = causal_conv1d_step(x[:, 0], state, weight, self.bias, activation=self.activation)
+            return y[:, None], state
+        y, state = causal_conv1d(
+            x,
+            weight,
+            self.bias,
+            activation=self.activation,
+            initial_state=state,
+            seq_idx=seq_idx,
+            return_final_state=True,
+        )
+        return y, state
+
+
+def init_short_convolution(convolution: ShortConvolution) -> None:
+    """PyTorch's default, U(+-1 / sqrt(K)), for weight and bias."""
+    bound = convolution.kernel_size[0] ** -0.5
+    init.uniform_(convolution.weight, -bound, bound)
+    if convolution.bias is not None:
+        init.uniform_(convolution.bias, -bound, bound)
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """PyTorch's own initialisation of a linear layer: U(+-1 / sqrt(fan in)), bias too."""
+    bound = layer.in_features**-0.5
+    init.uniform_(layer.weight, -bound, bound)
+    if layer.bias is not None:
+        init.uniform_(layer.bias, -bound, bound)
+
+
+def init_linear_normal(layer: nn.Linear) -> None:
+    """Kaiming's normal initialisation of a linear layer, as of the authors' Toeplitz and recurrent mixers; bias 0."""
+    init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
+    if layer.bias is not None:
+        init.zeros_(layer.bias)
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """The y with softplus(y) = x, for x > 0, exact for small x too."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+def init_step_bias(bias: Tensor, smallest: float, largest: float, floor: float) -> None:
+    """Set `bias` so that it alone gives step sizes log-uniform in [smallest, largest], and at least `floor`."""
+    span = math.log(largest) - math.log(smallest)
+    steps = (torch.rand_like(bias) * span + math.log(smallest)).exp()
+    init.copy_(bias, inverse_softplus(steps.clamp(min=floor)))
+
+
+class MixerBlock(GradientCheckpointingLayer):
+    """norm -> mixer -> add, with the residual stream in float32 if `config.residual_in_fp32`."""
+
+    def __init__(self, config: PreTrainedConfig, mixer: nn.Module) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = mixer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) hidden states to (B, L, D), and the mixer's matrix if asked for."""
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        mixed, attention = self.mixer(normed(self.norm, hidden_states), sequence, past_key_values, output_attentions)
+        return residual + mixed, attention

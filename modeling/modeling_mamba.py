@@ -16,14 +16,15 @@ kuleshov-group/caduceus@0d7fae1). A causal checkpoint loads into an encoder, wit
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `dt_proj` is called, where the official code multiplies by its weight and passes its bias to the scan (see
-:class:`StepProjection`). The classes are named after the mixer (S6): transformers' `generate`, before 5.24, hands its
-cache to classes with "mamba" in their name under another keyword than `past_key_values`.
+:class:`StepProjection`).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
@@ -31,15 +32,21 @@ from transformers.cache_utils import Cache
 
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd_matrix
-from .cache import is_single_step, layer_of, matrix_rows
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .backbone import ZooModel
+from .cache import layer_of
 from .configuration_mamba import ZooMambaConfig
-from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .layers import PlainRMSNorm
-from .mixer_block import MixerBlock
-from .mixer_parameters import float32_parameter, initialise_alone
-from .short_convolution import ShortConvolution, init_short_convolution
-from .step_sizes import init_step_bias
+from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import MixerBlock, PlainRMSNorm, RMSNorm, ShortConvolution, init_short_convolution, init_step_bias
+from .mixer import (
+    MixerSettings,
+    TokenMixer,
+    check_sizes,
+    float32_parameter,
+    initialise_alone,
+    is_single_step,
+    matrix_rows,
+)
+from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
 
 
@@ -73,8 +80,11 @@ def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
 class MambaScan(nn.Module):
     """What a direction of the mixer has of its own: convolution, `x_proj`, `dt_proj`, decay rates and skip."""
 
+    float32_parameters = ("A_log", "D", "dt_proj.bias")
+
     def __init__(self, config: ZooMambaConfig) -> None:
         super().__init__()
+        self.config = config
         inner, rank, state_size = config.intermediate_size, int(config.time_step_rank or 0), config.state_size
         self.conv1d = ShortConvolution(inner, config.conv_kernel, bias=config.use_conv_bias, activation="silu")
         # rows in the order dt, B, C
@@ -87,6 +97,9 @@ class MambaScan(nn.Module):
         self.A_log = float32_parameter(inner, state_size)
         self.D = float32_parameter(inner)
         initialise_alone(init_mamba_scan, self, config)
+
+    def initialise(self) -> None:
+        init_mamba_scan(self, self.config)
 
     def scan(
         self, x: Tensor, z: Tensor, sequence: Sequence, cache: Any = None, output_attentions: bool = False
@@ -179,6 +192,9 @@ class MambaMixer(MambaScan):
                 attention = torch.cat([attention, attention_ahead], dim=1)
         return self.out_proj(y), attention
 
+    def initialise(self) -> None:
+        init_mamba_mixer(self, self.config)
+
     def step(self, x: Tensor, z: Tensor, cache: Any) -> Tensor:
         """One token: (B, 1, E) projections to (B, 1, D); the cache's states are updated in place."""
         x, _ = self.conv1d(x, cache.conv_state, in_place=True)
@@ -237,30 +253,70 @@ def _init_projection(projection: nn.Linear, fan_in: int) -> None:
         init.zeros_(projection.bias)
 
 
-class ZooS6PreTrainedModel(ZooPreTrainedModel):
+@strict
+@dataclass
+class MambaSettings(MixerSettings):
+    """Mamba-1 in `zoo_hybrid`, by the keys of `ZooMambaConfig`; `state_size` is the width of an attention head if not
+    given."""
+
+    state_size: int | None = None
+    expand: int = 2
+    time_step_rank: int | None = None
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    mixer_rms_eps: float | None = None
+    mixer_rms_weight: bool = False
+
+    def validate_sizes(self) -> None:
+        check_sizes(self, "state_size", "expand")
+        check_sizes(self, "conv_kernel", least=2)
+
+    def complete(self, config: Any) -> None:
+        if self.state_size is None:
+            self.state_size = config.head_dim
+        if self.time_step_rank is None:
+            self.time_step_rank = -(-config.hidden_size // 16)
+
+    def check(self, config: Any) -> None:
+        self.sizes(config)
+
+    def sizes(self, config: Any) -> ZooMambaConfig:
+        """The configuration of the mixers, which checks itself."""
+        sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
+        return ZooMambaConfig(**sizes, **vars(self))
+
+
+MAMBA = TokenMixer(
+    label="Mamba: a state-space layer whose channels decay by themselves",
+    make=lambda config, settings, layer_idx: MambaMixer(settings.sizes(config), layer_idx),
+    settings=MambaSettings,
+    tags=("mamba",),
+    flat={
+        **{name: name for name in ("state_size", "expand", "conv_kernel", "time_step_rank")},
+        **{name: name for name in ("mixer_rms_eps", "mixer_rms_weight")},
+        "mamba_proj_bias": "use_bias",
+        "mamba_conv_bias": "use_conv_bias",
+    },
+)
+
+
+class ZooMambaPreTrainedModel(ZooPreTrainedModel):
     """Mamba's configuration, blocks and initialisation."""
 
     config: ZooMambaConfig
     config_class = ZooMambaConfig
     _no_split_modules = ["MixerBlock"]
     auto_classes = {
-        "AutoModel": "ZooS6Model",
-        "AutoModelForCausalLM": "ZooS6ForCausalLM",
-        "AutoModelForMaskedLM": "ZooS6ForMaskedLM",
-        "AutoModelForSequenceClassification": "ZooS6ForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooS6ForTokenClassification",
+        "AutoModel": "ZooMambaModel",
+        "AutoModelForCausalLM": "ZooMambaForCausalLM",
+        "AutoModelForMaskedLM": "ZooMambaForMaskedLM",
+        "AutoModelForSequenceClassification": "ZooMambaForSequenceClassification",
+        "AutoModelForTokenClassification": "ZooMambaForTokenClassification",
     }
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MambaMixer):  # after its projections, which it initialises again
-            init_mamba_mixer(module, self.config)
-        elif isinstance(module, MambaScan):  # a mixer's other direction, which a causal checkpoint lacks
-            init_mamba_scan(module, self.config)
 
-
-class ZooS6Model(ZooS6PreTrainedModel, ZooModel):
+class ZooMambaModel(ZooMambaPreTrainedModel, ZooModel):
     """Mamba without a head."""
 
     def make_block(self, config: ZooMambaConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -271,36 +327,36 @@ class ZooS6Model(ZooS6PreTrainedModel, ZooModel):
         return config.layer_norm_epsilon
 
 
-class ZooS6ForCausalLM(ZooS6PreTrainedModel, ZooForCausalLM, GenerationMixin):
+class ZooMambaForCausalLM(ZooMambaPreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Mamba with a language-modelling head."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
-class ZooS6ForMaskedLM(ZooS6PreTrainedModel, ZooForMaskedLM):
+class ZooMambaForMaskedLM(ZooMambaPreTrainedModel, ZooForMaskedLM):
     """Mamba in both directions with a head that fills in masked tokens."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
-class ZooS6ForSequenceClassification(ZooS6PreTrainedModel, ZooForSequenceClassification):
+class ZooMambaForSequenceClassification(ZooMambaPreTrainedModel, ZooForSequenceClassification):
     """Mamba with one score or one set of labels for each row."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
-class ZooS6ForTokenClassification(ZooS6PreTrainedModel, ZooForTokenClassification):
+class ZooMambaForTokenClassification(ZooMambaPreTrainedModel, ZooForTokenClassification):
     """Mamba with labels for each token."""
 
-    backbone_class = ZooS6Model
+    backbone_class = ZooMambaModel
 
 
 __all__ = [
     "MambaMixer",
-    "ZooS6ForCausalLM",
-    "ZooS6ForMaskedLM",
-    "ZooS6ForSequenceClassification",
-    "ZooS6ForTokenClassification",
-    "ZooS6Model",
-    "ZooS6PreTrainedModel",
+    "ZooMambaForCausalLM",
+    "ZooMambaForMaskedLM",
+    "ZooMambaForSequenceClassification",
+    "ZooMambaForTokenClassification",
+    "ZooMambaModel",
+    "ZooMambaPreTrainedModel",
 ]

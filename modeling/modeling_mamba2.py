@@ -15,15 +15,15 @@ adds before it. A causal checkpoint loads into an encoder, with `reverse` alone 
 (arXiv 2407.09941; goombalab/hydra@0daa208): a centred convolution, and B, C and dt projected for each direction.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
--> mixer); `D_has_hdim` and `d_ssm` are not offered. The classes are named after the mixer (SSD): transformers'
-`generate`, before 5.24, hands its cache to classes with "mamba" in their name under another keyword than
-`past_key_values`.
+-> mixer); `D_has_hdim` and `d_ssm` are not offered.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
@@ -31,14 +31,23 @@ from transformers.cache_utils import Cache
 
 from ..kernels.rms_norm import rms_norm
 from ..kernels.ssd import ssd, ssd_matrix, ssd_step
-from .cache import is_single_step, layer_of, matrix_rows
-from .causal_lm import ZooForCausalLM, ZooModel, ZooPreTrainedModel
+from .backbone import ZooModel
+from .cache import layer_of
 from .configuration_mamba2 import ZooMamba2Config
-from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .mixer_block import MixerBlock
-from .mixer_parameters import float32_parameter, initialise_alone
-from .short_convolution import ShortConvolution, init_short_convolution
-from .step_sizes import init_step_bias
+from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import MixerBlock, ShortConvolution, init_short_convolution, init_step_bias, inverse_softplus
+from .mixer import (
+    FromAttention,
+    MixerSettings,
+    TokenMixer,
+    check_sizes,
+    float32_parameter,
+    initialise_alone,
+    is_single_step,
+    matrix_rows,
+    start_from_attention,
+)
+from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
 
 
@@ -58,8 +67,11 @@ class GatedRMSNorm(nn.Module):
 class Mamba2Scan(nn.Module):
     """What a direction of the mixer has of its own: convolution, decay rates, step size bias and skip."""
 
+    float32_parameters = ("A_log", "D", "dt_bias")
+
     def __init__(self, config: ZooMamba2Config) -> None:
         super().__init__()
+        self.config = config
         self.num_heads, self.head_dim = int(config.num_heads or 0), config.head_dim
         self.state_size, self.n_groups = config.state_size, config.n_groups
         self.time_step_limit = (float(config.time_step_limit[0]), float(config.time_step_limit[1]))
@@ -72,6 +84,9 @@ class Mamba2Scan(nn.Module):
         self.A_log = float32_parameter(self.num_heads)
         self.D = float32_parameter(self.num_heads)
         initialise_alone(init_mamba2_scan, self, config)
+
+    def initialise(self) -> None:
+        init_mamba2_scan(self, self.config)
 
     def scan(
         self, xBC: Tensor, dt: Tensor, sequence: Sequence, cache: Any = None, output_attentions: bool = False
@@ -161,6 +176,21 @@ class Mamba2Mixer(Mamba2Scan):
                 attention = torch.cat([attention, attention_ahead], dim=1)
         return self.out_proj(self.norm(y, z)), attention
 
+    def initialise(self) -> None:
+        init_mamba2_mixer(self, self.config)
+
+    @torch.no_grad()
+    def set_half_lives(self, half_lives: Tensor) -> None:
+        """Decay rate A = -1, and step sizes whose decay halves the state every (H) half-lives, in tokens."""
+        self.A_log.zero_()
+        self.dt_bias.copy_(inverse_softplus(math.log(2.0) / half_lives))
+
+    @torch.no_grad()
+    def start_from(self, view: Any) -> None:
+        """Start from an attention layer, see `start_from_attention`. The gate keeps its random projection: it has no
+        bias to hold it open."""
+        start_from_attention(self, view, first=self.split[0], query_scale=view.scaling)
+
     def step(self, z: Tensor, xBC: Tensor, dt: Tensor, cache: Any) -> Tensor:
         """One token: (B, 1, ...) projections to (B, 1, D); the cache's states are updated in place."""
         xBC, _ = self.conv1d(xBC, cache.conv_state, in_place=True)
@@ -230,30 +260,84 @@ def init_mamba2_scan(scan: Mamba2Scan, config: ZooMamba2Config) -> None:
     init_short_convolution(scan.conv1d)
 
 
-class ZooSSDPreTrainedModel(ZooPreTrainedModel):
+@strict
+@dataclass
+class Mamba2Settings(MixerSettings):
+    """Mamba-2 in `zoo_hybrid`, by the keys of `ZooMamba2Config`; `state_size` is the width of an attention head if not
+    given."""
+
+    state_size: int | None = None
+    expand: int = 2
+    head_dim: int = 64
+    n_groups: int = 1
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+
+    def validate_sizes(self) -> None:
+        check_sizes(self, "state_size", "expand", "n_groups")
+        check_sizes(self, "conv_kernel", least=2)
+
+    def complete(self, config: Any) -> None:
+        if self.state_size is None:
+            self.state_size = config.head_dim
+
+    def check(self, config: Any) -> None:
+        self.sizes(config)
+
+    def sizes(self, config: Any) -> ZooMamba2Config:
+        """The configuration of the mixers, which checks itself."""
+        return ZooMamba2Config(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            layer_norm_epsilon=config.rms_norm_eps,
+            **vars(self),
+        )
+
+
+def _mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
+    inner = teacher.num_attention_heads * teacher.head_dim
+    if inner % teacher.hidden_size:
+        raise ValueError(
+            f"student.mixer: 'mamba2' needs heads * head_dim ({inner}) to be a multiple of the teacher's hidden_size "
+            f"({teacher.hidden_size}); accepted here: 'discrete_mamba2', 'sliding_attention'"
+        )
+    sizes = {"state_size": teacher.head_dim, "head_dim": teacher.head_dim, "n_groups": teacher.num_attention_heads}
+    return {"mamba2": sizes | {"expand": inner // teacher.hidden_size, "conv_kernel": spec.conv_kernel}}
+
+
+MAMBA2 = TokenMixer(
+    label="Mamba-2: a state-space layer",
+    make=lambda config, settings, layer_idx: Mamba2Mixer(settings.sizes(config), layer_idx),
+    settings=Mamba2Settings,
+    student=FromAttention(_mamba2_keys, ("conv_kernel", "half_life", "calibration", "copy_projections")),
+    tags=("mamba2",),
+    flat={
+        **{name: name for name in ("state_size", "expand", "n_groups", "conv_kernel", "time_step_limit")},
+        "mamba_head_dim": "head_dim",
+        "mamba_proj_bias": "use_bias",
+        "mamba_conv_bias": "use_conv_bias",
+    },
+)
+
+
+class ZooMamba2PreTrainedModel(ZooPreTrainedModel):
     """Mamba-2's configuration, blocks and initialisation."""
 
     config: ZooMamba2Config
     config_class = ZooMamba2Config
     _no_split_modules = ["MixerBlock"]
     auto_classes = {
-        "AutoModel": "ZooSSDModel",
-        "AutoModelForCausalLM": "ZooSSDForCausalLM",
-        "AutoModelForMaskedLM": "ZooSSDForMaskedLM",
-        "AutoModelForSequenceClassification": "ZooSSDForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooSSDForTokenClassification",
+        "AutoModel": "ZooMamba2Model",
+        "AutoModelForCausalLM": "ZooMamba2ForCausalLM",
+        "AutoModelForMaskedLM": "ZooMamba2ForMaskedLM",
+        "AutoModelForSequenceClassification": "ZooMamba2ForSequenceClassification",
+        "AutoModelForTokenClassification": "ZooMamba2ForTokenClassification",
     }
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Mamba2Mixer):  # after its projections, which it initialises again
-            init_mamba2_mixer(module, self.config)
-        elif isinstance(module, Mamba2Scan):  # a mixer's other direction, which a causal checkpoint lacks
-            init_mamba2_scan(module, self.config)
 
-
-class ZooSSDModel(ZooSSDPreTrainedModel, ZooModel):
+class ZooMamba2Model(ZooMamba2PreTrainedModel, ZooModel):
     """Mamba-2 without a head."""
 
     def make_block(self, config: ZooMamba2Config, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -264,36 +348,36 @@ class ZooSSDModel(ZooSSDPreTrainedModel, ZooModel):
         return config.layer_norm_epsilon
 
 
-class ZooSSDForCausalLM(ZooSSDPreTrainedModel, ZooForCausalLM, GenerationMixin):
+class ZooMamba2ForCausalLM(ZooMamba2PreTrainedModel, ZooForCausalLM, GenerationMixin):
     """Mamba-2 with a language-modelling head."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
-class ZooSSDForMaskedLM(ZooSSDPreTrainedModel, ZooForMaskedLM):
+class ZooMamba2ForMaskedLM(ZooMamba2PreTrainedModel, ZooForMaskedLM):
     """Mamba-2 in both directions with a head that fills in masked tokens."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
-class ZooSSDForSequenceClassification(ZooSSDPreTrainedModel, ZooForSequenceClassification):
+class ZooMamba2ForSequenceClassification(ZooMamba2PreTrainedModel, ZooForSequenceClassification):
     """Mamba-2 with one score or one set of labels for each row."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
-class ZooSSDForTokenClassification(ZooSSDPreTrainedModel, ZooForTokenClassification):
+class ZooMamba2ForTokenClassification(ZooMamba2PreTrainedModel, ZooForTokenClassification):
     """Mamba-2 with labels for each token."""
 
-    backbone_class = ZooSSDModel
+    backbone_class = ZooMamba2Model
 
 
 __all__ = [
     "Mamba2Mixer",
-    "ZooSSDForCausalLM",
-    "ZooSSDForMaskedLM",
-    "ZooSSDForSequenceClassification",
-    "ZooSSDForTokenClassification",
-    "ZooSSDModel",
-    "ZooSSDPreTrainedModel",
+    "ZooMamba2ForCausalLM",
+    "ZooMamba2ForMaskedLM",
+    "ZooMamba2ForSequenceClassification",
+    "ZooMamba2ForTokenClassification",
+    "ZooMamba2Model",
+    "ZooMamba2PreTrainedModel",
 ]

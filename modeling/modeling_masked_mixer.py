@@ -10,7 +10,7 @@ ethan-w-roland/ToeplitzMixers@6a67297) and "Structured Recurrent Mixers" (arXiv 
     with attention in parallel   x = x + attention(norm(x)) + mix(norm(x));  x = x + mlp(norm(x)),  one norm for both
 
 without a norm before the head, save with attention, whose blocks are otherwise those of Llama. What `mix` is stands in
-`position_mixers.py` and `repeat_mixing.py`.
+`position_mixers.py`.
 
 An encoder (`bidirectional`) keeps two streams, which start as the embeddings: one is mixed with what precedes a token,
 the other with what follows from `lookahead` tokens on, by weights and norms of their own; MLP and its norm are shared.
@@ -36,22 +36,24 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..kernels.tracing import host_reads
 from .attention import Attention
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
-from .class_names import enter_class_name
-from .configuration_masked_mixer import REPEATS, MaskedMixerConfig
-from .gated_mlp import GatedMLP
-from .heads import ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
-from .layers import LayerNorm
-from .linear_init import init_linear, init_linear_normal
-from .mixing_kinds import make_position_mixer
-from .plain_mlp import PlainMLP
-from .position_mixers import PositionMixer
+from .backbone import ZooModel
+from .configuration_masked_mixer import MaskedMixerConfig
+from .heads import (
+    ZooForCausalLM,
+    ZooForMaskedLM,
+    ZooForSequenceClassification,
+    ZooForTokenClassification,
+    enter_class_name,
+)
+from .layers import GatedMLP, LayerNorm, PlainMLP, RMSNorm, init_linear, init_linear_normal, normed
+from .masked_mixing import REPEATS, make_position_mixer
+from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
-from .trained_padding import fill_context, without_fill
-from .window_generation import windowed_inputs
 
 _NEXT_TOKEN = "MaskedMixerForMaskedLM(lookahead=2)"
 
@@ -79,9 +81,11 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
         self.attention_norm = make_norm(config) if config.attention == "series" else None
         self.attention = Attention(config, layer_idx, None) if attends else None
         self.token_norm = make_norm(config)
-        self.mixer = make_position_mixer(config, layer_idx)
+        self.mixer = make_position_mixer(config, config, layer_idx)
         self.reverse_norm = make_norm(config) if config.bidirectional else None
-        self.reverse = make_position_mixer(config, layer_idx, config.lookahead) if config.bidirectional else None
+        self.reverse = (
+            make_position_mixer(config, config, layer_idx, config.lookahead) if config.bidirectional else None
+        )
         self.channel_norm = make_norm(config)
         self.mlp = make_mlp(config)
 
@@ -159,8 +163,6 @@ class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             (init_linear if self.config.mixing == "dense" else init_linear_normal)(module)
-        elif isinstance(module, PositionMixer):
-            module.initialise()
 
 
 class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
@@ -247,6 +249,130 @@ class MaskedMixerForTokenClassification(MaskedMixerPreTrainedModel, ZooForTokenC
 
 
 enter_class_name("AutoModelForCausalLM", _NEXT_TOKEN)
+
+
+def tokens_to_drop(tokens: Tensor, positions: int) -> Tensor:
+    """How many of its first tokens a row is read without, for the numbers of tokens of several rows."""
+    most, half = positions - 1, (positions - 1) // 2
+    return ((tokens - most).clamp(min=0) + half - 1) // half * half
+
+
+def windowed_inputs(input_ids: Tensor, positions: int, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What `prepare_inputs_for_generation` is to be called with instead, where a row does not fit.
+
+    Weights of absolute positions know no token beyond the last position. With N of them a row of n tokens is read as
+    its last ones alone, which then stand at the first positions: all n while n < N, since the output of position N - 1
+    has mostly not been trained; else all but the first s, where s is the smallest multiple of (N - 1) // 2 that leaves
+    fewer than N. So the context shrinks to about half whenever it is full and grows token by token until it is full
+    again; each row by its own tokens, whatever else is in the batch. With a cache, without one and in one call over a
+    long prompt `generate` gives the same tokens.
+
+    A cache that holds tokens which are dropped now is emptied, and reads the rest again.
+
+    Args:
+        input_ids: (B, L) all tokens.
+        positions: N.
+        arguments: its other arguments.
+
+    Raises:
+        ValueError: if a row does not fit and the ids of all its tokens are not there.
+    """
+    cache = arguments.get("cache", arguments.get("past_key_values"))
+    mask = arguments.get("attention_mask")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    # After a prompt of embeddings the ids are those of the new tokens alone.
+    columns = max(input_ids.shape[1], past + 1) if mask is None else mask.shape[1]
+    if columns < positions:
+        return input_ids, arguments
+    shape = (input_ids.shape[0], columns)
+    real = torch.ones(shape, dtype=torch.bool, device=input_ids.device) if mask is None else mask != 0
+    rank = real.cumsum(-1)
+    drop = tokens_to_drop(rank[:, -1], positions)
+    if not bool(drop.any()):
+        return input_ids, arguments
+    if columns != input_ids.shape[1] or arguments.get("inputs_embeds") is not None:
+        raise ValueError(
+            f"max_position_embeddings: {columns} columns of {positions} positions, and context_overflow='window' reads "
+            f"the last ones again: needed are the ids of all tokens as input_ids, got {input_ids.shape[1]}; accepted: "
+            "neither inputs_embeds nor prefill_chunk_size"
+        )
+    kept = real & (rank > drop[:, None])
+    first = int(kept.any(0).int().argmax())
+    changes: dict[str, Any] = {"position_ids": None}
+    if cache is None:
+        return input_ids[:, first:], arguments | changes | {"attention_mask": kept[:, first:].long()}
+    held = cache.layers[0].counts
+    if held is None or not torch.equal(held, kept[:, :past].sum(-1).to(held.device)):
+        cache.reset()
+        for layer in cache.layers:
+            layer.skip(first)
+        changes["next_sequence_length"] = columns - first
+    return input_ids, arguments | changes | {"attention_mask": kept.long()}
+
+
+def fill_context(
+    embeddings: nn.Module, config: Any, input_ids: Tensor | None, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], int]:
+    """The arguments of a forward over rows filled up to N - 1 tokens, whose last output is the last trained one.
+
+    A masked mixer that was trained on rows padded at the left to its whole context, without a mask, has learned what
+    stands before a text: weights of absolute positions and the padding token's own states. It needs both at inference.
+    Longer rows are left as they are: a row of N tokens is what the checkpoint saw in training.
+
+    Args:
+        embeddings: the model's.
+        config: gives `max_position_embeddings` (N) and `pad_token_id`.
+        input_ids: (B, L) tokens, or None.
+        arguments: the other arguments of the forward. `position_ids` are not read: positions are columns.
+
+    Returns:
+        The arguments, with (B, N - 1, D) or longer `inputs_embeds`, and how many columns were put before a row.
+
+    Raises:
+        ValueError: if padding stands elsewhere than at the left, rows are packed, or a cache is given or asked for.
+    """
+    arguments = dict(arguments)
+    mask = arguments.pop("attention_mask", None)
+    arguments.pop("position_ids", None)
+    if mask is not None and host_reads(mask) and bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("pad_mode='as_trained' takes padding at the left only, attention_mask has some elsewhere")
+    packed = [name for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q") if arguments.get(name) is not None]
+    if packed:
+        raise ValueError(f"pad_mode='as_trained' takes one document a row: {packed[0]} must be None")
+    for name in ("past_key_values", "cache", "cache_params"):
+        if arguments.pop(name, None) is not None or arguments.get("use_cache"):
+            raise ValueError(
+                "pad_mode='as_trained' has no cache, as a new token moves all others: use_cache must be False and "
+                "past_key_values None"
+            )
+    states = arguments.pop("inputs_embeds", None)
+    if (input_ids is None) == (states is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if states is None:
+        states = embeddings(input_ids)
+    added = max(config.max_position_embeddings - 1 - states.shape[1], 0)
+    if added:
+        pad = embeddings(torch.full((1, 1), config.pad_token_id, device=states.device))
+        states = torch.cat([pad.to(states.dtype).expand(states.shape[0], added, -1), states], dim=1)
+    return arguments | {"inputs_embeds": states, "use_cache": False}, added
+
+
+def without_fill(output: Any, added: int) -> Any:
+    """The output of a forward without the columns that were put before the rows."""
+    if not isinstance(output, BaseModelOutputWithPast):  # a tuple
+        return tuple(_cut(value, added) for value in output)
+    for name, value in list(output.items()):
+        output[name] = _cut(value, added)
+    return output
+
+
+def _cut(value: Any, added: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cut(part, added) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value[:, :, added:, added:] if value.dim() == 4 else value[:, added:]
+
 
 __all__ = [
     "MaskedMixerForCausalLM",

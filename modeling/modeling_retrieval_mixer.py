@@ -25,12 +25,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from ..kernels.tracing import host_reads, tracing
-from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
-from .layers import LayerNorm, as_weight
-from .linear_init import init_linear
-from .mixer_parameters import initialise_alone
-from .plain_mlp import PlainMLP
+from .layers import LayerNorm, PlainMLP, as_weight, init_linear, normed
+from .mixer import initialise_alone
+from .pretrained import ZooPreTrainedModel
 
 
 @dataclass
@@ -111,8 +109,6 @@ class RetrievalMixer(ZooPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init_linear(module)
-        elif isinstance(module, OpenMixer):
-            module.initialise()
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         rows, width = self.config.max_position_embeddings, self.config.hidden_size

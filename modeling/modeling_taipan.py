@@ -18,19 +18,17 @@ loss is that of the language model.
 Symbols: B batch, L length, D width.
 """
 
-import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .causal_lm import RMSNorm, ZooForCausalLM, ZooModel, ZooPreTrainedModel, normed
+from .backbone import ZooModel
 from .configuration_taipan import TaipanConfig
-from .gated_mlp import GatedMLP
-from .heads import ZooForSequenceClassification, ZooForTokenClassification
-from .layers import as_weight
-from .mixer_block import MixerBlock
-from .modeling_mamba2 import Mamba2Mixer, init_mamba2_mixer
+from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClassification
+from .layers import GatedMLP, MixerBlock, RMSNorm, as_weight, normed
+from .modeling_mamba2 import Mamba2Mixer
+from .pretrained import ZooPreTrainedModel
 from .selective_attention import SelectiveAttention
 from .token_layout import Sequence
 
@@ -42,7 +40,7 @@ class SelectiveAttentionBlock(GradientCheckpointingLayer):
         super().__init__()
         self.residual_in_fp32, self.convex = config.residual_in_fp32, config.sal_fusion == "convex"
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mixer = SelectiveAttention(config, layer_idx)
+        self.mixer = SelectiveAttention(config, config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, int(config.intermediate_size or 0))
 
@@ -78,12 +76,6 @@ class TaipanPreTrainedModel(ZooPreTrainedModel):
         "AutoModelForSequenceClassification": "TaipanForSequenceClassification",
         "AutoModelForTokenClassification": "TaipanForTokenClassification",
     }
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, Mamba2Mixer):  # after its projections, which it initialises again
-            init_mamba2_mixer(module, self.config.mamba2)
 
 
 class TaipanModel(TaipanPreTrainedModel, ZooModel):

@@ -22,27 +22,36 @@ Where the paper leaves something open or reads two ways:
   alone, which `sal_key_source="selected"` gives.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..kernels.tracing import tracing
 from ..kernels.window_attention import attend_traced, window_attention, window_attention_matrix
 from .cache import layer_of
-from .rotary import rotate
+from .layers import rotate
+from .mixer import MixerSettings, TokenMixer
 from .token_layout import Sequence
+
+KEY_SOURCES = ("all", "selected")
 
 
 class SelectiveAttention(nn.Module):
-    """Sliding-window attention for the tokens that a gate selects; the others are left as they are."""
+    """Sliding-window attention for the tokens that a gate selects; the others are left as they are.
 
-    def __init__(self, config: Any, layer_idx: int, *, bias: bool = False) -> None:
+    `config` has the sizes of the heads, `settings` the keys of :class:`SelectiveAttentionSettings`.
+    """
+
+    def __init__(self, config: Any, settings: Any, layer_idx: int, *, bias: bool = False) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.window, self.tau = config.sliding_window, config.gumbel_tau
-        self.key_source, self.dense_training = config.sal_key_source, config.sal_dense_training
+        self.window, self.tau = settings.sliding_window, settings.gumbel_tau
+        self.key_source, self.dense_training = settings.sal_key_source, settings.sal_dense_training
         self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
         self.head_dim = int(config.head_dim or 0)
         width = config.hidden_size
@@ -170,3 +179,58 @@ class SelectiveAttention(nn.Module):
 def logistic_noise(like: Tensor) -> Tensor:
     """Noise of the shape and dtype of `like`: the difference of two Gumbel variables is logistic."""
     return torch.rand_like(like).clamp_(1e-7, 1 - 1e-7).logit()
+
+
+def check_selective_attention(config: Any) -> None:
+    """Raise ValueError where what a configuration says of selective attention is out of range."""
+    if config.sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, got {config.sliding_window}")
+    if not 0 < config.attention_capacity <= 1:
+        raise ValueError(f"attention_capacity must be above 0 and at most 1, got {config.attention_capacity}")
+    if not 0 < config.gumbel_tau < math.inf:
+        raise ValueError(f"gumbel_tau must be positive, got {config.gumbel_tau}")
+    if not 0 <= config.router_aux_loss_coef < math.inf:
+        raise ValueError(f"router_aux_loss_coef must not be negative, got {config.router_aux_loss_coef}")
+    if config.sal_key_source not in KEY_SOURCES:
+        raise ValueError(f"sal_key_source must be one of {', '.join(KEY_SOURCES)}, got {config.sal_key_source!r}")
+    if config.sal_dense_training and config.sal_key_source != "all":
+        raise ValueError(
+            "sal_dense_training needs sal_key_source='all', got 'selected': what passes by has no key to see itself"
+        )
+
+
+@strict
+@dataclass
+class SelectiveAttentionSettings(MixerSettings):
+    """Selective attention in `zoo_hybrid`, by the keys of `TaipanConfig`, which explains them."""
+
+    sliding_window: int = 256
+    attention_capacity: float = 0.15
+    gumbel_tau: float = 1.0
+    router_aux_loss_coef: float = 1.0
+    sal_key_source: str = "all"
+    sal_dense_training: bool = False
+
+    def validate_choices(self) -> None:
+        check_selective_attention(self)
+
+
+SELECTIVE_ATTENTION = TokenMixer(
+    label="softmax attention over a sliding window, for the tokens that a gate selects",
+    make=lambda config, settings, layer_idx: SelectiveAttention(
+        config, settings, layer_idx, bias=config.attention_bias
+    ),
+    settings=SelectiveAttentionSettings,
+    cache_layer="zoo_window",
+    flat={
+        name: name
+        for name in (
+            "sliding_window",
+            "attention_capacity",
+            "gumbel_tau",
+            "router_aux_loss_coef",
+            "sal_key_source",
+            "sal_dense_training",
+        )
+    },
+)

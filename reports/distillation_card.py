@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..harness.public_text import without_folders
 from ..harness.whole_files import write_text_whole
+from ..modeling.token_mixers import TOKEN_MIXERS
 from .distillation_report import Report, parse_report
 from .distillation_tables import (
     PLOT_CAPTIONS,
@@ -139,7 +140,7 @@ def _sections(report: Report, repo_id: str | None, plots: Sequence[str]) -> dict
 def _metadata(report: Report, repo_id: str | None) -> ModelCardData:
     """The front matter, without what is not known."""
     base = _base_model(report)
-    state_space = any("mamba2" in mixer for mixer in report.student.mixer_types)
+    rows = (TOKEN_MIXERS[mixer] for mixer in dict.fromkeys(report.student.mixer_types) if mixer in TOKEN_MIXERS)
     data_sets = sorted({_DATA_SETS[name][0] for name in report.data.train_sources if name in _DATA_SETS})
     licence: dict[str, Any] = _licence_fields(report)
     return ModelCardData(
@@ -151,7 +152,7 @@ def _metadata(report: Report, repo_id: str | None) -> ModelCardData:
         tags=[
             "ssm-zoo",
             report.student.model_type,
-            *(["mamba2"] if state_space else []),
+            *dict.fromkeys(tag for row in rows for tag in row.tags),
             "distillation",
             "custom_code",
         ],

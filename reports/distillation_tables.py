@@ -13,19 +13,10 @@ from urllib.parse import quote
 import yaml
 
 from ..harness.public_text import public_argument, public_command
+from ..modeling.token_mixers import TOKEN_MIXERS
 from .distillation_report import Evaluation, Report
 from .markdown import MISSING, code, count, fenced, gibibytes, number, percent, seconds, short, table
 from .results import evaluation_rows, layer_groups, limits, stage_setting, verdicts
-
-# What each token mixer is, for a reader who has not seen the code.
-MIXERS = {
-    "full_attention": "softmax attention over the whole context",
-    "sliding_attention": "softmax attention over a sliding window",
-    "mamba2": "Mamba-2: a state-space layer",
-    "discrete_mamba2": "discrete Mamba-2: a state-space layer without a step size",
-    "masked_mixing": "masked mixing: weights for pairs of positions, the same for every text",
-}
-
 
 # The plots of a report, in the order in which a reader wants them.
 PLOT_CAPTIONS = {
@@ -46,7 +37,7 @@ def layers_table(report: Report) -> str:
     """Which layers have which token mixer."""
     header = ("Token mixer", "Layers (from 0)", "Number")
     rows = [
-        (f"{code(mixer)}{f', {MIXERS[mixer]}' if mixer in MIXERS else ''}", layers, count(size))
+        (f"{code(mixer)}{f', {TOKEN_MIXERS[mixer].label}' if mixer in TOKEN_MIXERS else ''}", layers, count(size))
         for mixer, layers, size in layer_groups(report)
     ]
     return table(header, rows, left=2)

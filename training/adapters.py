@@ -17,7 +17,8 @@ from transformers import (
 from ..conversion.load_model import load_config, load_model, put_adapter
 from ..conversion.load_model import load_tokenizer as load_tokenizer_from
 from ..harness.fingerprint import pinned_revision
-from ..modeling.causal_lm import ZooForCausalLM, ZooPreTrainedModel
+from ..modeling.heads import ZooForCausalLM
+from ..modeling.pretrained import ZooPreTrainedModel
 from .settings import FinetuningSettings, LanguageModelSettings
 from .trainer import compute_dtype
 

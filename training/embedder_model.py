@@ -10,7 +10,7 @@ from transformers import MODEL_MAPPING
 
 from ..conversion.load_model import load_config
 from ..evaluation.embedder import make_embedder
-from ..modeling.causal_lm import ZooModel
+from ..modeling.backbone import ZooModel
 from .adapters import add_adapters
 from .embedder_settings import EmbedderSettings
 from .trainer import compute_dtype

@@ -25,7 +25,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from torch import Tensor, nn
 
-from ..modeling.causal_lm import ZooModel
+from ..modeling.backbone import ZooModel
 from .checkpoints import CheckedTrainer
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs

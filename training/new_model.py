@@ -21,7 +21,7 @@ from ..conversion.source_files import check_config
 from ..harness.fingerprint import pinned_revision
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import override, read_yaml
-from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.heads import ZooForCausalLM
 from ..modeling.presets import PRESETS
 from .vocabulary import entries_of
 
@@ -96,14 +96,16 @@ def _is_here(source: str) -> bool:
 def configuration_keys(kind: type[PreTrainedConfig]) -> list[str]:
     """The keys that are a family's own, in their order; not those that transformers gives every model."""
     general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    return [field.name for field in dataclasses.fields(kind) if field.name not in general]
+    more = kind.more_keys() if hasattr(kind, "more_keys") else []  # pyright: ignore[reportAttributeAccessIssue]
+    return [*(field.name for field in dataclasses.fields(kind) if field.name not in general), *more]
 
 
 def changed_keys(config: PreTrainedConfig) -> dict[str, Any]:
     """`model_type`, and the keys that differ from the family's defaults: a `source` of the same configuration."""
     defaults = {field.name: _as_list(field.default) for field in dataclasses.fields(type(config))}
-    keys = {key: _as_list(getattr(config, key)) for key in configuration_keys(type(config))}
-    return {"model_type": config.model_type, **{key: v for key, v in keys.items() if v != defaults[key]}}
+    names = [key for key in configuration_keys(type(config)) if key in vars(config)]
+    keys = {key: _as_list(getattr(config, key)) for key in names}
+    return {"model_type": config.model_type, **{key: v for key, v in keys.items() if v != defaults.get(key)}}
 
 
 def _as_list(value: Any) -> Any:

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, Tra
 from ..conversion.load_model import check_finite
 from ..harness.command_line import check_processes
 from ..harness.run_folder import read_json, write_json
-from ..modeling.causal_lm import ZooForCausalLM
+from ..modeling.heads import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
 from .packing import IGNORED, PackedDocuments, RowCollator

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ...harness.yaml_values import override
-from ...modeling.causal_lm import ZooPreTrainedModel
+from ...modeling.pretrained import ZooPreTrainedModel
 from ..rules import Computed, LazyTensor, Rule
 
 _WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training

@@ -80,6 +80,7 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
         )
     multiple = model["pad_vocab_size_multiple"]
     ids: dict[str, Any] = {key: values.get(key) for key in _IDS}
+    settings: dict[str, Any] = {"discrete_mamba2": {"state_size": mixer["d_state"], "conv_kernel": mixer["d_conv"]}}
     return ZooHybridConfig(
         vocab_size=-(-model["vocab_size"] // multiple) * multiple,
         hidden_size=model["d_model"],
@@ -92,10 +93,9 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
         rms_norm_eps=_EPSILON,
         attention_bias=mixer["bias"],
         mlp_bias=mlp["bias"],
-        state_size=mixer["d_state"],
-        conv_kernel=mixer["d_conv"],
         tie_word_embeddings=model["tie_embeddings"],
         **ids,
+        **settings,
     )
 
 
@@ -103,9 +103,10 @@ def _config(config: ZooHybridConfig) -> dict[str, Any]:
     for layer, kinds in enumerate(zip(config.mixer_types or [], config.mlp_types or [], strict=True)):
         require(f"mixer_types[{layer}]", kinds[0], "discrete_mamba2", "llamba has no other mixer")
         require(f"mlp_types[{layer}]", kinds[1], "gated", "every block of llamba has an MLP")
-    require("feature_map", config.feature_map, "identity", "llamba has no other")
-    require("normalize", config.normalize, False, "llamba does not divide by row sums")
-    require("ssm_rotary", config.ssm_rotary, False, "llamba has no positions")
+    mixer = config.settings_of("discrete_mamba2")
+    require("discrete_mamba2.feature_map", mixer.feature_map, "identity", "llamba has no other")
+    require("discrete_mamba2.normalize", mixer.normalize, False, "llamba does not divide by row sums")
+    require("discrete_mamba2.rotary", mixer.rotary, False, "llamba has no positions")
     require("rms_norm_eps", config.rms_norm_eps, _EPSILON, "llamba has no other in its blocks")
     heads, inner = config.num_attention_heads, config.num_attention_heads * int(config.head_dim or 0)
     if inner % config.hidden_size:
@@ -131,11 +132,11 @@ def _config(config: ZooHybridConfig) -> dict[str, Any]:
         },
         "ssm_cfg": _MIXER
         | {
-            "d_state": config.state_size,
+            "d_state": mixer.state_size,
             "n_v_heads": heads,
             "n_qk_heads": heads,
             "expand": inner // config.hidden_size,
-            "d_conv": config.conv_kernel,
+            "d_conv": mixer.conv_kernel,
             "bias": config.attention_bias,
         },
         **{key: getattr(config, key) for key in _IDS},

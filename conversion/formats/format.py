@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...harness.json_files import read_json_object
-from ...modeling.causal_lm import ZooPreTrainedModel
+from ...modeling.pretrained import ZooPreTrainedModel
 from ..rules import Rule
 from ..source_files import check_config
 

@@ -17,9 +17,9 @@ from ...modeling import (
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooMamba2Config,
+    ZooMamba2ForCausalLM,
     ZooMambaConfig,
-    ZooS6ForCausalLM,
-    ZooSSDForCausalLM,
+    ZooMambaForCausalLM,
 )
 from ..rules import Rule, SplitRows
 from .format import Format, head_rules, read_config, require
@@ -39,11 +39,29 @@ def _shared(parsed: StateSpacesConfig) -> dict[str, Any]:
         "hidden_size": parsed.model["d_model"],
         "num_hidden_layers": parsed.model["n_layer"],
         "tie_word_embeddings": parsed.model["tie_embeddings"],
+        "bos_token_id": end,
+        "eos_token_id": end,
+    }
+
+
+def _mixer(parsed: StateSpacesConfig) -> dict[str, Any]:
+    """What is said of a mixer of either kind."""
+    return {
         "state_size": parsed.mixer["d_state"],
         "expand": parsed.mixer["expand"],
         "conv_kernel": parsed.mixer["d_conv"],
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "use_bias": parsed.mixer["bias"],
+        "use_conv_bias": parsed.mixer["conv_bias"],
+    }
+
+
+def _mixer2(parsed: StateSpacesConfig) -> dict[str, Any]:
+    """What is said of a mixer of Mamba-2."""
+    return {
+        **_mixer(parsed),
+        "head_dim": parsed.mixer["headdim"],
+        "n_groups": parsed.mixer["ngroups"],
+        "time_step_limit": parsed.mixer["dt_limit"],
     }
 
 
@@ -51,8 +69,6 @@ def _stack(parsed: StateSpacesConfig) -> dict[str, Any]:
     """What `zoo_mamba` and `zoo_mamba2` share beyond that."""
     return {
         **_shared(parsed),
-        "use_bias": parsed.mixer["bias"],
-        "use_conv_bias": parsed.mixer["conv_bias"],
         "layer_norm_epsilon": EPSILON,
         "residual_in_fp32": parsed.model["residual_in_fp32"],
         "time_step_min": parsed.mixer["dt_min"],
@@ -63,16 +79,14 @@ def _stack(parsed: StateSpacesConfig) -> dict[str, Any]:
 
 def _mamba1(values: dict[str, Any]) -> ZooMambaConfig:
     parsed = parse(values)
-    return ZooMambaConfig(**_stack(parsed), time_step_rank=parsed.mixer["dt_rank"])
+    return ZooMambaConfig(**_stack(parsed), **_mixer(parsed), time_step_rank=parsed.mixer["dt_rank"])
 
 
 def _mamba2(values: dict[str, Any]) -> ZooMamba2Config:
     parsed = parse(values)
     return ZooMamba2Config(
         **_stack(parsed),
-        head_dim=parsed.mixer["headdim"],
-        n_groups=parsed.mixer["ngroups"],
-        time_step_limit=parsed.mixer["dt_limit"],
+        **_mixer2(parsed),
         A_init_bounds=[float(bound) for bound in parsed.mixer["A_init_range"]],
     )
 
@@ -84,27 +98,27 @@ def _hybrid(values: dict[str, Any]) -> ZooHybridConfig:
     # Without attention its sizes are of no use, but have to be some.
     attention = parsed.attention or {"num_heads": 1, "num_heads_kv": 1, "head_dim": 2, "qkv_proj_bias": False}
     turned = attention.get("rotary_emb_dim", 0)
+    mixers = ["full_attention" if layer in at else "mamba2" for layer in range(layers)]
+    settings: dict[str, Any] = {
+        "full_attention": {"conv_kernel": attention.get("d_conv", 0)},
+        "mamba2": _mixer2(parsed),
+    }
     return ZooHybridConfig(
         **_shared(parsed),
         intermediate_size=-(-inner // _MLP_MULTIPLE) * _MLP_MULTIPLE,
-        mixer_types=["full_attention" if layer in at else "mamba2" for layer in range(layers)],
+        mixer_types=mixers,
+        **{kind: values for kind, values in settings.items() if kind in mixers},
         mlp_types=["gated" if inner else "none"] * layers,
         num_attention_heads=attention["num_heads"],
         num_key_value_heads=attention["num_heads_kv"],
         head_dim=attention["head_dim"],
         attention_bias=attention["qkv_proj_bias"],
-        attention_conv_kernel=attention.get("d_conv", 0),
         rope_parameters={
             "rope_type": "default",
             "rope_theta": float(attention.get("rotary_emb_base", 10000.0)),
             "partial_rotary_factor": _factor(turned, attention["head_dim"]),
         },
         rms_norm_eps=EPSILON,
-        mamba_head_dim=parsed.mixer["headdim"],
-        n_groups=parsed.mixer["ngroups"],
-        mamba_proj_bias=parsed.mixer["bias"],
-        mamba_conv_bias=parsed.mixer["conv_bias"],
-        time_step_limit=parsed.mixer["dt_limit"],
     )
 
 
@@ -114,7 +128,8 @@ def _factor(turned: int, width: int) -> float:
     return factor if int(width * factor) == turned else math.nextafter(factor, 2.0)
 
 
-def _written(config: Any, layer: str, mixer: dict[str, Any], **model: Any) -> dict[str, Any]:
+def _written(config: Any, mixer: Any, layer: str, other: dict[str, Any], **model: Any) -> dict[str, Any]:
+    """A config.json of a model's configuration and its mixers', which may be the same."""
     epsilon = "rms_norm_eps" if isinstance(config, ZooHybridConfig) else "layer_norm_epsilon"
     require(epsilon, getattr(config, epsilon), EPSILON, "state-spaces has no other")
     return {
@@ -124,10 +139,12 @@ def _written(config: Any, layer: str, mixer: dict[str, Any], **model: Any) -> di
         "vocab_size": config.vocab_size,
         "ssm_cfg": {
             "layer": layer,
-            "d_state": config.state_size,
-            "expand": config.expand,
-            "d_conv": config.conv_kernel,
-            **mixer,
+            "d_state": mixer.state_size,
+            "expand": mixer.expand,
+            "d_conv": mixer.conv_kernel,
+            "bias": mixer.use_bias,
+            "conv_bias": mixer.use_conv_bias,
+            **other,
         },
         "attn_layer_idx": [],
         "attn_cfg": {},
@@ -142,15 +159,13 @@ def _written(config: Any, layer: str, mixer: dict[str, Any], **model: Any) -> di
 
 def _mamba1_written(config: ZooMambaConfig) -> dict[str, Any]:
     require("mixer_rms_eps", config.mixer_rms_eps, None, "state-spaces has no norms on B, C and the step sizes")
-    mixer = {"dt_rank": config.time_step_rank, "bias": config.use_bias, "conv_bias": config.use_conv_bias}
-    return _written(config, "Mamba1", mixer | _steps(config))
+    return _written(config, config, "Mamba1", {"dt_rank": config.time_step_rank} | _steps(config))
 
 
 def _mamba2_written(config: ZooMamba2Config) -> dict[str, Any]:
     require("bidirectional", config.bidirectional, False, "state-spaces' Mamba-2 is causal")
-    mixer = {"headdim": config.head_dim, "bias": config.use_bias, "conv_bias": config.use_conv_bias}
     ranges = {"A_init_range": list(config.A_init_bounds)}
-    return _written(config, "Mamba2", mixer | _groups(config) | _steps(config) | ranges)
+    return _written(config, config, "Mamba2", _heads(config) | _steps(config) | ranges)
 
 
 def _steps(config: ZooMambaConfig | ZooMamba2Config) -> dict[str, float]:
@@ -161,11 +176,11 @@ def _steps(config: ZooMambaConfig | ZooMamba2Config) -> dict[str, float]:
     }
 
 
-def _groups(config: ZooMamba2Config | ZooHybridConfig) -> dict[str, Any]:
-    low, high = config.time_step_limit
+def _heads(mixer: Any) -> dict[str, Any]:
+    low, high = mixer.time_step_limit
     # Where the default is meant nothing is written: it has an infinity, which JSON does not have.
     limit = {} if (low, high) == (0.0, math.inf) else {"dt_limit": [low, min(high, LARGEST_STEP)]}
-    return {"ngroups": config.n_groups, **limit}
+    return {"headdim": mixer.head_dim, "ngroups": mixer.n_groups, **limit}
 
 
 def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
@@ -186,7 +201,6 @@ def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
             )
         require("hidden_act", config.hidden_act, "silu", "the only one of state-spaces")
         require("mlp_bias", config.mlp_bias, False, "state-spaces has none")
-    mixer = {"headdim": config.mamba_head_dim, "bias": config.mamba_proj_bias, "conv_bias": config.mamba_conv_bias}
     attention: dict[str, Any] = {}
     at = [layer for layer, kind in enumerate(mixers) if kind == "full_attention"]
     if at:
@@ -199,12 +213,13 @@ def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
             "qkv_proj_bias": config.attention_bias,
             "out_proj_bias": config.attention_bias,
             "causal": True,
-            "d_conv": config.attention_conv_kernel,
+            "d_conv": config.settings_of("full_attention").conv_kernel,
             "rotary_emb_dim": int(int(config.head_dim or 0) * rotary.get("partial_rotary_factor", 1.0)),
             "rotary_emb_base": rotary["rope_theta"],
         }
     model = {"d_intermediate": inner, "attn_layer_idx": at, "attn_cfg": attention}
-    return _written(config, "Mamba2", mixer | _groups(config), **model)
+    mixer = config.settings_of("mamba2")
+    return _written(config, mixer, "Mamba2", _heads(mixer), **model)
 
 
 def _stack_rules(config: PreTrainedConfig) -> list[Rule]:
@@ -233,7 +248,7 @@ def _hybrid_rules(config: ZooHybridConfig) -> list[Rule]:
         projections = tuple(f"{_LAYER}mixer.{name}.{{rest}}" for name in ("q_proj", "k_proj", "v_proj"))
         rules.append(Rule(_LAYER + "mixer.in_proj.{rest}", projections, split, layers=at))
         rules.append(Rule(_LAYER + "mixer.out_proj.{rest}", _LAYER + "mixer.o_proj.{rest}", layers=at))
-        if config.attention_conv_kernel:  # its channels are in the order of in_proj's rows
+        if config.settings_of("full_attention").conv_kernel:  # its channels are in the order of in_proj's rows
             rules.append(Rule(_LAYER + "mixer.conv1d.{rest}", _LAYER + "mixer.conv1d.{rest}", layers=at))
     if "gated" in (config.mlp_types or []):
         halves = (_LAYER + "mlp.up_proj.{rest}", _LAYER + "mlp.gate_proj.{rest}")
@@ -246,7 +261,7 @@ def _hybrid_rules(config: ZooHybridConfig) -> list[Rule]:
 MAMBA1 = Format(
     name="state-spaces Mamba-1",
     library="state-spaces",
-    zoo_class=ZooS6ForCausalLM,
+    zoo_class=ZooMambaForCausalLM,
     # What is of neither kind is parsed as this one and refused there, by its field.
     reads=lambda values: is_state_spaces(values) and layer_kind(values)[0] != "Mamba2",
     read=read_config,
@@ -258,7 +273,7 @@ MAMBA1 = Format(
 MAMBA2 = Format(
     name="state-spaces Mamba-2",
     library="state-spaces",
-    zoo_class=ZooSSDForCausalLM,
+    zoo_class=ZooMamba2ForCausalLM,
     reads=lambda values: is_state_spaces(values) and layer_kind(values) == ("Mamba2", True),
     read=read_config,
     zoo_config=_mamba2,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ...modeling import MaskedMixerConfig, MaskedMixerForCausalLM
-from ...modeling.rotary import llama_rope_parameters
+from ...modeling.layers import llama_rope_parameters
 from ..rules import Rule
 from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings
 from .maskedmixers import convolution_rules

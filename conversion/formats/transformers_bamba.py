@@ -1,6 +1,7 @@
 """transformers' `bamba` and `zoo_hybrid`: Mamba-2 and attention with partial rotary positions, each with an MLP."""
 
 from collections.abc import Collection
+from typing import Any
 
 from transformers import BambaConfig, BambaForCausalLM
 
@@ -21,18 +22,18 @@ _SAME = (
     "mlp_bias",
     "max_position_embeddings",
     "rope_parameters",
-    "mamba_proj_bias",
-    "mamba_conv_bias",
-    "time_step_limit",
     "initializer_range",
     *CARRIED_IDS,
 )
-_RENAMED = {  # theirs to ours
+_MIXER = {  # theirs to ours, of a Mamba-2 mixer
     "mamba_d_state": "state_size",
     "mamba_d_conv": "conv_kernel",
     "mamba_expand": "expand",
-    "mamba_d_head": "mamba_head_dim",
+    "mamba_d_head": "head_dim",
     "mamba_n_groups": "n_groups",
+    "mamba_proj_bias": "use_bias",
+    "mamba_conv_bias": "use_conv_bias",
+    "time_step_limit": "time_step_limit",
 }
 
 
@@ -41,9 +42,11 @@ def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
     mixers = ["full_attention" if layer in attention else "mamba2" for layer in range(config.num_hidden_layers)]
     if "mamba2" in mixers:
         require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba-2, which it is for, too")
+    settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
+    kinds: dict[str, Any] = {"mamba2": settings} if "mamba2" in mixers else {}
     return ZooHybridConfig(
         **{key: getattr(config, key) for key in _SAME},
-        **{ours: getattr(config, theirs) for theirs, ours in _RENAMED.items()},
+        **kinds,
         head_dim=getattr(config, "head_dim", None),
         mixer_types=mixers,
     )
@@ -58,20 +61,28 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
             )
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of bamba has an MLP")
         if mixer == "full_attention":
-            require("attention_conv_kernel", config.attention_conv_kernel, 0, "bamba's attention has no convolution")
+            require_no_convolution(config, "bamba")
     if "mamba2" in mixers:
         require("hidden_act", config.hidden_act, "silu", "bamba's Mamba-2 takes that of the MLP")
     values = {key: getattr(config, key) for key in _SAME}
-    values |= {theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()}
+    if "mamba2" in mixers:
+        mixer = config.settings_of("mamba2")
+        values |= {theirs: getattr(mixer, ours) for theirs, ours in _MIXER.items()}
+        values["mamba_n_heads"] = mixer.expand * config.hidden_size // mixer.head_dim
     # bamba takes half of each head where it is told nothing
     values["rope_parameters"] = {"partial_rotary_factor": 1.0} | dict(config.rope_parameters or {})
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
     return BambaConfig(
         **values,
-        mamba_n_heads=config.expand * config.hidden_size // config.mamba_head_dim,
         attn_layer_indices=layers_of(config, {"full_attention"}),
     )
+
+
+def require_no_convolution(config: ZooHybridConfig, theirs: str) -> None:
+    """Raise ValueError where attention has a convolution, which the other format lacks."""
+    kernel = config.settings_of("full_attention").conv_kernel
+    require("full_attention.conv_kernel", kernel, 0, f"{theirs}'s attention has no convolution")
 
 
 def layers_of(config: ZooHybridConfig, kinds: Collection[str]) -> list[int]:

@@ -4,11 +4,13 @@ Paper: Lieber et al., "Jamba" (arXiv 2403.19887), whose blocks have an MLP each.
 the place of some is refused.
 """
 
+from typing import Any
+
 from transformers import JambaConfig, JambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from .format import CARRIED_IDS, Format, require
-from .transformers_bamba import block_rules, layers_of
+from .transformers_bamba import block_rules, layers_of, require_no_convolution
 
 _SAME = (
     "vocab_size",
@@ -20,16 +22,16 @@ _SAME = (
     "hidden_act",
     "rms_norm_eps",
     "max_position_embeddings",
-    "mamba_proj_bias",
-    "mamba_conv_bias",
     "initializer_range",
     *CARRIED_IDS,
 )
-_RENAMED = {  # theirs to ours
+_MIXER = {  # theirs to ours, of a Mamba mixer
     "mamba_d_state": "state_size",
     "mamba_d_conv": "conv_kernel",
     "mamba_expand": "expand",
     "mamba_dt_rank": "time_step_rank",
+    "mamba_proj_bias": "use_bias",
+    "mamba_conv_bias": "use_conv_bias",
 }
 _NO_POSITIONS = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.0}
 
@@ -39,13 +41,14 @@ def _zoo_config(config: JambaConfig) -> ZooHybridConfig:
     mixers = ["full_attention" if kind == "attention" else "mamba" for kind in config.layers_block_type]
     if "mamba" in mixers:
         require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba, which it is for, too")
+    settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
+    settings |= {"mixer_rms_eps": config.rms_norm_eps, "mixer_rms_weight": True}
+    kinds: dict[str, Any] = {"mamba": settings} if "mamba" in mixers else {}
     return ZooHybridConfig(
         **{key: getattr(config, key) for key in _SAME},
-        **{ours: getattr(config, theirs) for theirs, ours in _RENAMED.items()},
+        **kinds,
         head_dim=getattr(config, "head_dim", None),
         mixer_types=mixers,
-        mixer_rms_eps=config.rms_norm_eps,
-        mixer_rms_weight=True,
         rope_parameters=dict(_NO_POSITIONS),
     )
 
@@ -58,20 +61,20 @@ def _config(config: ZooHybridConfig) -> JambaConfig:
             )
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of jamba has an MLP")
         if mixer == "full_attention":
-            require("attention_conv_kernel", config.attention_conv_kernel, 0, "jamba's attention has no convolution")
+            require_no_convolution(config, "jamba")
     require("hidden_act", config.hidden_act, "silu", "jamba's Mamba takes that of the MLP")
     require("attention_bias", config.attention_bias, False, "jamba has none")
     require("mlp_bias", config.mlp_bias, False, "jamba has none")
-    require("mixer_rms_eps", config.mixer_rms_eps, config.rms_norm_eps, "that of rms_norm_eps")
-    require("mixer_rms_weight", config.mixer_rms_weight, True, "jamba's norms have weights")
+    mixer = config.settings_of("mamba")  # `writes` has seen one
+    require("mamba.mixer_rms_eps", mixer.mixer_rms_eps, config.rms_norm_eps, "that of rms_norm_eps")
+    require("mamba.mixer_rms_weight", mixer.mixer_rms_weight, True, "jamba's norms have weights")
     attention = layers_of(config, {"full_attention"})
     if attention:
         part = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         require("rope_parameters.partial_rotary_factor", part, 0.0, "jamba's attention has no positions")
     period, offset = _period(attention, config.num_hidden_layers)
     values = {key: getattr(config, key) for key in _SAME}
-    values |= {theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()}
-    values["mamba_dt_rank"] = config.mamba.time_step_rank
+    values |= {theirs: getattr(mixer, ours) for theirs, ours in _MIXER.items()}
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
     return JambaConfig(

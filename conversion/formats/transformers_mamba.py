@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
-from ...modeling import ZooMambaConfig, ZooS6ForCausalLM
+from ...modeling import ZooMambaConfig, ZooMambaForCausalLM
 from .format import CARRIED_IDS, Format, read_config, require
 from .transformers_mamba2 import check_others, plain_rules
 
@@ -61,7 +61,7 @@ def _falcon_config(config: ZooMambaConfig) -> FalconMambaConfig:
 MAMBA = Format(
     name="transformers mamba",
     library="transformers",
-    zoo_class=ZooS6ForCausalLM,
+    zoo_class=ZooMambaForCausalLM,
     reads=lambda values: values.get("model_type") == "mamba",
     read=partial(_read, config_class=MambaConfig),
     zoo_config=_zoo_config,
@@ -74,7 +74,7 @@ MAMBA = Format(
 FALCON_MAMBA = Format(
     name="transformers falcon_mamba",
     library="transformers",
-    zoo_class=ZooS6ForCausalLM,
+    zoo_class=ZooMambaForCausalLM,
     reads=lambda values: values.get("model_type") == "falcon_mamba",
     read=partial(_read, config_class=FalconMambaConfig),
     zoo_config=_zoo_config,

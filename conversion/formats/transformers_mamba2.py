@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig
 
-from ...modeling import ZooMamba2Config, ZooSSDForCausalLM
+from ...modeling import ZooMamba2Config, ZooMamba2ForCausalLM
 from ..rules import Rule
 from .format import CARRIED_IDS, Format, head_rules, read_config, require
 
@@ -71,7 +71,7 @@ def plain_rules(config: PreTrainedConfig) -> list[Rule]:
 MAMBA2 = Format(
     name="transformers mamba2",
     library="transformers",
-    zoo_class=ZooSSDForCausalLM,
+    zoo_class=ZooMamba2ForCausalLM,
     reads=lambda values: values.get("model_type") == "mamba2",
     read=_read,
     zoo_config=_zoo_config,

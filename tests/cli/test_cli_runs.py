@@ -233,14 +233,14 @@ def test_verified_export_of_a_model_without_a_head(tmp_path: Path) -> None:
     ("file", "old", "new", "message"),
     [
         pytest.param(
-            "causal_lm.py",
+            "pretrained.py",
             "import os\n",
             "import os\nimport ssm_zoo.modeling\n",
             "does not load without ssm-zoo: ModuleNotFoundError: an exported folder must not need ssm_zoo",
             id="needs-the-package",
         ),
         pytest.param(
-            "causal_lm.py",
+            "heads.py",
             "logits = self.lm_head(",
             "logits = 1.0000001 * self.lm_head(",
             r"gives other logits: \(1, 16, 61\) of torch.float32, here .* apart",

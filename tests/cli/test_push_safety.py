@@ -168,7 +168,7 @@ BROKEN: list[Any] = [
     pytest.param(lambda f: (f / "cache.py").unlink(), r"imports \.cache, but there is no cache.py", id="no-import"),
     pytest.param(lambda f: (f / "ssd.py").write_text("def"), "ssd.py of model is not Python code", id="not-python"),
     pytest.param(
-        edit("config.json", lambda v: v["auto_map"].update(AutoModel="a/b--modeling_mamba2.ZooSSDModel")),
+        edit("config.json", lambda v: v["auto_map"].update(AutoModel="a/b--modeling_mamba2.ZooMamba2Model")),
         "takes its code from another repository",
         id="code-elsewhere",
     ),

@@ -271,7 +271,7 @@ def test_the_command_prints_the_report(tmp_path: Path) -> None:
     assert lines[3] == f"parameters: {parameters:,}"
     assert lines[4] == f"dtypes: {count} float32"
     assert lines[5].startswith("other files: generation_config.json")
-    assert "apart at most, of at most" in lines[6] and "Mamba2ForCausalLM and ZooSSDForCausalLM" in lines[6]
+    assert "apart at most, of at most" in lines[6] and "Mamba2ForCausalLM and ZooMamba2ForCausalLM" in lines[6]
     assert CliRunner().invoke(app, arguments).exit_code == 2
     assert CliRunner().invoke(app, [*arguments, "--overwrite", "--no-verify"]).exit_code == 0
     assert (

@@ -278,9 +278,14 @@ JAMBA = {"mixer_rms_eps": 1e-5}
             "state-spaces",
             "`rms_norm_eps` must be .*, got 1e-06",
         ),
-        ("convolved-attention", {}, "transformers", "`attention_conv_kernel` must be 0, got 3"),
-        ("jamba", {}, "transformers", "`mixer_rms_eps` must be 1e-05, got 0.001"),
-        ("jamba", JAMBA | {"mixer_rms_weight": False}, "transformers", "`mixer_rms_weight` must be True, got False"),
+        ("convolved-attention", {}, "transformers", "`full_attention.conv_kernel` must be 0, got 3"),
+        ("jamba", {}, "transformers", "`mamba.mixer_rms_eps` must be 1e-05, got 0.001"),
+        (
+            "jamba",
+            JAMBA | {"mixer_rms_weight": False},
+            "transformers",
+            "`mamba.mixer_rms_weight` must be True",
+        ),
         (
             "jamba",
             JAMBA | {"rope_parameters": None},
@@ -338,8 +343,8 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 
 def test_another_head_is_refused(tmp_path: Path) -> None:
     make_model("mamba2").save_pretrained(tmp_path / "source")
-    with_values(architectures=["ZooSSDForMaskedLM"])(tmp_path / "source")
-    refused(tmp_path, "`architectures` must be \\['ZooSSDForCausalLM'\\], .*, got \\['ZooSSDForMaskedLM'\\]")
+    with_values(architectures=["ZooMamba2ForMaskedLM"])(tmp_path / "source")
+    refused(tmp_path, "`architectures` must be \\['ZooMamba2ForCausalLM'\\], .*, got \\['ZooMamba2ForMaskedLM'\\]")
 
 
 # Arguments and the folder

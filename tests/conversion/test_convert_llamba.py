@@ -138,9 +138,12 @@ def refused(config: dict[str, Any], message: str, folder: Path) -> None:
             r"config.json: `mixer_types\[1\]` must be 'disc.*, got 'mamba2'",
         ),
         ({"mlp_types": ["none", "gated"]}, r"config.json: `mlp_types\[0\]` must be 'gated', got 'none'"),
-        ({"feature_map": "softplus"}, "config.json: `feature_map` must be 'identity', got 'softplus'"),
-        ({"feature_map": "softplus", "normalize": True}, "config.json: `feature_map` must be .*, got 'softplus'"),
-        ({"ssm_rotary": True, "state_size": 6}, "config.json: `ssm_rotary` must be False, got True"),
+        ({"feature_map": "softplus"}, "config.json: `discrete_mamba2.feature_map` must be 'identity', got 'softplus'"),
+        (
+            {"feature_map": "softplus", "normalize": True},
+            "config.json: `discrete_mamba2.feature_map` must be .*, got 'softplus'",
+        ),
+        ({"ssm_rotary": True, "state_size": 6}, "config.json: `discrete_mamba2.rotary` must be False, got True"),
         ({"rms_norm_eps": 1e-6}, "config.json: `rms_norm_eps` must be 1e-05, got 1e-06"),
         (
             {"head_dim": 10},

@@ -52,19 +52,19 @@ DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md
 AUTO_MAP = {
     "mamba-options": {
         "AutoConfig": "configuration_mamba.ZooMambaConfig",
-        "AutoModel": "modeling_mamba.ZooS6Model",
-        "AutoModelForCausalLM": "modeling_mamba.ZooS6ForCausalLM",
-        "AutoModelForMaskedLM": "modeling_mamba.ZooS6ForMaskedLM",
-        "AutoModelForSequenceClassification": "modeling_mamba.ZooS6ForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_mamba.ZooS6ForTokenClassification",
+        "AutoModel": "modeling_mamba.ZooMambaModel",
+        "AutoModelForCausalLM": "modeling_mamba.ZooMambaForCausalLM",
+        "AutoModelForMaskedLM": "modeling_mamba.ZooMambaForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_mamba.ZooMambaForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mamba.ZooMambaForTokenClassification",
     },
     "mamba2-groups": {
         "AutoConfig": "configuration_mamba2.ZooMamba2Config",
-        "AutoModel": "modeling_mamba2.ZooSSDModel",
-        "AutoModelForCausalLM": "modeling_mamba2.ZooSSDForCausalLM",
-        "AutoModelForMaskedLM": "modeling_mamba2.ZooSSDForMaskedLM",
-        "AutoModelForSequenceClassification": "modeling_mamba2.ZooSSDForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_mamba2.ZooSSDForTokenClassification",
+        "AutoModel": "modeling_mamba2.ZooMamba2Model",
+        "AutoModelForCausalLM": "modeling_mamba2.ZooMamba2ForCausalLM",
+        "AutoModelForMaskedLM": "modeling_mamba2.ZooMamba2ForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_mamba2.ZooMamba2ForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_mamba2.ZooMamba2ForTokenClassification",
     },
     "all-four": {
         "AutoConfig": "configuration_hybrid.ZooHybridConfig",
@@ -241,7 +241,7 @@ def test_saving_keeps_a_card_and_a_licence_that_are_there(tmp_path: Path) -> Non
 def test_the_backbone_is_exported_too(tmp_path: Path) -> None:
     make_model("mamba2-groups").backbone.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == ["ZooSSDModel"] and config["auto_map"] == AUTO_MAP["mamba2-groups"]
+    assert config["architectures"] == ["ZooMamba2Model"] and config["auto_map"] == AUTO_MAP["mamba2-groups"]
     assert set(CODE["mamba2-groups"]) < {path.name for path in tmp_path.iterdir()}
 
 

@@ -8,7 +8,7 @@ from teachers import draw_ids, make_teacher, text_windows, trained_teacher
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ssm_zoo.distill.average_attention import average_attention, copy_average_attention, copy_values
+from ssm_zoo.distill.average_attention import average_attention
 from ssm_zoo.distill.calibrate import calibrate
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
@@ -89,12 +89,12 @@ def test_a_mixer_of_other_sizes_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"3 heads of 16 channels, and with projections; copying needs .* 6 heads of 8"
     ):
-        copy_values(view, DenseMixer(0, 48, 9, heads=3, projections=True))
+        DenseMixer(0, 48, 9, heads=3, projections=True).start_from(view)
     with pytest.raises(ValueError, match="6 heads of 8 channels, and no projections; copying needs"):
-        copy_values(view, DenseMixer(0, 48, 9, heads=6))
+        DenseMixer(0, 48, 9, heads=6).start_from(view)
     for mixer in (DenseMixer(0, 48, 8, heads=6), DenseMixer(0, 48, 9, heads=3, taps=2)):
         with pytest.raises(ValueError, match=r"the average attention is \(6, 9, 9\)"):
-            copy_average_attention(torch.zeros(6, 9, 9), mixer)
+            mixer.set_average_attention(torch.zeros(6, 9, 9))
 
 
 def test_a_teacher_whose_heads_are_not_as_wide_as_its_stream_is_refused() -> None:

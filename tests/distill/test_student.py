@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from ssm_zoo.distill.recipe import StudentSpec
-from ssm_zoo.distill.student import build_student, copy_attention, student_mixer, zeroed_mixers
+from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import teacher_adapter
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
-from ssm_zoo.modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
+from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
 from tolerances import TOLERANCES
 
 RTOL, ATOL = TOLERANCES[torch.float32]
@@ -220,7 +220,7 @@ def test_sliding_attention_is_the_teacher_within_its_window() -> None:
     teacher = make_teacher()
     window = 40
     student = build_student(teacher, spec(mixer="sliding_attention", sliding_window=window), [0, 2])
-    assert student.config.sliding_window == window
+    assert student.config.sliding_attention["sliding_window"] == window
     assert gap(student, teacher, draw_ids(2, window)) < 1e-5
     ids = draw_ids(1, window + 30)
     with torch.no_grad():
@@ -285,10 +285,11 @@ def test_a_teacher_without_an_adapter_is_refused() -> None:
 )
 def test_attention_is_not_copied_into_a_mixer_of_other_sizes(sizes: dict[str, int]) -> None:
     options = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6, "head_dim": 8, **sizes}
-    mixer = DiscreteMamba2Mixer(ZooHybridConfig(**options), 0)
+    config = ZooHybridConfig(**options, mixer_types=["discrete_mamba2"])
+    mixer = DiscreteMamba2Mixer(config, config.settings_of("discrete_mamba2"), 0)
     before = {name: parameter.clone() for name, parameter in mixer.named_parameters()}
     with pytest.raises(ValueError, match=r"student: its mixer has \d+ heads .*; copying needs .* 6 heads of 8"):
-        copy_attention(teacher_adapter(make_teacher()).attention(0), mixer)
+        mixer.start_from(teacher_adapter(make_teacher()).attention(0))
     for name, parameter in mixer.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
 

@@ -190,7 +190,7 @@ def test_it_learns_and_is_saved(report: dict[str, dict[str, Any]], task: str) ->
 
 
 def test_a_causal_checkpoint_becomes_a_reranker(report: dict[str, dict[str, Any]]) -> None:
-    assert report["causal"]["class"] == "ZooSSDForSequenceClassification"
+    assert report["causal"]["class"] == "ZooMamba2ForSequenceClassification"
     assert len(set(report["causal"]["scores"])) == len(PAIRS)
 
 

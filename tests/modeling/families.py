@@ -18,11 +18,11 @@ from ssm_zoo.modeling import (
     ZooHybridForCausalLM,
     ZooHybridModel,
     ZooMamba2Config,
+    ZooMamba2ForCausalLM,
+    ZooMamba2Model,
     ZooMambaConfig,
-    ZooS6ForCausalLM,
-    ZooS6Model,
-    ZooSSDForCausalLM,
-    ZooSSDModel,
+    ZooMambaForCausalLM,
+    ZooMambaModel,
 )
 
 VOCAB = 61
@@ -56,7 +56,7 @@ def _mamba(**sizes: Any) -> Family:
         }
         return ZooMambaConfig(**(tiny | sizes | changes))
 
-    return Family(config, ZooS6ForCausalLM, ZooS6Model)
+    return Family(config, ZooMambaForCausalLM, ZooMambaModel)
 
 
 def _mamba2(**sizes: Any) -> Family:
@@ -72,7 +72,7 @@ def _mamba2(**sizes: Any) -> Family:
         }
         return ZooMamba2Config(**(tiny | sizes | changes))
 
-    return Family(config, ZooSSDForCausalLM, ZooSSDModel)
+    return Family(config, ZooMamba2ForCausalLM, ZooMamba2Model)
 
 
 def _hybrid(*mixers: str, **sizes: Any) -> Family:

@@ -74,7 +74,7 @@ def test_a_name_like_no_other_is_refused_with_those_that_there_are() -> None:
 
 def test_a_backbone_has_no_labels() -> None:
     ids = draw_ids(1, 4)
-    with pytest.raises(TypeError, match=r"ZooSSDModel\.forward has no argument `labels`"):
+    with pytest.raises(TypeError, match=r"ZooMamba2Model\.forward has no argument `labels`"):
         make_model("mamba2").backbone(ids, labels=ids)
 
 

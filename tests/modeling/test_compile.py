@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ssm_zoo.kernels import selective_scan, ssd
-from ssm_zoo.modeling import causal_lm
+from ssm_zoo.modeling.heads import logger
 
 # One of each kind of layer; the others are slow tests, being many.
 QUICK = ["mamba", "mamba2", "sliding-discrete", "jamba", "convolved-attention", "taipan", "mixer", "mixer-series"]
@@ -226,7 +226,7 @@ def test_exported_copies_of_the_code_and_the_package_compile_in_one_process(tmp_
     models = [make_model("mamba2").double()]
     for name in ("first_copy", "second_copy"):
         make_model("mamba2").save_pretrained(tmp_path / name)
-        kind = get_class_from_dynamic_module("modeling_mamba2.ZooSSDForCausalLM", str(tmp_path / name))
+        kind = get_class_from_dynamic_module("modeling_mamba2.ZooMamba2ForCausalLM", str(tmp_path / name))
         models.append(kind.from_pretrained(tmp_path / name).double().eval())
     assert len({type(model).__module__ for model in models}) == 3
     inputs = padded(9, "left")
@@ -242,7 +242,7 @@ def test_generate_with_a_static_cache_needs_no_compiling_and_says_so(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(causal_lm.logger, "warning_once", said.append)
+    monkeypatch.setattr(logger, "warning_once", said.append)
     model = make_model(name)
     ids = draw_ids(2, 6)
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}

@@ -65,11 +65,11 @@ MALFORMED = [
     (ZooHybridConfig, {"hidden_size": 18}, r"hidden_size .* multiple of num_attention_heads \(4\) .* got 18"),
     (
         ZooHybridConfig,
-        {"ssm_rotary": True, "state_size": 6},
-        r"ssm_rotary needs state_size .* head_dim \(4\), got 6",
+        {"mixer_types": ["discrete_mamba2"] * 2, "ssm_rotary": True, "state_size": 6},
+        r"rotary needs state_size .* head_dim \(4\), got 6",
     ),
     (ZooHybridConfig, {"conv_kernel": 0}, r"conv_kernel must be at least 2, got 0"),
-    (ZooHybridConfig, {"attention_conv_kernel": 1}, r"attention_conv_kernel must be 0 or at least 2, got 1"),
+    (ZooHybridConfig, {"attention_conv_kernel": 1}, r"full_attention: conv_kernel must be 0 or at least 2, got 1"),
     (ZooHybridConfig, {"sliding_window": 0}, r"sliding_window must be at least 1, got 0"),
     (ZooHybridConfig, {"feature_map": "relu"}, r"feature_map must be one of identity, softplus, got 'relu'"),
     (
@@ -127,13 +127,14 @@ def test_derived_sizes_of_mamba2() -> None:
 
 def test_derived_sizes_of_the_hybrid() -> None:
     config = ZooHybridConfig(**HYBRID)
-    assert (config.head_dim, config.state_size, config.num_key_value_heads) == (4, 4, 4)
+    assert (config.head_dim, config.num_key_value_heads) == (4, 4)
     assert config.mixer_types == ["full_attention", "full_attention"]
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     mixed = ["sliding_attention", "mamba2", "discrete_mamba2", "full_attention"]
     config = ZooHybridConfig(**(HYBRID | {"num_hidden_layers": 4}), mixer_types=mixed, mamba_head_dim=8, n_groups=2)
     assert config.layer_types == ["zoo_window", "zoo_recurrent", "zoo_recurrent", "full_attention"]
-    inner = config.mamba2
+    assert config.discrete_mamba2["state_size"] == 4
+    inner = config.settings_of("mamba2").sizes(config)
     assert (inner.num_heads, inner.head_dim, inner.n_groups, inner.state_size, inner.hidden_size) == (
         4,
         8,

@@ -21,15 +21,13 @@ from ssm_zoo.kernels.selective_scan import selective_scan_reference
 from ssm_zoo.kernels.ssd import ssd_log_decay_reference, ssd_reference
 from ssm_zoo.kernels.window_attention import window_attention_reference
 from ssm_zoo.modeling import (
-    causal_lm,
-    modeling_hybrid,
+    discrete_mamba2,
+    layers,
     modeling_mamba,
     modeling_mamba2,
-    repeat_mixing,
+    position_mixers,
     selective_attention,
-    short_convolution,
 )
-from ssm_zoo.modeling import position_mixers as history_mixing
 from ssm_zoo.modeling.cache import restore, snapshot
 
 # Largest difference of two logits, float32. The logits are of order 1 and 1e-6 away from those in float64.
@@ -86,15 +84,15 @@ def test_whole_is_the_definition(model: Any, monkeypatch: pytest.MonkeyPatch) ->
     actual = whole(model, ids)
     monkeypatch.setattr(modeling_mamba, "selective_scan", selective_scan_reference)
     monkeypatch.setattr(modeling_mamba2, "ssd", ssd_reference)
-    for module in (modeling_hybrid, repeat_mixing):
+    for module in (discrete_mamba2, position_mixers):
         monkeypatch.setattr(module, "ssd_log_decay", ssd_log_decay_reference)
-    monkeypatch.setattr(history_mixing, "masked_mix", masked_mix_reference)
-    monkeypatch.setattr(history_mixing, "toeplitz_mix", toeplitz_mix_reference)
-    monkeypatch.setattr(short_convolution, "causal_conv1d", causal_conv1d_reference)
+    monkeypatch.setattr(position_mixers, "masked_mix", masked_mix_reference)
+    monkeypatch.setattr(position_mixers, "toeplitz_mix", toeplitz_mix_reference)
+    monkeypatch.setattr(layers, "causal_conv1d", causal_conv1d_reference)
     monkeypatch.setattr(selective_attention, "window_attention", window_attention_reference)
-    for module in (modeling_mamba2, causal_lm):
+    for module in (modeling_mamba2, layers):
         monkeypatch.setattr(module, "rms_norm", rms_norm_reference)
-    monkeypatch.setattr(causal_lm, "add_rms_norm", add_rms_norm_reference)
+    monkeypatch.setattr(layers, "add_rms_norm", add_rms_norm_reference)
     close(actual, whole(copy.deepcopy(model).double(), ids).float())
 
 

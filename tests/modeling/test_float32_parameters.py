@@ -1,4 +1,4 @@
-"""The parameters that stay in float32 (`mixer_parameters.py`), however a model in half precision comes about."""
+"""The parameters that stay in float32 (`mixer.py`), however a model in half precision comes about."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from families import ENCODERS, FAMILIES, draw_ids, make_config, make_head, make_
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig, mixer_parameters
-from ssm_zoo.modeling.mixer_parameters import FLOAT32_PARAMETERS
+from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig, mixer
 
+FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias", "dt_proj.bias", "decay_value")
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -99,7 +99,7 @@ def test_the_retrieval_mixer_has_none() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_cast_of_the_whole_model_casts_them_and_says_so(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(mixer_parameters.logger, "warning_once", told.append)
+    monkeypatch.setattr(mixer.logger, "warning_once", told.append)
     model = make_model("mamba2")
     model.to("cpu")
     model.double()
@@ -126,7 +126,7 @@ def test_under_fsdp_every_parameter_has_the_dtype_that_a_model_is_loaded_in(
 ) -> None:
     make_model(name).save_pretrained(tmp_path)
     told: list[str] = []
-    monkeypatch.setattr(mixer_parameters.logger, "warning_once", told.append)
+    monkeypatch.setattr(mixer.logger, "warning_once", told.append)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     for model in (
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16),

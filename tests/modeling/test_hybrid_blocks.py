@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from ssm_zoo.conversion.hybrid_pattern import blocks_of_pattern
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
-from ssm_zoo.modeling.rotary import rotate
+from ssm_zoo.modeling.layers import rotate
 
 HALVES = {"mixer_types": ["none", "mamba2", "full_attention", "none"], "mlp_types": ["gated", "none", "gated", "gated"]}
 

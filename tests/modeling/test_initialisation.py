@@ -12,11 +12,11 @@ from ssm_zoo.modeling import (
     ZooHybridConfig,
     ZooHybridForCausalLM,
     ZooMamba2Config,
+    ZooMamba2ForCausalLM,
     ZooMambaConfig,
-    ZooS6ForCausalLM,
-    ZooSSDForCausalLM,
+    ZooMambaForCausalLM,
 )
-from ssm_zoo.modeling.modeling_hybrid import half_life_to_bias
+from ssm_zoo.modeling.discrete_mamba2 import half_life_to_bias
 
 # Heads enough for their statistics: 128 of each kind.
 MAMBA2 = {"hidden_size": 128, "head_dim": 2, "vocab_size": 200, "state_size": 4, "num_hidden_layers": 3}
@@ -38,7 +38,7 @@ def test_mamba(kind: str) -> None:
         blocks = {"mixer_types": ["mamba"] * 3, "intermediate_size": 8, "num_attention_heads": 2}
         model = ZooHybridForCausalLM(ZooHybridConfig(**sizes, **norms, **blocks))
     else:
-        model = ZooS6ForCausalLM(ZooMambaConfig(**sizes, **norms, use_bias=kind == "bias"))
+        model = ZooMambaForCausalLM(ZooMambaConfig(**sizes, **norms, use_bias=kind == "bias"))
     for block in model.backbone.layers:
         mixer = block.mixer
         torch.testing.assert_close(mixer.A_log.exp(), torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(256, 4))
@@ -63,7 +63,7 @@ def test_mamba(kind: str) -> None:
 def test_mamba_options() -> None:
     torch.manual_seed(0)
     options = {"time_step_min": 0.5, "time_step_max": 2.0, "time_step_floor": 1.0, "initializer_range": 0.3}
-    model = ZooS6ForCausalLM(ZooMambaConfig(hidden_size=128, vocab_size=200, num_hidden_layers=1, **options))
+    model = ZooMambaForCausalLM(ZooMambaConfig(hidden_size=128, vocab_size=200, num_hidden_layers=1, **options))
     steps = F.softplus(model.backbone.layers[0].mixer.dt_proj.bias)
     assert steps.min() >= 1 - 1e-5 and steps.max() <= 2 + 1e-5
     assert (steps < 1 + 1e-5).float().mean().item() == pytest.approx(0.5, abs=0.1)  # at the floor
@@ -87,7 +87,7 @@ def test_mamba2(hybrid: bool) -> None:
             )
         )
     else:
-        model = ZooSSDForCausalLM(ZooMamba2Config(**MAMBA2, use_bias=True))
+        model = ZooMamba2ForCausalLM(ZooMamba2Config(**MAMBA2, use_bias=True))
     for block in model.backbone.layers:
         mixer = block.mixer
         rates, steps = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
@@ -109,7 +109,7 @@ def test_mamba2(hybrid: bool) -> None:
 def test_mamba2_options() -> None:
     torch.manual_seed(0)
     options = {"time_step_min": 0.5, "time_step_max": 2.0, "time_step_floor": 1.0, "A_init_bounds": (0.0, 0.5)}
-    model = ZooSSDForCausalLM(ZooMamba2Config(**MAMBA2, **options, initializer_range=0.3))
+    model = ZooMamba2ForCausalLM(ZooMamba2Config(**MAMBA2, **options, initializer_range=0.3))
     mixer = model.backbone.layers[0].mixer
     steps = F.softplus(mixer.dt_bias)
     assert steps.min() >= 1 - 1e-5 and steps.max() <= 2 + 1e-5

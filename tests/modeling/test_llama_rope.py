@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student
 from ssm_zoo.modeling import MaskedMixerConfig
-from ssm_zoo.modeling.rotary import llama_rope_parameters
+from ssm_zoo.modeling.layers import llama_rope_parameters
 
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [2.0, 2.1, 2.2, 2.3]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

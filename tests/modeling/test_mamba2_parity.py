@@ -11,7 +11,7 @@ from parity import check_gradients, check_left_padded_batch, check_logits
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
-from ssm_zoo.modeling import ZooMamba2Config, ZooSSDForCausalLM
+from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM
 
 SIZES = {
     "vocab_size": 61,
@@ -57,7 +57,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     torch.manual_seed(0)
     theirs = Mamba2ForCausalLM(Mamba2Config(**SIZES, **options)).eval()
     perturb(theirs)
-    ours = ZooSSDForCausalLM(ZooMamba2Config(**SIZES, **options)).eval()
+    ours = ZooMamba2ForCausalLM(ZooMamba2Config(**SIZES, **options)).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 

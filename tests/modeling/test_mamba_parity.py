@@ -13,7 +13,7 @@ from parity import check_gradients, check_left_padded_batch, check_logits, close
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 
-from ssm_zoo.modeling import ZooMambaConfig, ZooS6ForCausalLM
+from ssm_zoo.modeling import ZooMambaConfig, ZooMambaForCausalLM
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -54,7 +54,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     torch.manual_seed(0)
     theirs = kind(config(**(SIZES | options))).eval()
     perturb(theirs)
-    ours = ZooS6ForCausalLM(ZooMambaConfig(**(SIZES | options))).eval()
+    ours = ZooMambaForCausalLM(ZooMambaConfig(**(SIZES | options))).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -124,7 +124,7 @@ def test_an_adapter_on_dt_proj_acts_and_is_trained(pair: tuple[Any, Any]) -> Non
     """transformers multiplies by the weight, past the adapter: it does nothing and gets no gradient."""
     theirs, ours = pair
     ids = draw_ids(2, 11)
-    copy = ZooS6ForCausalLM(ours.config).eval()
+    copy = ZooMambaForCausalLM(ours.config).eval()
     copy.load_state_dict(ours.state_dict())
     torch.manual_seed(0)
     settings = {"r": 2, "lora_alpha": 8, "target_modules": ["dt_proj"], "init_lora_weights": False}

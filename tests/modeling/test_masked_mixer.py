@@ -19,9 +19,8 @@ from ssm_zoo.modeling import (
     MaskedMixerModel,
     ZooHybridConfig,
     ZooHybridForCausalLM,
-    repeat_mixing,
+    position_mixers,
 )
-from ssm_zoo.modeling import position_mixers as history_mixing
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton
 
@@ -295,9 +294,9 @@ def test_saved_and_loaded(kind: dict[str, Any], tmp_path: Any) -> None:
 def test_triton_gives_the_logits_and_every_gradient(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for wrap in (lambda op: op, with_triton):
-        monkeypatch.setattr(history_mixing, "masked_mix", wrap(masked_mix))
-        monkeypatch.setattr(history_mixing, "toeplitz_mix", wrap(toeplitz_mix))
-        monkeypatch.setattr(repeat_mixing, "ssd_log_decay", wrap(ssd_log_decay))
+        monkeypatch.setattr(position_mixers, "masked_mix", wrap(masked_mix))
+        monkeypatch.setattr(position_mixers, "toeplitz_mix", wrap(toeplitz_mix))
+        monkeypatch.setattr(position_mixers, "ssd_log_decay", wrap(ssd_log_decay))
         model, ids = make(**kind).train(), draw_ids(2, 11)
         output = model(ids, labels=ids)
         output.loss.backward()

@@ -176,8 +176,8 @@ def test_a_malformed_configuration_is_refused_by_name(case: str) -> None:
     ("change", "message"),
     [
         ({"mixing": "spiral"}, "mixing must be one of dense, .*, got 'spiral'"),
-        ({"mixing_heads": 3}, r"mixing_heads must divide hidden_size \(16\), got 3"),
-        ({"mixing_kernel": 17}, "mixing_kernel must be at most the 16 channels of a head, got 17"),
+        ({"mixing_heads": 3}, r"masked_mixing: num_heads must divide hidden_size \(16\), got 3"),
+        ({"mixing_kernel": 17}, "masked_mixing: kernel_size must be at most the 16 channels of a head, got 17"),
         ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1, got 0"),
     ],
 )

@@ -18,8 +18,8 @@ from transformers import (
 
 from ssm_zoo.kernels.ssd import ssd_matrix
 from ssm_zoo.modeling import MaskedMixerConfig, MaskedMixerForCausalLM, ZooHybridConfig, ZooHybridForCausalLM
+from ssm_zoo.modeling.modeling_masked_mixer import tokens_to_drop
 from ssm_zoo.modeling.token_layout import make_sequence
-from ssm_zoo.modeling.window_generation import tokens_to_drop
 
 N = 12
 MIXINGS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from families import FAMILIES, draw_ids, make_model
 from torch import Tensor, nn
 
 from ssm_zoo.modeling.attention import Attention
-from ssm_zoo.modeling.modeling_hybrid import DiscreteMamba2Mixer
+from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
 from ssm_zoo.modeling.position_mixers import PositionMixer

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ssm_zoo.modeling import ZooMambaConfig, ZooS6ForCausalLM
+from ssm_zoo.modeling import ZooMambaConfig, ZooMambaForCausalLM
 from ssm_zoo.modeling.modeling_mamba import StepProjection
 
 # transformers 5.23 calls it activation checkpointing; 5.17, which is supported too, knows the old name only.
@@ -22,7 +22,7 @@ def projection(tmp_path: Path) -> StepProjection:
     """That of an initialised model, loaded in bfloat16."""
     torch.manual_seed(0)
     config = ZooMambaConfig(vocab_size=8, hidden_size=256, num_hidden_layers=1, time_step_rank=16)
-    ZooS6ForCausalLM(config).save_pretrained(tmp_path)
+    ZooMambaForCausalLM(config).save_pretrained(tmp_path)
     return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).backbone.layers[0].mixer.dt_proj
 
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ssm_zoo.modeling import outputs as routing
+from ssm_zoo.modeling import outputs
 
 SMOOTHING = 0.1
 
@@ -157,7 +157,7 @@ def test_a_capacity_loss_that_a_loss_of_the_trainer_leaves_out_is_told(
 ) -> None:
     """Label smoothing reads the logits alone: what the model adds to its own loss is not in the Trainer's."""
     told: list[str] = []
-    monkeypatch.setattr(routing.logger, "warning_once", told.append)
+    monkeypatch.setattr(outputs.logger, "warning_once", told.append)
     ids = draw_ids(2, 9)
     for coefficient in (0.0, 0.5):
         model = make_model("taipan", router_aux_loss_coef=coefficient).train()

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.modeling import ZooSSDForCausalLM
+from ssm_zoo.modeling import ZooMamba2ForCausalLM
 from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.modeling.presets import PRESETS
 from ssm_zoo.training.from_scratch import train_from_scratch
@@ -96,7 +96,7 @@ def run(folder: Path) -> Path:
 def selective(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Makes Mamba-2 a model with two selective layers; what each of its forwards said of them."""
     forwards: list[dict[str, Any]] = []
-    plain = ZooSSDForCausalLM.forward
+    plain = ZooMamba2ForCausalLM.forward
 
     class Output(CausalLMOutputWithPast):
         aux_loss: Tensor | None = None
@@ -117,8 +117,8 @@ def selective(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             found.loss = add_aux_loss(outputs.loss, found, self.config, options["labels"][:, 1:], items)
         return found
 
-    monkeypatch.setattr(ZooSSDForCausalLM, "forward", forward)
-    monkeypatch.setattr(ZooSSDForCausalLM.config_class, "router_aux_loss_coef", 0.5, raising=False)
+    monkeypatch.setattr(ZooMamba2ForCausalLM, "forward", forward)
+    monkeypatch.setattr(ZooMamba2ForCausalLM.config_class, "router_aux_loss_coef", 0.5, raising=False)
     return forwards
 
 
@@ -314,7 +314,7 @@ def test_the_auxiliary_loss_counts_once_in_a_step(
         report = train_from_scratch(parse_from_scratch(changed), tmp_path / f"{rows}")
         norms[rows] = report["history"][0]["grad_norm"]
     assert norms[2] == pytest.approx(norms[4], rel=1e-4)
-    monkeypatch.setattr(ZooSSDForCausalLM.config_class, "router_aux_loss_coef", 0.0)
+    monkeypatch.setattr(ZooMamba2ForCausalLM.config_class, "router_aux_loss_coef", 0.0)
     report = train_from_scratch(parse_from_scratch(changed), tmp_path / "without")
     assert abs(report["history"][0]["grad_norm"] - norms[2]) > 1e-3
 

@@ -1,0 +1,256 @@
+"""Discrete Mamba-2, a state-space mixer without a step size that can start as an attention layer.
+
+It comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f, `modules/lm_head.py` and
+`modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar decay per token and head without
+a step size, an identity-initialised short convolution without activation, and a gate that starts open.
+
+Symbols: B batch, L length, D width, H heads, P head width, N state size, K convolution width.
+
+Deviations from Phi-Mamba: the log-decay goes to the op directly instead of through `x / softplus(a)`; the decay
+has a bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and
+`rotary` bring the mixing matrix closer to softmax attention (all off gives Phi-Mamba).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
+from .cache import layer_of
+from .layers import ShortConvolution, inverse_softplus, rotate
+from .mixer import (
+    FromAttention,
+    MixerSettings,
+    TokenMixer,
+    check_sizes,
+    float32_parameter,
+    initialise_alone,
+    is_single_step,
+    matrix_rows,
+    start_from_attention,
+)
+from .token_layout import Sequence
+
+FEATURE_MAPS = ("identity", "softplus")
+OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
+_SMALLEST_ROW_SUM = 1e-6
+
+
+class DiscreteMamba2Mixer(nn.Module):
+    """Discrete Mamba-2: `h_t = sigmoid(-a_t) h_{t-1} + x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t + z_bias)`.
+
+    With identity convolution, open gate, D = 0 and the projections of an attention layer this is un-normalised
+    linear attention with a decay; with `feature_map="softplus"` and `normalize` it is linear attention with rows
+    that sum to 1.
+    """
+
+    float32_parameters = ("dt_bias", "D")
+
+    def __init__(self, config: Any, settings: "DiscreteMamba2Settings", layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, int(config.head_dim or 0)
+        self.state_size = int(settings.state_size or 0)
+        self.feature_map, self.normalize, self.rotary = settings.feature_map, settings.normalize, settings.rotary
+        inner, maps = self.num_heads * self.head_dim, self.num_heads * self.state_size
+        # rows in the order x, B, C, z, a
+        self.conv_split = [inner, maps, maps]
+        self.split = [inner + 2 * maps, inner, self.num_heads]
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.attention_bias)
+        self.conv1d = ShortConvolution(self.split[0], settings.conv_kernel, bias=True)
+        self.z_bias = nn.Parameter(torch.empty(inner))
+        self.dt_bias = float32_parameter(self.num_heads)
+        self.D = float32_parameter(self.num_heads)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        initialise_alone(init_discrete_mamba2_mixer, self)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) to (B, L, D), and the (B, H, L, past + L) mixing matrix if asked for."""
+        cache = layer_of(past_key_values, self.layer_idx)
+        started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
+        length = hidden_states.shape[1]
+        single = is_single_step(hidden_states, sequence, cache)
+        hidden_states = sequence.blank(hidden_states)
+        xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
+        xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx, in_place=single)
+        x, B, C, log_decay = self.maps(xBC, a, sequence)
+        values = F.pad(x, (0, 1), value=1.0) if self.normalize else x  # the column of ones gives the row sums
+        if single:
+            y = ssd_log_decay_step(cache.recurrent_state, values[:, 0], log_decay[:, 0], B[:, 0], C[:, 0])[:, None]
+            cache.columns += 1
+        else:
+            y, state = ssd_log_decay(
+                values,
+                log_decay,
+                B,
+                C,
+                initial_state=cache.recurrent_state if started else None,
+                seq_idx=sequence.seq_idx,
+                return_final_state=True,
+            )
+            if cache is not None:
+                cache.set_states(conv_state, state, length)
+        if self.normalize:
+            y = y[..., :-1] / y[..., -1:].clamp(min=_SMALLEST_ROW_SUM)
+        y = y + self.D.to(y.dtype)[:, None] * x
+        y = y.flatten(2) * F.silu(z + self.z_bias)
+        attention = matrix_rows(self.mixing_matrix, (log_decay, B, C), sequence, cache) if output_attentions else None
+        return self.out_proj(y), attention
+
+    def initialise(self) -> None:
+        init_discrete_mamba2_mixer(self)
+
+    @torch.no_grad()
+    def set_half_lives(self, half_lives: Tensor) -> None:
+        """Decays that halve the state every (H) half-lives, in tokens, where the input says nothing."""
+        self.dt_bias.copy_(half_life_to_bias(half_lives))
+
+    @torch.no_grad()
+    def start_from(self, view: Any) -> None:
+        """Start from an attention layer, see `start_from_attention`. Softplus features take keys and queries as they
+        are: the larger its argument, the more softplus tells apart. The gate stays open."""
+        query_scale = view.scaling if self.feature_map == "identity" else 1.0
+        start_from_attention(self, view, first=0, query_scale=query_scale)
+
+    def maps(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the recurrence reads, from the convolved (B, L, ...) projections and the (B, L, H) decay logits.
+
+        Returns:
+            x (B, L, H, P), B and C (B, L, H, N) with rotary embedding and feature map applied, log-decay (B, L, H)
+            in float32.
+        """
+        x, B, C = xBC.split(self.conv_split, dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B = B.unflatten(-1, (self.num_heads, self.state_size))
+        C = C.unflatten(-1, (self.num_heads, self.state_size))
+        if self.rotary:
+            assert sequence.rotary is not None
+            cos, sin = (table[:, :, None] for table in sequence.rotary)
+            C, B = rotate(C, cos, sin), rotate(B, cos, sin)
+        if self.feature_map == "softplus":
+            B, C = F.softplus(B), F.softplus(C)
+        return x, B, C, -F.softplus(a.float() + self.dt_bias)
+
+    def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
+        """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
+        xBC, _, a = self.in_proj(hidden_states).split(self.split, dim=-1)
+        xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
+        _, B, C, log_decay = self.maps(xBC, a, sequence)
+        return self.mixing_matrix(log_decay, B, C, sequence)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states."""
+        a = self.in_proj(hidden_states)[..., -self.num_heads :]
+        return -F.softplus(a.float() + self.dt_bias)
+
+    def mixing_matrix(self, log_decay: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
+        """(B, H, L, L) hidden attention: y = M x per head, before the gate, with the skip D on the diagonal."""
+        matrix = ssd_matrix(log_decay, B, C, seq_idx=sequence.seq_idx)
+        if self.normalize:
+            matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=_SMALLEST_ROW_SUM)
+        return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
+
+
+def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
+    """Initialisation of discrete Mamba-2 after its projections have theirs.
+
+    | parameter | value |
+    |---|---|
+    | conv1d | identity: last tap 1, others 0; bias 0 |
+    | z rows of in_proj, z_bias | 0 and OPEN_GATE: the gate is open, whatever the input |
+    | dt_bias | half-lives of 4 to 64 tokens, geometric over the heads |
+    | D | 1 |
+    """
+    identity = torch.zeros_like(mixer.conv1d.weight)
+    identity[:, :, -1] = 1.0
+    init.copy_(mixer.conv1d.weight, identity)
+    assert mixer.conv1d.bias is not None
+    init.zeros_(mixer.conv1d.bias)
+    weight = mixer.in_proj.weight.detach().clone()
+    start = mixer.split[0]
+    weight[start : start + mixer.split[1]] = 0.0
+    init.copy_(mixer.in_proj.weight, weight)
+    init.constant_(mixer.z_bias, OPEN_GATE)
+    span = torch.linspace(0.0, 1.0, mixer.num_heads, device=mixer.dt_bias.device, dtype=torch.float32)
+    init.copy_(mixer.dt_bias, half_life_to_bias(4.0 * 16.0**span))
+    init.ones_(mixer.D)
+
+
+@strict
+@dataclass
+class DiscreteMamba2Settings(MixerSettings):
+    """Discrete Mamba-2 in `zoo_hybrid`, which has the heads of attention.
+
+    Args:
+        state_size: N, state channels of a head; the width of an attention head if not given.
+        conv_kernel: K, width of the short convolution, at least 2.
+        feature_map: map on B and C: "identity", or "softplus" (positive features).
+        normalize: divide each output by its row sum, as softmax does; needs positive features.
+        rotary: apply the rotary embedding to B and C, as attention does to k and q.
+    """
+
+    state_size: int | None = None
+    conv_kernel: int = 4
+    feature_map: str = "identity"
+    normalize: bool = False
+    rotary: bool = False
+
+    def validate_choices(self) -> None:
+        check_sizes(self, "state_size")
+        check_sizes(self, "conv_kernel", least=2)
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if self.normalize and self.feature_map == "identity":
+            raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
+
+    def complete(self, config: Any) -> None:
+        if self.state_size is None:
+            self.state_size = config.head_dim
+
+    def check(self, config: Any) -> None:
+        if self.rotary and self.state_size != config.head_dim:
+            raise ValueError(f"rotary needs state_size equal to head_dim ({config.head_dim}), got {self.state_size}")
+
+
+def _discrete_mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
+    if spec.normalize and spec.feature_map == "identity":
+        raise ValueError(
+            "student.normalize: got True with feature_map 'identity', whose row sums may be 0 or negative; accepted: "
+            "feature_map 'softplus'"
+        )
+    names = ("conv_kernel", "feature_map", "normalize", "rotary")
+    return {"discrete_mamba2": {"state_size": teacher.head_dim} | {name: getattr(spec, name) for name in names}}
+
+
+DISCRETE_MAMBA2 = TokenMixer(
+    label="discrete Mamba-2: a state-space layer without a step size",
+    make=DiscreteMamba2Mixer,
+    settings=DiscreteMamba2Settings,
+    student=FromAttention(
+        _discrete_mamba2_keys,
+        ("conv_kernel", "feature_map", "normalize", "rotary", "half_life", "calibration", "copy_projections"),
+    ),
+    tags=("mamba2",),
+    flat={
+        **{name: name for name in ("state_size", "conv_kernel", "feature_map", "normalize")},
+        "ssm_rotary": "rotary",
+    },
+)
+
+
+def half_life_to_bias(half_life: Tensor) -> Tensor:
+    """The `dt_bias` with which a head that sees no decay input halves its state every `half_life` tokens (> 0)."""
+    return inverse_softplus(math.log(2.0) / half_life)

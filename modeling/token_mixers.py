@@ -1,0 +1,23 @@
+"""The table of token mixers: every kind that a block of `zoo_hybrid` may have, by its name.
+
+The rows stand in the mixers' own files; `mixer.py` says what a row is. A new mixer is a file and a row here: an import
+line and an entry.
+"""
+
+from .attention import FULL_ATTENTION, SLIDING_ATTENTION
+from .discrete_mamba2 import DISCRETE_MAMBA2
+from .masked_mixing import MASKED_MIXING
+from .mixer import TokenMixer
+from .modeling_mamba import MAMBA
+from .modeling_mamba2 import MAMBA2
+from .selective_attention import SELECTIVE_ATTENTION
+
+TOKEN_MIXERS: dict[str, TokenMixer] = {
+    "full_attention": FULL_ATTENTION,
+    "sliding_attention": SLIDING_ATTENTION,
+    "selective_attention": SELECTIVE_ATTENTION,
+    "mamba": MAMBA,
+    "discrete_mamba2": DISCRETE_MAMBA2,
+    "mamba2": MAMBA2,
+    "masked_mixing": MASKED_MIXING,
+}
