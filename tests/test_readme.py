@@ -75,11 +75,12 @@ def shortened(text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_every_snippet_runs_in_order(page: Path, tmp_path: Path) -> None:
-    plan = [
-        {"kind": language, "text": shortened(text) if language == "bash" else text} for language, text in blocks(page)
-    ]
     work = tmp_path / "work"
     work.mkdir()
+    plan = [
+        {"kind": language, "text": shortened(text) if language == "bash" else text, "folder": str(work)}
+        for language, text in blocks(page)
+    ]
     (work / "distill").symlink_to(ROOT / "distill")  # the texts of a checkout
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with HubStandIn() as hub:
@@ -88,11 +89,14 @@ def test_every_snippet_runs_in_order(page: Path, tmp_path: Path) -> None:
             api.create_repo(name)
             api.upload_folder(repo_id=name, folder_path=save_teacher(tmp_path / "teacher"))
         environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", forked_runs.__file__, "../plan.json", "../results.json"]
-        subprocess.run(command, env=environment, cwd=work, check=True)
+        command = [sys.executable, "-P", forked_runs.__file__, "plan.json", "results.json"]
+        subprocess.run(command, env=environment, cwd=tmp_path, check=True)
         pushed = [model.id for model in api.list_models() if model.id not in HUB_MODELS]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [result["status"] for result in results] == [0] * len(plan), results[-1]["output"]
+    failed = [
+        f"{item['text']}\n{result['output']}" for item, result in zip(plan, results, strict=True) if result["status"]
+    ]
+    assert not failed, failed[0]
     assert len(pushed) == 1
 
 

@@ -6,8 +6,8 @@ is carried out by a fork as well, any other line by bash.
 
     python tests/support/forked_runs.py PLAN RESULTS
 
-PLAN is a JSON list of {"kind": "script" | "python" | "bash", "text": ..., "arguments": [...]}; RESULTS gets a list of
-{"status": ..., "output": ...} up to and including the first item that fails.
+PLAN is a JSON list of {"kind": "script" | "python" | "bash", "text": ..., "arguments": [...], "folder": ...}, where a
+"script" is the path of a Python file with its arguments. RESULTS gets a list of {"status": ..., "output": ...}.
 """
 
 import importlib
@@ -64,6 +64,7 @@ def run_subprocess(line: Any, **options: Any) -> Any:
 def carry_out(item: dict[str, Any]) -> None:
     """Carry out an item of the plan, in a child process of its own."""
     subprocess.run = run_subprocess  # type: ignore[assignment]
+    os.chdir(item["folder"])
     text = item["text"]
     if item["kind"] == "script":
         sys.argv = [text, *item["arguments"]]
@@ -99,8 +100,6 @@ def main() -> None:
             status = forked(lambda i=item: carry_out(i), output.fileno())
             output.seek(0)
             results.append({"status": status, "output": output.read().decode("utf-8", errors="replace")})
-        if status:
-            break
     Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
 
 
