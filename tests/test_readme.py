@@ -30,10 +30,11 @@ RUN = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
 README_LINES = 150
 COMMAND = {"ssm-zoo", "ssm_zoo.cli.main"}
 
-INSTALLED = "python -c 'import ssm_zoo.cli.main'"
+INSTALLED = f"{shlex.quote(sys.executable)} -P -c 'import ssm_zoo.cli.main'"
 # Lines that something else is run for.
 INSTEAD = {
     # The package is installed already, and a test does not change its environment.
+    "python3 -m venv .venv && source .venv/bin/activate": INSTALLED,
     "pip install -e .": INSTALLED,
     "pip install -c constraints.txt -e .": INSTALLED,
     # Takes ten minutes and downloads a teacher: only its target is looked for. Its command is run by tests/cli.
@@ -66,7 +67,7 @@ def shortened(text: str) -> str:
     """The shell lines to run for a block."""
     lines = []
     for line in forked_runs.logical_lines(text):
-        plain = shlex.join(shlex.split(line, comments=True))
+        plain = " ".join(line.partition(" #")[0].split())
         added = next((more for start, more in SHORTER.items() if plain.startswith(start)), "")
         lines.append(f"{INSTEAD.get(plain, plain)} {added}")
     return "\n".join(lines)
