@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..training.texts import BUILTIN, builtin_text
 
 _PIECE_CHARACTERS = 64 * 1024
 _CUT_TRIES = 16
@@ -46,15 +47,9 @@ def read_texts(sources: str | Sequence[str], split: Literal["train", "heldout"])
 
 
 def _read_text(name: str, split: str) -> str:
-    kind, colon, builtin = name.partition(":")
-    if colon and kind == "builtin":
-        texts = resources.files("ssm_zoo.distill").joinpath("data")
-        available = sorted(folder.name for folder in texts.iterdir() if folder.joinpath(f"{split}.txt").is_file())
-        if builtin not in available:
-            accepted = ", ".join(f"builtin:{folder}" for folder in available)
-            raise ValueError(f"data.{split}: got {name!r}; accepted: {accepted}, or the path of a text file")
-        data = texts.joinpath(builtin, f"{split}.txt").read_bytes()
-    elif Path(name).is_file():
+    if name.startswith(BUILTIN):
+        return builtin_text(name, split, f"data.{split}")
+    if Path(name).is_file():
         data = Path(name).read_bytes()
     else:
         problem = "is not a file" if Path(name).exists() else "does not exist"

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..harness.text_files import read_json_lines, read_text_file
 
-DATASETS = "datasets:"
-_ACCEPTED = "a .txt or .jsonl file, or 'datasets:PATH,SPLIT' or 'datasets:PATH,CONFIG,SPLIT'"
+DATASETS, BUILTIN = "datasets:", "builtin:"
+_ACCEPTED = "a .txt or .jsonl file, 'datasets:PATH,SPLIT', 'datasets:PATH,CONFIG,SPLIT' or 'builtin:NAME'"
 
 
 def read_documents(
@@ -23,9 +24,9 @@ def read_documents(
 
     Args:
         sources: UTF-8 text files (`.txt`: one document, or several with a separator between them), `.jsonl` files (a
-            JSON object a line), or data sets that `datasets.load_dataset` finds, "datasets:PATH,SPLIT" or
-            "datasets:PATH,CONFIG,SPLIT".
-        field: what to call the sources in an error.
+            JSON object a line), data sets that `datasets.load_dataset` finds, "datasets:PATH,SPLIT" or
+            "datasets:PATH,CONFIG,SPLIT", or "builtin:NAME", a text that ships with the package.
+        field: "train" or "heldout", the part of a built-in text to read; errors name it.
         separator: what stands between the documents of a text file; None if each file is one document.
         text_field: where the objects and the data sets' rows hold the text.
 
@@ -44,6 +45,9 @@ def read_documents(
 def _read(source: str, field: str, separator: str | None, text_field: str) -> Iterator[str]:
     if source.startswith(DATASETS):
         return _read_data_set(source, field, text_field)
+    if source.startswith(BUILTIN):
+        text = builtin_text(source, field, field)
+        return iter([text] if separator is None else text.split(separator))
     suffix = Path(source).suffix
     if suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
@@ -52,6 +56,25 @@ def _read(source: str, field: str, separator: str | None, text_field: str) -> It
         return _read_lines(text, f"{field}: {source!r}", text_field)
     text = text.replace("\r\n", "\n")
     return iter([text] if separator is None else text.split(separator))
+
+
+def builtin_text(source: str, part: str, field: str) -> str:
+    """Return one part of a text that ships with the package.
+
+    Args:
+        source: "builtin:NAME".
+        part: "train" or "heldout".
+        field: what to call the source in an error.
+
+    Raises:
+        ValueError: if there is no such text.
+    """
+    name, texts = source.removeprefix(BUILTIN), resources.files("ssm_zoo.distill").joinpath("data")
+    available = sorted(folder.name for folder in texts.iterdir() if folder.joinpath(f"{part}.txt").is_file())
+    if name not in available:
+        accepted = ", ".join(f"{BUILTIN}{folder}" for folder in available)
+        raise ValueError(f"{field}: got {source!r}; accepted: {accepted}, or the path of a text file")
+    return texts.joinpath(name, f"{part}.txt").read_text(encoding="utf-8")
 
 
 def _read_lines(text: str, name: str, text_field: str) -> Iterator[str]:
