@@ -2,6 +2,8 @@
 
 import transformers
 
+from . import hub_code
+from .causal_lm import ZooPreTrainedModel
 from .configuration_hybrid import ZooHybridConfig
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
@@ -43,6 +45,8 @@ from .modeling_taipan import (
     TaipanModel,
 )
 from .presets import preset
+
+ZooPreTrainedModel.publisher = hub_code
 
 for _config, *_classes in (
     (

@@ -210,7 +210,7 @@ def _bound(node: ast.stmt) -> tuple[set[str], set[str]]:
         return {node.name}, {name for each in node.decorator_list if (name := _owner(each)) is not None}
     if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = {each.id for target in targets for each in ast.walk(target) if _is_stored(each)}
+        names = {name for target in targets for each in ast.walk(target) if (name := _stored(each)) is not None}
         changed = {name for each in targets if not isinstance(each, ast.Name) and (name := _owner(each)) is not None}
         if isinstance(node, ast.AugAssign):
             return set(), names
@@ -220,16 +220,16 @@ def _bound(node: ast.stmt) -> tuple[set[str], set[str]]:
         for each in ast.walk(node):
             if isinstance(each, ast.FunctionDef | ast.ClassDef):
                 names.add(each.name)
-            elif _is_stored(each):
-                names.add(each.id)
+            elif (name := _stored(each)) is not None:
+                names.add(name)
             elif isinstance(each, ast.Import | ast.ImportFrom):
                 names.update(alias.asname or alias.name for alias in each.names)
         return names, set()
     return set(), set()
 
 
-def _is_stored(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+def _stored(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
 
 
 def _owner(node: ast.expr) -> str | None:
