@@ -20,7 +20,7 @@ from .. import modeling
 from ..harness.child_process import run_child
 from ..harness.json_files import read_json_object
 from ..harness.run_folder import new_folder
-from ..modeling.hub_code import collect_code
+from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load
 from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
@@ -107,7 +107,7 @@ def verify_export(folder: str | Path, *, trust_remote_code: bool = False) -> dic
 
 def _check_code(folder: Path, model: ZooPreTrainedModel) -> None:
     """Raise a ValueError if the code that loads a folder is not the installed package's."""
-    ours = collect_code([type(model).__module__, type(model.config).__module__])
+    ours = code_of(model)
     auto_map = read_json_object(folder / "config.json", allow_infinity=True).get("auto_map")
     keys = auto_map if isinstance(auto_map, dict) else ()
     named = {f"{str(reference_of(auto_map, key)).partition('.')[0]}.py" for key in keys}

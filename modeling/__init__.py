@@ -2,6 +2,7 @@
 
 import transformers
 
+from . import hub_code
 from .configuration_hybrid import ZooHybridConfig
 from .configuration_mamba import ZooMambaConfig
 from .configuration_mamba2 import ZooMamba2Config
@@ -43,6 +44,9 @@ from .modeling_taipan import (
     TaipanModel,
 )
 from .presets import preset
+from .pretrained import ZooPreTrainedModel
+
+ZooPreTrainedModel.publisher = hub_code
 
 for _config, *_classes in (
     (

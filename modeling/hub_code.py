@@ -1,154 +1,39 @@
-"""What travels with a checkpoint: the model's own code, flattened for the Hub, its licence, a card; the upload.
+"""What goes to the Hub with a checkpoint: the code that its model needs, the licence of the code; the upload.
 
-transformers loads remote code from one flat folder and finds a file's companions by their relative import lines.
-In the package the ops live in `kernels/`; an exported file differs from the repository's in one respect only: what
-it imports from there, it imports from beside itself.
+The package's own: a model that was loaded from exported code is saved with that code by transformers.
 """
 
-import ast
 import importlib.metadata
-import os
-import re
 import sys
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .exported_code import collect_code
 from .hub_upload import carry_out, check_base, files_to_send, plan_upload
+from .saved_folder import write_atomically
 
 logger = logging.get_logger(__name__)
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_FROM_KERNELS = re.compile(r"^(\s*)from \.\.kernels\.(\w+) import", flags=re.MULTILINE)
-
-
-def collect_code(module_names: list[str]) -> dict[str, str]:
-    """The files that `module_names` and everything they import from the package need, by flat file name.
-
-    Args:
-        module_names: full names of loaded modules, `ssm_zoo.modeling.modeling_mamba2` say.
-
-    Returns:
-        File name to text, in a fixed order.
-
-    Raises:
-        ValueError: if a file imports the package in a way that does not survive flattening, or two files share a
-            name.
-    """
-    pending = [Path(str(sys.modules[name].__file__)) for name in module_names]
-    found: dict[str, Path] = {}
-    texts: dict[str, str] = {}
-    while pending:
-        path = pending.pop()
-        if found.get(path.name) == path:
-            continue
-        if path.name in found:
-            raise ValueError(f"two files are called {path.name}: {found[path.name]} and {path}; a Hub folder is flat")
-        found[path.name] = path
-        text = path.read_text(encoding="utf-8")
-        pending += _companions(path, text)
-        texts[path.name] = _FROM_KERNELS.sub(r"\1from .\2 import", text)
-    return dict(sorted(texts.items()))
+def code_of(model: PreTrainedModel) -> dict[str, str]:
+    """The code that loads a model without this package, by file name; see :mod:`exported_code`."""
+    modules = (type(model).__module__, type(model.config).__module__)
+    rows = getattr(model.config, "used_rows", dict)()
+    return collect_code([Path(str(sys.modules[name].__file__)) for name in modules], rows)
 
 
-@cache
-def _companions(path: Path, text: str) -> tuple[Path, ...]:
-    """The package's files that `path` imports."""
-    companions = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            continue
-        if any(name.split(".")[0] == "ssm_zoo" for name in names):
-            raise ValueError(f"{path.name}, line {node.lineno}: an exported file must import the package relatively")
-        if not isinstance(node, ast.ImportFrom) or node.level == 0:
-            continue
-        parts = (node.module or "").split(".")
-        if node.level == 1 and len(parts) == 1 and parts[0]:
-            companions.append(path.parent / f"{parts[0]}.py")
-        elif node.level == 2 and len(parts) == 2 and parts[0] == "kernels":
-            companions.append(path.parent.parent / "kernels" / f"{parts[1]}.py")
-        else:
-            raise ValueError(
-                f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can "
-                "be exported"
-            )
-    return tuple(companions)
-
-
-def write_code(folder: Path, module_names: list[str]) -> None:
-    """Write the files of :func:`collect_code` into `folder`, and the licence of the code beside them."""
-    texts = collect_code(module_names)
+def write_code(folder: Path, model: PreTrainedModel) -> None:
+    """Write the files of :func:`code_of` into `folder`, and the licence of the code beside them."""
+    texts = code_of(model)
     licence = code_licence()
     if licence is not None and not (folder / "LICENSE").exists():
         texts["LICENSE"] = licence
     for name, text in texts.items():
         write_atomically(folder / name, text)
-
-
-def written_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """When a folder's single file of weights and its index were written, and how long they are; of those there are."""
-    stats = {name: folder / name for name in (_SINGLE, _INDEX) if (folder / name).is_file()}
-    return {name: (path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats.items()}
-
-
-def remove_stale_weights(folder: Path, before: dict[str, tuple[int, int]]) -> None:
-    """Remove what an earlier save in another sharding left: transformers would load the single file, old or new.
-
-    Args:
-        folder: that has been saved to.
-        before: of :func:`written_weights`, before that.
-    """
-    after = written_weights(folder)
-    new = {name for name, written in after.items() if before.get(name) != written}
-    if len(after) == 2 and len(new) == 1:
-        (folder / (after.keys() - new).pop()).unlink()
-
-
-def write_default_card(folder: Path, *, model_type: str, class_name: str, auto_class: str, parameters: int) -> None:
-    """Write a minimal README.md, unless there is one already: what the model is and how to load it."""
-    if (folder / "README.md").exists():
-        return
-    data = ModelCardData(library_name="transformers", tags=["ssm-zoo", model_type, "custom_code"])
-    card = ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# {folder.resolve().name}
-
-A `{model_type}` model (`{class_name}`, {parameters:,} parameters) from ssm-zoo. The code is in this repository:
-loading it needs torch and transformers only.
-
-```python
-from transformers import {auto_class}
-
-model = {auto_class}.from_pretrained("<this repository>", trust_remote_code=True)
-```
-"""
-    )
-    write_atomically(folder / "README.md", str(card))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file beside it, so that no half-written file is ever seen."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def code_licence() -> str | None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .hub_code import remove_stale_weights, upload, write_code, write_default_card, written_weights
 from .mixer import under_fsdp, warn_of_dtype
+from .saved_folder import push_folder, remove_stale_weights, write_default_card, written_weights
 
 _EXAMPLE_TOKENS = 16
 
@@ -172,6 +172,8 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
 
     auto_classes: ClassVar[dict[str, str]] = {}
     """Auto class of transformers to class name, for its registry and the exported config's `auto_map`."""
+    publisher: ClassVar[Any] = None
+    """The module `hub_code`, which writes code and pushes. None in exported code, which transformers copies."""
 
     def post_init(self) -> None:
         # The blocks of this model: accelerate refuses a name that it does not find.
@@ -207,7 +209,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
             if not adapters:
                 self.save_code(folder)
             if push:
-                upload(folder, repo_id, token=kwargs.get("token"), **hub)
+                self._upload(folder, repo_id, token=kwargs.get("token"), **hub)
 
     def name_classes(self) -> None:
         """Say in the configuration's `auto_map` which class of the saved code each Auto class takes."""
@@ -220,8 +222,8 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
 
     def save_code(self, folder: Path) -> None:
         """Write what a folder with weights and configurations lacks: the code that loads them, its licence, a card."""
-        if not self.is_remote_code():
-            write_code(folder, [type(self).__module__, type(self.config).__module__])
+        if self.publisher is not None:
+            self.publisher.write_code(folder, self)
         write_default_card(
             folder,
             model_type=self.config.model_type,
@@ -258,7 +260,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(
+            return self._upload(
                 folder,
                 repo_id,
                 commit_message=commit_message,
@@ -270,6 +272,9 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
                 tags=tags,
                 replace=replace,
             )
+
+    def _upload(self, folder: Path, repo_id: str, **options: Any) -> str:
+        return (push_folder if self.publisher is None else self.publisher.upload)(folder, repo_id, **options)
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Random arguments of a forward, to compare what two loads of the model compute."""

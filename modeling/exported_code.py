@@ -1,0 +1,486 @@
+"""The code that a checkpoint carries: of the package, what its model and configuration use, in few flat files.
+
+transformers loads remote code from one flat folder and finds a file's companions by their relative import lines. What
+is written there is the package's own code, statement by statement. Three things are done to it:
+
+1. Statements are left out that nothing reachable from the model's and the configuration's module names: functions and
+   classes of other models, reference implementations, rows of a table whose key the configuration does not use.
+2. Everything of `modeling/` but these two modules becomes one file, `zoo_model.py`. Each file of `kernels/` stays one.
+3. Of a docstring the summary stays.
+
+This file is not exported itself: a model that was loaded from such a folder saves the code beside it as it is.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+SHARED = "zoo_model.py"
+"""The exported file of all that `modeling/` shares."""
+
+HEADER = """\
+# Written by ssm-zoo: what this checkpoint uses of the package's code, without reference implementations and with
+# shortened docstrings.
+"""
+
+_STRING_OF_A_NAME = re.compile(r"[A-Za-z_]\w+")
+
+
+@dataclass(eq=False)
+class Statement:
+    """A statement at the top of a module, with the comments right above it.
+
+    Attributes:
+        node: of the parsed module.
+        first: line of its first comment or decorator, from 1.
+        last: its last line, that of the docstring under an assignment included.
+        names: that it binds.
+        attached: names of this module that it changes or registers something with, as a decorator or by assignment to
+            an item or attribute. It goes where they go.
+    """
+
+    node: ast.stmt
+    first: int
+    last: int
+    names: set[str] = field(default_factory=set)
+    attached: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Module:
+    """A file of the package, parsed.
+
+    Attributes:
+        path: of the file.
+        lines: of its text.
+        statements: other than imports, in their order.
+        imports: local name -> (file of the package, name there).
+        outside: local name -> import of other packages, as a line without the local name.
+    """
+
+    path: Path
+    lines: list[str]
+    doc: str
+    statements: list[Statement]
+    imports: dict[str, tuple[Path, str]]
+    outside: dict[str, tuple[str, str]]
+
+    def defining(self, name: str) -> list[Statement]:
+        return [each for each in self.statements if name in each.names]
+
+
+def collect_code(modules: Iterable[Path], rows: Mapping[str, Set[str]] | None = None) -> dict[str, str]:
+    """The files that a model's code and its configuration's need, by flat file name.
+
+    Args:
+        modules: the files of the model's class and of the configuration's. All that they define is exported.
+        rows: of tables (names of dictionaries written out at the top of a module) the keys that are used; the other
+            entries, and what only they need, are left out.
+
+    Returns:
+        File name to text, in the order of names.
+
+    Raises:
+        ValueError: if a file imports the package in a way that does not survive flattening, if two files share a
+            name, or two different things of `modeling/` do.
+    """
+    entries = [Path(path) for path in modules]
+    kept = _Reach(rows or {})
+    for path in entries:
+        module = _parsed(path)
+        kept.take(path, list(module.statements))
+    return _written(kept, entries)
+
+
+class _Reach:
+    """Collects the statements that are needed, of every module that is."""
+
+    def __init__(self, rows: Mapping[str, Set[str]]) -> None:
+        self.rows = rows
+        self.modules: dict[Path, Module] = {}
+        self.statements: dict[Path, set[Statement]] = {}
+        self.used: dict[Path, set[str]] = {}  # names that the statements mention
+
+    def module(self, path: Path) -> Module:
+        if path not in self.modules:
+            same = [other for other in self.modules if other.name == path.name]
+            if same:
+                raise ValueError(f"two files are called {path.name}: {same[0]} and {path}; a Hub folder is flat")
+            self.modules[path] = module = _parsed(path)
+            self.statements[path], self.used[path] = set(), set()
+            # What binds nothing runs when the module is imported: a loop that registers classes, say.
+            self.take(path, [each for each in module.statements if not each.names and not each.attached])
+        return self.modules[path]
+
+    def take(self, path: Path, statements: list[Statement]) -> None:
+        module = self.module(path)
+        pending = [each for each in statements if each not in self.statements[path]]
+        self.statements[path].update(pending)
+        for statement in pending:
+            for name in _mentioned(statement.node, self.rows):
+                self.want(path, name)
+            for node in ast.walk(statement.node):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    there = _file_of(path, node)
+                    for alias in node.names:
+                        self.want(there, alias.name)
+        bound = {name for each in pending for name in each.names}
+        attached = [each for each in module.statements if each.attached & bound]
+        if attached:
+            self.take(path, attached)
+
+    def want(self, path: Path, name: str) -> None:
+        module = self.module(path)
+        self.used[path].add(name)
+        found = module.defining(name)
+        if found:
+            self.take(path, found)
+        elif name in module.imports:
+            there, original = module.imports[name]
+            self.want(there, original)
+
+
+def _mentioned(node: ast.AST, rows: Mapping[str, Set[str]]) -> Iterator[str]:
+    """The names that a statement mentions, also in quoted annotations; of a table only its used rows."""
+    if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        table = next((rows[each.id] for each in targets if isinstance(each, ast.Name) and each.id in rows), None)
+        if table is not None:
+            for part in (*targets, *([node.annotation] if isinstance(node, ast.AnnAssign) else [])):
+                yield from _mentioned(part, {})
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if _is_used(key, table):
+                    yield from _mentioned(value, {})
+            return
+    for each in ast.walk(node):
+        if isinstance(each, ast.Name):
+            yield each.id
+        elif isinstance(each, ast.Constant) and isinstance(each.value, str) and len(each.value) < 80:
+            yield from _STRING_OF_A_NAME.findall(each.value) if _is_annotation_like(each.value) else ()
+
+
+def _is_used(key: ast.expr | None, used: Set[str]) -> bool:
+    return not (isinstance(key, ast.Constant) and key.value not in used)
+
+
+def _is_annotation_like(text: str) -> bool:
+    """Whether a string may be an annotation in quotes: names, with brackets, dots and bars between them."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.\[\], |]*", text)) and any(letter.isupper() for letter in text)
+
+
+@cache
+def _parsed(path: Path) -> Module:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    lines = text.split("\n")
+    module = Module(path, lines, (ast.get_docstring(tree) or "").split("\n")[0], [], {}, {})
+    for index, node in enumerate(tree.body):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if index and module.statements and module.statements[-1].node is tree.body[index - 1]:
+                module.statements[-1].last = node.end_lineno or node.lineno
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            _add_import(module, node)
+            continue
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Import | ast.ImportFrom):
+                _check_import(path, inner)
+        statement = Statement(node, _first_line(node, lines), node.end_lineno or node.lineno)
+        statement.names, statement.attached = _bound(node)
+        module.statements.append(statement)
+    own = {name for each in module.statements for name in each.names}
+    for each in module.statements:
+        each.attached &= own - each.names
+    return module
+
+
+def _first_line(node: ast.stmt, lines: list[str]) -> int:
+    first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+    while first > 1 and lines[first - 2].startswith("#"):
+        first -= 1
+    return first
+
+
+def _bound(node: ast.stmt) -> tuple[set[str], set[str]]:
+    """The names that a statement binds at the top of its module, and those that it changes there."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}, {name for each in node.decorator_list if (name := _owner(each)) is not None}
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        names = {name for target in targets for each in ast.walk(target) if (name := _stored(each)) is not None}
+        changed = {name for each in targets if not isinstance(each, ast.Name) and (name := _owner(each)) is not None}
+        if isinstance(node, ast.AugAssign):
+            return set(), names
+        return names, changed
+    if isinstance(node, ast.If | ast.Try):
+        names: set[str] = set()
+        for each in ast.walk(node):
+            if isinstance(each, ast.FunctionDef | ast.ClassDef):
+                names.add(each.name)
+            elif (name := _stored(each)) is not None:
+                names.add(name)
+            elif isinstance(each, ast.Import | ast.ImportFrom):
+                names.update(alias.asname or alias.name for alias in each.names)
+        return names, set()
+    return set(), set()
+
+
+def _stored(node: ast.AST) -> str | None:
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
+
+
+def _owner(node: ast.expr) -> str | None:
+    """The name that a chain of attributes, items and calls starts from."""
+    while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _add_import(module: Module, node: ast.Import | ast.ImportFrom) -> None:
+    _check_import(module.path, node)
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            local = alias.asname or alias.name.split(".")[0]
+            whole = f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
+            module.outside[local] = (whole, "")
+    elif node.level:
+        for alias in node.names:
+            module.imports[alias.asname or alias.name] = (_file_of(module.path, node), alias.name)
+    else:
+        for alias in node.names:
+            local = alias.name + (f" as {alias.asname}" if alias.asname else "")
+            module.outside[alias.asname or alias.name] = (f"from {node.module} import", local)
+
+
+def _check_import(path: Path, node: ast.Import | ast.ImportFrom) -> None:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+    if any(name.split(".")[0] == "ssm_zoo" for name in names):
+        raise ValueError(f"{path.name}, line {node.lineno}: an exported file must import the package relatively")
+    if isinstance(node, ast.ImportFrom) and node.level:
+        _file_of(path, node)
+
+
+def _file_of(path: Path, node: ast.ImportFrom) -> Path:
+    """The package's file that a relative import names."""
+    parts = (node.module or "").split(".")
+    if node.level == 1 and len(parts) == 1 and parts[0]:
+        return path.parent / f"{parts[0]}.py"
+    if node.level == 2 and len(parts) == 2 and parts[0] == "kernels":
+        return path.parent.parent / "kernels" / f"{parts[1]}.py"
+    raise ValueError(
+        f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can be exported"
+    )
+
+
+# Writing
+
+
+def _written(kept: _Reach, entries: list[Path]) -> dict[str, str]:
+    shared = _in_order(
+        kept, [path for path in kept.modules if path.parent == entries[0].parent and path not in entries]
+    )
+    files = {path.name: [path] for path in kept.modules if path not in shared}
+    if shared:
+        if SHARED in files:
+            raise ValueError(f"{SHARED} is the name of the exported file; call the module otherwise")
+        files[SHARED] = shared
+        _check_names(kept, shared)
+    home = {path: name for name, paths in files.items() for path in paths}
+    return {name: _file(kept, name, files[name], home) for name in sorted(files)}
+
+
+def _in_order(kept: _Reach, paths: list[Path]) -> list[Path]:
+    """Modules in an order in which each comes after those that it imports when it is imported itself."""
+    done: dict[Path, None] = {}
+    under_way: list[Path] = []
+
+    def place(path: Path) -> None:
+        if path in done:
+            return
+        if path in under_way:
+            raise ValueError(f"{', '.join(each.name for each in under_way)} import each other")
+        under_way.append(path)
+        module = kept.modules[path]
+        for name in sorted(kept.used[path]):
+            there = module.imports.get(name, (path, name))[0]
+            if there != path and there in paths:
+                place(there)
+        under_way.pop()
+        done[path] = None
+
+    for path in sorted(paths):
+        place(path)
+    return list(done)
+
+
+def _check_names(kept: _Reach, paths: list[Path]) -> None:
+    """Raise a ValueError if a name means different things in modules that become one file."""
+    meaning: dict[str, tuple[str, Path]] = {}
+    for path in paths:
+        module = kept.modules[path]
+        for statement in kept.statements[path]:
+            text = "\n".join(module.lines[statement.first - 1 : statement.last])
+            for name in statement.names:
+                other = meaning.setdefault(name, (text, path))
+                if other[0] != text:
+                    raise ValueError(f"{name} of {path.name} and of {other[1].name} differ; rename one of them")
+        for name in kept.used[path]:
+            if name in module.outside:
+                text = " ".join(module.outside[name])
+                other = meaning.setdefault(name, (text, path))
+                if other[0] != text:
+                    raise ValueError(f"{name} of {path.name} and of {other[1].name} differ; rename one of them")
+            local, original = name, module.imports.get(name, (path, name))[1]
+            if local != original and module.imports[local][0] in paths:
+                raise ValueError(f"{path.name} imports {original} as {local}; use its own name, or rename it")
+
+
+def _file(kept: _Reach, name: str, paths: list[Path], home: dict[Path, str]) -> str:
+    outside: dict[str, set[str]] = {}
+    inside: dict[str, set[str]] = {}
+    body: list[str] = []
+    seen: set[str] = set()
+    for path in paths:
+        module = kept.modules[path]
+        for local in kept.used[path]:
+            if module.defining(local):
+                continue
+            if local in module.outside:
+                line, part = module.outside[local]
+                outside.setdefault(line, set()).update({part} - {""})
+            elif local in module.imports:
+                there, original = module.imports[local]
+                if home[there] != name:
+                    shown = original if local == original else f"{original} as {local}"
+                    inside.setdefault(home[there].removesuffix(".py"), set()).add(shown)
+        for statement in module.statements:
+            if statement in kept.statements[path]:
+                text = _statement_text(module, statement, kept.rows, home, name)
+                if text not in seen or not statement.names:
+                    seen.add(text)
+                    body.append(text)
+    doc = kept.modules[paths[0]].doc if len(paths) == 1 else "What the models of ssm-zoo share."
+    head = [HEADER + f'\n"""{doc}"""']
+    plain = sorted(line for line, parts in outside.items() if not parts)
+    members = sorted((line, parts) for line, parts in outside.items() if parts)
+    first = [*plain, *(_import_lines(line, parts) for line, parts in members)]
+    second = [_import_lines(f"from .{stem} import", parts) for stem, parts in sorted(inside.items())]
+    head += ["\n".join(part) for part in (first, second) if part]
+    return "\n\n".join(head) + "\n\n" + _spaced(body) + "\n"
+
+
+def _import_lines(start: str, parts: Set[str]) -> str:
+    line = f"{start} {', '.join(sorted(parts))}"
+    if len(line) <= 120:
+        return line
+    return f"{start} (\n" + "".join(f"    {part},\n" for part in sorted(parts)) + ")"
+
+
+def _spaced(statements: list[str]) -> str:
+    """Statements with an empty line around functions and classes, and none between assignments."""
+    text, block_before = "", True
+    for statement in statements:
+        block = "\n" in statement
+        text += ("\n" if block or block_before else "") + statement + "\n"
+        block_before = block
+    return text.strip("\n")
+
+
+def _statement_text(
+    module: Module, statement: Statement, rows: Mapping[str, Set[str]], home: dict[Path, str], name: str
+) -> str:
+    """A statement as it is exported: docstrings shortened, unused rows left out, imports inside of it flattened."""
+    lines = dict(enumerate(module.lines[statement.first - 1 : statement.last], start=statement.first))
+    docs = [
+        node.body[0]
+        for node in ast.walk(statement.node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node)
+    ]
+    docs += [
+        after
+        for node in ast.walk(statement.node)
+        if isinstance(node, ast.ClassDef)
+        for after in node.body[1:]
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+    ]
+    for doc in docs:
+        _shorten(lines, doc)
+    end = statement.node.end_lineno or statement.node.lineno
+    if statement.last > end:  # the docstring under an assignment
+        for number in range(end + 1, statement.last + 1):
+            lines.pop(number)
+    for node in ast.walk(statement.node):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = home[_file_of(module.path, node)]
+            if target == name:  # it is in this file already
+                _replace(lines, node, None)
+            else:
+                stem, indent = target.removesuffix(".py"), " " * node.col_offset
+                names = ", ".join(each.name + (f" as {each.asname}" if each.asname else "") for each in node.names)
+                _replace(lines, node, f"{indent}from .{stem} import {names}")
+    _drop_rows(lines, statement.node, rows)
+    _close_up(lines, statement.node)
+    return "\n".join(lines[number] for number in sorted(lines)).strip("\n")
+
+
+def _close_up(lines: dict[int, str], node: ast.stmt) -> None:
+    """Leave out the empty lines but those before a method or an inner function, and those of a text."""
+    texts = {
+        number
+        for each in ast.walk(node)
+        if isinstance(each, ast.Constant | ast.JoinedStr) and each.end_lineno is not None
+        for number in range(each.lineno, each.end_lineno + 1)
+        if each.end_lineno > each.lineno
+    }
+    following = ""
+    for number in sorted(lines, reverse=True):
+        if lines[number].strip():
+            following = lines[number].lstrip()
+        elif number not in texts and not following.startswith(("def ", "async def ", "@", "class ", "#")):
+            lines.pop(number)
+
+
+def _replace(lines: dict[int, str], node: ast.stmt, text: str | None) -> None:
+    for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+        lines.pop(number)
+    if text is not None:
+        lines[node.lineno] = text
+    elif node.lineno - 1 in lines and not lines[node.lineno - 1].strip():
+        lines.pop(node.lineno - 1)
+
+
+def _shorten(lines: dict[int, str], doc: ast.stmt) -> None:
+    """Leave the first sentence or paragraph of a docstring that has more than one line."""
+    last = doc.end_lineno or doc.lineno
+    if last == doc.lineno or doc.lineno not in lines:
+        return
+    summary: list[str] = []
+    for number in range(doc.lineno, last + 1):
+        line = lines.pop(number)
+        if not line.strip():
+            break
+        summary.append(line.rstrip())
+    for number in range(doc.lineno + len(summary), last + 1):
+        lines.pop(number, None)
+    if summary[-1].strip() == '"""':
+        summary.pop()
+    if not summary[-1].endswith('"""') or summary[-1].strip() == '"""':
+        summary[-1] += '"""'
+    for offset, line in enumerate(summary):
+        lines[doc.lineno + offset] = line
+
+
+def _drop_rows(lines: dict[int, str], node: ast.stmt, rows: Mapping[str, Set[str]]) -> None:
+    if not (isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)):
+        return
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    for target in targets:
+        if isinstance(target, ast.Name) and target.id in rows:
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if not _is_used(key, rows[target.id]):
+                    assert key is not None
+                    for number in range(key.lineno, (value.end_lineno or value.lineno) + 1):
+                        lines.pop(number, None)
