@@ -14,8 +14,8 @@ from families import make_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tokenizer
 
-from ssm_zoo.conversion.checkpoint_manifest import MANIFEST
-from ssm_zoo.finetune.checkpoints import CheckedTrainer
+from ssm_zoo.conversion.checkpoint_manifest import MANIFEST, write_manifest
+from ssm_zoo.finetune.checkpoints import CheckedTrainer, last_checkpoint
 from ssm_zoo.finetune.embedder import finetune_embedder
 from ssm_zoo.finetune.embedder_settings import parse_embedder_settings
 from ssm_zoo.finetune.from_scratch import train_from_scratch
@@ -141,7 +141,8 @@ def test_a_damaged_checkpoint_is_passed_over_to_the_same_weights(
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
     DAMAGES[damage](checkpoints / "checkpoint-4", work.saved)
     work.start()
-    assert "checkpoint-4 is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in said and "going on from checkpoint-2: step 2" in said
     ours, theirs = weights("run", work), weights("whole", work)
     assert ours.keys() == theirs.keys() != set()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -153,6 +154,26 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(work: Training) -
     with pytest.raises(ValueError, match="no checkpoint is whole"):
         work.start()
     assert not Path("run", work.result).exists()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_what_a_killed_save_left_goes_at_the_next_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], main: bool
+) -> None:
+    """Killed before the older checkpoints were removed, and while the next one was written; the newest is damaged."""
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "file").write_text(str(step))
+        write_manifest(folder)
+    flip(tmp_path / "checkpoint-8" / "file")
+    (tmp_path / ".tmp-saving" / "checkpoint-10").mkdir(parents=True)
+    before = {path.name for path in tmp_path.iterdir()}
+    assert last_checkpoint(tmp_path, main=main) == tmp_path / "checkpoint-6"
+    after = {path.name for path in tmp_path.iterdir()}
+    assert after == ({f"checkpoint-{step}" for step in (4, 6, 8)} if main else before)
+    said = capsys.readouterr().out
+    assert ("checkpoint-8 is damaged" in said and "going on from checkpoint-6: step 6" in said) == main
 
 
 def test_weights_that_have_changed_are_not_gone_on_with(work: Training) -> None:
