@@ -1,7 +1,10 @@
 """What every Trainer does about damaged checkpoints, changed sources and numbers that are not finite."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +177,20 @@ def test_what_a_killed_save_left_goes_at_the_next_start(
     assert after == ({f"checkpoint-{step}" for step in (4, 6, 8)} if main else before)
     said = capsys.readouterr().out
     assert ("checkpoint-8 is damaged" in said and "going on from checkpoint-6: step 6" in said) == main
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills processes as POSIX has them")
+@pytest.mark.parametrize("killed", ["lm"], indirect=True)
+@pytest.mark.usefixtures("work")
+def test_a_saver_killed_at_any_moment_costs_no_bit() -> None:
+    """Of one training: the saver is the same for all."""
+    script = Path(__file__).with_name("kill_trainings.py")
+    done = subprocess.run([sys.executable, str(script), ".", "lm"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deaths = json.loads(done.stdout.splitlines()[-1])
+    # Before the rename that makes the checkpoint, and after it, while an older one is removed.
+    assert {tuple(death) for death in deaths} == {(4, 4), (4, 6)} and len(deaths) >= 4
 
 
 def test_weights_that_have_changed_are_not_gone_on_with(work: Training) -> None:
