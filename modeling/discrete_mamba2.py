@@ -30,6 +30,7 @@ from .mixer import (
     MixerSettings,
     TokenMixer,
     check_sizes,
+    distillation,
     float32_parameter,
     initialise_alone,
     is_single_step,
@@ -113,11 +114,13 @@ class DiscreteMamba2Mixer(nn.Module):
     def initialise(self) -> None:
         init_discrete_mamba2_mixer(self)
 
+    @distillation
     @torch.no_grad()
     def set_half_lives(self, half_lives: Tensor) -> None:
         """Decays that halve the state every (H) half-lives, in tokens, where the input says nothing."""
         self.dt_bias.copy_(half_life_to_bias(half_lives))
 
+    @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
         """Start from an attention layer, see `start_from_attention`. Softplus features take keys and queries as they
@@ -144,6 +147,7 @@ class DiscreteMamba2Mixer(nn.Module):
             B, C = F.softplus(B), F.softplus(C)
         return x, B, C, -F.softplus(a.float() + self.dt_bias)
 
+    @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
         xBC, _, a = self.in_proj(hidden_states).split(self.split, dim=-1)
@@ -151,6 +155,7 @@ class DiscreteMamba2Mixer(nn.Module):
         _, B, C, log_decay = self.maps(xBC, a, sequence)
         return self.mixing_matrix(log_decay, B, C, sequence)
 
+    @distillation
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states."""
         a = self.in_proj(hidden_states)[..., -self.num_heads :]

@@ -1,18 +1,20 @@
 """The code that a checkpoint carries: of the package, what its model and configuration use, in few flat files.
 
 transformers loads remote code from one flat folder and finds a file's companions by their relative import lines. What
-is written there is the package's own code, statement by statement. Three things are done to it:
+is written there is the package's own code, statement by statement. Four things are done to it:
 
 1. Statements are left out that nothing reachable from the model's and the configuration's module names: functions and
    classes of other models, reference implementations, rows of a table whose key the configuration does not use.
 2. Everything of `modeling/` but these two modules becomes one file, `zoo_model.py`. Each file of `kernels/` stays one.
-3. Of a docstring the summary stays.
+3. Methods marked `@distillation` are left out, which only a distillation in the package calls.
+4. Of a docstring the summary stays, of something private nothing; comments go, and parameters share lines.
 
 This file is not exported itself: a model that was loaded from such a folder saves the code beside it as it is.
 """
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,11 +23,9 @@ from pathlib import Path
 SHARED = "zoo_model.py"
 """The exported file of all that `modeling/` shares."""
 
-HEADER = """\
-# Written by ssm-zoo: what this checkpoint uses of the package's code, without reference implementations and with
-# shortened docstrings.
-"""
+HEADER = "# Written by ssm-zoo: what this checkpoint uses of the package's code, with shortened docstrings."
 
+_MARK = "distillation"
 _STRING_OF_A_NAME = re.compile(r"[A-Za-z_]\w+")
 
 
@@ -76,7 +76,8 @@ def collect_code(modules: Iterable[Path], rows: Mapping[str, Set[str]] | None = 
     """The files that a model's code and its configuration's need, by flat file name.
 
     Args:
-        modules: the files of the model's class and of the configuration's. All that they define is exported.
+        modules: the files of the model's class and of the configuration's. What `__all__` names there is exported, or
+            everything.
         rows: of tables (names of dictionaries written out at the top of a module) the keys that are used; the other
             entries, and what only they need, are left out.
 
@@ -90,9 +91,18 @@ def collect_code(modules: Iterable[Path], rows: Mapping[str, Set[str]] | None = 
     entries = [Path(path) for path in modules]
     kept = _Reach(rows or {})
     for path in entries:
-        module = _parsed(path)
-        kept.take(path, list(module.statements))
+        for name in _public_names(path):
+            kept.want(path, name)
+    kept.want_registered()
     return _written(kept, entries)
+
+
+def _public_names(path: Path) -> list[str]:
+    module = _parsed(path)
+    for statement in module.defining("__all__"):
+        assert isinstance(statement.node, ast.Assign)
+        return [str(name) for name in ast.literal_eval(statement.node.value)]
+    return [name for statement in module.statements for name in sorted(statement.names)]
 
 
 class _Reach:
@@ -122,7 +132,7 @@ class _Reach:
         for statement in pending:
             for name in _mentioned(statement.node, self.rows):
                 self.want(path, name)
-            for node in ast.walk(statement.node):
+            for node in _walk(statement.node):
                 if isinstance(node, ast.ImportFrom) and node.level:
                     there = _file_of(path, node)
                     for alias in node.names:
@@ -131,6 +141,14 @@ class _Reach:
         attached = [each for each in module.statements if each.attached & bound]
         if attached:
             self.take(path, attached)
+
+    def want_registered(self) -> None:
+        """Take the classes of cache layers that are asked for by their `_layer_type`: it stands in what was taken."""
+        taken = -1
+        while taken != (taken := sum(map(len, self.statements.values()))):
+            texts = {text for each in self.statements.values() for statement in each for text in _texts(statement.node)}
+            for path, module in list(self.modules.items()):
+                self.take(path, [each for each in module.statements if _layer_type(each.node) in texts])
 
     def want(self, path: Path, name: str) -> None:
         module = self.module(path)
@@ -155,11 +173,42 @@ def _mentioned(node: ast.AST, rows: Mapping[str, Set[str]]) -> Iterator[str]:
                 if _is_used(key, table):
                     yield from _mentioned(value, {})
             return
-    for each in ast.walk(node):
+    for each in _walk(node):
         if isinstance(each, ast.Name):
             yield each.id
         elif isinstance(each, ast.Constant) and isinstance(each.value, str) and len(each.value) < 80:
             yield from _STRING_OF_A_NAME.findall(each.value) if _is_annotation_like(each.value) else ()
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a statement without the methods that are left out."""
+    pending = [node]
+    while pending:
+        each = pending.pop()
+        yield each
+        pending += [inner for inner in ast.iter_child_nodes(each) if not _is_marked(inner)]
+
+
+def _is_marked(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(each, ast.Name) and each.id == _MARK for each in node.decorator_list
+    )
+
+
+def _texts(node: ast.AST) -> Iterator[str]:
+    for each in _walk(node):
+        if isinstance(each, ast.Constant) and isinstance(each.value, str):
+            yield each.value
+
+
+def _layer_type(node: ast.stmt) -> str | None:
+    """The name under which a class enters itself into transformers' table of cache layers."""
+    for each in node.body if isinstance(node, ast.ClassDef) else ():
+        if isinstance(each, ast.Assign | ast.AnnAssign) and isinstance(each.value, ast.Constant):
+            targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+            if "_layer_type" in map(ast.unparse, targets):
+                return each.value.value if isinstance(each.value.value, str) else None
+    return None
 
 
 def _is_used(key: ast.expr | None, used: Set[str]) -> bool:
@@ -363,11 +412,13 @@ def _file(kept: _Reach, name: str, paths: list[Path], home: dict[Path, str]) -> 
                     seen.add(text)
                     body.append(text)
     doc = kept.modules[paths[0]].doc if len(paths) == 1 else "What the models of ssm-zoo share."
-    head = [HEADER + f'\n"""{doc}"""']
+    head = [f'{HEADER}\n\n"""{doc}"""']
     plain = sorted(line for line, parts in outside.items() if not parts)
     members = sorted((line, parts) for line, parts in outside.items() if parts)
     first = [*plain, *(_import_lines(line, parts) for line, parts in members)]
     second = [_import_lines(f"from .{stem} import", parts) for stem, parts in sorted(inside.items())]
+    if any("annotations" in kept.modules[path].outside for path in paths):
+        head.append("from __future__ import annotations")
     head += ["\n".join(part) for part in (first, second) if part]
     return "\n\n".join(head) + "\n\n" + _spaced(body) + "\n"
 
@@ -394,25 +445,36 @@ def _statement_text(
 ) -> str:
     """A statement as it is exported: docstrings shortened, unused rows left out, imports inside of it flattened."""
     lines = dict(enumerate(module.lines[statement.first - 1 : statement.last], start=statement.first))
-    docs = [
-        node.body[0]
-        for node in ast.walk(statement.node)
+    for node in ast.walk(statement.node):
+        if _is_marked(node):
+            assert isinstance(node, ast.FunctionDef)
+            first = min(each.lineno for each in node.decorator_list)
+            for number in range(first, (node.end_lineno or node.lineno) + 1):
+                lines.pop(number)
+    documented = [
+        node
+        for node in _walk(statement.node)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node)
     ]
+    docs = [node.body[0] for node in documented]
     docs += [
         after
-        for node in ast.walk(statement.node)
+        for node in _walk(statement.node)
         if isinstance(node, ast.ClassDef)
         for after in node.body[1:]
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
     ]
     for doc in docs:
         _shorten(lines, doc)
+    for node in documented:
+        if node.name.startswith("_") and len(node.body) > 1:
+            for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1):
+                lines.pop(number, None)
     end = statement.node.end_lineno or statement.node.lineno
     if statement.last > end:  # the docstring under an assignment
         for number in range(end + 1, statement.last + 1):
             lines.pop(number)
-    for node in ast.walk(statement.node):
+    for node in _walk(statement.node):
         if isinstance(node, ast.ImportFrom) and node.level:
             target = home[_file_of(module.path, node)]
             if target == name:  # it is in this file already
@@ -422,12 +484,15 @@ def _statement_text(
                 names = ", ".join(each.name + (f" as {each.asname}" if each.asname else "") for each in node.names)
                 _replace(lines, node, f"{indent}from .{stem} import {names}")
     _drop_rows(lines, statement.node, rows)
+    for node in _walk(statement.node):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            _fill_signature(lines, node)
     _close_up(lines, statement.node)
     return "\n".join(lines[number] for number in sorted(lines)).strip("\n")
 
 
 def _close_up(lines: dict[int, str], node: ast.stmt) -> None:
-    """Leave out the empty lines but those before a method or an inner function, and those of a text."""
+    """Leave out comments, and the empty lines but those before a method or an inner function and those of a text."""
     texts = {
         number
         for each in ast.walk(node)
@@ -437,10 +502,29 @@ def _close_up(lines: dict[int, str], node: ast.stmt) -> None:
     }
     following = ""
     for number in sorted(lines, reverse=True):
-        if lines[number].strip():
-            following = lines[number].lstrip()
-        elif number not in texts and not following.startswith(("def ", "async def ", "@", "class ", "#")):
+        if number not in texts and lines[number].lstrip().startswith("#"):
             lines.pop(number)
+        elif lines[number].strip():
+            following = lines[number].lstrip()
+        elif number not in texts and not following.startswith(("def ", "async def ", "@", "class ")):
+            lines.pop(number)
+
+
+def _fill_signature(lines: dict[int, str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+    """Put the parameters of a function beside each other, unless a comment stands between them."""
+    last = node.body[0].lineno - 1
+    while last > node.lineno and lines.get(last, "").lstrip()[:1] in ("", "#"):  # between the signature and the body
+        last -= 1
+    numbers = range(node.lineno, last + 1)
+    if last < node.lineno + 2 or any("#" in lines[number] for number in numbers[1:]):
+        return
+    first, end = lines.pop(node.lineno), lines.pop(last)
+    indent = " " * (node.col_offset + 4)
+    parameters = " ".join(lines.pop(number).strip() for number in numbers[1:-1])
+    lines[node.lineno] = first
+    for offset, line in enumerate(textwrap.wrap(parameters, 120, initial_indent=indent, subsequent_indent=indent), 1):
+        lines[node.lineno + offset] = line
+    lines[last] = end
 
 
 def _replace(lines: dict[int, str], node: ast.stmt, text: str | None) -> None:

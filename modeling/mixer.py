@@ -92,6 +92,11 @@ class TokenMixer:
     flat: dict[str, str] = field(default_factory=dict)
 
 
+def distillation(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a method that only distillation calls: exported code goes without it."""
+    return method
+
+
 def check_sizes(settings: Any, *names: str, least: int = 1) -> None:
     """Raise ValueError where one of the named settings, if given, is below `least`."""
     for name in names:

@@ -41,6 +41,7 @@ from .mixer import (
     MixerSettings,
     TokenMixer,
     check_sizes,
+    distillation,
     float32_parameter,
     initialise_alone,
     is_single_step,
@@ -179,12 +180,14 @@ class Mamba2Mixer(Mamba2Scan):
     def initialise(self) -> None:
         init_mamba2_mixer(self, self.config)
 
+    @distillation
     @torch.no_grad()
     def set_half_lives(self, half_lives: Tensor) -> None:
         """Decay rate A = -1, and step sizes whose decay halves the state every (H) half-lives, in tokens."""
         self.A_log.zero_()
         self.dt_bias.copy_(inverse_softplus(math.log(2.0) / half_lives))
 
+    @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
         """Start from an attention layer, see `start_from_attention`. The gate keeps its random projection: it has no
@@ -210,6 +213,7 @@ class Mamba2Mixer(Mamba2Scan):
         cache.columns += 1
         return self.out_proj(self.norm(y.flatten(1)[:, None], z))
 
+    @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs; looking back only."""
         _, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
@@ -217,6 +221,7 @@ class Mamba2Mixer(Mamba2Scan):
         _, B, C = self.maps(xBC)
         return self.mixing_matrix(dt, -self.A_log.float().exp(), B, C, sequence)
 
+    @distillation
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states; looking back only."""
         dt = self.in_proj(hidden_states)[..., -self.num_heads :]

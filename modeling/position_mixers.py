@@ -33,6 +33,7 @@ from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
 from .cache import HistoryLayer, StateLayer, layer_of
 from .mixer import (
     copy_output,
+    distillation,
     float32_parameter,
     initialise_alone,
     is_single_step,
@@ -276,6 +277,7 @@ class DenseMixer(HistoryMixer):
         self.weight.copy_(matrix)
         self.bias.zero_()
 
+    @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
         """Start from an attention layer: v to in_proj, o to out_proj; key-value heads are repeated whole.

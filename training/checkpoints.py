@@ -78,7 +78,7 @@ class CheckedTrainer(_Base):
             os.replace(made, folder / made.name)
             flush(folder)
             temporary.rmdir()
-            _prune(folder, folder / made.name)
+            _prune(_checkpoints(folder), folder / made.name)
         self.accelerator.wait_for_everyone()
 
 
@@ -102,6 +102,9 @@ def last_checkpoint(folder: Path, *, main: bool) -> Path | None:
     found = newest_whole(_checkpoints(folder), lambda path: damage(path) or path, say)
     if found is not None:
         say(f"going on from {found.name}: step {steps_done(found)}")
+        not_newer = [path for path in _checkpoints(folder) if steps_done(path) <= steps_done(found)]
+        if main and len(not_newer) > KEPT:
+            _prune(not_newer, found)  # which a kill has kept the last save from
     return found
 
 
@@ -138,11 +141,11 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _prune(folder: Path, written: Path) -> None:
-    """Remove all checkpoints but the newest that are proven whole; `written` has just been."""
+def _prune(checkpoints: list[Path], proven: Path) -> None:
+    """Remove all checkpoints, newest first, but the newest that are proven whole; one has just been."""
     kept = 0
-    for path in _checkpoints(folder):
-        if kept < KEPT and (path == written or damage(path) is None):
+    for path in checkpoints:
+        if kept < KEPT and (path == proven or damage(path) is None):
             kept += 1
         else:
             _remove(path)

@@ -6,12 +6,10 @@ The processes of the users are `read_checkpoint.py`; they run once for all tests
 import ast
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,32 +19,28 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from hub_stand_in import HubStandIn
-from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_default_card
+from ssm_zoo.conversion.export import verify_export
+from ssm_zoo.modeling.saved_folder import write_atomically, write_default_card
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
-SHARED = ["checks.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
-SHARED += ["hub_upload.py", "mixer_block.py", "rms_norm.py", "outputs.py", "token_layout.py", "short_convolution.py"]
-SHARED += ["ssd.py", "step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "rms_norm_triton.py", "triton_math.py"]
-SHARED += ["recurrence.py", "ssd_triton.py", "tracing.py"]
-SHARED += ["adapter_ties.py", "class_names.py", "input_checks.py", "layers.py", "mixer_parameters.py"]
-MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py"]
-MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
-SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
-SELECTIVE += ["window_attention_triton.py"]
-MIXING = ["attention.py", "configuration_masked_mixer.py", "position_mixers.py", "position_mix.py"]
-MIXING += ["position_mix_torch.py", "position_mix_triton.py", "mixing_cache.py", "mixing_kinds.py", "repeat_mixing.py"]
-MIXER = ["gated_mlp.py", "linear_init.py", "modeling_masked_mixer.py", "plain_mlp.py", "rotary.py"]
-MIXER += ["trained_padding.py", "window_generation.py"]
-# What mixers of positions do without; the attention beside them may have a short convolution.
-SCANNING = ["mixer_block.py", "step_sizes.py"]
-HYBRID = ["configuration_hybrid.py", "modeling_hybrid.py"]
+SHARED = ["_triton.py", "causal_conv1d.py", "causal_conv1d_triton.py", "checks.py", "recurrence.py", "rms_norm.py"]
+SHARED += ["rms_norm_triton.py", "ssd.py", "tracing.py", "triton_math.py", "zoo_model.py"]
+SSD = ["ssd_triton.py"]
+WINDOW = ["window_attention.py", "window_attention_triton.py"]
+MIXING = ["position_mix.py", "position_mix_torch.py", "position_mix_triton.py"]
 CODE = {
-    "mamba-options": sorted([*SHARED, *MAMBA]),
-    "mamba2-groups": sorted([*SHARED, *MAMBA2]),
-    "all-four": sorted({*SHARED, *MAMBA, *MAMBA2, *SELECTIVE, *MIXING, *HYBRID}),
-    "taipan-options": sorted([*SHARED, *MAMBA2, *SELECTIVE, "modeling_taipan.py"]),
-    "mixer-options": sorted({*SHARED, *MIXING, *MIXER} - {*SCANNING}),
+    "mamba-options": [*SHARED, "selective_scan.py", "selective_scan_triton.py"],
+    "mamba2-groups": [*SHARED, *SSD],
+    "all-four": [*SHARED, *SSD],  # full, sliding, Mamba-2 and discrete Mamba-2
+    "taipan-options": [*SHARED, *SSD, *WINDOW],
+    "mixer-options": [*SHARED, *SSD, *MIXING],
+}
+ENTRY = {"mamba-options": "mamba", "mamba2-groups": "mamba2", "all-four": "hybrid", "taipan-options": "taipan"}
+ENTRY["mixer-options"] = "masked_mixer"
+CODE = {
+    name: sorted([*files, f"configuration_{ENTRY[name]}.py", f"modeling_{ENTRY[name]}.py"])
+    for name, files in CODE.items()
 }
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
 AUTO_MAP = {
@@ -213,21 +207,61 @@ def test_the_folder_holds_what_is_needed_and_nothing_else(folders: list[Path], i
     assert f"# {name}" in card.text and "trust_remote_code=True" in card.text
 
 
+def without_docstrings(node: ast.AST) -> str:
+    """A statement, written out without docstrings and marked methods, and with the imports inside of it flattened."""
+    node = ast.parse(ast.unparse(node)).body[0]
+    for inner in ast.walk(node):
+        body = getattr(inner, "body", None)
+        if isinstance(body, list):
+            texts = [each for each in body if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)]
+            kept = [each for each in body if each not in texts and "@distillation" not in ast.unparse(each)]
+            inner.body = kept  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(inner, ast.ImportFrom) and inner.level == 2:
+            inner.level, inner.module = 1, (inner.module or "").removeprefix("kernels.")
+    return ast.unparse(node)
+
+
 @pytest.mark.parametrize("index", range(len(EXPORTED)), ids=EXPORTED)
-def test_exported_code_differs_in_its_imports_from_kernels_only(folders: list[Path], index: int) -> None:
+def test_every_exported_statement_is_the_packages(folders: list[Path], index: int) -> None:
+    originals = {
+        without_docstrings(node)
+        for folder in ("modeling", "kernels")
+        for path in (ROOT / folder).glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)
+    }
     for name in CODE[EXPORTED[index]]:
-        text = (folders[index] / name).read_text()
-        originals = [path for path in (ROOT / "modeling" / name, ROOT / "kernels" / name) if path.exists()]
-        assert len(originals) == 1
-        for line, original in zip(text.split("\n"), originals[0].read_text().split("\n"), strict=True):
-            flat = original.lstrip().startswith("from ..kernels.")
-            assert line == (original.replace("from ..kernels.", "from .") if flat else original)
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.parse((folders[index] / name).read_text()).body:
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("ssm_zoo") for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 assert node.level <= 1 and not (node.module or "").startswith("ssm_zoo")
                 assert node.level == 0 or f"{node.module}.py" in CODE[EXPORTED[index]]
+            elif not (isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TOKEN_MIXERS"):
+                assert isinstance(node, ast.Expr) or without_docstrings(node) in originals, ast.unparse(node)[:200]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "lines"),
+    [
+        ("mamba2", 15, 4000),
+        ("discrete", 18, 5000),
+        ("full-discrete", 18, 5000),
+        ("sliding-discrete", 18, 5000),
+        ("half-blocks", 18, 5000),
+    ],
+)
+def test_a_checkpoint_carries_little_code(tmp_path: Path, name: str, files: int, lines: int) -> None:
+    make_model(name).save_pretrained(tmp_path)
+    code = list(tmp_path.glob("*.py"))
+    assert len(code) <= files
+    assert sum(len(path.read_text().splitlines()) for path in code) <= lines
+
+
+@pytest.mark.parametrize("name", ["discrete", "mamba2-full", "jamba", "selective-mamba2", "hybrid-mixers"])
+def test_a_hybrid_without_the_other_mixers_code_computes_the_same(tmp_path: Path, name: str) -> None:
+    make_model(name).save_pretrained(tmp_path)
+    assert verify_export(tmp_path)["bit_equal"]
 
 
 def test_saving_keeps_a_card_and_a_licence_that_are_there(tmp_path: Path) -> None:
@@ -335,68 +369,6 @@ def test_a_card_that_the_repository_has_is_kept(pushed: Pushed, tmp_path: Path) 
     path = pushed.api.hf_hub_download("tester/with-card", "README.md", local_dir=tmp_path)
     assert Path(path).read_text().endswith("written by hand\n")
     assert pushed.api.file_exists("tester/with-card", "model.safetensors")
-
-
-# Collecting the code
-
-
-def collect(monkeypatch: pytest.MonkeyPatch, root: Path, files: dict[str, str]) -> dict[str, str]:
-    """`collect_code` for `modeling/modeling_a.py` in a tree of files."""
-    for name, text in files.items():
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text(text)
-    monkeypatch.setitem(sys.modules, "pkg.modeling_a", SimpleNamespace(__file__=str(root / "modeling/modeling_a.py")))
-    return collect_code(["pkg.modeling_a"])
-
-
-def test_code_is_followed_and_flattened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = "import torch\nfrom ..kernels.scan import (\n    scan,\n)\nfrom .b import b\n\n\ndef f():\n"
-    files = {
-        "modeling/modeling_a.py": text + "    from ..kernels.late import late\n",
-        "modeling/b.py": "from .modeling_a import f\nX = 'from ..kernels.scan import nothing'\n",
-        "modeling/unused.py": "",
-        "kernels/scan.py": "from ._tiles import tiles\n",
-        "kernels/_tiles.py": "",
-        "kernels/late.py": "",
-    }
-    found = collect(monkeypatch, tmp_path, files)
-    assert list(found) == ["_tiles.py", "b.py", "late.py", "modeling_a.py", "scan.py"]
-    flat = text.replace("..kernels.", ".") + "    from .late import late\n"
-    assert found["modeling_a.py"] == flat
-    assert found["b.py"] == files["modeling/b.py"]
-
-
-RELATIVELY = "an exported file must import the package relatively"
-ONLY = "only `from .name import` and `from ..kernels.name import` can be exported"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        pytest.param("import ssm_zoo.kernels.ssd", RELATIVELY, id="import"),
-        pytest.param("from ssm_zoo.kernels.ssd import ssd", RELATIVELY, id="from-import"),
-        pytest.param("from . import b", ONLY, id="bare-dot"),
-        pytest.param("from .sub.b import c", ONLY, id="deeper"),
-        pytest.param("from ..conversion.b import c", ONLY, id="another-package"),
-        pytest.param("from ..kernels import b", ONLY, id="kernels-itself"),
-        pytest.param("from ...kernels.b import c", ONLY, id="too-far-up"),
-    ],
-)
-def test_an_import_that_cannot_be_flattened_raises(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"modeling_a.py, line 2: {message}")):
-        collect(monkeypatch, tmp_path, {"modeling/modeling_a.py": f"import torch\n{line}\n"})
-
-
-def test_two_files_of_one_name_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files = {
-        "modeling/modeling_a.py": "from ..kernels.cache import x\nfrom .cache import y\n",
-        "modeling/cache.py": "",
-        "kernels/cache.py": "",
-    }
-    with pytest.raises(ValueError, match=r"two files are called cache\.py: .*; a Hub folder is flat"):
-        collect(monkeypatch, tmp_path, files)
 
 
 def test_writing_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

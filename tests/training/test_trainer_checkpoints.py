@@ -1,7 +1,10 @@
 """What every Trainer does about damaged checkpoints, changed sources and numbers that are not finite."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tokenizer
 from tiny_trainings import HOW, TRAININGS, Training, flip, stop_in, weights
 
-from ssm_zoo.harness.checkpoint_manifest import MANIFEST
+from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
+from ssm_zoo.training.checkpoints import last_checkpoint
 
 
 @pytest.fixture(scope="module", params=TRAININGS)
@@ -61,7 +65,8 @@ def test_a_damaged_checkpoint_is_passed_over_to_the_same_weights(
     assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
     DAMAGES[damage](checkpoints / "checkpoint-4", work.saved)
     work.start()
-    assert "checkpoint-4 is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in said and "going on from checkpoint-2: step 2" in said
     ours, theirs = weights("run", work), weights("whole", work)
     assert ours.keys() == theirs.keys() != set()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -73,6 +78,43 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(work: Training) -
     with pytest.raises(ValueError, match="no checkpoint is whole"):
         work.start()
     assert not Path("run", work.result).exists()
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_what_a_killed_save_left_goes_at_the_next_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], main: bool
+) -> None:
+    """Killed before the older checkpoints were removed, and while the next one was written; the newest is damaged."""
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "file").write_text(str(step))
+        write_manifest(folder)
+    flip(tmp_path / "checkpoint-8" / "file")
+    (tmp_path / ".tmp-saving" / "checkpoint-10").mkdir(parents=True)
+    before = {path.name for path in tmp_path.iterdir()}
+    assert last_checkpoint(tmp_path, main=main) == tmp_path / "checkpoint-6"
+    after = {path.name for path in tmp_path.iterdir()}
+    assert after == ({f"checkpoint-{step}" for step in (4, 6, 8)} if main else before)
+    said = capsys.readouterr().out
+    assert ("checkpoint-8 is damaged" in said and "going on from checkpoint-6: step 6" in said) == main
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills processes as POSIX has them")
+@pytest.mark.parametrize("killed", ["lm"], indirect=True)
+@pytest.mark.usefixtures("work")
+def test_a_saver_killed_at_any_moment_costs_no_bit() -> None:
+    """Of one training: the saver is the same for all."""
+    script = Path(__file__).with_name("kill_trainings.py")
+    folders = (str(Path(__file__).parents[1] / name) for name in ("support", "modeling", "distill"))
+    path = {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(script), ".", "lm"]
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deaths = json.loads(done.stdout.splitlines()[-1])
+    # Before the rename that makes the checkpoint, and after it, while an older one is removed.
+    assert {tuple(death) for death in deaths} == {(4, 4), (4, 6)} and len(deaths) >= 4
 
 
 def test_weights_that_have_changed_are_not_gone_on_with(work: Training) -> None:
