@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
-from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows, recorded
+from .checks import (
+    accumulator,
+    check_devices,
+    check_optional,
+    check_seq_idx,
+    check_tensor,
+    choose_implementation,
+    of_no_rows,
+    recorded,
+)
 from .tracing import tracing
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
@@ -342,8 +351,7 @@ def _check_parameters(weight: Tensor, bias: Tensor | None, activation: str | Non
     check_tensor("weight", weight, (None, None), "(D, K)")
     if weight.shape[1] < 2:
         raise ValueError(f"weight must be (D, K) with K >= 2 taps, got shape {tuple(weight.shape)}")
-    if bias is not None:
-        check_tensor("bias", bias, (weight.shape[0],), "(D)")
+    check_optional("bias", bias, (weight.shape[0],), "(D)")
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
 
@@ -361,11 +369,9 @@ def _check_sequence(
     B, L, _ = x.shape
     if L == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
-    if initial_state is not None:
-        check_tensor("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
+    check_optional("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
     check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, B, L)
+    check_seq_idx(seq_idx, B, L)
 
 
 def convolve_traced(

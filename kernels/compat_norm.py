@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import accumulator, check_devices, check_projection, check_tensor
+from .checks import accumulator, check_devices, check_optional, check_projection, check_tensor
 from .rms_norm import add_rms_norm, rms_norm
 
 
@@ -161,11 +161,9 @@ def layer_norm_linear_fn(
     """
     _check_inputs(x)
     check_tensor("norm_weight", norm_weight, (x.shape[-1],), "(D)")
-    if norm_bias is not None:
-        check_tensor("norm_bias", norm_bias, (x.shape[-1],), "(D)")
+    check_optional("norm_bias", norm_bias, (x.shape[-1],), "(D)")
     check_projection("linear_weight", linear_weight, (None, x.shape[-1]), "(O, D)", x=x)
-    if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias, (linear_weight.shape[0],), "(O)")
+    check_optional("linear_bias", linear_bias, (linear_weight.shape[0],), "(O)")
     check_devices(
         x=x, norm_weight=norm_weight, norm_bias=norm_bias, linear_weight=linear_weight, linear_bias=linear_bias
     )
@@ -265,11 +263,9 @@ def _check(
 ) -> None:
     _check_inputs(x)
     for name, tensor in (("residual", residual), ("x1", x1)):
-        if tensor is not None:
-            check_tensor(name, tensor, tuple(x.shape), "(..., D)")
+        check_optional(name, tensor, tuple(x.shape), "(..., D)")
     for name, tensor in (("weight", weight), ("bias", bias), ("weight1", weight1), ("bias1", bias1)):
-        if tensor is not None:
-            check_tensor(name, tensor, (x.shape[-1],), "(D)")
+        check_optional(name, tensor, (x.shape[-1],), "(D)")
     if bias1 is not None and weight1 is None:
         raise ValueError("bias1 must be None if weight1 is None, got a tensor")
     if rowscale is not None:

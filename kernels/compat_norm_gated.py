@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import accumulator, check_devices, check_tensor
+from .checks import accumulator, check_devices, check_optional, check_tensor
 from .rms_norm import rms_norm
 
 
@@ -49,10 +49,8 @@ def layernorm_fn(
     D = x.shape[-1]
     check_tensor("x", x, tuple(x.shape), "(..., D)")
     check_tensor("weight", weight, (D,), "(D)")
-    if bias is not None:
-        check_tensor("bias", bias, (D,), "(D)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), "(..., D)")
+    check_optional("bias", bias, (D,), "(D)")
+    check_optional("z", z, tuple(x.shape), "(..., D)")
     check_devices(x=x, weight=weight, bias=bias, z=z)
     if is_rms_norm and bias is None:
         return rms_norm(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)

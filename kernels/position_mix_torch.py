@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator
+from .checks import accumulator, without_autocast
 
 # Rows of a panel of short rows of the batch; twice as many from that length on.
 _PANEL, _LONG = 128, 1024
@@ -118,7 +118,7 @@ def mix_panels(
     Returns:
         (B, L, H, P) in float32, or float64 for float64 inputs.
     """
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+    with without_autocast(x):
         y = _Panels.apply(x, weight, bias, weights)
     assert isinstance(y, Tensor)  # `apply` is untyped
     return y

@@ -13,14 +13,14 @@ from .tracing import tracing
 
 
 def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
+    """Return (B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
     document = seq_idx.cummax(dim=1).values
     before = F.pad(document[:, :-1], (1, 0), value=-1)
     return seq_idx >= 0, (document != before) & (before >= 0)
 
 
 def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
+    """Set padding tokens to zero, so that their values (e.g. NaN) reach neither a state nor a gradient."""
     if seq_idx is None:
         return tensors
     padding = seq_idx < 0
@@ -32,13 +32,15 @@ def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """The step sizes proper, of raw ones."""
+def step_sizes(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] | None = None
+) -> Tensor:
+    """Return the step sizes that raw ones stand for: bias, softplus, limits, in the dtype of `dt`."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
+    if dt_limit is not None and (tuple(dt_limit) != (0.0, math.inf) or not dt_softplus):
         dt = dt.clamp(*dt_limit)
     return dt
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator, check_devices, check_tensor, choose_implementation, recorded
+from .checks import accumulator, check_devices, check_optional, check_tensor, choose_implementation, recorded
 from .rms_norm_triton import WIDEST_GROUP, add_rms_norm_triton, rms_norm_triton
 from .tracing import tracing
 
@@ -214,8 +214,7 @@ def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) 
     D = x.shape[-1]
     check_tensor("x", x, tuple(x.shape), "(..., D)")
     check_tensor("weight", weight, (D,), "(D)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), "(..., D)")
+    check_optional("z", z, tuple(x.shape), "(..., D)")
     check_devices(x=x, weight=weight, z=z)
     if group_size is None:
         return D

@@ -31,12 +31,14 @@ from .checks import (
     accumulator,
     check_devices,
     check_groups,
+    check_optional,
     check_seq_idx,
     check_tensor,
     choose_implementation,
     of_no_rows,
+    without_autocast,
 )
-from .recurrence import blank_padding, documents, update_state
+from .recurrence import blank_padding, documents, step_sizes, update_state
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from .tracing import opaque, tracing
 
@@ -152,7 +154,7 @@ def selective_scan_step(
         if choose_implementation(implementation, "selective_scan_step", state) == "triton":
             return selective_scan_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         sums = state.dtype
-        dt = _step_sizes(dt, dt_bias, dt_softplus, sums, None)
+        dt = step_sizes(dt.to(sums), dt_bias, dt_softplus)
         y = update_state(state, _decay(dt[..., None], A.to(sums)), dt * x.to(sums), B, C)
         return _skip_and_gate(y, x, D, z)
 
@@ -178,7 +180,9 @@ def selective_scan_reference(
     if seq_idx is not None:
         real, first = documents(seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
-    dt = _step_sizes(dt, dt_bias, dt_softplus, accumulator(x), real)
+    dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus)
+    if real is not None:
+        dt = dt * real[:, :, None]
     per_group = x.shape[2] // B.shape[2]
     maps_in = B.to(dt.dtype).repeat_interleave(per_group, dim=2)  # (B, L, D, N)
     maps_out = C.to(dt.dtype).repeat_interleave(per_group, dim=2)
@@ -235,7 +239,7 @@ class _SelectiveScan(torch.autograd.Function):
         first: Tensor | None,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        with without_autocast(x):
             ctx.set_materialize_grads(False)
             keep = grad_enabled and any(ctx.needs_input_grad)
             tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, dt_softplus, real, first, state.dtype)
@@ -264,7 +268,7 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, saved, real, first = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dy, dfinal = gradients
             sums = saved.dtype
             tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, real, first, sums)
@@ -439,18 +443,6 @@ class _Tokens:
         return y if self.D is None else y.addcmul_(self.D, now.x)
 
 
-def _step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype, real: Tensor | None
-) -> Tensor:
-    """Step sizes in the accumulator's dtype; 0 at padding, where the state stays."""
-    dt = dt.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    return dt if real is None else dt * real[:, :, None]
-
-
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
         y = torch.addcmul(y, D.to(y.dtype), x.to(y.dtype))
@@ -484,10 +476,8 @@ def _check_inputs(
     check_groups("B", B.shape[-2], channels, "channels")
     check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
     for name, vector in (("D", D), ("dt_bias", dt_bias)):
-        if vector is not None:
-            check_tensor(name, vector, (channels,), "(D)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), f"({lead}, D)")
+        check_optional(name, vector, (channels,), "(D)")
+    check_optional("z", z, tuple(x.shape), f"({lead}, D)")
     if state is not None:
         check_tensor(state_name, state, (rows[0], *A.shape), "(B, D, N)")
     named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}

@@ -43,11 +43,13 @@ from .checks import (
     accumulator,
     check_devices,
     check_groups,
+    check_optional,
     check_seq_idx,
     check_tensor,
     choose_implementation,
     of_no_rows,
     recorded,
+    without_autocast,
 )
 from .recurrence import blank_padding, documents, skip_and_gate, step_sizes, update_state
 from .ssd_triton import ssd_scan_triton, ssd_step_triton
@@ -327,12 +329,10 @@ def check_inputs(
     check_tensor(decay_name, decay, (*rows, heads), f"({lead}, H)")
     _check_maps(rows, heads, B, C, lead)
     for name, vector in (("A", A), ("dt_bias", dt_bias)):
-        if vector is not None:
-            check_tensor(name, vector, (heads,), "(H)")
+        check_optional(name, vector, (heads,), "(H)")
     if D is not None:
         check_tensor("D", D, (heads,) if D.dim() == 1 else (heads, width), "(H) or (H, P)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), f"({lead}, H, P)")
+    check_optional("z", z, tuple(x.shape), f"({lead}, H, P)")
     if state is not None:
         check_tensor(state_name, state, (rows[0], heads, width, B.shape[-1]), "(B, H, P, N)")
     named = {"x": x, decay_name: decay, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
@@ -378,7 +378,7 @@ def ssd_scan_torch(
     if D is not None and D.dim() == 1:
         D = D[:, None]
     arguments = (x, scale, log_decay, B, C, D, z, initial_state)
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+    with without_autocast(x):
         if tracing():
             return _traced_scan(*arguments, chunk_size or _CHUNK)
         if recorded(*arguments):

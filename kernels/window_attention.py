@@ -41,6 +41,7 @@ from .checks import (
     check_tensor,
     choose_implementation,
     of_no_rows,
+    without_autocast,
 )
 from .window_attention_triton import WIDEST_HEAD, window_attention_triton
 
@@ -136,7 +137,7 @@ def window_attention_matrix(
         k = k.masked_fill(~real[..., None, None], 0)
     counts = (index // K).bincount(minlength=k.shape[0]).tolist()
     parts = zip(q.split(counts), seen.split(counts), k, strict=True)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return torch.cat([_probabilities(rows, keys, mask, scale) for rows, mask, keys in parts])
 
 
@@ -190,7 +191,7 @@ def _attend(
 ) -> Tensor:
     """The torch path, for queries that all see at least themselves."""
     B, K = k.shape[:2]
-    with torch.autocast(q.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+    with without_autocast(q):
         rows = index // K
         if q.shape[0] == B and torch.equal(rows, torch.arange(B, device=index.device)):
             return attend_rows(q, k, v, scale, starts, ends, real)
@@ -252,8 +253,7 @@ def _check(
     if positions is not None:
         check_integers("positions", positions, (B, K), "(B, K)")
     check_devices(q=q, k=k, v=v, index=index, positions=positions, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, B, K)
+    check_seq_idx(seq_idx, B, K)
     _check_order(index.long(), B * K, positions)
 
 
@@ -494,7 +494,7 @@ def attend_traced(
     hidden = ~real[..., None, None]
     k, v = k.masked_fill(hidden, 0).to(sums), v.masked_fill(hidden, 0).to(sums)
     queries = q.masked_fill(~held[..., None], 0).to(sums).transpose(1, 2).unflatten(1, (groups, -1))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = queries @ k.permute(0, 2, 3, 1)[:, :, None] * (1 / math.sqrt(q.shape[-1]))  # (B, G, H/G, L, K)
         # A row without anything to see is uniform before it is set to zero: a softmax of nothing would be NaN.
         scores = scores.flatten(1, 2).masked_fill(~seen & seen.any(-1, keepdim=True), -math.inf)
