@@ -59,8 +59,7 @@ def causal_conv1d(
         seq_idx: (B, L) integer document of each token, non-decreasing along a row. A token sees its own document
             only. A negative entry marks padding: the token is skipped as if it were absent and its output is 0.
         return_final_state: also return the last K-1 inputs.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: K > 4 or
-            float64), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve K > 4.
 
     Returns:
         (B, L, D) outputs, in the dtype of `x`; accumulated in float32 (float64 for float64 inputs). With
@@ -131,8 +130,8 @@ def causal_conv1d_step(
         weight: (D, K) taps, oldest first, K >= 2.
         bias: (D) added before the activation.
         activation: None or "silu".
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: K > 4,
-            float64, or a gradient to be recorded), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve K > 4 or a call whose
+            gradient is recorded.
 
     Returns:
         (B, D) outputs, in the dtype of `x`.
@@ -166,7 +165,7 @@ def causal_conv1d_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `causal_conv1d`: row by row, token by token, tap by tap. Arguments and result as there."""
+    """Compute `causal_conv1d` by its definition: row by row, token by token, tap by tap. Same arguments and result."""
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]

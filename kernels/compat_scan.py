@@ -261,7 +261,7 @@ def selective_state_update(
     """
 
     def with_heads(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> Tensor:
-        """The tensor, checked and given the head or group axis, of size 1, that it may lack."""
+        """Check the tensor, and add the head or group axis (of size 1) that it may lack."""
         axis = int(symbols.startswith("(B"))
         lacks = tensor.dim() == len(shape) - 1 and shape[axis] in (None, 1)
         check_tensor(name, tensor, shape[:axis] + shape[axis + 1 :] if lacks else shape, symbols)

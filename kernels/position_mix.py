@@ -60,15 +60,14 @@ def masked_mix(
 
     Args:
         x: (B, L, H, P) inputs.
-        weight: (H, N, N) weights of a position (row) for the positions up to it, N >= L. What stands above the
-            diagonal or beyond row L does not matter, whatever it is, and its gradient is exactly zero.
+        weight: (H, N, N) weights of a position (row) for the positions up to it, N >= L. Values above the
+            diagonal or beyond row L are ignored (even NaN), and their gradient is exactly zero.
         bias: (H, N) added at each position.
-        residual: (B, L, H, P) the stream that the result is added to; float32, say, while `x` is bfloat16.
+        residual: (B, L, H, P) the stream that the result is added to; e.g. float32 while `x` is bfloat16.
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens and negative at
-            padding. A document is mixed alone, with positions counted from its first token, and padding is left out:
-            packed documents give what separate ones do. L may then be more than N, a document's length may not.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64),
-            "triton" or "torch".
+            padding. Every document is mixed separately, with positions counted from its first token, and padding is
+            left out: packed documents give the results of separate ones. L may then exceed N, but no document may.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none; at padding `residual`, or zero. Sums are
@@ -96,19 +95,19 @@ def masked_mix_step(
     Shapes depend on no value and nothing waits for a device, so that a CUDA graph can hold the step.
 
     Args:
-        history: (B, K, H, P) inputs of each row in the order of their places. What stands behind a row's newest one is
-            not used, whatever it is.
+        history: (B, K, H, P) inputs of each row in the order of their places. Places behind a row's newest one are
+            ignored (even NaN).
         weight: (H, N, N) as in :func:`masked_mix`.
         bias: (H, N) or None.
         positions: (B) integer place p of each row's newest token, below K and N; its input is at `history[b, p]`.
             Negative: the row has no token yet.
         residual: (B, H, P) the stream that the result is added to.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or a
-            gradient to be recorded), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve a call whose gradient is
+            recorded.
 
     Returns:
         (B, H, P) in the dtype of `residual`, or of `history` if there is none; zero, or the residual, for a row
-        without a token. On a device, where positions are not looked at, NaN for a position that is too large.
+        without a token. On a device, where positions are not checked, NaN for a position that is too large.
 
     Raises:
         ValueError: if a shape, dtype, device or `implementation` does not fit, or a position on the CPU is too large.
@@ -124,7 +123,7 @@ def masked_mix_reference(
     residual: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """The definition of :func:`masked_mix`: token by token, differentiated by autograd. Arguments as there."""
+    """Compute :func:`masked_mix` by its definition: token by token, differentiated by autograd. Same arguments."""
     return _reference(_DENSE, x, weight, bias, residual, seq_idx)
 
 
@@ -143,10 +142,9 @@ def toeplitz_mix(
         x: (B, L, H, P) inputs.
         weight: (H, N) weights by distance, N >= L; the gradient of those from L on is exactly zero.
         bias: (H, N) added at each position.
-        residual: (B, L, H, P) the stream that the result is added to; float32, say, while `x` is bfloat16.
+        residual: (B, L, H, P) the stream that the result is added to; e.g. float32 while `x` is bfloat16.
         seq_idx: (B, L) integer document of each token, as in :func:`masked_mix`.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64),
-            "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) as :func:`masked_mix`.
@@ -183,7 +181,7 @@ def toeplitz_mix_reference(
     residual: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """The definition of :func:`toeplitz_mix`: token by token, differentiated by autograd. Arguments as there."""
+    """Compute :func:`toeplitz_mix` by its definition: token by token, differentiated by autograd. Same arguments."""
     return _reference(_TOEPLITZ, x, weight, bias, residual, seq_idx)
 
 
@@ -283,7 +281,7 @@ def _check_mix(
 def _check_step(
     history: Tensor, weight: Tensor, shape: str, bias: Tensor | None, positions: Tensor, residual: Tensor | None
 ) -> None:
-    """Raise ValueError unless the arguments of a step fit; positions on a device are not looked at."""
+    """Raise ValueError unless the arguments of a step fit; positions on a device are not checked."""
     check_tensor("history", history, (None,) * 4, "(B, K, H, P)")
     B, K, H, P = history.shape
     if not (K and H and P):
@@ -318,7 +316,7 @@ def _by_document(
     seq_idx: Tensor | None,
     positions: int,
 ) -> Tensor:
-    """`mix(x, residual)` of every document by itself; ValueError if one is longer than `positions`."""
+    """Apply `mix(x, residual)` to every document separately; raise ValueError if one is longer than `positions`."""
     if seq_idx is None:
         return mix(x, residual)
     lines = _lines(seq_idx, positions)
@@ -440,5 +438,5 @@ def _step(
 
 
 def _add_residual(y: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-    """The sum in the dtype of `residual`, or y in `dtype` if there is none."""
+    """Return `residual + y` in the dtype of `residual`, or `y` in `dtype` if there is no residual."""
     return y.to(dtype) if residual is None else (residual + y).to(residual.dtype)

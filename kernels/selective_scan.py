@@ -42,8 +42,8 @@ from .recurrence import blank_padding, documents, step_sizes, update_state
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from .tracing import opaque, tracing
 
-# Numbers of states (rows x D x N) and of tokens that the torch path works on at a time: the operation of one token then
-# does work enough to pay for its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
+# Numbers of states (rows x D x N) and of tokens that the torch path processes at a time: one token's operation is then
+# large enough to outweigh its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
 # bounded whatever the length. A shorter chunk saves more states: 4 N / _CHUNK bytes per token and channel.
 _STATES = 32768
 _CHUNK = 32
@@ -80,7 +80,7 @@ def selective_scan(
         initial_state: (B, D, N) state before the first token; zero if not given. Gradients flow to it.
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, D) outputs in the dtype of `x`; with `return_final_state` also the (B, D, N) final state in float32
@@ -138,8 +138,8 @@ def selective_scan_step(
         z: (B, D) gate.
         dt_bias: (D) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise), "triton" or "torch". With Triton it is one
-            launch without a host synchronisation, so that a CUDA graph can capture it.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). The Triton step is one launch without a host
+            synchronisation, so that a CUDA graph can capture it.
 
     Returns:
         (B, D) output in the dtype of `x`.
@@ -174,7 +174,7 @@ def selective_scan_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of :func:`selective_scan`: a loop over time in float32 (float64 kept). Arguments as there."""
+    """Compute :func:`selective_scan` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     real = first = None
     if seq_idx is not None:
@@ -199,8 +199,8 @@ def selective_scan_reference(
 
 
 def _decay(dt: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
-    """The factor on the state, of broadcastable step sizes and rates. Another discretisation changes this alone, as
-    long as the gradient of its logarithm is A for dt and dt for A."""
+    """Return the factor on the state, from broadcastable step sizes and rates. Another discretisation would change only
+    this function, as long as the gradient of the factor's logarithm is A for dt and dt for A."""
     return torch.mul(dt, A, out=out).exp_()
 
 
@@ -211,8 +211,8 @@ class _SelectiveScan(torch.autograd.Function):
     Backward, with g_t the gradient at h_t:  g_t = C_t dy_t + a_{t+1} g_{t+1};  du_t = sum_n B_t g_t;
     dB_t = sum_d u_t g_t;  dC_t = sum_d dy_t h_t;  e_t = g_t a_t h_{t-1} is the gradient at dt_t A, hence
     ddt_t = sum_n A e_t + x_t du_t and dA = sum_t dt_t e_t. The forward keeps the inputs and the state entering each
-    chunk; the backward recomputes the rest of a chunk from them, so that (Q, D, N) is the largest thing that ever
-    exists beside the results. Step sizes, skip and gate are worked out within the chunk too, while it is in the cache.
+    chunk; the backward recomputes the rest of a chunk from them, so that (Q, D, N) is the size of the largest
+    temporary tensor. Step sizes, skip and gate are computed per chunk too, while it is in the cache.
 
     Within a chunk everything but the recurrence is one operation on all its tokens, and the recurrence is one
     multiply-add per token, in place. States lie as (N, D): the inner loop then runs over D neighbours, for which x and
@@ -351,13 +351,13 @@ _traced_scan = opaque(
 
 
 class _Inputs(NamedTuple):
-    """What goes into some tokens' recurrence, (Q, rows, G, 1, D / G) in the dtype of the sums."""
+    """The inputs of the recurrence for some tokens, (Q, rows, G, 1, D / G) in the dtype of the sums."""
 
     x: Tensor
     raw: Tensor
     """`dt + dt_bias`"""
     steps: Tensor
-    """step sizes proper, 0 at padding"""
+    """step sizes, 0 at padding"""
     u: Tensor
     """`steps x`"""
 
