@@ -59,7 +59,7 @@ def rms_norm(
     Raises:
         ValueError: if a shape, a dtype, a device, `group_size` or `implementation` is not one of the above.
     """
-    group_size = _check(x, weight, z, group_size)
+    group_size = check_norm(x, weight, z, group_size)
     if choose_implementation(implementation, "rms_norm", x, group_size <= WIDEST_GROUP) == "triton":
         return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
     if tracing():  # what a compiler fuses, and differentiates as well as the function below does
@@ -124,7 +124,7 @@ def rms_norm_reference(
     norm_before_gate: bool = False,
 ) -> Tensor:
     """Compute `rms_norm` by its definition, differentiated by autograd. Same arguments and result."""
-    group_size = _check(x, weight, z, group_size)
+    group_size = check_norm(x, weight, z, group_size)
     dtype = accumulator(x)
     u = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
@@ -205,12 +205,17 @@ def _normalise(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_si
     return n.to(x.dtype).mul_(weight.view(-1, group_size)).flatten(-2), r
 
 
-def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:
-    """Check the arguments and return the group size."""
+def check_rows(x: Tensor) -> int:
+    """Check the (..., D) inputs of a norm and return D."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., D) with D >= 1, got shape {tuple(x.shape)}")
-    D = x.shape[-1]
     check_tensor("x", x, tuple(x.shape), "(..., D)")
+    return x.shape[-1]
+
+
+def check_norm(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:
+    """Check the arguments of a norm and return the group size."""
+    D = check_rows(x)
     check_tensor("weight", weight, (D,), "(D)")
     check_optional("z", z, tuple(x.shape), "(..., D)")
     check_devices(x=x, weight=weight, z=z)
@@ -223,7 +228,7 @@ def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) 
 
 def _check_add(x: Tensor, residual: Tensor, weight: Tensor) -> torch.dtype:
     """Check the arguments of `add_rms_norm` and return the dtype of its first result."""
-    _check(x, weight, None, None)
+    check_norm(x, weight, None, None)
     check_tensor("residual", residual, tuple(x.shape), "(..., D)")
     check_devices(x=x, residual=residual)
     return weight.dtype if weight.dtype.itemsize < residual.dtype.itemsize else residual.dtype

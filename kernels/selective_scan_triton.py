@@ -260,7 +260,8 @@ class _Call:
 @triton.jit
 def _decay(dt, rates):
     """Return the (BLOCK_D, BLOCK_N) factor on the state, from (BLOCK_D) step sizes and A log2(e). A different
-    discretisation would change only this function, as long as the gradient of the factor's logarithm is A for dt and dt for A."""
+    discretisation would change only this function, as long as the gradient of the factor's logarithm is A for dt and dt
+    for A."""
     return tl.exp2(dt[:, None] * rates)
 
 
