@@ -1,8 +1,8 @@
-"""Triton where it is installed, and otherwise a stand-in that lets kernel files be imported.
+"""Triton if it is installed, and otherwise a placeholder with which kernel files can be imported.
 
 A kernel file takes `triton` and `tl` from here and starts with `from __future__ import annotations`, so that an
 annotation such as `BLOCK: tl.constexpr` is not evaluated where `tl` is None. Without Triton a decorated kernel is
-the plain function, which nobody calls: `checks.choose_implementation` refuses first.
+the plain function, which is never called: `checks.choose_implementation` refuses first.
 """
 
 from __future__ import annotations

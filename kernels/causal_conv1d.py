@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .causal_conv1d_triton import WIDTHS, causal_conv1d_step_triton, causal_conv1d_triton
-from .checks import accumulator, check_devices, check_seq_idx, check_tensor, choose_implementation, of_no_rows, recorded
+from .checks import (
+    accumulator,
+    check_devices,
+    check_optional,
+    check_seq_idx,
+    check_tensor,
+    choose_implementation,
+    of_no_rows,
+    recorded,
+)
 from .tracing import tracing
 
 # Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
@@ -50,8 +59,7 @@ def causal_conv1d(
         seq_idx: (B, L) integer document of each token, non-decreasing along a row. A token sees its own document
             only. A negative entry marks padding: the token is skipped as if it were absent and its output is 0.
         return_final_state: also return the last K-1 inputs.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: K > 4 or
-            float64), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve K > 4.
 
     Returns:
         (B, L, D) outputs, in the dtype of `x`; accumulated in float32 (float64 for float64 inputs). With
@@ -122,8 +130,8 @@ def causal_conv1d_step(
         weight: (D, K) taps, oldest first, K >= 2.
         bias: (D) added before the activation.
         activation: None or "silu".
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: K > 4,
-            float64, or a gradient to be recorded), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve K > 4 or a call whose
+            gradient is recorded.
 
     Returns:
         (B, D) outputs, in the dtype of `x`.
@@ -157,7 +165,7 @@ def causal_conv1d_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `causal_conv1d`: row by row, token by token, tap by tap. Arguments and result as there."""
+    """Compute `causal_conv1d` by its definition: row by row, token by token, tap by tap. Same arguments and result."""
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
@@ -342,8 +350,7 @@ def _check_parameters(weight: Tensor, bias: Tensor | None, activation: str | Non
     check_tensor("weight", weight, (None, None), "(D, K)")
     if weight.shape[1] < 2:
         raise ValueError(f"weight must be (D, K) with K >= 2 taps, got shape {tuple(weight.shape)}")
-    if bias is not None:
-        check_tensor("bias", bias, (weight.shape[0],), "(D)")
+    check_optional("bias", bias, (weight.shape[0],), "(D)")
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', got {activation!r}")
 
@@ -361,11 +368,9 @@ def _check_sequence(
     B, L, _ = x.shape
     if L == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
-    if initial_state is not None:
-        check_tensor("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
+    check_optional("initial_state", initial_state, (B, *weight[:, 1:].shape), "(B, D, K-1)")
     check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, B, L)
+    check_seq_idx(seq_idx, B, L)
 
 
 def convolve_traced(

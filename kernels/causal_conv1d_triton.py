@@ -42,7 +42,7 @@ def causal_conv1d_triton(
     seq_idx: Tensor | None,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The outputs of `causal_conv1d` and its final state, None if not asked for. Arguments are checked there."""
+    """Return the outputs of `causal_conv1d` and its final state (None unless asked for), of checked arguments."""
     y, state = _CausalConv1d.apply(  # pyright: ignore[reportGeneralTypeIssues]
         x, weight, bias, initial_state, seq_idx, activation == "silu", return_final_state
     )

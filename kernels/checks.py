@@ -1,5 +1,12 @@
-"""What callers give to the ops: checks, whose one message names the argument, what it is and what is accepted, and the
-reading of `seq_idx` that the recurrences share.
+"""Checks of the arguments of ops, and the choice between their implementations.
+
+Every op has an argument `implementation`, with one contract (:func:`choose_implementation`):
+
+* "auto" runs Triton for CUDA tensors where Triton is installed and serves the call, and torch otherwise. No Triton
+  kernel takes float64; an op's docstring names what else its kernels do not serve. While a graph is traced, only the
+  two scans (`ssd`, `selective_scan`), whose kernels a graph can hold, run Triton.
+* "torch" runs torch, on any device.
+* "triton" runs Triton, or raises a ValueError that says why it cannot.
 """
 
 from __future__ import annotations
@@ -12,33 +19,34 @@ from .tracing import host_reads, tracing
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype that sums over `x` are kept in: float32, or float64 for float64 inputs."""
+    """Return the dtype that sums over `x` are kept in: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Return a context in which products keep the dtypes that an op has chosen: autocast would round them."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def recorded(*tensors: Tensor | None) -> bool:
-    """Whether a gradient of one of them is to be recorded."""
+    """Return whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def choose_implementation(
     implementation: str, name: str, x: Tensor, supports_triton: bool = True, traceable: bool = False
 ) -> str:
-    """The implementation that the op `name` takes for `x`.
+    """Return the implementation that the op `name` runs, "triton" or "torch": the module docstring has the contract.
 
     Args:
-        implementation: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed and serves the
-            call, torch otherwise.
-        name: the op, for the message.
-        x: a tensor of the call; its device and dtype decide. Triton kernels sum in float32 and so take no float64.
+        implementation: "auto", "triton" or "torch".
+        name: of the op, for the message.
+        x: a tensor of the call, whose device and dtype decide. Triton kernels sum in float32 and take no float64.
         supports_triton: whether the op's Triton kernels serve this call.
-        traceable: whether they may stand in a traced graph; if not, "auto" takes the torch path while tracing.
-
-    Returns:
-        "triton" or "torch".
+        traceable: whether a traced graph can hold them; if not, "auto" runs torch while a graph is traced.
 
     Raises:
-        ValueError: if `implementation` is unknown, or is "triton" and cannot be had.
+        ValueError: if `implementation` is unknown, or is "triton" and cannot run.
     """
     if implementation == "torch":
         return "torch"
@@ -65,7 +73,7 @@ def choose_implementation(
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:
     """Raise ValueError unless the sizes are as expected (None: any) and the dtype is floating point."""
-    fits = tensor.shape == shape  # nearly always; a step of decoding is short enough to feel the next line
+    fits = tensor.shape == shape  # nearly always; the next line would be noticeable in a decoding step
     if not fits and tensor.dim() == len(shape):
         fits = all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
     if not fits:
@@ -75,8 +83,14 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbo
         raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 
+def check_optional(name: str, tensor: Tensor | None, shape: tuple[int | None, ...], symbols: str) -> None:
+    """Do the same for an argument that may be None."""
+    if tensor is not None:
+        check_tensor(name, tensor, shape, symbols)
+
+
 def check_devices(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless the named tensors are where the first one is."""
+    """Raise ValueError unless the named tensors are on the device of the first one."""
     (x_name, x), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in others:
         if tensor.device != x.device:
@@ -93,16 +107,18 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], symbols: s
 
 
 def check_groups(name: str, groups: int, heads: int, noun: str = "heads") -> None:
-    """Raise ValueError unless the number of groups of a map divides that of the heads (`noun` names them)."""
+    """Raise ValueError unless the number of groups of a map divides the number of heads (`noun` is their name)."""
     if groups < 1 or heads % groups:
         raise ValueError(f"{name}: the number of groups must divide the {heads} {noun}, got {groups}")
 
 
-def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
-    """Raise ValueError unless `seq_idx` is (B, L), integer, and non-decreasing over each row's real tokens.
+def check_seq_idx(seq_idx: Tensor | None, batch: int, length: int) -> None:
+    """Raise ValueError unless `seq_idx` is None, or (B, L), integer, and non-decreasing over each row's real tokens.
 
-    Values on a device are not looked at, as that would wait for it, nor are those of a traced graph.
+    Values on a device are not read, which would synchronise with it, nor are those of a traced graph.
     """
+    if seq_idx is None:
+        return
     check_integers("seq_idx", seq_idx, (batch, length), "(B, L)")
     if not host_reads(seq_idx):
         return
@@ -118,7 +134,7 @@ def check_seq_idx(seq_idx: Tensor, batch: int, length: int) -> None:
 
 
 def check_projection(name: str, weight: Tensor, shape: tuple[int | None, ...], symbols: str, **inputs: Tensor) -> None:
-    """Raise ValueError unless a weight has the shape and, but under autocast, the dtype of the one named input."""
+    """Raise ValueError unless a weight has the shape and, except under autocast, the dtype of the one named input."""
     check_tensor(name, weight, shape, symbols)
     ((x_name, x),) = inputs.items()
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -126,7 +142,7 @@ def check_projection(name: str, weight: Tensor, shape: tuple[int | None, ...], s
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
-    """Return the bounds of sequences that follow each other, read on the host.
+    """Return the bounds of consecutive sequences, read on the host.
 
     Raises:
         ValueError: unless they are integers that start at 0, do not decrease and end at most at `length`.
@@ -141,7 +157,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
 
 
 def of_no_rows(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None) -> Tensor:
-    """The (0, ...) result of an op on an empty batch, in the graph of its inputs, whose gradients are zeros."""
+    """Return an op's (0, ...) result for an empty batch, connected to its inputs so that their gradients are zeros."""
     nothing = next(tensor for tensor in inputs if tensor is not None).new_zeros(shape, dtype=dtype)
     for tensor in inputs:
         if tensor is not None and tensor.requires_grad:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
-from .checks import check_cu_seqlens, check_devices, check_integers, check_tensor
+from .checks import check_cu_seqlens, check_devices, check_integers, check_optional, check_tensor
 from .recurrence import write_rows
 
 
@@ -47,8 +47,7 @@ def causal_conv1d_fn(
     if final_states_out is not None and not return_final_states:
         raise ValueError("final_states_out must be None unless return_final_states=True, got a tensor")
     for name, states in (("initial_states", initial_states), ("final_states_out", final_states_out)):
-        if states is not None:
-            check_tensor(name, states, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
+        check_optional(name, states, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
     check_devices(x=x, initial_states=initial_states, final_states_out=final_states_out)
     result = causal_conv1d(
         x.transpose(1, 2),

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import accumulator, check_devices, check_projection, check_tensor
-from .rms_norm import add_rms_norm, rms_norm
+from .checks import accumulator, check_devices, check_optional, check_projection, check_tensor
+from .rms_norm import add_rms_norm, check_rows, rms_norm
 
 
 def layer_norm_fn(
@@ -159,13 +159,11 @@ def layer_norm_linear_fn(
     Raises:
         ValueError: if an argument does not fit.
     """
-    _check_inputs(x)
+    check_rows(x)
     check_tensor("norm_weight", norm_weight, (x.shape[-1],), "(D)")
-    if norm_bias is not None:
-        check_tensor("norm_bias", norm_bias, (x.shape[-1],), "(D)")
+    check_optional("norm_bias", norm_bias, (x.shape[-1],), "(D)")
     check_projection("linear_weight", linear_weight, (None, x.shape[-1]), "(O, D)", x=x)
-    if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias, (linear_weight.shape[0],), "(O)")
+    check_optional("linear_bias", linear_bias, (linear_weight.shape[0],), "(O)")
     check_devices(
         x=x, norm_weight=norm_weight, norm_bias=norm_bias, linear_weight=linear_weight, linear_bias=linear_bias
     )
@@ -246,12 +244,6 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x.masked_fill(~kept, 0) / (1 - p), kept
 
 
-def _check_inputs(x: Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be (..., D) with D >= 1, got shape {tuple(x.shape)}")
-    check_tensor("x", x, tuple(x.shape), "(..., D)")
-
-
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -263,13 +255,11 @@ def _check(
     dropout_p: float,
     rowscale: Tensor | None,
 ) -> None:
-    _check_inputs(x)
+    check_rows(x)
     for name, tensor in (("residual", residual), ("x1", x1)):
-        if tensor is not None:
-            check_tensor(name, tensor, tuple(x.shape), "(..., D)")
+        check_optional(name, tensor, tuple(x.shape), "(..., D)")
     for name, tensor in (("weight", weight), ("bias", bias), ("weight1", weight1), ("bias1", bias1)):
-        if tensor is not None:
-            check_tensor(name, tensor, (x.shape[-1],), "(D)")
+        check_optional(name, tensor, (x.shape[-1],), "(D)")
     if bias1 is not None and weight1 is None:
         raise ValueError("bias1 must be None if weight1 is None, got a tensor")
     if rowscale is not None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import accumulator, check_devices, check_tensor
-from .rms_norm import rms_norm
+from .checks import accumulator, check_devices, check_optional
+from .rms_norm import check_norm, rms_norm
 
 
 def layernorm_fn(
@@ -44,16 +44,9 @@ def layernorm_fn(
     Raises:
         ValueError: if an argument does not fit.
     """
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be (..., D) with D >= 1, got shape {tuple(x.shape)}")
-    D = x.shape[-1]
-    check_tensor("x", x, tuple(x.shape), "(..., D)")
-    check_tensor("weight", weight, (D,), "(D)")
-    if bias is not None:
-        check_tensor("bias", bias, (D,), "(D)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), "(..., D)")
-    check_devices(x=x, weight=weight, bias=bias, z=z)
+    size = check_norm(x, weight, z, group_size)
+    check_optional("bias", bias, (x.shape[-1],), "(D)")
+    check_devices(x=x, bias=bias)
     if is_rms_norm and bias is None:
         return rms_norm(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)
     sums = accumulator(x)
@@ -61,12 +54,9 @@ def layernorm_fn(
     if is_rms_norm:
         y = rms_norm(u, scale, eps, z=None if norm_before_gate else gate, group_size=group_size)
     else:
-        size = D if group_size is None else group_size
-        if size < 1 or D % size:
-            raise ValueError(f"group_size must be a positive divisor of D = {D}, got {group_size}")
         if gate is not None and not norm_before_gate:
             u = u * F.silu(gate)
-        y = F.layer_norm(u.unflatten(-1, (D // size, size)), (size,), eps=eps).flatten(-2) * scale
+        y = F.layer_norm(u.unflatten(-1, (-1, size)), (size,), eps=eps).flatten(-2) * scale
     if bias is not None:
         y = y + bias.to(sums)
     if gate is not None and norm_before_gate:
@@ -99,6 +89,9 @@ class LayerNorm(nn.Module):
         dtype: of the parameters.
     """
 
+    is_rms_norm = False
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -111,50 +104,23 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        bias = None if self.is_rms_norm else nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the weight to one and the bias to zero."""
         nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Normalise (..., D) inputs with the gate `z`."""
-        return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
+        options = self.eps, self.group_size, self.norm_before_gate, self.is_rms_norm
+        return layernorm_fn(x, self.weight, self.bias, z, *options)
 
 
-class RMSNorm(nn.Module):
-    """:func:`rmsnorm_fn` with a weight of its own, without a bias.
+class RMSNorm(LayerNorm):
+    """:func:`rmsnorm_fn` with a weight of its own, without a bias. Arguments as :class:`LayerNorm`."""
 
-    Args:
-        hidden_size: D.
-        eps: added to the mean square.
-        group_size: S channels that are normalised together. None: all D.
-        norm_before_gate: apply the gate after the norm.
-        device: of the weight.
-        dtype: of the weight.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        group_size: int | None = None,
-        norm_before_gate: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set the weight to one."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Normalise (..., D) inputs with the gate `z`."""
-        return rmsnorm_fn(x, self.weight, None, z, self.eps, self.group_size, self.norm_before_gate)
+    is_rms_norm = True

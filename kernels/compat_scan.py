@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
-from .checks import check_devices, check_groups, check_integers, check_projection, check_tensor
+from .checks import check_devices, check_groups, check_integers, check_optional, check_projection, check_tensor
 from .recurrence import write_rows
 from .rms_norm import rms_norm
 from .selective_scan import selective_scan, selective_scan_step
@@ -63,10 +63,8 @@ def selective_scan_fn(
         raise ValueError(f"u must hold at least one token, got shape {tuple(u.shape)}")
     _check_rates(A, channels)
     check_tensor("delta", delta, tuple(u.shape), "(B, D, L)")
-    if z is not None:
-        check_tensor("z", z, tuple(u.shape), "(B, D, L)")
-    if delta_bias is not None:
-        check_tensor("delta_bias", delta_bias, (channels,), "(D)")
+    check_optional("z", z, tuple(u.shape), "(B, D, L)")
+    check_optional("delta_bias", delta_bias, (channels,), "(D)")
     maps_in, maps_out = _matching_maps(
         _map_by_token("B", B, batch, length, A), _map_by_token("C", C, batch, length, A), channels
     )
@@ -173,8 +171,7 @@ def mamba_inner_fn(
         "dt_rms_weight": (dt_rms_weight, channels, "(D)"),
     }
     for name, (vector, width, letters) in vectors.items():
-        if vector is not None:
-            check_tensor(name, vector, (width,), letters)
+        check_optional(name, vector, (width,), letters)
     for letter, given in (("B", B), ("C", C)):
         for name in (f"{letter}_proj_bias", f"{letter.lower()}_rms_weight"):
             if given is not None and vectors[name][0] is not None:
@@ -264,7 +261,7 @@ def selective_state_update(
     """
 
     def with_heads(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> Tensor:
-        """The tensor, checked and given the head or group axis, of size 1, that it may lack."""
+        """Check the tensor, and add the head or group axis (of size 1) that it may lack."""
         axis = int(symbols.startswith("(B"))
         lacks = tensor.dim() == len(shape) - 1 and shape[axis] in (None, 1)
         check_tensor(name, tensor, shape[:axis] + shape[axis + 1 :] if lacks else shape, symbols)

@@ -18,9 +18,11 @@ from .checks import (
     accumulator,
     check_cu_seqlens,
     check_devices,
+    check_optional,
     check_projection,
     check_seq_idx,
     check_tensor,
+    without_autocast,
 )
 from .compat_conv import convolution_activation
 from .recurrence import step_sizes
@@ -197,12 +199,9 @@ def mamba_split_conv1d_scan_combined(
             f"zxbcdt must be (B, L, 2 M + 2 H P + 2 G N + H) with 2 H P + 2 G N + H = {inner + channels + heads} and "
             f"M >= 0, got shape {tuple(zxbcdt.shape)}"
         )
-    if conv1d_bias is not None:
-        check_tensor("conv1d_bias", conv1d_bias, (channels,), "(H P + 2 G N)")
-    if rmsnorm_weight is not None:
-        check_tensor("rmsnorm_weight", rmsnorm_weight, (inner,), "(H P)")
-    if initial_states is not None:
-        check_tensor("initial_states", initial_states, (len(zxbcdt), heads, width, size), "(B, H, P, N)")
+    check_optional("conv1d_bias", conv1d_bias, (channels,), "(H P + 2 G N)")
+    check_optional("rmsnorm_weight", rmsnorm_weight, (inner,), "(H P)")
+    check_optional("initial_states", initial_states, (len(zxbcdt), heads, width, size), "(B, H, P, N)")
     if outproj_weight is not None:
         check_projection("outproj_weight", outproj_weight, (None, beside + inner), "(O, M + H P)", zxbcdt=zxbcdt)
     if outproj_bias is not None:
@@ -288,7 +287,7 @@ def _sequence_states(
     sum_t exp(sum_{k > t} dt_k A) dt_t x_t (x) B_t."""
     sums, groups = steps.dtype, B.shape[1]
     states = []
-    with torch.autocast(x.device.type, enabled=False):  # which would round the products
+    with without_autocast(x):
         for start, end in pairwise(bounds):
             log_decay = steps[start:end] * A.to(sums)
             to_end = F.pad(log_decay[1:], (0, 0, 0, int(end > start))).flip(0).cumsum(0).flip(0)

@@ -17,6 +17,7 @@ its code is blbadger/maskedmixers@8f9515d. Toeplitz MLP mixers (arXiv 2605.06683
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +26,25 @@ from .checks import (
     accumulator,
     check_devices,
     check_integers,
+    check_optional,
     check_seq_idx,
     check_tensor,
     choose_implementation,
     recorded,
+    without_autocast,
 )
 from .position_mix_torch import DenseWeights, DocumentLines, ToeplitzWeights, mix_fourier, mix_panels
 from .position_mix_triton import mix_step_triton, mix_triton
 from .recurrence import documents
 from .tracing import host_reads, tracing
 
-_DENSE = "(H, N, N)"
+# Tokens from which on the torch path transforms. Measured on 1 CPU core, fp32, torch 2.13, B = H = 1, P = 1024,
+# milliseconds of processor time, forward / forward + backward, fastest of 3:
+#     L                 768          1024         1536         2048         4096
+#     panels            16 / 48      26 / 74      48 / 138     80 / 253     300 / 930
+#     transforms        17 / 38      18 / 47      32 / 83      49 / 129     82 / 250
+# Short rows use panels, whose outputs do not depend on later tokens at all.
+_TRANSFORM_FROM = 1024
 
 
 def masked_mix(
@@ -51,15 +60,14 @@ def masked_mix(
 
     Args:
         x: (B, L, H, P) inputs.
-        weight: (H, N, N) weights of a position (row) for the positions up to it, N >= L. What stands above the
-            diagonal or beyond row L does not matter, whatever it is, and its gradient is exactly zero.
+        weight: (H, N, N) weights of a position (row) for the positions up to it, N >= L. Values above the
+            diagonal or beyond row L are ignored (even NaN), and their gradient is exactly zero.
         bias: (H, N) added at each position.
-        residual: (B, L, H, P) the stream that the result is added to; float32, say, while `x` is bfloat16.
+        residual: (B, L, H, P) the stream that the result is added to; e.g. float32 while `x` is bfloat16.
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens and negative at
-            padding. A document is mixed alone, with positions counted from its first token, and padding is left out:
-            packed documents give what separate ones do. L may then be more than N, a document's length may not.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64),
-            "triton" or "torch".
+            padding. Every document is mixed separately, with positions counted from its first token, and padding is
+            left out: packed documents give the results of separate ones. L may then exceed N, but no document may.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none; at padding `residual`, or zero. Sums are
@@ -70,23 +78,7 @@ def masked_mix(
         ValueError: if a shape, dtype, device, `implementation` or the number of positions does not fit, or `seq_idx`
             decreases along a row.
     """
-    check_mix(x, weight, _DENSE, bias, residual, seq_idx)
-    implementation = choose_implementation(implementation, "masked_mix", x)
-    if tracing() and implementation == "torch":
-
-        def entries(target: Tensor, source: Tensor) -> Tensor:
-            if seq_idx is None:
-                return weight[:, None, : x.shape[1], : x.shape[1]]
-            return weight[:, target[:, :, None], source[:, None, :]]
-
-        return mix_traced(entries, x, bias, residual, seq_idx)
-
-    def mix(x: Tensor, residual: Tensor | None) -> Tensor:
-        if implementation == "triton":
-            return mix_triton(x, weight, bias, residual)
-        return add_residual(mix_panels(x, weight, bias, DenseWeights), x.dtype, residual)
-
-    return mix_by_document(mix, x, residual, seq_idx, weight.shape[-1])
+    return _mix(_DENSE, "masked_mix", x, weight, bias, residual, seq_idx, implementation)
 
 
 def masked_mix_step(
@@ -103,33 +95,24 @@ def masked_mix_step(
     Shapes depend on no value and nothing waits for a device, so that a CUDA graph can hold the step.
 
     Args:
-        history: (B, K, H, P) inputs of each row in the order of their places. What stands behind a row's newest one is
-            not used, whatever it is.
+        history: (B, K, H, P) inputs of each row in the order of their places. Places behind a row's newest one are
+            ignored (even NaN).
         weight: (H, N, N) as in :func:`masked_mix`.
         bias: (H, N) or None.
         positions: (B) integer place p of each row's newest token, below K and N; its input is at `history[b, p]`.
             Negative: the row has no token yet.
         residual: (B, H, P) the stream that the result is added to.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or a
-            gradient to be recorded), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve a call whose gradient is
+            recorded.
 
     Returns:
         (B, H, P) in the dtype of `residual`, or of `history` if there is none; zero, or the residual, for a row
-        without a token. On a device, where positions are not looked at, NaN for a position that is too large.
+        without a token. On a device, where positions are not checked, NaN for a position that is too large.
 
     Raises:
         ValueError: if a shape, dtype, device or `implementation` does not fit, or a position on the CPU is too large.
     """
-    check_mix_step(history, weight, _DENSE, bias, positions, residual)
-    served = not recorded(history, weight, bias, residual)  # the kernel has no backward
-    if choose_implementation(implementation, "masked_mix_step", history, served) == "triton":
-        return mix_step_triton(history, weight, bias, positions, residual)
-    heads = torch.arange(history.shape[2], device=history.device)[:, None]
-
-    def row_of(position: Tensor, place: Tensor) -> Tensor:
-        return weight[heads, position[..., None], place]
-
-    return mix_step(row_of, history, bias, positions, residual, weight.shape[-1])
+    return _step(_DENSE, "masked_mix_step", history, weight, bias, positions, residual, implementation)
 
 
 def masked_mix_reference(
@@ -140,19 +123,8 @@ def masked_mix_reference(
     residual: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """The definition of :func:`masked_mix`: token by token, differentiated by autograd. Arguments as there."""
-    check_mix(x, weight, _DENSE, bias, residual, seq_idx)
-    return mix_reference(lambda weight, i: weight[:, i, : i + 1], x, weight, bias, residual, seq_idx)
-
-
-_BY_DISTANCE = "(H, N)"
-# Tokens from which on the torch path transforms. Measured on 1 CPU core, fp32, torch 2.13, B = H = 1, P = 1024,
-# milliseconds of processor time, forward / forward + backward, fastest of 3:
-#     L                 768          1024         1536         2048         4096
-#     panels            16 / 48      26 / 74      48 / 138     80 / 253     300 / 930
-#     transforms        17 / 38      18 / 47      32 / 83      49 / 129     82 / 250
-# Short rows keep to panels, whose outputs do not feel a later token at all.
-_TRANSFORM_FROM = 1024
+    """Compute :func:`masked_mix` by its definition: token by token, differentiated by autograd. Same arguments."""
+    return _reference(_DENSE, x, weight, bias, residual, seq_idx)
 
 
 def toeplitz_mix(
@@ -170,10 +142,9 @@ def toeplitz_mix(
         x: (B, L, H, P) inputs.
         weight: (H, N) weights by distance, N >= L; the gradient of those from L on is exactly zero.
         bias: (H, N) added at each position.
-        residual: (B, L, H, P) the stream that the result is added to; float32, say, while `x` is bfloat16.
+        residual: (B, L, H, P) the stream that the result is added to; e.g. float32 while `x` is bfloat16.
         seq_idx: (B, L) integer document of each token, as in :func:`masked_mix`.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64),
-            "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) as :func:`masked_mix`.
@@ -181,25 +152,7 @@ def toeplitz_mix(
     Raises:
         ValueError: as :func:`masked_mix`.
     """
-    check_mix(x, weight, _BY_DISTANCE, bias, residual, seq_idx)
-    implementation = choose_implementation(implementation, "toeplitz_mix", x)
-    if tracing() and implementation == "torch":
-
-        def entries(target: Tensor, source: Tensor) -> Tensor:
-            return weight[:, (target[:, :, None] - source[:, None, :]).clamp(min=0)]
-
-        return mix_traced(entries, x, bias, residual, seq_idx)
-
-    def mix(x: Tensor, residual: Tensor | None) -> Tensor:
-        if implementation == "triton":
-            return mix_triton(x, weight, bias, residual)
-        if x.shape[1] < _TRANSFORM_FROM:
-            y = mix_panels(x, weight, bias, ToeplitzWeights)
-        else:
-            y = mix_fourier(x, weight, bias)
-        return add_residual(y, x.dtype, residual)
-
-    return mix_by_document(mix, x, residual, seq_idx, weight.shape[-1])
+    return _mix(_TOEPLITZ, "toeplitz_mix", x, weight, bias, residual, seq_idx, implementation)
 
 
 def toeplitz_mix_step(
@@ -217,15 +170,7 @@ def toeplitz_mix_step(
         weight: (H, N) weights by distance. The others are those of :func:`masked_mix_step`, and so are the result and
             the errors.
     """
-    check_mix_step(history, weight, _BY_DISTANCE, bias, positions, residual)
-    served = not recorded(history, weight, bias, residual)  # the kernel has no backward
-    if choose_implementation(implementation, "toeplitz_mix_step", history, served) == "triton":
-        return mix_step_triton(history, weight, bias, positions, residual)
-
-    def row_of(position: Tensor, place: Tensor) -> Tensor:
-        return weight.T[(position - place).clamp(min=0)].transpose(1, 2)
-
-    return mix_step(row_of, history, bias, positions, residual, weight.shape[-1])
+    return _step(_TOEPLITZ, "toeplitz_mix_step", history, weight, bias, positions, residual, implementation)
 
 
 def toeplitz_mix_reference(
@@ -236,12 +181,88 @@ def toeplitz_mix_reference(
     residual: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """The definition of :func:`toeplitz_mix`: token by token, differentiated by autograd. Arguments as there."""
-    check_mix(x, weight, _BY_DISTANCE, bias, residual, seq_idx)
-    return mix_reference(lambda weight, i: weight[:, : i + 1].flip(1), x, weight, bias, residual, seq_idx)
+    """Compute :func:`toeplitz_mix` by its definition: token by token, differentiated by autograd. Same arguments."""
+    return _reference(_TOEPLITZ, x, weight, bias, residual, seq_idx)
 
 
-def check_mix(
+class _Kind(NamedTuple):
+    """How a mixture reads its weights."""
+
+    shape: str
+    """of the weights, in symbols"""
+    row: Callable[[Tensor, int], Tensor]
+    """weights and a position i to its (H, i + 1) weights"""
+    step: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """weights, (B, 1) positions and (K) places to (B, H, K) weights; those of later places are not used"""
+    matrix: Callable[[Tensor, Tensor, bool], Tensor]
+    """weights, the (B or 1, L) positions of tokens, and whether rows are packed, to (H, B or 1, L target, L source)
+    weights; those of later sources are not used"""
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    """the torch path: (B, L, H, P) inputs, weights and bias to the mixture in the dtype of the sums"""
+
+
+def _dense_step(weight: Tensor, position: Tensor, place: Tensor) -> Tensor:
+    heads = torch.arange(weight.shape[0], device=weight.device)[:, None]
+    return weight[heads, position[..., None], place]
+
+
+def _dense_matrix(weight: Tensor, places: Tensor, packed: bool) -> Tensor:
+    if packed:
+        return weight[:, places[:, :, None], places[:, None, :]]
+    return weight[:, None, : places.shape[1], : places.shape[1]]
+
+
+def _toeplitz_step(weight: Tensor, position: Tensor, place: Tensor) -> Tensor:
+    return weight.T[(position - place).clamp(min=0)].transpose(1, 2)
+
+
+def _toeplitz_matrix(weight: Tensor, places: Tensor, packed: bool) -> Tensor:
+    return weight[:, (places[:, :, None] - places[:, None, :]).clamp(min=0)]
+
+
+def _toeplitz_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[1] < _TRANSFORM_FROM:
+        return mix_panels(x, weight, bias, ToeplitzWeights)
+    return mix_fourier(x, weight, bias)
+
+
+_DENSE = _Kind(
+    "(H, N, N)",
+    lambda weight, i: weight[:, i, : i + 1],
+    _dense_step,
+    _dense_matrix,
+    lambda x, weight, bias: mix_panels(x, weight, bias, DenseWeights),
+)
+_TOEPLITZ = _Kind(
+    "(H, N)", lambda weight, i: weight[:, : i + 1].flip(1), _toeplitz_step, _toeplitz_matrix, _toeplitz_product
+)
+
+
+def _mix(
+    kind: _Kind,
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seq_idx: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    """Run the op `name`."""
+    _check_mix(x, weight, kind.shape, bias, residual, seq_idx)
+    implementation = choose_implementation(implementation, name, x)
+    if tracing() and implementation == "torch":
+        return _traced(kind, x, weight, bias, residual, seq_idx)
+
+    def mix(x: Tensor, residual: Tensor | None) -> Tensor:
+        if implementation == "triton":
+            return mix_triton(x, weight, bias, residual)
+        return _add_residual(kind.product(x, weight, bias), x.dtype, residual)
+
+    return _by_document(mix, x, residual, seq_idx, weight.shape[-1])
+
+
+def _check_mix(
     x: Tensor, weight: Tensor, shape: str, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
 ) -> None:
     """Raise ValueError unless the arguments fit; `shape` is the one of `weight` in symbols."""
@@ -250,19 +271,17 @@ def check_mix(
     if not (L and H and P):
         raise ValueError(f"x must hold at least one token, one head and one feature, got shape {tuple(x.shape)}")
     N = _check_weights(weight, shape, bias, H)
-    if residual is not None:
-        check_tensor("residual", residual, (B, L, H, P), "(B, L, H, P)")
+    check_optional("residual", residual, (B, L, H, P), "(B, L, H, P)")
     check_devices(x=x, weight=weight, bias=bias, residual=residual, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, B, L)
-    elif L > N:
+    check_seq_idx(seq_idx, B, L)
+    if seq_idx is None and L > N:
         raise ValueError(f"weight must be {shape} with N >= L = {L} positions, got shape {tuple(weight.shape)}")
 
 
-def check_mix_step(
+def _check_step(
     history: Tensor, weight: Tensor, shape: str, bias: Tensor | None, positions: Tensor, residual: Tensor | None
 ) -> None:
-    """Raise ValueError unless the arguments of a step fit; positions on a device are not looked at."""
+    """Raise ValueError unless the arguments of a step fit; positions on a device are not checked."""
     check_tensor("history", history, (None,) * 4, "(B, K, H, P)")
     B, K, H, P = history.shape
     if not (K and H and P):
@@ -271,8 +290,7 @@ def check_mix_step(
         )
     N = _check_weights(weight, shape, bias, H)
     check_integers("positions", positions, (B,), "(B)")
-    if residual is not None:
-        check_tensor("residual", residual, (B, H, P), "(B, H, P)")
+    check_optional("residual", residual, (B, H, P), "(B, H, P)")
     check_devices(history=history, weight=weight, bias=bias, positions=positions, residual=residual)
     if host_reads(positions) and B and int(positions.max()) >= min(K, N):
         raise ValueError(
@@ -287,19 +305,18 @@ def _check_weights(weight: Tensor, shape: str, bias: Tensor | None, heads: int) 
     N = weight.shape[-1] if weight.dim() == rank else None
     check_tensor("weight", weight, (heads, *[N] * (rank - 1)), shape)
     assert N is not None
-    if bias is not None:
-        check_tensor("bias", bias, (heads, N), "(H, N)")
+    check_optional("bias", bias, (heads, N), "(H, N)")
     return N
 
 
-def mix_by_document(
+def _by_document(
     mix: Callable[[Tensor, Tensor | None], Tensor],
     x: Tensor,
     residual: Tensor | None,
     seq_idx: Tensor | None,
     positions: int,
 ) -> Tensor:
-    """`mix(x, residual)` of every document by itself; ValueError if one is longer than `positions`."""
+    """Apply `mix(x, residual)` to every document separately; raise ValueError if one is longer than `positions`."""
     if seq_idx is None:
         return mix(x, residual)
     lines = _lines(seq_idx, positions)
@@ -315,20 +332,10 @@ def mix_by_document(
     return y.where(lines.real[..., None, None], residual)
 
 
-def mix_traced(
-    entries: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seq_idx: Tensor | None,
+def _traced(
+    kind: _Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor:
-    """The mixture of every token in a traced graph (:mod:`tracing`): one product with an (L, L) matrix for each head,
-    and with `seq_idx` for each row too.
-
-    Args:
-        entries: given (B or 1, L) targets and sources, returns the (H, B or 1, L, L) weights of their positions;
-            what it returns for a source behind its target is not used.
-    """
+    """Mix in a traced graph (:mod:`tracing`): one product with an (L, L) matrix per head, and per row if packed."""
     length, sums = x.shape[1], accumulator(x)
     column = torch.arange(length, device=x.device)
     seen = (column <= column[:, None])[None]
@@ -340,17 +347,17 @@ def mix_traced(
         start = rank.masked_fill(~first, 0).cummax(1).values
         places = (rank - start).masked_fill(~real, 0)
         seen = seen & real[:, None] & (seq_idx[:, :, None] == seq_idx[:, None, :])
-    matrix = entries(places, places).to(sums).masked_fill(~seen, 0)
+    matrix = kind.matrix(weight, places, seq_idx is not None).to(sums).masked_fill(~seen, 0)
     u = x.to(sums)
     if seq_idx is not None:
         u = u.masked_fill(~real[..., None, None], 0)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = (matrix.transpose(0, 1) @ u.transpose(1, 2)).transpose(1, 2)
     if bias is not None:
         y = y + bias.to(sums).T[places][..., None]
     if seq_idx is not None:
         y = y.masked_fill(~real[..., None, None], 0)
-    return add_residual(y, x.dtype, residual)
+    return _add_residual(y, x.dtype, residual)
 
 
 def _lines(seq_idx: Tensor, positions: int) -> DocumentLines:
@@ -362,15 +369,11 @@ def _lines(seq_idx: Tensor, positions: int) -> DocumentLines:
     return lines
 
 
-def mix_reference(
-    row_of: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seq_idx: Tensor | None,
+def _reference(
+    kind: _Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor:
-    """The definition: token by token. `row_of(weight, i)` are the (H, i + 1) weights of position i."""
+    """Mix token by token: the definition."""
+    _check_mix(x, weight, kind.shape, bias, residual, seq_idx)
     if seq_idx is not None:
         _lines(seq_idx, weight.shape[-1])
     sums = accumulator(x)
@@ -387,27 +390,28 @@ def mix_reference(
                 continue
             seen = (document[: t + 1] == document[t]).nonzero().squeeze(1)
             i = len(seen) - 1
-            y = torch.einsum("hj,jhp->hp", row_of(weight, i), u[b, seen.to(x.device)])
+            y = torch.einsum("hj,jhp->hp", kind.row(weight, i), u[b, seen.to(x.device)])
             tokens.append(y if bias is None else y + bias[:, i, None])
         rows.append(torch.stack(tokens))
-    return add_residual(torch.stack(rows) if rows else u, x.dtype, residual)
+    return _add_residual(torch.stack(rows) if rows else u, x.dtype, residual)
 
 
-def mix_step(
-    row_of: Callable[[Tensor, Tensor], Tensor],
+def _step(
+    kind: _Kind,
+    name: str,
     history: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     positions: Tensor,
     residual: Tensor | None,
-    limit: int,
+    implementation: str,
 ) -> Tensor:
-    """The torch path of a step.
-
-    Args:
-        row_of: given (B, 1) positions and (K) places up to them, returns (B, H, K) weights; what it returns for a
-            place behind the position is not used.
-        limit: N.
-    """
+    """Run the step `name`."""
+    _check_step(history, weight, kind.shape, bias, positions, residual)
+    served = not recorded(history, weight, bias, residual)  # the kernel has no backward
+    if choose_implementation(implementation, name, history, served) == "triton":
+        return mix_step_triton(history, weight, bias, positions, residual)
+    limit = weight.shape[-1]
     sums, dtype = accumulator(history), history.dtype
     B, K, H, _ = history.shape
     positions = positions.long()
@@ -422,17 +426,17 @@ def mix_step(
     if not host_reads(positions) or bool(hidden.any()):
         # A slot that is still empty may hold anything, and zero times NaN is NaN.
         history = history.masked_fill(hidden[..., None, None], 0)
-    weights = row_of(here.clamp(0, longest - 1), place).to(sums).masked_fill(hidden[:, None], 0)
+    weights = kind.step(weight, here.clamp(0, longest - 1), place).to(sums).masked_fill(hidden[:, None], 0)
     # By head: as one product the heads' strides would make it copy the history.
-    with torch.autocast(history.device.type, enabled=False):
+    with without_autocast(history):
         y = torch.stack([torch.bmm(weights[:, h, None], history[:, :, h])[:, 0] for h in range(H)], dim=1)
     if bias is not None:
         y = y + bias.to(sums).T[positions.clamp(0, limit - 1), :, None]
     y = y.masked_fill((positions < 0)[:, None, None], 0)
     y = y.masked_fill((positions >= min(K, limit))[:, None, None], torch.nan)
-    return add_residual(y, dtype, residual)
+    return _add_residual(y, dtype, residual)
 
 
-def add_residual(y: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-    """The sum in the dtype of `residual`, or y in `dtype` if there is none."""
+def _add_residual(y: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
+    """Return `residual + y` in the dtype of `residual`, or `y` in `dtype` if there is no residual."""
     return y.to(dtype) if residual is None else (residual + y).to(residual.dtype)

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator
+from .checks import accumulator, without_autocast
 
-# Rows of a panel of short rows of the batch; twice as many from that length on.
+# Rows of a panel for sequences shorter than _LONG; longer ones use twice as many.
 _PANEL, _LONG = 128, 1024
 
 
@@ -43,29 +43,29 @@ class DenseWeights:
         self.length = length
 
     def rows(self, first: int, last: int) -> Tensor:
-        """(T, last) what the rows from `first` to before `last` give to the columns up to them."""
+        """Return the (T, last) weights of rows `first` to `last - 1` for the columns up to them."""
         return self.weight[first:last, :last].tril(first)
 
     def columns(self, first: int, last: int) -> Tensor:
-        """(T, L - first) what the columns from `first` to before `last` get from the rows from `first` on."""
+        """Return the transposed (T, L - first) weights of columns `first` to `last - 1` in rows from `first` on."""
         return self.weight[first : self.length, first:last].tril().T
 
     def sums(self, gradient: Tensor) -> Tensor:
-        """What gradients of panels are added up in, zeros; `gradient` is where the weights' goes, and zero."""
+        """Return a zeroed buffer for accumulating per-panel gradients; `gradient` is the zeroed output tensor."""
         return gradient
 
     def panel_of(self, sums: Tensor, first: int, last: int) -> Tensor:
-        """The part of them that belongs to `rows(first, last)`, a view."""
+        """Return the view of the buffer that belongs to `rows(first, last)`."""
         return sums[first:last, :last]
 
     def finish(self, sums: Tensor, gradient: Tensor) -> None:
-        """Make the weights' gradient of what was added up, panels that have a triangle above the diagonal too."""
+        """Turn the accumulated panels, which include triangles above the diagonal, into the gradient of the weights."""
         for first, last in _panels(self.length):
             gradient[first:last, first:last].tril_()
 
 
 class ToeplitzWeights:
-    """The same of weights that depend on the distance alone: all panels are views of one, of its last columns.
+    """A head's weights by distance, with the methods of :class:`DenseWeights`: all panels are views of the last one.
 
     Args:
         weight: (N) by distance.
@@ -98,7 +98,7 @@ class ToeplitzWeights:
         return sums[: last - first, begin : begin + last]
 
     def finish(self, sums: Tensor, gradient: Tensor) -> None:
-        """Sums over diagonals: with every row shifted by one more than the row above they are columns."""
+        """Sum over diagonals, which become columns when every row is shifted by one more than the row above."""
         shifted = F.pad(sums, (self.height, 0)).flatten()
         by_column = F.pad(shifted, (0, self.height)).view(self.height, -1).sum(0)
         gradient[: self.length] = by_column[self.width - self.length + 1 : self.width + 1].flip(0)
@@ -107,25 +107,25 @@ class ToeplitzWeights:
 def mix_panels(
     x: Tensor, weight: Tensor, bias: Tensor | None, weights: type[DenseWeights] | type[ToeplitzWeights]
 ) -> Tensor:
-    """The mixture of every token, differentiable.
+    """Return the mixture of every token, differentiable.
 
     Args:
         x: (B, L, H, P) inputs.
         weight: (H, N, N) or (H, N), N >= L.
         bias: (H, N), None for none.
-        weights: how those of a head are read.
+        weights: the class that reads the weights of a head.
 
     Returns:
         (B, L, H, P) in float32, or float64 for float64 inputs.
     """
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+    with without_autocast(x):
         y = _Panels.apply(x, weight, bias, weights)
     assert isinstance(y, Tensor)  # `apply` is untyped
     return y
 
 
 class _Panels(torch.autograd.Function):
-    """Keeps its inputs only.
+    """Saves its inputs only.
 
     Backward: dx_j = sum_{i >= j} W_ij dy_i,  dW_ij = sum over rows and features of dy_i x_j for j <= i,
     db_i = sum of dy_i.
@@ -188,7 +188,7 @@ class _Panels(torch.autograd.Function):
 
 
 def _panels(length: int) -> list[tuple[int, int]]:
-    """First row of each panel, and the row after its last."""
+    """Return the first row of each panel and the row after its last."""
     height = _height(length)
     return [(first, min(first + height, length)) for first in range(0, length, height)]
 
@@ -203,7 +203,7 @@ _FEATURES = 64
 
 
 def mix_fourier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The mixture of every token, differentiable.
+    """Return the mixture of every token, differentiable.
 
     Args:
         x: (B, L, H, P) inputs.
@@ -219,7 +219,7 @@ def mix_fourier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Fourier(torch.autograd.Function):
-    """y = F^-1(F(w) F(x)), features and rows by themselves. Keeps its inputs only.
+    """y = F^-1(F(w) F(x)) for every feature and row. Saves its inputs only.
 
     Backward: dx = F^-1(F(w)* F(dy)),  dw = F^-1(sum of F(x)* F(dy) over features and rows).
     """
@@ -258,7 +258,7 @@ class _Fourier(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """Row, head and features of what is transformed at once."""
+    """Yield row, head and features of the parts that are transformed at once."""
     B, _, H, P = x.shape
     for b in range(B):
         for h in range(H):
@@ -267,7 +267,7 @@ def _parts(x: Tensor) -> Iterator[tuple[int, int, slice]]:
 
 
 def _spectrum(weight: Tensor, x: Tensor) -> tuple[int, Tensor]:
-    """n, the least of those with 4, 5, 6 or 7 times a power of two points, and (n / 2 + 1, H) of the weights."""
+    """Return n, the smallest fit of 4, 5, 6 or 7 times a power of two, and the weights' (n / 2 + 1, H) spectrum."""
     L = x.shape[1]
     step = 1 << max((2 * L - 1).bit_length() - 3, 1)
     points = -(-(2 * L - 1) // step) * step
@@ -275,7 +275,7 @@ def _spectrum(weight: Tensor, x: Tensor) -> tuple[int, Tensor]:
 
 
 def _transform(x: Tensor, points: int) -> Tensor:
-    """(n / 2 + 1, C) of (L, C); never in half precision."""
+    """Return the (n / 2 + 1, C) spectrum of (L, C) values; never in half precision."""
     return torch.fft.rfft(x.to(accumulator(x)), points, dim=0)
 
 
@@ -284,7 +284,7 @@ def _back(spectrum: Tensor, length: int, points: int) -> Tensor:
 
 
 class DocumentLines:
-    """Where the tokens of packed rows go, and where they come from.
+    """The mapping between the tokens of packed rows and tables of one document per row.
 
     Args:
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens; negative at padding.
@@ -326,13 +326,13 @@ class DocumentLines:
         self._target[self._source[held]] = held
 
     def lay_out(self, x: Tensor) -> list[Tensor]:
-        """(B, L, ...) tokens to (D, T, ...) documents, a table after the other; zeros behind a document's end."""
+        """Return the (B, L, ...) tokens as tables of (D, T, ...) documents, with zeros behind a document's end."""
         laid = _rearrange(x.flatten(0, 1), self._source, self._target)
         parts = laid.split([documents * longest for documents, longest in self.sizes])
         return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def gather_back(self, tables: list[Tensor]) -> Tensor:
-        """(D, T, ...) documents to (B, L, ...) tokens; zeros at padding."""
+        """Return the tables of (D, T, ...) documents as (B, L, ...) tokens, with zeros at padding."""
         y = _rearrange(torch.cat([table.flatten(0, 1) for table in tables]), self._target, self._source)
         return y.unflatten(0, self.shape)
 
@@ -344,8 +344,8 @@ def _rearrange(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
 
 
 class _Rearrange(torch.autograd.Function):
-    """y_i = x_source(i), or zero where that is negative. Nothing is taken twice, so the gradient is a gather too:
-    dx_j = dy_target(j), or zero; autograd's own would add up in an order that a CUDA device does not keep.
+    """y_i = x_source(i), or zero where that is negative. No element is taken twice, so the gradient is a gather too:
+    dx_j = dy_target(j), or zero. Autograd's own gradient would be a sum in no fixed order on a CUDA device.
     """
 
     @staticmethod

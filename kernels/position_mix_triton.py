@@ -46,7 +46,7 @@ _ROWS = 8
 
 
 def mix_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """The mixture of every token, differentiable.
+    """Return the mixture of every token, differentiable.
 
     Args:
         x: (B, L, H, P) inputs, not float64.
@@ -63,7 +63,7 @@ def mix_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 class _Mix(torch.autograd.Function):
-    """Keeps its inputs only.
+    """Saves its inputs only.
 
     Backward: dx_j = sum_{i >= j} W_ij dy_i,  dW_ij = sum over rows and features of dy_i x_j for j <= i,
     db_i = sum of dy_i; of weights by distance the sum of dW_ij over i - j.
@@ -100,7 +100,7 @@ class _Mix(torch.autograd.Function):
 
 
 def _cut(size: int, length: int) -> int:
-    """A tile's size, less where there is less to fill it; a product takes 16 at least."""
+    """Return a tile's size, reduced to what fills it; a product needs at least 16."""
     return min(size, max(16, triton.next_power_of_2(length)))
 
 
@@ -120,7 +120,7 @@ def _mix(
     sums: Tensor | None,
     transposed: bool,
 ) -> None:
-    """Write the mixtures of x, or those by the transpose, to y; and the sums over each tile's columns of x."""
+    """Write the mixtures of x (by the transpose if asked) to y, and sums over each tile's columns of x to `sums`."""
     B, L, H, P = x.shape
     M, C, K, warps, stages = _mix_tile(y if transposed else x)
     tiles_m, tiles_c = triton.cdiv(L, M), triton.cdiv(B * P, C)
@@ -192,7 +192,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
 
 @triton.jit
 def _as(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """An operand in the dtype that is multiplied in."""
+    """Convert an operand to the dtype of the product."""
     if values.dtype != dtype:
         values = narrow(values.to(tl.float32), dtype, EMULATE)
     return values
@@ -200,7 +200,7 @@ def _as(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _columns(tile, columns, row_stride, WIDTH: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr):
-    """Offsets of a tile's columns, a scalar and (C), and which of them there are; all of one row unless PACKED."""
+    """Return a tile's column offsets, as a scalar and (C), and which columns exist; all of one row unless PACKED."""
     first = tile * C
     c = tl.arange(0, C)
     base = tl.zeros((), dtype=tl.int64)
@@ -435,7 +435,7 @@ _TILES = (256, 32, 128)
 def mix_step_triton(
     history: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """One token on checked arguments, without a gradient; none is copied, whatever its strides.
+    """Mix one token on checked arguments, without a gradient; no argument is copied, whatever its strides.
 
     Args:
         history: (B, K, H, P) inputs by place, not float64.
@@ -526,7 +526,7 @@ def _step_kernel(
     WIDTH: tl.constexpr, TOEPLITZ: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The sum of a share of the places; if there is only one, the result."""
+    """Compute the sum over a share of the places, or the result if there is only one share."""
     row = (tl.program_id(2) // heads).to(tl.int64)
     head = (tl.program_id(2) % heads).to(tl.int64)
     first = tl.program_id(1) * S
@@ -581,7 +581,7 @@ def _sum_kernel(
     positions_row,
     WIDTH: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """The result, of the shares up to the position's."""
+    """Add up the shares up to the one of the position, and write the result."""
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     position = tl.load(positions_ptr + row * positions_row).to(tl.int64)

@@ -1,4 +1,4 @@
-"""What the linear recurrences share: documents and padding, step sizes, one token's state update, skip and gate."""
+"""Parts of every linear recurrence: documents and padding, step sizes, one token's state update, skip and gate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .tracing import tracing
 
 
 def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
+    """Return (B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
     document = seq_idx.cummax(dim=1).values
     before = F.pad(document[:, :-1], (1, 0), value=-1)
     return seq_idx >= 0, (document != before) & (before >= 0)
 
 
 def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Put zeros at padding tokens, so that what stands there (a NaN, say) reaches neither a state nor a gradient."""
+    """Set padding tokens to zero, so that their values (e.g. NaN) reach neither a state nor a gradient."""
     if seq_idx is None:
         return tensors
     padding = seq_idx < 0
@@ -32,22 +32,24 @@ def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
     )
 
 
-def step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """The step sizes proper, of raw ones."""
+def step_sizes(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] | None = None
+) -> Tensor:
+    """Return the step sizes that raw ones stand for: bias, softplus, limits, in the dtype of `dt`."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
+    if dt_limit is not None and (tuple(dt_limit) != (0.0, math.inf) or not dt_softplus):
         dt = dt.clamp(*dt_limit)
     return dt
 
 
 def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """`state = decay state + u (x) B` in place, `y = state C`.
+    """Update `state = decay state + u (x) B` in place, and return `y = state C`.
 
-    All rows of a group meet its maps in one matrix product, and maps of one group are not repeated for its rows.
-    Products are written in place because autocast, which would round their operands, leaves such operations alone.
+    All rows of a group meet its maps in one matrix product, and the maps of a group are not repeated for its rows.
+    Products are written in place because autocast, which would round their operands, does not apply to such operations.
 
     Args:
         state: (B, ..., N) rows of states, of any strides: (B, H, P, N) heads of some width, or (B, D, N) channels.
@@ -73,10 +75,10 @@ def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) 
 
 
 def write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
-    """Write each of the (B, ...) `rows` to its place in (R, ...) `states`, those of a negative index nowhere.
+    """Write each of the (B, ...) `rows` to its place in (R, ...) `states`, except those with a negative index.
 
-    Nothing waits for the device: a row of padding repeats the write of another row, and where all are padding, the
-    first place is written with what it holds.
+    The device is not synchronised: a padding row repeats the write of another row, and if all rows are padding, the
+    first place is overwritten with its own content.
     """
     if len(indices) == 0:
         return
@@ -87,7 +89,7 @@ def write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """`(y + D x) silu(z)` in the dtype of x."""
+    """Return `(y + D x) silu(z)` in the dtype of x."""
     if D is not None:
         y = y + (D[:, None] if D.dim() == 1 else D).to(y.dtype) * x.to(y.dtype)
     if z is not None:

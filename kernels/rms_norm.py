@@ -4,8 +4,8 @@ Symbols: D normalised width, S group size.
 
     rms_norm(x) = weight * x / sqrt(mean(x^2) + eps)          (Zhang and Sennrich 2019, eq. 4, with eps)
 
-Where the mean square of a row or group overflows, its outputs are NaN: divided by infinity they would be zeros, and
-what is computed from zeros looks healthy.
+Where the mean square of a row or group overflows, its outputs are NaN: division by infinity would give zeros, which
+would hide the overflow.
 
 The gate `z` is Mamba-2's: norm(x * silu(z)) * weight, or norm(x) * weight * silu(z) with `norm_before_gate`. The
 names are those of mamba_ssm's `RMSNormGated`.
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator, check_devices, check_tensor, choose_implementation, recorded
+from .checks import accumulator, check_devices, check_optional, check_tensor, choose_implementation, recorded
 from .rms_norm_triton import WIDEST_GROUP, add_rms_norm_triton, rms_norm_triton
 from .tracing import tracing
 
@@ -51,8 +51,7 @@ def rms_norm(
         z: (..., D) gate; `x` is multiplied by silu(z).
         group_size: S channels that share one root mean square; divides D. None: all D.
         norm_before_gate: apply the gate after the norm and the weight; by default it is applied to `x`.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or
-            S > 16384), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve S > 16384.
 
     Returns:
         (..., D), in the dtype of `x`; computed in float32 (float64 for float64 inputs).
@@ -60,7 +59,7 @@ def rms_norm(
     Raises:
         ValueError: if a shape, a dtype, a device, `group_size` or `implementation` is not one of the above.
     """
-    group_size = _check(x, weight, z, group_size)
+    group_size = check_norm(x, weight, z, group_size)
     if choose_implementation(implementation, "rms_norm", x, group_size <= WIDEST_GROUP) == "triton":
         return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
     if tracing():  # what a compiler fuses, and differentiates as well as the function below does
@@ -82,18 +81,17 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add to a residual stream and normalise the sum: `total = residual + x`, `normed = rms_norm(total, weight, eps)`.
 
-    Memory traffic of a token in bytes, where everything is bfloat16: add and norm by themselves read and write 10 D
+    Memory traffic of a token in bytes, if everything is bfloat16: separate add and norm read and write 10 D
     forward, one launch of Triton 8 D (the sum is not read again); backward 12 D and 8 D (the norm's gradient is
     neither written nor read again to add that of `total`). Whether that shows in the time of a model on a GPU has not
     been measured. The torch path is the two operations.
 
     Args:
-        x: (..., D) what is added, floating point.
-        residual: (..., D) the stream; float32, say, while `x` is bfloat16.
+        x: (..., D) addend, floating point.
+        residual: (..., D) the stream; e.g. float32 while `x` is bfloat16.
         weight: (D) scale.
         eps: added to the mean square.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or
-            D > 16384), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve D > 16384.
 
     Returns:
         normed (..., D), computed from the rounded `total` as by `rms_norm` and, where `weight` is narrower than
@@ -110,7 +108,7 @@ def add_rms_norm(
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The definition of `add_rms_norm`, differentiated by autograd. Arguments and results as there."""
+    """Compute `add_rms_norm` by its definition, differentiated by autograd. Same arguments and results."""
     dtype = _check_add(x, residual, weight)
     total = (residual + x).to(residual.dtype)
     return rms_norm_reference(total, weight, eps).to(dtype), total
@@ -125,8 +123,8 @@ def rms_norm_reference(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """The definition of `rms_norm`, differentiated by autograd. Arguments and result as there."""
-    group_size = _check(x, weight, z, group_size)
+    """Compute `rms_norm` by its definition, differentiated by autograd. Same arguments and result."""
+    group_size = check_norm(x, weight, z, group_size)
     dtype = accumulator(x)
     u = x.to(dtype)
     gate = None if z is None else F.silu(z.to(dtype))
@@ -152,7 +150,7 @@ class _RmsNorm(torch.autograd.Function):
     fp32, torch 2.13, (1, 1024, 1792), ms forward / forward + backward, fastest of 40:
         no gate:  the reference 1.0 / 5.7    F.rms_norm 1.1 / 13    this 1.1 / 2.8
         gated:    the reference 2.0 / 12     F.rms_norm 1.8 / 11    this 1.7 / 6.9
-    Only x, z and r are kept for it. `F.rms_norm` also rounds half precision elsewhere (after the weight).
+    It saves only x, z and r. `F.rms_norm` also rounds half precision elsewhere (after the weight).
     """
 
     @staticmethod
@@ -207,15 +205,19 @@ def _normalise(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_si
     return n.to(x.dtype).mul_(weight.view(-1, group_size)).flatten(-2), r
 
 
-def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:
-    """Check the arguments and return the group size."""
+def check_rows(x: Tensor) -> int:
+    """Check the (..., D) inputs of a norm and return D."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be (..., D) with D >= 1, got shape {tuple(x.shape)}")
-    D = x.shape[-1]
     check_tensor("x", x, tuple(x.shape), "(..., D)")
+    return x.shape[-1]
+
+
+def check_norm(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:
+    """Check the arguments of a norm and return the group size."""
+    D = check_rows(x)
     check_tensor("weight", weight, (D,), "(D)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), "(..., D)")
+    check_optional("z", z, tuple(x.shape), "(..., D)")
     check_devices(x=x, weight=weight, z=z)
     if group_size is None:
         return D
@@ -226,7 +228,7 @@ def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) 
 
 def _check_add(x: Tensor, residual: Tensor, weight: Tensor) -> torch.dtype:
     """Check the arguments of `add_rms_norm` and return the dtype of its first result."""
-    _check(x, weight, None, None)
+    check_norm(x, weight, None, None)
     check_tensor("residual", residual, tuple(x.shape), "(..., D)")
     check_devices(x=x, residual=residual)
     return weight.dtype if weight.dtype.itemsize < residual.dtype.itemsize else residual.dtype

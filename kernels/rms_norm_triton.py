@@ -29,7 +29,7 @@ _SUMMED_ROWS = 32
 def rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, z: Tensor | None, group_size: int, norm_before_gate: bool
 ) -> Tensor:
-    """The result of `rms_norm`. Arguments are checked there; `group_size` is at most `WIDEST_GROUP`."""
+    """Return the result of `rms_norm` on checked arguments; `group_size` is at most `WIDEST_GROUP`."""
     y = _RmsNormTriton.apply(x, weight, z, eps, group_size, norm_before_gate)
     assert isinstance(y, Tensor)  # `apply` is untyped
     return y
@@ -38,7 +38,7 @@ def rms_norm_triton(
 def add_rms_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The result of `add_rms_norm`, normed in `dtype`. Arguments are checked there; D is at most `WIDEST_GROUP`."""
+    """Return the results of `add_rms_norm`, the norm in `dtype`, on checked arguments; D is at most `WIDEST_GROUP`."""
     normed, total = _AddRmsNormTriton.apply(x, residual, weight, eps, dtype)  # type: ignore[misc]
     return normed, total
 
@@ -104,7 +104,7 @@ class _AddRmsNormTriton(torch.autograd.Function):
         total, weight, r = ctx.saved_tensors
         needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
         x_dtype, dtype = ctx.dtypes
-        if dnormed is None:  # nothing was done with the norm
+        if dnormed is None:  # the norm was not used
             return None if dtotal is None else dtotal.to(x_dtype), dtotal, None, None, None
         same = x_dtype == dtype
         dx = dresidual = None
@@ -188,7 +188,7 @@ def _backward(
             BLOCK_S=block,
             num_warps=warps,
         )
-    # One order of summation, whatever the order in which programs end.
+    # A fixed order of summation, whatever the order in which programs finish.
     return None if partial is None else partial.sum(0).to(weight.dtype)
 
 

@@ -31,17 +31,19 @@ from .checks import (
     accumulator,
     check_devices,
     check_groups,
+    check_optional,
     check_seq_idx,
     check_tensor,
     choose_implementation,
     of_no_rows,
+    without_autocast,
 )
-from .recurrence import blank_padding, documents, update_state
+from .recurrence import blank_padding, documents, step_sizes, update_state
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from .tracing import opaque, tracing
 
-# Numbers of states (rows x D x N) and of tokens that the torch path works on at a time: the operation of one token then
-# does work enough to pay for its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
+# Numbers of states (rows x D x N) and of tokens that the torch path processes at a time: one token's operation is then
+# large enough to outweigh its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
 # bounded whatever the length. A shorter chunk saves more states: 4 N / _CHUNK bytes per token and channel.
 _STATES = 32768
 _CHUNK = 32
@@ -78,7 +80,7 @@ def selective_scan(
         initial_state: (B, D, N) state before the first token; zero if not given. Gradients flow to it.
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, D) outputs in the dtype of `x`; with `return_final_state` also the (B, D, N) final state in float32
@@ -136,8 +138,8 @@ def selective_scan_step(
         z: (B, D) gate.
         dt_bias: (D) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise), "triton" or "torch". With Triton it is one
-            launch without a host synchronisation, so that a CUDA graph can capture it.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). The Triton step is one launch without a host
+            synchronisation, so that a CUDA graph can capture it.
 
     Returns:
         (B, D) output in the dtype of `x`.
@@ -152,7 +154,7 @@ def selective_scan_step(
         if choose_implementation(implementation, "selective_scan_step", state) == "triton":
             return selective_scan_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         sums = state.dtype
-        dt = _step_sizes(dt, dt_bias, dt_softplus, sums, None)
+        dt = step_sizes(dt.to(sums), dt_bias, dt_softplus)
         y = update_state(state, _decay(dt[..., None], A.to(sums)), dt * x.to(sums), B, C)
         return _skip_and_gate(y, x, D, z)
 
@@ -172,13 +174,15 @@ def selective_scan_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of :func:`selective_scan`: a loop over time in float32 (float64 kept). Arguments as there."""
+    """Compute :func:`selective_scan` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     real = first = None
     if seq_idx is not None:
         real, first = documents(seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
-    dt = _step_sizes(dt, dt_bias, dt_softplus, accumulator(x), real)
+    dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus)
+    if real is not None:
+        dt = dt * real[:, :, None]
     per_group = x.shape[2] // B.shape[2]
     maps_in = B.to(dt.dtype).repeat_interleave(per_group, dim=2)  # (B, L, D, N)
     maps_out = C.to(dt.dtype).repeat_interleave(per_group, dim=2)
@@ -195,8 +199,8 @@ def selective_scan_reference(
 
 
 def _decay(dt: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
-    """The factor on the state, of broadcastable step sizes and rates. Another discretisation changes this alone, as
-    long as the gradient of its logarithm is A for dt and dt for A."""
+    """Return the factor on the state, from broadcastable step sizes and rates. Another discretisation would change only
+    this function, as long as the gradient of the factor's logarithm is A for dt and dt for A."""
     return torch.mul(dt, A, out=out).exp_()
 
 
@@ -207,8 +211,8 @@ class _SelectiveScan(torch.autograd.Function):
     Backward, with g_t the gradient at h_t:  g_t = C_t dy_t + a_{t+1} g_{t+1};  du_t = sum_n B_t g_t;
     dB_t = sum_d u_t g_t;  dC_t = sum_d dy_t h_t;  e_t = g_t a_t h_{t-1} is the gradient at dt_t A, hence
     ddt_t = sum_n A e_t + x_t du_t and dA = sum_t dt_t e_t. The forward keeps the inputs and the state entering each
-    chunk; the backward recomputes the rest of a chunk from them, so that (Q, D, N) is the largest thing that ever
-    exists beside the results. Step sizes, skip and gate are worked out within the chunk too, while it is in the cache.
+    chunk; the backward recomputes the rest of a chunk from them, so that (Q, D, N) is the size of the largest
+    temporary tensor. Step sizes, skip and gate are computed per chunk too, while it is in the cache.
 
     Within a chunk everything but the recurrence is one operation on all its tokens, and the recurrence is one
     multiply-add per token, in place. States lie as (N, D): the inner loop then runs over D neighbours, for which x and
@@ -235,7 +239,7 @@ class _SelectiveScan(torch.autograd.Function):
         first: Tensor | None,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+        with without_autocast(x):
             ctx.set_materialize_grads(False)
             keep = grad_enabled and any(ctx.needs_input_grad)
             tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, dt_softplus, real, first, state.dtype)
@@ -264,7 +268,7 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, z, dt_bias, saved, real, first = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dy, dfinal = gradients
             sums = saved.dtype
             tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, real, first, sums)
@@ -347,13 +351,13 @@ _traced_scan = opaque(
 
 
 class _Inputs(NamedTuple):
-    """What goes into some tokens' recurrence, (Q, rows, G, 1, D / G) in the dtype of the sums."""
+    """The inputs of the recurrence for some tokens, (Q, rows, G, 1, D / G) in the dtype of the sums."""
 
     x: Tensor
     raw: Tensor
     """`dt + dt_bias`"""
     steps: Tensor
-    """step sizes proper, 0 at padding"""
+    """step sizes, 0 at padding"""
     u: Tensor
     """`steps x`"""
 
@@ -439,18 +443,6 @@ class _Tokens:
         return y if self.D is None else y.addcmul_(self.D, now.x)
 
 
-def _step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dtype: torch.dtype, real: Tensor | None
-) -> Tensor:
-    """Step sizes in the accumulator's dtype; 0 at padding, where the state stays."""
-    dt = dt.to(dtype)
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    return dt if real is None else dt * real[:, :, None]
-
-
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
         y = torch.addcmul(y, D.to(y.dtype), x.to(y.dtype))
@@ -484,10 +476,8 @@ def _check_inputs(
     check_groups("B", B.shape[-2], channels, "channels")
     check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
     for name, vector in (("D", D), ("dt_bias", dt_bias)):
-        if vector is not None:
-            check_tensor(name, vector, (channels,), "(D)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), f"({lead}, D)")
+        check_optional(name, vector, (channels,), "(D)")
+    check_optional("z", z, tuple(x.shape), f"({lead}, D)")
     if state is not None:
         check_tensor(state_name, state, (rows[0], *A.shape), "(B, D, N)")
     named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}

@@ -52,7 +52,7 @@ def selective_scan_triton(
     real: Tensor | None,
     first: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The differentiable op on checked arguments; `real` and `first` (B, L) mark real tokens and documents' starts.
+    """Run the differentiable op on checked arguments; (B, L) `real` and `first` mark real tokens and documents' starts.
 
     Returns:
         (B, L, D) outputs in the dtype of `x` and the (B, D, N) final state in float32.
@@ -183,7 +183,7 @@ class _Call:
         self.groups, self.size = groups, size
 
     def operands(self) -> tuple[Any, ...]:
-        """What both kernels take first."""
+        """Return the leading arguments of both kernels."""
         z = self.x if self.z is None else self.z  # for its strides only
         return (
             *(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.kinds),
@@ -242,11 +242,11 @@ class _Call:
         return dx, ddt, total(dA, self.A), dB, dC, total(dD, self.D), dz, total(dbias, self.dt_bias), dstate
 
     def spans_of_a_section(self) -> int:
-        """The number of spans that the backward goes through at a time.
+        """Return the number of spans that the backward processes at a time.
 
-        A section's parts of dB and dC, one of each tile, stand in memory beside inputs, results and their gradients:
-        they get an eighth of what those take, but no section is shorter than `_SHORTEST_SECTION`. Sections cost their
-        launches alone, since a row's tokens come after each other anyway. The peak of forward and backward, over
+        A section's parts of dB and dC, one per tile, take memory beside inputs, results and their gradients: they
+        get an eighth of what those take, but no section is shorter than `_SHORTEST_SECTION`. Sections cost only their
+        launches, since a row's tokens are processed in sequence anyway. The peak of forward and backward, over
         inputs, outputs, gradients and saved states, is then 1.11 to 1.13 for N = 16 and 64, rows of 2048 and more;
         rows shorter than 512 exceed 1.2, by 1.2 MB a row of 128 tokens for D = 1024.
         """
@@ -259,14 +259,15 @@ class _Call:
 
 @triton.jit
 def _decay(dt, rates):
-    """The (BLOCK_D, BLOCK_N) factor on the state, of the (BLOCK_D) step sizes and of A log2(e). Another discretisation
-    changes this alone, as long as the gradient of its logarithm is A for dt and dt for A."""
+    """Return the (BLOCK_D, BLOCK_N) factor on the state, from (BLOCK_D) step sizes and A log2(e). A different
+    discretisation would change only this function, as long as the gradient of the factor's logarithm is A for dt and dt
+    for A."""
     return tl.exp2(dt[:, None] * rates)
 
 
 @triton.jit
 def _read_kind(kind_ptr, t, length):
-    """Whether token t is a real one, and whether a document starts there."""
+    """Return whether token t is real, and whether a document starts there."""
     live = t < length
     first = t < 0
     if kind_ptr is not None:
@@ -283,7 +284,7 @@ def _read_vector(ptr, offset, index, mask):
 
 @triton.jit
 def _read_step_size(dt_ptr, offset, d, mask, live, bias, SOFTPLUS: tl.constexpr):
-    """What softplus takes, and the step size: 0 at padding and beyond the row's end, where the state stays."""
+    """Return the argument of softplus, and the step size: 0 at padding and beyond the row's end (the state is kept)."""
     raw = _read_vector(dt_ptr, offset, d, mask) + bias
     if SOFTPLUS:
         return raw, tl.where(live, softplus(raw), 0.0)
@@ -296,7 +297,7 @@ def _advance(
     h, t, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
     inside, d, n, rates, bias, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
-    """The state after token t from the one before, the token's inputs, and the masks of what else it has."""
+    """Return the state after token t from the one before, the token's inputs, and masks for its other operands."""
     live, first = _read_kind(kind_ptr, t, length)
     # A bound, not `on_d & live`: under the interpreter a vector and a scalar mask give an integer.
     mask_d, mask_n = inside < tl.where(live, per_group, 0), n < tl.where(live, size, 0)

@@ -43,11 +43,13 @@ from .checks import (
     accumulator,
     check_devices,
     check_groups,
+    check_optional,
     check_seq_idx,
     check_tensor,
     choose_implementation,
     of_no_rows,
     recorded,
+    without_autocast,
 )
 from .recurrence import blank_padding, documents, skip_and_gate, step_sizes, update_state
 from .ssd_triton import ssd_scan_triton, ssd_step_triton
@@ -89,7 +91,7 @@ def ssd(
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
         chunk_size: tokens of a chunk; changes rounding and speed only.
-        implementation: "auto" (Triton on CUDA tensors), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) outputs in the dtype of `x`; with `return_final_state` also the (B, H, P, N) final state in
@@ -122,7 +124,8 @@ def ssd_log_decay(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SSD with the decay given directly: `h_t = exp(log_decay_t) h_{t-1} + x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
 
-    So are discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (one constant per head) and linear attention (zero).
+    Discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (one constant per head) and linear attention (zero) have this
+    form.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1.
@@ -135,7 +138,7 @@ def ssd_log_decay(
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
         chunk_size: tokens of a chunk; changes rounding and speed only.
-        implementation: "auto" (Triton on CUDA tensors), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         As :func:`ssd`.
@@ -152,7 +155,7 @@ def ssd_log_decay(
 
 
 def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
-    """The mixing matrix of :func:`ssd_log_decay`: the hidden attention of a state-space layer.
+    """Return the mixing matrix of :func:`ssd_log_decay`: the hidden attention of a state-space layer.
 
     `M[i, j] = (C_i . B_j) exp(sum_{k=j+1..i} log_decay_k)` for j <= i of the same document, else 0, so that
     `y_i = sum_j M[i, j] x_j`. For :func:`ssd`, `log_decay = dt A` and `x` is `dt x`. Quadratic in L: for inspection and
@@ -204,7 +207,7 @@ def ssd_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of :func:`ssd`: a loop over time in float32 (float64 kept). Arguments as there."""
+    """Compute :func:`ssd` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
     check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
@@ -226,7 +229,7 @@ def ssd_log_decay_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of :func:`ssd_log_decay`: a loop over time in float32 (float64 kept). Arguments as there."""
+    """Compute :func:`ssd_log_decay` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
     check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     sums = accumulator(x)
@@ -238,7 +241,7 @@ def ssd_log_decay_reference(
 def _loop(
     u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence, one token at a time. Returns (B, L, H, P) outputs and the (B, H, P, N) final state."""
+    """Run the recurrence one token at a time. Returns (B, L, H, P) outputs and the (B, H, P, N) final state."""
     batch, length, heads, width = u.shape
     repeats = heads // B.shape[2]
     B = B.to(u.dtype).repeat_interleave(repeats, dim=2)  # (B, L, H, N)
@@ -275,7 +278,7 @@ def _scan(
     chunk_size: int | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state by the implementation asked for."""
+    """Return outputs and final state by the chosen implementation."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if x.shape[0] == 0:
@@ -327,12 +330,10 @@ def check_inputs(
     check_tensor(decay_name, decay, (*rows, heads), f"({lead}, H)")
     _check_maps(rows, heads, B, C, lead)
     for name, vector in (("A", A), ("dt_bias", dt_bias)):
-        if vector is not None:
-            check_tensor(name, vector, (heads,), "(H)")
+        check_optional(name, vector, (heads,), "(H)")
     if D is not None:
         check_tensor("D", D, (heads,) if D.dim() == 1 else (heads, width), "(H) or (H, P)")
-    if z is not None:
-        check_tensor("z", z, tuple(x.shape), f"({lead}, H, P)")
+    check_optional("z", z, tuple(x.shape), f"({lead}, H, P)")
     if state is not None:
         check_tensor(state_name, state, (rows[0], heads, width, B.shape[-1]), "(B, H, P, N)")
     named = {"x": x, decay_name: decay, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
@@ -378,7 +379,7 @@ def ssd_scan_torch(
     if D is not None and D.dim() == 1:
         D = D[:, None]
     arguments = (x, scale, log_decay, B, C, D, z, initial_state)
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+    with without_autocast(x):
         if tracing():
             return _traced_scan(*arguments, chunk_size or _CHUNK)
         if recorded(*arguments):
@@ -387,7 +388,7 @@ def ssd_scan_torch(
 
 
 class _Chunk(NamedTuple):
-    """What forward and backward both need of a chunk, in the dtype of the sums; R = H / G, i target, j source."""
+    """Tensors of a chunk for forward and backward, in the dtype of the sums; R = H / G, i target, j source."""
 
     x: Tensor
     """(B, Q, H, P)"""
@@ -400,7 +401,7 @@ class _Chunk(NamedTuple):
     scores: Tensor
     """(B, G, 1, Q j, Q i) products B_j . C_i, 0 for i < j"""
     decay: Tensor
-    """(B, H, Q j, Q i) exp(S_i - S_j), of no meaning for i < j"""
+    """(B, H, Q j, Q i) exp(S_i - S_j), meaningless for i < j"""
     to_end: Tensor
     """(B, Q, H, 1) exp(T - S_j)"""
     from_start: Tensor
@@ -443,12 +444,12 @@ def _by_head(values: Tensor, heads: int) -> Tensor:
 
 
 def _held(state: Tensor, groups: int) -> Tensor:
-    """A copy of (B, H, P, N) as the loops hold it: (B, G, N, R, P)."""
+    """Copy a (B, H, P, N) state into the layout of the loops: (B, G, N, R, P)."""
     return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).clone(memory_format=torch.contiguous_format)
 
 
 def _given(state: Tensor) -> Tensor:
-    """(B, G, N, R, P) as callers see it: (B, H, P, N)."""
+    """Return a (B, G, N, R, P) state in the layout of callers: (B, H, P, N)."""
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
@@ -633,8 +634,8 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
 def _decays(log_decay: Tensor) -> Tensor:
     """:func:`decay_matrix`, but with ones for i < j.
 
-    Differences of cumulative sums, which in float64 lose nothing that float32 could hold. Each summand is cut off below
-    what makes a product zero by itself (:func:`_exp`), so that sums stay small, and a decay of -inf gives no NaN.
+    Differences of cumulative sums, which in float64 lose nothing that float32 could hold. Each summand is clamped below
+    at a value whose exponential is zero (:func:`_exp`), so that sums are small, and a decay of -inf gives no NaN.
     """
     sums = log_decay.double().clamp_min(2 * _smallest(log_decay.dtype)).cumsum(-1)
     difference = (sums[..., None, :] - sums[..., None]).to(log_decay.dtype)
@@ -642,15 +643,15 @@ def _decays(log_decay: Tensor) -> Tensor:
 
 
 def _exp(sums: Tensor) -> Tensor:
-    """exp, and zero for what is below e^-80 (e^-700 in float64).
+    """Return exp, with zero for results below e^-80 (e^-700 in float64).
 
-    Much below, numbers are subnormal, with which a CPU computes many times as slowly; strong decays make many of them.
+    Results far below are subnormal, and a CPU computes with those many times slower; strong decays make many of them.
     """
     return F.threshold(sums, _smallest(sums.dtype), -math.inf).exp_()
 
 
 def _smallest(dtype: torch.dtype) -> float:
-    """Of the sums whose exponential counts."""
+    """Return the smallest log-decay sum whose exponential is not flushed to zero."""
     return -80.0 if dtype == torch.float32 else -700.0
 
 
@@ -671,8 +672,8 @@ def ssd_step(
 ) -> Tensor:
     """One token of :func:`ssd`; `state` is updated in place.
 
-    Nothing waits for the device and the state stays where it is, so that a CUDA graph can hold the step; with Triton it
-    is one launch, and views of one projection are read where they are.
+    The step does not synchronise with the device and keeps the state in place, so that a CUDA graph can capture it.
+    With Triton it is one launch, which reads views of a projection without a copy.
 
     Args:
         state: (B, H, P, N) state, float32 (or float64), of any strides.
@@ -686,8 +687,8 @@ def ssd_step(
         dt_bias: (H) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
         dt_limit: range that the step sizes are clamped to, after softplus.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: a float64
-            state, or a gradient to be recorded), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve a call whose gradient is
+            recorded.
 
     Returns:
         (B, H, P) output in the dtype of `x`. Sums are kept in the dtype of `state`.
@@ -743,7 +744,7 @@ def _choose(
     z: Tensor | None,
     dt_bias: Tensor | None,
 ) -> str:
-    """Check the arguments of a step, and say which implementation takes them."""
+    """Check the arguments of a step, and return the implementation that runs it."""
     check_inputs(x, decay_name, decay, A, B, C, D, z, dt_bias, state, None, one_token=True)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")

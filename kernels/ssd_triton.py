@@ -42,7 +42,7 @@ from ._triton import INTERPRETED, tl, triton
 from .tracing import opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
 
-# What an interpreted kernel is said to run on. With one processor, few tokens already make several sections.
+# The device that an interpreted kernel assumes. With one processor, few tokens already make several sections.
 _INTERPRETED_PROCESSORS, _INTERPRETED_CAPABILITY = 1, 9
 
 
@@ -70,7 +70,7 @@ def ssd_scan_triton(
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
         initial_state: (B, H, P, N) state before the first token; zero if not given.
-        chunk_size: wish for the chunk length, made a power of two between 16 and what fits (:func:`_tiles`).
+        chunk_size: preferred chunk length, adjusted to a power of two from 16 to what fits (:func:`_tiles`).
 
     Returns:
         (B, L, H, P) outputs in the dtype of x and the (B, H, P, N) final state in float32.
@@ -156,10 +156,10 @@ _traced_scan = opaque(
 
 
 def _tiles(width: int, size: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[int, int, int]:
-    """The tile sizes (Q, BLOCK_P, BLOCK_N): powers of two of at least 16, as tl.dot takes them.
+    """Return the tile sizes (Q, BLOCK_P, BLOCK_N): powers of two of at least 16, as tl.dot requires.
 
-    The whole state size is one tile. A chunk's B and C stand in shared memory together with two (BLOCK_P, BLOCK_N)
-    states, and their gradients in registers, so Q and BLOCK_P shrink as a row of N grows. Q = 64 balances the work
+    The whole state size is one tile. A chunk's B and C are in shared memory together with two (BLOCK_P, BLOCK_N)
+    states, and their gradients in registers, so Q and BLOCK_P shrink as N grows. Q = 64 balances the work
     inside chunks (grows with Q) and on states (with P N / Q) at the usual P = 64, N = 64 to 128 in 16 bits. float32
     has no tensor cores at full precision and twice the bytes. Chosen by the compiler's register and shared memory
     counts for compute capabilities 8.0 and 9.0, not by timings.
@@ -177,7 +177,7 @@ def _tiles(width: int, size: int, dtype: torch.dtype, chunk_size: int | None) ->
 
 
 def _device(tensor: Tensor) -> tuple[int, int]:
-    """The number of the device's processors and its major compute capability."""
+    """Return the number of the device's processors and its major compute capability."""
     if tensor.is_cuda:
         properties = torch.cuda.get_device_properties(tensor.device)
         return properties.multi_processor_count, properties.major
@@ -185,21 +185,21 @@ def _device(tensor: Tensor) -> tuple[int, int]:
 
 
 def _stretches(programs: int, chunks: int, processors: int) -> int:
-    """The number of stretches in which a row's chunks are walked side by side, by so many programs each.
+    """Return the number of stretches of a row that are walked in parallel, each by `programs` programs.
 
-    Every stretch is walked twice, first for what it leaves of its own and then from the state that it starts with, so
-    two stretches would gain nothing; from four on, the walk takes half the time or less. A processor runs two programs
-    at no loss, and below four chunks a stretch is mostly start-up.
+    Every stretch is walked twice, first for its own contribution and then from the state that it starts with, so two
+    stretches would gain nothing; from four on, the walk takes half the time or less. A processor runs two programs at
+    no loss, and a stretch of fewer than four chunks is mostly start-up.
     """
     stretches = min(2 * processors // programs, chunks // 4)
     return stretches if stretches >= 4 else 1
 
 
 def _sections(programs: int, chunks: int, processors: int) -> int:
-    """The number of sections in which the backward goes through rows whose chunks make so many programs.
+    """Return the number of sections in which the backward processes rows whose chunks make `programs` programs.
 
-    The gradients of a section's states, and its partial sums of dB and dC, are what stands in memory beside inputs,
-    results and saved states. A program takes all registers of a processor (255 for each of 256 threads), so programs
+    The gradients of a section's states and its partial sums of dB and dC take memory beside inputs, results and saved
+    states. A program takes all registers of a processor (255 for each of 256 threads), so programs
     come in rounds of one per processor. Four rounds keep the device busy from section to section; fewer than twelve are
     divided by up to three, but a section keeps two, so that launches stay few. Not measured on a device yet.
 
@@ -288,7 +288,7 @@ def _output(
     states: Tensor,
     chunk_size: int | None,
 ) -> Tensor:
-    """The (B, L, H, P) outputs, every chunk from the state entering it."""
+    """Return the (B, L, H, P) outputs, computing every chunk from the state entering it."""
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
@@ -332,7 +332,7 @@ def _gradients(
     dstate: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, scale, log_decay, B, C, D, z and the initial state, section by section from the end."""
+    """Return gradients of x, scale, log_decay, B, C, D, z and the initial state, section by section from the end."""
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
@@ -396,7 +396,7 @@ def _gradients(
 
 @triton.jit
 def _decay_sums(log_decay_ptr, offsets, mask):
-    """Inclusive sums, in two parts, of a chunk's log2-decays.
+    """Return inclusive sums, in two parts, of a chunk's log2-decays.
 
     A decay of less than 2^-256 is zero in float32, and so is every product with it; the bound makes -inf finite. The
     first part sums multiples of 2^-9 up to 64 * 256, which float32 holds exactly; the second sums rests of at most
@@ -411,7 +411,7 @@ def _decay_sums(log_decay_ptr, offsets, mask):
 
 @triton.jit
 def _to_end(coarse, fine, rows, Q: tl.constexpr):
-    """The decays from each token to the chunk's end, and the one over the whole chunk."""
+    """Return the decays from each token to the chunk's end, and the one over the whole chunk."""
     last = rows == Q - 1
     coarse_end = tl.sum(tl.where(last, coarse, 0.0), 0)
     fine_end = tl.sum(tl.where(last, fine, 0.0), 0)
@@ -420,7 +420,7 @@ def _to_end(coarse, fine, rows, Q: tl.constexpr):
 
 @triton.jit
 def _between(coarse, fine, rows, BY_SOURCE: tl.constexpr):
-    """(Q target, Q source) decays from each token to each later one, zero above the diagonal; or the transpose."""
+    """Return (Q target, Q source) decays from tokens to later ones, zero above the diagonal; or the transpose."""
     sums = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     counts = rows[:, None] >= rows[None, :]
     if BY_SOURCE:
@@ -625,7 +625,7 @@ def chunk_gradients_kernel(
 
         dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
         read = tl.zeros((Q,), dtype=tl.float32)  # by each token from the state entering
-        left = tl.zeros((Q,), dtype=tl.float32)  # by each token in the state leaving, but for its scale
+        left = tl.zeros((Q,), dtype=tl.float32)  # by each token in the state leaving, without its scale
         passed = tl.zeros((BLOCK_P,), dtype=tl.float32)  # from the one to the other
         of_head = (batch * chunks + chunk) * heads + head
         state_ptr = states_ptr + of_head * (WIDTH * SIZE)
@@ -722,10 +722,10 @@ def ssd_step_triton(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    """One token on checked arguments, without a gradient; `state` is updated in place.
+    """Run one token on checked arguments, without a gradient; `state` is updated in place.
 
     Args:
-        state: (B, H, P, N) float32 state. This and the others are of any strides: none is copied.
+        state: (B, H, P, N) float32 state. Any strides, as for all arguments: none is copied.
         x: (B, H, P) input.
         decay: (B, H) step sizes, or logarithms of the decay if there is no `A`.
         A: (H) decay rates, or None.
@@ -769,7 +769,7 @@ def ssd_step_triton(
 
 
 def _tile(heads: int, width: int, size: int) -> tuple[int, int, int]:
-    """(BLOCK_P, BLOCK_N, warps) for so many heads, those of all rows of the batch counted."""
+    """Return (BLOCK_P, BLOCK_N, warps) for a number of heads, counted over all rows of the batch."""
     block_n = triton.next_power_of_2(size)
     block_p = 1
     for states, fewest in _TILES:

@@ -1,9 +1,9 @@
-"""What the ops do while a graph of them is traced: by torch.compile, torch.export or torch.jit.trace.
+"""Support for tracing a graph of the ops, by torch.compile, torch.export or torch.jit.trace.
 
-A traced graph holds for other values and lengths than those that it was traced with. So nothing may depend on a value
-(a shortcut for a mask without padding, a check), and no Python loop on a length. Most torch paths have a second form
-for this, of a few dense operations that the compiler fuses and differentiates. The two scans have none that is fast:
-:func:`opaque` makes of each an operator, which a graph holds as one node.
+A traced graph is used for other values and lengths than those that it was traced with. Nothing may therefore depend on
+a value (a shortcut for a mask without padding, a check), and no Python loop on a length. Most torch paths have a second
+form for tracing, of a few dense operations that the compiler fuses and differentiates. The two scans have no fast one:
+:func:`opaque` turns each into an operator, which a graph holds as one node.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 
 def tracing() -> bool:
-    """Whether a graph is being traced, so that nothing may depend on the values of tensors."""
+    """Return whether a graph is being traced, so that nothing may depend on the values of tensors."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()  # what torch.jit.is_tracing asks
 
 
 def host_reads(tensor: Tensor) -> bool:
-    """Whether values can be checked: neither waiting for a device nor while tracing."""
+    """Return whether values can be read: without waiting for a device, and not while tracing."""
     return tensor.device.type == "cpu" and not tracing()
 
 
 class _Context:
-    """Stands for the context of an autograd function that is called without autograd."""
+    """A substitute for the context of an autograd function that is called without autograd."""
 
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad

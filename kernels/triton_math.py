@@ -1,4 +1,4 @@
-"""What the Triton files of several ops share: strides of operands, and device functions."""
+"""Helpers of several ops' Triton files: strides of operands, and device functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sigmoid(v):
 
 @triton.jit
 def softplus(v):
-    """log(1 + e^v) to full relative precision: what rounding 1 + e^v loses is divided out again."""
+    """Return log(1 + e^v) to full relative precision: the rounding error of 1 + e^v is divided out."""
     power = tl.exp(tl.minimum(v, 20.0))
     above = 1.0 + power
     small = above == 1.0
@@ -37,7 +37,7 @@ def softplus(v):
 
 @triton.jit
 def load_gate(z_ptr, offsets, mask):
-    """The sigmoid of z and silu(z)."""
+    """Load z, and return its sigmoid and silu(z)."""
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     smooth = tl.sigmoid(z)
     return smooth, z * smooth
@@ -47,7 +47,7 @@ def load_gate(z_ptr, offsets, mask):
 # float32 where a device rounds to the nearest. With EMULATE, the next two functions do there what compiled code does.
 @triton.jit
 def dot(a, b, acc, EMULATE: tl.constexpr):
-    """acc + a b, summed in float32; float32 operands are multiplied as such, not as TF32."""
+    """Return acc + a b, summed in float32; float32 operands are not rounded to TF32."""
     if EMULATE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

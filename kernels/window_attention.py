@@ -41,6 +41,7 @@ from .checks import (
     check_tensor,
     choose_implementation,
     of_no_rows,
+    without_autocast,
 )
 from .window_attention_triton import WIDEST_HEAD, window_attention_triton
 
@@ -67,12 +68,11 @@ def window_attention(
         index: (M) integer `row * K + column` of each query's own token, strictly increasing. Its key stands there.
         positions: (B, K) integer place of each column among its row's tokens, increasing along a row with gaps
             allowed; negative where a column holds no token (padding, an empty slot of a cache, a key that nobody may
-            see). What stands in such a column reaches neither an output nor a gradient. None: the columns themselves.
+            see). The content of such a column reaches neither an output nor a gradient. None: the columns themselves.
         seq_idx: (B, K) integer document of each column, non-decreasing over the real ones and negative at padding,
             which holds no token either. A query sees its own document only. None: a row is one document.
         scale: factor of the scores; P^(-1/2) if not given.
-        implementation: "auto" (Triton for CUDA tensors, torch otherwise and where Triton does not serve: float64, or
-            P > 256), "triton" or "torch".
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve P > 256.
 
     Returns:
         (M, H, P) in the dtype of `q`: zero for a query whose own column holds no token. Scores, softmax and sums are
@@ -109,7 +109,7 @@ def window_attention_matrix(
     seq_idx: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The probabilities of :func:`window_attention`: what each selected token gives to each column of its row.
+    """Return the probabilities of :func:`window_attention`, from each selected token to each column of its row.
 
     M x K numbers per head: for inspection (`output_attentions`), not for inference. Arguments as there.
 
@@ -136,7 +136,7 @@ def window_attention_matrix(
         k = k.masked_fill(~real[..., None, None], 0)
     counts = (index // K).bincount(minlength=k.shape[0]).tolist()
     parts = zip(q.split(counts), seen.split(counts), k, strict=True)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         return torch.cat([_probabilities(rows, keys, mask, scale) for rows, mask, keys in parts])
 
 
@@ -151,7 +151,7 @@ def window_attention_reference(
     seq_idx: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition of :func:`window_attention`: query by query, differentiated by autograd. Arguments as there."""
+    """Compute :func:`window_attention` by its definition, query by query, differentiated by autograd."""
     _check(q, k, v, window, index, positions, seq_idx)
     M, H, P = q.shape
     B, K, G, _ = k.shape
@@ -159,7 +159,7 @@ def window_attention_reference(
     sums = accumulator(q)
     place = torch.arange(K, device=k.device).expand(B, K) if positions is None else positions
     document = torch.zeros_like(place) if seq_idx is None else seq_idx
-    nothing = q.to(sums).masked_fill(torch.ones_like(q, dtype=torch.bool), 0)  # zeros that stay in the graph
+    nothing = q.to(sums).masked_fill(torch.ones_like(q, dtype=torch.bool), 0)  # zeros that are part of the graph
     outputs = []
     for m in range(M):
         row, column = divmod(int(index[m]), K)
@@ -188,9 +188,9 @@ def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, index: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """The torch path, for queries that all see at least themselves."""
+    """Run the torch path, for queries that all see at least themselves."""
     B, K = k.shape[:2]
-    with torch.autocast(q.device.type, enabled=False):  # the dtypes are chosen; autocast would round the products
+    with without_autocast(q):
         rows = index // K
         if q.shape[0] == B and torch.equal(rows, torch.arange(B, device=index.device)):
             return attend_rows(q, k, v, scale, starts, ends, real)
@@ -200,9 +200,9 @@ def _attend(
 def _visible(
     index: Tensor, k: Tensor, window: int, positions: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What each query sees, without waiting for the device.
+    """Return the columns that each query sees, without waiting for the device.
 
-    Places and documents increase along a row, so what a query sees are the real columns of one range.
+    Places and documents increase along a row, so a query sees the real columns of one range.
 
     Returns:
         starts: (M) first column of the range; non-decreasing over the queries of a row.
@@ -218,7 +218,7 @@ def _visible(
     real = place >= 0
     if seq_idx is not None:
         real = real & (seq_idx >= 0)
-    # Running maxima: sorted, as the search wants them, and they rise at real columns only.
+    # Running maxima: sorted, as searchsorted requires, and rising at real columns only.
     highest = place.masked_fill(~real, -1).cummax(1).values
     starts = torch.searchsorted(highest, highest - window, right=True)
     if seq_idx is not None:
@@ -252,14 +252,13 @@ def _check(
     if positions is not None:
         check_integers("positions", positions, (B, K), "(B, K)")
     check_devices(q=q, k=k, v=v, index=index, positions=positions, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, B, K)
+    check_seq_idx(seq_idx, B, K)
     _check_order(index.long(), B * K, positions)
 
 
 def _check_order(index: Tensor, columns: int, positions: Tensor | None) -> None:
     """Raise ValueError unless `index` increases strictly within the columns, and `positions` along each row."""
-    # Bounds join in as neighbours, so that one comparison finds all; and all comparisons wait for the device once.
+    # The bounds are neighbours too, so that one comparison covers them; the device is synchronised once for all.
     bounds = index.new_tensor([-1, columns])
     unordered = (torch.cat([bounds[:1], index]) >= torch.cat([index, bounds[1:]])).any()
     if positions is not None:
@@ -282,15 +281,15 @@ def _check_order(index: Tensor, columns: int, positions: Tensor | None) -> None:
     )
 
 
-# Queries of a block, at most; and its columns: so many times those of its first query, or so many. Where few tokens are
-# selected, the range of more of them together would mostly be columns that one of them sees and the others do not.
+# Largest number of queries of a block; and of its columns, as a multiple of those of its first query and as a minimum.
+# If few tokens are selected, the range of more of them would mostly be columns that only one of them sees.
 _BLOCK, _STRETCH, _NARROW = 32, 2, 256
 
 
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """Attention of queries that all see at least themselves, differentiable.
+    """Attend with queries that all see at least themselves, differentiably.
 
     Args:
         q: (M, H, P) queries.
@@ -312,10 +311,11 @@ def attend_blocks(
 def attend_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """One query per row, as in decoding: M = B, all rows at once. Arguments and result as above, in any float dtype.
+    """Attend with one query per row (M = B), as in decoding, all rows at once; arguments as above, any float dtype.
 
-    Blocks would be one row each. Measured as those are, without a gradient, H = 8, P = 64, milliseconds of this / of
-    blocks: B = 64 and K = 64 1.0 / 4.1, B = 8 and K = 2048 6.4 / 7.1. A batched matmul copies the keys: 63 ms there.
+    Blocks would be one row each. Measured as in :class:`_Blocks`, without a gradient, H = 8, P = 64,
+    milliseconds of this / of blocks: B = 64 and K = 64 1.0 / 4.1, B = 8 and K = 2048 6.4 / 7.1. A batched matmul
+    copies the keys: 63 ms there.
     """
     dtype = q.dtype
     if not q.dtype == k.dtype == v.dtype:
@@ -338,7 +338,7 @@ def attend_rows(
 
 
 class _Blocks(torch.autograd.Function):
-    """Keeps its inputs only; scores and probabilities p are computed again.
+    """Saves its inputs only; scores and probabilities p are recomputed.
 
     Backward, with ds = p (do . v - sum_j p_j do . v_j):  dq = scale sum_j ds_j k_j,  dk_j = scale sum_m ds_mj q_m,
     dv_j = sum_m p_mj do_m.
@@ -414,7 +414,7 @@ class _Block:
 
 
 def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
-    """Cut every row's queries into blocks."""
+    """Yield the blocks of every row's queries."""
     _, counts = rows.unique_consecutive(return_counts=True)
     first = 0
     row_of, lows, highs = rows.tolist(), starts.tolist(), ends.tolist()
@@ -464,7 +464,7 @@ def _weights(queries: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, real: 
 def attend_traced(
     q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all tokens of a row to its last `window` ones.
+    """Attend with all tokens of a row to the last `window` ones.
 
     Args:
         q: (B, L, H, P) queries of the last L columns.
@@ -490,11 +490,11 @@ def attend_traced(
         seen = seen & (seq_idx[:, columns - length :, None] == seq_idx[:, None])
     held = real[:, columns - length :, None]
     seen = (seen & held)[:, None]
-    # What stands in a column without a token is out of reach, even a NaN.
+    # The content of a column without a token must not matter, even if it is NaN.
     hidden = ~real[..., None, None]
     k, v = k.masked_fill(hidden, 0).to(sums), v.masked_fill(hidden, 0).to(sums)
     queries = q.masked_fill(~held[..., None], 0).to(sums).transpose(1, 2).unflatten(1, (groups, -1))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = queries @ k.permute(0, 2, 3, 1)[:, :, None] * (1 / math.sqrt(q.shape[-1]))  # (B, G, H/G, L, K)
         # A row without anything to see is uniform before it is set to zero: a softmax of nothing would be NaN.
         scores = scores.flatten(1, 2).masked_fill(~seen & seen.any(-1, keepdim=True), -math.inf)

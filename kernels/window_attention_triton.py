@@ -142,13 +142,13 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """What the kernels take of shapes and strides, in their order."""
+    """Return the shapes and strides that the kernels take, in their order."""
     heads = q.shape[1]
     return k.shape[1], heads, heads // k.shape[2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
 
 
 def _tiles(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """The constants of the launches over queries and of the one over keys."""
+    """Return the constants of the launches over queries and of the launch over keys."""
     width = q.shape[2]
     block_p = max(16, triton.next_power_of_2(width))
     over_queries, over_keys = (
@@ -216,7 +216,7 @@ def _real(real_ptr, column, columns):
 
 @triton.jit
 def _span(starts, ends):
-    """The first column that any of the queries sees, and the one after the last."""
+    """Return the first column that any of the queries sees, and the one after the last."""
     return tl.min(tl.where(ends > 0, starts, 2147483647), 0), tl.max(ends, 0)
 
 
