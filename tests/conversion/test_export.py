@@ -309,7 +309,7 @@ def json_of_config(index: int) -> dict[str, Any]:
     return {
         "mamba-options": {"model_type": "zoo_mamba", "time_step_rank": 7, "mixer_rms_eps": 1e-3},
         "mamba2-groups": {"model_type": "zoo_mamba2", "n_groups": 4, "conv_kernel": 3},
-        "all-four": {"model_type": "zoo_hybrid", "sliding_window": 5, "head_dim": 6},
+        "all-four": {"model_type": "zoo_hybrid", "head_dim": 6, "full_attention": {"conv_kernel": 0}},
         "taipan-options": {"model_type": "taipan", "sal_layer_idx": [0, 2], "sal_fusion": "residual"},
         "mixer-options": {"model_type": "masked_mixer", "kernel_size": 4, "mlp_first": True, "hidden_act": "gelu"},
     }[EXPORTED[index]]
