@@ -32,13 +32,13 @@ class KeepsFloat32:
         # Those of this model: transformers takes a name that is not there for a mistake.
         self._keep_in_fp32_modules_strict = [
             kept
-            for kept in self._float32_parameters()
+            for kept in self.names_in_float32()
             if not under_fsdp() and any(_is(name, kept) for name, _ in self.named_parameters())
         ]
         super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _float32_parameters(self) -> list[str]:
-        """The names, which the mixers know."""
+    def names_in_float32(self) -> list[str]:
+        """Names of the parameters that stay in float32, which the mixers know."""
         assert isinstance(self, nn.Module)
         kinds = {type(module) for module in self.modules()}
         return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
@@ -46,7 +46,7 @@ class KeepsFloat32:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(self, nn.Module)
-        kinds = self._float32_parameters()
+        kinds = self.names_in_float32()
         for name, parameter in self.named_parameters():
             found = [kept for kept in kinds if _is(name, kept)]
             if found and parameter.dtype in (torch.float16, torch.bfloat16):
@@ -113,8 +113,19 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
 
+    auto_class: ClassVar[str] = ""
+    """The Auto class of transformers that makes models of this kind: a head knows its own."""
     auto_classes: ClassVar[dict[str, str]] = {}
-    """Auto class of transformers to class name, for its registry and the exported config's `auto_map`."""
+    """Of a family: Auto class to class name, for transformers' registry and the exported config's `auto_map`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.config_class is None:
+            return
+        if cls.config_class not in [getattr(base, "config_class", None) for base in cls.__mro__[1:]]:
+            cls.auto_classes = {}  # what the classes of a family share
+        if cls.auto_class:
+            cls.auto_classes.setdefault(cls.auto_class, cls.__name__)
 
     def post_init(self) -> None:
         # The blocks of this model: accelerate refuses a name that it does not find.
@@ -169,7 +180,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
             folder,
             model_type=self.config.model_type,
             class_name=type(self).__name__,
-            auto_class=self._auto_class_name(),
+            auto_class=self.auto_class or "AutoModel",
             parameters=self.num_parameters(),
         )
 
@@ -218,12 +229,6 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         """Random arguments of a forward, to compare what two loads of the model compute."""
         length = min(_EXAMPLE_TOKENS, getattr(self.config, "max_position_embeddings", _EXAMPLE_TOKENS))
         return {"input_ids": torch.randint(self.config.vocab_size, (1, length), generator=generator)}
-
-    @classmethod
-    def _auto_class_name(cls) -> str:
-        """The Auto class that loads this model; of a subclass, that of the class it is made of."""
-        autos = {name: auto for auto, name in cls.auto_classes.items()}
-        return next((autos[kind.__name__] for kind in cls.__mro__ if kind.__name__ in autos), "AutoModel")
 
     def _saves_adapters(self) -> bool:
         return bool(getattr(self, "_hf_peft_config_loaded", False))
