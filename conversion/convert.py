@@ -53,7 +53,7 @@ FORMATS = (
     format_state_spaces.MAMBA2_HYBRID,
     MASKED_MIXER,
 )
-_ZOO_CLASSES = tuple(dict.fromkeys(each.zoo_class for each in FORMATS))
+_ZOO_CLASSES: tuple[Any, ...] = tuple(dict.fromkeys(each.zoo_class for each in FORMATS))
 _TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"

@@ -91,7 +91,8 @@ class ZooHybridConfig(PreTrainedConfig):
             settings = self._given_settings(kind, kwargs)
             if kind in self.mixer_types or kwargs.get(kind) is not None:
                 settings.complete(self)
-                setattr(self, kind, dataclasses.asdict(settings))  # pyright: ignore[reportArgumentType]
+                values = dataclasses.asdict(settings)  # lists, as JSON has them
+                setattr(self, kind, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
         for kind, row in TOKEN_MIXERS.items():
             for key in (kind, *row.flat):
                 kwargs.pop(key, None)
@@ -132,7 +133,6 @@ class ZooHybridConfig(PreTrainedConfig):
         for kind in TOKEN_MIXERS.keys() & vars(self).keys():
             defaults: Any = TOKEN_MIXERS[kind].settings()
             for name, value in getattr(self, kind).items():
-                value = list(value) if isinstance(value, tuple) else value
                 default = getattr(defaults, name)
                 if value != (list(default) if isinstance(default, tuple) else default):
                     found.setdefault(kind, {})[name] = value
