@@ -18,7 +18,7 @@ from ..harness.json_files import json_text
 from ..harness.run_folder import new_folder
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
-from ..modeling.pretrained import ZooPreTrainedModel
+from ..modeling.pretrained import ZooPreTrainedModel, names_in_float32
 from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
 from .checkpoint_files import check_replaceable
@@ -329,7 +329,7 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
 def _cast(read: _Checkpoint, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Our tensors in a dtype, but for those that the model keeps in float32."""
     with torch.device("meta"):
-        precise = tuple(f".{name}" for name in read.zoo_class(read.zoo_config).names_in_float32())
+        precise = tuple(f".{name}" for name in names_in_float32(read.zoo_class(read.zoo_config)))
     return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in read.ours.items()}
 
 

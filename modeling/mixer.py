@@ -19,10 +19,13 @@ with 8 bits an update below 0.4 % of a value is lost. So they are float32 howeve
 `dtype=torch.bfloat16` or `torch.float16`: by `from_pretrained`, `from_config`, or its class under such a default dtype.
 
 A cast of a finished model, `model.to(dtype)` or `.half()`, is a cast of all its parameters, as of every PyTorch module
-and in transformers: whoever needs one dtype throughout, as FSDP and DeepSpeed do of a unit's parameters, gets it so. A
-warning says what it costs. A process that `accelerate launch` started for FSDP, or in which an Accelerator with an FSDP
-plugin exists, gets it without asking: there a model takes the dtype it is loaded in throughout, with a warning. Under
-mixed precision accelerate then keeps the trained parameters in float32.
+and in transformers. A warning says what it costs.
+
+FSDP needs one dtype in each unit: FSDP1 of all its parameters, FSDP2 of those that are trained. Both give it to a model
+without being asked, with the same warning. In a process that `accelerate launch` started for FSDP, or in which an
+Accelerator with an FSDP plugin exists, a model takes the dtype it is loaded in throughout. A model that exists before,
+as under `torchrun` with transformers' Trainer, takes it when it is sharded. Under mixed precision accelerate then keeps
+the trained parameters in float32.
 """
 
 import os
@@ -35,6 +38,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+ALL_OF_THEM = "parameters like `A_log`"
+LOAD_IN_FLOAT32 = "load the model in float32, with mixed precision, to keep them exact"
 
 
 @dataclass
@@ -103,9 +109,7 @@ def float32_parameter(*shape: int) -> nn.Parameter:
     if not under_fsdp():
         dtype = torch.promote_types(dtype, torch.float32)
     elif dtype in (torch.float16, torch.bfloat16):
-        warn_of_dtype(
-            "parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact"
-        )
+        warn_of_dtype(ALL_OF_THEM, dtype, LOAD_IN_FLOAT32)
     return nn.Parameter(torch.empty(shape, dtype=dtype))
 
 

@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .hub_code import remove_stale_weights, upload, write_code, write_default_card, written_weights
-from .mixer import under_fsdp, warn_of_dtype
+from .mixer import ALL_OF_THEM, LOAD_IN_FLOAT32, under_fsdp, warn_of_dtype
 
 _EXAMPLE_TOKENS = 16
 
@@ -30,35 +31,90 @@ class KeepsFloat32:
     def post_init(self) -> None:
         assert isinstance(self, nn.Module)
         # Those of this model: transformers takes a name that is not there for a mistake.
+        names = [name for name, _ in self.named_parameters()]
         self._keep_in_fp32_modules_strict = [
-            kept
-            for kept in self.names_in_float32()
-            if not under_fsdp() and any(_is(name, kept) for name, _ in self.named_parameters())
+            kept for kept in names_in_float32(self) if not under_fsdp() and any(_is(name, kept) for name in names)
         ]
         super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def names_in_float32(self) -> list[str]:
-        """Names of the parameters that stay in float32, which the mixers know."""
-        assert isinstance(self, nn.Module)
-        kinds = {type(module) for module in self.modules()}
-        return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(self, nn.Module)
-        kinds = self.names_in_float32()
-        for name, parameter in self.named_parameters():
-            found = [kept for kept in kinds if _is(name, kept)]
-            if found and parameter.dtype in (torch.float16, torch.bfloat16):
-                remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
-                warn_of_dtype(f"`{found[0]}` and parameters like it", parameter.dtype, remedy)
-                break
+        parameters = dict(self.named_parameters())
+        cast = [n for n in kept_in_float32(self, parameters) if parameters[n].dtype in (torch.float16, torch.bfloat16)]
+        if cast:
+            remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
+            warn_of_dtype(f"`{cast[0].rpartition('.')[2]}` and parameters like it", parameters[cast[0]].dtype, remedy)
         return result
+
+    @property
+    def _fsdp_use_orig_params(self) -> bool:
+        """Whether FSDP keeps the parameters' names. torch sets it on every module of a model that it shards: FSDP1
+        before it flattens the parameters, FSDP2 before the first forward, where it looks at their dtypes."""
+        return self.__dict__.get("_fsdp_use_orig_params", False)
+
+    @_fsdp_use_orig_params.setter
+    def _fsdp_use_orig_params(self, value: bool) -> None:
+        self.__dict__["_fsdp_use_orig_params"] = value
+        assert isinstance(self, nn.Module)
+        _take_one_dtype(self)
+
+
+def names_in_float32(model: nn.Module) -> list[str]:
+    """Ends of the names of the parameters that stay in float32, which the mixers know."""
+    kinds = {type(module) for module in model.modules()}
+    return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
+
+
+def kept_in_float32(model: nn.Module, parameters: Iterable[str]) -> list[str]:
+    """Those of a model's parameters, by their names."""
+    kinds = names_in_float32(model)
+    return [name for name in parameters if any(_is(name, kept) for kept in kinds)]
 
 
 def _is(name: str, kept: str) -> bool:
-    """Whether a parameter has this name, below whatever modules."""
-    return f".{name}".endswith(f".{kept}")
+    """Whether a parameter has this name, below whatever modules and in a layer with adapters too."""
+    return f".{name}".replace(".base_layer.", ".").endswith(f".{kept}")
+
+
+def _take_one_dtype(model: nn.Module) -> None:
+    """Give the parameters that are kept in float32 the dtype that FSDP needs of them."""
+    parameters = dict(model.named_parameters())
+    kept = kept_in_float32(model, parameters)
+    for name, parameter in parameters.items():
+        if name not in kept:
+            continue
+        # FSDP2's parameters are DTensors by now; it casts frozen ones one by one, which may differ.
+        flattened = not hasattr(parameter, "placements")
+        if not (flattened or parameter.requires_grad):
+            continue
+        owner, _, own_name = name.rpartition(".")
+        dtype = _dtype_beside(owner, parameters, kept, trained_only=not flattened)
+        if dtype not in (torch.float16, torch.bfloat16) or dtype == parameter.dtype:
+            continue
+        warn_of_dtype(ALL_OF_THEM, dtype, LOAD_IN_FLOAT32)
+        if flattened:
+            parameter.data = parameter.data.to(dtype)
+        else:
+            cast = nn.Parameter(parameter.detach().to(dtype), requires_grad=True)
+            setattr(model.get_submodule(owner), own_name, cast)
+
+
+def _dtype_beside(
+    module: str, parameters: dict[str, nn.Parameter], kept: Collection[str], *, trained_only: bool
+) -> torch.dtype | None:
+    """Dtype of the first parameter in this module that is not kept in float32, or else in the nearest around it."""
+    others = [
+        (name, parameter)
+        for name, parameter in parameters.items()
+        if name not in kept and parameter.is_floating_point() and (parameter.requires_grad or not trained_only)
+    ]
+    while module:
+        beside = next((parameter.dtype for name, parameter in others if name.startswith(f"{module}.")), None)
+        if beside is not None:
+            return beside
+        module = module.rpartition(".")[0]
+    return others[0][1].dtype if others else None
 
 
 class UntiesUnderAdapters:
