@@ -16,10 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..harness.json_files import json_text
 from ..harness.run_folder import new_folder
-from ..modeling import MaskedMixerForCausalLM, ZooHybridForCausalLM, ZooMamba2ForCausalLM, ZooMambaForCausalLM
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
-from ..modeling.pretrained import ZooPreTrainedModel
+from ..modeling.pretrained import ZooPreTrainedModel, names_in_float32
 from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
 from .checkpoint_files import check_replaceable
@@ -54,12 +53,7 @@ FORMATS = (
     format_state_spaces.MAMBA2_HYBRID,
     MASKED_MIXER,
 )
-_ZOO_CLASSES: tuple[type[ZooForCausalLM], ...] = (
-    ZooMambaForCausalLM,
-    ZooMamba2ForCausalLM,
-    ZooHybridForCausalLM,
-    MaskedMixerForCausalLM,
-)
+_ZOO_CLASSES: tuple[Any, ...] = tuple(dict.fromkeys(each.zoo_class for each in FORMATS))
 _TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
@@ -172,7 +166,7 @@ def convert(
         _check_reading(read, read_from)
     to = to or ("zoo" if read.format else "transformers")
     target = None if to == "zoo" else _target_format(to, read)
-    ours = read.ours if dtype is None else _cast(read.ours, _DTYPES[dtype], read.zoo_class)
+    ours = read.ours if dtype is None else _cast(read, _DTYPES[dtype])
     config = target.config(read.zoo_config) if target else read.zoo_config
     tensors = _tensors_of(target, read, config, ours)
     with new_folder(folder, overwrite=overwrite) as made:
@@ -332,11 +326,11 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
     )
 
 
-def _cast(
-    tensors: Mapping[str, LazyTensor], dtype: torch.dtype, zoo_class: type[ZooPreTrainedModel]
-) -> dict[str, LazyTensor]:
-    precise = tuple(f".{name}" for name in zoo_class._keep_in_fp32_modules_strict or ())
-    return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in tensors.items()}
+def _cast(read: _Checkpoint, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """Our tensors in a dtype, but for those that the model keeps in float32."""
+    with torch.device("meta"):
+        precise = tuple(f".{name}" for name in names_in_float32(read.zoo_class(read.zoo_config)))
+    return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in read.ours.items()}
 
 
 def _dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:

@@ -27,6 +27,8 @@ class ZooModel(ZooPreTrainedModel):
     chooses tokens also its (B, L, 2) scores and (B, L) decisions.
     """
 
+    auto_class = "AutoModel"
+
     def __init__(self, config: PreTrainedConfig) -> None:
         declared = {field.name for field in dataclasses.fields(type(config))}
         if is_bidirectional(config) and "bidirectional" not in declared:

@@ -19,8 +19,8 @@ class ZooHybridConfig(PreTrainedConfig):
     """A Llama-shaped decoder whose token mixer is chosen layer by layer.
 
     The settings of a kind of mixer stand under its name, as a mapping: `mamba2={"state_size": 64}`. Every kind that a
-    block has gets all of its settings, those of its row in `token_mixers.py`. Configurations of before 2026-11 had them
-    in one with the other keys; they are read, and saved as they are now.
+    block has gets all of its settings, those of its row in `token_mixers.py`; others are kept as they are given.
+    Configurations of before 2026-11 had them in one with the other keys; they are read, and saved as they are now.
 
     Args:
         vocab_size: V, rows of the embedding.
@@ -89,11 +89,10 @@ class ZooHybridConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         for kind in TOKEN_MIXERS:
             settings = self._given_settings(kind, kwargs)
-            if kind in self.mixer_types:
+            if kind in self.mixer_types or kwargs.get(kind) is not None:
                 settings.complete(self)
-                setattr(self, kind, dataclasses.asdict(settings))  # pyright: ignore[reportArgumentType]
-            elif kwargs.get(kind) is not None:
-                raise ValueError(f"{kind}: mixer_types has no such block, but there are settings for it")
+                values = dataclasses.asdict(settings)  # lists, as JSON has them
+                setattr(self, kind, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
         for kind, row in TOKEN_MIXERS.items():
             for key in (kind, *row.flat):
                 kwargs.pop(key, None)
@@ -127,6 +126,21 @@ class ZooHybridConfig(PreTrainedConfig):
         settings: Any = TOKEN_MIXERS[kind].settings(**(getattr(self, kind, None) or {}))
         settings.complete(self)
         return settings
+
+    def changed_settings(self) -> dict[str, dict[str, Any]]:
+        """The settings that differ from their defaults, by kind."""
+        found: dict[str, dict[str, Any]] = {}
+        for kind in TOKEN_MIXERS.keys() & vars(self).keys():
+            defaults: Any = TOKEN_MIXERS[kind].settings()
+            for name, value in getattr(self, kind).items():
+                default = getattr(defaults, name)
+                if value != (list(default) if isinstance(default, tuple) else default):
+                    found.setdefault(kind, {})[name] = value
+        return found
+
+    def used_rows(self) -> dict[str, set[str]]:
+        """The rows of tables in the code that a model of this configuration uses: an export leaves the others out."""
+        return {"TOKEN_MIXERS": set(self.mixer_types or []) - {"none"}}
 
     @classmethod
     def more_keys(cls) -> list[str]:

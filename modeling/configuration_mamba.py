@@ -1,6 +1,6 @@
 """Configuration of `zoo_mamba`."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -38,6 +38,14 @@ class ZooMambaConfig(PreTrainedConfig):
     """
 
     model_type = "zoo_mamba"
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "mamba-130m": {"hidden_size": 768, "num_hidden_layers": 24},
+        "mamba-370m": {"hidden_size": 1024, "num_hidden_layers": 48},
+        "mamba-790m": {"hidden_size": 1536, "num_hidden_layers": 48},
+        "mamba-1.4b": {"hidden_size": 2048, "num_hidden_layers": 48},
+        "mamba-2.8b": {"hidden_size": 2560, "num_hidden_layers": 64},
+    }
 
     vocab_size: int = 50280
     hidden_size: int = 768

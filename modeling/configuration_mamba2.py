@@ -1,6 +1,7 @@
 """Configuration of `zoo_mamba2`."""
 
 import math
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -41,6 +42,14 @@ class ZooMamba2Config(PreTrainedConfig):
 
     model_type = "zoo_mamba2"
     attribute_map = {"A_init_range": "A_init_bounds"}
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "mamba2-130m": {"hidden_size": 768, "num_hidden_layers": 24},
+        "mamba2-370m": {"hidden_size": 1024, "num_hidden_layers": 48},
+        "mamba2-780m": {"hidden_size": 1536, "num_hidden_layers": 48},
+        "mamba2-1.3b": {"hidden_size": 2048, "num_hidden_layers": 48},
+        "mamba2-2.7b": {"hidden_size": 2560, "num_hidden_layers": 64},
+    }
 
     vocab_size: int = 50288
     hidden_size: int = 768

@@ -1,7 +1,7 @@
 """Configuration of `masked_mixer`."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -14,6 +14,11 @@ NORMS = ("layer_norm", "rms_norm")
 MLPS = ("plain", "gated")
 PAD_MODES = ("shift", "as_trained")
 OVERFLOWS = ("error", "window")
+
+
+def _preset(vocab: int, width: int, layers: int, positions: int, heads: int, mixing: str = "dense") -> dict[str, Any]:
+    sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers}
+    return sizes | {"max_position_embeddings": positions, "num_heads": heads, "mixing": mixing}
 
 
 @strict
@@ -71,6 +76,21 @@ class MaskedMixerConfig(PreTrainedConfig):
 
     model_type = "masked_mixer"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "masked-mixer-23m": _preset(4096, 512, 8, 512, 1),
+        "masked-mixer-34m": _preset(4096, 512, 8, 512, 4),
+        "masked-mixer-46m": _preset(8000, 512, 16, 512, 1),
+        "masked-mixer-67m": _preset(8000, 512, 16, 512, 4),
+        "masked-mixer-78m": _preset(4096, 1024, 8, 512, 1),
+        "masked-mixer-101m": _preset(4096, 1024, 8, 512, 4),
+        "masked-mixer-155m": _preset(8000, 1024, 16, 512, 1),
+        "masked-mixer-168m": _preset(8000, 1024, 16, 1024, 1),
+        "masked-mixer-201m": _preset(8000, 1024, 16, 512, 4),
+        "masked-mixer-252m": _preset(8000, 1024, 16, 1024, 4),
+        "toeplitz-mixer-184m": _preset(8000, 1024, 16, 512, 4, "toeplitz"),
+        "recurrent-mixer-184m": _preset(8000, 1024, 16, 1024, 4, "mixed_repeat"),
+    }
 
     vocab_size: int = 4096
     hidden_size: int = 512

@@ -1,6 +1,6 @@
 """Configuration of `taipan`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -56,6 +56,12 @@ class TaipanConfig(PreTrainedConfig):
 
     model_type = "taipan"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits", "selection_rate"]
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "taipan-190m": {"hidden_size": 768, "num_hidden_layers": 21},
+        "taipan-450m": {"hidden_size": 1024, "num_hidden_layers": 42},
+        "taipan-1.3b": {"hidden_size": 2048, "num_hidden_layers": 35},
+    }
 
     vocab_size: int = 128256
     hidden_size: int = 768

@@ -47,9 +47,8 @@ class ZooHeadModel(ZooPreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        auto_class = cls._auto_class_name()
-        if auto_class != "AutoModel":
-            enter_class_name(auto_class, cls.__name__)
+        if cls.auto_class and cls.config_class is not None:
+            enter_class_name(cls.auto_class, cls.__name__)
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
@@ -79,6 +78,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
     """A language-modelling head over a family's backbone."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    auto_class = "AutoModelForCausalLM"
     loss_name = "ForCausalLM"
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -102,7 +102,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         renames = CACHE_FIELD == "past_key_values" and "mamba" in type(self).__name__.lower()
         if renames and "past_key_values" in model_kwargs:
             model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)  # pyright: ignore[reportAttributeAccessIssue]
         if renames and "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
 
@@ -191,6 +191,7 @@ class ZooForSequenceClassification(ZooHeadModel):
     last token in the ids alone, and skip a real end-of-text token where padding has the same id; here a mask decides.
     """
 
+    auto_class = "AutoModelForSequenceClassification"
     loss_name = "ForSequenceClassification"
     # To the Trainer: the loss is a mean over the rows of this call, whatever `num_items_in_batch` says.
     accepts_loss_kwargs = False
@@ -344,6 +345,7 @@ class ZooForTokenClassification(_ZooTokenHead):
     """A linear `score` with bias on every token."""
 
     output_class = TokenClassifierOutput
+    auto_class = "AutoModelForTokenClassification"
     loss_name = "ForTokenClassification"
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -360,6 +362,7 @@ class ZooForMaskedLM(_ZooTokenHead):
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     output_class = MaskedLMOutput
+    auto_class = "AutoModelForMaskedLM"
     loss_name = "ForMaskedLM"
 
     def __init__(self, config: PreTrainedConfig) -> None:

@@ -39,6 +39,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+ALL_OF_THEM = "parameters like `A_log`"
+LOAD_IN_FLOAT32 = "load the model in float32, with mixed precision, to keep them exact"
+
 
 @dataclass
 class MixerSettings:
@@ -111,9 +114,7 @@ def float32_parameter(*shape: int) -> nn.Parameter:
     if not under_fsdp():
         dtype = torch.promote_types(dtype, torch.float32)
     elif dtype in (torch.float16, torch.bfloat16):
-        warn_of_dtype(
-            "parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact"
-        )
+        warn_of_dtype(ALL_OF_THEM, dtype, LOAD_IN_FLOAT32)
     return nn.Parameter(torch.empty(shape, dtype=dtype))
 
 

@@ -74,12 +74,6 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
-    auto_classes = {
-        "AutoModel": "ZooHybridModel",
-        "AutoModelForCausalLM": "ZooHybridForCausalLM",
-        "AutoModelForSequenceClassification": "ZooHybridForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooHybridForTokenClassification",
-    }
 
 
 class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):

@@ -307,13 +307,6 @@ class ZooMambaPreTrainedModel(ZooPreTrainedModel):
     config: ZooMambaConfig
     config_class = ZooMambaConfig
     _no_split_modules = ["MixerBlock"]
-    auto_classes = {
-        "AutoModel": "ZooMambaModel",
-        "AutoModelForCausalLM": "ZooMambaForCausalLM",
-        "AutoModelForMaskedLM": "ZooMambaForMaskedLM",
-        "AutoModelForSequenceClassification": "ZooMambaForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooMambaForTokenClassification",
-    }
 
 
 class ZooMambaModel(ZooMambaPreTrainedModel, ZooModel):

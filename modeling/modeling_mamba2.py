@@ -333,13 +333,6 @@ class ZooMamba2PreTrainedModel(ZooPreTrainedModel):
     config: ZooMamba2Config
     config_class = ZooMamba2Config
     _no_split_modules = ["MixerBlock"]
-    auto_classes = {
-        "AutoModel": "ZooMamba2Model",
-        "AutoModelForCausalLM": "ZooMamba2ForCausalLM",
-        "AutoModelForMaskedLM": "ZooMamba2ForMaskedLM",
-        "AutoModelForSequenceClassification": "ZooMamba2ForSequenceClassification",
-        "AutoModelForTokenClassification": "ZooMamba2ForTokenClassification",
-    }
 
 
 class ZooMamba2Model(ZooMamba2PreTrainedModel, ZooModel):

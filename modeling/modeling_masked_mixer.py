@@ -150,13 +150,6 @@ class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
     config: MaskedMixerConfig
     config_class = MaskedMixerConfig
     _no_split_modules = ["MaskedMixerBlock"]
-    auto_classes = {
-        "AutoModel": "MaskedMixerModel",
-        "AutoModelForCausalLM": "MaskedMixerForCausalLM",
-        "AutoModelForMaskedLM": "MaskedMixerForMaskedLM",
-        "AutoModelForSequenceClassification": "MaskedMixerForSequenceClassification",
-        "AutoModelForTokenClassification": "MaskedMixerForTokenClassification",
-    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -95,7 +95,7 @@ class RetrievalMixer(ZooPreTrainedModel):
     main_input_name = "query_embeds"
     accepts_loss_kwargs = False
     _no_split_modules = ["RetrievalMixerBlock"]
-    auto_classes = {"AutoModel": "RetrievalMixer"}
+    auto_class = "AutoModel"
 
     def __init__(self, config: RetrievalMixerConfig) -> None:
         super().__init__(config)

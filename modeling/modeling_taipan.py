@@ -70,12 +70,6 @@ class TaipanPreTrainedModel(ZooPreTrainedModel):
     config: TaipanConfig
     config_class = TaipanConfig
     _no_split_modules = ["MixerBlock", "SelectiveAttentionBlock"]
-    auto_classes = {
-        "AutoModel": "TaipanModel",
-        "AutoModelForCausalLM": "TaipanForCausalLM",
-        "AutoModelForSequenceClassification": "TaipanForSequenceClassification",
-        "AutoModelForTokenClassification": "TaipanForTokenClassification",
-    }
 
 
 class TaipanModel(TaipanPreTrainedModel, ZooModel):

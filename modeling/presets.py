@@ -21,43 +21,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .configuration_mamba import ZooMambaConfig
-from .configuration_mamba2 import ZooMamba2Config
-from .configuration_masked_mixer import MaskedMixerConfig
-from .configuration_taipan import TaipanConfig
-
-
-def _mixer(vocab: int, width: int, layers: int, positions: int, heads: int, mixing: str = "dense") -> tuple[Any, ...]:
-    sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers}
-    return MaskedMixerConfig, sizes | {"max_position_embeddings": positions, "num_heads": heads, "mixing": mixing}
-
+from .families import FAMILIES
 
 PRESETS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "mamba-130m": (ZooMambaConfig, {"hidden_size": 768, "num_hidden_layers": 24}),
-    "mamba-370m": (ZooMambaConfig, {"hidden_size": 1024, "num_hidden_layers": 48}),
-    "mamba-790m": (ZooMambaConfig, {"hidden_size": 1536, "num_hidden_layers": 48}),
-    "mamba-1.4b": (ZooMambaConfig, {"hidden_size": 2048, "num_hidden_layers": 48}),
-    "mamba-2.8b": (ZooMambaConfig, {"hidden_size": 2560, "num_hidden_layers": 64}),
-    "mamba2-130m": (ZooMamba2Config, {"hidden_size": 768, "num_hidden_layers": 24}),
-    "mamba2-370m": (ZooMamba2Config, {"hidden_size": 1024, "num_hidden_layers": 48}),
-    "mamba2-780m": (ZooMamba2Config, {"hidden_size": 1536, "num_hidden_layers": 48}),
-    "mamba2-1.3b": (ZooMamba2Config, {"hidden_size": 2048, "num_hidden_layers": 48}),
-    "mamba2-2.7b": (ZooMamba2Config, {"hidden_size": 2560, "num_hidden_layers": 64}),
-    "taipan-190m": (TaipanConfig, {"hidden_size": 768, "num_hidden_layers": 21}),
-    "taipan-450m": (TaipanConfig, {"hidden_size": 1024, "num_hidden_layers": 42}),
-    "taipan-1.3b": (TaipanConfig, {"hidden_size": 2048, "num_hidden_layers": 35}),
-    "masked-mixer-23m": _mixer(4096, 512, 8, 512, 1),
-    "masked-mixer-34m": _mixer(4096, 512, 8, 512, 4),
-    "masked-mixer-46m": _mixer(8000, 512, 16, 512, 1),
-    "masked-mixer-67m": _mixer(8000, 512, 16, 512, 4),
-    "masked-mixer-78m": _mixer(4096, 1024, 8, 512, 1),
-    "masked-mixer-101m": _mixer(4096, 1024, 8, 512, 4),
-    "masked-mixer-155m": _mixer(8000, 1024, 16, 512, 1),
-    "masked-mixer-168m": _mixer(8000, 1024, 16, 1024, 1),
-    "masked-mixer-201m": _mixer(8000, 1024, 16, 512, 4),
-    "masked-mixer-252m": _mixer(8000, 1024, 16, 1024, 4),
-    "toeplitz-mixer-184m": _mixer(8000, 1024, 16, 512, 4, "toeplitz"),
-    "recurrent-mixer-184m": _mixer(8000, 1024, 16, 1024, 4, "mixed_repeat"),
+    name: (family.config, sizes)
+    for family in FAMILIES.values()
+    for name, sizes in getattr(family.config, "presets", {}).items()
 }
 """Name to configuration class and its arguments."""
 

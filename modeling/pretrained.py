@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .mixer import under_fsdp, warn_of_dtype
+from .mixer import ALL_OF_THEM, LOAD_IN_FLOAT32, under_fsdp, warn_of_dtype
 from .saved_folder import push_folder, remove_stale_weights, write_default_card, written_weights
 
 _EXAMPLE_TOKENS = 16
@@ -30,29 +31,20 @@ class KeepsFloat32:
     def post_init(self) -> None:
         assert isinstance(self, nn.Module)
         # Those of this model: transformers takes a name that is not there for a mistake.
+        names = [name for name, _ in self.named_parameters()]
         self._keep_in_fp32_modules_strict = [
-            kept
-            for kept in self._float32_parameters()
-            if not under_fsdp() and any(_is(name, kept) for name, _ in self.named_parameters())
+            kept for kept in names_in_float32(self) if not under_fsdp() and any(_is(name, kept) for name in names)
         ]
         super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _float32_parameters(self) -> list[str]:
-        """The names, which the mixers know."""
-        assert isinstance(self, nn.Module)
-        kinds = {type(module) for module in self.modules()}
-        return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(self, nn.Module)
-        kinds = self._float32_parameters()
-        for name, parameter in self.named_parameters():
-            found = [kept for kept in kinds if _is(name, kept)]
-            if found and parameter.dtype in (torch.float16, torch.bfloat16):
-                remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
-                warn_of_dtype(f"`{found[0]}` and parameters like it", parameter.dtype, remedy)
-                break
+        parameters = dict(self.named_parameters())
+        cast = [n for n in kept_in_float32(self, parameters) if parameters[n].dtype in (torch.float16, torch.bfloat16)]
+        if cast:
+            remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
+            warn_of_dtype(f"`{cast[0].rpartition('.')[2]}` and parameters like it", parameters[cast[0]].dtype, remedy)
         return result
 
     @property
@@ -65,14 +57,32 @@ class KeepsFloat32:
     def _fsdp_use_orig_params(self, value: bool) -> None:
         self.__dict__["_fsdp_use_orig_params"] = value
         assert isinstance(self, nn.Module)
-        _take_one_dtype(self, self._float32_parameters())
+        _take_one_dtype(self)
 
 
-def _take_one_dtype(model: nn.Module, kept: list[str]) -> None:
+def names_in_float32(model: nn.Module) -> list[str]:
+    """Ends of the names of the parameters that stay in float32, which the mixers know."""
+    kinds = {type(module) for module in model.modules()}
+    return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
+
+
+def kept_in_float32(model: nn.Module, parameters: Iterable[str]) -> list[str]:
+    """Those of a model's parameters, by their names."""
+    kinds = names_in_float32(model)
+    return [name for name in parameters if any(_is(name, kept) for kept in kinds)]
+
+
+def _is(name: str, kept: str) -> bool:
+    """Whether a parameter has this name, below whatever modules and in a layer with adapters too."""
+    return f".{name}".replace(".base_layer.", ".").endswith(f".{kept}")
+
+
+def _take_one_dtype(model: nn.Module) -> None:
     """Give the parameters that are kept in float32 the dtype that FSDP needs of them."""
     parameters = dict(model.named_parameters())
+    kept = kept_in_float32(model, parameters)
     for name, parameter in parameters.items():
-        if not _is_kept(name, kept):
+        if name not in kept:
             continue
         # FSDP2's parameters are DTensors by now; it casts frozen ones one by one, which may differ.
         flattened = not hasattr(parameter, "placements")
@@ -82,9 +92,7 @@ def _take_one_dtype(model: nn.Module, kept: list[str]) -> None:
         dtype = _dtype_beside(owner, parameters, kept, trained_only=not flattened)
         if dtype not in (torch.float16, torch.bfloat16) or dtype == parameter.dtype:
             continue
-        warn_of_dtype(
-            "parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact"
-        )
+        warn_of_dtype(ALL_OF_THEM, dtype, LOAD_IN_FLOAT32)
         if flattened:
             parameter.data = parameter.data.to(dtype)
         else:
@@ -93,13 +101,13 @@ def _take_one_dtype(model: nn.Module, kept: list[str]) -> None:
 
 
 def _dtype_beside(
-    module: str, parameters: dict[str, nn.Parameter], kept: list[str], *, trained_only: bool
+    module: str, parameters: dict[str, nn.Parameter], kept: Collection[str], *, trained_only: bool
 ) -> torch.dtype | None:
     """Dtype of the first parameter in this module that is not kept in float32, or else in the nearest around it."""
     others = [
         (name, parameter)
         for name, parameter in parameters.items()
-        if not _is_kept(name, kept) and parameter.is_floating_point() and (parameter.requires_grad or not trained_only)
+        if name not in kept and parameter.is_floating_point() and (parameter.requires_grad or not trained_only)
     ]
     while module:
         beside = next((parameter.dtype for name, parameter in others if name.startswith(f"{module}.")), None)
@@ -107,15 +115,6 @@ def _dtype_beside(
             return beside
         module = module.rpartition(".")[0]
     return others[0][1].dtype if others else None
-
-
-def _is(name: str, kept: str) -> bool:
-    """Whether a parameter has this name, below whatever modules and in a layer with adapters too."""
-    return f".{name}".replace(".base_layer.", ".").endswith(f".{kept}")
-
-
-def _is_kept(name: str, kept: list[str]) -> bool:
-    return any(_is(name, each) for each in kept)
 
 
 class UntiesUnderAdapters:
@@ -170,10 +169,21 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
 
+    auto_class: ClassVar[str] = ""
+    """The Auto class of transformers that makes models of this kind: a head knows its own."""
     auto_classes: ClassVar[dict[str, str]] = {}
-    """Auto class of transformers to class name, for its registry and the exported config's `auto_map`."""
+    """Of a family: Auto class to class name, for transformers' registry and the exported config's `auto_map`."""
     publisher: ClassVar[Any] = None
     """The module `hub_code`, which writes code and pushes. None in exported code, which transformers copies."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.config_class is None:
+            return
+        if cls.config_class not in [getattr(base, "config_class", None) for base in cls.__mro__[1:]]:
+            cls.auto_classes = {}  # what the classes of a family share
+        if cls.auto_class:
+            cls.auto_classes.setdefault(cls.auto_class, cls.__name__)
 
     def post_init(self) -> None:
         # The blocks of this model: accelerate refuses a name that it does not find.
@@ -228,7 +238,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
             folder,
             model_type=self.config.model_type,
             class_name=type(self).__name__,
-            auto_class=self._auto_class_name(),
+            auto_class=self.auto_class or "AutoModel",
             parameters=self.num_parameters(),
         )
 
@@ -280,12 +290,6 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         """Random arguments of a forward, to compare what two loads of the model compute."""
         length = min(_EXAMPLE_TOKENS, getattr(self.config, "max_position_embeddings", _EXAMPLE_TOKENS))
         return {"input_ids": torch.randint(self.config.vocab_size, (1, length), generator=generator)}
-
-    @classmethod
-    def _auto_class_name(cls) -> str:
-        """The Auto class that loads this model; of a subclass, that of the class it is made of."""
-        autos = {name: auto for auto, name in cls.auto_classes.items()}
-        return next((autos[kind.__name__] for kind in cls.__mro__ if kind.__name__ in autos), "AutoModel")
 
     def _saves_adapters(self) -> bool:
         return bool(getattr(self, "_hf_peft_config_loaded", False))

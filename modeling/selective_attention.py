@@ -211,7 +211,7 @@ class SelectiveAttentionSettings(MixerSettings):
     sal_key_source: str = "all"
     sal_dense_training: bool = False
 
-    def validate_choices(self) -> None:
+    def check(self, config: Any) -> None:
         check_selective_attention(self)
 
 

@@ -103,9 +103,9 @@ def configuration_keys(kind: type[PreTrainedConfig]) -> list[str]:
 def changed_keys(config: PreTrainedConfig) -> dict[str, Any]:
     """`model_type`, and the keys that differ from the family's defaults: a `source` of the same configuration."""
     defaults = {field.name: _as_list(field.default) for field in dataclasses.fields(type(config))}
-    names = [key for key in configuration_keys(type(config)) if key in vars(config)]
-    keys = {key: _as_list(getattr(config, key)) for key in names}
-    return {"model_type": config.model_type, **{key: v for key, v in keys.items() if v != defaults.get(key)}}
+    keys = {key: _as_list(getattr(config, key)) for key in configuration_keys(type(config)) if key in defaults}
+    nested = config.changed_settings() if hasattr(config, "changed_settings") else {}
+    return {"model_type": config.model_type, **{key: v for key, v in keys.items() if v != defaults[key]}, **nested}
 
 
 def _as_list(value: Any) -> Any:
@@ -146,7 +146,7 @@ def _read_model(source: str, revision: str | None) -> dict[str, Any]:
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {
         "model_type": config.model_type,
-        **{key: getattr(config, key) for key in configuration_keys(kind) if key not in special},
+        **{key: getattr(config, key) for key in configuration_keys(kind) if key in vars(config) and key not in special},
     }
 
 

@@ -107,7 +107,7 @@ def _hybrid(values: dict[str, Any]) -> ZooHybridConfig:
         **_shared(parsed),
         intermediate_size=-(-inner // _MLP_MULTIPLE) * _MLP_MULTIPLE,
         mixer_types=mixers,
-        **{kind: values for kind, values in settings.items() if kind in mixers},
+        **settings,
         mlp_types=["gated" if inner else "none"] * layers,
         num_attention_heads=attention["num_heads"],
         num_key_value_heads=attention["num_heads_kv"],

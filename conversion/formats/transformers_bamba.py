@@ -43,7 +43,7 @@ def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
     if "mamba2" in mixers:
         require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba-2, which it is for, too")
     settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
-    kinds: dict[str, Any] = {"mamba2": settings} if "mamba2" in mixers else {}
+    kinds: dict[str, Any] = {"mamba2": settings}
     return ZooHybridConfig(
         **{key: getattr(config, key) for key in _SAME},
         **kinds,
@@ -65,16 +65,15 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
     if "mamba2" in mixers:
         require("hidden_act", config.hidden_act, "silu", "bamba's Mamba-2 takes that of the MLP")
     values = {key: getattr(config, key) for key in _SAME}
-    if "mamba2" in mixers:
-        mixer = config.settings_of("mamba2")
-        values |= {theirs: getattr(mixer, ours) for theirs, ours in _MIXER.items()}
-        values["mamba_n_heads"] = mixer.expand * config.hidden_size // mixer.head_dim
+    mixer = config.settings_of("mamba2")
+    values |= {theirs: getattr(mixer, ours) for theirs, ours in _MIXER.items()}
     # bamba takes half of each head where it is told nothing
     values["rope_parameters"] = {"partial_rotary_factor": 1.0} | dict(config.rope_parameters or {})
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
     return BambaConfig(
         **values,
+        mamba_n_heads=mixer.expand * config.hidden_size // mixer.head_dim,
         attn_layer_indices=layers_of(config, {"full_attention"}),
     )
 

@@ -43,7 +43,7 @@ def _zoo_config(config: JambaConfig) -> ZooHybridConfig:
         require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba, which it is for, too")
     settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
     settings |= {"mixer_rms_eps": config.rms_norm_eps, "mixer_rms_weight": True}
-    kinds: dict[str, Any] = {"mamba": settings} if "mamba" in mixers else {}
+    kinds: dict[str, Any] = {"mamba": settings}
     return ZooHybridConfig(
         **{key: getattr(config, key) for key in _SAME},
         **kinds,

@@ -7,23 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ssm_zoo.modeling import (
-    MaskedMixerConfig,
-    MaskedMixerForCausalLM,
-    MaskedMixerModel,
-    TaipanConfig,
-    TaipanForCausalLM,
-    TaipanModel,
-    ZooHybridConfig,
-    ZooHybridForCausalLM,
-    ZooHybridModel,
-    ZooMamba2Config,
-    ZooMamba2ForCausalLM,
-    ZooMamba2Model,
-    ZooMambaConfig,
-    ZooMambaForCausalLM,
-    ZooMambaModel,
-)
+from ssm_zoo import modeling
+from ssm_zoo.modeling import MaskedMixerConfig, TaipanConfig, ZooHybridConfig, ZooMamba2Config, ZooMambaConfig
 
 VOCAB = 61
 
@@ -43,94 +28,85 @@ class Family:
     backbone: type[PreTrainedModel]
 
 
-def _mamba(**sizes: Any) -> Family:
-    def config(**changes: Any) -> ZooMambaConfig:
-        tiny = {
-            "vocab_size": VOCAB,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "state_size": 8,
-            "time_step_rank": 3,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        return ZooMambaConfig(**(tiny | sizes | changes))
+def family(kind: type[PreTrainedConfig], tiny: dict[str, Any]) -> Family:
+    """The family of a configuration's class, in a tiny size."""
+    classes: Any = modeling.FAMILIES[kind.model_type].classes
+    return Family(lambda **changes: kind(**(tiny | changes)), classes["AutoModelForCausalLM"], classes["AutoModel"])
 
-    return Family(config, ZooMambaForCausalLM, ZooMambaModel)
+
+def _mamba(**sizes: Any) -> Family:
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "time_step_rank": 3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return family(ZooMambaConfig, tiny | sizes)
 
 
 def _mamba2(**sizes: Any) -> Family:
-    def config(**changes: Any) -> ZooMamba2Config:
-        tiny = {
-            "vocab_size": VOCAB,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "head_dim": 8,
-            "state_size": 8,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        return ZooMamba2Config(**(tiny | sizes | changes))
-
-    return Family(config, ZooMamba2ForCausalLM, ZooMamba2Model)
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "state_size": 8,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return family(ZooMamba2Config, tiny | sizes)
 
 
 def _hybrid(*mixers: str, **sizes: Any) -> Family:
-    def config(**changes: Any) -> ZooHybridConfig:
-        tiny = {
-            "vocab_size": VOCAB,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": len(mixers),
-            "mixer_types": list(mixers),
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 6,
-            "sliding_window": 5,
-            "mamba_head_dim": 8,
-            "n_groups": 2,
-        }
-        return ZooHybridConfig(**(tiny | sizes | changes))
-
-    return Family(config, ZooHybridForCausalLM, ZooHybridModel)
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": len(mixers),
+        "mixer_types": list(mixers),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "sliding_window": 5,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+    }
+    return family(ZooHybridConfig, tiny | sizes)
 
 
 def _taipan(**sizes: Any) -> Family:
-    def config(**changes: Any) -> TaipanConfig:
-        tiny = {
-            "vocab_size": VOCAB,
-            "hidden_size": 16,
-            "num_hidden_layers": 3,
-            "sal_every": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 6,
-            "intermediate_size": 24,
-            "sliding_window": 5,
-            "attention_capacity": 0.3,
-            "router_aux_loss_coef": 0.0,  # of a row: packed documents would not train as they do alone
-            "mamba_head_dim": 8,
-            "state_size": 8,
-        }
-        return TaipanConfig(**(tiny | sizes | changes))
-
-    return Family(config, TaipanForCausalLM, TaipanModel)
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "sal_every": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "intermediate_size": 24,
+        "sliding_window": 5,
+        "attention_capacity": 0.3,
+        "router_aux_loss_coef": 0.0,  # of a row: packed documents would not train as they do alone
+        "mamba_head_dim": 8,
+        "state_size": 8,
+    }
+    return family(TaipanConfig, tiny | sizes)
 
 
 def _mixer(mixing: str, **sizes: Any) -> Family:
-    def config(**changes: Any) -> MaskedMixerConfig:
-        tiny = {
-            "vocab_size": VOCAB,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "max_position_embeddings": 160,
-            "mixing": mixing,
-            "intermediate_size": 24,
-            "initializer_range": 0.02,
-        }
-        return MaskedMixerConfig(**(tiny | sizes | changes))
-
-    return Family(config, MaskedMixerForCausalLM, MaskedMixerModel)
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 160,
+        "mixing": mixing,
+        "intermediate_size": 24,
+        "initializer_range": 0.02,
+    }
+    return family(MaskedMixerConfig, tiny | sizes)
 
 
 FAMILIES: dict[str, Family] = {

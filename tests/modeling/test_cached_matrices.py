@@ -83,7 +83,7 @@ def test_recurrent_layers_have_no_rows_over_tokens_for_which_none_were_asked(nam
         model(IDS[:, :6], cache=cache, use_cache=True)
         expected = model(IDS, use_cache=False, output_attentions=True).attentions
     for layer, matrix, whole in zip(cache.layers, rows(model, IDS, None, cache, 6, 10), expected, strict=True):
-        if isinstance(layer, RecurrentLayer):
+        if layer._layer_type == RecurrentLayer._layer_type:  # the class is that of whichever code was loaded last
             assert matrix is None
         else:
             assert matrix is not None

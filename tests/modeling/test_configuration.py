@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from families import draw_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config, ZooMambaConfig
 
@@ -173,3 +175,74 @@ def test_saved_and_loaded(config: Any, tmp_path: Path) -> None:
         if name not in ("_name_or_path", "transformers_version"):
             assert (tuple(actual) if isinstance(value, tuple) else actual) == value, name
     assert loaded.layer_types == config.layer_types
+
+
+# The settings of mixers, by kind
+
+OLD = {  # as saved before 2026-11, all keys in one
+    "mixer_types": ["mamba2", "discrete_mamba2", "selective_attention", "masked_mixing"],
+    "num_hidden_layers": 4,
+    "state_size": 8,
+    "conv_kernel": 3,
+    "mamba_head_dim": 8,
+    "mamba_proj_bias": True,
+    "feature_map": "softplus",
+    "ssm_rotary": False,
+    "sliding_window": 7,
+    "attention_capacity": 0.4,
+    "mixing": "toeplitz",
+    "mixing_heads": 2,
+    "time_step_rank": 5,
+    "max_position_embeddings": 32,
+}
+
+
+def test_keys_of_before_become_settings_of_the_kinds_that_have_them(tmp_path: Path) -> None:
+    config = ZooHybridConfig(**(HYBRID | OLD))
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["mamba2"].items() >= {"state_size": 8, "conv_kernel": 3, "head_dim": 8, "use_bias": True}.items()
+    assert saved["discrete_mamba2"] == {
+        "state_size": 8,
+        "conv_kernel": 3,
+        "feature_map": "softplus",
+        "normalize": False,
+        "rotary": False,
+    }
+    assert (saved["selective_attention"]["sliding_window"], config.attention_capacity) == (7, 0.4)
+    assert (saved["masked_mixing"]["mixing"], saved["masked_mixing"]["num_heads"]) == ("toeplitz", 2)
+    left = OLD.keys() - {"mixer_types", "num_hidden_layers", "max_position_embeddings"}
+    assert not left & saved.keys() and "mamba" not in saved  # no block has that kind
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.changed_settings() == config.changed_settings()
+
+
+def test_a_checkpoint_with_keys_of_before_gives_equal_logits(tmp_path: Path) -> None:
+    model, ids = make_model("all-four"), draw_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for kind in ("mamba2", "discrete_mamba2", "sliding_attention", "full_attention"):
+        del values[kind]
+    flat = {"sliding_window": 5, "state_size": 6, "ssm_rotary": True, "mamba_head_dim": 8, "n_groups": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values | flat))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mamba2": {"state": 8}}, r"mamba2: there is no setting 'state'; accepted: state_size, expand, .*use_bias"),
+        ({"mamba2": 8}, r"mamba2 must be a mapping of settings, got 8"),
+        (
+            {"mamba2": {"head_dim": 8}, "mamba_head_dim": 4},
+            r"mamba_head_dim must be left out: it is mamba2\['head_dim'\] now, which is 8; got 4",
+        ),
+        ({"mamba2": {"state_size": "8"}}, r"mamba2: .*'state_size'.*'8'"),
+        ({"mamba2": {"head_dim": 7}}, r"mamba2: num_heads \* head_dim \(4 \* 7\) must equal"),
+    ],
+    ids=["unknown", "no mapping", "contradicting", "of another type", "not fitting"],
+)
+def test_settings_that_do_not_hold_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, StrictDataclassError), match=f"(?s){message}"):
+        ZooHybridConfig(**HYBRID, mixer_types=["mamba2", "full_attention"], **given)

@@ -1,5 +1,6 @@
 """The parameters that stay in float32 (`mixer.py`), however a model in half precision comes about."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig, mixer
 
-FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias", "dt_proj.bias", "decay_value")
+
+def declared() -> set[str]:
+    """What the mixers of the package say of themselves."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("ssm_zoo.modeling.")]
+    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    return {name for kind in kinds for name in getattr(kind, "float32_parameters", ())}
+
+
+FLOAT32_PARAMETERS = declared() | {"A_log", "D", "dt_bias", "dt_proj.bias", "decay_value"}
 HALF = [torch.bfloat16, torch.float16]
 
 

@@ -49,5 +49,5 @@ def test_changes() -> None:
 
 
 def test_another_name_raises() -> None:
-    with pytest.raises(ValueError, match=r"name must be one of mamba-130m, .*, recurrent-mixer-184m, got 'mamba-7b'"):
+    with pytest.raises(ValueError, match=r"name must be one of mamba-130m, .*, taipan-1.3b, got 'mamba-7b'"):
         preset("mamba-7b")
