@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from families import FAMILIES
 from save_together import TRAININGS
-from test_trainer_checkpoints import weights
+from tiny_trainings import weights
 from train_distributed import PREPARED, WAYS
 from train_with_trainer import cases
 
@@ -32,7 +32,7 @@ def run_pair(name: str, *arguments: str) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script = Path(__file__).with_name(name)
-    path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(script.parent), str(script.parents[1] / "support"), os.environ.get("PYTHONPATH", "")])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
     processes = [
         subprocess.Popen(

@@ -20,7 +20,7 @@ from hub_stand_in import HubStandIn
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
-SCRIPT = Path(__file__).with_name("resume_from_the_hub.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "resume_from_the_hub.py"
 RECIPE = f"""\
 teacher: tester/llama
 student: {{layers: odd, half_life: [1, 8]}}

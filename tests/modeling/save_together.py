@@ -19,8 +19,8 @@ import pytest
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from families import make_model
-from test_trainer_checkpoints import TRAININGS, Training, flip, stop_in
 from tiny_checkpoints import save_tokenizer
+from tiny_trainings import TRAININGS, Training, flip, stop_in
 
 
 def write_sources(folder: Path) -> None:
