@@ -229,9 +229,9 @@ def quiet_loading(source: str, field: str) -> Iterator[None]:
         ValueError: if the source brings code that is not trusted, or its weights are no whole safetensors file.
     """
     check_source_files(source, field)
+    # A filter and no level: transformers takes a logger's level above INFO for a wish to be told of tensor parallelism.
     table = logging.getLogger("transformers.modeling_utils")
-    level = table.level
-    table.setLevel(logging.ERROR)
+    table.addFilter(_is_error)
     try:
         # 0 seconds to answer: whoever calls transformers without a decision gets an error in place of a question.
         with patch("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0):
@@ -267,7 +267,11 @@ def quiet_loading(source: str, field: str) -> Iterator[None]:
             "tokenizer files, or save them again."
         ) from error
     finally:
-        table.setLevel(level)
+        table.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _refuse_pickles(source: str, subfolder: str, field: str) -> None:

@@ -25,7 +25,12 @@ from hub_stand_in import HubStandIn
 from ssm_zoo.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RUN = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
 README_LINES = 150
 COMMAND = {"ssm-zoo", "ssm_zoo.cli.main"}
@@ -126,6 +131,16 @@ def test_command_lines_have_the_options_that_they_use(page: Path, line: str) -> 
         command = command.commands[words.pop(0)]
     context = command.make_context(command.name, words)  # raises for what does not parse; runs nothing
     assert context.args == [], line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_commands_named_in_the_text_exist(page: Path) -> None:
+    for named in re.findall(r"`ssm-zoo ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
+        command: Any = typer.main.get_command(app)
+        for word in named.split():
+            if hasattr(command, "commands"):
+                assert word in command.commands, named
+                command = command.commands[word]
 
 
 def test_readme_is_short_and_its_links_and_pictures_exist() -> None:

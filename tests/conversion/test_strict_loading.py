@@ -1,6 +1,7 @@
 """Every command refuses a source whose weights are not its model's, are not finite, or need code that nobody trusts."""
 
 import json
+import logging
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ from families import make_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_llama, save_tokenizer
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from ssm_zoo.cli.main import app
@@ -73,6 +74,22 @@ def work(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = Path(shutil.copytree(inputs, tmp_path / "work"))
     monkeypatch.chdir(folder)
     return folder
+
+
+def test_loading_a_whole_model_says_nothing(inputs: Path) -> None:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        load_model(inputs / "zoo", AutoModelForCausalLM, field="model", dtype="auto")
+        # A head that the checkpoint lacks would be listed in transformers' table; here the message is ours alone.
+        with pytest.raises(ValueError, match="model: "):
+            load_model(inputs / "zoo", AutoModelForTokenClassification, field="model", dtype="auto")
+    finally:
+        logger.removeHandler(handler)
+    assert records == []
 
 
 def use(work: Path, command: str) -> Path:
