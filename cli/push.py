@@ -135,7 +135,7 @@ def _listed(names: list[str]) -> str:
 
 
 def check_repository(repo: str, field: str = "REPO") -> None:
-    """Raise a ValueError if `repo` cannot be the name of a repository, or there is no token.
+    """Raise a ValueError if `repo` cannot be the name of a repository, there is no token, or the Hub is offline.
 
     Args:
         repo: OWNER/NAME or NAME.
@@ -152,6 +152,17 @@ def check_repository(repo: str, field: str = "REPO") -> None:
         raise ValueError(f"{field}: {error}") from None
     if get_token() is None:
         raise ValueError(f"{field}: there is no Hugging Face token; log in with `hf auth login` or set HF_TOKEN")
+    check_online(field, "" if field == "REPO" else ", or leave the option out and run `ssm-zoo push` later")
+
+
+def check_online(field: str, remedy: str = "") -> None:
+    """Raise a ValueError in offline mode; `remedy` adds to the advice to leave it."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise ValueError(
+            f"{field}: nothing can be pushed in offline mode; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE{remedy}"
+        )
 
 
 def check_push_options(repo: str | None, *, private: bool) -> None:
@@ -162,8 +173,8 @@ def check_push_options(repo: str | None, *, private: bool) -> None:
         private: whether the repository has to be private.
 
     Raises:
-        ValueError: if the name is not valid, there is no token, the Hub does not accept it, it may not write there, or
-            the repository is public although a private one is asked for.
+        ValueError: if the name is not valid, there is no token, the Hub is offline or does not accept the token, it
+            may not write there, or the repository is public although a private one is asked for.
         OSError: if the Hub cannot be reached.
     """
     if repo is None:

@@ -128,7 +128,7 @@ def _filled(argument: str, run: Path) -> str:
     if "SMOLLM2" in argument:
         from .demo import demo_teacher
 
-        return argument.replace("SMOLLM2", str(demo_teacher(None)))
+        return argument.replace("SMOLLM2", str(demo_teacher()))
     return argument
 
 

@@ -72,6 +72,7 @@ class _Run:
     recipe: Recipe
     output: Path
     accelerator: Accelerator
+    commit: str | None  # of a teacher on the Hub
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     student: ZooHybridForCausalLM
@@ -132,7 +133,7 @@ def distill(
         check_output_folder(output)
     run = _prepare(recipe, Path(output), accelerator, trust_remote_code)
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
-    origin = provenance(recipe.teacher)
+    origin = provenance(recipe.teacher, run.commit)
     found = load_latest(run.output / "checkpoints", tqdm.write if run.main else lambda _: None)
     if found is None:
         _first_evaluations(run)
@@ -318,6 +319,7 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remot
         recipe,
         output,
         accelerator,
+        commit,
         teacher,
         tokenizer,
         student,

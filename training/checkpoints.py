@@ -60,8 +60,7 @@ class CheckedTrainer(_Base):
         folder = Path(self._get_output_dir(None))
         temporary = folder / _SAVING
         if self.args.should_save:
-            for leftover in folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(leftover)  # of a save that was killed
+            _sweep(folder)
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
@@ -84,11 +83,12 @@ class CheckedTrainer(_Base):
 
 
 def last_checkpoint(folder: Path, *, main: bool) -> Path | None:
-    """Return the newest checkpoint that is whole.
+    """Return the newest checkpoint that is whole, for a run to go on from, and remove what a killed save left.
 
     Args:
         folder: where the Trainer saves.
-        main: print one line for every damaged checkpoint that is passed over.
+        main: whether this process is the one that removes, and that prints a line that names the checkpoint, and one
+            for every damaged checkpoint that is passed over.
 
     Returns:
         None if there are no checkpoints.
@@ -96,9 +96,13 @@ def last_checkpoint(folder: Path, *, main: bool) -> Path | None:
     Raises:
         ValueError: if there are checkpoints and none is whole.
     """
-    return newest_whole(
-        _checkpoints(folder), lambda path: damage(path) or path, tqdm.write if main else lambda _text: None
-    )
+    if main:
+        _sweep(folder)
+    say = tqdm.write if main else lambda _text: None
+    found = newest_whole(_checkpoints(folder), lambda path: damage(path) or path, say)
+    if found is not None:
+        say(f"going on from {found.name}: step {steps_done(found)}")
+    return found
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -126,6 +130,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, newest first."""
     paths = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(paths, key=steps_done, reverse=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a save left that was killed."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover)
 
 
 def _prune(folder: Path, written: Path) -> None:

@@ -127,5 +127,5 @@ def test_the_numbers_of_a_card_are_in_its_text(name: str) -> None:
     assert "![" not in body
 
 
-def later_three_cards() -> None:
+def test_three_cards_can_be_reproduced() -> None:
     assert len(reproduce.cards()) >= 3
