@@ -135,15 +135,16 @@ def _filled(argument: str, run: Path) -> str:
 def _print_comparison(name: str, recipe: Reproduction, measured: dict[str, float]) -> bool:
     """Print the numbers of the card beside those of the run; return whether they agree."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("number", "card", "this run", "difference", "tolerance", "", title=name, title_justify="left")
+    number_column = Column("number", no_wrap=True)
+    table = Table(number_column, "card", "this run", "difference", "tolerance", "", title=name, title_justify="left")
     same = True
     for path, number in recipe.numbers.items():
         difference = measured[path] - number.value
         agrees = math.isfinite(difference) and abs(difference) <= number.tolerance
         same = same and agrees
-        cells = (f"{number.value:.6g}", f"{measured[path]:.6g}", f"{difference:+.2g}", f"{number.tolerance:g}")
+        cells = (f"{number.value:,.10g}", f"{measured[path]:,.10g}", f"{difference:+.2g}", f"{number.tolerance:g}")
         table.add_row(path, *cells, "same" if agrees else "differs")
     Console().print(table)
     return same

@@ -419,7 +419,7 @@ _OTHERS = [
     Case("demo-no-teacher", f"{DEMO} --teacher ./nope", r"teacher: .*\./nope"),
     Case("demo-no-teacher-in-a-folder", f"{DEMO} --teacher beir", r"teacher: .*beir has no config\.json"),
     Case("demo-a-teacher-and-a-cache", f"{DEMO} --teacher llama --cache kept", "--cache"),
-    Case("demo-a-file-as-cache", f"{DEMO} --cache text.txt", r"--cache: text\.txt is a file"),
+    Case("demo-a-file-as-cache", f"{DEMO} --cache text.txt", r"--cache must be a folder, .*text\.txt"),
     Case("demo-a-repository-with-its-owner", f"{DEMO} --repo tester/model", "--repo"),
     Case("demo-a-repository-of-two-words", f"{DEMO} --repo 'a b'", "--repo"),
     Case("demo-a-repository-without-a-name", f"{DEMO} --repo ''", "--repo"),

@@ -410,7 +410,7 @@ MISTAKES = [
     pytest.param({"pool_size": 1}, "^`pool_size` must be at least 2, got 1$", id="pool"),
     pytest.param({"epochs": 1.0}, "^`steps` must be left out where `epochs` is given, got 10$", id="steps-and-epochs"),
     pytest.param({"method": "full", "rank": 4}, "^`rank` has no effect with method 'full', .*, got 4$", id="full-rank"),
-    pytest.param({"text_field": "x"}, "^text_field: unknown", id="unknown"),
+    pytest.param({"text_field": "x"}, "^`text_field` is unknown", id="unknown"),
     pytest.param({"anchor": "query"}, "train.jsonl', line 1 has no column 'query'; it has 'anchor', 'pos", id="column"),
     pytest.param({"heldout": ["nope.csv"]}, "heldout: there is no file 'nope.csv'", id="no-file"),
     pytest.param(
