@@ -23,11 +23,6 @@ Overwrite = Annotated[
 Pooling = Literal["last", "mean"]
 
 
-@evaluate.callback()
-def group() -> None:
-    """Measure a model."""
-
-
 @evaluate.command("retrieval")
 def retrieval(
     model: Annotated[

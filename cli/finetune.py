@@ -13,16 +13,7 @@ from .push import announce, check_push_options, push_folder
 from .sources import model_source
 from .train import print_losses
 
-_ABOUT = "Train a model of the zoo further, with adapters or all its weights."
-finetune = typer.Typer(no_args_is_help=True, help=_ABOUT)
-
-
-@finetune.callback()
-def group() -> None:
-    pass
-
-
-group.__doc__ = _ABOUT
+finetune = typer.Typer(no_args_is_help=True, help="Train a model further, with adapters or all weights.")
 
 
 @finetune.command("lm")

@@ -11,11 +11,11 @@ def list_models(
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of names, e.g. 'mamba2-*'.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List the models that can be built by name, and the families whose checkpoints can be loaded.
+    """List the models of the zoo: sizes, sources, loaders.
 
-    Prints for each model its number of parameters, the libraries whose checkpoints `ssm-zoo convert` reads into its
-    family, and the classes of transformers that load it. `ssm-zoo train NAME` trains one from scratch. Models with a
-    card, which `ssm-zoo reproduce` trains again, are listed last.
+    Lists the models that can be built by name, then the families that have no named sizes: the number of parameters,
+    the libraries whose checkpoints `ssm-zoo convert` reads, and the classes of transformers that load it.
+    `ssm-zoo train NAME` trains one from scratch. Cards of models that `ssm-zoo reproduce` trains again come last.
     """
     from ..conversion.catalogue import list_models as find
     from .reproduce import cards

@@ -64,7 +64,7 @@ def export(
     ] = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a checkpoint as a self-contained folder, which loads without ssm-zoo.
+    """Write a self-contained folder that loads without ssm-zoo.
 
     The model's code is that of the installed ssm-zoo. Tokenizer, licence, card and plots are copied. Code in SRC is
     neither run nor copied, except a tokenizer's with --trust-remote-code.
@@ -86,7 +86,7 @@ def card(
         str | None, typer.Option("--repo-id", metavar="ID", help="Hub id that the card's example loads.")
     ] = None,
 ) -> None:
-    """Write the model card of a distilled student again, from the report of its run."""
+    """Rewrite a student's model card from its run's report."""
     student = student_folder(run)
     from ..distill.run import read_report
     from ..reports.distillation_card import write_card

@@ -37,7 +37,9 @@ def push(
         bool, typer.Option("--yes", help="Also remove weights and adapters in REPO that ssm-zoo did not push.")
     ] = False,
 ) -> None:
-    """Upload a model folder to the Hub, with its code, tokenizer and card.
+    """Upload a model folder to the Hub.
+
+    Its code, tokenizer and card go with it.
 
     Uploaded are safetensors, configurations, tokenizer, README.md, plots, licences and the code that config.json names.
     Other and hidden files are listed and not uploaded; links are refused. The folder must be complete: all weights that

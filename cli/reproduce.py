@@ -63,7 +63,7 @@ def reproduce(
         Path | None, typer.Option("--card", metavar="FILE", help="Also write the card with the numbers of this run.")
     ] = None,
 ) -> None:
-    """Train the model of a card again and compare its numbers with the card's.
+    """Train the model of a card again and compare numbers.
 
     Prints a table. The exit status is 1 if a number differs by more than the card's tolerance.
     """

@@ -364,7 +364,7 @@ def test_a_bug_ends_in_one_line_that_says_so_and_its_traceback_is_in_a_private_f
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        pytest.param(MemoryError(), "out of memory: MemoryError; give a smaller model, batch or length", id="memory"),
+        pytest.param(MemoryError(), "out of memory: MemoryError; use a smaller model, batch or length", id="memory"),
         pytest.param(
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
             "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.; give a smaller "
@@ -429,7 +429,7 @@ def test_interrupt_says_how_to_go_on(
 ) -> None:
     run_that(KeyboardInterrupt())
     result = ssm_zoo(*DISTILL)
-    again = "ssm-zoo: interrupted; give the same command again to go on\n"
+    again = "ssm-zoo: interrupted; run the same command again to resume\n"
     assert (result.exit_code, result.stderr) == (130, again)
 
     def interrupt(*arguments: object, **options: object) -> None:
