@@ -1,12 +1,12 @@
-"""`ssm-zoo convert`: checkpoints of other libraries to ours and back."""
+"""`ssm-zoo convert`: convert checkpoints of other libraries to the zoo's and back."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .loading_options import TrustRemoteCode
-from .run_folder import model_source
+from .options import Revision, TrustRemoteCode
+from .sources import model_source
 
 
 def convert(
@@ -17,17 +17,17 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="zoo, transformers, state-spaces, cartesia or maskedmixers. If not given: zoo; of a zoo checkpoint, "
-            "transformers.",
+            help="zoo, transformers, state-spaces, cartesia or maskedmixers. By default zoo, or transformers if SRC is "
+            "a zoo checkpoint.",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. If not given: the source's."),
+        typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. By default that of SRC."),
     ] = None,
     allow_pickle: Annotated[
         bool,
-        typer.Option("--allow-pickle", help="Read pytorch_model.bin or its shards; nothing but tensors is loaded."),
+        typer.Option("--allow-pickle", help="Read pytorch_model.bin or its shards; only tensors are loaded, no code."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it holds a checkpoint.")] = False,
     settings: Annotated[
@@ -39,29 +39,29 @@ def convert(
             "pad_mode=as_trained.",
         ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
-    ] = None,
+    revision: Revision = None,
     prefix: Annotated[
         str | None,
         typer.Option(
             "--strip-prefix",
             metavar="PREFIX",
-            help="Remove PREFIX from the keys that begin with it. Those that a wrapper left are found without it.",
+            help="Remove PREFIX from the keys that begin with it. Prefixes of known wrappers are removed without it.",
         ),
     ] = None,
     verify: Annotated[
         bool,
-        typer.Option("--verify/--no-verify", help="Load both models, in float32, and compare their logits."),
+        typer.Option("--verify/--no-verify", help="Load both models in float32 and compare their logits."),
     ] = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Convert a checkpoint: transformers' mamba, mamba2, falcon_mamba, bamba, jamba; state-spaces; llamba; masked,
-    Toeplitz and recurrent mixers; the zoo's.
+    """Convert a checkpoint between the zoo and other libraries.
 
-    Prints what was read and written, and how far the logits of both sides are apart. OUT appears whole or not at
-    all. What the other side cannot express is refused by the name of its field. No code of SRC is run; that of its
-    tokenizer is copied with --trust-remote-code only.
+    Reads transformers' mamba, mamba2, falcon_mamba, bamba and jamba; state-spaces' Mamba and Mamba-2; Cartesia's
+    llamba; masked, Toeplitz and recurrent mixers; and the zoo's own.
+
+    Prints what was read and written, and the largest difference between the logits of both sides. OUT is written whole
+    or not at all. A setting that the target cannot express is refused by name. No code in SRC is run; its tokenizer's
+    is copied only with --trust-remote-code.
     """
     from transformers.utils import logging
 

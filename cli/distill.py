@@ -1,31 +1,30 @@
-"""`ssm-zoo distill`: carry out a recipe."""
+"""`ssm-zoo distill`: carry out a distillation recipe."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..harness.command_line import check_processes, command_line
-from .hub_client import limit_waiting
-from .loading_options import TrustRemoteCode
+from ..harness.processes import check_processes, command_line
+from .options import Output, TrustRemoteCode
+from .sources import limit_waiting
 
 
 def distill(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a preset, or path of a YAML file.")],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Folder of the run. A run of the same recipe in it goes on.")
-    ],
+    output: Output,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Replace a value of the recipe: a dotted key and a YAML value, stages.1.learning_rate=1e-3 say.",
+            help="Replace a value of the recipe: a dotted key and a YAML value, e.g. stages.1.learning_rate=1e-3; may "
+            "be repeated.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Distil a Transformer as a recipe says. Evaluates before and after every stage.
+    """Distil a Transformer as a recipe says. Evaluates the student before and after every stage.
 
     Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
     """
@@ -49,7 +48,7 @@ def distill(
 
 
 def distill_command(recipe: str, output: Path, overrides: list[str], *, trust_remote_code: bool = False) -> str:
-    """The command line that repeats a run, for its report."""
+    """Return the command line that repeats a run, for its report."""
     arguments = ["distill", recipe, str(output)]
     for override in overrides:
         arguments += ["--set", override]

@@ -1,7 +1,7 @@
-"""What the user sees when a command fails: one line on stderr and an exit status; a traceback if asked for.
+"""The outcome of a command that fails: one line on stderr and an exit status; a traceback on request.
 
-The status is 2 for what the caller can put right (arguments, files, the network, the Hub, memory), 1 for a bug of
-ssm-zoo, 130 and 143 after an interrupt and a termination.
+The status is 2 for what the caller can fix (arguments, files, the network, the Hub, memory), 1 for a bug of ssm-zoo,
+130 after an interrupt and 143 after a termination.
 """
 
 import logging
@@ -22,23 +22,23 @@ from urllib.parse import quote
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..harness.command_line import process_number
-from ..harness.decoration import DecorationWarning
+from ..harness.errors import DecorationWarning
+from ..harness.processes import process_number
 
 _BUG, _FAILED, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
-# Commands that go on where they stopped when they are given again.
+# Commands that resume where they stopped when they are run again.
 _RESUMABLE = {"distill", "finetune", "train"}
-# Whose errors are about files, the network and the Hub, of whatever class. This decides the status and the wording, not
-# whether the message is one line.
+# Libraries whose errors, of any class, are about files, the network or the Hub. This decides the status and the
+# wording, not whether the message is one line.
 _OUTSIDE = ("huggingface_hub", "httpx", "httpcore", "safetensors", "hf_xet", "yaml")
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc", re.IGNORECASE)
 
 
 class ReportingGroup(TyperGroup):
-    """A group of commands of which every error ends in one line `ssm-zoo: MESSAGE`.
+    """A group of commands whose every error ends in one line `ssm-zoo: MESSAGE`.
 
-    What is not the caller's to put right is a bug: its line says so, names the command, and points to a private file
-    with the traceback.
+    An error that the caller cannot fix is a bug: its line says so, names the command, and points to a private file with
+    the traceback.
     """
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -51,7 +51,7 @@ class ReportingGroup(TyperGroup):
 
 
 class ReportingCommand(TyperCommand):
-    """A program of one command whose errors end as those of a :class:`ReportingGroup`."""
+    """A program of one command whose errors end like those of a :class:`ReportingGroup`."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         with _usage_in_one_line(info_name):
@@ -64,26 +64,26 @@ class ReportingCommand(TyperCommand):
 
 @contextmanager
 def reported(command: Callable[[], str | None], with_traceback: Callable[[], bool]) -> Iterator[None]:
-    """Tell the error that ends the body in one line, and leave with its exit status.
+    """Report the error that ends the body in one line, and exit with its status.
 
     Args:
-        command: name of the command, asked for when there is an error.
-        with_traceback: whether to show the traceback instead.
+        command: returns the name of the command; called when there is an error.
+        with_traceback: returns whether to show the traceback instead.
     """
     try:
         with _terminable(), _short_warnings(), _logs_without_tokens(), _usage_in_one_line():
             yield
     except BrokenPipeError:
-        raise  # the reader of our output left, `| head` say: typer ends quietly
+        raise  # the reader of our output left, e.g. `| head`: typer ends quietly
     except (typer.Exit, typer.Abort):
         raise
     except (KeyboardInterrupt, _TerminatedError) as error:
-        again = "; give the same command again to go on" if command() in _RESUMABLE else ""
+        again = "; run the same command again to resume" if command() in _RESUMABLE else ""
         terminated = isinstance(error, _TerminatedError)
         if process_number() == 0:
             _print(f"ssm-zoo: {'terminated' if terminated else 'interrupted'}{again}")
         raise typer.Exit(_TERMINATED if terminated else _INTERRUPTED) from None
-    except Exception as error:  # the outermost frame, the one place where nothing may get past
+    except Exception as error:  # the outermost frame, the only place that catches everything
         if _is_usage(error):
             raise
         expected = is_expected(error)
@@ -97,14 +97,14 @@ def reported(command: Callable[[], str | None], with_traceback: Callable[[], boo
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether an error is about what the caller gave, files, the network, the Hub or memory. If not, it is a bug."""
+    """Return whether an error is about arguments, files, the network, the Hub or memory. Otherwise it is a bug."""
     if isinstance(error, (ValueError, OSError, MemoryError)) or _is_out_of_memory(error):
         return True
     return any(kind.__module__.startswith(_OUTSIDE) for kind in type(error).__mro__)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line, its lines separated by semicolons where nothing else separates them."""
+    """Return the message of an error in one line, its lines separated by semicolons where no punctuation does."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return f"{_printable(error.filename)}: {error.strerror}"
     text = ""
@@ -112,17 +112,17 @@ def one_line(error: BaseException) -> str:
         separator = "" if not text else " " if text.endswith((":", ".", ",", ";")) else "; "
         text += separator + line
     if _is_out_of_memory(error):
-        return f"out of memory: {text or type(error).__name__}; give a smaller model, batch or length"
+        return f"out of memory: {text or type(error).__name__}; use a smaller model, batch or length"
     return _printable(text) or type(error).__name__
 
 
 def without_tokens(text: str) -> str:
-    """The text with every Hub token in it blotted out, also one that a server sent back."""
+    """Return the text with every Hub token in it replaced by ***, including one that a server sent back."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import get_stored_tokens
 
     known = {get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
-    known |= set(get_stored_tokens().values())  # of `hf auth login`, also those that are not in use
+    known |= set(get_stored_tokens().values())  # of `hf auth login`, including those not in use
     for token in sorted(filter(None, known), key=len, reverse=True):
         for form in {token, quote(token, safe=""), quote(token), b64encode(token.encode()).decode()}:
             text = re.sub(re.escape(form), "***", text, flags=re.IGNORECASE)  # %2F is %2f as well
@@ -138,7 +138,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _bug_line(error: BaseException, command: str) -> str:
-    """What is said of an error that nobody foresaw."""
+    """Return the line about an unexpected error."""
     message = one_line(error)
     kind = type(error).__name__
     reason = kind if message == kind else f"{kind}: {message}"
@@ -148,7 +148,7 @@ def _bug_line(error: BaseException, command: str) -> str:
 
 
 def _write_log(text: str) -> str | None:
-    """Write a traceback into a private file of a new name; its path, None where no file can be written."""
+    """Write a traceback into a new private file; return its path, or None if no file can be written."""
     try:
         handle, path = tempfile.mkstemp(prefix="ssm-zoo-", suffix=".log")  # mode 0600
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -167,19 +167,19 @@ def _shortened(text: str, most: int = 600) -> str:
 
 
 def _printable(text: str | bytes) -> str:
-    """The text without what a terminal or UTF-8 would choke on."""
+    """Return the text with escapes for everything that a terminal or UTF-8 cannot represent."""
     text = os.fsdecode(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _print(text: str) -> None:
-    # In one write, so that the lines of several processes do not run into each other.
+    # One write, so that the lines of several processes are not mixed.
     line = without_tokens(text).encode("utf-8", "backslashreplace").decode("utf-8")
     sys.stderr.write(f"{line}\n")
 
 
 def _is_usage(error: BaseException) -> bool:
-    """Whether typer prints the error itself: it has an exit code, and a way to be shown."""
+    """Return whether typer prints the error itself: it has an exit code and a `show`."""
     return hasattr(error, "exit_code") and hasattr(error, "show")
 
 
@@ -206,12 +206,12 @@ def _usage_in_one_line(program: str | None = None) -> Iterator[None]:
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM or SIGHUP has come: what is half-written goes, as after an interrupt."""
+    """SIGTERM or SIGHUP was received: half-written files are removed, as after an interrupt."""
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let a termination end the body as an interrupt does, so that nothing temporary and no child is left behind."""
+    """Make a termination end the body like an interrupt, so that no temporary file and no child process is left."""
 
     def end(_number: int, _frame: object) -> None:
         raise _TerminatedError
@@ -220,7 +220,7 @@ def _terminable() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # only the main thread may
-    # One that is ignored, as under nohup, stays so.
+    # A signal that is ignored, e.g. under nohup, is still ignored.
     before = {number: signal.getsignal(number) for number in numbers}
     ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
     for number in ours:
@@ -234,16 +234,16 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _logs_without_tokens() -> Iterator[None]:
-    """Blot out tokens in what any library logs: a server may have sent one back."""
+    """Replace tokens in what any library logs: a server may have sent one back."""
     usual = logging.getLogRecordFactory()
-    busy = threading.local()  # looking for the tokens may itself log
+    busy = threading.local()  # looking up the tokens may itself log
 
     def make(*arguments: Any, **options: Any) -> logging.LogRecord:
         record = usual(*arguments, **options)
         if not getattr(busy, "now", False):
             busy.now = True
             try:
-                _blot_out_tokens(record)
+                _replace_tokens(record)
             finally:
                 busy.now = False
         return record
@@ -255,11 +255,11 @@ def _logs_without_tokens() -> Iterator[None]:
         logging.setLogRecordFactory(usual)
 
 
-def _blot_out_tokens(record: logging.LogRecord) -> None:
+def _replace_tokens(record: logging.LogRecord) -> None:
     try:
         text = record.getMessage()
     except (TypeError, ValueError, KeyError):
-        return  # its arguments do not fit its text: logging reports that itself, without the record
+        return  # the arguments do not fit the text: logging reports that itself
     shown = without_tokens(text)
     if shown != text:
         record.msg, record.args = shown, None
@@ -269,7 +269,7 @@ def _blot_out_tokens(record: logging.LogRecord) -> None:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Print the warnings of this package about what it goes on without in one line, others as usual but for tokens."""
+    """Print this package's warnings about missing decorations in one line, and others as usual without tokens."""
     usual = warnings.showwarning
 
     def show(

@@ -2,50 +2,25 @@
 
 import sys
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ..harness.command_line import command_line
+from ..harness.processes import command_line
 from ..harness.text_files import check_text
-from .loading_options import TrustRemoteCode
-from .run_folder import model_source
+from .options import Revision, Seed, TrustRemoteCode
+from .sources import model_source
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
 Report = Annotated[
-    Path | None,
-    typer.Option("--output", metavar="FILE", help="Also write what was measured, as JSON, with all settings."),
+    Path | None, typer.Option("--output", metavar="FILE", help="Also write the results as JSON, with all settings.")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace FILE also if it is no earlier result of this command.")
+    bool, typer.Option("--overwrite", help="Replace FILE even if it is not an earlier result of this command.")
 ]
-Revision = Annotated[
-    str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of what is drawn at random.")]
-
-
-class Pooling(StrEnum):
-    LAST = "last"
-    MEAN = "mean"
-
-
-class Positions(StrEnum):
-    ALL = "all"
-    LAST = "last"
-
-
-class Reading(StrEnum):
-    PINV = "pinv"
-    COSINE = "cosine"
-
-
-@evaluate.callback()
-def group() -> None:
-    """Measure a model."""
+Pooling = Literal["last", "mean"]
 
 
 @evaluate.command("retrieval")
@@ -54,43 +29,52 @@ def retrieval(
         str, typer.Argument(metavar="MODEL", help="Folder or Hub id of an embedder, or of a plain model.")
     ],
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="With corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, as in BEIR.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, as in BEIR."
+        ),
     ],
-    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Which judgements.")] = "test",
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Judgements to use.")] = "test",
     revision: Revision = None,
     pooling: Annotated[
-        Pooling | None, typer.Option("--pooling", help="Of a plain model, which has none of its own.")
+        Pooling | None, typer.Option("--pooling", help="How a plain model embeds a text; an embedder knows its own.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Of a plain model: longer texts are cut.")
+        int | None, typer.Option("--max-tokens", help="Tokens of a text at most, for a plain model.")
     ] = None,
     query_prompt: Annotated[
-        str, typer.Option("--query-prompt", metavar="TEXT", help="Of a plain model: put before every query.")
+        str, typer.Option("--query-prompt", metavar="TEXT", help="Text put before every query, for a plain model.")
     ] = "",
     document_prompt: Annotated[
-        str, typer.Option("--document-prompt", metavar="TEXT", help="Of a plain model: put before every document.")
+        str,
+        typer.Option("--document-prompt", metavar="TEXT", help="Text put before every document, for a plain model."),
     ] = "",
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in one forward.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in one forward pass.")] = 32,
     pools: Annotated[
-        str, typer.Option("--pools", metavar="SIZES", help="Candidates, one of them right, that accuracy is among.")
+        str,
+        typer.Option(
+            "--pools",
+            metavar="SIZES",
+            help="Pool sizes for the accuracy: candidates including the right one, e.g. 32,100.",
+        ),
     ] = "32",
-    bm25: Annotated[bool, typer.Option("--bm25", help="Also measure BM25, by bm25s.")] = False,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Also measure BM25, with bm25s.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how well an embedder finds what is relevant, among all documents and among a few.
+    """Measure how well an embedder retrieves relevant documents, from all documents and from small pools.
 
-    nDCG@10, MRR@10, recall and the first one's rightness over all documents; the share of the queries whose relevant
-    document scores best in a pool, with its 95 % interval; and what chance gives. Needs sentence-transformers.
+    Reports nDCG@10, MRR@10, recall and top-1 accuracy over all documents; the share of queries whose relevant document
+    scores best in a pool, with its 95 % interval; and the level of chance. Needs sentence-transformers.
     """
     _check_output(output, "retrieval", overwrite)
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
     if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}; accepted: 1 or more")
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens: got {max_tokens}; accepted: 1 or more")
+        raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}")
     check_text(query_prompt, "query_prompt")
     check_text(document_prompt, "document_prompt")
     from ..evaluation.bm25 import bm25_scores
@@ -107,7 +91,7 @@ def retrieval(
         model_source(model),
         revision=revision,
         trust_remote_code=trust_remote_code,
-        pooling=pooling and pooling.value,
+        pooling=pooling,
         max_tokens=max_tokens,
         query_prompt=query_prompt,
         document_prompt=document_prompt,
@@ -116,7 +100,7 @@ def retrieval(
     scores = embedder_scores(embedder, data, batch_size=batch_size, progress=True)
     measured = {name: evaluate_retrieval(data, scores, **how), **measured, "chance": chance_levels(data, sizes)}
     _print_retrieval(measured, f"{len(data.queries):,} queries, {len(data.documents):,} documents")
-    settings = {"split": split, "pooling": pooling and pooling.value, "max_tokens": embedder.max_seq_length}
+    settings = {"split": split, "pooling": pooling, "max_tokens": embedder.max_seq_length}
     settings |= {"prompts": dict(embedder.prompts), "batch_size": batch_size, "pools": sizes, "seed": seed}
     found = {"queries": len(data.queries), "documents": len(data.documents), "systems": measured}
     _write(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
@@ -125,41 +109,50 @@ def retrieval(
 @evaluate.command("inversion")
 def inversion(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
-    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A .txt file; its beginning is cut into texts.")],
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A .txt file, whose beginning is cut into texts.")],
     revision: Revision = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Of a text.")] = 64,
-    texts: Annotated[int, typer.Option("--texts", help="How many.")] = 8,
-    steps: Annotated[int, typer.Option("--steps", help="Of gradient descent.")] = 500,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a text.")] = 64,
+    texts: Annotated[int, typer.Option("--texts", help="Number of texts.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of gradient descent.")] = 500,
     learning_rate: Annotated[
-        str, typer.Option("--learning-rate", metavar="RATES", help="First step sizes to try: 0.02,0.002 say.")
+        str, typer.Option("--learning-rate", metavar="RATES", help="Initial step sizes to try, e.g. 0.02,0.002.")
     ] = "0.02",
-    restarts: Annotated[int, typer.Option("--restarts", help="Attempts from other noise.")] = 1,
+    restarts: Annotated[int, typer.Option("--restarts", help="Attempts from different noise.")] = 1,
     initial_std: Annotated[
-        str, typer.Option("--initial-std", metavar="STD", help="Of the noise; embedding: that of the embeddings.")
+        str,
+        typer.Option(
+            "--initial-std",
+            metavar="STD",
+            help="Standard deviation of the noise; embedding takes that of the embeddings.",
+        ),
     ] = "1",
     target: Annotated[
-        str, typer.Option("--target", metavar="BLOCK", help="Whose output is compared; head: what the head reads.")
+        str,
+        typer.Option(
+            "--target", metavar="BLOCK", help="Block whose output is compared; head compares the input of the LM head."
+        ),
     ] = "-1",
     positions: Annotated[
-        Positions, typer.Option("--positions", help="Compare all places, or the last alone.")
-    ] = Positions.ALL,
+        Literal["all", "last"], typer.Option("--positions", help="Compare all positions, or only the last one.")
+    ] = "all",
     reading: Annotated[
-        Reading, typer.Option("--reading", help="Tokens by the pseudo-inverse of the embeddings, or by angle.")
-    ] = Reading.PINV,
-    top_k: Annotated[int, typer.Option("--top-k", help="Tokens read at a place, of which one may be right.")] = 1,
+        Literal["pinv", "cosine"],
+        typer.Option("--reading", help="Read tokens by the pseudo-inverse of the embeddings, or by the angle to them."),
+    ] = "pinv",
+    top_k: Annotated[int, typer.Option("--top-k", help="Tokens read at a position, one of which has to be right.")] = 1,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     output: Report = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure how much of its input a model's hidden states hold: seek inputs that give the same ones."""
+    """Measure how much of the input is left in a model's hidden states, by searching for inputs that produce them."""
     _check_output(output, "inversion", overwrite)
     rates = [_number(rate, "learning_rate", float) for rate in learning_rate.split(",")]
     std = None if initial_std == "embedding" else _number(initial_std, "initial_std", float)
     block: Any = target if target == "head" else _number(target, "target", int)
     for field, value in (("tokens", tokens), ("texts", texts)):
         if value < 1:
-            raise ValueError(f"{field}: got {value}; accepted: 1 or more")
+            raise ValueError(f"`{field}` must be at least 1, got {value}")
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -171,17 +164,18 @@ def inversion(
     loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
     ids: Any = load_tokenizer(source, **loading)(content, verbose=False)["input_ids"]
     if len(ids) < texts * tokens:
-        raise ValueError(f"text: {text} has {len(ids):,} tokens; accepted: {texts * tokens:,}, {texts} times {tokens}")
+        needed = f"{texts * tokens:,} tokens, {texts} times {tokens}"
+        raise ValueError(f"text: {text} must have at least {needed}, got {len(ids):,}")
     loaded: Any = load_model(source, AutoModelForCausalLM, dtype=torch.float32, **loading)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
         "target": block,
-        "positions": positions.value,
+        "positions": positions,
         "steps": steps,
         "learning_rate": rates,
         "restarts": restarts,
         "initial_std": std,
-        "reading": reading.value,
+        "reading": reading,
         "top_k": top_k,
         "seed": seed,
     }
@@ -205,7 +199,7 @@ def _number(text: str, field: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{field}: got {text!r}; accepted: a number") from None
+        raise ValueError(f"`{field}` must be a number, got {text!r}") from None
 
 
 def _print_retrieval(measured: dict[str, dict[str, Any]], title: str) -> None:
@@ -229,12 +223,12 @@ def _print_retrieval(measured: dict[str, dict[str, Any]], title: str) -> None:
 
 
 def _kind(what: str) -> str:
-    """What the report of an evaluation calls itself."""
+    """Return the kind of an evaluation's report."""
     return f"ssm-zoo evaluation of {what}"
 
 
 def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
-    """Find out before anything is measured whether the report can be written.
+    """Check, before anything is measured, that the report can be written.
 
     Raises:
         ValueError: if it cannot, or would replace a file that is no earlier report of this kind.
@@ -249,8 +243,8 @@ def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
         found = read_json(path)
         if not isinstance(found, dict) or found.get("kind") != _kind(what):
             raise ValueError(
-                f"--output: {path} exists and is no earlier {_kind(what)}; give another name, or --overwrite to "
-                "replace it"
+                f"--output: {path} exists and is no earlier {_kind(what)}. Choose another name, or replace it with "
+                "--overwrite."
             )
 
 

@@ -1,27 +1,17 @@
-"""`ssm-zoo generate`: continue a text, or answer, with any causal language model."""
+"""`ssm-zoo generate`: continue a text, or answer a chat message, with any causal language model."""
 
 import math
-from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..harness.text_files import check_text
-from .loading_options import TrustRemoteCode
-from .run_folder import model_source
+from .options import Revision, TrustRemoteCode
+from .sources import model_source
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
-
-
-class Dtype(StrEnum):
-    """What the weights are loaded in; auto is the checkpoint's own."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 def generate(
@@ -29,40 +19,41 @@ def generate(
         str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a checkpoint, or folder of a run.")
     ],
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT", help="Text to continue; of several, each by itself.")
+        list[str], typer.Argument(metavar="PROMPT", help="Text to continue; several are continued one by one.")
     ],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to write.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Number of tokens to generate at most.")
+    ] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token; above, tokens are drawn.")
+        float, typer.Option("--temperature", min=0, help="0 takes the most likely token; above 0, tokens are sampled.")
     ] = 0,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", min=0, max=1, help="Draw from the likeliest tokens with this probability together."),
+        typer.Option(
+            "--top-p", min=0, max=1, help="Sample from the most likely tokens whose probabilities add up to this."
+        ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Draw the same tokens each time.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to each prompt.")] = False,
     dtype: Annotated[
-        Dtype, typer.Option("--dtype", help="What the weights are loaded in; auto is the checkpoint's own.")
-    ] = Dtype.AUTO,
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
-    ] = None,
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Data type of the weights; auto is the checkpoint's own."),
+    ] = "auto",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue texts with a language model. The text is printed as it comes."""
+    """Continue texts with a language model. Prints the text while it is generated."""
     if any(not prompt for prompt in prompts):
-        raise ValueError("PROMPT: got an empty text; accepted: one character or more")
+        raise ValueError("PROMPT must not be empty")
     for prompt in prompts:
         check_text(prompt, "PROMPT")
     if not math.isfinite(temperature):
-        raise ValueError(f"--temperature: got {temperature}; accepted: a finite number, 0 or more")
+        raise ValueError(f"--temperature must be a finite number of 0 or more, got {temperature}")
     if top_p == 0:
-        raise ValueError("--top-p: got 0; accepted: a number above 0, at most 1")
+        raise ValueError("--top-p must be above 0 and at most 1, got 0")
     for name, value in (("--top-p", top_p), ("--seed", seed)):
         if value is not None and temperature == 0:
-            raise ValueError(f"{name}: got {value}, but nothing is drawn with --temperature 0; set one above 0")
+            raise ValueError(f"{name} has no effect with --temperature 0, which samples nothing, got {value}")
 
     import torch
     from transformers import AutoModelForCausalLM, TextStreamer, set_seed
@@ -76,7 +67,7 @@ def generate(
     tokenizer: Any = load_tokenizer(source, **options)
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"--chat: the tokenizer of {model} has no chat template")
-    language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype.value, **options)
+    language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype, **options)
     language_model.register_forward_hook(partial(_refuse_lost_logits, model))
     language_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     language_model.generation_config = _generation_config(
@@ -104,17 +95,17 @@ def generate(
 
 
 def _refuse_lost_logits(name: str, _model: object, _inputs: object, outputs: Any) -> None:
-    """Raise a ValueError if logits are not finite: the likeliest token would be an arbitrary one."""
+    """Raise a ValueError if logits are not finite: the most likely token would be arbitrary."""
     if not outputs.logits.isfinite().all():
         raise ValueError(f"MODEL: {name} computes logits that are not finite; try another --dtype, e.g. float32")
 
 
 def _check_length(tokens: int, config: Any, name: str) -> None:
-    """Raise a ValueError if a prompt is longer than what the model was made for, unless it looks at a window alone."""
+    """Raise a ValueError if a prompt is longer than the model's context, unless the model only reads a window of it."""
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and tokens > limit and getattr(config, "context_overflow", None) != "window":
         raise ValueError(
-            f"PROMPT: got {tokens:,} tokens; accepted: at most {limit:,}, the max_position_embeddings of {name}"
+            f"PROMPT must have at most {limit:,} tokens, the max_position_embeddings of {name}, got {tokens:,}"
         )
 
 
@@ -125,18 +116,18 @@ def _generation_config(
     temperature: float,
     top_p: float | None,
 ) -> "GenerationConfig":
-    """The end and padding tokens of the checkpoint's own configuration, and of the rest what the options say."""
+    """Return the generation settings of the options, with the checkpoint's own end and padding tokens."""
     from transformers import GenerationConfig
 
     end = found.eos_token_id if found.eos_token_id is not None else tokenizer.eos_token_id
     first_end = end[0] if isinstance(end, list) else end
     padding = next(token for token in (found.pad_token_id, first_end, 0) if token is not None)
-    drawing = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         bos_token_id=found.bos_token_id,
         eos_token_id=end,
         pad_token_id=padding,
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        **drawing,
+        **sampling,
     )

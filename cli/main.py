@@ -1,6 +1,6 @@
-"""The `ssm-zoo` command: one sub-command per verb, each a few lines around what the package does.
+"""The `ssm-zoo` command: one sub-command per verb, each a thin layer over the package.
 
-What a command needs is imported when it runs, so that help and mistakes in the arguments answer at once.
+A command imports torch and transformers only when it runs, so that --help and errors in the arguments are fast.
 """
 
 import importlib.metadata
@@ -15,9 +15,11 @@ from .errors import ReportingGroup
 from .evaluate import evaluate
 from .finetune import finetune
 from .generate import generate
-from .loading_options import TrustRemoteCode
+from .list_models import list_models
+from .options import Revision, TrustRemoteCode
 from .push import push
-from .run_folder import model_source, student_folder
+from .reproduce import reproduce
+from .sources import model_source, student_folder
 from .train import train
 
 app = typer.Typer(
@@ -41,11 +43,9 @@ def ssm_zoo(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where an error comes from, not its message alone.")
-    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Distil Transformers into sub-quadratic sequence models, train, finetune and run these, bring them to the Hub."""
+    """Distil, train, finetune, evaluate, convert and publish sub-quadratic sequence models."""
 
 
 app.command()(distill)
@@ -58,18 +58,16 @@ app.add_typer(evaluate, name="evaluate")
 def export(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hub id of a checkpoint, or folder of a run.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder to write to.")],
-    revision: Annotated[
-        str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
-    ] = None,
+    revision: Revision = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Load the folder without ssm-zoo and compare the logits.")
+        bool, typer.Option("--verify/--no-verify", help="Load the result without ssm-zoo and compare the logits.")
     ] = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a checkpoint a self-contained folder. It loads without ssm-zoo, by the code it brings.
+    """Write a self-contained folder that loads without ssm-zoo.
 
-    The model's code is that of the installed ssm-zoo. Tokenizer, licence, card and plots are copied; code that SRC
-    brings is neither run nor copied, but for a tokenizer's with --trust-remote-code.
+    The model's code is that of the installed ssm-zoo. Tokenizer, licence, card and plots are copied. Code in SRC is
+    neither run nor copied, except a tokenizer's with --trust-remote-code.
     """
     from transformers.utils import logging
 
@@ -85,10 +83,10 @@ def export(
 def card(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a finished distillation.")],
     repo_id: Annotated[
-        str | None, typer.Option("--repo-id", metavar="ID", help="Hub id that the card tells its readers to load.")
+        str | None, typer.Option("--repo-id", metavar="ID", help="Hub id that the card's example loads.")
     ] = None,
 ) -> None:
-    """Write a student's model card anew. All of it comes from the run's report."""
+    """Rewrite a student's model card from its run's report."""
     student = student_folder(run)
     from ..distill.run import read_report
     from ..reports.distillation_card import write_card
@@ -100,6 +98,8 @@ def card(
 app.command()(convert)
 app.command()(generate)
 app.command()(push)
+app.command("list")(list_models)
+app.command()(reproduce)
 
 if __name__ == "__main__":
     app(prog_name="ssm-zoo")

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .hub_client import limit_waiting
-from .run_folder import model_folder
+from .sources import limit_waiting, model_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -18,36 +17,37 @@ _LISTED = 12
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder that export or distill wrote. Of a run, its student.")
+        Path, typer.Argument(metavar="FOLDER", help="Folder that export or a training wrote, or folder of a run.")
     ],
     repo: Annotated[
         str,
-        typer.Argument(metavar="REPO", help="Repository: OWNER/NAME, or NAME of one of your own. Made if new."),
+        typer.Argument(metavar="REPO", help="Repository, OWNER/NAME or NAME of your own; created if needed."),
     ],
-    private: Annotated[bool, typer.Option("--private", help="Only to a private repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Push to a private repository only.")] = False,
     message: Annotated[
         str, typer.Option("--message", metavar="TEXT", help="First line of the commit message.")
     ] = "Upload model",
     revision: Annotated[
-        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch to commit to; made if new.")
+        str | None, typer.Option("--revision", metavar="BRANCH", help="Branch to commit to; created if needed.")
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request on the default branch instead of committing.")
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Also remove weights and adapters of REPO that no push of ssm-zoo wrote.")
+        bool, typer.Option("--yes", help="Also remove weights and adapters in REPO that ssm-zoo did not push.")
     ] = False,
 ) -> None:
-    """Upload a model folder to the Hub. Code, tokenizer and card go with it.
+    """Upload a model folder to the Hub.
 
-    Sent are safetensors, configurations, tokenizer, README.md, plots, licences and the code that config.json names;
-    links are refused, and hidden or any other files stay here and are listed. The folder has to be whole: weights as
-    config.json promises them, all finite; all code there; no path of this machine.
+    Its code, tokenizer and card go with it.
 
-    A file that the repository has is replaced by the folder's, the card too. What an earlier push left is removed. What
-    else loading the repository might take instead (weights, an adapter), and a model where an adapter is pushed or the
-    other way round, is removed with --yes only; everything else stays. The token is that of `hf auth login` or
-    HF_TOKEN.
+    Uploaded are safetensors, configurations, tokenizer, README.md, plots, licences and the code that config.json names.
+    Other and hidden files are listed and not uploaded; links are refused. The folder must be complete: all weights that
+    config.json promises, all finite; all code; no path of this machine.
+
+    Files of the same name in the repository are replaced, including the card, and what an earlier push left is removed.
+    --yes is needed to remove anything else that loading the repository could pick up instead: weights, an adapter, or a
+    model where an adapter is pushed. All other files are kept. The token is that of `hf auth login` or HF_TOKEN.
     """
     commit = push_folder(
         model_folder(folder),
@@ -62,7 +62,7 @@ def push(
 
 
 def announce(commit: "CommitInfo") -> None:
-    """Print where an upload is, and what pins it."""
+    """Print where an upload is, and the revision that pins it."""
     if commit.pr_url is not None:
         typer.echo(f"pull request: {commit.pr_url}")
     typer.echo(f"commit: {commit.commit_url}")
@@ -79,28 +79,28 @@ def push_folder(
     create_pr: bool = False,
     yes: bool = False,
 ) -> "CommitInfo":
-    """Upload a folder that holds a model and its code, or an adapter. What is not sent is printed.
+    """Upload a folder that holds a model and its code, or an adapter. Print which files are not uploaded.
 
     Args:
-        folder: what `save_pretrained` of a zoo model, or of one with adapters, wrote.
-        repo: OWNER/NAME, or NAME in the name space of the token's user; made if it does not exist.
-        private: refuse a repository that is public, and make a new one private.
+        folder: written by `save_pretrained` of a zoo model, or of one with adapters.
+        repo: OWNER/NAME, or NAME in the namespace of the token's user; created if it does not exist.
+        private: refuse a public repository, and create a new one as private.
         message: first line of the commit message.
-        revision: branch; made from the default one if it does not exist.
+        revision: branch; created from the default branch if it does not exist.
         create_pr: open a pull request on the default branch.
-        yes: remove what of the repository would be loaded instead, even if no push of ours wrote it. Otherwise a user
-            at a terminal is asked.
+        yes: remove files that would be loaded instead of these, even if ssm-zoo did not push them. Otherwise a user at
+            a terminal is asked.
 
     Returns:
         The commit; `oid` is the revision to pin.
 
     Raises:
-        ValueError: if the folder holds neither a whole, self-contained model nor a whole adapter, there is no token,
-            the repository is public although a private one was asked for, or something would have to be removed that
-            is not ours; nothing is uploaded then.
+        ValueError: if the folder holds neither a complete, self-contained model nor a complete adapter, there is no
+            token, the repository is public although a private one was asked for, or a file would have to be removed
+            that is not ours. Nothing is uploaded then.
     """
     if create_pr and revision is not None:
-        raise ValueError(f"--revision: got {revision!r}; accepted with --create-pr: none")
+        raise ValueError(f"--revision must be left out with --create-pr, got {revision!r}")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -110,7 +110,7 @@ def push_folder(
     check_publishable(folder)
     check_repository(repo)
     api = HfApi(library_name="ssm-zoo")
-    if "/" not in repo:  # by itself the name may be that of somebody's old repository without an owner
+    if "/" not in repo:  # the bare name may be that of an old repository without an owner
         repo = f"{api.whoami()['name']}/{repo}"
     try:
         public = not api.model_info(repo).private
@@ -123,11 +123,11 @@ def push_folder(
         api.create_branch(repo, branch=revision, exist_ok=True)
     plan = plan_upload(api, folder, repo, revision=revision)
     if plan.not_ours and not yes:
-        question = f"{repo} holds what no push of this kind wrote and would have to go: {_listed(plan.not_ours)}"
-        if not (sys.stdin.isatty() and typer.confirm(f"{question}. Remove it?", err=True)):
-            raise ValueError(f"REPO: {question}; look at it, then remove it with --yes, or choose another repository")
+        question = f"{repo} holds files that ssm-zoo did not push and that would have to go: {_listed(plan.not_ours)}"
+        if not (sys.stdin.isatty() and typer.confirm(f"{question}. Remove them?", err=True)):
+            raise ValueError(f"REPO: {question}. Look at them, then pass --yes, or choose another repository.")
     if plan.left_out:
-        typer.echo(f"not sent: {_listed(plan.left_out)}")
+        typer.echo(f"not uploaded: {_listed(plan.left_out)}")
     return carry_out(api, plan, commit_message=message, revision=revision, create_pr=create_pr)
 
 
@@ -137,7 +137,7 @@ def _listed(names: list[str]) -> str:
 
 
 def check_repository(repo: str, field: str = "REPO") -> None:
-    """Raise a ValueError if `repo` cannot be a repository's name, there is no token, or the Hub is switched off.
+    """Raise a ValueError if `repo` cannot be the name of a repository, there is no token, or the Hub is offline.
 
     Args:
         repo: OWNER/NAME or NAME.
@@ -158,7 +158,7 @@ def check_repository(repo: str, field: str = "REPO") -> None:
 
 
 def check_online(field: str, remedy: str = "") -> None:
-    """Raise a ValueError in offline mode, with one more `remedy` than to leave it."""
+    """Raise a ValueError in offline mode; `remedy` adds to the advice to leave it."""
     from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
@@ -167,18 +167,22 @@ def check_online(field: str, remedy: str = "") -> None:
         )
 
 
-def check_push_target(repo: str, *, private: bool = False) -> None:
-    """Ask the Hub whether what a training makes can be pushed, before hours of it.
+def check_push_options(repo: str | None, *, private: bool) -> None:
+    """Ask the Hub, before hours of training, whether `--push-to-hub` can work.
 
     Args:
-        repo: OWNER/NAME or NAME, as `--push-to-hub` gives it.
+        repo: OWNER/NAME or NAME; None: nothing is pushed.
         private: whether the repository has to be private.
 
     Raises:
-        ValueError: if the name is no repository's, there is no token, the Hub is switched off or does not accept the
-            token, it may not write there, or the repository is public although a private one is asked for.
+        ValueError: if the name is not valid, there is no token, the Hub is offline or does not accept the token, it
+            may not write there, or the repository is public although a private one is asked for.
         OSError: if the Hub cannot be reached.
     """
+    if repo is None:
+        if private:
+            raise ValueError("--private has no effect without --push-to-hub")
+        return
     field = "--push-to-hub"
     check_repository(repo, field)
     from huggingface_hub import HfApi
@@ -191,17 +195,17 @@ def check_push_target(repo: str, *, private: bool = False) -> None:
         if error.response.status_code not in (401, 403):
             raise
         raise ValueError(
-            f"{field}: the Hub does not accept the token; log in anew with `hf auth login`, or set another HF_TOKEN"
+            f"{field}: the Hub does not accept the token; log in again with `hf auth login`, or set another HF_TOKEN"
         ) from None
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise ValueError(f"{field}: the token of {user['name']} may only read; make one that may write to {repo}")
+        raise ValueError(f"{field}: the token of {user['name']} can only read; create one that can write to {repo}")
     owner = repo.partition("/")[0] if "/" in repo else user["name"]
     members = {each.get("name"): each.get("roleInOrg") for each in user.get("orgs", [])}
     # A fine-grained token need not say which organisations its user belongs to.
     stranger = owner != user["name"] and owner not in members and role != "fineGrained"
     if stranger or members.get(owner) == "read":
-        raise ValueError(f"{field}: {user['name']} may not write to repositories of {owner}; accepted: your own")
+        raise ValueError(f"{field}: {user['name']} may not write to repositories of {owner}; choose one of your own")
     try:
         public = not api.model_info(repo if "/" in repo else f"{owner}/{repo}").private
     except RepositoryNotFoundError:

@@ -17,8 +17,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from .. import modeling
-from ..harness.child_process import run_child
 from ..harness.json_files import read_json_object
+from ..harness.processes import run_child
 from ..harness.run_folder import new_folder
 from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel

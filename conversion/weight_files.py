@@ -10,10 +10,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..harness.json_files import json_text, parse_json, typed
+from ..harness.json_files import json_text
 from .pickle_weights import read_pickle
 from .rules import LazyTensor, lazy
 from .weight_choice import SAFETENSORS_INDEX, choose_weights
+from .weight_listing import read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -29,7 +30,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -83,30 +83,17 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Weights:
 
 
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    _check_header(path)
+    headers = read_header(path)
     try:
         file: Any = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged, or no safetensors file ({error}).") from None
     tensors = {}
-    for key in file.keys():  # noqa: SIM118, it is no mapping
-        header = file.get_slice(key)
-        if header.get_dtype() not in _DTYPES:
-            raise ValueError(f"{path.name}: {key} must be of one of {', '.join(_DTYPES)}, got {header.get_dtype()}.")
-        shape, dtype = tuple(header.get_shape()), _DTYPES[header.get_dtype()]
-        tensors[key] = LazyTensor(shape, dtype, lambda key=key: file.get_tensor(key))
+    for key, header in headers.items():
+        if header.dtype not in _DTYPES:
+            raise ValueError(f"{path.name}: {key} must be of one of {', '.join(_DTYPES)}, got {header.dtype}.")
+        tensors[key] = LazyTensor(header.shape, _DTYPES[header.dtype], lambda key=key: file.get_tensor(key))
     return tensors
-
-
-def _check_header(path: Path) -> None:
-    """Refuse a header that names a tensor twice: the library would take the last one and say nothing."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > min(_LARGEST_HEADER, path.stat().st_size):
-            return  # damaged, as the library will say
-        header = file.read(size)
-    if header.strip():
-        typed(parse_json(header, f"{path.name}: its header"), dict, f"{path.name}: its header", "")
 
 
 def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, max_shard_size: int | str = "5GB") -> None:

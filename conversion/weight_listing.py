@@ -51,20 +51,24 @@ def read_headers(folder: Path, field: str = "source") -> dict[str, Header]:
     return {key: header for headers in files.values() for key, header in headers.items()}
 
 
-def read_header(path: Path, field: str = "source") -> dict[str, Header]:
-    """The tensors of a safetensors file by name, after checking that the file is as long as they say.
+def read_header(path: Path, field: str | None = None) -> dict[str, Header]:
+    """Return the tensors of a safetensors file by name, after checking that the file is as long as they say.
+
+    Args:
+        path: the file.
+        field: the argument that names it, for the error.
 
     Raises:
-        ValueError: if it is no whole safetensors file.
+        ValueError: if it is damaged, or its header names a tensor twice: the library would use the last one silently.
     """
     size = path.stat().st_size
-    broken = f"{field}: {path.name} of {path.parent.name} is no whole safetensors file"
+    broken = f"{f'{field}: ' if field else ''}{path.name} is damaged, or no safetensors file"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER):
-            raise ValueError(f"{broken}: it has {size:,} bytes, and its header does not fit into them")
+            raise ValueError(f"{broken} (it has {size:,} bytes, and its header does not fit into them).")
         text = file.read(length)
-    header: Any = typed(parse_json(text.rstrip(b" "), f"the header of {path.name}"), dict, path.name, "header")
+    header: Any = typed(parse_json(text.rstrip(b" "), f"{path.name}: its header"), dict, path.name, "header")
     header.pop("__metadata__", None)
     found, end = {}, 0
     for key, entry in header.items():
@@ -72,10 +76,10 @@ def read_header(path: Path, field: str = "source") -> dict[str, Header]:
             dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             bits = _BITS[dtype] * prod(shape)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{broken}: its header does not describe {key}") from None
+            raise ValueError(f"{broken} (its header does not describe {key}).") from None
         if bits != 8 * (last - first):
-            raise ValueError(f"{broken}: {key} of {dtype} and shape {list(shape)} cannot have {last - first:,} bytes")
+            raise ValueError(f"{broken} ({key} of {dtype} and shape {list(shape)} cannot have {last - first:,} bytes).")
         found[key], end = Header(path.name, dtype, shape), max(end, last)
     if size != 8 + length + end:
-        raise ValueError(f"{broken}: it has {size:,} bytes, its header promises {8 + length + end:,}")
+        raise ValueError(f"{broken} (it has {size:,} bytes, its header promises {8 + length + end:,}).")
     return found

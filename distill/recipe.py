@@ -1,13 +1,12 @@
-"""Distillation recipes: what a run is, as data, checked before anything is loaded.
+"""Distillation recipes: the description of a run as data, checked before anything is loaded.
 
-A recipe is a YAML file, or a preset that ships with the package, naming a teacher, a student, texts and a list of
-stages. Everything a run computes follows from it, so its fingerprint identifies the run. Unknown keys are refused
+A recipe is a YAML file, or a preset that ships with the package. It names a teacher, a student, texts and a list of
+stages. It determines everything that a run computes, so its fingerprint identifies the run. Unknown keys are refused
 at every level: a misspelt key would otherwise be a setting that silently does nothing.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import reprlib
@@ -15,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from ..harness.settings import SettingsBase, check, refused, wrong
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import merge, override, read_yaml, write_yaml
 from ..modeling.token_mixers import TOKEN_MIXERS
@@ -44,11 +44,6 @@ from .recipe_values import (
     whole_number,
 )
 
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 # The mixers that can take the place of attention, and the fields of a student that mean something only for some.
 _STARTS = {kind: row.student for kind, row in TOKEN_MIXERS.items() if row.student is not None}
 _MIXERS_WITH: dict[str, tuple[str, ...]] = {
@@ -57,7 +52,7 @@ _MIXERS_WITH: dict[str, tuple[str, ...]] = {
 }
 
 
-class StudentSpec(_Spec):
+class StudentSpec(SettingsBase):
     """What replaces the teacher's attention, where, and what it starts from.
 
     Attributes:
@@ -102,7 +97,7 @@ class StudentSpec(_Spec):
         return self
 
 
-class DataSpec(_Spec):
+class DataSpec(SettingsBase):
     """The texts. A source is a UTF-8 text file or a text that ships with the package ("builtin:wikitext2").
 
     Attributes:
@@ -130,7 +125,7 @@ _MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class StageSpec(_Spec):
+class StageSpec(SettingsBase):
     """One stage: an objective, what it trains, for how many tokens, and the optimiser (AdamW).
 
     Attributes:
@@ -195,11 +190,11 @@ class StageSpec(_Spec):
                 key, values = _MEANINGFUL_UNDER[field]
                 raise _misplaced(field, getattr(self, field), key, values, getattr(self, key))
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise _wrong("decay", self.decay, f"at most 1 - warmup = {1 - self.warmup:g}")
+            raise wrong("decay", self.decay, f"at most 1 - warmup = {1 - self.warmup:g}")
         return self
 
 
-class EvaluationSpec(_Spec):
+class EvaluationSpec(SettingsBase):
     """What is measured on the held-out text before the first and after every stage.
 
     Attributes:
@@ -219,11 +214,11 @@ class EvaluationSpec(_Spec):
     @model_validator(mode="after")
     def _refuse_less_than_a_window(self) -> EvaluationSpec:
         if self.tokens < self.sequence_length:
-            raise _wrong("tokens", self.tokens, f"at least sequence_length = {self.sequence_length}")
+            raise wrong("tokens", self.tokens, f"at least sequence_length = {self.sequence_length}")
         return self
 
 
-class Recipe(_Spec):
+class Recipe(SettingsBase):
     """A whole distillation run. The output folder is not part of it, so that a run can be repeated elsewhere.
 
     Attributes:
@@ -281,7 +276,7 @@ class Recipe(_Spec):
             lengths |= {"data.": self.data.sequence_length, "evaluation.": self.evaluation.sequence_length}
             for place, length in lengths.items():
                 if length > self.student.positions:
-                    raise _wrong(
+                    raise wrong(
                         f"{place}sequence_length", length, f"at most student.positions = {self.student.positions}"
                     )
         return self
@@ -291,22 +286,13 @@ class Recipe(_Spec):
         names = [stage.name for stage in self.stages]
         for index, name in enumerate(names):
             if name in names[:index]:
-                raise _wrong(f"stages.{index}.name", name, "a name that no earlier stage has")
+                raise wrong(f"stages.{index}.name", name, "a name that no earlier stage has")
         return self
-
-
-def _wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
-    return PydanticCustomError(
-        "wrong_field",
-        "{field}: got {value}; accepted: {accepted}",
-        {"field": field, "value": repr(value), "accepted": accepted},
-    )
 
 
 def _misplaced(field: str, value: Any, key: str, values: Sequence[str], actual: str) -> PydanticCustomError:
     options = " or ".join(map(repr, values))
-    accepted = f"nothing, since it has no effect with {key} {actual!r}, only with {key} {options}"
-    return _wrong(field, value, accepted)
+    return refused(field, f"has no effect with {key} {actual!r}, only with {key} {options}. Remove it (got {value!r}).")
 
 
 def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
@@ -327,7 +313,7 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
         ValueError: if `spec` is malformed, names a layer that is not there, or selects none.
     """
     if layers(spec) is None:
-        raise ValueError(f"layers: got {spec!r}; accepted: {LAYERS_ACCEPTED}")
+        raise ValueError(f"`layers` must be {LAYERS_ACCEPTED}, got {spec!r}")
     kind, _, argument = spec.partition(":") if isinstance(spec, str) else ("list", "", "")
     if kind == "list":
         numbers = sorted(int(layer) for layer in spec)
@@ -400,22 +386,22 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read_file(path: str | Path) -> Any:
     if not Path(path).is_file():
-        raise ValueError(f"recipe: got {str(path)!r}; accepted: a YAML file or one of {', '.join(preset_names())}")
+        raise ValueError(f"recipe must be a YAML file or one of {', '.join(preset_names())}, got {str(path)!r}")
     return read_yaml(read_text_file(path, "recipe"), f"recipe {path}")
 
 
 def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, Any]:
     """Lay a recipe over the preset that its key `preset` names, if it has one."""
     if not isinstance(values, dict):
-        accepted = f"a mapping with the keys {_keys_of(Recipe)}"
-        raise ValueError(f"{source}: got {reprlib.repr(values)}; accepted: {accepted}")
+        keys = ", ".join(Recipe.model_fields)
+        raise ValueError(f"{source}: the top level must be a mapping with the keys {keys}, got {reprlib.repr(values)}")
     if "preset" not in values:
         return values
     own = dict(values)
     name = own.pop("preset")
     available = [preset for preset in preset_names() if preset not in visited]
     if name not in available:
-        raise ValueError(f"{source}: preset: got {name!r}; accepted: {', '.join(available)}")
+        raise ValueError(f"{source}: `preset` must be one of {', '.join(available)}, got {name!r}")
     preset, file = f"preset {name}", resources.files("ssm_zoo.distill").joinpath("presets", f"{name}.yaml")
     inherited = _inherit(read_yaml(file.read_text(encoding="utf-8"), preset), preset, (*visited, name))
     return merge(inherited, own)
@@ -431,54 +417,4 @@ def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
     Raises:
         ValueError: naming each key that is unknown, missing or has a value that is not accepted.
     """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(detail) for detail in error.errors(include_url=False)]
-        separator = "\n  " if len(problems) > 1 else " "
-        raise ValueError(separator.join([f"{source}:", *problems])) from None
-
-
-# What is accepted, where pydantic's own words are about Python.
-_ACCEPTED = {
-    "bool_type": "true or false",
-    "invalid_key": "texts as keys",
-    "list_type": "a list",
-    "string_type": "a text",
-    "too_short": "one or more",
-}
-
-
-def _describe(detail: ErrorDetails) -> str:
-    """One line on one problem: the dotted key, the value, what is accepted."""
-    kind, location, value = detail["type"], detail["loc"], reprlib.repr(detail["input"])
-    key = ".".join(map(str, location)) or "recipe"
-    if kind == "wrong_field":
-        return ".".join([*map(str, location), detail["msg"]])
-    if kind in ("extra_forbidden", "missing"):
-        spec = _spec_at(location[:-1])
-        if kind == "missing":
-            required = [name for name, field in spec.model_fields.items() if field.is_required()]
-            return f"{key} is missing; required keys: {', '.join(required)}"
-        close = difflib.get_close_matches(str(location[-1]), spec.model_fields, n=1)
-        suggestion = f"did you mean {close[0]!r}? " if close else ""
-        return f"{key}: unknown key (value {value}); {suggestion}accepted keys: {_keys_of(spec)}"
-    if kind == "model_type":
-        return f"{key}: got {value}; accepted: a mapping with the keys {_keys_of(_spec_at(location))}"
-    accepted = _ACCEPTED.get(kind, detail["msg"].removeprefix("Input should be "))
-    return f"{key}: got {value}; accepted: {accepted}"
-
-
-def _spec_at(location: Sequence[int | str]) -> type[BaseModel]:
-    """The model of the mapping at a place in a recipe: of () `Recipe`, of ("stages", 0) `StageSpec`."""
-    model: type[BaseModel] = Recipe
-    for key in location:
-        if isinstance(key, str):
-            annotation = model.model_fields[key].annotation
-            options = (annotation, *get_args(annotation))
-            model = next(part for part in options if isinstance(part, type) and issubclass(part, BaseModel))
-    return model
-
-
-def _keys_of(model: type[BaseModel]) -> str:
-    return ", ".join(model.model_fields)
+    return check(Recipe, values, source)

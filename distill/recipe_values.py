@@ -1,9 +1,4 @@
-"""The kinds of values that recipes hold, each with the sentence that tells a user what is accepted.
-
-pydantic's own messages name one broken bound at a time and, for unions, every branch that failed. Here a kind is
-one function that converts a value or returns None, so that every refusal reads the same: the key, the value, what
-is accepted.
-"""
+"""The kinds of values in recipes, each with the words that tell a user what is accepted."""
 
 from __future__ import annotations
 
@@ -11,25 +6,12 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
-from pydantic_core import PydanticCustomError
+from ..harness.settings import accept
 
 LAYERS_ACCEPTED = (
     "a list of distinct layer numbers counted from 0, 'all', 'odd', 'even', 'every:N' (N at least 1) or "
     "'interleave:FRACTION' (above 0, at most 1)"
 )
-
-
-def _accept(accepted: str, convert: Callable[[Any], Any]) -> BeforeValidator:
-    """A validator for values on which `convert` does not return None."""
-
-    def validate(value: Any) -> Any:
-        converted = convert(value)
-        if converted is None:
-            raise PydanticCustomError("not_accepted", "Input should be {accepted}", {"accepted": accepted})
-        return converted
-
-    return BeforeValidator(validate)
 
 
 def _number(low: float, high: float = 1e18, *, above: bool = False, below: bool = False) -> Callable[[Any], Any]:
@@ -45,7 +27,7 @@ def _number(low: float, high: float = 1e18, *, above: bool = False, below: bool 
 
 
 def whole_number(low: int, high: float = 1e18) -> Callable[[Any], int | None]:
-    """Convert to an int in [low, high]. A float will do if it is whole: YAML reads 1e6 as a float."""
+    """Convert to an int in [low, high]. Whole floats are accepted, since YAML reads 1e6 as a float."""
 
     def convert(value: Any) -> int | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -89,7 +71,7 @@ def _identifier(value: Any) -> str | None:
 
 
 def layers(value: Any) -> str | list[int] | None:
-    """Return a well-formed choice of layers (`LAYERS_ACCEPTED`) as it is, else None."""
+    """Return a well-formed choice of layers (see `LAYERS_ACCEPTED`) unchanged, otherwise None."""
     if isinstance(value, str):
         kind, _, argument = value.partition(":")
         if kind == "every":
@@ -110,23 +92,23 @@ def _fraction(text: str) -> Fraction | None:
     return fraction if 0 < fraction <= 1 else None
 
 
-Text = Annotated[str, _accept("a text that is not empty", _text)]
-Identifier = Annotated[str, _accept("lower-case letters, digits and underscores", _identifier)]
-Sources = Annotated[str | list[str], _accept("a path, 'builtin:NAME', or a list of them, not empty", _sources)]
-Seed = Annotated[int, _accept("a whole number of 0 or more", whole_number(0))]
-Count = Annotated[int, _accept("a whole number of 1 or more", whole_number(1))]
-Length = Annotated[int, _accept("a whole number of 2 or more (a token and its successor)", whole_number(2))]
-ConvKernel = Annotated[int, _accept("a whole number from 2 to 8", whole_number(2, 8))]
-Positive = Annotated[float, _accept("a number above 0", _number(0, above=True))]
-NonNegative = Annotated[float, _accept("a number of 0 or more", _number(0))]
-Share = Annotated[float, _accept("a number from 0 to 1", _number(0, 1))]
-Warmup = Annotated[float, _accept("a share of the steps from 0 to 0.5", _number(0, 0.5))]
-Decay = Annotated[float, _accept("a share of the steps above 0 and up to 1", _number(0, 1, above=True))]
+Text = Annotated[str, accept("a text that is not empty", _text)]
+Identifier = Annotated[str, accept("lower-case letters, digits and underscores", _identifier)]
+Sources = Annotated[str | list[str], accept("a path, 'builtin:NAME', or a list of them, not empty", _sources)]
+Seed = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
+Count = Annotated[int, accept("a whole number of 1 or more", whole_number(1))]
+Length = Annotated[int, accept("a whole number of 2 or more (a token and its successor)", whole_number(2))]
+ConvKernel = Annotated[int, accept("a whole number from 2 to 8", whole_number(2, 8))]
+Positive = Annotated[float, accept("a number above 0", _number(0, above=True))]
+NonNegative = Annotated[float, accept("a number of 0 or more", _number(0))]
+Share = Annotated[float, accept("a number from 0 to 1", _number(0, 1))]
+Warmup = Annotated[float, accept("a share of the steps from 0 to 0.5", _number(0, 0.5))]
+Decay = Annotated[float, accept("a share of the steps above 0 and up to 1", _number(0, 1, above=True))]
 Betas = Annotated[
-    tuple[float, float], _accept("two numbers from 0 to below 1", _pair(_number(0, 1, below=True), ordered=False))
+    tuple[float, float], accept("two numbers from 0 to below 1", _pair(_number(0, 1, below=True), ordered=False))
 ]
-Layers = Annotated[list[int] | str, _accept(LAYERS_ACCEPTED, layers)]
+Layers = Annotated[list[int] | str, accept(LAYERS_ACCEPTED, layers)]
 HalfLife = Annotated[
     Literal["calibrated"] | tuple[float, float],
-    _accept("'calibrated' or [shortest, longest] in tokens, above 0", _half_life),
+    accept("'calibrated' or [shortest, longest] in tokens, above 0", _half_life),
 ]

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion.load_model import check_finite
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
-from ..harness.command_line import command_line
-from ..harness.decoration import decoration
+from ..harness.errors import decoration
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
+from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, result_folder
 from ..harness.whole_files import write_text_whole

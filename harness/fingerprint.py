@@ -1,4 +1,4 @@
-"""Which weights, configuration and tokenizer a run was started from, so that it does not go on with others."""
+"""Fingerprints of the weights, configuration and tokenizer of a run, so that it is not resumed with others."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -25,9 +25,9 @@ _PARTS = {
         "*.tiktoken",
     ),
 }
-"""What a folder is read for, and the files that hold it."""
+"""Parts of a model's folder, and the files that hold them."""
 
-# Any of them tells the commit of a repository.
+# Each of them reveals the commit of a repository.
 _SMALL_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -38,7 +38,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(source: str, commit: str | None = None, parts: Iterable[str] = tuple(_PARTS)) -> dict[str, str]:
-    """Return what tells a source from any other with the same name.
+    """Return what distinguishes a source from any other with the same name.
 
     Args:
         source: a folder, a file or a Hub id.
@@ -121,8 +121,8 @@ def claim_run(
         earlier = marker["recipe"].get("sources")
         if sources and not isinstance(earlier, dict):
             raise ValueError(
-                f"output folder: {output} holds a run of an earlier version, which did not note what its weights were. "
-                "Finish it with that version, or give another folder."
+                f"output folder: {output} holds a run of an earlier version, which did not record its weights. Finish "
+                "it with that version, or choose another folder."
             )
         for name, here in sources.items():
             _check_source(name, earlier.get(name, {}), here, output)

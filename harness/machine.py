@@ -1,4 +1,4 @@
-"""What a run computes on: what every measurement is published with, and nothing that names the machine."""
+"""Hardware and versions, which every measurement is published with, without anything that names the machine."""
 
 import importlib.metadata
 import os
@@ -15,10 +15,10 @@ _DISTRIBUTIONS = ("torch", "transformers", "accelerate", "ssm-zoo")
 
 
 def describe_machine(*computing: str) -> dict[str, dict[str, Any]]:
-    """Hardware and versions, without host names, paths or serial numbers.
+    """Return hardware and versions, without host names, paths or serial numbers.
 
     Args:
-        computing: distributions that took part, besides those that always do.
+        computing: distributions that took part, in addition to those that always do.
 
     Returns:
         "hardware": "cpu" (its name, or None), "cores" (those this process may use), "memory_bytes" (of the
@@ -38,7 +38,7 @@ def describe_machine(*computing: str) -> dict[str, dict[str, Any]]:
 
 
 def _cpu() -> str | None:
-    """The processor's name; where the system does not tell, its architecture."""
+    """Return the processor's name, or its architecture if the system does not tell."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -53,7 +53,7 @@ def _cpu() -> str | None:
 
 
 def _cores() -> int | None:
-    # What the process may run on is fewer than what the machine has in containers and under batch systems.
+    # In containers and under batch systems a process may use fewer cores than the machine has.
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -66,7 +66,7 @@ def _memory() -> int | None:
 
 
 def _gpu() -> str | None:
-    """Names of the CUDA devices with their number, "2 x NVIDIA H100 80GB HBM3" say."""
+    """Return the names and numbers of the CUDA devices, e.g. "2 x NVIDIA H100 80GB HBM3"."""
     if not torch.cuda.is_available():
         return None
     devices = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

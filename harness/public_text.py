@@ -1,10 +1,10 @@
-"""Text that is published with a run: without the folders of the machine that made it."""
+"""Text that is published with a run, without the folders of the machine that made it."""
 
 import re
 import shlex
 
-# The folders of an absolute path (POSIX, home, drive or share) where a path can start; the last name stays. A backslash
-# by itself starts none: it is an escape, that of a line break say.
+# The folders of an absolute path (POSIX, home, drive or share) where a path can start, without its last name. A single
+# backslash starts no path: it is an escape, e.g. of a line break.
 _FOLDERS = re.compile(
     r"""(?<![^\s=,:;"'\[({])(?:(?:~|[A-Za-z]:)[/\\]|/|\\\\(?=\w))(?:[^\s/\\,;"'\])}]+[/\\])*(?=[^\s/\\"'])"""
 )
@@ -15,16 +15,15 @@ _PIECES = re.compile(r"""([=,\[\]{}"'\n]|:\s|\bdatasets:|\bbuiltin:)""")
 
 
 def without_folders(text: str) -> str:
-    """A text with every absolute path in it cut down to its last name: what is published names no machine."""
+    """Return a text with every absolute path in it reduced to its last name."""
     return _FOLDERS.sub("", text)
 
 
 def public_argument(argument: str) -> str:
-    """One argument of a command line, or one name of a source, with every path that leads out of the working folder cut
-    down to its last name.
+    """Return an argument, or the name of a source, with paths out of the working folder reduced to their last names.
 
-    Unlike :func:`without_folders` it knows where a path ends, so that spaces may be in it: an argument is a path, or
-    paths stand in it after `=` and between commas and brackets.
+    Unlike :func:`without_folders` this function knows where a path ends, so a path may contain spaces: an argument is a
+    path, or contains paths after `=` and between commas and brackets.
     """
     if _OUTSIDE.match(argument):
         return _last_name(argument)
@@ -34,10 +33,10 @@ def public_argument(argument: str) -> str:
 
 
 def public_command(command: str) -> str:
-    """A command line, quoted as a shell wants it, with its arguments as :func:`public_argument` has them."""
+    """Return a shell command line with :func:`public_argument` applied to its arguments."""
     try:
         return shlex.join(map(public_argument, shlex.split(command)))
-    except ValueError:  # not quoted as a shell wants it
+    except ValueError:  # the quotes are not balanced
         return without_folders(command)
 
 

@@ -1,8 +1,8 @@
-"""The folder of a run: whose it is, and that one process at a time writes into it.
+"""The folder of a run: which run owns it, and a lock so that one process at a time writes into it.
 
-A run's folder is claimed by `run.json`, which holds what the run computes, so that the same run goes on in it and
-another one is refused. While a run goes on, its main process holds a lock on the folder; the kernel releases it when
-the process ends, however it ends.
+A run claims its folder with `run.json`, which describes what the run computes: the same run is resumed in it, any other
+is refused. While it runs, its main process holds a lock on the folder, which the kernel releases when the process ends,
+however it ends.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 _FORMAT = 1
 _MARKER = "run.json"
-# Below it a run is not started: what is written last, a report and a card, has to find room as well.
+# A run is not started with less: the report and the card, written last, need room as well.
 _LEAST_FREE_BYTES = 32 * 2**20
 
 # Handles on the folders that this process has claimed, by device and inode.
@@ -47,11 +47,11 @@ _locks: dict[tuple[int, int], int] = {}
 
 
 def check_output_folder(path: str | Path, *, bytes_needed: int = 0) -> None:
-    """Find out, before anything is loaded or computed, whether a run can write into a folder.
+    """Check, before anything is loaded or computed, that a run can write into a folder.
 
     Args:
         path: the folder; it and those above it may be missing.
-        bytes_needed: what the run is going to write at least.
+        bytes_needed: minimum that the run is going to write.
 
     Raises:
         ValueError: if it is a file, holds something else than a run, is another process's at the moment, cannot be
@@ -102,7 +102,7 @@ def _check_is_empty(path: Path, kind: str) -> None:
 
 
 def _lock(path: Path) -> tuple[int, int] | None:
-    """Lock a folder for this process, and say under which key if it is not this process's already.
+    """Lock a folder for this process; return the key of the lock, or None if this process has it already.
 
     Raises:
         ValueError: if another process holds it.
@@ -137,7 +137,7 @@ def _unlock(key: tuple[int, int] | None) -> None:
 def claim_output_folder(
     path: str | Path, recipe: Mapping[str, Any], kind: str = "ssm-zoo distillation run"
 ) -> dict[str, Any] | None:
-    """Make a folder the output of a run, or find that it is this run's already.
+    """Claim a folder as the output of a run, unless it is this run's already.
 
     Args:
         path: the folder; made if missing.
@@ -172,7 +172,7 @@ def claim_output_folder(
 
 
 def _earlier_start(path: Path, marker: dict[str, Any]) -> dict[str, Any] | None:
-    """The marker in a folder if it is the same run's; None if the folder is empty."""
+    """Return the marker in a folder if it is that of the same run; None if the folder is empty."""
     kind = marker["kind"]
     if not (path / _MARKER).is_file():
         _check_is_empty(path, kind)
@@ -190,7 +190,7 @@ def _earlier_start(path: Path, marker: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _tidy(path: Path) -> None:
-    """Remove what a killed start left half-written, and bring back what it was about to replace."""
+    """Remove what a killed process left half-written, and restore what it was about to replace."""
     for folder in (path, path / "plots"):
         sweep(folder)
     for name in ("student", "model", "adapter"):
@@ -209,7 +209,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; None if there is no such file or it is not JSON."""
+    """Return the value in a JSON file; None if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -217,7 +217,7 @@ def read_json(path: Path) -> Any:
 
 
 def json_text(value: Any, field: str, indent: int | None = None) -> str:
-    """The value as JSON text.
+    """Return the value as JSON text.
 
     Raises:
         ValueError: if JSON does not know a kind of value in it, or has no word for a number that is not finite.
@@ -230,7 +230,7 @@ def json_text(value: Any, field: str, indent: int | None = None) -> str:
 
 
 def _differences(there: Any, here: Any, key: str = "") -> list[str]:
-    """One text per place in which two JSON values differ, with its dotted key."""
+    """Return one text per place in which two JSON values differ, with its dotted key."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [*there, *(name for name in here if name not in there)]
         pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]

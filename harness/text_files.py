@@ -1,14 +1,16 @@
-"""Text files of the user, with errors that say what is wrong and where."""
+"""Text files of the user: plain text, JSON lines and front matter, with errors that say what is wrong and where."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .json_files import parse_json
 
 
 def read_text_file(path: str | Path, field: str) -> str:
-    """The text of a UTF-8 file, without its byte order mark.
+    """Return the text of a UTF-8 file, without its byte order mark.
 
     Args:
         path: the file.
@@ -18,7 +20,7 @@ def read_text_file(path: str | Path, field: str) -> str:
         ValueError: if there is no such file, or it is not UTF-8.
     """
     if not Path(path).is_file():
-        kind = "is a folder, no file" if Path(path).is_dir() else "is no regular file"
+        kind = "is a folder, not a file" if Path(path).is_dir() else "is not a regular file"
         there = f"{str(path)!r} {kind}" if Path(path).exists() else f"there is no file {str(path)!r}"
         raise ValueError(f"{field}: {there}")
     try:
@@ -28,7 +30,7 @@ def read_text_file(path: str | Path, field: str) -> str:
 
 
 def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """The values of JSON lines, each with the number of its line from 1; empty lines are passed over.
+    """Yield the values of JSON lines with their line numbers, from 1; empty lines are skipped.
 
     Args:
         text: the lines.
@@ -37,7 +39,7 @@ def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: if a line is not strict JSON; see `json_files.parse_json`.
     """
-    # Not splitlines(): JSON texts may hold U+2028 and the like as they are.
+    # Not splitlines(): JSON strings may contain U+2028 and the like unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -45,8 +47,30 @@ def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def check_text(text: str, field: str) -> None:
-    """Raise a ValueError if a text holds what UTF-8 cannot, such as a byte that the shell gave undecoded."""
+    """Raise a ValueError if a text cannot be encoded as UTF-8, e.g. a byte that the shell passed undecoded."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{field} must be UTF-8 text, got {text[error.start]!r} at character {error.start}.") from None
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """Return the values between the two lines `---` at the beginning of a model card; empty if it has none.
+
+    Raises:
+        ValueError: if they are not a YAML mapping, or the card is not UTF-8.
+        OSError: if it cannot be read.
+    """
+    lines = card.read_text(encoding="utf-8-sig").splitlines()
+    if not lines or lines[0].rstrip() != "---":
+        return {}
+    ends = [number for number, line in enumerate(lines[1:], start=1) if line.rstrip() == "---"]
+    if not ends:
+        raise ValueError(f"{card}: the front matter must end with a line ---")
+    try:
+        values = yaml.safe_load("\n".join(lines[1 : ends[0]]))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{card}: the front matter is not YAML: {' '.join(str(error).split())}") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{card}: the front matter must be a mapping, got {type(values).__name__}")
+    return values or {}

@@ -1,7 +1,12 @@
-"""YAML of recipes and configurations: texts and overrides to plain mappings, and back. Knows nothing of their meaning.
+"""YAML of recipes and configurations: texts and overrides to plain mappings, and back.
 
-Two departures from PyYAML's defaults: `1e-3` is a number (as in YAML 1.2; PyYAML follows 1.1 and reads a string),
-and a key that stands twice in a mapping is an error instead of the last one winning.
+There are two departures from PyYAML's defaults: `1e-3` is a number (as in YAML 1.2; PyYAML follows 1.1 and reads a
+string), and a key that occurs twice in a mapping is an error, where PyYAML takes the last one.
+
+Why not OmegaConf, tried at 2.4.0: its interpolation reads the environment (`${oc.env:HF_TOKEN}`), so a recipe from the
+Web could put a secret into a report that is published, and a prompt with a literal `${` is refused; `from_dotlist` does
+not reach into lists (`stages.1.learning_rate`); an override without "=" becomes null, and one below a number replaces
+the number silently. Here both are errors that name the override.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ def read_yaml(text: str, source: str) -> Any:
 
     Args:
         text: the document.
-        source: what to call it in an error.
+        source: what to call the document in an error.
 
     Raises:
         ValueError: if it is not YAML, or repeats a key.
@@ -59,12 +64,12 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """The YAML text that `read_yaml` turns back into `value`, keys in their order."""
+    """Return YAML text that `read_yaml` turns back into `value`, with the keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def merge(base: Any, changes: Any) -> Any:
-    """`changes` laid over `base`: mappings key by key, at every depth; all else, lists included, is replaced."""
+    """Return `base` with `changes`: mappings are merged key by key at every depth, everything else is replaced."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return changes
     merged = dict(base)
@@ -74,13 +79,13 @@ def merge(base: Any, changes: Any) -> Any:
 
 
 def override(values: Any, assignments: Sequence[str]) -> Any:
-    """`values` with `dotted.key=YAML value` assignments carried out in order, e.g. "stages.1.learning_rate=1e-3".
+    """Return `values` after assignments such as "stages.1.learning_rate=1e-3", carried out in order.
 
-    A number as key is a list index; mappings that are missing on the way are made, list items are not.
+    A number in the dotted key is an index of a list. Missing mappings on the way are created, missing list items not.
 
     Args:
         values: nested dicts and lists; not changed.
-        assignments: the assignments.
+        assignments: "dotted.key=YAML value".
 
     Raises:
         ValueError: if an assignment has no key or no "=", or its key leads nowhere.

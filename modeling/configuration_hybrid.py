@@ -175,10 +175,6 @@ class ZooHybridConfig(PreTrainedConfig):
                 return settings[name]
         raise AttributeError(f"no block of this {self.model_type} has a mixer with the setting {name!r}")
 
-    def used_rows(self) -> dict[str, set[str]]:
-        """Table of code to the rows of it that this configuration uses: an exported model carries no others."""
-        return {"TOKEN_MIXERS": set(self.mixer_types or [])}
-
     @property
     def is_bounded(self) -> bool:
         """Whether a mixer has weights for `max_position_embeddings` positions, and knows no others."""

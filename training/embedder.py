@@ -32,9 +32,9 @@ from ..conversion.load_model import check_finite
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
 from ..evaluation.retrieval_data import RetrievalData
-from ..harness.command_line import command_line
-from ..harness.decoration import decoration
+from ..harness.errors import decoration
 from ..harness.fingerprint import claim_run, fingerprint
+from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import (
     check_output_folder,

@@ -1,23 +1,24 @@
-"""What a training from scratch is, as typed data, and the papers' recipes."""
+"""The settings of a training from scratch, as typed data, and the recipes of the papers."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from .settings import Count, NonNegative, Positive, Text, TrainingSettings, check_settings, wrong
+from ..harness.settings import Option, accept, check, refused, wrong
+from .settings import Count, NonNegative, Positive, Text, TrainingSettings
 
-# The 256 bytes and the end of a text.
+# The 256 bytes and the end-of-text token.
 _SMALLEST_VOCABULARY = 257
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Mamba (arXiv 2312.00752), appendix E.2, the improved recipe; Mamba-2 (arXiv 2405.21060) takes it over.
     "mamba": {
-        # Five times GPT-3's 6e-4 for 125M parameters. For 350M, 760M and 1.3B it is 1.5e-3, 1.25e-3 and 1e-3.
+        # Five times GPT-3's 6e-4 for 125M parameters. The rates for 350M, 760M and 1.3B are 1.5e-3, 1.25e-3 and 1e-3.
         "learning_rate": 3e-3,
         "final_learning_rate": 1e-5,
-        # The length of the warm-up is not given; a twentieth of the steps is ours.
+        # The paper does not give the length of the warm-up; a twentieth of the steps is our choice.
         "warmup": 0.05,
         "betas": [0.9, 0.95],
         "weight_decay": 0.1,
@@ -28,67 +29,95 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "final_learning_rate": 1e-5,
         "warmup": 2000,
-        # Not given: those of torch's AdamW.
+        # The paper does not give them; these are the defaults of torch's AdamW.
         "betas": [0.9, 0.999],
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
     },
 }
-"""Name to optimiser and schedule: AdamW, linear warm-up, cosine. Norms, biases, decay rates and skips never decay."""
+"""Optimiser and schedule by name: AdamW, linear warm-up, cosine. Norms, biases, decay rates and skips never decay."""
+
+
+def number(text: str) -> int | float | str:
+    """Return a whole number, a number with a point, or the text itself, for the settings to refuse."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _configuration(value: Any) -> str | dict[str, Any] | None:
+    return value if isinstance(value, dict) or (isinstance(value, str) and value) else None
+
+
+def _warmup(value: Any) -> int | float | None:
+    steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return value if steps or (isinstance(value, float) and 0 <= value <= 0.5) else None
 
 
 class FromScratchSettings(TrainingSettings):
-    """How a causal language model is trained from scratch on text.
+    """The settings with which a causal language model is trained from scratch on text."""
 
-    Attributes:
-        config: what model: a preset, a .yaml or .json file, a folder or Hub id of a model of the zoo, or a mapping; see
-            `ssm_zoo.training.new_model.resolve_configuration`.
-        revision: branch, tag or commit, where `config` is a Hub id. A report names the commit.
-        overrides: "key=YAML value", to replace configuration keys.
-        tokenizer: folder or Hub id of a tokenizer, or "bytes": the 256 bytes.
-        train_tokenizer: learn a byte-level BPE of so many entries from the training text, instead of `tokenizer`.
-        recipe: what the settings of optimiser and schedule are taken from that are not given.
-        learning_rate: peak.
-        final_learning_rate: that the cosine ends at.
-        warmup: a whole number of steps, or a share of the steps up to 0.5, in which the learning rate rises from 0.
-        betas: of AdamW, two numbers below 1.
-        weight_decay: of matrices, without the SSMs' decay rates; decoupled.
-        max_grad_norm: the gradient is scaled down to this norm.
-        evaluate_every: optimiser steps from one held-out loss to the next on the way; None: none on the way.
-    """
-
-    config: Text | dict[str, Any]
-    revision: Text | None = None
-    overrides: list[Text] = []
-    tokenizer: Text | None = None
-    train_tokenizer: Annotated[int, Field(ge=_SMALLEST_VOCABULARY)] | None = None
+    config: Annotated[
+        str | dict[str, Any],
+        accept("a name, a path, a Hub id or a mapping", _configuration),
+        Option(argument=True, metavar="CONFIG"),
+    ]
+    """Name of a preset (e.g. mamba-130m, see `ssm-zoo list`), .yaml or .json file with model_type and configuration
+    keys, or folder or Hub id of a zoo model whose sizes to use."""
+    revision: Annotated[Text | None, Option(metavar="REVISION")] = None
+    """Branch, tag or commit, if CONFIG is a Hub id."""
+    overrides: Annotated[list[Text], Option(name="--set", metavar="KEY=VALUE")] = []
+    """Replace a configuration key, e.g. hidden_size=256; may be repeated."""
+    tokenizer: Annotated[Text | None, Option(metavar="TOKENIZER")] = None
+    """Folder or Hub id of a tokenizer, or bytes, whose tokens are the 256 bytes."""
+    train_tokenizer: Annotated[int | None, Field(ge=_SMALLEST_VOCABULARY), Option(metavar="N")] = None
+    """Learn a byte-level BPE with N entries from the training text, instead of --tokenizer."""
     recipe: Literal["mamba", "taipan"] = "mamba"
-    learning_rate: Positive
-    final_learning_rate: NonNegative
-    warmup: int | float
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
-    weight_decay: NonNegative
-    max_grad_norm: Positive
+    """Recipe that supplies the settings of optimiser and schedule that are not given."""
+    learning_rate: Annotated[Positive, Option(default="mamba 3e-3 (for 130M parameters), taipan 5e-4")]
+    """Peak learning rate."""
+    final_learning_rate: Annotated[NonNegative, Option(default="1e-5")]
+    """Learning rate at the end of the cosine."""
+    warmup: Annotated[
+        int | float,
+        accept("a whole number of steps, or a share from 0.0 to 0.5", _warmup),
+        Option(metavar="N|SHARE", parse=number, default="mamba 0.05, taipan 2000"),
+    ]
+    """Number or share of the steps in which the learning rate rises from 0."""
+    betas: Annotated[
+        list[Annotated[float, Field(ge=0, lt=1)]],
+        Field(min_length=2, max_length=2),
+        Option(
+            metavar="B1,B2",
+            parse=lambda text: [number(beta) for beta in text.split(",")],
+            default="mamba 0.9,0.95, taipan 0.9,0.999",
+        ),
+    ]
+    """Betas of AdamW, each below 1."""
+    weight_decay: Annotated[NonNegative, Option(default="mamba 0.1, taipan 0.01")]
+    """Decoupled weight decay of the matrices; the SSMs' decay rates are left out."""
+    max_grad_norm: Annotated[Positive, Option(default="1")]
+    """Gradients of a larger norm are scaled down to it."""
     evaluate_every: Count | None = None
-
-    @field_validator("warmup", mode="before")
-    @classmethod
-    def _refuse_a_warmup(cls, value: Any) -> Any:
-        steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if not steps and not (isinstance(value, float) and 0 <= value <= 0.5):
-            raise wrong("warmup", value, "a whole number of steps, or a share from 0.0 to 0.5")
-        return value
+    """Optimiser steps between two held-out losses during training; without it there are none."""
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> FromScratchSettings:
         if (self.tokenizer is None) == (self.train_tokenizer is None):
-            raise wrong("tokenizer", self.tokenizer, "either a tokenizer or train_tokenizer, how large one to learn")
+            problem = f"or `train_tokenizer` must be given, and not both, got {self.tokenizer!r}"
+            raise refused("tokenizer", f"{problem} and {self.train_tokenizer!r}")
         if self.final_learning_rate > self.learning_rate:
-            raise wrong("final_learning_rate", self.final_learning_rate, f"at most {self.learning_rate}, the peak")
+            raise wrong("final_learning_rate", self.final_learning_rate, f"at most the peak, {self.learning_rate}")
         return self
 
     def warmup_steps(self, steps: int) -> int:
-        """Steps of the warm-up, in a run of so many steps.
+        """Return the number of warm-up steps.
+
+        Args:
+            steps: of the run.
 
         Raises:
             ValueError: if the run is not longer than its warm-up.
@@ -96,8 +125,8 @@ class FromScratchSettings(TrainingSettings):
         warmup = self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
         if warmup >= steps:
             raise ValueError(
-                f"warmup: got {warmup} steps in a run of {steps}; accepted: fewer steps than the run has, or a share "
-                "of them from 0.0 to 0.5"
+                f"`warmup` must be shorter than the run, got {warmup} steps in a run of {steps}. Give fewer, or a "
+                "share from 0.0 to 0.5."
             )
         return warmup
 
@@ -115,11 +144,11 @@ class FromScratchSettings(TrainingSettings):
 
 
 def parse_from_scratch(values: dict[str, Any]) -> FromScratchSettings:
-    """Check the settings of a training from scratch, those that are not given from the recipe.
+    """Check the settings of a training from scratch; the recipe supplies those that are not given.
 
     Raises:
-        ValueError: as `ssm_zoo.training.settings.check_settings`.
+        ValueError: as `ssm_zoo.harness.settings.check`.
     """
     recipe = values.get("recipe", "mamba")
     defaults = RECIPES.get(recipe) if isinstance(recipe, str) else None
-    return check_settings(FromScratchSettings, {**(defaults or RECIPES["mamba"]), **values})
+    return check(FromScratchSettings, {**(defaults or RECIPES["mamba"]), **values})

@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import set_seed
 
 from ..conversion.load_model import check_finite
-from ..harness.command_line import command_line
 from ..harness.fingerprint import claim_run, fingerprint
+from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..reports.training_card import write_card

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..harness.decoration import decoration
+from ..harness.errors import decoration
 from ..harness.machine import describe_machine
 from ..harness.public_text import public_argument
 from ..harness.run_folder import result_folder

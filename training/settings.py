@@ -1,129 +1,138 @@
-"""What a training is, as typed data, checked before anything is loaded or written."""
+"""The settings of a training, as typed data, checked before anything is loaded or written.
+
+The docstring of a field is also the help of its command-line option.
+"""
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, model_validator
+
+from ..harness.settings import Option, SettingsBase, accept, check, refused
 
 Utf8 = Field(pattern="")
-"""Of a text: pydantic looks into it and refuses what UTF-8 cannot hold."""
+"""Constraint of a text: pydantic reads it and refuses what UTF-8 cannot hold."""
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-# What has no effect without adapters, with its default.
-_ADAPTER_FIELDS = ("rank", "alpha", "dropout", "dora", "target_modules", "load_in_4bit")
+Sources = Annotated[list[Text], Field(min_length=1)]
 
 
-class RunSettings(BaseModel):
-    """What every training is given.
+def names(text: str) -> list[str]:
+    """Return the names in a text that separates them by commas; none for an empty text."""
+    return text.split(",") if text else []
 
-    Attributes:
-        train: sources of what is trained on.
-        heldout: sources of what is measured on, before and after.
-        batch_size: rows in one forward and backward, in each process.
-        epochs: passes over what is trained on.
-        steps: optimiser steps, instead of `epochs`.
-        dtype: what forward and backward compute in; the trained weights are float32. "auto": bfloat16 on a GPU that
-            has it, float32 elsewhere.
-        gradient_checkpointing: keep the blocks' inputs alone and compute the rest anew in the backward.
-        seed: of the initial weights, the order of the rows and dropout.
-        checkpoint_every: optimiser steps from one checkpoint to the next.
-        trust_remote_code: run the Python code that a model's or tokenizer's source brings.
-    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+def _linear_layers(value: Any) -> str | list[str] | None:
+    is_names = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    return value if value == "all-linear" or is_names else None
 
-    train: Annotated[list[Text], Field(min_length=1)]
-    heldout: Annotated[list[Text], Field(min_length=1)]
+
+class RunSettings(SettingsBase):
+    """The settings that every training has."""
+
+    train: Annotated[Sources, Option(metavar="TEXT")]
+    """What to train on; may be repeated."""
+    heldout: Annotated[Sources, Option(metavar="TEXT")]
+    """What to measure on, before and after training; may be repeated."""
     batch_size: Count = 4
+    """Rows in one forward pass, in each process."""
     epochs: Positive = 1.0
+    """Passes over the training data."""
     steps: Count | None = None
+    """Optimiser steps, instead of --epochs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the forward and backward passes; auto is bfloat16 on a GPU that supports it, float32 elsewhere. The
+    trained weights are float32."""
     gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs and recompute the rest in the backward pass: less memory for one more forward
+    pass."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the initial weights, the order of the rows and dropout."""
     checkpoint_every: Count = 200
+    """Optimiser steps between two checkpoints."""
     trust_remote_code: bool = False
+    """Run the Python code that a model or tokenizer brings along. Read it first; models of the zoo need none."""
 
     @model_validator(mode="after")
     def _refuse_two_lengths(self) -> RunSettings:
         if self.steps is not None and "epochs" in self.model_fields_set:
-            raise wrong("steps", self.steps, "either steps or epochs, not both")
+            raise refused("steps", f"must be left out where `epochs` is given, got {self.steps}")
         return self
 
     def optimisation(self, steps: int) -> dict[str, Any]:
-        """Arguments of transformers' `TrainingArguments` for optimiser and schedule, in a run of so many steps."""
+        """Return the arguments of transformers' `TrainingArguments` for optimiser and schedule.
+
+        Args:
+            steps: of the run.
+        """
         raise NotImplementedError
 
 
 class TrainingSettings(RunSettings):
-    """What every training as a language model, on text, is given.
+    """The settings of every training as a language model."""
 
-    Attributes:
-        train: sources of the training text; see `ssm_zoo.training.texts.read_documents`.
-        heldout: sources of the text that the loss is measured on, before and after.
-        separator: what stands between the documents of a text file; None: a file is one document.
-        text_field: where JSON lines and data sets hold the text.
-        packing: put several documents into a row; False: each has a padded row of its own.
-        row_tokens: most tokens of a row, 2 or more; longer documents are cut.
-        gradient_accumulation: forwards and backwards in one optimiser step.
-    """
-
-    separator: Text | None = None
-    text_field: Text = "text"
-    packing: bool = True
+    train: Annotated[Sources, Option(metavar="TEXT")]
+    """Training text: .txt, .jsonl, datasets:PATH,SPLIT or builtin:wikitext2; may be repeated."""
+    heldout: Annotated[Sources, Option(metavar="TEXT")]
+    """Text on which the loss is measured before and after training; may be repeated."""
+    separator: Annotated[Text | None, Option(metavar="TEXT", parse=lambda text: text.replace("\\n", "\n"))] = None
+    r"""Text between two documents of a .txt file, e.g. \n\n; without it a file is one document."""
+    text_field: Annotated[Text, Option(metavar="NAME")] = "text"
+    """Field of .jsonl files and data sets that holds the text."""
+    packing: Annotated[bool, Option(negative=True)] = True
+    """Put several documents into a row, or give each a padded row of its own."""
     row_tokens: Annotated[int, Field(ge=2)] = 1024
+    """Tokens of a row at most; longer documents are cut into several rows."""
     gradient_accumulation: Count = 1
+    """Forward and backward passes in one optimiser step."""
 
 
 Settings = TypeVar("Settings", bound=TrainingSettings)
-Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class FinetuningSettings(RunSettings):
-    """What every finetuning of a model is given.
-
-    Attributes:
-        model: folder or Hub id of the base model, with its tokenizer.
-        revision: branch, tag or commit, for a Hub id.
-        method: "lora" trains adapters, "full" all weights.
-        rank: r of the adapters.
-        alpha: their output is scaled by alpha / rank.
-        dropout: share of the adapters' inputs that are dropped in training, below 1.
-        dora: weight-decomposed adapters (DoRA, arXiv 2402.09353).
-        target_modules: names of the linear layers that get adapters, or "all-linear": all but the head.
-        learning_rate: peak; None: the method's own in `learning_rates`.
-        schedule: what follows the warm-up; "cosine" and "linear" end at 0.
-        warmup: share of the steps in which the learning rate rises from 0, at most 0.5.
-        weight_decay: of matrices, without the SSMs' decay rates; decoupled.
-        max_grad_norm: the gradient is scaled down to this norm.
-    """
+    """The settings of every finetuning of a model."""
 
     learning_rates: ClassVar[dict[str, float]]
-    """Method to learning rate where none is given."""
+    """Learning rate by method, where none is given."""
 
-    model: Text
-    revision: Text | None = None
+    model: Annotated[Text, Option(argument=True, metavar="MODEL")]
+    """Folder or Hub id of a zoo model with its tokenizer, or folder of a run."""
+    revision: Annotated[Text | None, Option(metavar="REVISION")] = None
+    """Branch, tag or commit, if MODEL is a Hub id."""
     method: Literal["lora", "full"] = "lora"
+    """Train adapters, or all weights."""
     rank: Count = 16
+    """Rank of the adapters."""
     alpha: Positive = 32.0
+    """Adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapters' inputs that is dropped in training, below 1."""
     dora: bool = False
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Train weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
+    target_modules: Annotated[
+        str | list[str],
+        accept("'all-linear', or a list of names of linear layers", _linear_layers),
+        Option(metavar="NAMES", parse=lambda text: text if text == "all-linear" else names(text)),
+    ] = "all-linear"
+    """Linear layers that get adapters, e.g. in_proj,out_proj; all-linear is all but the LM head."""
     learning_rate: Positive | None = None
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; cosine and linear end at 0."""
     warmup: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the steps in which the learning rate rises from 0, at most 0.5."""
     weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of the matrices; the SSMs' decay rates are left out."""
     max_grad_norm: Positive = 1.0
+    """Gradients of a larger norm are scaled down to it."""
 
     @property
     def peak_learning_rate(self) -> float:
-        """`learning_rate`, or the method's own."""
+        """`learning_rate`, or the method's default."""
         return self.learning_rate or self.learning_rates[self.method]
 
     def optimisation(self, steps: int) -> dict[str, Any]:
@@ -137,72 +146,27 @@ class FinetuningSettings(RunSettings):
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> FinetuningSettings:
-        if self.target_modules == []:
-            raise wrong("target_modules", [], "'all-linear', or the names of one linear layer or more")
         if self.method == "full":
-            for field in _ADAPTER_FIELDS:
+            for field in ("rank", "alpha", "dropout", "dora", "target_modules", "load_in_4bit"):
                 known = type(self).model_fields.get(field)
                 if known is not None and getattr(self, field) != known.default:
-                    raise wrong(field, getattr(self, field), "nothing with method 'full', where there are no adapters")
+                    value = getattr(self, field)
+                    raise refused(field, f"has no effect with method 'full', which has no adapters, got {value!r}")
         return self
 
 
 class LanguageModelSettings(FinetuningSettings, TrainingSettings):
-    """How a causal language model is finetuned on text.
+    """The settings with which a causal language model is finetuned on text."""
 
-    Attributes:
-        load_in_4bit: keep the base model's linear layers in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes.
-    """
-
-    # peft's usual one for adapters, and a tenth of what one pretrains with.
+    # For adapters peft's usual rate; for all weights a tenth of a usual rate of pretraining.
     learning_rates = {"lora": 2e-4, "full": 5e-5}
 
+    learning_rate: Annotated[Positive | None, Option(default="2e-4 for adapters, 5e-5 for all weights")] = None
+    """Peak learning rate."""
     load_in_4bit: bool = False
+    """Keep the linear layers of the base model in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes."""
 
 
 def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
-    """Check the settings of a finetuning; errors as :func:`check_settings`."""
-    return check_settings(LanguageModelSettings, values)
-
-
-def check_settings(kind: type[Checked], values: dict[str, Any]) -> Checked:
-    """Check settings of a kind.
-
-    Raises:
-        ValueError: with a sentence for every field that is unknown, missing or has a value that is not accepted, in the
-            order of `values`.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        position = {field: number for number, field in enumerate(values)}
-        details = sorted(
-            error.errors(include_url=False), key=lambda d: position.get(".".join(map(str, d["loc"][:1])), len(position))
-        )
-        # A union is wrong in each of its members: one sentence will do.
-        problems = {str(detail["loc"][:1]): _describe(detail, kind) for detail in details}
-        raise ValueError("\n".join(problems.values())) from None
-
-
-def wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
-    """What a validator raises: the field, the value, what is accepted."""
-    text = "{field}: got {value}; accepted: {accepted}"
-    return PydanticCustomError("wrong_field", text, {"field": field, "value": repr(value), "accepted": accepted})
-
-
-def _describe(detail: ErrorDetails, settings: type[BaseModel]) -> str:
-    """The field, the value, what is accepted."""
-    kind, field = detail["type"], ".".join(map(str, detail["loc"][:1]))
-    if kind == "wrong_field":
-        return detail["msg"]
-    if kind == "missing":
-        return f"{field}: missing"
-    if kind == "extra_forbidden":
-        close = difflib.get_close_matches(field, settings.model_fields, n=1)
-        suggestion = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{field}: unknown{suggestion}"
-    if field == "target_modules":
-        accepted = "'all-linear', or a list of names of linear layers"
-    else:
-        accepted = detail["msg"].removeprefix("Input should be ").removeprefix("Input should have ")
-    return f"{field}: got {reprlib.repr(detail['input'])}; accepted: {accepted}"
+    """Check the settings of a finetuning; errors as `ssm_zoo.harness.settings.check`."""
+    return check(LanguageModelSettings, values)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from ..conversion.load_model import check_finite
-from ..harness.command_line import check_processes
+from ..harness.processes import check_processes
 from ..harness.run_folder import read_json, write_json
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss

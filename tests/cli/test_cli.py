@@ -52,6 +52,11 @@ def succeeds(result: Result) -> str:
     return result.stdout
 
 
+COMMANDS = set(
+    ["distill", "train", "finetune", "evaluate", "export", "card", "convert", "generate", "push", "list", "reproduce"]
+)
+
+
 def fails(result: Result, message: str) -> None:
     """With status 2, one line on stderr, nothing on stdout, nothing written."""
     assert result.exit_code == 2, f"{result.stdout}\n{result.exception!r}"
@@ -64,11 +69,10 @@ def fails(result: Result, message: str) -> None:
 # Help
 
 
-@pytest.mark.parametrize("command", [None, "distill", "train", "export", "card", "convert", "generate", "push"])
+@pytest.mark.parametrize("command", [None, *sorted(COMMANDS - {"finetune", "evaluate"})])
 def test_help_explains_every_argument(ssm_zoo: Callable[..., Result], command: str | None) -> None:
     group: Any = typer.main.get_command(app)
-    commands = {"distill", "train", "finetune", "evaluate", "export", "card", "convert", "generate", "push"}
-    assert set(group.commands) == commands
+    assert set(group.commands) == COMMANDS
     described = group if command is None else group.commands[command]
     text = " ".join(succeeds(ssm_zoo(*([command] if command else []), "--help")).split())
     if command is not None:
@@ -129,8 +133,8 @@ def nothing(folder: Path) -> None:
 
 # Command line, where {model} is the zoo's folder after the change; the change; what the message says.
 MISTAKES = [
-    pytest.param("distill nope out", nothing, "recipe: got 'nope'; accepted: a YAML file or one of", id="recipe"),
-    pytest.param("distill zoo out --set sede=1", nothing, "sede: unknown key.*did you mean 'seed'", id="set"),
+    pytest.param("distill nope out", nothing, "recipe must be a YAML file or one of .*, got 'nope'", id="recipe"),
+    pytest.param("distill zoo out --set sede=1", nothing, "`sede` is unknown.*did you mean 'seed'", id="set"),
     pytest.param("distill zoo {model}", nothing, "teacher", id="no-teacher"),
     pytest.param("export ./nope out", nothing, "there is no folder './nope'", id="export-nothing"),
     pytest.param("export nope out", nothing, "source: got 'nope'; accepted: an existing folder", id="export-name"),
@@ -194,10 +198,27 @@ MISTAKES = [
         id="export-adapter",
     ),
     pytest.param("generate ./nope abc", nothing, "there is no folder './nope'", id="generate-nothing"),
-    pytest.param("generate {model} abc --seed 1", nothing, "--seed: got 1, but nothing is drawn", id="seed"),
-    pytest.param("generate {model} abc --top-p 0.5", nothing, "--top-p: got 0.5, but nothing", id="top-p"),
-    pytest.param("generate {model} abc --top-p 0 --temperature 1", nothing, "--top-p: got 0;", id="top-p-0"),
-    pytest.param("generate {model} abc --temperature inf", nothing, "--temperature: got inf", id="temperature"),
+    pytest.param(
+        "generate {model} abc --seed 1", nothing, "--seed has no effect with --temperature 0, .*, got 1", id="seed"
+    ),
+    pytest.param(
+        "generate {model} abc --top-p 0.5",
+        nothing,
+        "--top-p has no effect with --temperature 0, .*, got 0.5",
+        id="top-p",
+    ),
+    pytest.param(
+        "generate {model} abc --top-p 0 --temperature 1",
+        nothing,
+        "--top-p must be above 0 and at most 1, got 0",
+        id="top-p-0",
+    ),
+    pytest.param(
+        "generate {model} abc --temperature inf",
+        nothing,
+        "--temperature must be a finite number of 0 or more, got inf",
+        id="temperature",
+    ),
     pytest.param("generate {model} \u00e4", nothing, "PROMPT: the tokenizer of .* no token for", id="no-token-for-it"),
     pytest.param(
         "generate {model} abc --chat",
@@ -232,7 +253,12 @@ MISTAKES = [
         id="push-no-code",
     ),
     pytest.param("push {model} a/b/c", nothing, "Repo id must", id="push-wrong-id"),
-    pytest.param("push {model} a/b --create-pr --revision x", nothing, "--revision: got 'x'", id="push-pr-branch"),
+    pytest.param(
+        "push {model} a/b --create-pr --revision x",
+        nothing,
+        "--revision must be left out with --create-pr, got 'x'",
+        id="push-pr-branch",
+    ),
     pytest.param("push {model} a/b", nothing, "no Hugging Face token; .*`hf auth login`.*HF_TOKEN", id="no-token"),
     pytest.param("card {model}", nothing, "has no student/config.json", id="card-no-run"),
 ]
@@ -255,14 +281,14 @@ def test_mistake_ends_in_one_line_and_writes_nothing(
 
 
 def test_empty_prompt_is_refused(ssm_zoo: Callable[..., Result], zoo: Path) -> None:
-    fails(ssm_zoo("generate", zoo, ""), "PROMPT: got an empty text")
+    fails(ssm_zoo("generate", zoo, ""), "PROMPT must not be empty")
 
 
 def test_unfinished_run_has_no_student(ssm_zoo: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for command in (["card"], ["push", REPO], ["export", "out"], ["generate", "abc"]):
-        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "accepted: the folder of a finished distillation")
+        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "give the folder of a finished distillation")
 
 
 @pytest.fixture
@@ -338,7 +364,7 @@ def test_a_bug_ends_in_one_line_that_says_so_and_its_traceback_is_in_a_private_f
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        pytest.param(MemoryError(), "out of memory: MemoryError; give a smaller model, batch or length", id="memory"),
+        pytest.param(MemoryError(), "out of memory: MemoryError; use a smaller model, batch or length", id="memory"),
         pytest.param(
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
             "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.; give a smaller "
@@ -403,7 +429,7 @@ def test_interrupt_says_how_to_go_on(
 ) -> None:
     run_that(KeyboardInterrupt())
     result = ssm_zoo(*DISTILL)
-    again = "ssm-zoo: interrupted; give the same command again to go on\n"
+    again = "ssm-zoo: interrupted; run the same command again to resume\n"
     assert (result.exit_code, result.stderr) == (130, again)
 
     def interrupt(*arguments: object, **options: object) -> None:

@@ -164,11 +164,13 @@ def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["finetune", "embed", "zoo", "out", *PAIRS, "--batch-size", "1"], "batch_size: got 1", id="batch"),
-        pytest.param(["finetune", "embed", "zoo", "out", *PAIRS, "--anchor", "x"], "has no column 'x'", id="column"),
         pytest.param(
-            ["finetune", "embed", "zoo", "out", *PAIRS, "--private"], "--private: accepted with", id="private"
+            ["finetune", "embed", "zoo", "out", *PAIRS, "--batch-size", "1"],
+            "`batch_size` must be at least 2, got 1",
+            id="batch",
         ),
+        pytest.param(["finetune", "embed", "zoo", "out", *PAIRS, "--anchor", "x"], "has no column 'x'", id="column"),
+        pytest.param(["finetune", "embed", "zoo", "out", *PAIRS, "--private"], "--private has no effect", id="private"),
         pytest.param(
             ["finetune", "embed", "zoo", "out", *PAIRS, "--push-to-hub", "a/b"], "no Hugging Face", id="token"
         ),
@@ -184,15 +186,29 @@ def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_pa
             "pools: got 10; accepted: 2 to 9",
             id="pool",
         ),
-        pytest.param(["evaluate", "retrieval", "zoo", "beir", "--pools", "x"], "pools: got 'x'; accepted", id="pools"),
-        pytest.param(["evaluate", "retrieval", "zoo", "beir", "--batch-size", "0"], "batch_size: got 0", id="texts-0"),
         pytest.param(
-            ["evaluate", "inversion", "zoo", "text.txt"], "text: .* has 93 tokens; accepted: 512, 8", id="long"
+            ["evaluate", "retrieval", "zoo", "beir", "--pools", "x"], "`pools` must be a number, got 'x'", id="pools"
+        ),
+        pytest.param(
+            ["evaluate", "retrieval", "zoo", "beir", "--batch-size", "0"],
+            "`batch_size` must be at least 1, got 0",
+            id="texts-0",
+        ),
+        pytest.param(
+            ["evaluate", "inversion", "zoo", "text.txt"],
+            "text: .* must have at least 512 tokens, 8 times 64, got 93",
+            id="long",
         ),
         pytest.param(["evaluate", "inversion", "zoo", "no.txt"], "text: there is no file 'no.txt'", id="no-text"),
-        pytest.param(["evaluate", "inversion", "zoo", "text.txt", "--target", "x"], "target: got 'x'", id="target"),
         pytest.param(
-            ["evaluate", "inversion", "zoo", "text.txt", "--texts", "0"], "texts: got 0; accepted", id="no-texts"
+            ["evaluate", "inversion", "zoo", "text.txt", "--target", "x"],
+            "`target` must be a number, got 'x'",
+            id="target",
+        ),
+        pytest.param(
+            ["evaluate", "inversion", "zoo", "text.txt", "--texts", "0"],
+            "`texts` must be at least 1, got 0",
+            id="no-texts",
         ),
     ],
 )

@@ -114,14 +114,18 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--rank", "0"], "rank: got 0; accepted: greater than or equal to 1", id="rank"),
-        pytest.param(["--rank", "0", "--warmup", "2"], "rank: got 0; .*; warmup: got 2", id="two"),
+        pytest.param(["--rank", "0"], "`rank` must be at least 1, got 0", id="rank"),
         pytest.param(
-            ["--method", "full", "--rank", "3"], "rank: got 3; accepted: nothing with method 'full'", id="full"
+            ["--rank", "0", "--warmup", "2"],
+            "`rank` must be at least 1, got 0; `warmup` must be at most 0.5, got 2",
+            id="two",
+        ),
+        pytest.param(
+            ["--method", "full", "--rank", "3"], "`rank` has no effect with method 'full', .*, got 3", id="full"
         ),
         pytest.param(["--method", "full", "--merge"], "merge: got True; accepted: False", id="merge-full"),
         pytest.param(["--train", "nope.txt"], "train: there is no file 'nope.txt'", id="text"),
-        pytest.param(["--private"], "--private: accepted with --push-to-hub only", id="private"),
+        pytest.param(["--private"], "--private has no effect without --push-to-hub", id="private"),
         pytest.param(["--push-to-hub", "me/model", "--merge"], "there is no Hugging Face token", id="token"),
         pytest.param(["--push-to-hub", "a b", "--merge"], "Repo id must use alphanumeric", id="repository"),
         pytest.param(["--revision", "v1"], "revision: got 'v1'; accepted with the folder zoo: none", id="revision"),

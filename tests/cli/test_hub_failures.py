@@ -178,7 +178,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "read-only": (
         whoami(auth={"accessToken": {"role": "read"}}),
         ["tester/new"],
-        "--push-to-hub: the token of tester may only read",
+        "--push-to-hub: the token of tester can only read",
     ),
     "a-stranger": (whoami(), ["somebody/new"], "--push-to-hub: tester may not write to repositories of somebody"),
     "a-reader-of-an-organisation": (

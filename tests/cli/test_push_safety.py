@@ -88,7 +88,7 @@ def test_nothing_but_listed_files_is_sent_and_the_rest_is_named_in_one_line(
     result = push(folder)
     assert result.exit_code == 0, result.stderr
     names = ".env, .netrc, id_rsa, notes.txt, optimizer.pt, train.py, trainer_state.json, wandb/"
-    assert f"not sent: {names}\n" in result.stdout
+    assert f"not uploaded: {names}\n" in result.stdout
     expected = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert set(api.list_repo_files(REPO)) == expected | {".gitattributes", RECORD}
 
@@ -157,8 +157,12 @@ def with_a_shard_elsewhere(folder: Path) -> None:
 
 NORM = "backbone.norm_f.weight"
 BROKEN: list[Any] = [
-    pytest.param(cut, "no whole safetensors file", id="truncated"),
-    pytest.param(lambda f: (f / "model.safetensors").write_bytes(b""), "no whole safetensors file", id="empty"),
+    pytest.param(cut, "model.safetensors is damaged, or no safetensors file", id="truncated"),
+    pytest.param(
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        "model.safetensors is damaged, or no safetensors file",
+        id="empty",
+    ),
     pytest.param(weights(lambda w: w.pop(NORM)), f"lacks 1 weights.*{NORM}", id="missing-weight"),
     pytest.param(weights(lambda w: w.update(more=torch.ones(1))), "has too many 1 weights.*more", id="extra-weight"),
     pytest.param(weights(lambda w: w.update({NORM: torch.ones(3)})), "has other shapes of 1", id="wrong-shape"),
@@ -218,7 +222,7 @@ def test_an_adapter_with_cut_weights_is_refused(adapter: Path, tmp_path: Path, h
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     result = push(folder)
-    assert result.exit_code == 2 and "no whole safetensors file" in result.stderr
+    assert result.exit_code == 2 and "model.safetensors is damaged, or no safetensors file" in result.stderr
     assert hub.requests == []
 
 
@@ -254,7 +258,7 @@ def test_what_others_wrote_is_removed_on_request_only_and_only_what_would_be_loa
     folder = shutil.copytree(model, tmp_path / "model")
     shards(folder)
     result = push(folder)
-    assert result.exit_code == 2 and "would have to go: model.safetensors; " in result.stderr
+    assert result.exit_code == 2 and "would have to go: model.safetensors. " in result.stderr
     assert push(folder, "--yes").exit_code == 0
     files = set(api.list_repo_files(REPO))
     assert {"handler.py", "notes.txt", "onnx/model.safetensors", "model.safetensors.index.json"} <= files

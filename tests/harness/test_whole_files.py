@@ -173,7 +173,7 @@ CHILD = (
     "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 )
 PARENT = (
-    "import os, sys; from ssm_zoo.harness.child_process import run_child;"
+    "import os, sys; from ssm_zoo.harness.processes import run_child;"
     "run_child([sys.executable, '-c', sys.argv[1], sys.argv[2]], os.environ)"
 )
 

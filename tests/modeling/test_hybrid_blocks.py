@@ -1,4 +1,4 @@
-"""Blocks of zoo_hybrid with one half only, rotary positions on part of a head, and patterns of layers."""
+"""Blocks of zoo_hybrid with one half only, and rotary positions on part of a head."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from families import draw_ids, make_model
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from ssm_zoo.conversion.hybrid_pattern import blocks_of_pattern
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ssm_zoo.modeling.layers import rotate
 
@@ -137,35 +136,3 @@ def test_the_first_channels_are_turned(turned: int) -> None:
         for x, y in zip(small, actual, strict=True):
             torch.testing.assert_close(y[..., :turned], x)
             assert not torch.allclose(y[:, :, 1:, :turned], q[:, :, 1:, :turned])
-
-
-@pytest.mark.parametrize(
-    ("pattern", "mixers", "mlps"),
-    [
-        ("M", ["mamba2"], ["none"]),
-        ("M-", ["mamba2"], ["gated"]),
-        ("M-M*-", ["mamba2", "mamba2", "full_attention"], ["gated", "none", "gated"]),
-        ("M--M", ["mamba2", "none", "mamba2"], ["gated", "gated", "none"]),
-        ("-*", ["none", "full_attention"], ["gated", "none"]),
-    ],
-)
-def test_a_pattern_of_layers_is_blocks(pattern: str, mixers: list[str], mlps: list[str]) -> None:
-    assert blocks_of_pattern(pattern) == (mixers, mlps)
-    ZooHybridConfig(num_hidden_layers=len(mixers), mixer_types=mixers, mlp_types=mlps, mamba_head_dim=64)
-
-
-def test_the_published_pattern_has_the_published_layers() -> None:
-    """24 Mamba-2, 4 attention and 28 MLP layers (arXiv 2406.07887)."""
-    pattern = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    mixers, mlps = blocks_of_pattern(pattern)
-    assert len(pattern) == 56
-    ZooHybridConfig(num_hidden_layers=len(mixers), mixer_types=mixers, mlp_types=mlps, mamba_head_dim=64)
-    assert (mixers.count("mamba2"), mixers.count("full_attention"), mlps.count("gated")) == (24, 4, 28)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"), [("", "it is empty"), ("M-E", "got 'E' at place 2 of 'M-E'; accepted: M")]
-)
-def test_a_wrong_pattern_raises(pattern: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        blocks_of_pattern(pattern)

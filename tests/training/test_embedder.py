@@ -396,17 +396,21 @@ def mistakes(folder: Path) -> Path:
 
 
 MISTAKES = [
-    pytest.param({"batch_size": 1}, "^batch_size: got 1; accepted: 2 or more: the other pairs", id="batch-of-one"),
+    pytest.param({"batch_size": 1}, "^`batch_size` must be at least 2, got 1: the other pairs", id="batch-of-one"),
     pytest.param(
-        {"mini_batch_size": 5}, "^mini_batch_size: got 5; accepted: less than batch_size, 5$", id="mini-batch"
+        {"mini_batch_size": 5}, "^`mini_batch_size` must be less than `batch_size`, 5, got 5$", id="mini-batch"
     ),
-    pytest.param({"negatives": ["positive"]}, r"^negatives: got \['positive'\]; accepted: columns other", id="columns"),
-    pytest.param({"temperature": 0.0}, "^temperature: got 0.0; accepted: greater than 0$", id="temperature"),
-    pytest.param({"pooling": "first"}, "^pooling: got 'first'; accepted: 'last' or 'mean'$", id="pooling"),
-    pytest.param({"pool_size": 1}, "^pool_size: got 1; accepted: greater than or equal to 2$", id="pool"),
-    pytest.param({"epochs": 1.0}, "^steps: got 10; accepted: either steps or epochs", id="steps-and-epochs"),
-    pytest.param({"method": "full", "rank": 4}, "^rank: got 4; accepted: nothing with method 'full'", id="full-rank"),
-    pytest.param({"text_field": "x"}, "^text_field: unknown", id="unknown"),
+    pytest.param(
+        {"negatives": ["positive"]},
+        r"^`negatives` must be distinct columns other than .*, got \['positive'\]$",
+        id="columns",
+    ),
+    pytest.param({"temperature": 0.0}, "^`temperature` must be above 0, got 0.0$", id="temperature"),
+    pytest.param({"pooling": "first"}, "^`pooling` must be 'last' or 'mean', got 'first'$", id="pooling"),
+    pytest.param({"pool_size": 1}, "^`pool_size` must be at least 2, got 1$", id="pool"),
+    pytest.param({"epochs": 1.0}, "^`steps` must be left out where `epochs` is given, got 10$", id="steps-and-epochs"),
+    pytest.param({"method": "full", "rank": 4}, "^`rank` has no effect with method 'full', .*, got 4$", id="full-rank"),
+    pytest.param({"text_field": "x"}, "^`text_field` is unknown", id="unknown"),
     pytest.param({"anchor": "query"}, "train.jsonl', line 1 has no column 'query'; it has 'anchor', 'pos", id="column"),
     pytest.param({"heldout": ["nope.csv"]}, "heldout: there is no file 'nope.csv'", id="no-file"),
     pytest.param(

@@ -1,4 +1,4 @@
-"""What only adorns a result, such as a plot: if it fails, a warning is given and the result written without it."""
+"""Errors that a run survives: a part that only decorates a result, e.g. a plot, is left out with a warning."""
 
 import warnings
 from collections.abc import Iterator
@@ -7,25 +7,25 @@ from contextlib import contextmanager
 import yaml
 
 UNREADABLE = (OSError, ValueError, ArithmeticError, yaml.YAMLError, RecursionError)
-"""What reading and rendering a decoration may raise: files, texts and front matter come from others."""
+"""Exceptions of reading and rendering a decoration: its files, texts and front matter come from others."""
 
 
 class DecorationWarning(UserWarning):
-    """Says what is gone on without."""
+    """Names a part that a result lacks."""
 
 
 def go_without(what: str, error: BaseException) -> None:
-    """Warn that something is left out because of an error."""
+    """Warn that a part is left out because of an error."""
     reason = " ".join(str(error).split()) or type(error).__name__
     warnings.warn(f"{what}: {reason[:200]}; going on without it", DecorationWarning, stacklevel=3)
 
 
 @contextmanager
 def decoration(what: str) -> Iterator[None]:
-    """Go on without what the body makes if it cannot be made.
+    """Continue without the part that the body makes, if it cannot be made.
 
     Args:
-        what: its name, for the warning.
+        what: name of the part, for the warning.
     """
     try:
         yield

@@ -1,0 +1,65 @@
+"""What the commands load: a folder, a run's folder, which stands for what the run has made, or a Hub id."""
+
+import os
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SECONDS = 60.0
+
+
+def model_source(source: str) -> str:
+    """Return what to load for a Hub id or a folder; see :func:`model_folder`.
+
+    Raises:
+        ValueError: if it is neither, or the folder of an unfinished run.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return str(model_folder(folder))
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(f"there is no folder {source!r}, and a Hub id would be OWNER/NAME")
+    limit_waiting()
+    return source
+
+
+def model_folder(folder: Path) -> Path:
+    """Return the student of a distillation's folder, the model of a training's, and any other folder itself.
+
+    Raises:
+        ValueError: if it is the folder of an unfinished run.
+    """
+    is_run = (folder / "run.json").is_file() and not (folder / "config.json").exists()
+    if is_run and (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    return student_folder(folder) if is_run else folder
+
+
+def student_folder(run: Path) -> Path:
+    """Return the folder of a distillation's student.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    student = run / "student"
+    if not (student / "config.json").is_file():
+        raise ValueError(f"{run} has no student/config.json; give the folder of a finished distillation")
+    return student
+
+
+def limit_waiting() -> None:
+    """Limit how long a request of huggingface_hub may wait for an answer; by itself it waits for ever.
+
+    The limit is a minute, HF_HUB_DOWNLOAD_TIMEOUT if that is longer, or SSM_ZOO_HUB_TIMEOUT seconds.
+    """
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    seconds = float(os.environ.get("SSM_ZOO_HUB_TIMEOUT", max(_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT)))
+
+    def make() -> object:
+        client = default_client_factory()
+        client.timeout = seconds
+        return client
+
+    set_client_factory(make)  # pyright: ignore[reportArgumentType]
