@@ -25,43 +25,29 @@ from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_defa
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
-SHARED = ["checks.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
-SHARED += [
-    "hub_upload.py",
-    "mixer_block.py",
-    "rms_norm.py",
-    "outputs.py",
-    "token_layout.py",
-    "short_convolution.py",
-    "ssd.py",
-    "ssd_chunked.py",
-]
-SHARED += ["step_sizes.py", "_triton.py", "causal_conv1d_triton.py", "causal_conv1d_triton_kernels.py"]
-SHARED += ["rms_norm_triton.py", "softplus_triton.py", "ssd_triton.py", "ssd_triton_kernels.py"]
-SHARED += ["adapter_ties.py", "class_names.py", "input_checks.py", "layers.py", "mixer_parameters.py"]
-SHARED += ["causal_conv1d_traced.py", "tracing.py"]
-MAMBA2 = ["configuration_mamba2.py", "modeling_mamba2.py", "ssd_step.py", "ssd_step_triton.py", "state_update.py"]
-MAMBA = ["configuration_mamba.py", "modeling_mamba.py", "selective_scan.py", "selective_scan_triton.py"]
-SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_attention.py", "window_attention.py"]
-SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
-SELECTIVE += ["window_attention_traced.py"]
-MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
-MIXING = ["attention.py", "configuration_masked_mixer.py", "document_line.py", "position_mixers.py", "masked_mix.py"]
-MIXING += ["masked_mix_step_triton.py", "masked_mix_triton.py", "masked_mix_triton_kernels.py", "mix_panels.py"]
-MIXING += ["mixing_cache.py", "mixing_kinds.py", "position_mixing.py", "repeat_mixing.py", "toeplitz_fft.py"]
-MIXING += ["toeplitz_mix.py"]
-MIXER = ["gated_mlp.py", "linear_init.py", "modeling_masked_mixer.py", "plain_mlp.py", "rotary.py", "ssd_step.py"]
-MIXER += ["ssd_step_triton.py", "state_update.py", "trained_padding.py", "window_generation.py"]
-# What mixers of positions do without; the attention beside them may have a short convolution.
-SCANNING = ["mixer_block.py", "step_sizes.py"]
-HYBRID = ["configuration_hybrid.py", "modeling_hybrid.py"]
-CODE = {
-    "mamba-options": sorted([*SHARED, *MAMBA]),
-    "mamba2-groups": sorted([*SHARED, *MAMBA2]),
-    "all-four": sorted({*SHARED, *MAMBA, *MAMBA2, *SELECTIVE, *MIXING, *HYBRID}),
-    "taipan-options": sorted([*SHARED, *MAMBA2, *SELECTIVE, "modeling_taipan.py"]),
-    "mixer-options": sorted({*SHARED, *MIXING, *MIXER} - {*SCANNING}),
+ENTRIES = {
+    "mamba-options": "mamba",
+    "mamba2-groups": "mamba2",
+    "all-four": "hybrid",
+    "taipan-options": "taipan",
+    "mixer-options": "masked_mixer",
 }
+
+
+def needed(family: str) -> list[str]:
+    """The files that a family's modeling and configuration import, and those that these import, and so on."""
+    pending = [ROOT / "modeling" / f"{kind}_{family}.py" for kind in ("modeling", "configuration")]
+    found: set[Path] = set()
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found.add(path)
+            for folder, name in re.findall(r"^\s*from \.(\.kernels)?\.?(\w+) import", path.read_text(), re.MULTILINE):
+                pending.append((ROOT / "kernels" if folder else path.parent) / f"{name}.py")
+    return sorted(path.name for path in found)
+
+
+CODE = {name: needed(family) for name, family in ENTRIES.items()}
 DATA = ["config.json", "generation_config.json", "model.safetensors", "README.md"]
 AUTO_MAP = {
     "mamba-options": {
@@ -289,7 +275,7 @@ def json_of_config(index: int) -> dict[str, Any]:
     return {
         "mamba-options": {"model_type": "zoo_mamba", "time_step_rank": 7, "mixer_rms_eps": 1e-3},
         "mamba2-groups": {"model_type": "zoo_mamba2", "n_groups": 4, "conv_kernel": 3},
-        "all-four": {"model_type": "zoo_hybrid", "sliding_window": 5, "head_dim": 6},
+        "all-four": {"model_type": "zoo_hybrid", "sliding_attention": {"sliding_window": 5}, "head_dim": 6},
         "taipan-options": {"model_type": "taipan", "sal_layer_idx": [0, 2], "sal_fusion": "residual"},
         "mixer-options": {"model_type": "masked_mixer", "kernel_size": 4, "mlp_first": True, "hidden_act": "gelu"},
     }[EXPORTED[index]]
