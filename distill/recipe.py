@@ -243,6 +243,10 @@ class Recipe(_Spec):
         dtype: what the forward passes compute in; the trained weights are float32 in any case.
         checkpoint_every: steps between two checkpoints; every stage also ends with one.
         teacher_revision: branch, tag or commit of a Hub repository. A run keeps the commit.
+        gradient_checkpointing: in logit distillation keep the blocks' inputs alone and compute the rest anew in the
+            backward: less memory, more time.
+        report_to: trackers that get the curve while it grows: "tensorboard" (in `tensorboard/` of the run's folder),
+            "trackio", "wandb", or others that transformers knows by name. It is no part of what a run computes.
     """
 
     teacher: Text
@@ -254,6 +258,8 @@ class Recipe(_Spec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Count = 100
     teacher_revision: Text | None = None
+    gradient_checkpointing: bool = False
+    report_to: list[Text] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -291,6 +297,17 @@ class Recipe(_Spec):
                     raise _wrong(
                         f"{place}sequence_length", length, f"at most student.positions = {self.student.positions}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_checkpointing_without_effect(self) -> Recipe:
+        whole = any(stage.objective == "logit_distillation" for stage in self.stages)
+        if self.gradient_checkpointing and not whole:
+            raise _wrong(
+                "gradient_checkpointing",
+                True,
+                "false, since it has no effect without a stage with objective 'logit_distillation'",
+            )
         return self
 
     @model_validator(mode="after")
@@ -354,8 +371,13 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
 
 
 def as_mapping(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-able values: every key that has an effect, defaults included."""
-    values = recipe.model_dump(mode="json")
+    """The recipe as JSON-able values: every key that has an effect on the result, defaults included.
+
+    A key that earlier versions did not know is there when it is given, so that their runs are recognised.
+    """
+    values = recipe.model_dump(mode="json", exclude={"report_to"})
+    if not recipe.gradient_checkpointing:
+        del values["gradient_checkpointing"]
     if recipe.teacher_revision is None:
         del values["teacher_revision"]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):

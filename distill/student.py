@@ -3,7 +3,7 @@
 With identity convolution, open gate and copied projections a discrete Mamba-2 mixer starts as linear attention with the
 teacher's queries, keys and values and a decay: un-normalised with the identity feature map (MOHAWK's mixer,
 arXiv 2408.10189), or with softplus features and rows that sum to 1. A masked mixer starts with its values and, by
-calibration, its average attention (`average_attention.py`).
+calibration, its average attention (`calibrate.py`).
 
 Symbols: D width, H heads, KV key and value heads, P head width.
 """
@@ -14,16 +14,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from ..modeling.modeling_mamba2 import Mamba2Mixer
 from ..modeling.position_mixers import DenseMixer
 from ..modeling.rotary import llama_rope_parameters
-from .average_attention import copy_values
+from .attention_view import AttentionView
 from .recipe import StudentSpec
-from .teacher import AttentionView, TeacherAdapter, teacher_adapter
+from .teacher import Teacher
 
 # A half-life for heads whose recipe says "calibrated", before calibration has looked at the teacher.
 _UNCALIBRATED = (4.0, 64.0)
@@ -38,13 +37,11 @@ _LLAMA_NAMES = {
 }
 
 
-def build_student(
-    teacher: PreTrainedModel, spec: StudentSpec, layers: Sequence[int], *, seed: int = 0
-) -> ZooHybridForCausalLM:
-    """A student of `teacher` with the token mixers of `layers` replaced as `spec` says; everything else is copied.
+def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *, seed: int = 0) -> ZooHybridForCausalLM:
+    """Build a student with the token mixers of `layers` replaced as `spec` says; everything else is copied.
 
     Args:
-        teacher: a model of a family with an adapter.
+        teacher: the teacher.
         spec: the student's part of a recipe. `calibration`, "calibrated" half-lives and the averages that masked
             mixing starts from are `calibrate`'s business; until then heads get half-lives of 4 to 64 tokens, and random
             weights.
@@ -55,14 +52,13 @@ def build_student(
         The student in float32, in evaluation mode, on the teacher's device.
 
     Raises:
-        ValueError: if the teacher's family has no adapter, or its sizes do not fit the mixer.
+        ValueError: if the teacher's sizes do not fit the mixer.
     """
-    adapter = teacher_adapter(teacher)
-    config = _student_config(adapter, spec, layers)
+    config = _student_config(teacher, spec, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = ZooHybridForCausalLM(config)
-    state = {_student_name(name): tensor for name, tensor in teacher.state_dict().items()}
+    state = {_student_name(name): tensor for name, tensor in teacher.model.state_dict().items()}
     converted = tuple(f"backbone.layers.{layer}.mixer." for layer in layers)
     if spec.mixer != "sliding_attention":
         state = {name: tensor for name, tensor in state.items() if not name.startswith(converted)}
@@ -72,21 +68,21 @@ def build_student(
         missing = [name for name in missing if name != "lm_head.weight"]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
     student.tie_weights()
-    if teacher.generation_config is not None:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+    if teacher.model.generation_config is not None:
+        student.generation_config = copy.deepcopy(teacher.model.generation_config)
     for layer in layers:
         mixer = student_mixer(student, layer)
         if isinstance(mixer, DiscreteMamba2Mixer):
             _set_half_lives(mixer, spec)
             if spec.copy_projections:
-                copy_attention(adapter.attention(layer), mixer)
+                copy_attention(teacher.attention(layer), mixer)
         elif isinstance(mixer, Mamba2Mixer):
             _set_decays(mixer, spec)
             if spec.copy_projections:
-                copy_attention(adapter.attention(layer), mixer)
+                copy_attention(teacher.attention(layer), mixer)
         elif isinstance(mixer, DenseMixer) and spec.copy_projections:
-            copy_values(adapter.attention(layer), mixer)
-    student.to(device=teacher.device, dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+            copy_values(teacher.attention(layer), mixer)
+    student.to(device=teacher.model.device, dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return student.eval()
 
 
@@ -161,12 +157,33 @@ def copy_attention(view: AttentionView, mixer: nn.Module) -> None:
             mixer.out_proj.bias.copy_(view.o_bias)
 
 
-def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
-    teacher = adapter.model.config
-    mixers = ["full_attention"] * adapter.num_layers
+@torch.no_grad()
+def copy_values(view: AttentionView, mixer: DenseMixer) -> None:
+    """Start a masked mixer's projections as an attention layer's: v to in_proj, o to out_proj; key-value heads are
+    repeated whole.
+
+    Raises:
+        ValueError: if the mixer has no projections, or other heads.
+    """
+    sizes = (view.num_heads, view.head_dim)
+    if mixer.in_proj is None or mixer.out_proj is None or (mixer.num_heads, mixer.head_dim) != sizes:
+        raise ValueError(
+            f"student: its mixer has {mixer.num_heads} heads of {mixer.head_dim} channels, and "
+            f"{'no' if mixer.in_proj is None else 'with'} projections; copying needs the attention's {sizes[0]} heads "
+            f"of {sizes[1]}, with projections"
+        )
+    mixer.in_proj.weight.copy_(view.expand_heads(view.v))
+    mixer.in_proj.bias.copy_(view.expand_heads(view.v_bias) if view.v_bias is not None else torch.zeros(()))
+    mixer.out_proj.weight.copy_(view.o)
+    mixer.out_proj.bias.copy_(view.o_bias if view.o_bias is not None else torch.zeros(()))
+
+
+def _student_config(source: Teacher, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
+    teacher = source.model.config
+    mixers = ["full_attention"] * source.num_layers
     for layer in layers:
-        if not 0 <= layer < adapter.num_layers:
-            raise ValueError(f"layers: got {layer}, accepted: 0 to {adapter.num_layers - 1}")
+        if not 0 <= layer < source.num_layers:
+            raise ValueError(f"layers: got {layer}, accepted: 0 to {source.num_layers - 1}")
         mixers[layer] = spec.mixer
     if spec.normalize and spec.feature_map == "identity":
         raise ValueError(

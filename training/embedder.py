@@ -205,7 +205,7 @@ def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], 
     if state.is_main_process:
         fingerprints = {field: found.fingerprint() for field, found in pairs.items()}
         sources = {"model": fingerprint(settings.model, settings.revision)}
-        claim_run(output, {**settings.model_dump(mode="json"), "data": fingerprints}, sources, KIND)
+        claim_run(output, {**settings.identity, "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return EmbedderRun(settings, output, embedder, pairs, lengths, state)
 

@@ -85,7 +85,9 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(state.device)
     if state.is_main_process:
-        given = settings.model_dump(mode="json", exclude={"config", "revision", "overrides"})
+        given = {
+            key: value for key, value in settings.identity.items() if key not in ("config", "revision", "overrides")
+        }
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
         # Of a model whose sizes are taken the recipe holds the whole configuration.
         sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}

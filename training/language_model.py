@@ -80,7 +80,7 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
         trained.to(state.device)  # pyright: ignore[reportArgumentType]
     if state.is_main_process:
         sources = {"model": fingerprint(settings.model, settings.revision)}
-        claim_run(output, {**settings.model_dump(mode="json"), "data": rows.fingerprints}, sources, KIND)
+        claim_run(output, {**settings.identity, "data": rows.fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, trained, rows, state)
 

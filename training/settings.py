@@ -35,6 +35,8 @@ class RunSettings(BaseModel):
         seed: of the initial weights, the order of the rows and dropout.
         checkpoint_every: optimiser steps from one checkpoint to the next.
         trust_remote_code: run the Python code that a model's or tokenizer's source brings.
+        report_to: trackers that get the curve while it grows: "tensorboard" (in `tensorboard/` of the run's folder),
+            "trackio", "wandb", or others that transformers knows by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -49,6 +51,12 @@ class RunSettings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     checkpoint_every: Count = 200
     trust_remote_code: bool = False
+    report_to: list[Text] = []
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run computes, by which its folder is recognised: everything but where it reports to."""
+        return self.model_dump(mode="json", exclude={"report_to"})
 
     @model_validator(mode="after")
     def _refuse_two_lengths(self) -> RunSettings:

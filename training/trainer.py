@@ -4,8 +4,9 @@ Starting the same run on the same folder goes on at the Trainer's last whole che
 """
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -32,10 +33,11 @@ from .rows import TextRows
 from .selection import SelectionMeans
 from .settings import RunSettings, Settings, TrainingSettings
 
-# Points of the curve that are kept, whatever its length.
-_HISTORY = 200
+HISTORY = 200
+"""Points of a curve that are kept, whatever its length."""
 _STATE = "trainer_state.json"
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
 
 
@@ -174,7 +176,14 @@ def decayed_parameters(model: nn.Module) -> list[str]:
 
 
 class ZooTrainer(CheckedTrainer, Trainer):
-    """transformers' Trainer, with the zoo's rule of weight decay and a curve that says more.
+    """The Trainer of every training here: transformers', with checked checkpoints and the zoo's weight decay."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+
+class LanguageModelTrainer(ZooTrainer):
+    """Trains a language model on packed rows, with a curve that says more.
 
     The curve's loss is the language model's alone; "tokens" are those that have been predicted since the run began, by
     all processes; "aux_loss" and "selection_rate" are means over the steps since the last point.
@@ -187,9 +196,6 @@ class ZooTrainer(CheckedTrainer, Trainer):
         self._selection = SelectionMeans()
         self._predicted = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return decayed_parameters(model)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -265,7 +271,7 @@ def train(
     """
     settings, config = run.settings, run.model.config
     use_cache = config.use_cache
-    trainer = ZooTrainer(
+    trainer = LanguageModelTrainer(
         model=run.model,
         args=TrainingArguments(
             gradient_accumulation_steps=settings.gradient_accumulation,
@@ -276,7 +282,8 @@ def train(
         callbacks=[Watch(run.evaluate, evaluate_every)],
     )
     config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
-    points = train_or_load(trainer, run.output, run.steps)
+    found = last_checkpoint(run.output / CHECKPOINTS, main=run.state.is_main_process)
+    run.model, points = train_or_load(trainer, found, run.steps)
     return curve_of(points), [
         {"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point
     ]
@@ -284,52 +291,72 @@ def train(
 
 def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: torch.device) -> dict[str, Any]:
     """Arguments of transformers' `TrainingArguments` for a run of so many steps, with checkpoints in its folder."""
-    every = math.ceil(steps / _HISTORY)
     return {
-        "output_dir": str(output / _CHECKPOINTS),
-        "max_steps": steps,
+        **loop_arguments(steps, output, device, settings.checkpoint_every, settings.report_to),
         "per_device_train_batch_size": settings.batch_size,
         **settings.optimisation(steps),
         "bf16": compute_dtype(settings) == torch.bfloat16,
-        **_checkpointing(settings),
+        **(gradient_checkpointing() if settings.gradient_checkpointing else {}),
         "seed": settings.seed,
         "data_seed": settings.seed,
+    }
+
+
+def loop_arguments(
+    steps: int, output: Path, device: torch.device, checkpoint_every: int, report_to: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of transformers' `TrainingArguments` that do not depend on what is trained.
+
+    Args:
+        steps: optimiser steps of the whole training.
+        output: folder of the run.
+        device: where it is trained.
+        checkpoint_every: steps from one checkpoint to the next.
+        report_to: trackers that are told of every point of the curve, as transformers calls them.
+    """
+    if "tensorboard" in report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+    every = math.ceil(steps / HISTORY)
+    return {
+        "output_dir": str(output / CHECKPOINTS),
+        "max_steps": steps,
         "logging_steps": every,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         # At a point of the curve, since the Trainer forgets the loss since the last one.
-        "save_steps": math.ceil(settings.checkpoint_every / every) * every,
-        "report_to": [],
+        "save_steps": math.ceil(checkpoint_every / every) * every,
+        "report_to": list(report_to),
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
     }
 
 
-def train_or_load(trainer: Trainer, output: Path, steps: int) -> list[dict[str, Any]]:
-    """Train to a number of steps, from the last whole checkpoint if there is one.
+def train_or_load(
+    trainer: ZooTrainer | CheckedTrainer, found: Path | None, steps: int
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Train to a number of steps, from a checkpoint if there is one.
 
     Args:
-        trainer: made with :func:`trainer_arguments`; its model is trained in place.
-        output: the folder of the run.
+        trainer: made with :func:`loop_arguments`; its model is trained in place.
+        found: the last whole checkpoint.
         steps: of the whole training.
 
     Returns:
-        The Trainer's history.
+        The trained model, all of it in every process, and the Trainer's history.
 
     Raises:
-        ValueError: if there are checkpoints and none is whole, or the loss, the gradient or the trained weights are not
-            finite.
+        ValueError: if the loss, the gradient or the trained weights are not finite.
     """
-    found = last_checkpoint(output / _CHECKPOINTS, main=trainer.is_world_process_zero())
+    if found is not None and (steps_done(found) >= steps or trainer.sharding.fsdp):
+        trainer._load_from_checkpoint(str(found))
     if found is None or steps_done(found) < steps:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
         history = trainer.state.log_history
-    else:
-        trainer._load_from_checkpoint(str(found))  # the Trainer would do one step more
+    else:  # the Trainer would do one step more
         history = read_json(found / _STATE)["log_history"]
-    model: Any = trainer.model
-    check_finite(model, "the trained model", "Lower learning_rate.")
-    return history
+    model = trainer.whole_model()
+    check_finite(model, f"{trainer.stage_name}the trained model", "Lower learning_rate.")
+    return model, history
 
 
 def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -337,10 +364,8 @@ def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: point[key] for key in _POINT if key in point} for point in history if "loss" in point]
 
 
-def _checkpointing(settings: RunSettings) -> dict[str, Any]:
-    """The Trainer's arguments for it: transformers 5.23 gave them another name and warns of the old one."""
-    if not settings.gradient_checkpointing:
-        return {}
+def gradient_checkpointing() -> dict[str, Any]:
+    """The Trainer's arguments that turn it on: transformers 5.23 gave them another name and warns of the old one."""
     new = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

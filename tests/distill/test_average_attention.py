@@ -12,7 +12,7 @@ from ssm_zoo.distill.average_attention import average_attention, copy_average_at
 from ssm_zoo.distill.calibrate import calibrate
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
-from ssm_zoo.distill.teacher import teacher_adapter
+from ssm_zoo.distill.teacher import as_teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling.position_mixers import DenseMixer
 
@@ -85,7 +85,7 @@ def test_a_wrong_argument_is_refused(options: dict[str, Any], message: str) -> N
 
 
 def test_a_mixer_of_other_sizes_is_refused() -> None:
-    view = teacher_adapter(make_teacher()).attention(0)
+    view = as_teacher(make_teacher()).attention(0)
     with pytest.raises(
         ValueError, match=r"3 heads of 16 channels, and with projections; copying needs .* 6 heads of 8"
     ):

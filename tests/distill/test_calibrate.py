@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from ssm_zoo.distill.calibrate import calibrate, ridge, scale_heads
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
-from ssm_zoo.distill.teacher import capture, teacher_adapter
+from ssm_zoo.distill.teacher import as_teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling import ZooHybridForCausalLM
 
@@ -124,7 +124,7 @@ def relative_errors(teacher: LlamaForCausalLM, layer: int, windows: Tensor, opti
 
     Each head's output is scaled as well as can be.
     """
-    view = teacher_adapter(teacher).attention(layer)
+    view = as_teacher(teacher).attention(layer)
     seen: list[Tensor] = []
     capture(teacher, windows, [layer], ["normed_input"], on_layer=lambda _, normed_input: seen.append(normed_input))
     values, targets = view.values(seen[0]).double(), view.head_outputs(seen[0]).double()

@@ -20,7 +20,7 @@ from transformers import (
 
 from ssm_zoo.distill import fetch
 from ssm_zoo.distill.fetch import fetch_smollm2, gguf_to_folder
-from ssm_zoo.distill.teacher import load_teacher, teacher_adapter
+from ssm_zoo.distill.teacher import as_teacher, load_teacher
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ", "he", "hel"]
@@ -155,7 +155,7 @@ def test_gguf_file_gives_its_model_and_tokenizer(tmp_path):
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not hasattr(model.config, "quantization_config")
-    assert teacher_adapter(model).num_layers == 2
+    assert as_teacher(model).num_layers == 2
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1)), "loading a teacher must leave the random state alone"
 

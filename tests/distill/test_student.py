@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, copy_attention, student_mixer, zeroed_mixers
-from ssm_zoo.distill.teacher import teacher_adapter
+from ssm_zoo.distill.teacher import as_teacher
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ssm_zoo.modeling.modeling_hybrid import DiscreteMamba2Mixer, half_life_to_bias
 from tolerances import TOLERANCES
@@ -194,7 +194,7 @@ def test_a_mamba2_mixer_gets_the_projections_after_its_gate(width: int) -> None:
     student = build_student(teacher, spec(mixer="mamba2", half_life=(2.0, 2.0)), [layer])
     mixer: Any = student_mixer(student, layer)
     assert (mixer.n_groups, mixer.num_heads, mixer.head_dim, mixer.state_size) == (HEADS, HEADS, WIDTH, WIDTH)
-    view = teacher_adapter(teacher).attention(layer)
+    view = as_teacher(teacher).attention(layer)
     gate, x, B, C, dt = mixer.in_proj.weight.split([inner] * 4 + [HEADS])
     assert gate.std() > 0.01
     torch.testing.assert_close(x, view.v.unflatten(0, (2, 8)).repeat_interleave(3, 0).flatten(0, 1))
@@ -288,7 +288,7 @@ def test_attention_is_not_copied_into_a_mixer_of_other_sizes(sizes: dict[str, in
     mixer = DiscreteMamba2Mixer(ZooHybridConfig(**options), 0)
     before = {name: parameter.clone() for name, parameter in mixer.named_parameters()}
     with pytest.raises(ValueError, match=r"student: its mixer has \d+ heads .*; copying needs .* 6 heads of 8"):
-        copy_attention(teacher_adapter(make_teacher()).attention(0), mixer)
+        copy_attention(as_teacher(make_teacher()).attention(0), mixer)
     for name, parameter in mixer.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
 
