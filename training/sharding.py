@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, pa
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm.auto import tqdm
 
 
 class Sharding:
@@ -34,6 +35,9 @@ class Sharding:
         self.deepspeed = bool(trainer.is_deepspeed_enabled)
         if self.fsdp and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise ValueError("accelerate: got FSDP version 1; accepted: version 2 (fsdp_version: 2)")
+        if self.active and trainer.is_world_process_zero():
+            how = "FSDP2" if self.fsdp else "DeepSpeed"
+            tqdm.write(f"the weights are shared out over {trainer.accelerator.num_processes} processes by {how}")
         # Sharding turns the model's own tensors into parts, in place, and there is no way back.
         self._copy: Any = copy.deepcopy(trainer.model).to("cpu") if self.active else None
 
