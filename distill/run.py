@@ -37,7 +37,7 @@ from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
 from ..training.checkpoints import last_checkpoint, place, save_checkpoint
-from ..training.trainer import CHECKPOINTS, curve_of, processes, train_or_load
+from ..training.trainer import CHECKPOINTS, check_trackers, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
 from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
@@ -111,6 +111,7 @@ def distill(
             Also if the teacher has changed since the run was started, none of the run's checkpoints is whole, or
             training gives numbers that are not finite; then no result is written.
     """
+    check_trackers(recipe.report_to)
     state = processes()
     for index, stage in enumerate(recipe.stages):
         if stage.objective == "matrix_orientation" and recipe.student.mixer == "sliding_attention":

@@ -53,7 +53,7 @@ from .embedder_model import adapt, backbone_of, finished_embedder, load_embedder
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs, read_pairs
 from .report import public_sources, report_head
-from .trainer import computing, processes
+from .trainer import check_trackers, computing, processes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -168,6 +168,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
         )
         for field in _FIELDS
     }
+    check_trackers(settings.report_to)
     rows, state = training_rows(pairs["train"]), processes()
     if state.is_main_process:
         check_output_folder(output)

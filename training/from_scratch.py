@@ -26,7 +26,7 @@ from .from_scratch_settings import FromScratchSettings
 from .new_model import changed_keys, configuration_commit, resolve_configuration
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts
-from .trainer import TrainingRun, optimiser_steps, processes, train
+from .trainer import TrainingRun, check_trackers, optimiser_steps, processes, train
 from .vocabulary import BYTES, entries_of, learn_vocabulary, load_vocabulary
 
 KIND = "ssm-zoo training from scratch"
@@ -67,6 +67,7 @@ def train_from_scratch(
 
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
     """Make and check everything, then claim the folder."""
+    check_trackers(settings.report_to)
     state = processes()
     if state.is_main_process:
         check_output_folder(output)

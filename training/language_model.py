@@ -27,7 +27,7 @@ from .coverage import adapter_coverage, print_coverage
 from .report import common_report, write_folder, write_plots
 from .rows import make_rows, read_texts
 from .settings import LanguageModelSettings
-from .trainer import TrainingRun, processes, train
+from .trainer import TrainingRun, check_trackers, processes, train
 
 KIND = "ssm-zoo finetuning of a language model"
 
@@ -68,6 +68,7 @@ def finetune_language_model(
 
 def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[LanguageModelSettings]:
     """Load and check everything, then claim the folder."""
+    check_trackers(settings.report_to)
     state = processes()
     if state.is_main_process:
         check_output_folder(output)

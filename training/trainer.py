@@ -21,6 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..conversion.load_model import check_finite
 from ..harness.command_line import check_processes
@@ -110,6 +114,19 @@ def processes() -> PartialState:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     check_processes(state.num_processes)
     return state
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that everything that a run is to report to is known and installed.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: got {name!r}; accepted: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name!r} is not installed; install it, or leave it out")
 
 
 def compute_dtype(settings: RunSettings) -> torch.dtype:
@@ -284,6 +301,7 @@ def train(
     config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.state.is_main_process)
     run.model, points = train_or_load(trainer, found, run.steps)
+    run.model.config.use_cache = use_cache
     return curve_of(points), [
         {"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point
     ]

@@ -241,3 +241,17 @@ def test_interleave_is_even_for_every_count(num_layers: int) -> None:
         assert len(chosen) == len(set(chosen)) == count
         assert chosen[0] >= 0 and chosen[-1] < num_layers
         assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_path: Path) -> None:
+    """So that the folder of an earlier version's run is recognised."""
+    plain = load_recipe(write(tmp_path))
+    assert not {"gradient_checkpointing", "report_to"} & as_mapping(plain).keys()
+    reporting = load_recipe(write(tmp_path), ["report_to=[tensorboard]"])
+    assert reporting.report_to == ["tensorboard"] and fingerprint(reporting) == fingerprint(plain)
+    assert as_mapping(load_recipe(write(tmp_path), ["gradient_checkpointing=true"]))["gradient_checkpointing"] is True
+
+
+def test_gradient_checkpointing_without_effect_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gradient_checkpointing: got True; accepted: false, since it has no effect"):
+        load_recipe(write(tmp_path), ["gradient_checkpointing=true", "stages.1.objective=matrix_orientation"])
