@@ -1,15 +1,13 @@
 """Distillation recipes: what a run is, as data, checked before anything is loaded.
 
 A recipe is a YAML file, or a preset that ships with the package, naming a teacher, a student, texts and a list of
-stages. Everything a run computes follows from it, so its fingerprint identifies the run. Unknown keys are refused
+stages. Everything a run computes follows from it, so that it identifies the run. Unknown keys are refused
 at every level: a misspelt key would otherwise be a setting that silently does nothing.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -243,10 +241,8 @@ class Recipe(_Spec):
         dtype: what the forward passes compute in; the trained weights are float32 in any case.
         checkpoint_every: steps between two checkpoints; every stage also ends with one.
         teacher_revision: branch, tag or commit of a Hub repository. A run keeps the commit.
-        gradient_checkpointing: in logit distillation keep the blocks' inputs alone and compute the rest anew in the
-            backward: less memory, more time.
-        report_to: trackers that get the curve while it grows: "tensorboard" (in `tensorboard/` of the run's folder),
-            "trackio", "wandb", or others that transformers knows by name. It is no part of what a run computes.
+        gradient_checkpointing: in logit distillation recompute the blocks in the backward: less memory, more time.
+        report_to: trackers that get the curves, by transformers' names: "tensorboard", "trackio", "wandb" and others.
     """
 
     teacher: Text
@@ -303,11 +299,8 @@ class Recipe(_Spec):
     def _refuse_checkpointing_without_effect(self) -> Recipe:
         whole = any(stage.objective == "logit_distillation" for stage in self.stages)
         if self.gradient_checkpointing and not whole:
-            raise _wrong(
-                "gradient_checkpointing",
-                True,
-                "false, since it has no effect without a stage with objective 'logit_distillation'",
-            )
+            accepted = "false, since it has no effect without a stage with objective 'logit_distillation'"
+            raise _wrong("gradient_checkpointing", True, accepted)
         return self
 
     @model_validator(mode="after")
@@ -384,12 +377,6 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
         for field in stage.meaningless:
             del mapping[field]
     return values
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of the recipe's canonical JSON: equal for recipes that compute the same."""
-    text = json.dumps(as_mapping(recipe), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dump(recipe: Recipe) -> str:

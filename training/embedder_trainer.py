@@ -29,8 +29,7 @@ from ..modeling.causal_lm import ZooModel
 from .checkpoints import CheckedTrainer, last_checkpoint
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs
-from .selection import SelectionMeans
-from .trainer import CHECKPOINTS, Watch, curve_of, decayed_parameters, train_or_load, trainer_arguments
+from .trainer import CHECKPOINTS, SelectionMeans, Watch, curve_of, decayed_parameters, train_or_load, trainer_arguments
 
 _TRAINED = "trained.safetensors"
 

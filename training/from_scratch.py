@@ -23,11 +23,18 @@ from ..harness.public_text import public_argument
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..reports.from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
-from .new_model import changed_keys, configuration_commit, resolve_configuration
+from .new_model import (
+    BYTES,
+    changed_keys,
+    configuration_commit,
+    entries_of,
+    learn_vocabulary,
+    load_vocabulary,
+    resolve_configuration,
+)
 from .report import common_report, write_folder, write_plots
-from .rows import make_rows, read_texts
+from .texts import make_rows, read_texts
 from .trainer import TrainingRun, check_trackers, optimiser_steps, processes, train
-from .vocabulary import BYTES, entries_of, learn_vocabulary, load_vocabulary
 
 KIND = "ssm-zoo training from scratch"
 

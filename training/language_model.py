@@ -22,11 +22,10 @@ from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..reports.training_card import write_card
-from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
-from .coverage import adapter_coverage, print_coverage
+from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned, print_coverage
 from .report import common_report, write_folder, write_plots
-from .rows import make_rows, read_texts
 from .settings import LanguageModelSettings
+from .texts import make_rows, read_texts
 from .trainer import TrainingRun, check_trackers, processes, train
 
 KIND = "ssm-zoo finetuning of a language model"

@@ -1,4 +1,4 @@
-"""The training itself, which all runs share: transformers' Trainer over packed rows, its curve, held-out losses.
+"""The one training loop, transformers' Trainer: what all runs share, and language models on packed rows.
 
 Starting the same run on the same folder goes on at the Trainer's last whole checkpoint, to the same bits.
 """
@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -33,9 +33,8 @@ from ..modeling.causal_lm import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
 from .packing import IGNORED, PackedDocuments, RowCollator
-from .rows import TextRows
-from .selection import SelectionMeans
 from .settings import RunSettings, Settings, TrainingSettings
+from .texts import TextRows
 
 HISTORY = 200
 """Points of a curve that are kept, whatever its length."""
@@ -43,6 +42,48 @@ _STATE = "trainer_state.json"
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
+
+
+class SelectionMeans:
+    """Means, over several forwards, of what a model with selective layers says of itself.
+
+    Such a model (Taipan, arXiv 2410.18572) gives beside its logits `aux_loss`, a scalar that is in its `loss` while
+    training (`add_aux_loss` of `modeling/outputs.py`), and `selection_rate`, the share of the tokens that each
+    selective layer selects. Other models give neither, and nothing here has an effect then.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weight = 0.0
+
+    def add(self, outputs: Any, weight: float = 1.0) -> None:
+        """Count a forward.
+
+        Args:
+            outputs: of the model; `aux_loss` is () and `selection_rate` (layers,), or a tuple of () for each.
+            weight: of this forward in the mean.
+        """
+        self._weight += weight
+        for name in ("aux_loss", "selection_rate"):
+            value = getattr(outputs, name, None)
+            if value is not None:
+                tensor = torch.stack(tuple(value)) if isinstance(value, list | tuple) else value
+                part = weight * tensor.detach().double()
+                self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def take(self, reduce: Callable[[Tensor], Any] = lambda tensor: tensor) -> dict[str, Any]:
+        """The means, and begin anew.
+
+        Args:
+            reduce: takes the mean of a tensor over the processes.
+
+        Returns:
+            "aux_loss", a number, and "selection_rate", a list with one in [0, 1] for each selective layer, as far as
+            the model gave them.
+        """
+        means = {name: reduce(total / self._weight).tolist() for name, total in self._sums.items()}
+        self._sums, self._weight = {}, 0.0
+        return means
 
 
 @dataclass

@@ -29,8 +29,7 @@ from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.modeling.presets import PRESETS
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import RECIPES, FromScratchSettings, parse_from_scratch
-from ssm_zoo.training.new_model import changed_keys, resolve_configuration
-from ssm_zoo.training.vocabulary import END_OF_TEXT, entries_of, learn_vocabulary
+from ssm_zoo.training.new_model import END_OF_TEXT, changed_keys, entries_of, learn_vocabulary, resolve_configuration
 
 TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2"
 MAMBA2 = {
