@@ -1,4 +1,4 @@
-"""A model that is trained from scratch: its configuration and its tokenizer (somebody's, the bytes, or a learnt one)."""
+"""A model that is trained from scratch: its configuration and its tokenizer (one that exists, the bytes, or learnt)."""
 
 import dataclasses
 import difflib
