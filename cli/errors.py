@@ -53,6 +53,10 @@ class ReportingGroup(TyperGroup):
 class ReportingCommand(TyperCommand):
     """A program of one command whose errors end as those of a :class:`ReportingGroup`."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with _usage_in_one_line(info_name):
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: Any) -> object:
         with reported(lambda: ctx.info_name, lambda: False):
             return super().invoke(ctx)
@@ -180,8 +184,12 @@ def _is_usage(error: BaseException) -> bool:
 
 
 @contextmanager
-def _usage_in_one_line() -> Iterator[None]:
-    """Make of a mistake in the command line, which typer tells in four lines, one line as of any other mistake."""
+def _usage_in_one_line(program: str | None = None) -> Iterator[None]:
+    """Make of a mistake in the command line, which typer tells in four lines, one line as of any other mistake.
+
+    Args:
+        program: how the program is started, where it is not `ssm-zoo`.
+    """
     try:
         yield
     except Exception as error:
@@ -191,8 +199,9 @@ def _usage_in_one_line() -> Iterator[None]:
         command = context.command_path if context is not None else "ssm-zoo"
         told: Any = error
         message = " ".join(told.format_message().split()).rstrip(".")
-        name = " ".join(command.split()[1:])
-        _print(f"ssm-zoo: {name + ': ' if name else ''}{message}; see {' '.join(['ssm-zoo', *name.split()])} --help")
+        name = "" if program else " ".join(command.split()[1:])
+        help_of = program or " ".join(["ssm-zoo", *name.split()])
+        _print(f"ssm-zoo: {name + ': ' if name else ''}{message}; see {help_of} --help")
         raise typer.Exit(_FAILED) from None
 
 

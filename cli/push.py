@@ -137,7 +137,7 @@ def _listed(names: list[str]) -> str:
 
 
 def check_repository(repo: str, field: str = "REPO") -> None:
-    """Raise a ValueError if `repo` cannot be a repository's name, or there is no token.
+    """Raise a ValueError if `repo` cannot be a repository's name, there is no token, or the Hub is switched off.
 
     Args:
         repo: OWNER/NAME or NAME.
@@ -154,6 +154,17 @@ def check_repository(repo: str, field: str = "REPO") -> None:
         raise ValueError(f"{field}: {error}") from None
     if get_token() is None:
         raise ValueError(f"{field}: there is no Hugging Face token; log in with `hf auth login` or set HF_TOKEN")
+    check_online(field, "" if field == "REPO" else ", or leave the option out and run `ssm-zoo push` later")
+
+
+def check_online(field: str, remedy: str = "") -> None:
+    """Raise a ValueError in offline mode, with one more `remedy` than to leave it."""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise ValueError(
+            f"{field}: nothing can be pushed in offline mode; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE{remedy}"
+        )
 
 
 def check_push_target(repo: str, *, private: bool = False) -> None:
@@ -164,8 +175,8 @@ def check_push_target(repo: str, *, private: bool = False) -> None:
         private: whether the repository has to be private.
 
     Raises:
-        ValueError: if the name is no repository's, there is no token, the Hub does not accept it, it may not write
-            there, or the repository is public although a private one is asked for.
+        ValueError: if the name is no repository's, there is no token, the Hub is switched off or does not accept the
+            token, it may not write there, or the repository is public although a private one is asked for.
         OSError: if the Hub cannot be reached.
     """
     field = "--push-to-hub"

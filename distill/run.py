@@ -68,6 +68,7 @@ class _Run:
     recipe: Recipe
     output: Path
     state: PartialState
+    commit: str | None  # of a teacher on the Hub
     teacher: Teacher
     student: ZooHybridForCausalLM
     layers: list[int]
@@ -129,7 +130,7 @@ def distill(
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
-    origin = provenance(recipe.teacher)
+    origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
     if found is None:
         _first_evaluations(run)
@@ -165,10 +166,6 @@ def _go_back_to(run: _Run, found: Path) -> None:
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
     run.progress = _Progress(**saved["measured"])
-    if run.main:
-        stage, step = place(found)
-        name = run.recipe.stages[stage].name if stage < len(run.recipe.stages) else "the report"
-        tqdm.write(f"going on from {found.name}: {name}, step {step}")
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
@@ -269,7 +266,9 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
         claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
         write_text_whole(output / "recipe.yaml", dump(recipe))
     state.wait_for_everyone()
-    return _Run(recipe, output, state, teacher, student, layers, windows["train"], windows["heldout"], _Progress())
+    return _Run(
+        recipe, output, state, commit, teacher, student, layers, windows["train"], windows["heldout"], _Progress()
+    )
 
 
 def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:

@@ -17,11 +17,12 @@ SOURCE_FILE = "gguf_source.json"
 _SECONDS = 20.0
 
 
-def provenance(source: str) -> tuple[str, str | None]:
+def provenance(source: str, revision: str | None = None) -> tuple[str, str | None]:
     """A model's public name and its licence. What cannot be read is told in a warning and left out.
 
     Args:
         source: what it was loaded from: a Hub id, a folder or a .gguf file.
+        revision: of a Hub id, the commit that it was loaded at.
 
     Returns:
         The Hub id where one is known, otherwise the name of the folder or file without its path; and the licence's
@@ -31,7 +32,7 @@ def provenance(source: str) -> tuple[str, str | None]:
     if path.is_file():
         return path.name, None
     if not path.is_dir():
-        return source, _hub_licence(source)
+        return source, _hub_licence(source, revision)
     name = path.resolve().name
     try:
         if (path / SOURCE_FILE).is_file():
@@ -71,9 +72,9 @@ def _text(value: Any) -> str | None:
     return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
-def _hub_licence(repo_id: str) -> str | None:
+def _hub_licence(repo_id: str, revision: str | None) -> str | None:
     try:
-        card = model_info(repo_id, timeout=_SECONDS).card_data
+        card = model_info(repo_id, revision=revision, timeout=_SECONDS).card_data
     except HFValidationError:
         return None  # a name that is no Hub id has no licence there
     except (HTTPError, *UNREADABLE) as error:

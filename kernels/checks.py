@@ -19,6 +19,11 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them is to be recorded."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def choose_implementation(
     implementation: str, name: str, x: Tensor, supports_triton: bool = True, traceable: bool = False
 ) -> str:
@@ -41,8 +46,8 @@ def choose_implementation(
     if implementation == "torch":
         return "torch"
     if implementation == "auto":
-        served = supports_triton and HAS_TRITON and x.dtype != torch.float64 and (traceable or not tracing())
-        return "triton" if served and x.is_cuda else "torch"
+        served = x.is_cuda and supports_triton and HAS_TRITON and x.dtype != torch.float64
+        return "triton" if served and (traceable or not tracing()) else "torch"
     if implementation != "triton":
         raise ValueError(
             f"implementation={implementation!r} is unknown for {name}; accepted: 'auto', 'torch', 'triton'"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import choose_implementation
+from .checks import choose_implementation, recorded
 from .masked_mix_step_triton import mix_step_triton
 from .masked_mix_triton import mix_triton
 from .mix_panels import DenseWeights, mix_panels
@@ -26,7 +26,6 @@ from .position_mixing import (
     mix_reference,
     mix_step,
     mix_traced,
-    recorded,
 )
 from .tracing import tracing
 

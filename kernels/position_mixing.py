@@ -68,11 +68,6 @@ def _check_weights(weight: Tensor, shape: str, bias: Tensor | None, heads: int) 
     return N
 
 
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether a gradient of one of them is to be recorded."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def mix_by_document(
     mix: Callable[[Tensor, Tensor | None], Tensor],
     x: Tensor,

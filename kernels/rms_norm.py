@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator, check_devices, check_tensor, choose_implementation
+from .checks import accumulator, check_devices, check_tensor, choose_implementation, recorded
 from .rms_norm_triton import WIDEST_GROUP, add_rms_norm_triton, rms_norm_triton
 from .tracing import tracing
 
@@ -65,8 +65,12 @@ def rms_norm(
         return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
     if tracing():  # what a compiler fuses, and differentiates as well as the function below does
         return rms_norm_reference(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)
-    y = _RmsNorm.apply(x, weight, None if norm_before_gate else z, eps, group_size)
-    assert isinstance(y, Tensor)  # `apply` is untyped
+    arguments = x, weight, None if norm_before_gate else z, eps, group_size
+    if recorded(x, weight, z):
+        y = _RmsNorm.apply(*arguments)
+        assert isinstance(y, Tensor)  # `apply` is untyped
+    else:
+        y, _ = _normalise(*arguments)
     if z is not None and norm_before_gate:
         dtype = accumulator(x)
         y = (y.to(dtype) * F.silu(z.to(dtype))).to(x.dtype)
@@ -130,7 +134,8 @@ def rms_norm_reference(
         u = u * gate
     groups = u.unflatten(-1, (-1, group_size))
     mean_square = groups.pow(2).mean(-1, keepdim=True)
-    n = (groups * _reciprocal_root(mean_square + eps)).flatten(-2)
+    r = torch.rsqrt(mean_square + eps).masked_fill(mean_square == math.inf, math.nan)
+    n = (groups * r).flatten(-2)
     y = (weight * n.to(x.dtype)).to(x.dtype)
     if gate is not None and norm_before_gate:
         y = (y.to(dtype) * gate).to(x.dtype)
@@ -152,17 +157,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int) -> Tensor:
-        u = x.to(accumulator(x))
-        if z is not None:
-            u = F.silu(z.to(u.dtype)).mul_(u)
-        groups = u.unflatten(-1, (-1, group_size))  # (..., D/S, S)
-        r = _reciprocal_root(groups.pow(2).mean(-1, keepdim=True).add_(eps))
-        n = groups * r if u is x else groups.mul_(r)
-        # In-place multiplication computes in the wider dtype and rounds once, to the dtype of x.
-        y = n.to(x.dtype).mul_(weight.view(-1, group_size))
+        y, r = _normalise(x, weight, z, eps, group_size)
         ctx.save_for_backward(x, weight, z, r)
         ctx.group_size = group_size
-        return y.flatten(-2)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -171,6 +169,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, z, r = ctx.saved_tensors
         needs_x, needs_weight, needs_z = ctx.needs_input_grad[:3]
         scale = weight.to(r.dtype).view(-1, ctx.group_size)
+        r = r.view(*x.shape[:-1], scale.shape[0], 1)
         dy = dy.to(r.dtype).unflatten(-1, scale.shape)
         gate = None if z is None else z.to(r.dtype)
         smooth = None if gate is None else F.silu(gate)
@@ -193,9 +192,19 @@ class _RmsNorm(torch.autograd.Function):
         return dx, dweight, dz, None, None
 
 
-def _reciprocal_root(x: Tensor) -> Tensor:
-    """x^(-1/2), NaN where x is infinite."""
-    return torch.rsqrt(x).masked_fill(x == math.inf, math.nan)
+def _normalise(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
+    """y and r of :class:`_RmsNorm`: (..., D), and (..., D/S, 1) or, of a single group, (..., 1)."""
+    u = x.to(accumulator(x))
+    if z is not None:
+        u = F.silu(z.to(u.dtype)).mul_(u)
+    groups = u if group_size == x.shape[-1] else u.unflatten(-1, (-1, group_size))
+    r = groups.pow(2).mean(-1, keepdim=True).add_(eps)
+    r = r.nan_to_num_(nan=math.nan, posinf=math.nan).rsqrt_()
+    n = groups * r if u is x else groups.mul_(r)
+    # In-place multiplication computes in the wider dtype and rounds once, to the dtype of x.
+    if groups is u:
+        return n.to(x.dtype).mul_(weight), r
+    return n.to(x.dtype).mul_(weight.view(-1, group_size)).flatten(-2), r
 
 
 def _check(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import choose_implementation
+from .checks import choose_implementation, recorded
 from .masked_mix_step_triton import mix_step_triton
 from .masked_mix_triton import mix_triton
 from .mix_panels import ToeplitzWeights, mix_panels
@@ -23,7 +23,6 @@ from .position_mixing import (
     mix_reference,
     mix_step,
     mix_traced,
-    recorded,
 )
 from .toeplitz_fft import mix_fourier
 from .tracing import tracing

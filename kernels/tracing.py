@@ -18,7 +18,7 @@ from torch import Tensor
 
 def tracing() -> bool:
     """Whether a graph is being traced, so that nothing may depend on the values of tensors."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.compiler.is_compiling() or torch._C._is_tracing()  # what torch.jit.is_tracing asks
 
 
 def host_reads(tensor: Tensor) -> bool:

@@ -294,6 +294,8 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None, cache_params: 
     Raises:
         ValueError: if it comes under two of them.
     """
+    if past_key_values is None and cache_params is None:
+        return cache
     names = {"past_key_values": past_key_values, "cache": cache, "cache_params": cache_params}
     given = [name for name, value in names.items() if value is not None]
     if len(given) > 1:

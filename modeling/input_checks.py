@@ -43,19 +43,30 @@ def check_integer(name: str, tensor: Tensor | None) -> None:
         raise ValueError(f"{name} must have an integer dtype, got {tensor.dtype}")
 
 
-def check_mask(attention_mask: Tensor) -> None:
-    """Raise ValueError if a (B, past + L) mask is not one of real tokens: an additive one says the opposite."""
-    if attention_mask.dtype == torch.bool or attention_mask.is_complex() or tracing():
-        return
+def read_mask(attention_mask: Tensor) -> Tensor | None:
+    """(B, past + L) True at real tokens; None of a mask without padding, but while tracing.
+
+    Raises:
+        ValueError: if it is not a mask of real tokens: an additive one says the opposite.
+    """
+    if tracing():
+        return attention_mask != 0
+    if attention_mask.numel() == 0:
+        return None
+    if attention_mask.dtype in _INTEGERS:
+        # Check and shortcut from one number: in a step of decoding, three more operations are to be felt.
+        lowest = int(attention_mask.min())
+        if lowest < 0:
+            raise ValueError(_MASK)
+        return None if lowest > 0 else attention_mask != 0
     if attention_mask.is_floating_point():
         fits = ((attention_mask == 0) | (attention_mask == 1)).all()
         if attention_mask.is_cuda:
             torch._assert_async(fits, _MASK)  # pyright: ignore[reportPrivateImportUsage]
-            return
-    else:
-        fits = (attention_mask >= 0).all()
-    if host_reads(attention_mask) and not bool(fits):
-        raise ValueError(_MASK)
+        elif host_reads(attention_mask) and not bool(fits):
+            raise ValueError(_MASK)
+    real = attention_mask != 0
+    return None if bool(real.all()) else real
 
 
 def check_documents(seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
@@ -78,6 +89,8 @@ def check_keywords(model: str, given: dict[str, Any], forward: Callable[..., Any
         given: what is not in the signature.
         forward: what has the signature.
     """
+    if not given:
+        return
     unknown = [name for name, value in given.items() if value is not None and name not in ACCEPTED_KEYWORDS]
     if not unknown:
         return

@@ -1,7 +1,5 @@
 """Layers and what concerns any layer: norms that do not hide an overflow, the dtype that a layer takes."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,7 @@ def as_weight(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     model's own dtype. Neither does one without a weight.
     """
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in _COMPUTED_IN:
+    if isinstance(weight, Tensor) and weight.dtype != hidden_states.dtype and weight.dtype in _COMPUTED_IN:
         return hidden_states.to(weight.dtype)
     return hidden_states
 
@@ -29,7 +27,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) normed."""
         y, _, reciprocal = torch.native_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        return y.masked_fill(reciprocal == 0, math.nan)
+        # 0 * (r / r) is 0, and NaN where r is 0: one operation, as every step of decoding does this several times.
+        reciprocal = reciprocal.detach()
+        return y.addcdiv_(reciprocal, reciprocal, value=0)
 
 
 class PlainRMSNorm(nn.Module):

@@ -5,10 +5,13 @@ with 8 bits an update below 0.4 % of a value is lost. So they are float32 howeve
 `dtype=torch.bfloat16` or `torch.float16`: by `from_pretrained`, `from_config`, or its class under such a default dtype.
 
 A cast of a finished model, `model.to(dtype)` or `.half()`, is a cast of all its parameters, as of every PyTorch module
-and in transformers: whoever needs one dtype throughout, as FSDP and DeepSpeed do of a unit's parameters, gets it so. A
-warning says what it costs. A process that `accelerate launch` started for FSDP, or in which an Accelerator with an FSDP
-plugin exists, gets it without asking: there a model takes the dtype it is loaded in throughout, with a warning. Under
-mixed precision accelerate then keeps the trained parameters in float32.
+and in transformers. A warning says what it costs.
+
+FSDP needs one dtype in each unit: FSDP1 of all its parameters, FSDP2 of those that are trained. Both give it to a model
+without being asked, with the same warning. In a process that `accelerate launch` started for FSDP, or in which an
+Accelerator with an FSDP plugin exists, a model takes the dtype it is loaded in throughout. A model that exists before,
+as under `torchrun` with transformers' Trainer, takes it when it is sharded. Under mixed precision accelerate then keeps
+the trained parameters in float32.
 """
 
 import os
@@ -72,6 +75,55 @@ class KeepsFloat32:
                 break
         return result
 
+    @property
+    def _fsdp_use_orig_params(self) -> bool:
+        """Whether FSDP keeps the parameters' names. torch sets it on every module of a model that it shards: FSDP1
+        before it flattens the parameters, FSDP2 before the first forward, where it looks at their dtypes."""
+        return self.__dict__.get("_fsdp_use_orig_params", False)
+
+    @_fsdp_use_orig_params.setter
+    def _fsdp_use_orig_params(self, value: bool) -> None:
+        self.__dict__["_fsdp_use_orig_params"] = value
+        assert isinstance(self, nn.Module)
+        _take_one_dtype(self)
+
+
+def _take_one_dtype(model: nn.Module) -> None:
+    """Give the parameters that are kept in float32 the dtype that FSDP needs of them."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if not _is_kept(name):
+            continue
+        # FSDP2's parameters are DTensors by now; it casts frozen ones one by one, which may differ.
+        flattened = not hasattr(parameter, "placements")
+        if not (flattened or parameter.requires_grad):
+            continue
+        owner, _, own_name = name.rpartition(".")
+        dtype = _dtype_beside(owner, parameters, trained_only=not flattened)
+        if dtype not in (torch.float16, torch.bfloat16) or dtype == parameter.dtype:
+            continue
+        _warn("parameters like `A_log`", dtype, "load the model in float32, with mixed precision, to keep them exact")
+        if flattened:
+            parameter.data = parameter.data.to(dtype)
+        else:
+            cast = nn.Parameter(parameter.detach().to(dtype), requires_grad=True)
+            setattr(model.get_submodule(owner), own_name, cast)
+
+
+def _dtype_beside(module: str, parameters: dict[str, nn.Parameter], *, trained_only: bool) -> torch.dtype | None:
+    """Dtype of the first parameter in this module that is not kept in float32, or else in the nearest around it."""
+    others = [
+        (name, parameter)
+        for name, parameter in parameters.items()
+        if not _is_kept(name) and parameter.is_floating_point() and (parameter.requires_grad or not trained_only)
+    ]
+    while module:
+        beside = next((parameter.dtype for name, parameter in others if name.startswith(f"{module}.")), None)
+        if beside is not None:
+            return beside
+        module = module.rpartition(".")[0]
+    return others[0][1].dtype if others else None
+
 
 def _warn(parameters: str, dtype: torch.dtype, remedy: str) -> None:
     """Say once that parameters which ought to be in float32 are not."""
@@ -80,5 +132,9 @@ def _warn(parameters: str, dtype: torch.dtype, remedy: str) -> None:
 
 
 def _is(name: str, kept: str) -> bool:
-    """Whether a parameter has this name, below whatever modules."""
-    return f".{name}".endswith(f".{kept}")
+    """Whether a parameter has this name, below whatever modules and in a layer with adapters too."""
+    return f".{name}".replace(".base_layer.", ".").endswith(f".{kept}")
+
+
+def _is_kept(name: str) -> bool:
+    return any(_is(name, kept) for kept in FLOAT32_PARAMETERS)

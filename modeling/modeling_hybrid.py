@@ -4,7 +4,7 @@ Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms
 Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
 first channels of a head, or none. Mixers: softmax attention, full, over a sliding window, or over one and for selected
 tokens only (`selective_attention.py`, added to the residual stream like the others); Mamba-1 (`modeling_mamba.py`) and
-Mamba-2 (`modeling_mamba2.py`); masked mixing (`history_mixing.py`); and discrete Mamba-2, defined here.
+Mamba-2 (`modeling_mamba2.py`); masked mixing (`position_mixers.py`); and discrete Mamba-2, defined here.
 
 Discrete Mamba-2 comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f,
 `modules/lm_head.py` and `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar

@@ -10,7 +10,7 @@ ethan-w-roland/ToeplitzMixers@6a67297) and "Structured Recurrent Mixers" (arXiv 
     with attention in parallel   x = x + attention(norm(x)) + mix(norm(x));  x = x + mlp(norm(x)),  one norm for both
 
 without a norm before the head, save with attention, whose blocks are otherwise those of Llama. What `mix` is stands in
-`history_mixing.py` and `repeat_mixing.py`.
+`position_mixers.py` and `repeat_mixing.py`.
 
 An encoder (`bidirectional`) keeps two streams, which start as the embeddings: one is mixed with what precedes a token,
 the other with what follows from `lookahead` tokens on, by weights and norms of their own; MLP and its norm are shared.

@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
-from ..kernels.tracing import host_reads
+from ..kernels.tracing import host_reads, tracing
 from .causal_lm import ZooPreTrainedModel, normed
 from .configuration_retrieval_mixer import RetrievalMixerConfig
 from .layers import LayerNorm, as_weight
@@ -64,6 +64,9 @@ class OpenMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, M, D) to (B, M, D)."""
         rows = x.shape[1]
+        if tracing():  # a graph with a slice would hold for fewer rows than places only, or for as many only
+            row = torch.arange(rows, device=x.device)
+            return self.weight[row[:, None], row] @ x + self.bias[row, None]
         return self.weight[:rows, :rows] @ x + self.bias[:rows, None]
 
 
@@ -94,7 +97,6 @@ class RetrievalMixer(ZooPreTrainedModel):
     main_input_name = "query_embeds"
     accepts_loss_kwargs = False
     _no_split_modules = ["RetrievalMixerBlock"]
-    _can_compile_fullgraph = False  # not tested
     auto_classes = {"AutoModel": "RetrievalMixer"}
 
     def __init__(self, config: RetrievalMixerConfig) -> None:

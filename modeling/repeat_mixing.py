@@ -9,7 +9,7 @@ Symbols: B batch, L length, D width, H heads, P head width, N positions, k taps;
 
 The decay is l = clip(decay_value, 0.9, 1)^(1 / c), c = max(N // 512, 1). Either is state-space duality with a state of
 one number and a decay that no input changes, and is computed so: in time linear in L. Taps mix the neighbouring
-channels of a head, of x in a row repeat and of S in a column repeat (`history_mixing.py`).
+channels of a head, of x in a row repeat and of S in a column repeat (`position_mixers.py`).
 
 Deviations: `c` is at least 1 (the authors divide by 0 below N = 512); the sum of both matrices has the decay inside the
 power in both (theirs divides the row matrix by c); a column repeat keeps S itself (theirs recovers it by a division by

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.tracing import tracing
-from .input_checks import check_documents, check_integer, check_mask
+from .input_checks import check_documents, check_integer, read_mask
 
 
 class Sequence:
@@ -58,7 +58,8 @@ class Sequence:
     def blank(self, hidden_states: Tensor) -> Tensor:
         """The (B, L, D) states with zeros at padding, so that what stands there (a NaN, say) reaches no real token and
         no gradient."""
-        return hidden_states if self.real is None else hidden_states.masked_fill(~self.real[..., None], 0)
+        real = self.real
+        return hidden_states if real is None else hidden_states.masked_fill(~real[..., None], 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequence":
         """This on `device`: accelerate calls it between the blocks of a model spread over several devices."""
@@ -278,10 +279,9 @@ def make_sequence(
                 f"attention_mask must cover the {past} cached and the {length} new tokens, "
                 f"got length {attention_mask.shape[1]}"
             )
-        check_mask(attention_mask)
-        attention_mask = attention_mask[:, -(past + length) :].to(device=device) != 0
-        if not tracing() and bool(attention_mask.all()):
-            attention_mask = None
+        attention_mask = read_mask(attention_mask)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -(past + length) :].to(device=device)
     if position_ids is not None:
         if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
             raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")

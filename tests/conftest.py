@@ -20,6 +20,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Git tells a hook by these which repository it works on. A `git init` of a test would be about that one, and make a
+# work tree's repository bare (core.bare in its configuration).
+for name in ("DIR", "COMMON_DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY", "ALTERNATE_OBJECT_DIRECTORIES"):
+    os.environ.pop(f"GIT_{name}", None)
+
 # The tensors of the tests are tiny: more threads only wait for each other, and one thread sums in a fixed order.
 torch.set_num_threads(1)
 

@@ -5,6 +5,7 @@ where the list must be empty, and over a small wrong tree, where it must not be.
 """
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ THIRD_PARTY = {"kernels": {"torch"}, "modeling": {"torch", "transformers", "hugg
 TRITON_FILE = "kernels/_triton.py"
 EXPORTED = ("kernels", "modeling")
 VAGUE_NAMES = {"utils.py", "util.py", "common.py", "helpers.py", "helper.py", "misc.py"}
-NOT_SOURCE = {".git", ".venv", "venv", "build", "dist", "runs", "outputs", "__pycache__"}
+NOT_SOURCE = {".git", ".venv", ".venv-oldest", "venv", "build", "dist", "runs", "outputs", "__pycache__"}
 
 # transformers.dynamic_module_utils.get_relative_imports finds the files of a model by these expressions, in the
 # text, so a docstring line can match them too.
@@ -282,3 +283,22 @@ def test_machine_paths_are_found_and_addresses_are_not(tmp_path: Path):
     (tmp_path / ".gitignore").write_text("ignored.md\n")
     (tmp_path / "weights.bin").write_bytes(f"\0 {home}/someone".encode())
     assert machine_paths(tmp_path) == [f"bad.md:2: {home}/s..."]
+
+
+@pytest.mark.usefixtures("needs_git")
+def test_a_hook_runs_these_tests_without_changing_the_repository_that_it_checks(tmp_path: Path):
+    """As `git commit` does in a work tree beside the main one, where GIT_DIR is set."""
+    tree, common = tmp_path / "tree", tmp_path / "repository" / ".git"
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (
+        ["init", "--quiet", str(common.parent)],
+        [*who, "-C", str(common.parent), "commit", "--quiet", "--allow-empty", "-m", "first"],
+        ["-C", str(common.parent), "worktree", "add", "--quiet", "--detach", str(tree)],
+    ):
+        subprocess.run(["git", *arguments], check=True)
+    before = (common / "config").read_text()
+    environment = os.environ | {"GIT_DIR": str(common / "worktrees" / "tree"), "GIT_INDEX_FILE": str(tmp_path / "none")}
+    tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "machine_paths"]
+    done = subprocess.run(tests, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    assert (common / "config").read_text() == before

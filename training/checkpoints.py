@@ -176,14 +176,13 @@ def save_checkpoint(folder: Path, name: str, write: Callable[[Path], object], *,
 
 
 def _start(folder: Path, name: str) -> None:
-    """Check that a checkpoint may be saved, and remove what a killed save left."""
+    """Check that a checkpoint may be saved, and make room for it."""
     if _NAME.fullmatch(name) is None:
         raise ValueError(f"name: got {name!r}; accepted: 'checkpoint-' and numbers with hyphens between them")
     for path in _checkpoints(folder):
         if place(path) > place(folder / name) and damage(path) is None:
             raise ValueError(f"step: {name} is to be saved, but {path} is newer; go on from it instead")
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    _sweep(folder)
 
 
 def _finish(made: Path, target: Path, keep: int) -> Path:
@@ -205,11 +204,12 @@ def _finish(made: Path, target: Path, keep: int) -> Path:
 
 
 def last_checkpoint(folder: Path, *, main: bool) -> Path | None:
-    """Return the newest checkpoint that is whole.
+    """Return the newest checkpoint that is whole, for a run to go on from, and remove what a killed save left.
 
     Args:
         folder: where checkpoints are saved; may be missing.
-        main: print one line for every damaged checkpoint that is passed over.
+        main: whether this process is the one that removes, and that prints a line that names the checkpoint, and one
+            for every damaged checkpoint that is passed over.
 
     Returns:
         None if there are no checkpoints.
@@ -217,9 +217,13 @@ def last_checkpoint(folder: Path, *, main: bool) -> Path | None:
     Raises:
         ValueError: if there are checkpoints and none is whole.
     """
-    return newest_whole(
-        _checkpoints(folder), lambda path: damage(path) or path, tqdm.write if main else lambda _text: None
-    )
+    if main:
+        _sweep(folder)
+    say = tqdm.write if main else lambda _text: None
+    found = newest_whole(_checkpoints(folder), lambda path: damage(path) or path, say)
+    if found is not None:
+        say(f"going on from {found.name}: step {steps_done(found)}")
+    return found
 
 
 def place(checkpoint: Path) -> tuple[int, ...]:
@@ -253,6 +257,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, newest first, a replaced one after the one that replaced it."""
     paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(paths, key=lambda path: (place(path), not path.name.endswith(".replaced")), reverse=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a save left that was killed."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _prune(folder: Path, keep: int, written: Path) -> None:

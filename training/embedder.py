@@ -174,7 +174,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
     check_batches(rows, settings, state.num_processes)
     run = _prepare(pinned(settings, Path(output)), Path(output), pairs, state)
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
-    origin = provenance(settings.model)
+    origin = provenance(settings.model, run.settings.revision)
     coverage = _coverage(run)
     before = run.before()
     history = train_embedder(

@@ -55,8 +55,8 @@ def train_from_scratch(
 
     Raises:
         ValueError: if settings, configuration, tokenizer, texts and folder do not fit together, before anything is
-            written; if the tokenizer has changed since the run was started; or if the loss, the gradient or a weight is
-            not finite.
+            written; if the tokenizer, or a configuration on the Hub, has changed since the run was started; or if the
+            loss, the gradient or a weight is not finite.
     """
     run = _prepare(settings, Path(output))
     before = run.before()
@@ -99,6 +99,9 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
         # Of a model whose sizes are taken the recipe holds the whole configuration.
         sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}
+        if settings.revision is not None:
+            assert isinstance(settings.config, str)
+            sources["config"] = fingerprint(settings.config, settings.revision)
         claim_run(output, recipe, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, model, rows, state)

@@ -53,7 +53,7 @@ def finetune_language_model(
         raise ValueError("merge: got True; accepted: False with method 'full', which leaves nothing to merge")
     run = _prepare(pinned(settings, Path(output)), Path(output))
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
-    origin = provenance(settings.model)
+    origin = provenance(settings.model, run.settings.revision)
     coverage = _coverage(run)
     before = run.before()
     history, _ = train(run)

@@ -23,6 +23,7 @@ from tiny_checkpoints import save_zoo_checkpoint
 from typer.testing import CliRunner, Result
 
 from hub_stand_in import HubStandIn
+from ssm_zoo.cli.demo import app as demo
 from ssm_zoo.cli.errors import reported
 from ssm_zoo.cli.main import app
 
@@ -198,9 +199,9 @@ def work(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def begun(arguments: list[str]) -> Result:
+def begun(arguments: list[str], program: Any = app) -> Result:
     """The result of a command that must not have begun anything."""
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(program, arguments)
     assert result.exit_code == 2, (result.stderr, result.exception)
     assert not Path("out").exists() and TOKEN not in result.stderr
     return result
@@ -226,6 +227,34 @@ def test_a_training_that_could_not_push_does_not_begin(
 def test_a_training_does_not_begin_where_the_hub_refuses(training: str, hub: object) -> None:
     result = begun([*TRAININGS[training], "--push-to-hub", "tester/model"])
     assert re.fullmatch(r"ssm-zoo: [^\n]+\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("command", [*TRAININGS, "push"])
+@pytest.mark.usefixtures("work")
+def test_nothing_begins_in_offline_mode_that_would_end_in_a_push(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubStandIn() as hub:
+        point_to(hub.endpoint, monkeypatch)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        pushes = command == "push"
+        result = begun(["push", "zoo", "a/b"] if pushes else [*TRAININGS[command], "--push-to-hub", "tester/model"])
+        field = "REPO" if pushes else "--push-to-hub"
+        message = f"ssm-zoo: {field}: nothing can be pushed in offline mode; unset HF_HUB_OFFLINE"
+        assert result.stderr.startswith(message) and result.stderr.count("\n") == 1, result.stderr
+        assert not hub.requests
+
+
+def test_the_demo_does_not_begin_in_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "ssm-zoo: --repo: nothing can be pushed in offline mode" in begun([], demo).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_variable_of_the_environment_is_offline_mode(zoo: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-P", "-m", "ssm_zoo.cli.main", "push", str(zoo), "tester/model"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("ssm-zoo: REPO: nothing can be pushed in offline mode")
 
 
 @pytest.mark.parametrize("training", TRAININGS)

@@ -35,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Table(config), "contracts-table")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # the process that writes the table imports none of the tests itself
+        from library_tests import TRANSFORMERS
+
+        output["absent"] = TRANSFORMERS.absent
+
+
 class Table:
     """Collects what happened, whichever process it happened in."""
 
@@ -42,6 +50,11 @@ class Table:
         self.config = config
         self.seen: dict[str, dict[str, str]] = defaultdict(dict)  # outcome to its text, of each test
         self.broken: list[str] = []
+        self.absent: set[str] = set()  # test modules that no source has
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.absent.update(getattr(node, "workeroutput", {}).get("absent", ()))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -101,6 +114,7 @@ class Table:
         from reasons import all_reasons
 
         rows, write = self.rows(), terminalreporter.write_line
+        absent = sorted(self.absent.union(TRANSFORMERS.absent))
         sources = {"transformers": TRANSFORMERS.sources, "peft": PEFT.sources}
         for row in rows:
             if row["outcome"] in BAD:
@@ -118,16 +132,16 @@ class Table:
             write(f"{count:>6} {outcome}: {reason}")
         if self.whole_run():
             for reason in sorted(set(all_reasons()) - {row.get("reason") for row in rows}):
-                also = ", if the absent files do not need it" if TRANSFORMERS.absent else ""
+                also = ", if the absent files do not need it" if absent else ""
                 write(f"stale{also}: {reason}")
         for library, where in sources.items():
             for source, version in where.items():
                 write(f"{library}: {source} {version}")
-        if TRANSFORMERS.absent:
-            write("not in the sources, so that their tests did not run: " + ", ".join(TRANSFORMERS.absent))
+        if absent:
+            write("not in the sources, so that their tests did not run: " + ", ".join(absent))
         target = self.config.getoption("--contracts-json")
         if target:
-            report = {"sources": sources, "absent": TRANSFORMERS.absent, "broken": self.broken, "tests": rows}
+            report = {"sources": sources, "absent": absent, "broken": self.broken, "tests": rows}
             temporary = Path(f"{target}.part")
             temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
             temporary.replace(target)

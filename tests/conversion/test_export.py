@@ -25,13 +25,13 @@ from ssm_zoo.modeling.hub_code import collect_code, write_atomically, write_defa
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ["mamba-options", "mamba2-groups", "all-four", "taipan-options", "mixer-options"]
-SHARED = ["arguments.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
+SHARED = ["checks.py", "cache.py", "causal_conv1d.py", "causal_lm.py", "heads.py", "hub_code.py"]
 SHARED += [
     "hub_upload.py",
     "mixer_block.py",
     "rms_norm.py",
-    "routing.py",
-    "sequence.py",
+    "outputs.py",
+    "token_layout.py",
     "short_convolution.py",
     "ssd.py",
     "ssd_chunked.py",
@@ -46,7 +46,7 @@ SELECTIVE = ["configuration_taipan.py", "gated_mlp.py", "rotary.py", "selective_
 SELECTIVE += ["window_attention_blocks.py", "window_attention_triton.py", "window_attention_triton_kernels.py"]
 SELECTIVE += ["window_attention_traced.py"]
 MAMBA += ["selective_scan_triton_kernels.py", "state_update.py"]
-MIXING = ["attention.py", "configuration_masked_mixer.py", "document_line.py", "history_mixing.py", "masked_mix.py"]
+MIXING = ["attention.py", "configuration_masked_mixer.py", "document_line.py", "position_mixers.py", "masked_mix.py"]
 MIXING += ["masked_mix_step_triton.py", "masked_mix_triton.py", "masked_mix_triton_kernels.py", "mix_panels.py"]
 MIXING += ["mixing_cache.py", "mixing_kinds.py", "position_mixing.py", "repeat_mixing.py", "toeplitz_fft.py"]
 MIXING += ["toeplitz_mix.py"]

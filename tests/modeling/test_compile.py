@@ -5,16 +5,11 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+import transformers
 from families import ENCODERS, FAMILIES, draw_ids, make_head, make_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    CompileConfig,
-)
+from transformers import AutoModel, CompileConfig
 from transformers.cache_utils import DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -24,7 +19,19 @@ from ssm_zoo.modeling import causal_lm
 # One of each kind of layer; the others are slow tests, being many.
 QUICK = ["mamba", "mamba2", "sliding-discrete", "jamba", "convolved-attention", "taipan", "mixer", "mixer-series"]
 QUICK += ["hybrid-mixers", "mamba2-encoder", "mixer-encoder"]
-ALL = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in [*FAMILIES, *ENCODERS]]
+
+
+def some(quick: list[Any], every: list[Any]) -> list[Any]:
+    """All cases, of which the quick ones run among the fast tests."""
+    assert set(quick) <= set(every)
+    cases = [each if isinstance(each, tuple) else (each,) for each in every]
+    return [
+        pytest.param(*case, marks=[] if each in quick else [pytest.mark.slow])
+        for case, each in zip(cases, every, strict=True)
+    ]
+
+
+ALL = some(QUICK, [*FAMILIES, *ENCODERS])
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +94,10 @@ def test_one_graph_serves_lengths_and_padding_and_has_the_gradients_of_eager(nam
     check_training(name, "eager", ((9, "left"), (12, "right"), (14, "none")))
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2-full", "sliding-discrete", "taipan", "mixer"])
+MASKLESS = ["mamba", "mamba2-full", "sliding-discrete", "taipan", "mixer"]
+
+
+@pytest.mark.parametrize("name", some(MASKLESS, [*FAMILIES, *ENCODERS]))
 def test_without_a_mask_one_graph_serves_all_lengths(name: str) -> None:
     check_training(name, "eager", ((9, "absent"), (12, "absent"), (14, "absent")))
 
@@ -105,32 +115,59 @@ def test_inductor_has_the_gradients_of_eager(monkeypatch: pytest.MonkeyPatch) ->
     check_training("mamba2", "inductor", ((9, "left"), (12, "right")))
 
 
-@pytest.mark.parametrize("name", ["mamba2", "taipan", "mixer", "jamba"])
-@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_heads_with_labels_compile(auto: Any, name: str) -> None:
-    check_head(auto, name)
+def heads() -> list[tuple[str, str]]:
+    """Every family with each of its heads, by the name of the Auto class."""
+    cases = []
+    for name in [*FAMILIES, *ENCODERS]:
+        absent = {"AutoModel", "AutoModelForCausalLM" if name in ENCODERS else "AutoModelForMaskedLM"}
+        autos = (FAMILIES | ENCODERS)[name].backbone.auto_classes
+        cases += [(auto.removeprefix("AutoModelFor"), name) for auto in autos if auto not in absent]
+    return cases
 
 
-@pytest.mark.parametrize("name", ["mamba-encoder", "mixer-encoder"])
-def test_masked_heads_with_labels_compile(name: str) -> None:
-    check_head(AutoModelForMaskedLM, name)
+LABELLED = [("SequenceClassification", name) for name in ("mamba2", "taipan", "mixer", "jamba")]
+LABELLED += [("TokenClassification", name) for name in ("mamba2", "taipan", "mixer", "jamba")]
+LABELLED += [("MaskedLM", "mamba-encoder"), ("MaskedLM", "mixer-encoder"), ("CausalLM", "mamba2")]
 
 
-def check_head(auto: Any, name: str) -> None:
-    model = make_head(auto, name).double().train()
+@pytest.mark.parametrize(("head", "name"), some(LABELLED, heads()))
+def test_heads_with_labels_compile(head: str, name: str) -> None:
+    check_head(head, name, ((9, "left"), (12, "right"), (14, "none")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("head", "name"), heads())
+def test_heads_with_labels_compile_without_a_mask(head: str, name: str) -> None:
+    check_head(head, name, ((9, "absent"), (12, "absent")))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_other_labels_of_rows_compile(problem: str) -> None:
+    check_head("SequenceClassification", "mamba2", ((9, "left"), (12, "right")), problem)
+
+
+def check_head(
+    head: str, name: str, cases: tuple[tuple[int, str], ...], problem: str = "single_label_classification"
+) -> None:
+    model = make_head(getattr(transformers, f"AutoModelFor{head}"), name).double().train()
     # Left open, transformers' loss writes it at its first call, and the second one is compiled anew.
-    model.config.problem_type = "single_label_classification"
+    model.config.problem_type = problem
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for length, side in ((9, "left"), (12, "right")):
+    for length, side in cases:
         inputs = padded(length, side)
-        row = auto is AutoModelForSequenceClassification
-        labels = torch.tensor([0, 1]) if row else (inputs["input_ids"] % 2)
-        losses = []
+        labels = inputs["input_ids"] if head in ("CausalLM", "MaskedLM") else inputs["input_ids"] % 2
+        if head == "SequenceClassification":
+            labels = labels[:, -1] if problem.startswith("single") else labels[:, :2].double()
+        results = []
         for call in (compiled, model):
-            torch.manual_seed(0)
-            losses.append(call(**inputs, labels=labels).loss.detach())
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+            model.zero_grad()
+            torch.manual_seed(0)  # of a gate's noise
+            loss = call(**inputs, labels=labels).loss
+            loss.backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            results.append({"loss": loss.detach()} | gradients)
+        assert_same(*results)
     assert counter.frame_count == 1
 
 

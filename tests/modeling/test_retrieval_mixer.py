@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from families import perturb
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from ssm_zoo.conversion.export import export, verify_export
@@ -141,7 +142,7 @@ def test_saved_loaded_and_exported(tmp_path: Path) -> None:
     assert (report["auto_class"], report["shape"], report["bit_equal"]) == ("AutoModel", [1, 5], True)
     names = {path.name for path in (tmp_path / "exported").iterdir()}
     assert {"modeling_retrieval_mixer.py", "configuration_retrieval_mixer.py", "LICENSE", "README.md"} <= names
-    assert not names & {"history_mixing.py", "masked_mix.py", "ssd.py"}
+    assert not names & {"position_mixers.py", "masked_mix.py", "ssd.py"}
 
 
 # What it refuses
@@ -185,3 +186,55 @@ def test_wrong_arguments_raise(case: str) -> None:
 def test_a_malformed_configuration_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, StrictDataclassError), match=f"(?s){message}"):
         RetrievalMixerConfig(**(SIZES | change))
+
+
+def drawn(batch: int, candidates: int) -> dict[str, Tensor]:
+    """Arguments in float64, with a candidate missing and with labels."""
+    query, embeddings = (part.double() for part in draw(batch, candidates))
+    mask = torch.ones(batch, candidates, dtype=torch.long)
+    mask[0, 1] = 0
+    return {
+        "query_embeds": query,
+        "candidate_embeds": embeddings,
+        "candidate_mask": mask,
+        "labels": torch.zeros(batch, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_one_compiled_graph_serves_any_number_of_candidates_and_has_the_gradients_of_eager(masked: bool) -> None:
+    torch._dynamo.reset()
+    model = make().double().train()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for batch, candidates in ((2, 3), (4, 5), (3, 4)):  # 5: as many as there are places for
+        arguments = drawn(batch, candidates)
+        if not masked:
+            del arguments["candidate_mask"]
+        results = []
+        for call in (compiled, model):
+            model.zero_grad()
+            output = call(**arguments)
+            output.loss.backward()
+            results.append([output.logits.detach(), output.loss.detach(), *(p.grad for p in model.parameters())])
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1 and model._can_compile_fullgraph
+
+
+def test_an_exported_program_serves_any_number_of_candidates() -> None:
+    model = make().double()
+    batch, candidates = torch.export.Dim("batch", min=2), torch.export.Dim("candidates", min=2, max=5)
+    arguments = drawn(3, 4)
+    del arguments["labels"]
+    shapes = {
+        "query_embeds": {0: batch},
+        "candidate_embeds": {0: batch, 1: candidates},
+        "candidate_mask": {0: batch, 1: candidates},
+    }
+    program = torch.export.export(model, (), kwargs=arguments, dynamic_shapes=shapes).module()
+    for sizes in ((2, 5), (4, 3)):
+        arguments = drawn(*sizes)
+        del arguments["labels"]
+        with torch.no_grad():
+            torch.testing.assert_close(program(**arguments).logits, model(**arguments).logits, rtol=1e-5, atol=1e-5)

@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from families import FAMILIES, draw_ids, make_config, make_model, perturb
 from peft import LoraConfig, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,8 +75,20 @@ def sgd(model: Any) -> Any:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
 
 
+def shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Make an Accelerator shard models. On CPUs it does not: it would use DDP, whatever plugin it is given."""
+    state = accelerator.state
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin = plugin
+    # Every view of the state is brought up to date from this one. FSDP1 takes no CPU with a number.
+    PartialState._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
+    state.__dict__.update(PartialState._shared_state)
+    assert AcceleratorState().distributed_type == accelerator.distributed_type == DistributedType.FSDP
+
+
 def accelerator_for(way: str) -> Accelerator:
-    """An Accelerator that shards; on the CPU it would not by itself, which only its choice of a kind prevents."""
+    """An Accelerator that shards."""
     AcceleratorState._reset_state(True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2 if "fsdp2" in way else 1,
@@ -79,9 +97,7 @@ def accelerator_for(way: str) -> Accelerator:
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", fsdp_plugin=plugin)
-    plugin.set_mixed_precision("bf16")
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
+    shard_on_cpus(accelerator, plugin)
     return accelerator
 
 
@@ -129,6 +145,7 @@ def compare(name: str, way: str, accelerator: Accelerator | None) -> None:
         optimizer = sgd(model)
     else:
         model, optimizer = prepare(make(name, way), accelerator, way)
+        assert isinstance(model, FSDPModule if "fsdp2" in way else FullyShardedDataParallel)
     mean = torch.tensor(train(model, optimizer, slice(2 * rank, 2 * rank + 2)))
     dist.all_reduce(mean)
     gathered = weights_of(model, way)

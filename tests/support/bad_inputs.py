@@ -48,6 +48,7 @@ CONVERT = "convert mamba out --no-verify"
 GENERATE = "generate zoo abc --max-new-tokens 2"
 CARD = "card run"
 PUSH = "push zoo tester/model"
+DEMO = "demo --output out --hub-stand-in stand_in.py"
 WHOLE = (DISTILL, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD)
 
 
@@ -93,6 +94,7 @@ def save_inputs(folder: Path) -> None:
         (folder / "beir" / f"{name}.jsonl").write_text("\n".join(texts))
     judged = [f"queries{index}\tcorpus{index}\t1" for index in range(len(rows))]
     (folder / "beir" / "qrels" / "test.tsv").write_text("\n".join(["query\tcorpus\tscore", *judged]))
+    (folder / "stand_in.py").write_text("raise SystemExit(3)")  # stops before it serves
     (folder / "run").mkdir()
     shutil.copytree(folder / "zoo", folder / "run" / "student")
     (folder / "run" / "run.json").write_text("{}")
@@ -406,6 +408,24 @@ _OTHERS = [
     Case("push-nothing", "push nowhere tester/model", "nowhere"),
     Case("push-to-no-name", "push zoo a/b/c", "Repo id|REPO"),
     Case("push-without-a-token", PUSH, "token"),
+    Case("demo-a-stand-in-that-stops", DEMO, r"--hub-stand-in: stand_in\.py stopped with status 3"),
+    Case("demo-no-stand-in", DEMO, r"--hub-stand-in: there is no file stand_in\.py", spoiled("stand_in.py", missing)),
+    Case("demo-a-folder-as-stand-in", DEMO, "--hub-stand-in: there is no file", spoiled("stand_in.py", folder)),
+    Case("demo-neither-token-nor-stand-in", "demo --output out", "no token"),
+    Case("demo-into-a-file", DEMO.replace(" out ", " text.txt "), r"text\.txt is a file"),
+    Case("demo-under-a-file", DEMO.replace(" out ", " text.txt/out "), r"text\.txt/out cannot be made"),
+    Case("demo-into-a-full-folder", DEMO.replace(" out ", " beir "), "beir is not empty"),
+    Case("demo-onto-a-link", DEMO, "out is a link to nothing", lambda root: (root / "out").symlink_to("nowhere")),
+    Case("demo-no-teacher", f"{DEMO} --teacher ./nope", r"teacher: .*\./nope"),
+    Case("demo-no-teacher-in-a-folder", f"{DEMO} --teacher beir", r"teacher: .*beir has no config\.json"),
+    Case("demo-a-teacher-and-a-cache", f"{DEMO} --teacher llama --cache kept", "--cache"),
+    Case("demo-a-file-as-cache", f"{DEMO} --cache text.txt", r"--cache: text\.txt is a file"),
+    Case("demo-a-repository-with-its-owner", f"{DEMO} --repo tester/model", "--repo"),
+    Case("demo-a-repository-of-two-words", f"{DEMO} --repo 'a b'", "--repo"),
+    Case("demo-a-repository-without-a-name", f"{DEMO} --repo ''", "--repo"),
+    Case("demo-an-unknown-option", f"{DEMO} --nope", "--nope.*; see demo --help"),
+    Case("demo-an-argument", f"{DEMO} nope", "nope"),
+    Case("demo-an-option-without-its-value", "demo --output", "--output"),
     Case("no-command", "nope", "nope"),
     Case("convert-an-index-of-text", CONVERT, r"index\.json", index_of("text")),
     Case("convert-an-index-without-a-map", CONVERT, r"index\.json", index_of({"metadata": {}})),

@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     # Going on from there writes over the damaged one, and what is kept is whole.
     again = save(tmp_path, 2, content=3.0)
     assert newest(tmp_path) == again and load_file(again / FILE)["w"].tolist() == [3.0] * 8
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "going on from checkpoint-2: step 2\n"
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
     damage(first)
     damage(again)
