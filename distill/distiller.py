@@ -145,11 +145,6 @@ class Distiller(ZooTrainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
         self.add_callback(StageProgress(stage.name))
-        if self.sharding.deepspeed and not whole:
-            raise ValueError(
-                f"{self.stage_name}the objective {stage.objective!r} clips each layer's gradient by itself, which "
-                "DeepSpeed cannot; accepted with it: 'logit_distillation'. FSDP2 shards all of them."
-            )
 
     @property
     def student(self) -> ZooHybridForCausalLM:

@@ -37,6 +37,7 @@ from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
 from ..training.checkpoints import last_checkpoint, place, save_checkpoint
+from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
 from .data import TokenWindows, check_vocabulary, read_texts, tokenize
@@ -119,6 +120,11 @@ def distill(
             raise ValueError(
                 f"stages.{index}.objective: got 'matrix_orientation' for the mixer 'sliding_attention', which is "
                 "attention already; accepted: 'hidden_state_alignment', 'logit_distillation'"
+            )
+        if sharded_by() == "DeepSpeed" and stage.objective != "logit_distillation":
+            raise ValueError(
+                f"stages.{index}.objective: got {stage.objective!r}, which clips each layer's gradient by itself, as "
+                "DeepSpeed cannot; accepted with it: 'logit_distillation'. FSDP2 shares out the weights of all stages"
             )
         if stage.batch_size % state.num_processes:
             raise ValueError(

@@ -7,6 +7,7 @@ What does the sharding, and how, is accelerate's business (`accelerate launch --
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
 
+def sharded_by() -> str | None:
+    """Return what `accelerate launch` was told to share weights out by: "FSDP", "DeepSpeed" or nothing.
+
+    Raises:
+        ValueError: if it is FSDP of version 1, which has one dtype and one requires_grad for a whole block.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise ValueError(f"accelerate: fsdp_version: got {version}; accepted: 2")
+        return "FSDP"
+    return "DeepSpeed" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
+
+
 class Sharding:
     """How a Trainer's model is sharded, and the way back to whole tensors.
 
@@ -24,17 +39,12 @@ class Sharding:
 
     Args:
         trainer: with its model, which is not sharded yet.
-
-    Raises:
-        ValueError: if it is FSDP of version 1, which has one requires_grad and one dtype for a whole block.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self.fsdp = bool(trainer.is_fsdp_enabled)
         self.deepspeed = bool(trainer.is_deepspeed_enabled)
-        if self.fsdp and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError("accelerate: got FSDP version 1; accepted: version 2 (fsdp_version: 2)")
         if self.active and trainer.is_world_process_zero():
             how = "FSDP2" if self.fsdp else "DeepSpeed"
             tqdm.write(f"the weights are shared out over {trainer.accelerator.num_processes} processes by {how}")

@@ -34,6 +34,7 @@ from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
 from .packing import IGNORED, PackedDocuments, RowCollator
 from .settings import RunSettings, Settings, TrainingSettings
+from .sharding import sharded_by
 from .texts import TextRows
 
 HISTORY = 200
@@ -149,8 +150,9 @@ def processes() -> PartialState:
     """accelerate's view of the processes that were started.
 
     Raises:
-        ValueError: if it does not see all of them.
+        ValueError: if it does not see all of them, or is to shard in a way that does not work.
     """
+    sharded_by()
     # Unlike Accelerator, PartialState does not read the variable by itself.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     check_processes(state.num_processes)
