@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def sharded_by() -> str | None:
@@ -98,6 +99,8 @@ class Sharding:
         if not self.active:
             return self._trainer.model
         self._copy.load_state_dict(self.whole_state())
+        if self.deepspeed:
+            unset_hf_deepspeed_config()  # else what is loaded from now on would be shared out, too
         return self._copy.to(self._trainer.args.device)
 
     def whole_optimizer(self) -> dict[str, Any]:

@@ -239,7 +239,11 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine(folder: Path, tmp_path
 def test_the_recipes_are_the_papers() -> None:
     given = {"config": "mamba-130m", "tokenizer": "bytes", "train": ["a.txt"], "heldout": ["b.txt"]}
     mamba = parse_from_scratch(given).optimisation(1000)
-    assert (mamba["learning_rate"], mamba["lr_scheduler_kwargs"], mamba["warmup_steps"]) == (3e-3, {"min_lr": 1e-5}, 50)
+    assert (mamba["learning_rate"], mamba["lr_scheduler_kwargs"], mamba["warmup_steps"]) == (
+        3e-3,
+        {"min_lr_rate": 1e-5 / 3e-3},
+        50,
+    )
     assert (mamba["adam_beta1"], mamba["adam_beta2"], mamba["weight_decay"], mamba["max_grad_norm"]) == (
         *(0.9, 0.95),
         *(0.1, 1.0),
