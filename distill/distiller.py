@@ -51,8 +51,15 @@ class StudentInStage(nn.Module):
         """The loss of (B, L) token ids."""
         return self._loss(input_ids)
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Have the student's blocks keep their inputs alone; the Trainer of transformers 5.23 or later calls this."""
+        student: Any = self.student
+        student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Have the student's blocks keep their inputs alone; the Trainer calls this."""
+        """As `activation_checkpointing_enable`; an older Trainer calls this."""
         self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
 

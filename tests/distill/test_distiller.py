@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssm_zoo.distill import run
 from ssm_zoo.distill.recipe import parse_recipe
+from ssm_zoo.modeling.modeling_hybrid import HybridBlock
 from ssm_zoo.training.sharding import clip_gradients
 
 BOUND = 1e-3
@@ -22,7 +23,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def distill(objective: str) -> None:
+def distill(objective: str, output: str = "run", **changes: Any) -> dict[str, Any]:
     stage = {"name": "a", "objective": objective, "tokens": 64, "batch_size": 2, "learning_rate": 1e-3}
     recipe = {
         "teacher": "teacher",
@@ -30,8 +31,9 @@ def distill(objective: str) -> None:
         "data": {"train": "text.txt", "heldout": "text.txt", "sequence_length": 16},
         "stages": [{**stage, "max_grad_norm": BOUND}],
         "evaluation": {"tokens": 32, "prompts": []},
+        **changes,
     }
-    run.distill(parse_recipe(recipe), "run")
+    return run.distill(parse_recipe(recipe), output)
 
 
 @pytest.mark.parametrize("objective", ["matrix_orientation", "hidden_state_alignment", "logit_distillation"])
@@ -99,3 +101,18 @@ def test_what_cannot_share_out_the_weights_is_refused_before_anything_is_written
     with pytest.raises(ValueError, match=message):
         distill("matrix_orientation")
     assert not Path("run").exists()
+
+
+def test_gradient_checkpointing_changes_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = distill("logit_distillation", "plain")
+    ran: list[bool] = []
+    inner = HybridBlock.forward
+    monkeypatch.setattr(HybridBlock, "forward", lambda *a, **o: ran.append(torch.is_grad_enabled()) or inner(*a, **o))
+    less = distill("logit_distillation", "less", gradient_checkpointing=True)
+    losses = [[point["loss"] for point in report["stages"][0]["history"]] for report in (plain, less)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    # Two steps, each block once in the backward with gradients, and once before it or in an evaluation.
+    assert ran.count(True) >= 2 * len(plain["student"]["layers"])
+    assert less["recipe"]["gradient_checkpointing"] is True and "gradient_checkpointing" not in plain["recipe"]
+    configs = [Path(name, "student", "config.json").read_text(encoding="utf-8") for name in ("plain", "less")]
+    assert configs[0] == configs[1]
