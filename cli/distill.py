@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..harness.processes import check_processes, command_line
+from ..harness.processes import command_line
 from .options import Output, TrustRemoteCode
 from .sources import limit_waiting
 
@@ -31,18 +31,17 @@ def distill(
     from ..distill.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
-    from accelerate import Accelerator
     from rich.console import Console
 
     from ..distill.report import print_table
     from ..distill.run import distill as run
+    from ..training.trainer import processes
 
     limit_waiting()
-    accelerator = Accelerator()
-    check_processes(accelerator.num_processes)
+    state = processes()
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
     report = run(checked, output, command=command, trust_remote_code=trust_remote_code)
-    if accelerator.is_main_process:
+    if state.is_main_process:
         print_table(report, Console())
         typer.echo(f"report: {output / 'report.md'}   student: {output / 'student'}")
 

@@ -10,9 +10,13 @@ student may start orders of magnitude away from its teacher. Two looks at a few 
    an error. Its least-squares solution, one factor per head or the whole matrix shrunk towards the copied one, cannot
    do worse on these tokens than saying nothing.
 
-A masked mixer has no decays: its weights become the teacher's average attention over the same tokens, before 2.
+A masked mixer has no decays: its weights become the teacher's average attention over the same tokens, before 2. A head
+whose attention does not depend on its input is one constant matrix, which is what a masked mixer learns. The average
+over a corpus is the constant that PAPA puts in a head's place (Hassid et al., "How Much Does Attention Actually
+Attend?", Findings of EMNLP 2022), there of encoders, here causal: row i is the average over the documents that have
+more than i tokens, and so sums to 1 as their rows do.
 
-Symbols: B batch, L length, D width, E inner width, H heads, P head width.
+Symbols: B batch, L length, D width, E inner width, H heads, P head width, N positions.
 """
 
 from collections.abc import Sequence
@@ -21,13 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridForCausalLM
-from .average_attention import average_attention
 from .recipe import StudentSpec
 from .student import student_mixer
-from .teacher import capture, teacher_adapter
+from .teacher import Teacher
 
 # Half-lives in tokens that a head may get; the last one hardly forgets.
 _HALF_LIVES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
@@ -45,7 +47,7 @@ class _Moments:
 
 def calibrate(
     student: ZooHybridForCausalLM,
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     spec: StudentSpec,
     layers: Sequence[int],
     windows: Tensor,
@@ -80,9 +82,68 @@ def calibrate(
         )
 
 
+def average_attention(
+    teacher: Teacher,
+    layers: Sequence[int],
+    documents: Sequence[Tensor],
+    positions: int,
+    *,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> dict[int, Tensor]:
+    """Mean attention of each head between each pair of positions.
+
+    Args:
+        teacher: in evaluation mode.
+        layers: layers of it, each once.
+        documents: (T) token ids each, of any lengths, the rows of a (documents, T) tensor say; a document counts with
+            its first N tokens.
+        positions: N.
+        batch_size: documents in one forward, filled up at their right.
+        progress: show a progress bar.
+
+    Returns:
+        For each layer (H, N, N) float32 on the teacher's device, zero above the diagonal; rows sum to 1.
+
+    Raises:
+        ValueError: if no document reaches position N - 1, or an argument is out of range; nothing has run then.
+    """
+    if positions < 1 or batch_size < 1:
+        raise ValueError(f"positions and batch_size must be at least 1, got {positions} and {batch_size}")
+    longest = max((len(document) for document in documents), default=0)
+    if longest < positions:
+        raise ValueError(
+            f"positions: got {positions}, but the longest of the {len(documents)} documents has {longest} tokens; "
+            "accepted: at most that"
+        )
+    device = teacher.model.device
+    heads = {layer: teacher.attention(layer).num_heads for layer in layers}
+    sums = {layer: torch.zeros(heads[layer], positions, positions, device=device) for layer in layers}
+    reached = torch.zeros(positions, device=device)
+    starts = range(0, len(documents), batch_size)
+    for start in tqdm(starts, desc="average attention", unit="batch", disable=not progress, leave=False):
+        rows = [document[:positions] for document in documents[start : start + batch_size] if len(document)]
+        if not rows:
+            continue
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+        length = ids.shape[1]
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        real = torch.arange(length, device=device) < lengths[:, None]
+        reached[:length] += real.sum(0)
+
+        def on_layer(layer: int, normed_input: Tensor, real: Tensor = real, length: int = length) -> None:
+            with torch.no_grad():
+                matrix = teacher.attention_matrix(layer, normed_input) * real[:, None, :, None]
+                sums[layer][:, :length, :length] += matrix.sum(0)
+
+        # Without a mask: a document's tokens look back, and its padding follows them.
+        teacher.capture(ids, layers, ("normed_input",), on_layer=on_layer)
+    return {layer: total / reached[:, None] for layer, total in sums.items()}
+
+
 def fit_output_projections(
     student: ZooHybridForCausalLM,
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     layers: Sequence[int],
     windows: Tensor,
     method: str,
@@ -120,9 +181,9 @@ def fit_output_projections(
             moments[layer] = _Moments(inputs, cross)
 
     for batch in tqdm(windows.split(batch_size), desc="fit", unit="batch", disable=not progress, leave=False):
-        ids = batch.to(teacher.device)
+        ids = batch.to(teacher.model.device)
         if layers:
-            capture(teacher, ids, layers, ("normed_input", "attention_output"), on_layer=on_layer)
+            teacher.capture(ids, layers, ("normed_input", "attention_output"), on_layer=on_layer)
     for layer, moment in moments.items():
         mixer = student_mixer(student, layer)
         weight = mixer.get_submodule("out_proj").get_parameter("weight")
@@ -193,14 +254,12 @@ def _entering_out_proj(student: ZooHybridForCausalLM, layer: int, normed_input: 
 
 @torch.no_grad()
 def _calibrate_half_lives(
-    student: ZooHybridForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], windows: Tensor
+    student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], windows: Tensor
 ) -> None:
-    adapter = teacher_adapter(teacher)
-
     def on_layer(layer: int, normed_input: Tensor) -> None:
         mixer = student_mixer(student, layer)
-        values = adapter.attention(layer).values(normed_input).transpose(1, 2).float()  # (B, H, L, P)
-        target = adapter.attention_matrix(layer, normed_input).float() @ values
+        values = teacher.attention(layer).values(normed_input).transpose(1, 2).float()  # (B, H, L, P)
+        target = teacher.attention_matrix(layer, normed_input).float() @ values
         heads = int(mixer.num_heads)  # pyright: ignore[reportArgumentType]
         errors = []
         with torch.no_grad():
@@ -216,4 +275,4 @@ def _calibrate_half_lives(
             chosen = torch.tensor(_HALF_LIVES, dtype=torch.float64)[best.cpu()]
             mixer.set_half_lives(chosen)  # pyright: ignore[reportCallIssue]
 
-    capture(teacher, windows.to(teacher.device), layers, ("normed_input",), on_layer=on_layer)
+    teacher.capture(windows.to(teacher.model.device), layers, ("normed_input",), on_layer=on_layer)

@@ -199,13 +199,15 @@ class TokenWindows:
         for field, value, low in (("step", step, 0), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < low:
                 raise ValueError(f"{field}: got {value}; accepted: {low} or more")
+        positions = range(step * batch_size, (step + 1) * batch_size)
+        return torch.stack([self.window(position, sequence_length, seed) for position in positions])
+
+    def window(self, position: int, sequence_length: int, seed: int) -> Tensor:
+        """Return the (L) int64 ids of a window in the endless sequence of shuffled ones, from 0."""
         count = self.count(sequence_length)
-        rows = []
-        for position in range(step * batch_size, (step + 1) * batch_size):
-            epoch, place = divmod(position, count)
-            start = int(self._shuffled(count, epoch, seed)[place]) * sequence_length
-            rows.append(self._ids[start : start + sequence_length])
-        return torch.stack(rows).long()
+        epoch, place = divmod(position, count)
+        start = int(self._shuffled(count, epoch, seed)[place]) * sequence_length
+        return self._ids[start : start + sequence_length].long()
 
     def _shuffled(self, count: int, epoch: int, seed: int) -> Tensor:
         """(W,) order of the windows in an epoch. The last one is kept: it saves time and changes nothing."""
@@ -223,24 +225,3 @@ class TokenWindows:
         for part in self._ids.split(1 << 20):
             digest.update(part.numpy().astype("<i4").tobytes())
         return digest.hexdigest()
-
-
-def shard(batch: Tensor, rank: int, world: int) -> Tensor:
-    """The part of a global batch that one of several processes works on.
-
-    Args:
-        batch: (B, ...) the global batch.
-        rank: number of the process, from 0.
-        world: number of processes; divides B.
-
-    Returns:
-        (B / world, ...) consecutive rows; over the ranks in order they make up `batch`.
-
-    Raises:
-        ValueError: if `world` does not divide B, or `rank` is not below `world`.
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank: got {rank}; accepted: 0 to {world - 1}, for {world} processes")
-    if len(batch) % world:
-        raise ValueError(f"batch_size: got {len(batch)}; accepted: a multiple of the {world} processes")
-    return batch.reshape(world, -1, *batch.shape[1:])[rank]

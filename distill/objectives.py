@@ -1,23 +1,30 @@
-"""The training objectives: each turns a batch of token ids into gradients of the student and a loss to show.
+"""The training objectives: each turns a batch of token ids into the loss of a stage.
 
 Targets are streamed: one forward of the teacher hands over each layer's activations when they come up, the student's
-mixer runs forward and backward on them at once, and they are gone. One layer's activations are alive at a time, and
+layer runs forward and backward on them at once, and they are gone. One layer's activations are alive at a time, and
 nothing is stored (an epoch of hidden states would be terabytes, arXiv 2408.10189 stores none either).
 
-Symbols: B batch, L length, D width, H heads.
+So the gradients of a loss are computed while it is. The loss that is returned hands them out in its backward
+(`_Computed`), which is when what averages or shards gradients over processes expects them. For the same reason a
+student's layer is only used by calling its block, or the whole student by calling what holds it.
+
+Every loss is a mean over sequences, so that the parts of a batch add up.
+
+Symbols: B batch, L length, D width, H heads, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..modeling import ZooHybridForCausalLM
-from .losses import alignment_loss, logit_loss_backward, matrix_loss
 from .recipe import StageSpec
 from .student import student_mixer
-from .teacher import capture, teacher_adapter
+from .teacher import Teacher
 
 # What a stage's loss is called where people see it.
 LOSS_NAMES = {
@@ -25,12 +32,14 @@ LOSS_NAMES = {
     "hidden_state_alignment": "relative squared error",
     "logit_distillation": "divergence (nats/token)",
 }
+# Bound on the float32 logits of one model alive at a time in `chunked_logit_loss`.
+_LOGITS_BYTES = 64 * 2**20
 
 
 def objective(
-    stage: StageSpec, student: ZooHybridForCausalLM, teacher: PreTrainedModel, layers: Sequence[int]
-) -> Callable[[Tensor], float]:
-    """The function of a stage that takes (B, L) token ids, adds the gradients of its loss, and returns the loss.
+    stage: StageSpec, student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int]
+) -> Callable[[Tensor], Tensor]:
+    """Return the function of a stage that takes (B, L) token ids and gives its loss, of which `backward` can be called.
 
     Args:
         stage: says which.
@@ -47,68 +56,55 @@ def objective(
     )
 
 
-def matrix_orientation(
-    student: ZooHybridForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], ids: Tensor
-) -> float:
+def matrix_orientation(student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> Tensor:
     """MOHAWK's stage 1: each mixer's mixing matrix towards the attention matrix, on the teacher's hidden states.
 
     One layer's (B, H, L, L) matrices are alive at a time.
     """
-    adapter = teacher_adapter(teacher)
-    losses: list[float] = []
 
-    def on_layer(layer: int, normed_input: Tensor) -> None:
+    def loss(layer: int, normed_input: Tensor) -> Tensor:
         with torch.no_grad():
-            attention = adapter.attention_matrix(layer, normed_input)
-        mixer = student_mixer(student, layer)
+            attention = teacher.attention_matrix(layer, normed_input)
         sequence = student.backbone.sequence_of(normed_input)
-        matrix = mixer.hidden_attention(normed_input, sequence)  # pyright: ignore[reportCallIssue]
-        losses.append(_backward(matrix_loss(matrix, attention), len(layers)))
+        mixer: Any = student_mixer(student, layer)
+        return matrix_loss(mixer.hidden_attention(normed_input, sequence), attention)
 
-    capture(teacher, ids, layers, ("normed_input",), on_layer=on_layer)
-    return sum(losses) / len(losses)
+    return _mean_over_layers(student, teacher, layers, ids, ("normed_input",), loss)
 
 
 def hidden_state_alignment(
-    student: ZooHybridForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], ids: Tensor, *, target: str
-) -> float:
+    student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor, *, target: str
+) -> Tensor:
     """MOHAWK's stage 2: each mixer's (or block's) output towards the teacher's, on the teacher's hidden states."""
-    losses: list[float] = []
 
-    def on_mixer(layer: int, normed_input: Tensor, attention_output: Tensor) -> None:
-        output, _ = student_mixer(student, layer)(normed_input, student.backbone.sequence_of(normed_input))
-        losses.append(_backward(alignment_loss(output, attention_output), len(layers)))
+    def of_mixer(layer: int, normed_input: Tensor, attention_output: Tensor) -> Tensor:
+        output, *_ = student_mixer(student, layer)(normed_input, student.backbone.sequence_of(normed_input))
+        return alignment_loss(output, attention_output)
 
-    def on_block(layer: int, block_input: Tensor, block_output: Tensor) -> None:
-        output, _ = student.backbone.layers[layer](block_input, student.backbone.sequence_of(block_input))
+    def of_block(layer: int, block_input: Tensor, block_output: Tensor) -> Tensor:
+        forward: Any = type(student.backbone.layers[layer]).forward
+        sequence = student.backbone.sequence_of(block_input)
+        output, *_ = forward(student.backbone.layers[layer], block_input, sequence)
         # What the block adds: the residual stream that both share would make any block look good.
-        losses.append(_backward(alignment_loss(output - block_input, block_output - block_input), len(layers)))
+        return alignment_loss(output - block_input, block_output - block_input)
 
     if target == "mixer_output":
-        capture(teacher, ids, layers, ("normed_input", "attention_output"), on_layer=on_mixer)
-    else:
-        capture(teacher, ids, layers, ("block_input", "block_output"), on_layer=on_block)
-    return sum(losses) / len(losses)
+        return _mean_over_layers(student, teacher, layers, ids, ("normed_input", "attention_output"), of_mixer)
+    return _mean_over_layers(student, teacher, layers, ids, ("block_input", "block_output"), of_block)
 
 
 def logit_distillation(
-    student: ZooHybridForCausalLM,
-    teacher: PreTrainedModel,
-    ids: Tensor,
-    *,
-    kl: str,
-    temperature: float,
-    ce_weight: float,
-) -> float:
+    student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, *, kl: str, temperature: float, ce_weight: float
+) -> Tensor:
     """MOHAWK's stage 3: the whole student's predictions towards the teacher's."""
     with torch.no_grad():
-        theirs = teacher.base_model(ids, use_cache=False).last_hidden_state
+        theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
     mine = student.backbone(ids, use_cache=False).last_hidden_state
-    return logit_loss_backward(
+    return chunked_logit_loss(
         mine,
         student.lm_head,
         theirs,
-        teacher.get_output_embeddings(),  # pyright: ignore[reportArgumentType]
+        teacher.model.get_output_embeddings(),  # pyright: ignore[reportArgumentType]
         ids,
         kl=kl,
         temperature=temperature,
@@ -116,15 +112,176 @@ def logit_distillation(
     )
 
 
-def _backward(loss: Tensor, layers: int) -> float:
-    (loss / layers).backward()
-    return float(loss.detach())
+def _mean_over_layers(
+    student: ZooHybridForCausalLM,
+    teacher: Teacher,
+    layers: Sequence[int],
+    ids: Tensor,
+    what: Sequence[str],
+    loss: Callable[..., Tensor],
+) -> Tensor:
+    """The mean of a loss of each layer, given what one forward of the teacher captures."""
+    losses: list[Tensor] = []
+
+    def on_layer(layer: int, **captured: Tensor) -> None:
+        block = student.backbone.layers[layer]
+
+        def computed(*tensors: Tensor) -> Tensor:
+            value = loss(layer, *tensors)
+            trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            return _computed(value, trained, torch.autograd.grad(value, trained, allow_unused=True))
+
+        with _called_instead(block, computed):
+            losses.append(block(*(captured[name] for name in what)))
+
+    teacher.capture(ids, layers, what, on_layer=on_layer)
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def _called_instead(block: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Within, calling a block calls a function: what shards a model gathers a block's weights when it is called."""
+    before = block.__dict__.get("forward")
+    block.forward = function
+    try:
+        yield
+    finally:
+        del block.forward
+        if before is not None:
+            block.forward = before
+
+
+class _Computed(torch.autograd.Function):
+    """A loss whose gradients are known; backward hands them out, once."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *_tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        gradients, ctx.gradients = ctx.gradients, []
+        return None, None, *(gradient * outer[0].to(gradient.dtype) for gradient in gradients)
+
+
+def _computed(loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """The loss, with its gradients with respect to some tensors; None of one that it does not depend on."""
+    known = [(tensor, part) for tensor, part in zip(tensors, gradients, strict=True) if part is not None]
+    return _Computed.apply(  # pyright: ignore[reportReturnType]
+        loss.detach(), [part for _, part in known], *(tensor for tensor, _ in known)
+    )
+
+
+def matrix_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over sequences and heads of the Frobenius norm of the difference (MOHAWK, arXiv 2408.10189, eq. 2).
+
+    Args:
+        student: (B, H, L, L) mixing matrices.
+        teacher: (B, H, L, L) attention matrices.
+    """
+    return (student - teacher).flatten(2).norm(dim=-1).mean()
+
+
+def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over sequences of the squared error relative to the target's square: 1 for a student that says nothing.
+
+    MOHAWK's stage 2 takes the plain norm; relative to the target all layers count alike, whatever their scale.
+
+    Args:
+        student: (B, L, D) outputs.
+        teacher: (B, L, D) targets.
+    """
+    error = (student.float() - teacher.float()).square().sum((1, 2))
+    return (error / teacher.float().square().sum((1, 2)).clamp(min=1e-12)).mean()
+
+
+def logit_loss(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    *,
+    kl: str = "forward",
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+) -> Tensor:
+    """Sum over tokens of the divergence between two models' predictions, and of the cross-entropy if weighted in.
+
+    The divergence is multiplied by the squared temperature, which keeps its gradient's scale (Hinton et al.,
+    arXiv 1503.02531, section 2).
+
+    Args:
+        student: (tokens, V) logits.
+        teacher: (tokens, V) logits.
+        targets: (tokens) next tokens, -100 where there is none.
+        kl: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
+        temperature: divides both models' logits, positive.
+        ce_weight: share of the cross-entropy in [0, 1], the rest being the divergence.
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    first, second = (log_teacher, log_student) if kl == "forward" else (log_student, log_teacher)
+    loss = (first.exp() * (first - second)).sum() * temperature**2
+    if ce_weight:
+        cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
+        loss = (1 - ce_weight) * loss + ce_weight * cross_entropy
+    return loss
+
+
+def chunked_logit_loss(
+    student_hidden: Tensor,
+    student_head: nn.Module,
+    teacher_hidden: Tensor,
+    teacher_head: nn.Module,
+    input_ids: Tensor,
+    *,
+    kl: str = "forward",
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+) -> Tensor:
+    """:func:`logit_loss` per token, a few tokens' logits at a time: (B, L, V) never exists.
+
+    Args:
+        student_hidden: (B, L, D) what the student's head reads, with its graph.
+        student_head: the student's head.
+        teacher_hidden: (B, L, D) what the teacher's head reads.
+        teacher_head: the teacher's head.
+        input_ids: (B, L) tokens; the target of a position is the next one.
+        kl: as in :func:`logit_loss`.
+        temperature: as in :func:`logit_loss`.
+        ce_weight: as in :func:`logit_loss`.
+
+    Returns:
+        The loss, a mean over the B L positions.
+    """
+    trained = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
+    tokens = input_ids.numel()
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100).flatten()
+    chunk = max(_LOGITS_BYTES // (4 * student_head.get_parameter("weight").shape[0]), 1)
+    total = torch.zeros((), device=input_ids.device)
+    of_hidden: list[Tensor] = []
+    of_head: list[Tensor] = []
+    rows = zip(
+        student_hidden.detach().flatten(0, 1).split(chunk),
+        teacher_hidden.flatten(0, 1).split(chunk),
+        targets.split(chunk),
+        strict=True,
+    )
+    for mine, theirs, target in rows:
+        mine = mine.requires_grad_()
+        with torch.no_grad():
+            teacher = teacher_head(theirs)
+        loss = logit_loss(student_head(mine), teacher, target, kl=kl, temperature=temperature, ce_weight=ce_weight)
+        loss = loss / tokens
+        total += loss.detach()
+        of_mine, *parts = torch.autograd.grad(loss, [mine, *trained])
+        of_hidden.append(of_mine)
+        of_head = [whole + part for whole, part in zip(of_head, parts, strict=True)] if of_head else parts
+    return _computed(total, [student_hidden, *trained], [torch.cat(of_hidden).view_as(student_hidden), *of_head])
 
 
 @torch.no_grad()
-def layer_errors(
-    student: ZooHybridForCausalLM, teacher: PreTrainedModel, layers: Sequence[int], ids: Tensor
-) -> list[dict]:
+def layer_errors(student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> list[dict]:
     """How far each converted layer is from the teacher's, on the teacher's hidden states.
 
     Returns:
@@ -133,7 +290,6 @@ def layer_errors(
         halves, from its mean log-decay on these tokens; None where it does not decay). The last two are empty for
         attention, the last one for masked mixing too.
     """
-    adapter = teacher_adapter(teacher)
     rows: list[dict] = []
 
     def on_layer(layer: int, normed_input: Tensor, attention_output: Tensor) -> None:
@@ -148,7 +304,7 @@ def layer_errors(
                 "half_life": [],
             }
             if hasattr(mixer, "hidden_attention"):
-                attention = adapter.attention_matrix(layer, normed_input)
+                attention = teacher.attention_matrix(layer, normed_input)
                 matrix = mixer.hidden_attention(normed_input, sequence)  # pyright: ignore[reportCallIssue]
                 row["matrix_error"] = [
                     _relative(matrix[:, head], attention[:, head]) for head in range(attention.shape[1])
@@ -158,7 +314,7 @@ def layer_errors(
                 row["half_life"] = [0.6931471805599453 / rate if rate > 1e-6 else None for rate in rates.tolist()]
             rows.append(row)
 
-    capture(teacher, ids, layers, ("normed_input", "attention_output"), on_layer=on_layer)
+    teacher.capture(ids, layers, ("normed_input", "attention_output"), on_layer=on_layer)
     return rows
 
 

@@ -7,8 +7,6 @@ at every level: a misspelt key would otherwise be a setting that silently does n
 
 from __future__ import annotations
 
-import hashlib
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -231,6 +229,8 @@ class Recipe(SettingsBase):
         dtype: what the forward passes compute in; the trained weights are float32 in any case.
         checkpoint_every: steps between two checkpoints; every stage also ends with one.
         teacher_revision: branch, tag or commit of a Hub repository. A run keeps the commit.
+        gradient_checkpointing: in logit distillation recompute the blocks in the backward: less memory, more time.
+        report_to: trackers that get the curves, by transformers' names: "tensorboard", "trackio", "wandb" and others.
     """
 
     teacher: Text
@@ -242,6 +242,8 @@ class Recipe(SettingsBase):
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Count = 100
     teacher_revision: Text | None = None
+    gradient_checkpointing: bool = False
+    report_to: list[Text] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -279,6 +281,14 @@ class Recipe(SettingsBase):
                     raise wrong(
                         f"{place}sequence_length", length, f"at most student.positions = {self.student.positions}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_checkpointing_without_effect(self) -> Recipe:
+        whole = any(stage.objective == "logit_distillation" for stage in self.stages)
+        if self.gradient_checkpointing and not whole:
+            accepted = "false, since it has no effect without a stage with objective 'logit_distillation'"
+            raise wrong("gradient_checkpointing", True, accepted)
         return self
 
     @model_validator(mode="after")
@@ -333,20 +343,19 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
 
 
 def as_mapping(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-able values: every key that has an effect, defaults included."""
-    values = recipe.model_dump(mode="json")
+    """The recipe as JSON-able values: every key that has an effect on the result, defaults included.
+
+    A key that earlier versions did not know is there when it is given, so that their runs are recognised.
+    """
+    values = recipe.model_dump(mode="json", exclude={"report_to"})
+    if not recipe.gradient_checkpointing:
+        del values["gradient_checkpointing"]
     if recipe.teacher_revision is None:
         del values["teacher_revision"]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
         for field in stage.meaningless:
             del mapping[field]
     return values
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of the recipe's canonical JSON: equal for recipes that compute the same."""
-    text = json.dumps(as_mapping(recipe), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def dump(recipe: Recipe) -> str:

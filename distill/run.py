@@ -5,12 +5,10 @@ The output folder holds `run.json` and `recipe.yaml` (what the run is), `checkpo
 the same folder goes on where it stopped.
 """
 
-import math
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
@@ -38,24 +36,23 @@ from ..modeling import ZooHybridForCausalLM
 from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
+from ..training.checkpoints import last_checkpoint, place, save_checkpoint
+from ..training.sharding import sharded_by
+from ..training.trainer import CHECKPOINTS, check_trackers, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
-from .checkpoint import Checkpoint, load_latest, restore, save_checkpoint
-from .data import TokenWindows, check_vocabulary, read_texts, shard, tokenize
-from .objectives import LOSS_NAMES, layer_errors, objective
-from .optimizer import average_gradients, clip_gradients, make_optimizer, schedule_factor, trained_parameters
+from .data import TokenWindows, check_vocabulary, read_texts, tokenize
+from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
+from .fetch import teacher_commit
+from .objectives import LOSS_NAMES, layer_errors
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import finite, write_report
 from .student import build_student, zeroed_mixers
-from .teacher import load_teacher, teacher_adapter, teacher_commit
+from .teacher import Teacher, load_teacher
 
-# Points of a stage's curve that are kept, whatever its length.
-_HISTORY = 200
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
 _LAYER_WINDOWS = 2
 _KIND = "ssm-zoo distillation run"
 _REMEDY = "Lower learning_rate, or choose dtype float32."
-# What a process may run under: gradients are averaged over whole replicas.
-_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
@@ -71,10 +68,9 @@ class _Progress:
 class _Run:
     recipe: Recipe
     output: Path
-    accelerator: Accelerator
+    state: PartialState
     commit: str | None  # of a teacher on the Hub
-    teacher: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    teacher: Teacher
     student: ZooHybridForCausalLM
     layers: list[int]
     train: TokenWindows
@@ -83,13 +79,18 @@ class _Run:
 
     @property
     def main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.state.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        assert self.state.device is not None
+        return self.state.device
 
     def compute(self) -> Any:
-        """Context of every forward and backward: autocast to the recipe's dtype."""
+        """Context of every forward outside of a stage, where the Trainer sees to it: autocast to the recipe's dtype."""
         if self.recipe.dtype == "float32":
             return nullcontext()
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
 @claimed_folders_end()
@@ -112,120 +113,75 @@ def distill(
             Also if the teacher has changed since the run was started, none of the run's checkpoints is whole, or
             training gives numbers that are not finite; then no result is written.
     """
-    accelerator = Accelerator()
-    if accelerator.distributed_type not in _REPLICATED:
-        raise ValueError(
-            f"accelerate: got distributed type {accelerator.distributed_type.value}, accepted: one process, or data "
-            "parallel over CPU processes or GPUs"
-        )
+    check_trackers(recipe.report_to)
+    state = processes()
     for index, stage in enumerate(recipe.stages):
         if stage.objective == "matrix_orientation" and recipe.student.mixer == "sliding_attention":
             raise ValueError(
                 f"stages.{index}.objective: got 'matrix_orientation' for the mixer 'sliding_attention', which is "
                 "attention already; accepted: 'hidden_state_alignment', 'logit_distillation'"
             )
-        if stage.batch_size % accelerator.num_processes:
+        if sharded_by() == "DeepSpeed" and stage.objective != "logit_distillation":
+            raise ValueError(
+                f"stages.{index}.objective: got {stage.objective!r}, which clips each layer's gradient by itself, as "
+                "DeepSpeed cannot; accepted with it: 'logit_distillation'. FSDP2 shares out the weights of all stages"
+            )
+        if stage.batch_size % state.num_processes:
             raise ValueError(
                 f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
-                f"{accelerator.num_processes} processes"
+                f"{state.num_processes} processes"
             )
-    if accelerator.is_main_process:
+    if state.is_main_process:
         check_output_folder(output)
-    run = _prepare(recipe, Path(output), accelerator, trust_remote_code)
+    _refuse_old_checkpoints(Path(output))
+    run = _prepare(recipe, Path(output), state, trust_remote_code)
     # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
     origin = provenance(recipe.teacher, run.commit)
-    found = load_latest(run.output / "checkpoints", tqdm.write if run.main else lambda _: None)
+    found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
     if found is None:
         _first_evaluations(run)
     else:
         _go_back_to(run, found)
-    done = (0, 0) if found is None else (found.stage, found.step)
-    for index in range(done[0], len(recipe.stages)):
-        _train_stage(run, index, found if index == done[0] else None)
+    first, step = (0, 0) if found is None else place(found)
+    for index in range(first, len(recipe.stages)):
+        _train_stage(run, index, found if index == first and step > 0 else None)
     check_finite(run.student, "the trained student", _REMEDY)
     report = _report(run, origin, command or command_line(sys.argv[1:]))
     if run.main:
         _write_results(run, report)
-    accelerator.wait_for_everyone()
+    state.wait_for_everyone()
     return report
 
 
-def _go_back_to(run: _Run, found: Checkpoint) -> None:
+def _refuse_old_checkpoints(output: Path) -> None:
+    old = next((path for path in (output / CHECKPOINTS).glob("checkpoint-*/state.json")), None)
+    if old is not None:
+        raise ValueError(
+            f"output folder: {old.parent} was written by an earlier version of ssm-zoo, in another format. Finish the "
+            "run with that version, or give another folder to start again."
+        )
+
+
+def _go_back_to(run: _Run, found: Path) -> None:
     """Put the student and the measurements back to where a checkpoint was saved."""
+    saved = read_progress(found)
     for split, here in _fingerprints(run).items():
-        if found.extra["data"][split] != here:
-            raise ValueError(f"data.{split}: not the texts that {found.path} was made with; give the same texts")
-    restore(found, None, parameters=_saved_parameters(run))
-    run.progress = _Progress(**found.extra["progress"])
-    if run.main:
-        stage = run.recipe.stages[found.stage].name if found.stage < len(run.recipe.stages) else "the report"
-        tqdm.write(f"going on from {found.path.name}: {stage}, step {found.step}")
+        if saved["data"][split] != here:
+            raise ValueError(f"data.{split}: not the texts that {found} was made with; give the same texts")
+    weights = load_file(found / WEIGHTS)
+    for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
+        parameter.data.copy_(weights[name])
+    run.progress = _Progress(**saved["measured"])
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
     return {"train": run.train.fingerprint(), "heldout": run.heldout.fingerprint()}
 
 
-def _saved_parameters(run: _Run) -> dict[str, Tensor]:
-    """Every parameter that calibration or a stage changes."""
-    saved: dict[str, Tensor] = {}
-    for stage in run.recipe.stages:
-        mixers, others = trained_parameters(run.student, stage.train, run.layers)
-        saved |= mixers | others
-    return saved
-
-
-def _save(
-    run: _Run, stage: int, step: int, optimizer: torch.optim.Optimizer, names: list[str], entry: dict[str, Any]
-) -> None:
+def _saved_progress(run: _Run) -> dict[str, Any]:
+    """What every checkpoint holds beside weights and optimiser."""
     run.progress.peak_memory_bytes = _peak_memory(run.progress.peak_memory_bytes)
-    if run.main:
-        save_checkpoint(
-            run.output / "checkpoints",
-            stage=stage,
-            step=step,
-            parameters=_saved_parameters(run),
-            optimizer=optimizer,
-            named=names,
-            extra={"data": _fingerprints(run), "progress": asdict(run.progress), "stage": entry},
-        )
-    run.accelerator.wait_for_everyone()
-
-
-def _steps_before(run: _Run, index: int) -> int:
-    """Steps of a stage's own size that cover what the stages before it read: no stage starts with their windows."""
-    stage = run.recipe.stages[index]
-    read = sum(part.steps * part.batch_size * part.sequence_length for part in run.recipe.stages[:index])
-    return -(-read // (stage.batch_size * stage.sequence_length))
-
-
-def _stage_entry(stage: StageSpec) -> dict[str, Any]:
-    return {
-        "name": stage.name,
-        "objective": stage.objective,
-        "tokens": stage.steps * stage.batch_size * stage.sequence_length,
-        "steps": stage.steps,
-        "seconds": 0.0,
-        "loss_name": LOSS_NAMES[stage.objective],
-        "history": [],
-        "_pending": [],
-    }
-
-
-def _note(entry: dict[str, Any], stage: StageSpec, step: int, loss: float, norm: float, rate: float) -> None:
-    """Add a step to a stage's curve: a point is the mean over the steps since the one before."""
-    entry["_pending"].append((loss, norm))
-    if (step + 1) % -(-stage.steps // _HISTORY) == 0 or step + 1 == stage.steps:
-        losses, norms = zip(*entry["_pending"], strict=True)
-        entry["history"].append(
-            {
-                "step": step + 1,
-                "loss": sum(losses) / len(losses),
-                "learning_rate": rate,
-                "gradient_norm": sum(norms) / len(norms),
-            }
-        )
-        entry["_pending"] = []
+    return {"data": _fingerprints(run), "measured": asdict(run.progress)}
 
 
 def _peak_memory(before: int) -> int:
@@ -246,8 +202,8 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         "recipe": public_recipe(as_mapping(recipe)),
         "teacher": {
             "source": source,
-            "model_type": run.teacher.config.model_type,
-            "parameters": run.teacher.num_parameters(),
+            "model_type": run.teacher.model.config.model_type,
+            "parameters": run.teacher.model.num_parameters(),
             "licence": licence,
         },
         "student": {
@@ -265,7 +221,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         },
         "evaluations": run.progress.evaluations,
         "stages": run.progress.stages,
-        "processes": run.accelerator.num_processes,
+        "processes": run.state.num_processes,
         "peak_memory_bytes": _peak_memory(run.progress.peak_memory_bytes),
     }
 
@@ -281,22 +237,23 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
     write_report(run.output, report)
     with result_folder(run.output / "student") as folder:
         run.student.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
+        run.teacher.tokenizer.save_pretrained(folder)
         with decoration("the plots in the student's folder"):
             shutil.copytree(run.output / "plots", folder / "plots")
         with decoration("the model card"):
             write_card(folder, report)
 
 
-def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remote_code: bool) -> _Run:
+def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
     """Load and check everything, then claim the folder, then build and calibrate the student."""
-    main = accelerator.is_main_process
+    main = state.is_main_process
     texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
     commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
-    teacher, tokenizer = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
-    teacher.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    check_vocabulary(tokenizer, teacher.config)
-    layers = resolve_layers(recipe.student.layers, teacher_adapter(teacher).num_layers)
+    teacher = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
+    teacher.model.to(state.device)  # pyright: ignore[reportArgumentType]
+    tokenizer = teacher.tokenizer
+    check_vocabulary(tokenizer, teacher.model.config)
+    layers = resolve_layers(recipe.student.layers, teacher.num_layers)
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
     windows = {split: TokenWindows(tokenize(text, tokenizer, progress=main)) for split, text in texts.items()}
     _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
@@ -314,19 +271,9 @@ def _prepare(recipe: Recipe, output: Path, accelerator: Accelerator, trust_remot
     if main:
         claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
         write_text_whole(output / "recipe.yaml", dump(recipe))
-    accelerator.wait_for_everyone()
+    state.wait_for_everyone()
     return _Run(
-        recipe,
-        output,
-        accelerator,
-        commit,
-        teacher,
-        tokenizer,
-        student,
-        layers,
-        windows["train"],
-        windows["heldout"],
-        _Progress(),
+        recipe, output, state, commit, teacher, student, layers, windows["train"], windows["heldout"], _Progress()
     )
 
 
@@ -352,7 +299,7 @@ def _calibration_windows(run: _Run) -> Tensor:
 
 def _first_evaluations(run: _Run) -> None:
     """The teacher, the floor (converted mixers say nothing) and the student before training."""
-    _evaluate(run, "teacher", "teacher", model=run.teacher)
+    _evaluate(run, "teacher", "teacher", model=run.teacher.model)
     with zeroed_mixers(run.student, run.layers):
         _evaluate(run, "mixers zeroed", "zeroed")
     with run.compute():
@@ -372,7 +319,7 @@ def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = N
         row["trained_tokens"] = sum(stage["tokens"] for stage in run.progress.stages)
         row["seconds"] = time.monotonic() - started
         tqdm.write(_one_line(row))
-    run.accelerator.wait_for_everyone()
+    run.state.wait_for_everyone()
     run.progress.evaluations.append(row)
 
 
@@ -380,15 +327,15 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     """Scores, continuations of the recipe's prompts, and the errors of the converted layers."""
     spec = run.recipe.evaluation
     windows = run.heldout.windows(spec.sequence_length)[: max(spec.tokens // spec.sequence_length, 1)]
-    teacher = None if kind == "teacher" else run.teacher
+    teacher = None if kind == "teacher" else run.teacher.model
     scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
     row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
     row["samples"] = []
     if kind != "zeroed" and spec.prompts:
-        row["samples"] = generation_sample(model, run.tokenizer, spec.prompts, spec.max_new_tokens)
+        row["samples"] = generation_sample(model, run.teacher.tokenizer, spec.prompts, spec.max_new_tokens)
     row["layers"] = []
     if kind in ("start", "stage"):
-        ids = windows[:_LAYER_WINDOWS].to(run.accelerator.device)
+        ids = windows[:_LAYER_WINDOWS].to(run.device)
         row["layers"] = layer_errors(run.student, run.teacher, run.layers, ids)
     row = finite(row)
     # Before training a student may say nothing sensible; the teacher and a trained student have to.
@@ -406,71 +353,62 @@ def _one_line(row: dict[str, Any]) -> str:
     return f"{text} ({row['seconds']:.0f} s)"
 
 
-def _train_stage(run: _Run, index: int, found: Checkpoint | None) -> None:
+def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     """Train one stage, from its checkpoint if there is one, and evaluate the student after it."""
     stage = run.recipe.stages[index]
-    mixers, others = trained_parameters(run.student, stage.train, run.layers)
-    run.student.requires_grad_(False)
-    for parameter in (*mixers.values(), *others.values()):
-        parameter.requires_grad_(True)
-    optimizer, names = make_optimizer(stage, mixers, others)
-    entry = _stage_entry(stage)
-    first = 0
-    if found is not None and found.step > 0:
-        restore(found, optimizer, parameters=_saved_parameters(run), named=names)
-        entry, first = found.extra["stage"], found.step
-    step_loss = objective(stage, run.student, run.teacher, run.layers)
-    parameters = [*mixers.values(), *others.values()]
-    started = time.monotonic() - entry["seconds"]
-    bar = tqdm(
-        range(first, stage.steps), desc=stage.name, initial=first, total=stage.steps, unit="step", disable=not run.main
+    trainer = Distiller(
+        run.student,
+        run.teacher,
+        run.layers,
+        run.train,
+        run.recipe,
+        index,
+        run.output,
+        run.state.num_processes,
+        run.device,
+        _saved_progress(run),
     )
-    for step in bar:
-        loss, norm, rate = _train_step(run, stage, index, step, optimizer, parameters, step_loss)
-        _note(entry, stage, step, loss, norm, rate)
-        bar.set_postfix(loss=f"{loss:.4f}")
-        entry["seconds"] = time.monotonic() - started
-        last = step + 1 == stage.steps
-        if not last and (step + 1) % run.recipe.checkpoint_every == 0:
-            _save(run, index, step + 1, optimizer, names, entry)
-    optimizer.zero_grad()
+    model, points = train_or_load(trainer, found, stage.steps)
+    run.student = model.student.eval()
+    history = curve_of(points)
+    seconds, started = history[-1]["seconds"], time.monotonic()
     if stage.refit != "none":
         with run.compute():
             windows = _calibration_windows(run)
             fit_output_projections(run.student, run.teacher, run.layers, windows, stage.refit, progress=run.main)
-        entry["seconds"] = time.monotonic() - started
-    check_finite(run.student, f"stages.{stage.name}: the student after it", _REMEDY)
-    run.progress.stages.append({key: value for key, value in entry.items() if not key.startswith("_")})
+        check_finite(run.student, f"stages.{stage.name}: the student after its refit", _REMEDY)
+        seconds += time.monotonic() - started
+    run.progress.stages.append(_stage_entry(stage, history, seconds))
     _evaluate(run, stage.name, "stage")
-    # The next stage's start: its optimiser is made anew, this one's is saved but not put back.
-    _save(run, index + 1, 0, optimizer, names, entry)
+    if run.main:
+        weights = saved_parameters(run.student, run.recipe, run.layers)
+        progress = _saved_progress(run)
+        save_checkpoint(
+            run.output / CHECKPOINTS,
+            f"checkpoint-{index + 1}-0",  # the start of the next stage
+            lambda folder: write_progress(folder, weights, progress),
+        )
+    run.state.wait_for_everyone()
 
 
-def _train_step(
-    run: _Run,
-    stage: StageSpec,
-    index: int,
-    step: int,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[Tensor],
-    step_loss: Callable[[Tensor], float],
-) -> tuple[float, float, float]:
-    """One optimiser step. Returns the loss, the gradient's norm before clipping and the mixers' learning rate."""
-    factor = schedule_factor(stage, step)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    batch = run.train.batch(_steps_before(run, index) + step, stage.batch_size, stage.sequence_length, run.recipe.seed)
-    ids = shard(batch, run.accelerator.process_index, run.accelerator.num_processes).to(run.accelerator.device)
-    optimizer.zero_grad()
-    with run.compute():
-        loss = step_loss(ids)
-    loss = average_gradients(run.accelerator, parameters, loss)
-    norm = clip_gradients(run.student, stage, run.layers, parameters)
-    for name, value in (("loss", loss), ("gradient norm", norm)):
-        if not math.isfinite(value):
-            raise ValueError(f"stages.{stage.name}: the {name} is {value} at step {step + 1}; lower learning_rate")
-    optimizer.step()
-    return loss, norm, optimizer.param_groups[0]["lr"]
+def _stage_entry(stage: StageSpec, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "objective": stage.objective,
+        "tokens": stage.steps * stage.batch_size * stage.sequence_length,
+        "steps": stage.steps,
+        "seconds": seconds,
+        "loss_name": LOSS_NAMES[stage.objective],
+        "history": [
+            {
+                "step": point["step"],
+                "loss": point["loss"],
+                "learning_rate": point["learning_rate"],
+                "gradient_norm": point["grad_norm"],
+            }
+            for point in history
+        ],
+    }
 
 
 def read_report(output: str | Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 With identity convolution, open gate and copied projections a discrete Mamba-2 mixer starts as linear attention with the
 teacher's queries, keys and values and a decay: un-normalised with the identity feature map (MOHAWK's mixer,
 arXiv 2408.10189), or with softplus features and rows that sum to 1. A masked mixer starts with its values and, by
-calibration, its average attention (`average_attention.py`).
+calibration, its average attention (`calibrate.py`).
 
 Symbols: D width, H heads, KV key and value heads, P head width.
 """
@@ -14,14 +14,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..modeling.layers import llama_rope_parameters
 from ..modeling.mixer import FromAttention
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .recipe import StudentSpec
-from .teacher import TeacherAdapter, teacher_adapter
+from .teacher import Teacher
 
 # A half-life for heads whose recipe says "calibrated", before calibration has looked at the teacher.
 _UNCALIBRATED = (4.0, 64.0)
@@ -36,13 +35,11 @@ _LLAMA_NAMES = {
 }
 
 
-def build_student(
-    teacher: PreTrainedModel, spec: StudentSpec, layers: Sequence[int], *, seed: int = 0
-) -> ZooHybridForCausalLM:
-    """A student of `teacher` with the token mixers of `layers` replaced as `spec` says; everything else is copied.
+def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *, seed: int = 0) -> ZooHybridForCausalLM:
+    """Build a student with the token mixers of `layers` replaced as `spec` says; everything else is copied.
 
     Args:
-        teacher: a model of a family with an adapter.
+        teacher: the teacher.
         spec: the student's part of a recipe. `calibration`, "calibrated" half-lives and the averages that masked
             mixing starts from are `calibrate`'s business; until then heads get half-lives of 4 to 64 tokens, and random
             weights.
@@ -53,14 +50,13 @@ def build_student(
         The student in float32, in evaluation mode, on the teacher's device.
 
     Raises:
-        ValueError: if the teacher's family has no adapter, or its sizes do not fit the mixer.
+        ValueError: if the teacher's sizes do not fit the mixer.
     """
-    adapter = teacher_adapter(teacher)
-    config = _student_config(adapter, spec, layers)
+    config = _student_config(teacher, spec, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = ZooHybridForCausalLM(config)
-    state = {_student_name(name): tensor for name, tensor in teacher.state_dict().items()}
+    state = {_student_name(name): tensor for name, tensor in teacher.model.state_dict().items()}
     converted = tuple(f"backbone.layers.{layer}.mixer." for layer in layers)
     if not _taking(spec).is_attention:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(converted)}
@@ -70,15 +66,15 @@ def build_student(
         missing = [name for name in missing if name != "lm_head.weight"]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
     student.tie_weights()
-    if teacher.generation_config is not None:
-        student.generation_config = copy.deepcopy(teacher.generation_config)
+    if teacher.model.generation_config is not None:
+        student.generation_config = copy.deepcopy(teacher.model.generation_config)
     for layer in layers:
         mixer = student_mixer(student, layer)
         if hasattr(mixer, "set_half_lives"):
             mixer.set_half_lives(_half_lives(spec, mixer.num_heads))  # pyright: ignore[reportCallIssue, reportArgumentType]
         if spec.copy_projections and hasattr(mixer, "start_from"):
-            mixer.start_from(adapter.attention(layer))  # pyright: ignore[reportCallIssue]
-    student.to(device=teacher.device, dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+            mixer.start_from(teacher.attention(layer))  # pyright: ignore[reportCallIssue]
+    student.to(device=teacher.model.device, dtype=torch.float32)  # pyright: ignore[reportCallIssue]
     return student.eval()
 
 
@@ -111,12 +107,12 @@ def _taking(spec: StudentSpec) -> FromAttention:
     return row
 
 
-def _student_config(adapter: TeacherAdapter, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
-    teacher = adapter.model.config
-    mixers = ["full_attention"] * adapter.num_layers
+def _student_config(source: Teacher, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
+    teacher = source.model.config
+    mixers = ["full_attention"] * source.num_layers
     for layer in layers:
-        if not 0 <= layer < adapter.num_layers:
-            raise ValueError(f"layers: got {layer}, accepted: 0 to {adapter.num_layers - 1}")
+        if not 0 <= layer < source.num_layers:
+            raise ValueError(f"layers: got {layer}, accepted: 0 to {source.num_layers - 1}")
         mixers[layer] = spec.mixer
     replaced = _taking(spec).keys(teacher, spec) if layers else {}
     shared = dict(

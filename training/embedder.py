@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import MODEL_MAPPING, set_seed
 
-from ..conversion.load_model import check_finite
-from ..evaluation.embedder import require_sentence_transformers
+from ..conversion.load_model import check_finite, load_config
+from ..evaluation.embedder import make_embedder, require_sentence_transformers
 from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
 from ..evaluation.retrieval_data import RetrievalData
 from ..harness.errors import decoration
@@ -43,17 +43,16 @@ from ..harness.run_folder import (
     result_folder,
     write_json,
 )
+from ..modeling.backbone import ZooModel
 from ..modeling.selective_attention import SelectiveAttention
 from ..reports.embedder_card import write_embedder_card
 from ..reports.embedder_plot import write_embedder_plot
-from .adapters import pinned
+from .adapters import adapter_coverage, add_adapters, pinned, print_coverage
 from .checkpoints import check_numbers
-from .coverage import adapter_coverage, print_coverage
-from .embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs, read_pairs
 from .report import public_sources, report_head
-from .trainer import computing, processes
+from .trainer import check_trackers, compute_dtype, computing, processes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -168,6 +167,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
         )
         for field in _FIELDS
     }
+    check_trackers(settings.report_to)
     rows, state = training_rows(pairs["train"]), processes()
     if state.is_main_process:
         check_output_folder(output)
@@ -205,7 +205,7 @@ def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], 
     if state.is_main_process:
         fingerprints = {field: found.fingerprint() for field, found in pairs.items()}
         sources = {"model": fingerprint(settings.model, settings.revision)}
-        claim_run(output, {**settings.model_dump(mode="json"), "data": fingerprints}, sources, KIND)
+        claim_run(output, {**settings.identity, "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return EmbedderRun(settings, output, embedder, pairs, lengths, state)
 
@@ -333,3 +333,73 @@ def _write_results(run: EmbedderRun, report: dict[str, Any], finished: SentenceT
         with decoration("the model card"):
             write_embedder_card(folder, report)
     write_json(run.output / "report.json", report)
+
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_TASK = "FEATURE_EXTRACTION"
+
+
+def load_embedder_to_train(settings: EmbedderSettings) -> SentenceTransformer:
+    """The base model, by the package's own class and without its head, with a pooling; on the CPU.
+
+    Its weights are float32 where they are trained or computing is in float32; otherwise, under adapters, they keep the
+    checkpoint's dtype.
+
+    Raises:
+        ValueError: if it is no model of the zoo, or weights are missing.
+    """
+    _check_backbone(settings)
+    master = settings.method == "full" or compute_dtype(settings) == torch.float32
+    return _make(settings, "cpu", torch.float32 if master else "auto")
+
+
+def _make(settings: EmbedderSettings, device: str | torch.device, dtype: torch.dtype | str) -> SentenceTransformer:
+    return make_embedder(
+        settings.model,
+        revision=settings.revision,
+        pooling=settings.pooling,
+        max_tokens=settings.max_tokens,
+        query_prompt=settings.query_prompt,
+        document_prompt=settings.document_prompt,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _check_backbone(settings: EmbedderSettings) -> None:
+    config = load_config(settings.model, revision=settings.revision)
+    kind = MODEL_MAPPING.get(type(config), None)
+    if not (isinstance(kind, type) and issubclass(kind, ZooModel)):
+        raise ValueError(f"model: {settings.model} is of model_type {config.model_type!r}; accepted: one of the zoo")
+
+
+def backbone_of(embedder: SentenceTransformer) -> ZooModel | PeftModel:
+    """The model inside, or the one with adapters around it."""
+    transformer: Any = embedder[0]
+    return transformer.model
+
+
+def adapt(embedder: SentenceTransformer, settings: EmbedderSettings) -> None:
+    """Put adapters into an embedder; see `ssm_zoo.training.adapters.add_adapters`."""
+    transformer: Any = embedder[0]
+    transformer.model = add_adapters(transformer.model, settings, _TASK)
+
+
+def finished_embedder(embedder: SentenceTransformer, settings: EmbedderSettings) -> SentenceTransformer:
+    """What is saved of a trained embedder: itself, or the base model, read anew, with the adapters in its weights.
+
+    These are in the dtype of the checkpoint.
+    """
+    trained = backbone_of(embedder)
+    if not isinstance(trained, PeftModel):
+        return embedder
+    whole = _make(settings, embedder.device, "auto")
+    adapt(whole, settings)
+    transformer: Any = whole[0]
+    transformer.model.to(embedder.device)
+    set_peft_model_state_dict(transformer.model, get_peft_model_state_dict(trained, save_embedding_layers=False))
+    transformer.model = transformer.model.merge_and_unload()
+    return whole

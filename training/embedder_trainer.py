@@ -26,11 +26,10 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from torch import Tensor, nn
 
 from ..modeling.backbone import ZooModel
-from .checkpoints import CheckedTrainer
+from .checkpoints import CheckedTrainer, last_checkpoint
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs
-from .selection import SelectionMeans
-from .trainer import Watch, curve_of, decayed_parameters, train_or_load, trainer_arguments
+from .trainer import CHECKPOINTS, SelectionMeans, Watch, curve_of, decayed_parameters, train_or_load, trainer_arguments
 
 _TRAINED = "trained.safetensors"
 
@@ -199,4 +198,6 @@ def train_embedder(
         loss=infonce(embedder, settings, processes),
         callbacks=[Watch(lambda _: {}, None)],
     )
-    return curve_of(train_or_load(trainer, output, steps))
+    found = last_checkpoint(output / CHECKPOINTS, main=trainer.is_world_process_zero())
+    _, history = train_or_load(trainer, found, steps)
+    return curve_of(history)

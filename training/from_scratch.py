@@ -23,11 +23,18 @@ from ..harness.public_text import public_argument
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..reports.from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
-from .new_model import changed_keys, configuration_commit, resolve_configuration
+from .new_model import (
+    BYTES,
+    changed_keys,
+    configuration_commit,
+    entries_of,
+    learn_vocabulary,
+    load_vocabulary,
+    resolve_configuration,
+)
 from .report import common_report, write_folder, write_plots
-from .rows import make_rows, read_texts
-from .trainer import TrainingRun, optimiser_steps, processes, train
-from .vocabulary import BYTES, entries_of, learn_vocabulary, load_vocabulary
+from .texts import make_rows, read_texts
+from .trainer import TrainingRun, check_trackers, optimiser_steps, processes, train
 
 KIND = "ssm-zoo training from scratch"
 
@@ -67,6 +74,7 @@ def train_from_scratch(
 
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
     """Make and check everything, then claim the folder."""
+    check_trackers(settings.report_to)
     state = processes()
     if state.is_main_process:
         check_output_folder(output)
@@ -85,7 +93,9 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(state.device)
     if state.is_main_process:
-        given = settings.model_dump(mode="json", exclude={"config", "revision", "overrides"})
+        given = {
+            key: value for key, value in settings.identity.items() if key not in ("config", "revision", "overrides")
+        }
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
         # Of a model whose sizes are taken the recipe holds the whole configuration.
         sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}

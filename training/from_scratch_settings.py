@@ -134,7 +134,8 @@ class FromScratchSettings(TrainingSettings):
         return {
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr": self.final_learning_rate},
+            # As a share of the peak: what DeepSpeed makes of an optimiser does not know its peak any more.
+            "lr_scheduler_kwargs": {"min_lr_rate": self.final_learning_rate / self.learning_rate},
             "warmup_steps": self.warmup_steps(steps),
             "adam_beta1": self.betas[0],
             "adam_beta2": self.betas[1],

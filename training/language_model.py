@@ -22,12 +22,11 @@ from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json, write_json
 from ..reports.training_card import write_card
-from .adapters import add_adapters, load_base, load_tokenizer, merged, pinned
-from .coverage import adapter_coverage, print_coverage
+from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned, print_coverage
 from .report import common_report, write_folder, write_plots
-from .rows import make_rows, read_texts
 from .settings import LanguageModelSettings
-from .trainer import TrainingRun, processes, train
+from .texts import make_rows, read_texts
+from .trainer import TrainingRun, check_trackers, processes, train
 
 KIND = "ssm-zoo finetuning of a language model"
 
@@ -68,6 +67,7 @@ def finetune_language_model(
 
 def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[LanguageModelSettings]:
     """Load and check everything, then claim the folder."""
+    check_trackers(settings.report_to)
     state = processes()
     if state.is_main_process:
         check_output_folder(output)
@@ -80,7 +80,7 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
         trained.to(state.device)  # pyright: ignore[reportArgumentType]
     if state.is_main_process:
         sources = {"model": fingerprint(settings.model, settings.revision)}
-        claim_run(output, {**settings.model_dump(mode="json"), "data": rows.fingerprints}, sources, KIND)
+        claim_run(output, {**settings.identity, "data": rows.fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, trained, rows, state)
 

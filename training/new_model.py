@@ -1,4 +1,4 @@
-"""The configuration of a model that is trained from scratch: whose sizes, and what its tokenizer decides."""
+"""A model that is trained from scratch: its configuration and its tokenizer (one that exists, the bytes, or learnt)."""
 
 import dataclasses
 import difflib
@@ -8,22 +8,24 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from .. import modeling
-from ..conversion.load_model import load_config
+from ..conversion.byte_tokenizer import byte_tokenizer
+from ..conversion.load_model import load_config, load_tokenizer
 from ..conversion.source_files import check_config
 from ..harness.fingerprint import pinned_revision
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import override, read_yaml
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.presets import PRESETS
-from .vocabulary import entries_of
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 # Rows of the embedding are padded to it, so that they divide well, as in Mamba's checkpoints.
@@ -186,3 +188,49 @@ def _vocab_size(given: Any, entries: int) -> int:
             f"config: vocab_size: got {given!r}; accepted: {entries} or more, as many as the tokenizer has"
         )
     return given
+
+
+BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_vocabulary(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id; of "bytes" the one whose tokens are the 256 bytes.
+
+    Args:
+        source: folder, Hub id or "bytes".
+        revision: branch, tag or commit, for a Hub id.
+        trust_remote_code: run the code that the source brings.
+    """
+    if source == BYTES:
+        return byte_tokenizer()
+    return load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def learn_vocabulary(documents: Sequence[str], entries: int, *, progress: bool) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE as GPT-2's: no text is unknown to it. The same texts give the same tokenizer.
+
+    Args:
+        documents: the texts.
+        entries: of the vocabulary, 257 or more: the end of a text, the bytes, and what is merged of them. There are
+            fewer if the texts have no more pairs to merge.
+        progress: show a progress bar.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(documents, trainer, length=len(documents))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+
+
+def entries_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a model needs for a tokenizer: its largest id and one. The ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1

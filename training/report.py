@@ -51,7 +51,7 @@ def report_head(run: Run, kind: str, command: str, *distributions: str) -> dict[
         **describe_machine(*distributions),
         "processes": run.state.num_processes,
         "threads": torch.get_num_threads(),
-        "settings": {**settings.model_dump(mode="json"), **sources},
+        "settings": {**settings.identity, **sources},
         "compute_dtype": str(compute_dtype(settings)).removeprefix("torch."),
         "parameters": {"trained": sum(trained), "all": sum(p.numel() for p in run.model.parameters())},
     }

@@ -55,6 +55,14 @@ class RunSettings(SettingsBase):
     """Optimiser steps between two checkpoints."""
     trust_remote_code: bool = False
     """Run the Python code that a model or tokenizer brings along. Read it first; models of the zoo need none."""
+    report_to: Annotated[list[Text], Option(metavar="TRACKER")] = []
+    """Tracker that gets the curve while it grows, by the name that transformers has for it: tensorboard (in
+    `tensorboard/` of the run's folder), trackio, wandb; may be repeated."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run computes, by which its folder is recognised: everything but where it reports to."""
+        return self.model_dump(mode="json", exclude={"report_to"})
 
     @model_validator(mode="after")
     def _refuse_two_lengths(self) -> RunSettings:

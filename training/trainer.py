@@ -1,11 +1,12 @@
-"""The training itself, which all runs share: transformers' Trainer over packed rows, its curve, held-out losses.
+"""The one training loop, transformers' Trainer: what all runs share, and language models on packed rows.
 
 Starting the same run on the same folder goes on at the Trainer's last whole checkpoint, to the same bits.
 """
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -16,10 +17,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..conversion.load_model import check_finite
 from ..harness.processes import check_processes
@@ -28,15 +33,58 @@ from ..modeling.heads import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
 from .packing import IGNORED, PackedDocuments, RowCollator
-from .rows import TextRows
-from .selection import SelectionMeans
 from .settings import RunSettings, Settings, TrainingSettings
+from .sharding import sharded_by
+from .texts import TextRows
 
-# Points of the curve that are kept, whatever its length.
-_HISTORY = 200
+HISTORY = 200
+"""Points of a curve that are kept, whatever its length."""
 _STATE = "trainer_state.json"
-_CHECKPOINTS = "checkpoints"
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
+
+
+class SelectionMeans:
+    """Means, over several forwards, of what a model with selective layers says of itself.
+
+    Such a model (Taipan, arXiv 2410.18572) gives beside its logits `aux_loss`, a scalar that is in its `loss` while
+    training (`add_aux_loss` of `modeling/outputs.py`), and `selection_rate`, the share of the tokens that each
+    selective layer selects. Other models give neither, and nothing here has an effect then.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weight = 0.0
+
+    def add(self, outputs: Any, weight: float = 1.0) -> None:
+        """Count a forward.
+
+        Args:
+            outputs: of the model; `aux_loss` is () and `selection_rate` (layers,), or a tuple of () for each.
+            weight: of this forward in the mean.
+        """
+        self._weight += weight
+        for name in ("aux_loss", "selection_rate"):
+            value = getattr(outputs, name, None)
+            if value is not None:
+                tensor = torch.stack(tuple(value)) if isinstance(value, list | tuple) else value
+                part = weight * tensor.detach().double()
+                self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def take(self, reduce: Callable[[Tensor], Any] = lambda tensor: tensor) -> dict[str, Any]:
+        """The means, and begin anew.
+
+        Args:
+            reduce: takes the mean of a tensor over the processes.
+
+        Returns:
+            "aux_loss", a number, and "selection_rate", a list with one in [0, 1] for each selective layer, as far as
+            the model gave them.
+        """
+        means = {name: reduce(total / self._weight).tolist() for name, total in self._sums.items()}
+        self._sums, self._weight = {}, 0.0
+        return means
 
 
 @dataclass
@@ -102,12 +150,26 @@ def processes() -> PartialState:
     """accelerate's view of the processes that were started.
 
     Raises:
-        ValueError: if it does not see all of them.
+        ValueError: if it does not see all of them, or is to shard in a way that does not work.
     """
+    sharded_by()
     # Unlike Accelerator, PartialState does not read the variable by itself.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     check_processes(state.num_processes)
     return state
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that everything that a run is to report to is known and installed.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: got {name!r}; accepted: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name!r} is not installed; install it, or leave it out")
 
 
 def compute_dtype(settings: RunSettings) -> torch.dtype:
@@ -174,7 +236,14 @@ def decayed_parameters(model: nn.Module) -> list[str]:
 
 
 class ZooTrainer(CheckedTrainer, Trainer):
-    """transformers' Trainer, with the zoo's rule of weight decay and a curve that says more.
+    """The Trainer of every training here: transformers', with checked checkpoints and the zoo's weight decay."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+
+class LanguageModelTrainer(ZooTrainer):
+    """Trains a language model on packed rows, with a curve that says more.
 
     The curve's loss is the language model's alone; "tokens" are those that have been predicted since the run began, by
     all processes; "aux_loss" and "selection_rate" are means over the steps since the last point.
@@ -187,9 +256,6 @@ class ZooTrainer(CheckedTrainer, Trainer):
         self._selection = SelectionMeans()
         self._predicted = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return decayed_parameters(model)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -265,7 +331,7 @@ def train(
     """
     settings, config = run.settings, run.model.config
     use_cache = config.use_cache
-    trainer = ZooTrainer(
+    trainer = LanguageModelTrainer(
         model=run.model,
         args=TrainingArguments(
             gradient_accumulation_steps=settings.gradient_accumulation,
@@ -276,7 +342,9 @@ def train(
         callbacks=[Watch(run.evaluate, evaluate_every)],
     )
     config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
-    points = train_or_load(trainer, run.output, run.steps)
+    found = last_checkpoint(run.output / CHECKPOINTS, main=run.state.is_main_process)
+    run.model, points = train_or_load(trainer, found, run.steps)
+    run.model.config.use_cache = use_cache
     return curve_of(points), [
         {"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point
     ]
@@ -284,52 +352,72 @@ def train(
 
 def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: torch.device) -> dict[str, Any]:
     """Arguments of transformers' `TrainingArguments` for a run of so many steps, with checkpoints in its folder."""
-    every = math.ceil(steps / _HISTORY)
     return {
-        "output_dir": str(output / _CHECKPOINTS),
-        "max_steps": steps,
+        **loop_arguments(steps, output, device, settings.checkpoint_every, settings.report_to),
         "per_device_train_batch_size": settings.batch_size,
         **settings.optimisation(steps),
         "bf16": compute_dtype(settings) == torch.bfloat16,
-        **_checkpointing(settings),
+        **(gradient_checkpointing() if settings.gradient_checkpointing else {}),
         "seed": settings.seed,
         "data_seed": settings.seed,
+    }
+
+
+def loop_arguments(
+    steps: int, output: Path, device: torch.device, checkpoint_every: int, report_to: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of transformers' `TrainingArguments` that do not depend on what is trained.
+
+    Args:
+        steps: optimiser steps of the whole training.
+        output: folder of the run.
+        device: where it is trained.
+        checkpoint_every: steps from one checkpoint to the next.
+        report_to: trackers that are told of every point of the curve, as transformers calls them.
+    """
+    if "tensorboard" in report_to:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+    every = math.ceil(steps / HISTORY)
+    return {
+        "output_dir": str(output / CHECKPOINTS),
+        "max_steps": steps,
         "logging_steps": every,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         # At a point of the curve, since the Trainer forgets the loss since the last one.
-        "save_steps": math.ceil(settings.checkpoint_every / every) * every,
-        "report_to": [],
+        "save_steps": math.ceil(checkpoint_every / every) * every,
+        "report_to": list(report_to),
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
     }
 
 
-def train_or_load(trainer: Trainer, output: Path, steps: int) -> list[dict[str, Any]]:
-    """Train to a number of steps, from the last whole checkpoint if there is one.
+def train_or_load(
+    trainer: ZooTrainer | CheckedTrainer, found: Path | None, steps: int
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Train to a number of steps, from a checkpoint if there is one.
 
     Args:
-        trainer: made with :func:`trainer_arguments`; its model is trained in place.
-        output: the folder of the run.
+        trainer: made with :func:`loop_arguments`; its model is trained in place.
+        found: the last whole checkpoint.
         steps: of the whole training.
 
     Returns:
-        The Trainer's history.
+        The trained model, all of it in every process, and the Trainer's history.
 
     Raises:
-        ValueError: if there are checkpoints and none is whole, or the loss, the gradient or the trained weights are not
-            finite.
+        ValueError: if the loss, the gradient or the trained weights are not finite.
     """
-    found = last_checkpoint(output / _CHECKPOINTS, main=trainer.is_world_process_zero())
+    if found is not None and (steps_done(found) >= steps or trainer.sharding.fsdp):
+        trainer._load_from_checkpoint(str(found))
     if found is None or steps_done(found) < steps:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
         history = trainer.state.log_history
-    else:
-        trainer._load_from_checkpoint(str(found))  # the Trainer would do one step more
+    else:  # the Trainer would do one step more
         history = read_json(found / _STATE)["log_history"]
-    model: Any = trainer.model
-    check_finite(model, "the trained model", "Lower learning_rate.")
-    return history
+    model = trainer.whole_model()
+    check_finite(model, f"{trainer.stage_name}the trained model", "Lower learning_rate.")
+    return model, history
 
 
 def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -337,10 +425,8 @@ def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: point[key] for key in _POINT if key in point} for point in history if "loss" in point]
 
 
-def _checkpointing(settings: RunSettings) -> dict[str, Any]:
-    """The Trainer's arguments for it: transformers 5.23 gave them another name and warns of the old one."""
-    if not settings.gradient_checkpointing:
-        return {}
+def gradient_checkpointing() -> dict[str, Any]:
+    """The Trainer's arguments that turn it on: transformers 5.23 gave them another name and warns of the old one."""
     new = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

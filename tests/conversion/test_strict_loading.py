@@ -276,7 +276,7 @@ def test_logits_that_are_not_finite_are_not_generated_from(work: Path) -> None:
 
 def test_a_gguf_teacher_lacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
-    from test_fetch import write_gguf
+    from gguf_files import write_gguf
 
     write_gguf(tmp_path / "tiny.gguf")
     load_gguf(tmp_path / "tiny.gguf")

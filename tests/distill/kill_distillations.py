@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from ssm_zoo.distill import run
+from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.recipe import Recipe, load_recipe
 from ssm_zoo.distill.teacher import load_teacher
 
-START, TRAINING, RESULTS = (function.__code__ for function in (run._prepare, run._train_step, run._report))
+START, TRAINING, RESULTS = (function.__code__ for function in (run._prepare, Distiller.compute_loss, run._report))
 
 
 def on_calls(act: Callable[[CodeType], None]) -> None:

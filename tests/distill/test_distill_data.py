@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.normalizers import Prepend, Replace, Sequence
+from torch.utils.data import BatchSampler
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ssm_zoo.distill import data
-from ssm_zoo.distill.data import TokenWindows, check_vocabulary, read_texts, shard, tokenize
+from ssm_zoo.distill.data import TokenWindows, check_vocabulary, read_texts, tokenize
+from ssm_zoo.distill.distiller import StageWindows
+from ssm_zoo.distill.recipe import StageSpec
 
 # What seed 0 gives for ten windows in two epochs; a change would break every recorded run.
 ORDER = [[1, 7, 0, 6, 2], [4, 5, 8, 9, 3], [7, 2, 5, 9, 4], [1, 6, 3, 8, 0]]
@@ -264,22 +268,17 @@ def test_no_text_is_too_short_for_any_window() -> None:
         windows.windows(2)
 
 
-def test_shards_make_up_the_batch() -> None:
-    batch = TokenWindows(torch.arange(60)).batch(2, 6, 5, seed=0)
+def test_processes_share_a_batch_of_a_stage() -> None:
+    """As accelerate shares out what a Trainer reads: over the processes in order they are the whole batch."""
+    windows = TokenWindows(torch.arange(60))
+    stage = {"name": "a", "objective": "logit_distillation", "batch_size": 6, "sequence_length": 5, "tokens": 90}
+    stages = [StageSpec(**stage, learning_rate=1.0), StageSpec(**{**stage, "name": "b"}, learning_rate=1.0)]
+    rows = StageWindows(windows, stages, 1, seed=0)
+    assert len(rows) == 18
     for world in (1, 2, 3, 6):
-        parts = [shard(batch, rank, world) for rank in range(world)]
-        assert {part.shape for part in parts} == {(6 // world, 5)}
-        assert torch.equal(torch.cat(parts), batch)
-
-
-@pytest.mark.parametrize(
-    ("rank", "world", "message"),
-    [
-        pytest.param(0, 4, "batch_size: got 6; accepted: a multiple of the 4 processes", id="indivisible"),
-        pytest.param(2, 2, "rank: got 2; accepted: 0 to 1", id="rank-too-large"),
-        pytest.param(-1, 2, "rank: got -1; accepted: 0 to 1", id="rank-negative"),
-    ],
-)
-def test_shards_that_cannot_be_are_refused(rank: int, world: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        shard(torch.zeros(6, 5), rank, world)
+        sampler = BatchSampler(range(len(rows)), 6 // world, drop_last=False)
+        shares = [list(BatchSamplerShard(sampler, world, rank)) for rank in range(world)]
+        for step in range(3):
+            read = [rows[item]["input_ids"] for share in shares for item in share[step]]
+            # The stage before it has read three steps.
+            assert torch.equal(torch.stack(read), windows.batch(3 + step, 6, 5, seed=0))

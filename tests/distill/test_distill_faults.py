@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_llama
 
 from ssm_zoo.distill import run
+from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.recipe import parse_recipe
 
 STEPS = 6
@@ -37,20 +38,24 @@ def start() -> None:
     run.distill(parse_recipe(RECIPE), "run")
 
 
-def before_step(step: int, patch: pytest.MonkeyPatch, change: Callable[..., object]) -> None:
-    """Do something before one step of the stage, counted from 1."""
-    inner = run._train_step
+def before_step(step: int, patch: pytest.MonkeyPatch, change: Callable[[Any], object]) -> None:
+    """Do something to the student before one step of the stage, counted from 1."""
+    inner = Distiller.training_step
 
-    def changed(here: Any, stage: Any, index: int, at: int, *arguments: Any) -> Any:
-        if at + 1 == step:
-            change(here, *arguments)
-        return inner(here, stage, index, at, *arguments)
+    def changed(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            change(self.student)
+        return inner(self, *arguments, **options)
 
-    patch.setattr(run, "_train_step", changed)
+    patch.setattr(Distiller, "training_step", changed)
 
 
-def interrupt(*_: object) -> None:
+def interrupt(_student: Any) -> None:
     raise KeyboardInterrupt
+
+
+def spoil(student: Any) -> None:
+    student.backbone.layers[1].mixer.out_proj.weight.data.fill_(float("nan"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["*.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["*.safetensors", "optimizer.pt", "progress.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.usefixtures("work")
 def test_a_damaged_checkpoint_is_passed_over_to_the_same_student(
@@ -131,7 +136,7 @@ def test_a_run_that_does_not_say_what_it_began_with_is_refused() -> None:
 @pytest.mark.usefixtures("work")
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree("run")
-    before_step(step, monkeypatch, lambda _run, _optimizer, parameters, _loss: parameters[0].data.fill_(torch.nan))
+    before_step(step, monkeypatch, spoil)
     with pytest.raises(ValueError, match=rf"stages\.align: the loss is nan at step {step}; lower learning_rate"):
         start()
     assert nothing_is_made()
@@ -141,16 +146,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(step: int, monkeypa
 def test_a_last_step_that_makes_weights_not_finite_leaves_no_student(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is computed with these weights any more: no loss tells."""
     shutil.rmtree("run")
-    inner = run._train_step
+    inner = torch.optim.AdamW.step
+    steps: list[None] = []
 
-    def overflowing(here: Any, stage: Any, index: int, at: int, optimizer: Any, parameters: Any, loss: Any) -> Any:
-        result = inner(here, stage, index, at, optimizer, parameters, loss)
-        if at + 1 == STEPS:
-            parameters[0].data.fill_(float("nan"))
+    def overflowing(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = inner(self, *arguments, **options)
+        steps.append(None)
+        if len(steps) == STEPS:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
         return result
 
-    monkeypatch.setattr(run, "_train_step", overflowing)
-    with pytest.raises(ValueError, match=r"stages\.align: the student after it: .* of the weights are not finite"):
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    with pytest.raises(ValueError, match=r"stages\.align: the trained model: .* of the weights are not finite"):
         start()
     assert nothing_is_made()
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from teachers import make_teacher, save_teacher, small_text, small_tokenizer, trained_teacher
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.distill import run
 from ssm_zoo.distill.data import TokenWindows, tokenize
-from ssm_zoo.distill.optimizer import schedule_factor
+from ssm_zoo.distill.distiller import schedule_factor
 from ssm_zoo.distill.recipe import load_recipe, parse_recipe
 from ssm_zoo.distill.run import distill, read_report
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
@@ -151,7 +150,7 @@ def test_a_run_leaves_a_student_a_report_and_no_litter(finished: Path) -> None:
     assert student >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_hybrid.py", "plots"}
     assert load_recipe(finished / "recipe.yaml") == load_recipe(finished.parent / "recipe.yaml")
     checkpoints = {path.name for path in (finished / "checkpoints").iterdir()}
-    assert checkpoints == {"checkpoint-2-10", "checkpoint-3-0"}
+    assert checkpoints == {"checkpoint-2-12", "checkpoint-3-0"}
 
 
 def test_the_report_tells_the_whole_run(finished: Path) -> None:
@@ -268,15 +267,16 @@ def test_a_stage_starts_with_texts_that_none_before_it_read(place: Path, monkeyp
     values["stages"] = [{**stage, **size} for stage, size in zip(STAGES, sizes, strict=True)]
     values["evaluation"]["prompts"] = []
     read: list[tuple[int, ...]] = []
-    batch = TokenWindows.batch
-    monkeypatch.setattr(TokenWindows, "batch", lambda *arguments: read.append(arguments[1:]) or batch(*arguments))
+    window = TokenWindows.window
+    monkeypatch.setattr(TokenWindows, "window", lambda *arguments: read.append(arguments[1:]) or window(*arguments))
     distill(parse_recipe(values), place / "order")
-    # Step, batch size, length, seed; the calibration and the refit read windows of another seed.
-    trained = [arguments for arguments in read if arguments[3] == 0]
-    assert {arguments[3] for arguments in read} == {0, 1}
+    # Position, length, seed; the calibration and the refit read windows of another seed.
+    trained = [arguments for arguments in read if arguments[2] == 0]
+    assert {arguments[2] for arguments in read} == {0, 1}
     # 2 steps of 128 tokens are 5.3 steps of 48; those and 4 of 48 are 3.5 of 128.
-    first, second, third = [(0, 4, 32, 0), (1, 4, 32, 0)], [(step, 3, 16, 0) for step in range(6, 10)], [(4, 4, 32, 0)]
-    assert trained == first + second + third
+    first, second, third = range(8), range(18, 30), range(16, 20)
+    expected = [(at, 32, 0) for at in first] + [(at, 16, 0) for at in second] + [(at, 32, 0) for at in third]
+    assert trained == expected
 
 
 def test_another_seed_is_another_run(finished: Path, place: Path) -> None:
@@ -449,28 +449,21 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not output.parent.exists()
 
 
-@pytest.mark.parametrize(
-    ("accelerator", "message"),
-    [
-        pytest.param(
-            {"num_processes": 3, "distributed_type": DistributedType.MULTI_CPU},
-            r"stages\.0\.batch_size: got 4; accepted: a multiple of the 3 processes",
-            id="batch size",
-        ),
-        pytest.param(
-            {"num_processes": 2, "distributed_type": DistributedType.FSDP},
-            r"accelerate: got distributed type FSDP, accepted: one process, or data parallel",
-            id="sharded model",
-        ),
-    ],
-)
-def test_processes_that_do_not_fit_are_refused(
-    accelerator: dict[str, Any], message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "Accelerator", lambda: SimpleNamespace(**accelerator))
-    with pytest.raises(ValueError, match=message):
+def test_processes_that_do_not_fit_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "processes", lambda: SimpleNamespace(num_processes=3, is_main_process=True))
+    with pytest.raises(ValueError, match=r"stages\.0\.batch_size: got 4; accepted: a multiple of the 3 processes"):
         distill(parse_recipe(recipe_values(place)), tmp_path / "output")
     assert not (tmp_path / "output").exists()
+
+
+def test_checkpoints_of_an_earlier_version_are_refused(finished: Path, place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(finished, output)
+    (output / "checkpoints" / "checkpoint-3-0" / "state.json").write_text("{}", encoding="utf-8")
+    before = files_of(output)
+    with pytest.raises(ValueError, match=r"by an earlier version of ssm-zoo.*Finish the run with that version"):
+        distill(load_recipe(place / "recipe.yaml"), output)
+    assert files_of(output) == before
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(finished: Path, place: Path, tmp_path: Path) -> None:

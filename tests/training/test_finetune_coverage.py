@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
 
-from ssm_zoo.training.coverage import adapter_coverage, print_coverage
+from ssm_zoo.training.adapters import adapter_coverage, print_coverage
 from ssm_zoo.training.packing import PackingCollator
 
 BATCH = PackingCollator(24)([{"input_ids": draw_ids(length, seed=length)} for length in (11, 9, 5)])

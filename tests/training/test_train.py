@@ -29,8 +29,7 @@ from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.modeling.presets import PRESETS
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import RECIPES, FromScratchSettings, parse_from_scratch
-from ssm_zoo.training.new_model import changed_keys, resolve_configuration
-from ssm_zoo.training.vocabulary import END_OF_TEXT, entries_of, learn_vocabulary
+from ssm_zoo.training.new_model import END_OF_TEXT, changed_keys, entries_of, learn_vocabulary, resolve_configuration
 
 TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2"
 MAMBA2 = {
@@ -240,7 +239,11 @@ def test_the_learning_rate_rises_and_falls_along_a_cosine(folder: Path, tmp_path
 def test_the_recipes_are_the_papers() -> None:
     given = {"config": "mamba-130m", "tokenizer": "bytes", "train": ["a.txt"], "heldout": ["b.txt"]}
     mamba = parse_from_scratch(given).optimisation(1000)
-    assert (mamba["learning_rate"], mamba["lr_scheduler_kwargs"], mamba["warmup_steps"]) == (3e-3, {"min_lr": 1e-5}, 50)
+    assert (mamba["learning_rate"], mamba["lr_scheduler_kwargs"], mamba["warmup_steps"]) == (
+        3e-3,
+        {"min_lr_rate": 1e-5 / 3e-3},
+        50,
+    )
     assert (mamba["adam_beta1"], mamba["adam_beta2"], mamba["weight_decay"], mamba["max_grad_norm"]) == (
         *(0.9, 0.95),
         *(0.1, 1.0),

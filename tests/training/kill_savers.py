@@ -1,6 +1,6 @@
 """Kill processes that save checkpoints, at every moment that can be told apart, and look at what they leave.
 
-`python tests/distill/kill_savers.py FOLDER` is run by test_checkpoint.py as its own process: it forks. Savers
+`python tests/distill/kill_savers.py FOLDER` is run by test_checkpoints.py as its own process: it forks. Savers
 die at each file-system call in turn (an audit hook counts them), in the middle of the tensor file, and at random
 moments. After each death there must be a whole checkpoint, the new one or the one before, and saving must go on.
 Prints the number of deaths as JSON; an AssertionError is a failure.
@@ -13,15 +13,14 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from ssm_zoo.distill import checkpoint
-from ssm_zoo.distill.checkpoint import load_latest, save_checkpoint
+from ssm_zoo.training.checkpoints import last_checkpoint, save_checkpoint
 
 CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir"}
 # Steps saved one after the other; the saver of the last one dies. Two are kept: the third save removes one.
@@ -29,29 +28,20 @@ SCENARIOS = {"first": [1], "pruning": [1, 2, 3], "replacing": [1, 2, 2]}
 
 
 def save(folder: Path, step: int, content: int) -> None:
-    weight = torch.nn.Parameter(torch.full((4096,), float(content)))
-    weight.grad = torch.full_like(weight, float(content))
-    optimizer = torch.optim.AdamW([weight], lr=0.0, weight_decay=0.0)
-    optimizer.step()
-    save_checkpoint(
-        folder,
-        stage=0,
-        step=step,
-        parameters={"w": weight},
-        optimizer=optimizer,
-        named=["w"],
-        extra={"content": content},
-    )
+    def write(made: Path) -> None:
+        save_file({"w": torch.full((4096,), float(content))}, made / "weights.safetensors")
+        (made / "content.json").write_text(json.dumps(content))
+
+    save_checkpoint(folder, f"checkpoint-{step}", write)
 
 
 def check(folder: Path, allowed: set[int | None]) -> int | None:
     """Which save the newest whole checkpoint is of; all its parts must be of that one."""
-    found = load_latest(folder)
-    content = found.extra["content"] if found else None
+    found = last_checkpoint(folder, main=False)
+    content = json.loads((found / "content.json").read_text()) if found else None
     assert content in allowed, (content, allowed, sorted(folder.iterdir()))
     if found:
-        assert (found.parameters["w"] == content).all()
-        assert torch.allclose(found.tensors["optimizer.exp_avg.w"], torch.full((4096,), 0.1 * content))
+        assert (load_file(found / "weights.safetensors")["w"] == content).all()
     return content
 
 
@@ -112,16 +102,12 @@ def kill_at_every_call(root: Path, steps: list[int]) -> int:
 
 
 def kill_in_the_tensor_file(folder: Path) -> None:
-    def half(_: Any, path: Path, **__: Any) -> None:
-        path.write_bytes(b"half of the tensors")
+    def half(made: Path) -> None:
+        (made / "weights.safetensors").write_bytes(b"half of the tensors")
         die()
 
-    def work() -> None:
-        checkpoint.save_file = half
-        save(folder, 2, 2)
-
     save(folder, 1, 1)
-    assert not survives(fork(work))
+    assert not survives(fork(lambda: save_checkpoint(folder, "checkpoint-2", half)))
     check(folder, {1})
 
 
@@ -152,7 +138,6 @@ def kill_at_random(folder: Path, rounds: int) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    warnings.simplefilter("error", RuntimeWarning)
     root = Path(sys.argv[1])
     deaths = {name: kill_at_every_call(root / name, steps) for name, steps in SCENARIOS.items()}
     kill_in_the_tensor_file(root / "half")

@@ -1,0 +1,169 @@
+"""A layer's attention as weights in one shape, whatever the layout of the model family that it comes from.
+
+Symbols: B batch, L length, D width, H query heads, KV key and value heads, P head width, R rotated channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionView:
+    """Causal softmax attention of one layer, with the weights in one shape for all families.
+
+    The tensors share their storage with the teacher's and are detached. Head h reads key and value head
+    h // (H / KV). With R < P only the first R channels of a head are rotated, in halves (GPT-NeoX order).
+
+    Attributes:
+        q: (H*P, D) query weights, head by head.
+        k: (KV*P, D) key weights.
+        v: (KV*P, D) value weights.
+        o: (D, H*P) output weights.
+        num_heads: H.
+        num_key_value_heads: KV, a divisor of H.
+        head_dim: P; H*P need not equal D.
+        scaling: factor on the scores, positive; 1 / sqrt(P) for most families.
+        q_bias: (H*P,) or None.
+        k_bias: (KV*P,) or None.
+        v_bias: (KV*P,) or None.
+        o_bias: (D,) or None.
+        rotary: the teacher's own module (hidden, position_ids) -> cos, sin, each (B or 1, L, R); None without
+            rotary positions.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scaling: float
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    rotary: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: got {self.num_key_value_heads}, accepted: a divisor of {self.num_heads}"
+            )
+        D = self.q.shape[-1]
+        rows, key_rows = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        expected = {"q": (rows, D), "k": (key_rows, D), "v": (key_rows, D), "o": (D, rows)}
+        for name, shape in expected.items():
+            weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {shape}")
+            if bias is not None and tuple(bias.shape) != shape[:1]:
+                raise ValueError(f"{name}_bias: got shape {tuple(bias.shape)}, expected {shape[:1]}")
+
+    def expand_heads(self, rows: Tensor) -> Tensor:
+        """Give each query head its own copy of the key or value rows it reads.
+
+        Args:
+            rows: (KV*P, ...) a key or value weight or bias.
+
+        Returns:
+            (H*P, ...) a new tensor: whole heads repeated, not rows.
+        """
+        heads = rows.unflatten(0, (self.num_key_value_heads, self.head_dim))
+        return heads.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=0).flatten(0, 1)
+
+    def queries_keys(self, hidden: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they meet in the scores: with bias, rotated, keys repeated for the heads of a group.
+
+        Args:
+            hidden: (B, L, D) output of the layer's input norm.
+            position_ids: (B, L) or (1, L) integer positions; 0 to L-1 if None.
+
+        Returns:
+            Queries and keys, each (B, L, H, P), without the scaling.
+        """
+        queries = F.linear(hidden, self.q, self.q_bias).unflatten(-1, (self.num_heads, self.head_dim))
+        keys = F.linear(hidden, self.k, self.k_bias).unflatten(-1, (self.num_key_value_heads, self.head_dim))
+        if self.rotary is not None:
+            if position_ids is None:
+                position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            cos, sin = self.rotary(hidden, position_ids)
+            queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
+        return queries, keys.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values (B, L, H, P), repeated for the heads of a group, of normed hidden states (B, L, D)."""
+        values = F.linear(hidden, self.v, self.v_bias).unflatten(-1, (self.num_key_value_heads, self.head_dim))
+        return values.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
+
+    def attention_matrix(
+        self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention weights after the softmax.
+
+        Args:
+            hidden: (B, L, D) output of the layer's input norm.
+            position_ids: (B, L) or (1, L) integer positions; 0 to L-1 if None.
+            mask: (B, L), nonzero at real tokens, or (B, L, L), nonzero where row i may look at column j; in
+                addition to the causal mask.
+
+        Returns:
+            (B, H, L, L) float32 (float64 for float64 input). Rows sum to 1; one that may look nowhere is 0.
+        """
+        queries, keys = self.queries_keys(hidden, position_ids)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        scores = torch.einsum("bihp,bjhp->bhij", queries.to(dtype), keys.to(dtype)) * self.scaling
+        visible = _visible(hidden, mask)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+
+    def head_outputs(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """What each head puts into the output projection, without an L x L matrix in memory where torch can.
+
+        Args:
+            hidden: (B, L, D) output of the layer's input norm.
+            position_ids: as in `attention_matrix`.
+            mask: as in `attention_matrix`.
+
+        Returns:
+            (B, L, H, P), in the dtype of `hidden`.
+        """
+        queries, keys = (states.transpose(1, 2) for states in self.queries_keys(hidden, position_ids))
+        values = self.values(hidden).transpose(1, 2)
+        if mask is None:
+            outputs = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self.scaling)
+        else:
+            visible = _visible(hidden, mask)
+            outputs = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=self.scaling)
+            # torch leaves open what a row without any visible column gives.
+            outputs = outputs.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+        return outputs.transpose(1, 2)
+
+    def attention_output(
+        self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Output of the whole attention module, (B, L, D); arguments as in `attention_matrix`."""
+        return F.linear(self.head_outputs(hidden, position_ids, mask).flatten(2), self.o, self.o_bias)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first R channels of (B, L, heads, P) by angles given as cos and sin, each (B or 1, L, R)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+def _visible(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """(B or 1, 1, L, L) bool, True where row i may look at column j: at or before it, and allowed by the mask."""
+    B, L = hidden.shape[:2]
+    causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    if mask is None:
+        return causal
+    if tuple(mask.shape) not in ((B, L), (B, L, L)):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, accepted: {(B, L)} or {(B, L, L)}")
+    allowed = mask.to(torch.bool)
+    return causal & (allowed[:, None, None, :] if allowed.ndim == 2 else allowed[:, None])

@@ -1,0 +1,327 @@
+"""The training of one stage: the training loop of `training/`, with a distillation's objectives and optimiser."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import ProgressCallback, TrainingArguments
+
+from ..harness.run_folder import json_text
+from ..modeling import ZooHybridForCausalLM
+from ..training.sharding import clip_gradients
+from ..training.trainer import Watch, ZooTrainer, gradient_checkpointing, loop_arguments
+from .data import TokenWindows
+from .objectives import objective
+from .recipe import Recipe, StageSpec
+from .teacher import Teacher
+
+WEIGHTS, PROGRESS = "model.safetensors", "progress.json"
+"""What a checkpoint holds of the student and of what has been measured."""
+
+
+class StudentInStage(nn.Module):
+    """A student under a stage's objective: called with token ids it gives the loss.
+
+    What wraps a model to average or shard its gradients wraps this one, and sees every use of a weight.
+
+    Args:
+        student: what is trained.
+        stage: its objective.
+        teacher: whole in every process, and no part of this module.
+        layers: converted layers.
+    """
+
+    def __init__(
+        self, student: ZooHybridForCausalLM, stage: StageSpec, teacher: Teacher, layers: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self._no_split_modules = student._no_split_modules
+        self._loss = objective(stage, student, teacher, layers)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """The loss of (B, L) token ids."""
+        return self._loss(input_ids)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Have the student's blocks keep their inputs alone; the Trainer of transformers 5.23 or later calls this."""
+        student: Any = self.student
+        student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As `activation_checkpointing_enable`; an older Trainer calls this."""
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+@dataclass(frozen=True)
+class StageWindows(Dataset[dict[str, Tensor]]):
+    """The windows that a stage reads, in their order; none that the stages before it have read.
+
+    Attributes:
+        windows: the training text.
+        stages: of the recipe.
+        index: which stage.
+        seed: of the order.
+    """
+
+    windows: TokenWindows
+    stages: Sequence[StageSpec]
+    index: int
+    seed: int
+
+    def __len__(self) -> int:
+        stage = self.stages[self.index]
+        return stage.steps * stage.batch_size
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        stage = self.stages[self.index]
+        read = sum(part.steps * part.batch_size * part.sequence_length for part in self.stages[: self.index])
+        # Steps of this stage's own size that cover what the stages before it read.
+        steps = -(-read // (stage.batch_size * stage.sequence_length))
+        position = steps * stage.batch_size + item
+        return {"input_ids": self.windows.window(position, stage.sequence_length, self.seed)}
+
+
+class Distiller(ZooTrainer):
+    """Trains a student in one stage of a recipe.
+
+    A layer-wise objective has a problem for each layer: each one's gradient is clipped by itself, so that an outlier in
+    one does not take the step from the others.
+
+    Args:
+        student: trained in place; with :attr:`sharding` a copy of it is.
+        teacher: its teacher.
+        layers: converted layers.
+        windows: the training text.
+        recipe: what to do.
+        index: which stage of it.
+        output: folder of the run.
+        processes: how many share a batch.
+        device: where.
+        progress: is saved with every checkpoint, as it is then; of the kinds that JSON knows.
+    """
+
+    def __init__(
+        self,
+        student: ZooHybridForCausalLM,
+        teacher: Teacher,
+        layers: Sequence[int],
+        windows: TokenWindows,
+        recipe: Recipe,
+        index: int,
+        output: Path,
+        processes: int,
+        device: torch.device,
+        progress: dict[str, Any],
+    ) -> None:
+        stage = recipe.stages[index]
+        self._stage, self._index, self._layers, self._progress = stage, index, layers, progress
+        self._every = saved_parameters(student, recipe, layers).keys()
+        self.stage_name = f"stages.{stage.name}: "
+        self._norms: list[float] = []
+        mixers, others = trained_parameters(student, stage.train, layers)
+        student.requires_grad_(False)
+        for parameter in (*mixers.values(), *others.values()):
+            parameter.requires_grad_(True)
+        whole = stage.objective == "logit_distillation"  # a layer by itself keeps little
+        super().__init__(
+            model=StudentInStage(student, stage, teacher, layers),
+            args=TrainingArguments(
+                **loop_arguments(stage.steps, output, device, recipe.checkpoint_every, recipe.report_to),
+                **(gradient_checkpointing() if whole and recipe.gradient_checkpointing else {}),
+                per_device_train_batch_size=stage.batch_size // processes,
+                max_grad_norm=stage.max_grad_norm,
+                bf16=recipe.dtype == "bfloat16",
+                seed=recipe.seed,
+                disable_tqdm=False,
+            ),
+            train_dataset=StageWindows(windows, recipe.stages, index, recipe.seed),
+            data_collator=_stack,
+            callbacks=[Watch(lambda _: {}, None)],
+        )
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(ProgressCallback)
+        self.add_callback(StageProgress(stage.name))
+
+    @property
+    def student(self) -> ZooHybridForCausalLM:
+        """The student under training, which may be sharded."""
+        model: Any = self.model
+        return model.student
+
+    def checkpoint_name(self) -> str:
+        return f"checkpoint-{self._index}-{self.state.global_step}"
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        self.optimizer, _ = make_optimizer(
+            self._stage, *trained_parameters(self.student, self._stage.train, self._layers)
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        stage, chosen = self._stage, optimizer or self.optimizer
+        assert chosen is not None
+        self.lr_scheduler = LambdaLR(chosen, lambda step: schedule_factor(stage, min(step, stage.steps - 1)))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """In order: the data set has been shuffled."""
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = model(**inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._stage.objective == "logit_distillation":
+            return super()._clip_grad_norm(model)
+        blocks = [self.student.backbone.layers[layer] for layer in self._layers]
+        norms = [float(clip_gradients(block.parameters(), self._stage.max_grad_norm)) for block in blocks]
+        return math.sqrt(sum(norm**2 for norm in norms))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._norms.append(float(norm))
+        return norm
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """The gradient's norm, too, is the mean over the steps since the last point of the curve."""
+        if "loss" in logs:
+            logs["grad_norm"] = sum(self._norms) / len(self._norms)
+            self._norms = []
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            model: Any = self.model
+            whole = model.state_dict() if state_dict is None else state_dict
+            weights = {name: whole[f"student.{name}"] for name in self._every}
+            write_progress(Path(output_dir), weights, self._progress)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: the student has been put back to the checkpoint before there was a Trainer."""
+
+
+class StageProgress(ProgressCallback):
+    """A progress bar of a stage, with its loss."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self._name)
+            self.training_bar.update(state.global_step)
+        self.current_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+
+def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+
+
+def saved_parameters(student: ZooHybridForCausalLM, recipe: Recipe, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Return every parameter that calibration or a stage changes, by name."""
+    saved: dict[str, Tensor] = {}
+    for stage in recipe.stages:
+        mixers, others = trained_parameters(student, stage.train, layers)
+        saved |= mixers | others
+    return saved
+
+
+def write_progress(folder: Path, weights: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    """Write the student's part of a checkpoint into its folder."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    (folder / PROGRESS).write_text(json_text(progress, "progress"), encoding="utf-8")
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Read what :func:`write_progress` wrote of the progress."""
+    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+
+
+def trained_parameters(
+    student: ZooHybridForCausalLM, train: str, layers: Sequence[int]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters that a stage trains, by name: those of the new mixers, and the others.
+
+    Args:
+        student: the student.
+        train: "mixers", "mixers+norms" or "all".
+        layers: converted layers.
+    """
+    prefixes = tuple(f"backbone.layers.{layer}.mixer." for layer in layers)
+    mixers: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, parameter in student.named_parameters():
+        if name.startswith(prefixes):
+            mixers[name] = parameter
+        elif train == "all" or (train == "mixers+norms" and ("norm" in name.rsplit(".", 2)[-2])):
+            others[name] = parameter
+    return mixers, others
+
+
+def make_optimizer(
+    stage: StageSpec, mixers: dict[str, Tensor], others: dict[str, Tensor]
+) -> tuple[torch.optim.AdamW, list[str]]:
+    """Make AdamW over a stage's parameters: decays, biases, norms and skips without weight decay.
+
+    Returns:
+        The optimiser, each of whose groups has its peak learning rate, and the parameters' names in its order.
+    """
+    groups, names = [], []
+    for parameters, rate in ((mixers, stage.learning_rate), (others, stage.other_learning_rate or stage.learning_rate)):
+        for decayed in (True, False):
+            chosen = [name for name, tensor in parameters.items() if (tensor.dim() > 1) == decayed]
+            if chosen:
+                groups.append(
+                    {
+                        "params": [parameters[name] for name in chosen],
+                        "lr": rate,
+                        "weight_decay": stage.weight_decay if decayed else 0.0,
+                    }
+                )
+                names += chosen
+    return torch.optim.AdamW(groups, betas=stage.betas), names
+
+
+def schedule_factor(stage: StageSpec, step: int) -> float:
+    """Return the learning rate of a step (from 0) over its peak: linear warm-up, then constant, cosine or WSD."""
+    steps, warm = stage.steps, _whole_steps(stage.warmup, stage.steps)
+    if step < warm:
+        return (step + 1) / warm
+    last = stage.final_learning_rate_ratio
+    if stage.schedule == "cosine":
+        progress = (step - warm) / max(steps - warm - 1, 1)
+        return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
+    if stage.schedule == "wsd":
+        falling = _whole_steps(stage.decay, steps)
+        progress = (step + 1 - (steps - falling)) / max(falling, 1)
+        return 1.0 if progress <= 0 else last + (1 - last) * (1 - progress)
+    return 1.0
+
+
+def _whole_steps(share: float, steps: int) -> int:
+    """A share of the steps, rounded up; 0.07 of 100 steps is 7, although the product is 7.000000000000001."""
+    return math.ceil(share * steps - 1e-6)

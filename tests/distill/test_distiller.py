@@ -1,0 +1,118 @@
+"""What a stage does with its gradients, and the ways to share out its weights that are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import save_llama
+from torch import Tensor, nn
+
+from ssm_zoo.distill import run
+from ssm_zoo.distill.recipe import parse_recipe
+from ssm_zoo.modeling.modeling_hybrid import HybridBlock
+from ssm_zoo.training.sharding import clip_gradients
+
+BOUND = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("abcdefgh bcdefgha cdefghab " * 20)
+    monkeypatch.chdir(tmp_path)
+
+
+def distill(objective: str, output: str = "run", **changes: Any) -> dict[str, Any]:
+    stage = {"name": "a", "objective": objective, "tokens": 64, "batch_size": 2, "learning_rate": 1e-3}
+    recipe = {
+        "teacher": "teacher",
+        "student": {"layers": "all", "half_life": [1, 8]},
+        "data": {"train": "text.txt", "heldout": "text.txt", "sequence_length": 16},
+        "stages": [{**stage, "max_grad_norm": BOUND}],
+        "evaluation": {"tokens": 32, "prompts": []},
+        **changes,
+    }
+    return run.distill(parse_recipe(recipe), output)
+
+
+@pytest.mark.parametrize("objective", ["matrix_orientation", "hidden_state_alignment", "logit_distillation"])
+def test_each_layer_is_clipped_by_itself_where_it_is_a_problem_of_its_own(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students: list[Any] = []
+    inner, build = torch.optim.AdamW.step, run.build_student
+    monkeypatch.setattr(run, "build_student", lambda *a, **o: students.append(build(*a, **o)) or students[0])
+    seen: list[list[float]] = []
+
+    def looking(self: Any, *arguments: Any, **options: Any) -> Any:
+        norms = []
+        for block in students[0].backbone.layers:
+            gradients = [p.grad.flatten() for p in block.parameters() if p.grad is not None]
+            norms.append(float(torch.cat(gradients).norm()))
+        seen.append(norms)
+        return inner(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", looking)
+    distill(objective)
+    assert len(seen) == 2 and len(seen[0]) > 1
+    for norms in seen:
+        if objective == "logit_distillation":
+            assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(BOUND, rel=1e-3)
+        else:
+            assert norms == pytest.approx([BOUND] * len(norms), rel=1e-3)
+
+
+def test_clipping_is_torchs() -> None:
+    def gradients(scale: float) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [scale * torch.randn(3, 4, generator=generator), scale * torch.randn(5, generator=generator)]
+
+    for scale in (1e-3, 10.0):
+        ours, theirs = ([nn.Parameter(torch.zeros_like(g)) for g in gradients(scale)] for _ in range(2))
+        for parameters in (ours, theirs):
+            for parameter, gradient in zip(parameters, gradients(scale), strict=True):
+                parameter.grad = gradient
+        idle = nn.Parameter(torch.zeros(2))
+        norm = clip_gradients([*ours, idle], 1.0)
+        assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs, 1.0))
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.grad is not None and other.grad is not None and torch.equal(mine.grad, other.grad)
+        assert idle.grad is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        pytest.param(
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            r"stages\.0\.objective: got 'matrix_orientation', which clips each layer's .* DeepSpeed cannot",
+            id="DeepSpeed",
+        ),
+        pytest.param({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: got 1; accepted: 2", id="FSDP"),
+        pytest.param({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: got 1", id="FSDP 1"),
+    ],
+)
+def test_what_cannot_share_out_the_weights_is_refused_before_anything_is_written(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distill("matrix_orientation")
+    assert not Path("run").exists()
+
+
+def test_gradient_checkpointing_changes_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = distill("logit_distillation", "plain")
+    ran: list[bool] = []
+    inner = HybridBlock.forward
+    monkeypatch.setattr(HybridBlock, "forward", lambda *a, **o: ran.append(torch.is_grad_enabled()) or inner(*a, **o))
+    less = distill("logit_distillation", "less", gradient_checkpointing=True)
+    losses = [[point["loss"] for point in report["stages"][0]["history"]] for report in (plain, less)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    # Two steps, each block once in the backward with gradients, and once before it or in an evaluation.
+    assert ran.count(True) >= 2 * len(plain["student"]["layers"])
+    assert less["recipe"]["gradient_checkpointing"] is True and "gradient_checkpointing" not in plain["recipe"]
+    configs = [Path(name, "student", "config.json").read_text(encoding="utf-8") for name in ("plain", "less")]
+    assert configs[0] == configs[1]
