@@ -33,6 +33,7 @@ from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, result_folder
 from ..harness.whole_files import write_text_whole
 from ..modeling import ZooHybridForCausalLM
+from ..modeling.token_mixers import TOKEN_MIXERS
 from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
@@ -116,9 +117,10 @@ def distill(
     check_trackers(recipe.report_to)
     state = processes()
     for index, stage in enumerate(recipe.stages):
-        if stage.objective == "matrix_orientation" and recipe.student.mixer == "sliding_attention":
+        start = TOKEN_MIXERS[recipe.student.mixer].student
+        if stage.objective == "matrix_orientation" and start is not None and start.is_attention:
             raise ValueError(
-                f"stages.{index}.objective: got 'matrix_orientation' for the mixer 'sliding_attention', which is "
+                f"stages.{index}.objective: got 'matrix_orientation' for the mixer {recipe.student.mixer!r}, which is "
                 "attention already; accepted: 'hidden_state_alignment', 'logit_distillation'"
             )
         if sharded_by() == "DeepSpeed" and stage.objective != "logit_distillation":
@@ -263,7 +265,7 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
         tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
         if not tokens:
             raise ValueError(f"evaluation.prompts.{index}: got {prompt!r}; accepted: a text of at least one token")
-        if recipe.student.mixer == "masked_mixing" and tokens > most:
+        if TOKEN_MIXERS[recipe.student.mixer].bounded and tokens > most:
             raise ValueError(
                 f"evaluation.prompts.{index}: got {tokens} tokens; accepted: at most {most}, student.positions less "
                 "evaluation.max_new_tokens"
@@ -285,9 +287,9 @@ def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> No
 
 
 def _calibration_length(recipe: Recipe) -> int:
-    """Tokens of a calibration window: masked mixing wants to see all its positions."""
-    masked = recipe.student.mixer == "masked_mixing"
-    return recipe.student.positions if masked else recipe.data.sequence_length
+    """Tokens of a calibration window: a mixer of so many positions has to see all of them."""
+    bounded = TOKEN_MIXERS[recipe.student.mixer].bounded
+    return recipe.student.positions if bounded else recipe.data.sequence_length
 
 
 def _calibration_windows(run: _Run) -> Tensor:
