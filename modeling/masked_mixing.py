@@ -24,7 +24,7 @@ def make_position_mixer(config: Any, settings: Any, layer_idx: int, diagonal: in
         "taps": settings.kernel_size,
         "projections": bool(settings.use_projections),
     }
-    if settings.mixing in REPEATS:
+    if settings.get("mixing") in REPEATS:
         return RepeatMixer(*sizes, kind=settings.mixing, decay=settings.use_decay, **options)
     kind = DenseMixer if settings.mixing == "dense" else ToeplitzMixer
     inner = str(settings.hidden_act) if getattr(settings, "expanded", False) else None
@@ -92,7 +92,7 @@ MASKED_MIXING = TokenMixer(
     label="masked mixing: weights for pairs of positions, the same for every text",
     make=make_position_mixer,
     settings=MaskedMixingSettings,
-    cache_layer=lambda settings: "zoo_state" if settings.mixing in REPEATS else "zoo_history",
+    cache_layer=lambda settings: "zoo_state" if settings.get("mixing") in REPEATS else "zoo_history",
     bounded=True,
     student=FromAttention(_masked_mixing_keys, ("positions", "calibration", "copy_projections")),
     flat={
