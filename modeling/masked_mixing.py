@@ -24,7 +24,7 @@ def make_position_mixer(config: Any, settings: Any, layer_idx: int, diagonal: in
         "taps": settings.kernel_size,
         "projections": bool(settings.use_projections),
     }
-    if settings.get("mixing") in REPEATS:
+    if settings.mixing in REPEATS:
         return RepeatMixer(*sizes, kind=settings.mixing, decay=settings.use_decay, **options)
     kind = DenseMixer if settings.mixing == "dense" else ToeplitzMixer
     inner = str(settings.hidden_act) if getattr(settings, "expanded", False) else None
