@@ -11,7 +11,7 @@ TOOL := $(RUN) -P -m
 PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-oldest test-contracts test-gpu lint format type bench bench-gpu dev
+.PHONY: help demo docs test test-sweeps test-oldest test-contracts test-gpu lint format type bench bench-gpu dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -29,6 +29,10 @@ test: $(STAMP) ## run all tests (PYTEST_ARGS adds arguments)
 OLDEST := $(shell sed -n 's/^ *"transformers>=\(.*\)",$$/\1/p' pyproject.toml)
 test-oldest: .venv-oldest/.installed ## run all tests with the oldest transformers allowed (PYTEST_ARGS adds arguments)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -P -m pytest -q -n logical --maxprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-sweeps: $(STAMP) ## compile every head of every family, and train each in two processes in every way (PYTEST_ARGS)
+	OMP_NUM_THREADS=1 SSM_ZOO_SWEEPS=1 $(TOOL) pytest -q tests/modeling/test_compile.py tests/modeling/test_distributed.py \
+		$(PYTEST_ARGS)
 
 # Their source distributions come from the package index once, into ~/.cache/ssm-zoo/contracts (XDG_CACHE_HOME).
 test-contracts: $(VENV)/.contracts ## run transformers' and peft's own tests on every family (CONTRACTS_ARGS adds arguments)

@@ -1,5 +1,6 @@
 """torch.compile of every family: one graph for all lengths and masks, with eager's numbers and gradients."""
 
+import os
 from typing import Any
 
 import pytest
@@ -21,12 +22,16 @@ QUICK = ["mamba", "mamba2", "sliding-discrete", "jamba", "convolved-attention", 
 QUICK += ["hybrid-mixers", "mamba2-encoder", "mixer-encoder"]
 
 
-def some(quick: list[Any], every: list[Any]) -> list[Any]:
-    """All cases, of which the quick ones run among the fast tests."""
+# Every head of every family takes many minutes: on request only (`make test-sweeps`).
+SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
+
+
+def some(quick: list[Any], every: list[Any], *others: pytest.MarkDecorator) -> list[Any]:
+    """All cases, of which the quick ones run among the fast tests; the others have more marks."""
     assert set(quick) <= set(every)
     cases = [each if isinstance(each, tuple) else (each,) for each in every]
     return [
-        pytest.param(*case, marks=[] if each in quick else [pytest.mark.slow])
+        pytest.param(*case, marks=[] if each in quick else [pytest.mark.slow, *others])
         for case, each in zip(cases, every, strict=True)
     ]
 
@@ -97,7 +102,7 @@ def test_one_graph_serves_lengths_and_padding_and_has_the_gradients_of_eager(nam
 MASKLESS = ["mamba", "mamba2-full", "sliding-discrete", "taipan", "mixer"]
 
 
-@pytest.mark.parametrize("name", some(MASKLESS, [*FAMILIES, *ENCODERS]))
+@pytest.mark.parametrize("name", some(MASKLESS, [*FAMILIES, *ENCODERS], SWEEP))
 def test_without_a_mask_one_graph_serves_all_lengths(name: str) -> None:
     check_training(name, "eager", ((9, "absent"), (12, "absent"), (14, "absent")))
 
@@ -130,7 +135,7 @@ LABELLED += [("TokenClassification", name) for name in ("mamba2", "taipan", "mix
 LABELLED += [("MaskedLM", "mamba-encoder"), ("MaskedLM", "mixer-encoder"), ("CausalLM", "mamba2")]
 
 
-@pytest.mark.parametrize(("head", "name"), some(LABELLED, heads()))
+@pytest.mark.parametrize(("head", "name"), some(LABELLED, heads(), SWEEP))
 def test_heads_with_labels_compile(head: str, name: str) -> None:
     check_head(head, name, ((9, "left"), (12, "right"), (14, "none")))
 

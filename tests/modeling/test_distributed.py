@@ -24,7 +24,7 @@ from train_with_trainer import cases
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, damage
 
 # Every family in every way takes many minutes: on request only.
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: SSM_ZOO_SWEEPS=1")
+SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 EVERY = ("first", pytest.param("every", marks=[pytest.mark.slow, SWEEP]))
 
 
