@@ -206,7 +206,9 @@ def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_pa
         pytest.param(
             ["finetune", "embed", "zoo", "out", *PAIRS, "--push-to-hub", "a/b"], "no Hugging Face", id="token"
         ),
-        pytest.param(["evaluate", "retrieval", "zoo", "beir"], "pooling: zoo is a plain model; accepted", id="pooling"),
+        pytest.param(
+            ["evaluate", "retrieval", "zoo", "beir"], "`pooling` must be last or mean, since zoo is", id="pooling"
+        ),
         pytest.param(
             ["evaluate", "retrieval", "zoo", "x", "--pooling", "last"], "an existing folder, got 'x'", id="folder"
         ),

@@ -256,7 +256,7 @@ class HeadUnused(LlamaForCausalLM):
         ),
         pytest.param(
             {"model": partial(tiny_llama, 0, model_class=HeadUnused)},
-            r"does not call its output head",
+            r"must call its output head as a module, which HeadUnused does not",
             id="head unused",
         ),
         pytest.param(

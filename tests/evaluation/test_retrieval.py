@@ -251,17 +251,19 @@ def test_an_embedder_scores_by_cosine_with_its_prompts(plain: Path) -> None:
 
 
 def test_a_saved_embedder_has_its_own_pooling_and_a_plain_model_needs_one(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pooling: .*model is a plain model; accepted: last, mean"):
+    with pytest.raises(ValueError, match=r"`pooling` must be last or mean, since .*model is a plain model"):
         load_embedder(str(plain))
     embedder = make_embedder(str(plain), pooling="last", max_tokens=6, query_prompt="q ", device="cpu")
     embedder.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
     again = load_embedder(str(tmp_path / "saved"), device="cpu", query_prompt="", max_tokens=None)
     assert (again.max_seq_length, again.prompts["query"], again[1].pooling_mode) == (6, "q ", "lasttoken")
     assert np.array_equal(again.encode_query(["ab c"]), embedder.encode_query(["ab c"]))
-    for changes, message in (({"pooling": "mean"}, "pooling: got 'mean'"), ({"max_tokens": 5}, "max_tokens: got 5")):
-        with pytest.raises(ValueError, match=f"{message}; accepted with the embedder .*saved: none, it has its own"):
+    for changes in ({"pooling": "mean"}, {"max_tokens": 5}):
+        ((name, value),) = changes.items()
+        message = f"`{name}` must be left out with the embedder .*saved, which has its own; got {value!r}"
+        with pytest.raises(ValueError, match=message):
             load_embedder(str(tmp_path / "saved"), **changes)
-    with pytest.raises(ValueError, match="pooling: got 'first'; accepted: last, mean"):
+    with pytest.raises(ValueError, match="`pooling` must be last or mean, got 'first'"):
         make_embedder(str(plain), pooling="first")
 
 
