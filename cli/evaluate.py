@@ -144,7 +144,7 @@ def lm_eval(
     Built-in tasks load their data from the Hub; tasks of your own can use local files. Needs lm-eval.
     """
     _check_output(output, "lm-eval", overwrite)
-    from ..evaluation.lm_eval_tasks import check_lm_eval_arguments, evaluate_lm_eval_tasks
+    from ..evaluation.lm_eval_tasks import check_lm_eval_numbers, evaluate_lm_eval_tasks, find_lm_eval_tasks
 
     names = [name.strip() for name in tasks.split(",")]
     settings: dict[str, Any] = {
@@ -153,7 +153,8 @@ def lm_eval(
         "batch_size": batch_size,
         "max_length": max_length,
     }
-    check_lm_eval_arguments(names, include_path=include_path, **settings)
+    check_lm_eval_numbers(**settings)
+    manager = find_lm_eval_tasks(names, include_path)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -164,7 +165,7 @@ def lm_eval(
     tokenizer = load_tokenizer(source, **loading)
     loaded: Any = load_model(source, AutoModelForCausalLM, dtype=dtype, **loading)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluate_lm_eval_tasks(loaded, tokenizer, names, include_path=include_path, seed=seed, **settings)
+    found = evaluate_lm_eval_tasks(loaded, tokenizer, names, task_manager=manager, seed=seed, **settings)
     _print_lm_eval(found["results"])
     folder = None if include_path is None else include_path.resolve().name
     described = {"model": _name(model), "tasks": names, "include_path": folder, "dtype": dtype, "seed": seed}

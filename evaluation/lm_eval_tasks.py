@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 # Parts of a report of lm-eval that say what was measured; the others describe the machine and the run.
 _REPORTED = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -24,6 +25,7 @@ def evaluate_lm_eval_tasks(
     tasks: Sequence[str],
     *,
     include_path: str | Path | None = None,
+    task_manager: TaskManager | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -41,6 +43,7 @@ def evaluate_lm_eval_tasks(
             has none.
         tasks: names of tasks, groups or tags, or patterns such as "arc_*".
         include_path: folder with further tasks in YAML. They can name Python functions of that folder, which are run.
+        task_manager: what :func:`find_lm_eval_tasks` returned for these tasks, if it was called before.
         num_fewshot: number of examples before every question; that of each task if None.
         limit: number of documents of every task, from its beginning; all if None.
         batch_size: number of texts in one forward pass.
@@ -54,27 +57,10 @@ def evaluate_lm_eval_tasks(
     Raises:
         ValueError: if lm-eval is not installed, an argument is out of range, or no task has such a name.
     """
-    check_lm_eval_arguments(
-        tasks,
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    check_lm_eval_numbers(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, max_length=max_length)
+    manager = find_lm_eval_tasks(tasks, include_path) if task_manager is None else task_manager
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    folder = None if include_path is None else str(include_path)
-    # Indexing the built-in tasks takes seconds; it is left out if the folder has all tasks.
-    manager = TaskManager(include_path=folder, include_defaults=folder is None)
-    if folder is not None and not all(manager.match_tasks([task]) for task in tasks):
-        manager = TaskManager(include_path=folder)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            raise ValueError(
-                f"`tasks` must be tasks of lm-eval or of the include path, got {task!r}, which is in neither"
-            )
     run: Any = lm_eval.simple_evaluate  # its decorators hide its signature
     report = run(
         adapt_to_lm_eval(model, tokenizer, batch_size=batch_size, max_length=max_length),
@@ -91,22 +77,38 @@ def evaluate_lm_eval_tasks(
     return {name: report[name] for name in _REPORTED if name in report}
 
 
-def check_lm_eval_arguments(
-    tasks: Sequence[str],
-    *,
-    include_path: str | Path | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int,
-    max_length: int | None,
-) -> None:
-    """Raise a ValueError if lm-eval is not installed or an argument is out of range, before anything is loaded."""
+def find_lm_eval_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> TaskManager:
+    """Find tasks by their names; no data is loaded. Arguments as of :func:`evaluate_lm_eval_tasks`.
+
+    Raises:
+        ValueError: if lm-eval is not installed, there is no such folder, or no task has such a name.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("this needs the package lm-eval, which is not installed: pip install ssm-zoo[lm-eval]")
     if not tasks or not all(tasks):
         raise ValueError(f"`tasks` must be one name or more, got {', '.join(tasks)!r}")
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"`include_path` must be an existing folder, got {str(include_path)!r}")
+    from lm_eval.tasks import TaskManager
+
+    folder = None if include_path is None else str(include_path)
+    # Indexing the built-in tasks takes seconds; it is left out if the folder has all tasks.
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    if folder is not None and not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=folder)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise ValueError(
+                f"`tasks` must be tasks of lm-eval or of the include path, got {task!r}, which is in neither "
+                "(lm-eval skips files that are not valid YAML)"
+            )
+    return manager
+
+
+def check_lm_eval_numbers(
+    *, num_fewshot: int | None, limit: int | None, batch_size: int, max_length: int | None
+) -> None:
+    """Raise a ValueError if an argument of :func:`evaluate_lm_eval_tasks` is out of range."""
     for field, value, least in (
         ("num_fewshot", num_fewshot, 0),
         ("limit", limit, 1),
