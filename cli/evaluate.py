@@ -67,7 +67,8 @@ def retrieval(
     """Measure how well an embedder retrieves relevant documents, from all documents and from small pools.
 
     Reports nDCG@10, MRR@10, recall and top-1 accuracy over all documents; the share of queries whose relevant document
-    scores best in a pool, with its 95 % interval; and the level of chance. Needs sentence-transformers.
+    scores best in a pool, with its 95 % interval; and the values of a random ranking. Needs sentence-transformers and
+    ir-measures.
     """
     _check_output(output, "retrieval", overwrite)
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
