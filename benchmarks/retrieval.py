@@ -51,9 +51,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ssm_zoo.evaluation.bm25 import bm25_scores
 from ssm_zoo.evaluation.embedder import load_embedder
-from ssm_zoo.evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
+from ssm_zoo.evaluation.retrieval import bm25_scores, chance_levels, embedder_scores, evaluate_retrieval
 from ssm_zoo.training.embedder import finetune_embedder
 from ssm_zoo.training.embedder_settings import parse_embedder_settings
 

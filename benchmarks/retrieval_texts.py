@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from stories_text import Stories
 
-from ssm_zoo.evaluation.retrieval_data import RetrievalData, read_beir
+from ssm_zoo.evaluation.retrieval import RetrievalData, read_beir
 
 Pair = tuple[str, str]
 # A sentence ends at its mark, or at the quotation mark after it.

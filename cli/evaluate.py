@@ -67,7 +67,8 @@ def retrieval(
     """Measure how well an embedder retrieves relevant documents, from all documents and from small pools.
 
     Reports nDCG@10, MRR@10, recall and top-1 accuracy over all documents; the share of queries whose relevant document
-    scores best in a pool, with its 95 % interval; and the level of chance. Needs sentence-transformers.
+    scores best in a pool, with its 95 % interval; and the values of a random ranking. Needs sentence-transformers and
+    ir-measures.
     """
     _check_output(output, "retrieval", overwrite)
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
@@ -77,10 +78,8 @@ def retrieval(
         raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}")
     check_text(query_prompt, "query_prompt")
     check_text(document_prompt, "document_prompt")
-    from ..evaluation.bm25 import bm25_scores
     from ..evaluation.embedder import load_embedder
-    from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
-    from ..evaluation.retrieval_data import read_beir
+    from ..evaluation.retrieval import bm25_scores, chance_levels, embedder_scores, evaluate_retrieval, read_beir
 
     data = read_beir(folder, split)
     how = {"pools": sizes, "seed": seed, "progress": True}
@@ -96,7 +95,7 @@ def retrieval(
         query_prompt=query_prompt,
         document_prompt=document_prompt,
     )
-    name = Path(model).resolve().name if Path(model).is_dir() else model
+    name = _name(model)
     scores = embedder_scores(embedder, data, batch_size=batch_size, progress=True)
     measured = {name: evaluate_retrieval(data, scores, **how), **measured, "chance": chance_levels(data, sizes)}
     _print_retrieval(measured, f"{len(data.queries):,} queries, {len(data.documents):,} documents")
@@ -104,6 +103,74 @@ def retrieval(
     settings |= {"prompts": dict(embedder.prompts), "batch_size": batch_size, "pools": sizes, "seed": seed}
     found = {"queries": len(data.queries), "documents": len(data.documents), "systems": measured}
     _write(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
+
+
+@evaluate.command("lm-eval")
+def lm_eval(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", metavar="NAMES", help="Tasks, groups or patterns, e.g. arc_easy,lambada*.")
+    ],
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--include-path",
+            metavar="FOLDER",
+            help="Folder with tasks of your own in YAML. Python functions that they name are run.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="Examples before every question, instead of the task's number.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Use only the first documents of every task.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts in one forward pass.")] = 8,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", help="Tokens of a text at most; by default those of the model or tokenizer, or else 2,048."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Data type of the weights; auto is the checkpoint's own."),
+    ] = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Seed = 0,
+    output: Report = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a model.
+
+    Built-in tasks load their data from the Hub; tasks of your own can use local files. Needs lm-eval.
+    """
+    _check_output(output, "lm-eval", overwrite)
+    from ..evaluation.lm_eval_tasks import check_lm_eval_numbers, evaluate_lm_eval_tasks, find_lm_eval_tasks
+
+    names = [name.strip() for name in tasks.split(",")]
+    settings: dict[str, Any] = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    check_lm_eval_numbers(**settings)
+    manager = find_lm_eval_tasks(names, include_path)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..conversion.load_model import load_model, load_tokenizer
+
+    loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
+    source = model_source(model)
+    tokenizer = load_tokenizer(source, **loading)
+    loaded: Any = load_model(source, AutoModelForCausalLM, dtype=dtype, **loading)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = evaluate_lm_eval_tasks(loaded, tokenizer, names, task_manager=manager, seed=seed, **settings)
+    _print_lm_eval(found["results"])
+    folder = None if include_path is None else include_path.resolve().name
+    described = {"model": _name(model), "tasks": names, "include_path": folder, "dtype": dtype, "seed": seed}
+    _write(output, "lm-eval", {**described, **settings}, found)
 
 
 @evaluate.command("inversion")
@@ -186,13 +253,20 @@ def inversion(
         f"accuracy {found.accuracy:.4f} (modified Hamming metric {found.hamming:.4f}); chance {found.chance:.4f}, "
         f"reading alone {found.readable:.4f}; {left:.2%} of the objective is left (median)"
     )
-    name = Path(model).resolve().name if Path(model).is_dir() else model
     numbers: dict[str, Any] = {key: getattr(found, key) for key in ("accuracy", "hamming", "chance", "readable")} | {
         key: getattr(found, key).tolist() for key in ("row_hamming", "objective", "initial", "attempt")
     }
     _write(
-        output, "inversion", {"model": name, "text": text.name, "tokens": tokens, "texts": texts, **settings}, numbers
+        output,
+        "inversion",
+        {"model": _name(model), "text": text.name, "tokens": tokens, "texts": texts, **settings},
+        numbers,
     )
+
+
+def _name(model: str) -> str:
+    """Return what to call a model: the name of its folder, or its Hub id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _number(text: str, field: str, kind: type) -> Any:
@@ -219,6 +293,24 @@ def _print_retrieval(measured: dict[str, dict[str, Any]], title: str) -> None:
             for one in pool
         ]
         table.add_row(f"right among {pool[0]['size']}", *(cell.replace("[", "\\[") for cell in cells))
+    Console().print(table)
+
+
+def _print_lm_eval(results: dict[str, dict[str, Any]]) -> None:
+    """Print a table with a row for every metric of every task."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric")
+    for heading in ("value", "standard error"):
+        table.add_column(heading, justify="right")
+    for task, values in results.items():
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if kind and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{kind}")
+                cells = [f"{cell:.4f}" if isinstance(cell, float) else "" for cell in (value, error)]
+                table.add_row(task, metric if kind == "none" else f"{metric} ({kind})", *cells)
     Console().print(table)
 
 
@@ -259,7 +351,7 @@ def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[s
         "kind": _kind(kind),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(sys.argv[1:]),
-        **describe_machine("sentence-transformers", "bm25s"),
+        **describe_machine("sentence-transformers", "bm25s", "ir-measures", "lm-eval"),
         "settings": settings,
         **found,
     }

@@ -1,1 +1,1 @@
-"""Evaluation of language models, alone and against a teacher."""
+"""Evaluation of language models and embedders: metrics, and the measurements that use them."""

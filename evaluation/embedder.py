@@ -1,4 +1,4 @@
-"""Embedders of texts by sentence-transformers, of any family of the zoo and of any other that it reads."""
+"""Text embedders of sentence-transformers, made of any family of the zoo or any other that it can load."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 POOLINGS = {"last": "lasttoken", "mean": "mean"}
-"""Name to what sentence-transformers calls it. Both read real tokens alone, on whichever side padding stands."""
+"""Names of the poolings, with sentence-transformers' names for them. Both ignore padding, on either side."""
 
 HEADS = ("lm_head.", "score.", "classifier.", "qa_outputs.", "cls.")
-"""Beginnings of the names of heads: weights that a checkpoint may have and an embedder does not use."""
+"""Prefixes of the names of heads, which a checkpoint may have and an embedder does not use."""
 
 POOLERS = ("pooler.",)
-"""Beginnings of the names of layers behind the hidden states: weights that an embedder does not need."""
+"""Prefixes of the names of layers after the hidden states, which a checkpoint may lack."""
 
 
 def require_sentence_transformers() -> None:
-    """Raise a ValueError if sentence-transformers or what it trains with is not installed."""
+    """Raise a ValueError if sentence-transformers, or datasets, which it trains with, is not installed."""
     for name in ("sentence_transformers", "datasets"):
         if importlib.util.find_spec(name) is None:
             package = name.replace("_", "-")
@@ -36,7 +36,7 @@ def require_sentence_transformers() -> None:
             )
 
 
-# Shapes that differ are found by `_check_weights`, with the others.
+# `_check_weights` reports mismatched shapes, together with missing and unexpected weights.
 _STRICT = {"use_safetensors": True, "ignore_mismatched_sizes": True}
 
 
@@ -52,17 +52,17 @@ def make_embedder(
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
 ) -> SentenceTransformer:
-    """An embedder from a model without a head, or with a head that is left out.
+    """Make an embedder of a model; a head is left out.
 
     Args:
         source: folder or Hub id of the model, with its tokenizer.
         revision: branch, tag or commit, for a Hub id.
         pooling: a name in `POOLINGS`.
-        max_tokens: longer texts are cut; None: what the tokenizer and the model say.
-        query_prompt: put before every query.
-        document_prompt: put before every document.
-        device: where to; sentence-transformers' choice if None.
-        dtype: of the weights; "auto" is the checkpoint's.
+        max_tokens: maximum length of a text, which is cut there; None: that of the tokenizer and the model.
+        query_prompt: text put before every query.
+        document_prompt: text put before every document.
+        device: device of the embedder; None: the choice of sentence-transformers.
+        dtype: data type of the weights; "auto" is the checkpoint's.
         trust_remote_code: run the code that the source brings.
 
     Raises:
@@ -73,7 +73,7 @@ def make_embedder(
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling: got {pooling!r}; accepted: {', '.join(POOLINGS)}")
+        raise ValueError(f"`pooling` must be {' or '.join(POOLINGS)}, got {pooling!r}")
     check_remote_code(source, trusted=trust_remote_code, field="model", revision=revision, auto_class="AutoModel")
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with quiet_loading(source, "model"):
@@ -88,7 +88,7 @@ def make_embedder(
         transformer.max_seq_length = max_tokens
     tokenizer: Any = transformer.tokenizer
     if tokenizer.pad_token is None:
-        # Any will do: masks tell padding from text.
+        # Any token will do, since padding is masked.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     width = transformer.get_embedding_dimension()
     return SentenceTransformer(
@@ -107,19 +107,19 @@ def load_embedder(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> SentenceTransformer:
-    """An embedder that sentence-transformers has saved, or one made of a plain model.
+    """Load an embedder that sentence-transformers has saved, or make one of a plain model.
 
     Args:
         source: folder or Hub id.
         revision: branch, tag or commit, for a Hub id.
-        pooling: for a plain model, how to pool; see :func:`make_embedder`. A saved embedder has its own.
-        device: where to; sentence-transformers' choice if None.
+        pooling: pooling of a plain model; see :func:`make_embedder`. A saved embedder has its own.
+        device: device of the embedder; None: the choice of sentence-transformers.
         trust_remote_code: run the code that the source brings.
-        **options: for a plain model, further arguments of :func:`make_embedder`.
+        **options: further arguments of :func:`make_embedder`, for a plain model.
 
     Raises:
-        ValueError: if a plain model comes without a pooling, or a saved embedder with one or with options; or if
-            weights other than those of a head are missing, left over, in a pickle or not finite.
+        ValueError: if no pooling is given for a plain model, or pooling or options are given for a saved embedder; or
+            if weights other than those of a head are missing, left over, in a pickle or not finite.
     """
     require_sentence_transformers()
     from sentence_transformers import SentenceTransformer
@@ -127,13 +127,13 @@ def load_embedder(
 
     if not is_sentence_transformer_model(source, revision=revision):
         if pooling is None:
-            raise ValueError(f"pooling: {source} is a plain model; accepted: {', '.join(POOLINGS)}")
+            raise ValueError(f"`pooling` must be {' or '.join(POOLINGS)}, since {source} is a plain model without one")
         options |= {"device": device, "trust_remote_code": trust_remote_code}
         return make_embedder(source, revision=revision, pooling=pooling, **options)
     given = {"pooling": pooling, **options}
     for name, value in given.items():
         if value:
-            raise ValueError(f"{name}: got {value!r}; accepted with the embedder {source}: none, it has its own")
+            raise ValueError(f"`{name}` must be left out with the embedder {source}, which has its own; got {value!r}")
     check_remote_code(
         source, trusted=trust_remote_code, field="model", revision=revision, auto_class="AutoModel", tokenizer=True
     )
@@ -150,22 +150,22 @@ def load_embedder(
 
 
 def _check_weights(module: Any, source: str, folder: str, options: dict[str, Any]) -> None:
-    """Check that a module's model has exactly the weights of the source: sentence-transformers does not say.
+    """Check that a module's model has exactly the weights of the source, which sentence-transformers does not report.
 
-    On the meta device, where nothing is read but the names.
+    The model is loaded once more on the meta device, which reads only the names and shapes of the weights.
     """
     model = getattr(module, "model", None)
     if not isinstance(model, PreTrainedModel):
-        return  # a pooling, or a layer that sentence-transformers loads strictly
+        return  # a pooling or a layer, which sentence-transformers loads strictly
     check_finite(model, f"model: {source}")
     load_model(source, type(model), may_lack=POOLERS, may_add=HEADS, device_map="meta", subfolder=folder, **options)
 
 
 def _module_folders(source: str, revision: str | None) -> list[str]:
-    """Folders of a saved embedder's modules in their order.
+    """Return the folders of a saved embedder's modules, in order.
 
     Raises:
-        ValueError: if one has its weights in a pickle.
+        ValueError: if one of them has its weights in a pickle only.
     """
     from sentence_transformers.util import load_file_path
 

@@ -1,4 +1,4 @@
-"""What a model holds between its blocks and before its head, without computing what comes after.
+"""Hidden states of a model, after a block or before its head, without computing what comes after.
 
 Symbols: B batch, L length, D width, V vocabulary.
 """
@@ -12,23 +12,23 @@ from transformers import PreTrainedModel
 
 
 class _ReachedError(Exception):
-    """Leaves a model's forward where its rest is not needed."""
+    """Raised inside a model's forward to leave it early."""
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """The module that makes logits (..., V) from hidden states (..., D)."""
+    """Return the module that maps hidden states (..., D) to logits (..., V)."""
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no output head; accepted: causal language models")
+        raise ValueError(f"{type(model).__name__} has no output head. Give a causal language model.")
     return head
 
 
 def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """What the output head reads, (B, L, D): after the final norm, if there is one. No logits are computed.
+    """Compute the (B, L, D) input of the output head, after the final norm if there is one. Logits are not computed.
 
     Args:
         model: a causal language model.
-        **inputs: of its forward.
+        **inputs: arguments of its forward.
     """
     states: list[Tensor] = []
 
@@ -40,12 +40,12 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def block_output(model: PreTrainedModel, number: int, **inputs: Any) -> Tensor:
-    """What a block puts out, (B, L, D); of the last one before the final norm. Nothing after it is computed.
+    """Compute the (B, L, D) output of a block, before the final norm. Nothing after it is computed.
 
     Args:
         model: a model with a list of blocks as long as its `num_hidden_layers`.
-        number: of the block, from 1.
-        **inputs: of its forward.
+        number: number of the block, from 1.
+        **inputs: arguments of its forward.
     """
     states: list[Tensor] = []
 
@@ -58,26 +58,27 @@ def block_output(model: PreTrainedModel, number: int, **inputs: Any) -> Tensor:
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of a model, in order.
+    """Return the blocks of a model, in order.
 
     Raises:
-        ValueError: if no list of modules, or more than one, is as long as the configuration says there are blocks.
+        ValueError: if there is not exactly one list of modules with `num_hidden_layers` entries.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        # A block may hold a list of the same length, of heads say.
+        # A block may itself have a list of the same length, e.g. of heads.
         within = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) == count and not within:
             lists[name] = module
     if len(lists) != 1:
         raise ValueError(
-            f"model: {type(model).__name__} has {len(lists)} lists of {count} modules; accepted: one, of its blocks"
+            f"`model` must have one list of {count} modules, its blocks, but {type(model).__name__} has {len(lists)}"
         )
     return next(iter(lists.values()))
 
 
 def _run(model: PreTrainedModel, handle: Any, states: list[Tensor], place: str, inputs: dict[str, Any]) -> Tensor:
+    """Run a model until its hook has added to `states`, and remove the hook."""
     call: Callable[..., Any] = model
     try:
         call(**inputs, use_cache=False)
@@ -85,12 +86,12 @@ def _run(model: PreTrainedModel, handle: Any, states: list[Tensor], place: str, 
         return states[0]
     finally:
         handle.remove()
-    raise ValueError(f"model: {type(model).__name__} does not call {place}; accepted: models that do")
+    raise ValueError(f"`model` must call {place} as a module, which {type(model).__name__} does not")
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode in which it was."""
+    """Put models into evaluation mode; afterwards every module is in its previous mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

@@ -1,13 +1,12 @@
-"""How good a language model is at predicting text, alone and against its teacher, and what it writes by itself.
+"""Loss of a language model on text, alone and against its teacher, and samples of what it generates.
 
-Perplexity alone hides much: a student close to its teacher in loss may disagree with it token by token, or repeat
-itself as soon as it has to write. So the divergence from the teacher, the agreement of the first choice and a
-sample of generated text belong to every evaluation.
+Perplexity alone is not enough: a student with a loss close to its teacher's may still predict other tokens, or repeat
+itself as soon as it generates. Every evaluation therefore reports the KL divergence from the teacher, the agreement of
+the most likely tokens, and generated text.
 
 Symbols: B batch, L length, D width, V vocabulary, N windows.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,11 +19,11 @@ from .hidden_states import evaluating, head_input, head_of
 
 __all__ = ["evaluate_language_model", "generation_sample", "repeated_share"]
 
-# Bound on the logits alive at one time, the teacher's included. Full logits of SmolLM2 (V = 49,152) would be 0.2
-# GB in float32 for every 1,024 tokens, several times over.
+# Bound on the logits in memory at one time, the teacher's included. Full logits of SmolLM2 (V = 49,152) would take
+# several times 0.2 GB in float32 for every 1,024 tokens.
 LOGITS_BYTES = 64 * 2**20
-# Alive together in `_scores`: log-probabilities of student and teacher, the logits they come from, and a mask.
-LOGITS_COPIES = 4
+# In memory together: logits and log-probabilities of student and teacher, and a mask.
+LOGITS_COPIES = 5
 
 
 def evaluate_language_model(
@@ -36,61 +35,63 @@ def evaluate_language_model(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Score a causal language model on token windows, each read on its own, batch by batch with the teacher.
+    """Score a causal language model on independent windows of tokens, with the metrics of `ssm_zoo.evaluation.metrics`.
 
-    Every number is over the N * (L - 1) predictions of windows' tokens from the second on. Logits are taken a few
-    tokens at a time, at least in float32, and sums are in float64. Both models come back in the mode they were in.
+    All numbers are over the N * (L - 1) predictions of the windows' tokens from the second on. Logits are computed for
+    a few tokens at a time, at least in float32, and summed in float64. Both models are left in the mode they were in.
 
     Args:
         model: the model to score.
         windows: (N, L) int64 token ids, N >= 1, L >= 2, without padding.
         teacher: another model of the same vocabulary, or None.
         batch_size: windows in one forward, positive.
-        device: where both models are; the device of `model` if None. Nothing but the windows is moved.
+        device: device of both models; that of `model` if None. Only the windows are moved.
         progress: show a progress bar.
 
     Returns:
-        "loss" (nats a token), "perplexity" (its exponential) and "tokens" (number of predictions); with a teacher
-        also "teacher_loss", "teacher_perplexity", "kl" (mean of KL(teacher || model), nats a token) and
-        "top1_agreement" (share of predictions, in [0, 1], whose likeliest token is the same in both).
+        "loss" (nats per token), "perplexity" (its exponential) and "tokens" (number of predictions); with a teacher
+        also "teacher_loss", "teacher_perplexity", "kl" (mean of KL(teacher || model), nats per token) and
+        "top1_agreement" (share of predictions, in [0, 1], for which both have the same most likely token).
 
     Raises:
-        ValueError: if an argument is none of the above, a token id is outside the vocabulary, the vocabularies
+        ValueError: if an argument is not as described, a token id is outside the vocabulary, the vocabularies
             differ, or a model changes its logits after the output head.
     """
+    # Here, since evaluate and datasets take seconds to import.
+    import evaluate
+
+    from .metrics import DistillationGap, KLDivergence, Perplexity, Top1Agreement
+
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(
-            f"windows: got {windows.dtype} of shape {tuple(windows.shape)}, accepted: int64 (N, L), N >= 1, L >= 2"
-        )
+        shape = tuple(windows.shape)
+        raise ValueError(f"`windows` must be int64 (N, L) with N >= 1 and L >= 2, got {windows.dtype} of shape {shape}")
     if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, accepted: at least 1")
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     device = torch.device(device) if device is not None else model.device
     models = [model] if teacher is None else [model, teacher]
     for scored in models:
         if scored.device.type != device.type:
-            raise ValueError(f"device: got {device}, but a model is on {scored.device}; accepted: one device for all")
-    sums: dict[str, float] = {}
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    # no_grad and not inference mode: a rotary embedding that grows with the length keeps what it computes here.
+            raise ValueError(f"`device` must be that of the models, {scored.device}, got {device}")
+    compared: Any = [DistillationGap(), KLDivergence(), Top1Agreement()]
+    metrics: Any = Perplexity() if teacher is None else evaluate.combine(compared)
+    # no_grad and not inference_mode: a rotary embedding that grows with the length keeps what it computes here.
     with evaluating(*models), torch.no_grad():
         sizes = [_checked_vocabulary(scored, windows, device) for scored in models]
         if len(set(sizes)) > 1:
-            raise ValueError(f"teacher: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; accepted: equal")
+            raise ValueError(f"`teacher` must have the model's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
         for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", leave=False, disable=not progress):
             ids = batch.to(device)
             states = [head_input(scored, input_ids=ids)[:, :-1].flatten(0, 1) for scored in models]
             targets = ids[:, 1:].flatten()
-            chunk = max(1, LOGITS_BYTES // (LOGITS_COPIES * sizes[0] * _score_dtype(states[0]).itemsize))
-            for start in range(0, targets.numel(), chunk):
-                rows = slice(start, start + chunk)
-                scores = _scores(models, [part[rows] for part in states], targets[rows])
-                for name, values in scores.items():
-                    sums[name] = sums.get(name, 0.0) + values.cpu().double().sum().item()
-    means: dict[str, float] = {name: total / tokens for name, total in sums.items()}
-    for name in ("loss", "teacher_loss"):
-        if name in means:
-            means[name.replace("loss", "perplexity")] = math.exp(means[name]) if means[name] < 700 else math.inf
-    return {**means, "tokens": tokens}
+            width = torch.promote_types(states[0].dtype, torch.float32).itemsize
+            tokens = max(1, LOGITS_BYTES // (LOGITS_COPIES * sizes[0] * width))
+            for labels, *inputs in zip(*(part.split(tokens) for part in (targets, *states)), strict=True):
+                _add(metrics, models, inputs, labels)
+    found = metrics.compute()
+    names = ["loss", "perplexity", "tokens"]
+    if teacher is not None:
+        names[2:2] = ["teacher_loss", "teacher_perplexity", "kl", "top1_agreement"]
+    return {name: found[name] for name in names}
 
 
 def generation_sample(
@@ -101,33 +102,33 @@ def generation_sample(
 ) -> list[dict[str, Any]]:
     """Continue each prompt greedily, one at a time, until the end token or the length limit.
 
-    Sampling settings and penalties of the model's generation config are not used; its end token is.
+    Of the model's generation config only the end token is used, not the sampling settings and penalties.
 
     Args:
         model: a causal language model that can generate.
         tokenizer: its tokenizer.
         prompts: texts of at least one token.
-        max_new_tokens: most tokens to write for a prompt, positive.
+        max_new_tokens: maximum number of tokens to generate for a prompt, positive.
 
     Returns:
         For each prompt a dictionary with "prompt", "completion" (the new text, without special tokens) and
         "repetition" (share of repeated 4-grams among the new tokens, see `repeated_share`).
 
     Raises:
-        ValueError: if a prompt has no tokens, or the arguments are none of the above.
+        ValueError: if a prompt has no tokens, or an argument is not as described.
     """
     if isinstance(prompts, str):
-        raise ValueError(f"prompts: got the text {prompts!r}, accepted: a list of texts")
+        raise ValueError(f"`prompts` must be a list of texts, got the text {prompts!r}")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, accepted: at least 1")
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     ends = set() if end is None else {end} if isinstance(end, int) else set(end)
     encoded = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
     for prompt, inputs in zip(prompts, encoded, strict=True):
         if inputs["input_ids"].shape[1] == 0:
-            raise ValueError(f"prompts: got {prompt!r}, which has no tokens; accepted: texts of at least one token")
-    # What is not set here is filled in from the model's own generation config.
+            raise ValueError(f"`prompts` must be texts of at least one token, got {prompt!r}")
+    # Settings that are left out here would be taken from the model's own generation config.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -156,53 +157,35 @@ def generation_sample(
 
 
 def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of a sequence that occurred in it before: 0 all different, towards 1 a loop.
+    """Return the share of a sequence's n-grams that occurred in it before: 0 if all differ, close to 1 for a loop.
 
     Args:
-        tokens: token ids; fewer than n have no n-gram and give 0.
+        tokens: token ids; 0 is returned for fewer than n.
         n: length of the n-grams, positive.
     """
     ngrams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def _scores(models: Sequence[PreTrainedModel], states: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
-    """Scores of a chunk of predictions.
+def _add(metrics: Any, models: Sequence[PreTrainedModel], states: Sequence[Tensor], targets: Tensor) -> None:
+    """Add the predictions for (T,) tokens, from the (T, D) inputs of the models' output heads.
 
-    Args:
-        models: the model, then the teacher if there is one.
-        states: for each of them (T, D), what its output head reads.
-        targets: (T,) the tokens that follow.
-
-    Returns:
-        Under the names of `evaluate_language_model`, (T,) values whose mean is the score.
+    In a function of its own, so that the logits are freed before the next ones are computed.
     """
-    choice, student = _log_probabilities(models[0], states[0])
-    scores = {"loss": -student.gather(-1, targets[:, None])[:, 0]}
-    if len(models) > 1:
-        teacher_choice, teacher = _log_probabilities(models[1], states[1])
-        scores["teacher_loss"] = -teacher.gather(-1, targets[:, None])[:, 0]
-        scores["top1_agreement"] = (choice == teacher_choice).float()
-        # In place, to keep within the bound: sum of p (log p - log q), where 0 log 0 is 0.
-        torch.sub(teacher, student, out=student)
-        teacher.exp_()
-        student.masked_fill_(teacher == 0, 0.0).mul_(teacher)
-        scores["kl"] = student.sum(dim=-1)
-    return scores
+    logits = [_logits(scored, inputs) for scored, inputs in zip(models, states, strict=True)]
+    if len(models) == 1:
+        metrics.add_batch(predictions=logits[0], references=targets)
+    else:
+        metrics.add_batch(predictions=logits[0], references=logits[1], labels=targets)
 
 
-def _log_probabilities(model: PreTrainedModel, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Likeliest tokens (T,) and log-probabilities (T, V), at least in float32, from head inputs (T, D)."""
-    logits = head_of(model)(states).to(_score_dtype(states))
-    return logits.argmax(dim=-1), logits.log_softmax(dim=-1)
-
-
-def _score_dtype(states: Tensor) -> torch.dtype:
-    return torch.promote_types(states.dtype, torch.float32)
+def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Return (T, V) logits, at least in float32."""
+    return head_of(model)(states).to(torch.promote_types(states.dtype, torch.float32))
 
 
 def _checked_vocabulary(model: PreTrainedModel, windows: Tensor, device: torch.device) -> int:
-    """Size of the model's vocabulary, after a check that its logits are what the output head makes.
+    """Return the size of a model's vocabulary, after checking that its logits are the output of its head.
 
     Raises:
         ValueError: if a token id is outside the vocabulary, or the logits are changed later (soft-capped, scaled).
@@ -211,13 +194,13 @@ def _checked_vocabulary(model: PreTrainedModel, windows: Tensor, device: torch.d
     size = embedding.get_parameter("weight").shape[0]
     if windows.min() < 0 or windows.max() >= size:
         raise ValueError(
-            f"windows: got token ids {windows.min()} to {windows.max()}, accepted by {name}: 0 to {size - 1}"
+            f"`windows` must hold token ids of {name}, 0 to {size - 1}, got {windows.min()} to {windows.max()}"
         )
     probe = windows[:1, :2].to(device)
     made = head_of(model)(head_input(model, input_ids=probe))
     whole = model(input_ids=probe, use_cache=False).logits
-    # Same operations on the same shapes: what is left is a rounding or two.
+    # The same operations on the same shapes differ by a rounding or two at most.
     tolerance = max(2 * torch.finfo(whole.dtype).eps, 1e-5) * whole.abs().max()
     if made.shape != whole.shape or (made - whole).abs().max() > tolerance:
-        raise ValueError(f"model: {name} changes its logits after the output head; accepted: models that do not")
+        raise ValueError(f"`model` must not change its logits after the output head, as {name} does")
     return whole.shape[-1]

@@ -30,8 +30,7 @@ from transformers import MODEL_MAPPING, set_seed
 
 from ..conversion.load_model import check_finite, load_config
 from ..evaluation.embedder import make_embedder, require_sentence_transformers
-from ..evaluation.retrieval import chance_levels, embedder_scores, evaluate_retrieval
-from ..evaluation.retrieval_data import RetrievalData
+from ..evaluation.retrieval import RetrievalData, chance_levels, embedder_scores, evaluate_retrieval
 from ..harness.errors import decoration
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line

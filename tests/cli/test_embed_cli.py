@@ -15,11 +15,14 @@ import typer
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+pytest.importorskip("ir_measures", reason="ir-measures is not installed")
 
 from embedding_pairs import save_model, write_pairs
 
 from ssm_zoo.cli.main import app
 from ssm_zoo.training.embedder_settings import EmbedderSettings
+
+needs_lm_eval = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
 
 PAIRS = ["--train", "pairs.jsonl", "--heldout", "pairs.jsonl", "--batch-size", "3", "--steps", "1"]
 
@@ -45,7 +48,7 @@ def ssm_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
 
 def commands() -> dict[tuple[str, str], Any]:
     group: Any = typer.main.get_command(app)
-    names = [("finetune", "embed"), ("evaluate", "retrieval"), ("evaluate", "inversion")]
+    names = [("finetune", "embed"), *(("evaluate", name) for name in ("retrieval", "lm-eval", "inversion"))]
     return {name: group.commands[name[0]].commands[name[1]] for name in names}
 
 
@@ -63,8 +66,8 @@ def test_help_needs_no_torch() -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from ssm_zoo.cli.main import app;"
         "assert all(CliRunner().invoke(app, [*name, '--help']).exit_code == 0 for name in"
-        "    [('finetune', 'embed'), ('evaluate', 'retrieval'), ('evaluate', 'inversion')]);"
-        "assert not {'torch', 'transformers', 'huggingface_hub', 'sentence_transformers'} & set(sys.modules)"
+        "    [('finetune', 'embed'), ('evaluate', 'retrieval'), ('evaluate', 'lm-eval'), ('evaluate', 'inversion')]);"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'sentence_transformers', 'lm_eval'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -147,6 +150,35 @@ def test_retrieval_of_a_plain_model_is_printed_and_written(ssm_zoo: Callable[...
     assert "9 queries, 9 documents" in result.stdout and "report: deep/r.json" in result.stdout
 
 
+@needs_lm_eval
+def test_tasks_of_lm_eval_are_printed_and_written(
+    ssm_zoo: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "tasks").mkdir()
+    task = {
+        "task": "my_pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "pairs.jsonl")}},
+        "output_type": "loglikelihood",
+        "test_split": "test",
+        "doc_to_text": "{{anchor}}",
+        "doc_to_target": " {{positive}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    (tmp_path / "tasks" / "pairs.yaml").write_text(json.dumps(task))  # JSON is YAML
+    options = ["--tasks", "my_*", "--include-path", "tasks", "--limit", "3", "--batch-size", "2", "--num-fewshot", "0"]
+    result = ssm_zoo("evaluate", "lm-eval", "zoo", *options, "--max-length", "90", "--seed", "7", "--output", "l.json")
+    assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    report = json.loads((tmp_path / "l.json").read_text())
+    found = report["results"]["my_pairs"]
+    assert found["perplexity,none"] > 1 and f"{found['perplexity,none']:.4f}" in result.stdout
+    assert report["n-samples"]["my_pairs"]["effective"] == 3
+    settings = {"model": "zoo", "tasks": ["my_*"], "include_path": "tasks", "dtype": "auto", "seed": 7, "limit": 3}
+    assert report["settings"] == settings | {"num_fewshot": 0, "batch_size": 2, "max_length": 90}
+    assert str(tmp_path) not in json.dumps(report["results"])
+
+
 def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_path: Path) -> None:
     options = {"tokens": 6, "texts": 2, "steps": 3, "learning-rate": "0.1,0.01", "restarts": 2, "top-k": 5, "seed": 3}
     options |= {"initial-std": "embedding", "target": 1, "positions": "last", "reading": "cosine", "output": "i.json"}
@@ -175,16 +207,32 @@ def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_pa
         pytest.param(
             ["finetune", "embed", "zoo", "out", *PAIRS, "--push-to-hub", "a/b"], "no Hugging Face", id="token"
         ),
-        pytest.param(["evaluate", "retrieval", "zoo", "beir"], "pooling: zoo is a plain model; accepted", id="pooling"),
-        pytest.param(["evaluate", "retrieval", "zoo", "x", "--pooling", "last"], "no folder 'x'", id="folder"),
+        pytest.param(
+            ["evaluate", "retrieval", "zoo", "beir"], "`pooling` must be last or mean, since zoo is", id="pooling"
+        ),
+        pytest.param(
+            ["evaluate", "retrieval", "zoo", "x", "--pooling", "last"], "an existing folder, got 'x'", id="folder"
+        ),
+        pytest.param(
+            ["evaluate", "lm-eval", "zoo", "--tasks", "no", "--include-path", "x"],
+            "`include_path` must be an existing folder, got 'x'",
+            id="include-path",
+            marks=needs_lm_eval,
+        ),
+        pytest.param(
+            ["evaluate", "lm-eval", "zoo", "--tasks", "a,"],
+            "`tasks` must be one name or more, got 'a, '",
+            id="tasks",
+            marks=needs_lm_eval,
+        ),
         pytest.param(
             ["evaluate", "retrieval", "zoo", "beir", "--pooling", "last", "--split", "dev"],
-            "split: got 'dev'",
+            "`split` must be one of 'beir/qrels', test, got 'dev'",
             id="split",
         ),
         pytest.param(
             ["evaluate", "retrieval", "zoo", "beir", "--pooling", "last", "--pools", "10"],
-            "pools: got 10; accepted: 2 to 9",
+            "`pools` must be from 2 to 9 with these documents, got 10",
             id="pool",
         ),
         pytest.param(

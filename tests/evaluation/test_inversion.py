@@ -139,7 +139,7 @@ def test_a_list_within_a_block_is_no_list_of_blocks() -> None:
     model.model.layers[0].heads = nn.ModuleList([nn.Identity(), nn.Identity()])
     assert blocks_of(model) is model.model.layers
     model.model.more = nn.ModuleList([nn.Identity(), nn.Identity()])
-    with pytest.raises(ValueError, match="LlamaForCausalLM has 2 lists of 2 modules; accepted: one, of its blocks"):
+    with pytest.raises(ValueError, match="must have one list of 2 modules, its blocks, but LlamaForCausalLM has 2"):
         blocks_of(model)
 
 
@@ -215,23 +215,32 @@ IDS = draw_ids(2, 4)
 @pytest.mark.parametrize(
     ("ids", "changes", "message"),
     [
-        pytest.param(IDS[0], {}, r"input_ids: got torch.int64 of shape \(4,\); accepted: int64 \(B, L\)", id="shape"),
-        pytest.param(IDS.float(), {}, "input_ids: got torch.float32 of shape", id="dtype"),
-        pytest.param(IDS + VOCAB, {}, f"input_ids: got .*; accepted: 0 to {VOCAB - 1}", id="vocabulary"),
-        pytest.param(IDS, {"attention_mask": torch.ones(2, 3)}, r"got shape \(2, 3\); accepted: \(2, 4\)", id="mask"),
-        pytest.param(IDS, {"attention_mask": torch.zeros(2, 4)}, "attention_mask: got a text of padding", id="padding"),
-        pytest.param(IDS, {"steps": 0}, "steps: got 0; accepted: 1 or more", id="steps"),
-        pytest.param(IDS, {"restarts": 0}, "restarts: got 0; accepted: 1 or more", id="restarts"),
-        pytest.param(IDS, {"top_k": VOCAB + 1}, f"top_k: got {VOCAB + 1}; accepted: 1 or more, up to", id="top-k"),
-        pytest.param(IDS, {"learning_rate": [0.1, 0]}, r"learning_rate: got \[0.1, 0\]; accepted: positive", id="rate"),
-        pytest.param(IDS, {"learning_rate": []}, r"learning_rate: got \[\]; accepted: positive", id="no-rate"),
-        pytest.param(IDS, {"initial_std": 0.0}, "initial_std: got 0.0; accepted: a positive number, or None", id="std"),
-        pytest.param(IDS, {"target": 3}, "target: got 3; accepted: 1 to 2, -2 to -1, or 'head'", id="target"),
-        pytest.param(IDS, {"target": 0}, "target: got 0; accepted: 1 to 2", id="target-0"),
-        pytest.param(IDS, {"target": "tail"}, "target: got 'tail'; accepted: the number of a block", id="target-text"),
-        pytest.param(IDS, {"positions": "first"}, "positions: got 'first'; accepted: 'all' or 'last'", id="positions"),
-        pytest.param(IDS, {"reading": "dot"}, "reading: got 'dot'; accepted: 'pinv' or 'cosine'", id="reading"),
-        pytest.param(IDS, {"learning_rate": 1e38}, "text 0 ends with an objective that is not finite", id="diverges"),
+        pytest.param(IDS[0], {}, r"`input_ids` must be int64 \(B, L\), got torch.int64 of shape \(4,\)", id="shape"),
+        pytest.param(IDS.float(), {}, "`input_ids` must be int64 .*, got torch.float32 of shape", id="dtype"),
+        pytest.param(IDS + VOCAB, {}, f"`input_ids` must be from 0 to {VOCAB - 1}, got ", id="vocabulary"),
+        pytest.param(IDS, {"attention_mask": torch.ones(2, 3)}, r"must have shape \(2, 4\), got \(2, 3\)", id="mask"),
+        pytest.param(
+            IDS,
+            {"attention_mask": torch.zeros(2, 4)},
+            "`attention_mask` must .* got a text of padding only",
+            id="padding",
+        ),
+        pytest.param(IDS, {"steps": 0}, "`steps` must be at least 1, got 0", id="steps"),
+        pytest.param(IDS, {"restarts": 0}, "`restarts` must be at least 1, got 0", id="restarts"),
+        pytest.param(IDS, {"top_k": VOCAB + 1}, f"`top_k` must be from 1 to {VOCAB}, got {VOCAB + 1}", id="top-k"),
+        pytest.param(
+            IDS, {"learning_rate": [0.1, 0]}, r"`learning_rate` must be a positive .*, got \[0.1, 0\]", id="rate"
+        ),
+        pytest.param(IDS, {"learning_rate": []}, r"`learning_rate` must be a positive .*, got \[\]", id="no-rate"),
+        pytest.param(IDS, {"initial_std": 0.0}, "`initial_std` must be a positive number or None, got 0.0", id="std"),
+        pytest.param(IDS, {"target": 3}, "`target` must be from 1 to 2, from -2 to -1, or 'head', got 3", id="target"),
+        pytest.param(IDS, {"target": 0}, "`target` must be from 1 to 2, .* got 0", id="target-0"),
+        pytest.param(
+            IDS, {"target": "tail"}, "`target` must be the number of a block or 'head', got 'tail'", id="target-text"
+        ),
+        pytest.param(IDS, {"positions": "first"}, "`positions` must be 'all' or 'last', got 'first'", id="positions"),
+        pytest.param(IDS, {"reading": "dot"}, "`reading` must be 'pinv' or 'cosine', got 'dot'", id="reading"),
+        pytest.param(IDS, {"learning_rate": 1e38}, "`learning_rate` must be smaller, .* text 0 is not", id="diverges"),
     ],
 )
 def test_a_mistake_is_named(ids: Tensor, changes: dict[str, Any], message: str) -> None:

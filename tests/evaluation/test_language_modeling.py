@@ -228,27 +228,35 @@ class HeadUnused(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"windows": torch.zeros(5).long()}, r"windows: got torch.int64 of shape \(5,\)", id="one row"),
-        pytest.param({"windows": torch.zeros(0, 5).long()}, r"windows: .* of shape \(0, 5\), accepted", id="none"),
-        pytest.param({"windows": torch.zeros(5, 1).long()}, r"windows: .* of shape \(5, 1\)", id="nothing to predict"),
-        pytest.param({"windows": torch.zeros(5, 4)}, r"windows: got torch.float32", id="floats"),
         pytest.param(
-            {"windows": torch.tensor([[0, VOCAB]])}, rf"ids 0 to {VOCAB}, accepted by Llama.*: 0 to 60", id="id"
+            {"windows": torch.zeros(5).long()},
+            r"`windows` must be int64 .*, got torch.int64 of shape \(5,\)",
+            id="one row",
         ),
-        pytest.param({"windows": torch.tensor([[-100, 1]])}, r"windows: got token ids -100 to 1", id="label"),
-        pytest.param({"batch_size": 0}, r"batch_size: got 0, accepted: at least 1", id="batch size"),
-        pytest.param({"device": "meta"}, r"device: got meta, but a model is on cpu", id="device"),
+        pytest.param({"windows": torch.zeros(0, 5).long()}, r"`windows` must .* of shape \(0, 5\)", id="none"),
+        pytest.param(
+            {"windows": torch.zeros(5, 1).long()}, r"`windows` must .* of shape \(5, 1\)", id="nothing to predict"
+        ),
+        pytest.param({"windows": torch.zeros(5, 4)}, r"`windows` must be int64 .*, got torch.float32", id="floats"),
+        pytest.param(
+            {"windows": torch.tensor([[0, VOCAB]])}, rf"token ids of Llama.*, 0 to 60, got 0 to {VOCAB}", id="id"
+        ),
+        pytest.param({"windows": torch.tensor([[-100, 1]])}, r"`windows` must .* got -100 to 1", id="label"),
+        pytest.param({"batch_size": 0}, r"`batch_size` must be at least 1, got 0", id="batch size"),
+        pytest.param({"device": "meta"}, r"`device` must be that of the models, cpu, got meta", id="device"),
         pytest.param(
             {"teacher": partial(tiny_llama, 1, vocab_size=VOCAB + 3)},
-            r"teacher: its vocabulary has 64 .* model's 61",
+            r"`teacher` must have the model's vocabulary of 61 tokens, got 64",
             id="teacher",
         ),
         pytest.param(
-            {"model": partial(tiny_llama, 0, model_class=Capped)}, r"model: Capped changes its logits", id="capped"
+            {"model": partial(tiny_llama, 0, model_class=Capped)},
+            r"`model` must not change its logits .* as Capped does",
+            id="capped",
         ),
         pytest.param(
             {"model": partial(tiny_llama, 0, model_class=HeadUnused)},
-            r"does not call its output head",
+            r"must call its output head as a module, which HeadUnused does not",
             id="head unused",
         ),
         pytest.param(
@@ -319,9 +327,9 @@ def test_samples_end_at_the_end_token(place):
 @pytest.mark.parametrize(
     ("prompts", "count", "message"),
     [
-        pytest.param("w1", 3, r"prompts: got the text 'w1', accepted: a list", id="text for a list"),
-        pytest.param(["w1", ""], 3, r"prompts: got '', which has no tokens", id="empty prompt"),
-        pytest.param(["w1"], 0, r"max_new_tokens: got 0, accepted: at least 1", id="no tokens"),
+        pytest.param("w1", 3, r"`prompts` must be a list of texts, got the text 'w1'", id="text for a list"),
+        pytest.param(["w1", ""], 3, r"`prompts` must be texts of at least one token, got ''", id="empty prompt"),
+        pytest.param(["w1"], 0, r"`max_new_tokens` must be at least 1, got 0", id="no tokens"),
     ],
 )
 def test_bad_prompts_are_refused(prompts, count, message):

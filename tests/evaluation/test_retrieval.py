@@ -14,11 +14,18 @@ from tiny_checkpoints import save_tokenizer
 from torch import Tensor
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+pytest.importorskip("ir_measures", reason="ir-measures is not installed")
 
-from ssm_zoo.evaluation.bm25 import bm25_scores
 from ssm_zoo.evaluation.embedder import load_embedder, make_embedder
-from ssm_zoo.evaluation.retrieval import chance_levels, draw_pools, embedder_scores, evaluate_retrieval
-from ssm_zoo.evaluation.retrieval_data import RetrievalData, read_beir
+from ssm_zoo.evaluation.retrieval import (
+    RetrievalData,
+    bm25_scores,
+    chance_levels,
+    draw_pools,
+    embedder_scores,
+    evaluate_retrieval,
+    read_beir,
+)
 
 MEASURES = ["ndcg@10", "mrr@10", "recall@10", "recall@100", "accuracy@1"]
 
@@ -67,6 +74,32 @@ def test_the_measures_are_their_definitions() -> None:
     measured = evaluate_retrieval(data, lambda part: scores[part])
     assert {name: measured[name] for name in MEASURES} == pytest.approx(measured_by_hand(data, scores))
     assert 0.2 < measured["ndcg@10"] < 0.9
+
+
+def test_the_measures_are_those_of_sentence_transformers_with_ties_too() -> None:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    data = made(documents=130)
+    scores = (4 * random_scores(data)).round() / 4  # every score about ten times
+    hits: Any = []
+    for row in scores:
+        places = row.argsort(descending=True, stable=True)[:100].tolist()
+        hits.append([{"corpus_id": list(data.documents)[place], "score": row[place].item()} for place in places])
+    evaluator = InformationRetrievalEvaluator(
+        dict(data.queries),
+        dict(data.documents),
+        {query: set(relevant) for query, relevant in data.relevant.items()},
+        ndcg_at_k=[10],
+        mrr_at_k=[10],
+        precision_recall_at_k=[10, 100],
+        accuracy_at_k=[1],
+        map_at_k=[100],
+    )
+    means = evaluator.compute_metrics(hits)
+    measured = evaluate_retrieval(data, lambda part: scores[part])
+    for name in MEASURES:
+        kind, cutoff = name.split("@")
+        assert measured[name] == pytest.approx(means[f"{kind}@k"][int(cutoff)], rel=0, abs=1e-12), name
 
 
 def test_a_system_that_knows_finds_everything() -> None:
@@ -141,7 +174,7 @@ def test_accuracy_in_a_pool_is_the_share_of_the_best_and_ties_share() -> None:
 @pytest.mark.parametrize("size", [1, 138])
 def test_a_pool_that_cannot_be_is_refused(size: int) -> None:
     data = made()
-    with pytest.raises(ValueError, match=f"pools: got {size}; accepted: 2 to 137"):
+    with pytest.raises(ValueError, match=f"`pools` must be from 2 to 137 with these documents, got {size}"):
         evaluate_retrieval(data, lambda part: random_scores(data)[part], pools=[2, size])
 
 
@@ -174,17 +207,17 @@ def test_bm25_is_its_formula_over_stems() -> None:
 @needs_bm25s
 @pytest.mark.parametrize("changes", [{"k1": -1.0}, {"b": 1.5}])
 def test_bm25_refuses_numbers_out_of_range(changes: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"bm25: got k1 .* and b .*; accepted: 0 or more, and 0 to 1"):
+    with pytest.raises(ValueError, match=r"`k1` must be at least 0 and `b` from 0 to 1, got .* and "):
         bm25_scores(WORDS, **changes)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"bm25: needs the package bm25s, which is not installed: pip install bm25s\[s"
-    ):
+    with pytest.raises(ValueError, match=r"BM25 needs the package bm25s, which is not installed: pip install bm25s\[s"):
         bm25_scores(WORDS)
-    for call in (lambda: load_embedder("x"), lambda: make_embedder("x"), lambda: evaluate_retrieval(WORDS, Tensor)):
+    with pytest.raises(ValueError, match=r"Ranking needs the package ir-measures, .*: pip install ssm-zoo\[metrics\]"):
+        evaluate_retrieval(WORDS, Tensor)
+    for call in (lambda: load_embedder("x"), lambda: make_embedder("x")):
         with pytest.raises(
             ValueError, match=r"the package sentence-transformers, which is not installed: pip install ss"
         ):
@@ -218,17 +251,19 @@ def test_an_embedder_scores_by_cosine_with_its_prompts(plain: Path) -> None:
 
 
 def test_a_saved_embedder_has_its_own_pooling_and_a_plain_model_needs_one(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pooling: .*model is a plain model; accepted: last, mean"):
+    with pytest.raises(ValueError, match=r"`pooling` must be last or mean, since .*model is a plain model"):
         load_embedder(str(plain))
     embedder = make_embedder(str(plain), pooling="last", max_tokens=6, query_prompt="q ", device="cpu")
     embedder.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
     again = load_embedder(str(tmp_path / "saved"), device="cpu", query_prompt="", max_tokens=None)
     assert (again.max_seq_length, again.prompts["query"], again[1].pooling_mode) == (6, "q ", "lasttoken")
     assert np.array_equal(again.encode_query(["ab c"]), embedder.encode_query(["ab c"]))
-    for changes, message in (({"pooling": "mean"}, "pooling: got 'mean'"), ({"max_tokens": 5}, "max_tokens: got 5")):
-        with pytest.raises(ValueError, match=f"{message}; accepted with the embedder .*saved: none, it has its own"):
+    for changes in ({"pooling": "mean"}, {"max_tokens": 5}):
+        ((name, value),) = changes.items()
+        message = f"`{name}` must be left out with the embedder .*saved, which has its own; got {value!r}"
+        with pytest.raises(ValueError, match=message):
             load_embedder(str(tmp_path / "saved"), **changes)
-    with pytest.raises(ValueError, match="pooling: got 'first'; accepted: last, mean"):
+    with pytest.raises(ValueError, match="`pooling` must be last or mean, got 'first'"):
         make_embedder(str(plain), pooling="first")
 
 
@@ -257,16 +292,16 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        pytest.param({"corpus.jsonl": "{}"}, "corpus.jsonl', line 1 must be an object with texts under", id="corpus"),
+        pytest.param({"queries.jsonl": '{"_id": "1", "text": " "}'}, "queries.jsonl', line 1 must be", id="empty"),
+        pytest.param({"corpus.jsonl": '{"_id": "a", "text": ""}\n' * 2}, "line 2 repeats the id 'a'", id="twice"),
         pytest.param(
-            {"corpus.jsonl": "{}"}, "corpus.jsonl', line 1: accepted: an object with texts under", id="corpus"
+            {"qrels/test.tsv": "h\n1\ta\n"}, "test.tsv', line 2 must have a query id, a document id", id="cells"
         ),
-        pytest.param({"queries.jsonl": '{"_id": "1", "text": " "}'}, "queries.jsonl', line 1: accepted", id="empty"),
+        pytest.param({"qrels/test.tsv": "h\n1\ta\tx\n"}, "test.tsv', line 2 must have a query id", id="grade"),
         pytest.param(
-            {"corpus.jsonl": '{"_id": "a", "text": ""}\n' * 2}, "line 2: the id 'a' is there a sec", id="twice"
+            {"qrels/test.tsv": "h\n9\ta\t1\n"}, "test.tsv', line 2: queries.jsonl has no query '9'", id="query"
         ),
-        pytest.param({"qrels/test.tsv": "h\n1\ta\n"}, "test.tsv', line 2: accepted: query id, document id", id="cells"),
-        pytest.param({"qrels/test.tsv": "h\n1\ta\tx\n"}, "test.tsv', line 2: accepted: query id", id="grade"),
-        pytest.param({"qrels/test.tsv": "h\n9\ta\t1\n"}, "test.tsv', line 2: there is no query '9'", id="query"),
         pytest.param({"qrels/test.tsv": "h\n1\ta\t0\n"}, "test.tsv' has no query with a relevant doc", id="irrelevant"),
     ],
 )
@@ -276,9 +311,9 @@ def test_a_mistake_in_a_folder_is_named(tmp_path: Path, changes: dict[str, str],
 
 
 def test_a_folder_or_split_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="folder: there is no folder 'nowhere'"):
+    with pytest.raises(ValueError, match="`folder` must be an existing folder, got 'nowhere'"):
         read_beir("nowhere")
-    with pytest.raises(ValueError, match=r"split: got 'dev'; accepted with .*: test"):
+    with pytest.raises(ValueError, match=r"`split` must be one of .*, test, got 'dev'"):
         read_beir(write_beir(tmp_path / "beir"), "dev")
     (tmp_path / "beir" / "queries.jsonl").unlink()
     with pytest.raises(ValueError, match=r"folder: there is no file .*queries.jsonl"):

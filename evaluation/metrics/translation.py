@@ -1,0 +1,81 @@
+"""Metrics of translations: BLEU and chrF by sacrebleu, and the share of names that are kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Value
+
+from .metric import ZooMetric, require_package
+
+# One reference or several for every text.
+_TEXTS = [
+    {"predictions": Value("string"), "references": [Value("string")]},
+    {"predictions": Value("string"), "references": Value("string")},
+]
+
+
+class SacrebleuMetric(ZooMetric):
+    """A corpus-level score of sacrebleu, from 0 to 100, with the signature that says how it was computed.
+
+    Inputs: `predictions`, texts without tokenization; `references`, for every text one translation, or a list of as
+    many as for every other text.
+    """
+
+    INPUTS = _TEXTS
+    SCORER = ""
+    NAME = ""
+
+    def __init__(self, *, settings: dict[str, Any] | None = None, **options: Any) -> None:
+        """Create an empty metric.
+
+        Args:
+            settings: arguments of sacrebleu's class of the same name, e.g. {"tokenize": "zh"} for BLEU or
+                {"word_order": 2} for chrF++.
+            **options: see :class:`ZooMetric`.
+
+        Raises:
+            ValueError: if sacrebleu is not installed.
+        """
+        require_package("sacrebleu", "sacrebleu", type(self).__name__)
+        self.settings = settings or {}
+        super().__init__(**options)
+
+    def _compute(self, *, predictions: Sequence[str], references: Sequence[str | list[str]]) -> dict[str, float | str]:
+        from sacrebleu import metrics
+
+        several = [[one] if isinstance(one, str) else one for one in references]
+        counts = {len(each) for each in several}
+        if len(counts) > 1 or 0 in counts:
+            raise ValueError(
+                f"`references` must have equally many translations of every text, got {min(counts)} to {max(counts)}"
+            )
+        scorer = getattr(metrics, self.SCORER)(**self.settings)
+        score = scorer.corpus_score(list(predictions), [list(column) for column in zip(*several, strict=True)])
+        return {self.NAME: score.score, f"{self.NAME}_signature": scorer.get_signature().format()}
+
+
+class BLEU(SacrebleuMetric):
+    __doc__ = SacrebleuMetric.__doc__
+    SCORER, NAME = "BLEU", "bleu"
+
+
+class ChrF(SacrebleuMetric):
+    __doc__ = SacrebleuMetric.__doc__
+    SCORER, NAME = "CHRF", "chrf"
+
+
+class EntityRecall(ZooMetric):
+    """Share of the entities that occur in the translations, letter by letter ("entity_recall"), and their number.
+
+    Inputs: `predictions`, texts; `references`, for every text the list of entities that it should contain, e.g. the
+    names that source and reference have in common. Texts without entities do not count.
+    """
+
+    INPUTS = {"predictions": Value("string"), "references": [Value("string")]}
+
+    def _compute(self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        pairs = zip(predictions, references, strict=True)
+        found = [entity in text for text, entities in pairs for entity in entities]
+        if not found:
+            raise ValueError("`references` must name at least one entity, got none in any text")
+        return {"entity_recall": sum(found) / len(found), "entities": len(found)}
