@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..training.texts import BUILTIN, builtin_text
+from ..training.sources import BUILTIN, builtin_text
 
 _PIECE_CHARACTERS = 64 * 1024
 _CUT_TRIES = 16

@@ -25,7 +25,7 @@ from ..reports.training_card import write_card
 from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned, print_coverage
 from .report import common_report, write_folder, write_plots
 from .settings import LanguageModelSettings
-from .texts import make_rows, read_texts
+from .texts import make_rows, read_texts_or_examples
 from .trainer import TrainingRun, check_trackers, processes, train
 
 KIND = "ssm-zoo finetuning of a language model"
@@ -71,7 +71,7 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
     state = processes()
     if state.is_main_process:
         check_output_folder(output)
-    texts = read_texts(settings)
+    texts = read_texts_or_examples(settings)
     model, tokenizer = load_base(settings), load_tokenizer(settings)
     rows = make_rows(texts, settings, tokenizer, model.config.vocab_size, progress=state.is_main_process)
     set_seed(settings.seed)

@@ -16,7 +16,7 @@ from ..harness.public_text import public_argument
 from ..harness.run_folder import result_folder
 from ..reports.training_plots import write_loss_plot
 from .settings import RunSettings
-from .texts import DATASETS
+from .sources import DATASETS
 from .trainer import TrainingRun, compute_dtype
 
 

@@ -83,13 +83,13 @@ class TrainingSettings(RunSettings):
     """The settings of every training as a language model."""
 
     train: Annotated[Sources, Option(metavar="TEXT")]
-    """Training text: .txt, .jsonl, datasets:PATH,SPLIT or builtin:wikitext2; may be repeated."""
+    """Training text: .txt, .jsonl, .parquet, datasets:PATH,SPLIT or builtin:wikitext2; may be repeated."""
     heldout: Annotated[Sources, Option(metavar="TEXT")]
     """Text on which the loss is measured before and after training; may be repeated."""
     separator: Annotated[Text | None, Option(metavar="TEXT", parse=lambda text: text.replace("\\n", "\n"))] = None
     r"""Text between two documents of a .txt file, e.g. \n\n; without it a file is one document."""
     text_field: Annotated[Text, Option(metavar="NAME")] = "text"
-    """Field of .jsonl files and data sets that holds the text."""
+    """Field of .jsonl files, .parquet files and data sets that holds the text."""
     packing: Annotated[bool, Option(negative=True)] = True
     """Put several documents into a row, or give each a padded row of its own."""
     row_tokens: Annotated[int, Field(ge=2)] = 1024
@@ -169,10 +169,28 @@ class LanguageModelSettings(FinetuningSettings, TrainingSettings):
     # For adapters peft's usual rate; for all weights a tenth of a usual rate of pretraining.
     learning_rates = {"lora": 2e-4, "full": 5e-5}
 
+    examples: Literal["text", "messages", "prompt_completion"] = "text"
+    """What the rows of files and data sets hold: text; messages, a conversation for the tokenizer's chat template; or
+    prompt_completion, a prompt and a completion. Of the last two only the answers are learnt."""
     learning_rate: Annotated[Positive | None, Option(default="2e-4 for adapters, 5e-5 for all weights")] = None
     """Peak learning rate."""
     load_in_4bit: bool = False
     """Keep the linear layers of the base model in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        values = super().identity
+        if self.examples == "text":
+            del values["examples"]  # which the runs of earlier versions do not have
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_settings_of_text(self) -> LanguageModelSettings:
+        for field in ("separator", "text_field"):
+            value = getattr(self, field)
+            if self.examples != "text" and value != type(self).model_fields[field].default:
+                raise refused(field, f"has no effect with examples {self.examples!r}, got {value!r}")
+        return self
 
 
 def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:
