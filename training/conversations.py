@@ -7,7 +7,7 @@ answer's; the label of every other one is -100.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,25 @@ def read_examples(sources: Sequence[str], field: str, kind: str) -> list[Example
     Raises:
         ValueError: with source, row and field of the first mistake.
     """
-    read = _conversation if kind == "messages" else _prompt_and_completion
     examples = []
     for source in sources:
-        if not source.startswith(DATASETS) and Path(source).suffix not in ROW_FILES:
-            raise ValueError(f"{field}: got {source!r} for {kind!r}; accepted: a .jsonl or .parquet file, {DATA_SETS}")
-        found = [read(row, place) for place, row in read_rows(source, field)]
+        found = list(examples_of(source, field, kind))
         if not found:
             raise ValueError(f"{field}: {source!r} holds no rows")
         examples += found
     return examples
+
+
+def examples_of(source: str, field: str, kind: str) -> Iterator[Example]:
+    """Yield the rows of one source; arguments and errors are those of :func:`read_examples`."""
+    if not source.startswith(DATASETS) and Path(source).suffix not in ROW_FILES:
+        raise ValueError(f"{field}: got {source!r} for {kind!r}; accepted: a .jsonl or .parquet file, {DATA_SETS}")
+    return (example_of(row, place, kind) for place, row in read_rows(source, field))
+
+
+def example_of(row: Mapping[str, Any], place: str, kind: str) -> Example:
+    """Check a row; arguments and errors are those of :func:`read_examples`."""
+    return _conversation(row, place) if kind == "messages" else _prompt_and_completion(row, place)
 
 
 def _conversation(row: Mapping[str, Any], place: str) -> Example:

@@ -92,7 +92,7 @@ def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any] | None:
     coverage = read_json(run.output / "coverage.json")
     run.state.wait_for_everyone()  # all have looked before the first one writes
     if coverage is None:
-        rows = [run.rows.train[index] for index in range(min(run.settings.batch_size, len(run.rows.train)))]
+        rows = run.rows.first(run.settings.batch_size)
         batch = {key: tensor.to(run.device) for key, tensor in run.collator(rows).items()}
         with run.compute():
             coverage = adapter_coverage(run.model, batch)

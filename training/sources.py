@@ -1,11 +1,12 @@
 """Sources of training data: files of rows, data sets of the library `datasets`, texts that ship with the package."""
 
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..harness.text_files import read_json_lines, read_text_file
+from ..harness.text_files import read_json_lines_of, read_text_file
 
 DATASETS, BUILTIN = "datasets:", "builtin:"
 ROW_FILES = (".jsonl", ".parquet")
@@ -13,8 +14,28 @@ ROW_FILES = (".jsonl", ".parquet")
 DATA_SETS = "'datasets:PATH,SPLIT' or 'datasets:PATH,CONFIG,SPLIT'"
 """The data sets that :func:`read_rows` reads, for an error."""
 
+_WEIGHTED = re.compile(r"(.+)@(\d+\.?\d*|\.\d+)", re.DOTALL)
 # Rows of a parquet file that are in memory at a time.
 _BATCH = 1024
+
+
+def split_weight(source: str) -> tuple[str, float | None]:
+    """Split "SOURCE@WEIGHT" into the source and its weight, which is None without "@" and a number at the end.
+
+    Raises:
+        ValueError: if there is a file of the whole name, or the weight is 0; the message goes on after "`train`".
+    """
+    match = _WEIGHTED.fullmatch(source)
+    if match is None:
+        return source, None
+    if Path(source).exists():
+        raise ValueError(
+            f"must be unambiguous, got {source!r}, a file that reads as {match[1]!r} with the weight {match[2]}; "
+            "rename it"
+        )
+    if float(match[2]) == 0:
+        raise ValueError(f"must give a weight above 0, got {source!r}")
+    return match[1], float(match[2])
 
 
 def read_rows(source: str, field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -36,7 +57,7 @@ def read_rows(source: str, field: str) -> Iterator[tuple[str, Mapping[str, Any]]
         for number, row in enumerate(_read_parquet(source, field), start=1):
             yield f"{name}, row {number}", row
     else:
-        for number, row in read_json_lines(read_text_file(source, field), name):
+        for number, row in read_json_lines_of(source, field):
             place = f"{name}, line {number}"
             if not isinstance(row, dict):
                 raise ValueError(f"{place} must be an object, got {row!r:.80}.")
@@ -58,12 +79,13 @@ def _read_parquet(source: str, field: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{field}: {source!r} cannot be read as parquet: {error}") from None
 
 
-def load_data_set(source: str, field: str) -> Any:
+def load_data_set(source: str, field: str, *, streaming: bool = False) -> Any:
     """Return the data set of "datasets:PATH,SPLIT" or "datasets:PATH,CONFIG,SPLIT".
 
     Args:
         source: the text.
         field: what to call it in an error.
+        streaming: read it while it is used, instead of copying all of it into the cache first.
 
     Raises:
         ValueError: if the text is neither.
@@ -77,7 +99,8 @@ def load_data_set(source: str, field: str) -> Any:
     *name, split = configuration
     if Path(path).exists():
         datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a data set that is here already needs no server
-    return datasets.load_dataset(path, *name, split=split)
+    load: Any = datasets.load_dataset
+    return load(path, *name, split=split, streaming=streaming)
 
 
 def builtin_text(source: str, part: str, field: str) -> str:

@@ -1,9 +1,12 @@
 """Texts of the user to documents of token ids, and to the rows of a training."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..harness.text_files import read_text_file
-from .conversations import Example, encode_examples, read_examples
-from .packing import Document, PackedDocuments
+from .conversations import Example, encode_examples, example_of, examples_of, read_examples
+from .packing import Document, PackedDocuments, Row
 from .settings import LanguageModelSettings, TrainingSettings
 from .sources import BUILTIN, DATA_SETS, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
+from .stream import TextStream, mixed
 
 _ACCEPTED = f"a .txt, .jsonl or .parquet file, {DATA_SETS}, or 'builtin:NAME'"
 
@@ -114,14 +118,25 @@ class TextRows:
     Attributes:
         train: to train on.
         heldout: to measure the loss on.
-        documents: number of documents, for "train" and "heldout".
-        fingerprints: SHA-256 of the tokens, for "train" and "heldout".
+        documents: number of documents, for "train" and "heldout"; None of a stream.
+        fingerprints: SHA-256 of the tokens, of a stream as `TextStream.fingerprint`,, for "train" and "heldout".
     """
 
-    train: PackedDocuments
+    train: PackedDocuments | TextStream
     heldout: PackedDocuments
-    documents: dict[str, int]
+    documents: dict[str, int | None]
     fingerprints: dict[str, str]
+
+    @property
+    def length(self) -> int | None:
+        """Rows of a pass over the training text; None of a stream."""
+        return None if isinstance(self.train, TextStream) else len(self.train)
+
+    def first(self, count: int) -> list[Row]:
+        """Return the first rows to train on, or all."""
+        if isinstance(self.train, TextStream):
+            return self.train.first(count)
+        return [self.train[index] for index in range(min(count, len(self.train)))]
 
 
 Texts = dict[str, list[str]]
@@ -129,20 +144,32 @@ Examples = dict[str, list[Example]]
 
 
 def read_texts(settings: TrainingSettings) -> Texts:
-    """Read the documents, for "train" and "heldout"; errors as `ssm_zoo.training.texts.read_documents`."""
+    """Read the documents, for "train" and "heldout"; errors as `ssm_zoo.training.texts.read_documents`.
+
+    A stream has none yet.
+    """
     return {
         field: read_documents(
             getattr(settings, field), field, separator=settings.separator, text_field=settings.text_field
         )
         for field in _FIELDS
+        if not _is_stream(settings, field)
     }
+
+
+def _is_stream(settings: TrainingSettings, field: str) -> bool:
+    return field == "train" and settings.streamed
 
 
 def read_texts_or_examples(settings: LanguageModelSettings) -> Texts | Examples:
     """Read the documents, or the rows whose answers are learnt, for "train" and "heldout"."""
     if settings.examples == "text":
         return read_texts(settings)
-    return {field: read_examples(getattr(settings, field), field, settings.examples) for field in _FIELDS}
+    return {
+        field: read_examples(getattr(settings, field), field, settings.examples)
+        for field in _FIELDS
+        if not _is_stream(settings, field)
+    }
 
 
 def make_rows(
@@ -165,15 +192,63 @@ def make_rows(
     Raises:
         ValueError: if a text has no token to predict, or the model lacks an embedding for one.
     """
-    rows, fingerprints = {}, {}
+    rows: dict[str, Any] = {}
+    fingerprints: dict[str, str] = {}
     for field in _FIELDS:
+        if _is_stream(settings, field):
+            rows[field] = stream = _stream(settings, tokenizer, vocab_size)
+            fingerprints[field] = stream.fingerprint([source for source, _ in settings.mixture])
+            continue
         encoded = _encode(texts[field], tokenizer, vocab_size, progress=progress)
         fingerprints[field] = fingerprint(encoded)
         try:
             rows[field] = PackedDocuments(encoded, settings.row_tokens, packing=settings.packing)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-    return TextRows(**rows, documents={field: len(texts[field]) for field in _FIELDS}, fingerprints=fingerprints)
+    counts = {field: len(texts[field]) if field in texts else None for field in _FIELDS}
+    return TextRows(**rows, documents=counts, fingerprints=fingerprints)
+
+
+def _stream(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextStream:
+    kind = settings.examples if isinstance(settings, LanguageModelSettings) else "text"
+    read = partial(_documents, kind=kind, separator=settings.separator, text_field=settings.text_field)
+    take = partial(_take, kind=kind, text_field=settings.text_field)
+
+    def encode_one(text: str, place: str) -> Tensor | Document:
+        document = text if kind == "text" else Example(place, *json.loads(text))
+        (encoded,) = _encode([document], tokenizer, vocab_size, progress=False)  # pyright: ignore[reportArgumentType]
+        return encoded
+
+    return TextStream(
+        lambda number: mixed(settings.mixture, read, take, settings.seed + number),
+        encode_one,
+        settings.row_tokens,
+        packing=settings.packing,
+        seed=settings.seed,
+    )
+
+
+def _documents(source: str, *, kind: str, separator: str | None, text_field: str) -> Iterator[tuple[str, str]]:
+    """Documents of a file or built-in text, one after the other, each as a text after where it is."""
+    found = False
+    if kind == "text":
+        texts = ((f"train: {source!r}", text) for text in _read(source, "train", separator, text_field))
+    else:
+        texts = ((example.place, _json(example)) for example in examples_of(source, "train", kind))
+    for place, text in texts:
+        found = found or bool(text.strip())
+        yield place, text
+    if not found:
+        raise ValueError(f"train: {source!r} holds no text")
+
+
+def _take(row: Mapping[str, Any], place: str, *, kind: str, text_field: str) -> str:
+    """The document in a row, as a text."""
+    return text_at(row, text_field, place) if kind == "text" else _json(example_of(row, place, kind))
+
+
+def _json(example: Example) -> str:
+    return json.dumps([example.prompt, example.completion])
 
 
 def _encode(
