@@ -14,6 +14,7 @@ from tiny_checkpoints import save_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ssm_zoo.harness.text_files import read_json_lines_of
 from ssm_zoo.training.adapters import load_base, load_tokenizer
 from ssm_zoo.training.conversations import encode_examples, read_examples
 from ssm_zoo.training.language_model import finetune_language_model
@@ -259,6 +260,11 @@ def test_sources_and_settings_that_do_not_fit_are_refused(tmp_path: Path) -> Non
     (tmp_path / "bad.parquet").write_bytes(b"nothing of the sort")
     with pytest.raises(ValueError, match=r"train: '.*bad\.parquet' cannot be read as parquet"):
         read_examples([str(tmp_path / "bad.parquet")], "train", "messages")
+    (tmp_path / "latin.jsonl").write_bytes(b'\xef\xbb\xbf{"messages": 1}\n' + '"caf\u00e9"\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl', line 1: `messages` must be a list"):
+        read_examples([str(tmp_path / "latin.jsonl")], "train", "messages")
+    with pytest.raises(ValueError, match=r"train: '.*latin\.jsonl' is not UTF-8 text \(byte 23: "):
+        list(read_json_lines_of(tmp_path / "latin.jsonl", "train"))
     with pytest.raises(ValueError, match=r"train: there is no file 'none\.parquet'"):
         read_examples(["none.parquet"], "train", "messages")
     values = {"model": "m", "train": ["a.jsonl"], "heldout": ["b.jsonl"], "examples": "messages"}

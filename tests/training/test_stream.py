@@ -1,6 +1,9 @@
 """Streamed training text: mixtures, positions, and runs that are killed and go on to the same bits."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,31 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert report["data"]["train"]["documents"] is None
     assert "read as a stream while training" in (tmp_path / "killed" / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_processes_share_a_stream(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of one row each read what one process of two rows does, and save the same position."""
+    monkeypatch.setattr(stream, "WINDOW", 64)
+    mixture = sources(folder, "@4", "@3", "@1", "@2")
+    changed = values(folder, *mixture, method="full", batch_size=2, checkpoint_every=3, learning_rate=1e-3)
+    alone = finetune_language_model(parse_settings(changed), tmp_path / "alone")
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "ssm_zoo.cli.main", "finetune", "lm", str(folder / "model"), str(tmp_path / "two")]
+    command += [*(part for source in mixture for part in ("--train", source)), "--heldout", str(folder / "b.jsonl")]
+    command += ["--separator", r"\n\n", "--row-tokens", "32", "--batch-size", "1", "--steps", "8", "--method", "full"]
+    command += ["--checkpoint-every", "3", "--learning-rate", "1e-3"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "their-cache")
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["processes"] == 2
+    assert [p["tokens"] for p in report["history"]] == [p["tokens"] for p in alone["history"]]
+    assert [p["loss"] for p in report["history"]] == pytest.approx([p["loss"] for p in alone["history"]], rel=1e-5)
+    ours, theirs = (tmp_path / name / "checkpoints" / "checkpoint-6" / "stream.json" for name in ("two", "alone"))
+    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
 
 
 @pytest.mark.parametrize(
