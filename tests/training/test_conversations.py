@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import pyarrow
 import pytest
 import torch
+from datasets import config
 from families import make_model
 from pyarrow import parquet
 from tiny_checkpoints import save_tokenizer
@@ -193,8 +194,7 @@ def test_a_local_file_is_read_without_the_network(folder: Path, monkeypatch: pyt
     (folder / "data").mkdir()
     (folder / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     parquet.write_table(pyarrow.Table.from_pylist([{"text": "three"}]), folder / "text.parquet")
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", folder / "cache")
     sources = [f"datasets:{folder / 'data'},train", str(folder / "text.parquet")]
     assert read_documents(sources, "train") == ["one", "two", "three"]
     both = (read_examples([str(folder / name)], "train", "messages") for name in ("chat.jsonl", "chat[1].parquet"))

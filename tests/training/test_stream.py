@@ -2,15 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow
 import pytest
 import torch
+from datasets import config
 from families import make_model
 from pyarrow import parquet
 from safetensors.torch import load_file
@@ -52,9 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets import config
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, and a cache of its own."""
 
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -171,14 +177,16 @@ def test_processes_share_a_stream(folder: Path, tmp_path: Path, monkeypatch: pyt
     """Two processes of one row each read what one process of two rows does, and save the same position."""
     monkeypatch.setattr(stream, "WINDOW", 64)
     mixture = sources(folder, "@4", "@3", "@1", "@2")
-    changed = values(folder, *mixture, method="full", batch_size=2, checkpoint_every=3, learning_rate=1e-3)
+    changed = values(
+        folder, *mixture, method="full", batch_size=2, checkpoint_every=3, learning_rate=1e-3, streaming=True
+    )
     alone = finetune_language_model(parse_settings(changed), tmp_path / "alone")
     command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "ssm_zoo.cli.main", "finetune", "lm", str(folder / "model"), str(tmp_path / "two")]
     command += [*(part for source in mixture for part in ("--train", source)), "--heldout", str(folder / "b.jsonl")]
     command += ["--separator", r"\n\n", "--row-tokens", "32", "--batch-size", "1", "--steps", "8", "--method", "full"]
-    command += ["--checkpoint-every", "3", "--learning-rate", "1e-3"]
+    command += ["--checkpoint-every", "3", "--learning-rate", "1e-3", "--streaming"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     environment["HF_DATASETS_CACHE"] = str(tmp_path / "their-cache")
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
