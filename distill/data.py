@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..training.texts import BUILTIN, builtin_text
+from ..training.sources import BUILTIN, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
 
 _PIECE_CHARACTERS = 64 * 1024
 _CUT_TRIES = 16
@@ -31,19 +31,31 @@ def read_texts(sources: str | Sequence[str], split: Literal["train", "heldout"])
     """Read the texts that a recipe's `data.train` or `data.heldout` names.
 
     Args:
-        sources: paths of UTF-8 text files, or "builtin:NAME" for a text that ships with the package.
+        sources: paths of UTF-8 text files, whatever their suffix; of `.jsonl` and `.parquet` files, and
+            "datasets:PATH,SPLIT" or "datasets:PATH,CONFIG,SPLIT", whose rows have a field "text"; or "builtin:NAME"
+            for a text that ships with the package.
         split: which part of a built-in text to take.
 
     Returns:
-        One text per source, line ends as "\\n", without a byte order mark.
+        One text per source, of rows one per row that is not blank, line ends as "\\n", without a byte order mark.
 
     Raises:
-        ValueError: naming the first source that is missing, is not a file, is not UTF-8 or is empty.
+        ValueError: naming the first source that is missing, is not a file, is malformed or is empty.
     """
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
         raise ValueError(f"data.{split}: got no source; accepted: one or more text files or 'builtin:NAME'")
-    return [_read_text(name, split) for name in names]
+    return [text for name in names for text in _read(name, split)]
+
+
+def _read(name: str, split: str) -> list[str]:
+    if not name.startswith(DATASETS) and Path(name).suffix not in ROW_FILES:
+        return [_read_text(name, split)]
+    texts = [text_at(row, "text", place) for place, row in read_rows(name, f"data.{split}")]
+    found = [_plain_line_ends(text) for text in texts if text.strip()]
+    if not found:
+        raise ValueError(f"data.{split}: {name!r} holds no text")
+    return found
 
 
 def _read_text(name: str, split: str) -> str:
@@ -61,6 +73,10 @@ def _read_text(name: str, split: str) -> str:
         raise ValueError(f"data.{split}: {name!r} is not UTF-8 text ({problem})") from None
     if not text.strip():
         raise ValueError(f"data.{split}: {name!r} holds no text")
+    return _plain_line_ends(text)
+
+
+def _plain_line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -96,7 +96,10 @@ class StudentSpec(SettingsBase):
 
 
 class DataSpec(SettingsBase):
-    """The texts. A source is a UTF-8 text file or a text that ships with the package ("builtin:wikitext2").
+    """The texts.
+
+    A source is a UTF-8 text file; a `.jsonl` or `.parquet` file or a data set ("datasets:PATH,SPLIT") with a field
+    "text"; or a text that ships with the package ("builtin:wikitext2").
 
     Attributes:
         train: sources of the training tokens, in order.

@@ -38,6 +38,7 @@ from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
 from ..training.checkpoints import last_checkpoint, place, save_checkpoint
+from ..training.report import public_sources
 from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
@@ -218,8 +219,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         "data": {
             "train_tokens": len(run.train),
             "heldout_tokens": len(run.heldout),
-            "train_sources": _names(recipe.data.train),
-            "heldout_sources": _names(recipe.data.heldout),
+            **{f"{split}_sources": public_sources(_sources(recipe, split)) for split in ("train", "heldout")},
         },
         "evaluations": run.progress.evaluations,
         "stages": run.progress.stages,
@@ -228,10 +228,9 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
     }
 
 
-def _names(sources: str | list[str]) -> list[str]:
-    """Sources without the folders of this machine."""
-    names = [sources] if isinstance(sources, str) else list(sources)
-    return [name if name.startswith("builtin:") else Path(name).name for name in names]
+def _sources(recipe: Recipe, split: str) -> list[str]:
+    sources = getattr(recipe.data, split)
+    return [sources] if isinstance(sources, str) else list(sources)
 
 
 def _write_results(run: _Run, report: dict[str, Any]) -> None:

@@ -19,14 +19,22 @@ def read_text_file(path: str | Path, field: str) -> str:
     Raises:
         ValueError: if there is no such file, or it is not UTF-8.
     """
+    _check_file(path, field)
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, field, error.start, error.reason) from None
+
+
+def _check_file(path: str | Path, field: str) -> None:
     if not Path(path).is_file():
         kind = "is a folder, not a file" if Path(path).is_dir() else "is not a regular file"
         there = f"{str(path)!r} {kind}" if Path(path).exists() else f"there is no file {str(path)!r}"
         raise ValueError(f"{field}: {there}")
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{field}: {str(path)!r} is not UTF-8 text (byte {error.start}: {error.reason})") from None
+
+
+def _not_utf8(path: str | Path, field: str, place: int, reason: str) -> ValueError:
+    return ValueError(f"{field}: {str(path)!r} is not UTF-8 text (byte {place}: {reason})")
 
 
 def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
@@ -44,6 +52,29 @@ def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         yield number, parse_json(line, f"{name}, line {number}")
+
+
+def read_json_lines_of(path: str | Path, field: str) -> Iterator[tuple[int, Any]]:
+    """Yield the values of a file of JSON lines with their line numbers, one line in memory at a time.
+
+    Args:
+        path: the file, in UTF-8; a byte order mark is passed over.
+        field: what to call the argument in an error.
+
+    Raises:
+        ValueError: as `read_text_file` and `read_json_lines`.
+    """
+    _check_file(path, field)
+    position = 0
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, field, position + error.start, error.reason) from None
+            position += len(line)
+            if text.strip():
+                yield number, parse_json(text, f"{field}: {str(path)!r}, line {number}")
 
 
 def check_text(text: str, field: str) -> None:

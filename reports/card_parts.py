@@ -81,6 +81,8 @@ def _summary(report: dict[str, Any]) -> str:
 def _text(data: dict[str, Any]) -> str:
     filled = f", {percent(data['filled'])} filled" if data["filled"] is not None else ""
     sources = ", ".join(map(code, data["sources"]))
+    if data["documents"] is None:
+        return f"{sources}, read as a stream while training."
     return (
         f"{sources}, {count(data['documents'])} documents with {count(data['targets'])} predicted tokens in "
         f"{count(data['rows'])} rows{filled}."

@@ -81,14 +81,14 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     texts = read_texts(settings)
     source = settings.tokenizer if settings.tokenizer != BYTES else None
     commit = None if source is None else pinned_revision(source, None, output, "tokenizer")
-    tokenizer = _tokenizer(settings, texts["train"], commit, progress=state.is_main_process)
+    tokenizer = _tokenizer(settings, texts.get("train", []), commit, progress=state.is_main_process)
     settings = settings.model_copy(
         update={"revision": configuration_commit(settings.config, settings.revision, output)}
     )
     config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
     # A warm-up that is too long is an error, now rather than when the training begins.
-    settings.warmup_steps(optimiser_steps(settings, len(rows.train), state.num_processes))
+    settings.warmup_steps(optimiser_steps(settings, rows.length, state.num_processes))
     set_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(state.device)

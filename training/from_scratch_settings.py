@@ -109,6 +109,9 @@ class FromScratchSettings(TrainingSettings):
         if (self.tokenizer is None) == (self.train_tokenizer is None):
             problem = f"or `train_tokenizer` must be given, and not both, got {self.tokenizer!r}"
             raise refused("tokenizer", f"{problem} and {self.train_tokenizer!r}")
+        if self.train_tokenizer is not None and self.streamed:
+            problem = "has no effect where the training text is a stream: give `tokenizer` instead"
+            raise refused("train_tokenizer", f"{problem}, got {self.train_tokenizer}")
         if self.final_learning_rate > self.learning_rate:
             raise wrong("final_learning_rate", self.final_learning_rate, f"at most the peak, {self.learning_rate}")
         return self

@@ -25,7 +25,7 @@ from ..reports.training_card import write_card
 from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned, print_coverage
 from .report import common_report, write_folder, write_plots
 from .settings import LanguageModelSettings
-from .texts import make_rows, read_texts
+from .texts import make_rows, read_texts_or_examples
 from .trainer import TrainingRun, check_trackers, processes, train
 
 KIND = "ssm-zoo finetuning of a language model"
@@ -71,7 +71,7 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
     state = processes()
     if state.is_main_process:
         check_output_folder(output)
-    texts = read_texts(settings)
+    texts = read_texts_or_examples(settings)
     model, tokenizer = load_base(settings), load_tokenizer(settings)
     rows = make_rows(texts, settings, tokenizer, model.config.vocab_size, progress=state.is_main_process)
     set_seed(settings.seed)
@@ -92,7 +92,7 @@ def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any] | None:
     coverage = read_json(run.output / "coverage.json")
     run.state.wait_for_everyone()  # all have looked before the first one writes
     if coverage is None:
-        rows = [run.rows.train[index] for index in range(min(run.settings.batch_size, len(run.rows.train)))]
+        rows = run.rows.first(run.settings.batch_size)
         batch = {key: tensor.to(run.device) for key, tensor in run.collator(rows).items()}
         with run.compute():
             coverage = adapter_coverage(run.model, batch)

@@ -26,6 +26,7 @@ IGNORED = -100
 
 Row = dict[str, Tensor]
 Document = tuple[Tensor, Tensor]
+"""Token ids and labels, which are the ids where a token is a target."""
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -89,7 +90,10 @@ class PackingCollator:
         documents = [document for document in map(_document, items) if len(document[0])]
         if not documents:
             raise ValueError(f"items: got {len(items)} without a token; accepted: at least one token")
-        return pad_rows([_row(group) for group in _pack(documents, self.budget)], self.budget, self.pad_token_id)
+        if self.budget is None:
+            return pad_rows([_row(documents)], None, self.pad_token_id)
+        pieces = [piece for document in documents for piece in _pieces(document, self.budget)]
+        return pad_rows([_row(group) for group in _pack(pieces, self.budget)], self.budget, self.pad_token_id)
 
 
 class PackedDocuments(Dataset):
@@ -100,7 +104,8 @@ class PackedDocuments(Dataset):
     documents are of similar lengths, so a step should read several rows.
 
     Args:
-        documents: (length,) integer token ids of each; those without a target (of one token or none) are passed over.
+        documents: (length,) integer token ids of each, or ids and labels if not every token is a target. What has no
+            target, documents of one token and pieces of longer ones, is passed over.
         budget: most tokens of a row, 2 or more. Longer documents are cut.
         packing: False puts every document, or piece of one, into a row of its own.
 
@@ -112,14 +117,17 @@ class PackedDocuments(Dataset):
         ValueError: if `budget` is below 2, or nothing is left to predict.
     """
 
-    def __init__(self, documents: Sequence[Tensor], budget: int, *, packing: bool = True) -> None:
+    def __init__(self, documents: Sequence[Tensor | Document], budget: int, *, packing: bool = True) -> None:
         _check_budget(budget)
-        pairs = [(ids, ids) for ids in documents if len(ids) > 1]
-        if not pairs:
+        pairs = [(part, part) if isinstance(part, Tensor) else part for part in documents]
+        pieces = [piece for pair in pairs if len(pair[0]) > 1 for piece in _pieces(pair, budget)]
+        targets = [int((labels[1:] != IGNORED).sum()) for _, labels in pieces]
+        pieces = [piece for piece, number in zip(pieces, targets, strict=True) if number]
+        if not pieces:
             raise ValueError(f"documents: got {len(documents)}, none of two tokens or more; accepted: at least one")
-        self._rows = _pack(pairs, budget) if packing else [[piece] for pair in pairs for piece in _pieces(pair, budget)]
+        self._rows = _pack(pieces, budget) if packing else [[piece] for piece in pieces]
         self.tokens = sum(len(ids) for row in self._rows for ids, _ in row)
-        self.targets = self.tokens - sum(map(len, self._rows))
+        self.targets = sum(targets)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,11 +184,8 @@ def _pieces(document: Document, budget: int) -> list[Document]:
     return [(ids[start : start + budget], labels[start : start + budget]) for start in starts]
 
 
-def _pack(documents: Sequence[Document], budget: int | None) -> list[list[Document]]:
-    """The documents of each row."""
-    if budget is None:
-        return [list(documents)]
-    pieces = [piece for document in documents for piece in _pieces(document, budget)]
+def _pack(pieces: Sequence[Document], budget: int) -> list[list[Document]]:
+    """Distribute pieces over rows."""
     bins = first_fit_decreasing([len(ids) for ids, _ in pieces], budget)
     return [[pieces[index] for index in items] for items in bins]
 

@@ -3,16 +3,15 @@
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..harness.text_files import read_json_lines, read_text_file
-from .texts import DATASETS, load_data_set
+from ..harness.text_files import read_text_file
+from .sources import DATA_SETS, DATASETS, ROW_FILES, read_rows
 
-_SUFFIXES = (".jsonl", ".csv", ".tsv")
-_ACCEPTED = "a .jsonl, .csv or .tsv file, or 'datasets:PATH,SPLIT' or 'datasets:PATH,CONFIG,SPLIT'"
+_ACCEPTED = f"a .jsonl, .parquet, .csv or .tsv file, {DATA_SETS}"
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def read_pairs(
 
     Args:
         sources: UTF-8 files, or data sets that `datasets.load_dataset` finds, "datasets:PATH,SPLIT" or
-            "datasets:PATH,CONFIG,SPLIT". `.jsonl`: a JSON object a line; `.csv`: a header and rows, quoted where they
-            need it; `.tsv`: a header and rows, tabs between the texts and no quoting.
+            "datasets:PATH,CONFIG,SPLIT". `.jsonl`: a JSON object a line; `.parquet`; `.csv`: a header and
+            rows, quoted where they need it; `.tsv`: a header and rows, tabs between the texts and no quoting.
         field: what to call the sources in an error.
         anchor: column of the texts to search with.
         positive: column of what they should find.
@@ -86,32 +85,24 @@ def read_pairs(
                 text = row[column]
                 if not isinstance(text, str) or not text.strip():
                     given = "nothing" if text is None or text == "" else repr(text)
-                    raise ValueError(f"{field}: {source!r}, {place}: {column!r} holds {given}; accepted: a text")
+                    raise ValueError(f"{place}: {column!r} holds {given}; accepted: a text")
                 kept.append(text)
         if not found:
             raise ValueError(f"{field}: {source!r} holds no pairs")
     return Pairs(texts[0], texts[1], texts[2:])
 
 
-def _rows(source: str, field: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row of a source is, in words, and the row, which has the columns."""
-    if source.startswith(DATASETS):
-        data = load_data_set(source, field, _ACCEPTED)
-        _check_columns(columns, data.column_names, f"{field}: {source!r}")
-        for number, row in enumerate(data, start=1):
-            yield f"row {number}", row
-        return
+def _rows(source: str, field: str, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield where each row of a source is, in words, and the row, which has the columns."""
     suffix = Path(source).suffix
-    if suffix not in _SUFFIXES:
+    if source.startswith(DATASETS) or suffix in ROW_FILES:
+        for place, row in read_rows(source, field):
+            _check_columns(columns, list(row), place)
+            yield place, row
+        return
+    if suffix not in (".csv", ".tsv"):
         raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
     text, name = read_text_file(source, field), f"{field}: {source!r}"
-    if suffix == ".jsonl":
-        for number, row in read_json_lines(text, name):
-            if not isinstance(row, dict):
-                raise ValueError(f"{name}, line {number}: accepted: an object")
-            _check_columns(columns, list(row), f"{name}, line {number}")
-            yield f"line {number}", row
-        return
     quoting: dict[str, Any] = {"strict": True} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(io.StringIO(text, newline=""), **quoting)
     header: list[str] | None = None
@@ -123,7 +114,7 @@ def _rows(source: str, field: str, columns: Sequence[str]) -> Iterator[tuple[str
             elif len(cells) not in (0, len(header)):
                 raise ValueError(f"{name}, line {reader.line_num}: got {len(cells)} texts; accepted: {len(header)}")
             elif cells:
-                yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
+                yield f"{name}, line {reader.line_num}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num}: {error}") from None
 

@@ -15,8 +15,10 @@ from ..harness.machine import describe_machine
 from ..harness.public_text import public_argument
 from ..harness.run_folder import result_folder
 from ..reports.training_plots import write_loss_plot
-from .settings import RunSettings
-from .texts import DATASETS
+from .packing import PackedDocuments
+from .settings import RunSettings, TrainingSettings
+from .sources import DATASETS
+from .stream import TextStream
 from .trainer import TrainingRun, compute_dtype
 
 
@@ -82,9 +84,7 @@ def common_report(
             field: {
                 "sources": public_sources(getattr(settings, field)),
                 "documents": run.rows.documents[field],
-                "targets": packed.targets,
-                "rows": len(packed),
-                "filled": packed.tokens / (len(packed) * settings.row_tokens) if settings.packing else None,
+                **_measures(packed, settings),
             }
             for field, packed in rows.items()
         },
@@ -93,6 +93,14 @@ def common_report(
         "seconds": history[-1]["seconds"],
         "history": history,
     }
+
+
+def _measures(rows: PackedDocuments | TextStream, settings: TrainingSettings) -> dict[str, Any]:
+    """What is known of rows; of a stream nothing is."""
+    if isinstance(rows, TextStream):
+        return {"targets": None, "rows": None, "filled": None}
+    filled = rows.tokens / (len(rows) * settings.row_tokens) if settings.packing else None
+    return {"targets": rows.targets, "rows": len(rows), "filled": filled}
 
 
 def public_sources(sources: list[str]) -> list[str]:

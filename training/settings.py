@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from ..harness.settings import Option, SettingsBase, accept, check, refused
+from .sources import split_weight
 
 Utf8 = Field(pattern="")
 """Constraint of a text: pydantic reads it and refuses what UTF-8 cannot hold."""
@@ -83,19 +84,51 @@ class TrainingSettings(RunSettings):
     """The settings of every training as a language model."""
 
     train: Annotated[Sources, Option(metavar="TEXT")]
-    """Training text: .txt, .jsonl, datasets:PATH,SPLIT or builtin:wikitext2; may be repeated."""
+    """Training text: .txt, .jsonl, .parquet, datasets:PATH,SPLIT or builtin:wikitext2; may be repeated."""
     heldout: Annotated[Sources, Option(metavar="TEXT")]
     """Text on which the loss is measured before and after training; may be repeated."""
     separator: Annotated[Text | None, Option(metavar="TEXT", parse=lambda text: text.replace("\\n", "\n"))] = None
     r"""Text between two documents of a .txt file, e.g. \n\n; without it a file is one document."""
     text_field: Annotated[Text, Option(metavar="NAME")] = "text"
-    """Field of .jsonl files and data sets that holds the text."""
+    """Field of .jsonl files, .parquet files and data sets that holds the text."""
+    streaming: bool = False
+    """Read the training text while training, again and again, instead of before it; needs --steps. SOURCE@WEIGHT for
+    every --train, e.g. a.txt@0.7 and b.jsonl@0.3, mixes the sources and streams too."""
     packing: Annotated[bool, Option(negative=True)] = True
     """Put several documents into a row, or give each a padded row of its own."""
     row_tokens: Annotated[int, Field(ge=2)] = 1024
     """Tokens of a row at most; longer documents are cut into several rows."""
     gradient_accumulation: Count = 1
     """Forward and backward passes in one optimiser step."""
+
+    @property
+    def mixture(self) -> list[tuple[str, float | None]]:
+        """The training sources and their weights, which are None where none are given."""
+        return [split_weight(source) for source in self.train]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the training text is read while training."""
+        return self.streaming or any(weight is not None for _, weight in self.mixture)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        values = super().identity
+        if not self.streaming:
+            del values["streaming"]  # which the runs of earlier versions do not have
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_streams_without_end(self) -> TrainingSettings:
+        try:
+            weighted = [weight is not None for _, weight in self.mixture]
+        except ValueError as error:
+            raise refused("train", str(error)) from None
+        if any(weighted) and not all(weighted):
+            raise refused("train", f"must give a weight to every source or to none, got {self.train!r}")
+        if self.streamed and self.steps is None:
+            raise refused("steps", "must be given where the training text is a stream, which has no end, got None")
+        return self
 
 
 Settings = TypeVar("Settings", bound=TrainingSettings)
@@ -169,10 +202,28 @@ class LanguageModelSettings(FinetuningSettings, TrainingSettings):
     # For adapters peft's usual rate; for all weights a tenth of a usual rate of pretraining.
     learning_rates = {"lora": 2e-4, "full": 5e-5}
 
+    examples: Literal["text", "messages", "prompt_completion"] = "text"
+    """What the rows of files and data sets hold: text; messages, a conversation for the tokenizer's chat template; or
+    prompt_completion, a prompt and a completion. Of the last two only the answers are learnt."""
     learning_rate: Annotated[Positive | None, Option(default="2e-4 for adapters, 5e-5 for all weights")] = None
     """Peak learning rate."""
     load_in_4bit: bool = False
     """Keep the linear layers of the base model in 4 bits (QLoRA, arXiv 2305.14314); needs bitsandbytes."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        values = super().identity
+        if self.examples == "text":
+            del values["examples"]  # which the runs of earlier versions do not have
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_settings_of_text(self) -> LanguageModelSettings:
+        for field in ("separator", "text_field"):
+            value = getattr(self, field)
+            if self.examples != "text" and value != type(self).model_fields[field].default:
+                raise refused(field, f"has no effect with examples {self.examples!r}, got {value!r}")
+        return self
 
 
 def parse_settings(values: dict[str, Any]) -> LanguageModelSettings:

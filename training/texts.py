@@ -1,9 +1,10 @@
 """Texts of the user to documents of token ids, and to the rows of a training."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..harness.text_files import read_json_lines, read_text_file
-from .packing import PackedDocuments
-from .settings import TrainingSettings
+from ..harness.text_files import read_text_file
+from .conversations import Example, encode_examples, example_of, examples_of, read_examples
+from .packing import Document, PackedDocuments, Row
+from .settings import LanguageModelSettings, TrainingSettings
+from .sources import BUILTIN, DATA_SETS, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
+from .stream import TextStream, mixed
 
-DATASETS, BUILTIN = "datasets:", "builtin:"
-_ACCEPTED = "a .txt or .jsonl file, 'datasets:PATH,SPLIT', 'datasets:PATH,CONFIG,SPLIT' or 'builtin:NAME'"
+_ACCEPTED = f"a .txt, .jsonl or .parquet file, {DATA_SETS}, or 'builtin:NAME'"
 
 
 def read_documents(
@@ -27,11 +30,11 @@ def read_documents(
 
     Args:
         sources: UTF-8 text files (`.txt`: one document, or several with a separator between them), `.jsonl` files (a
-            JSON object a line), data sets that `datasets.load_dataset` finds, "datasets:PATH,SPLIT" or
-            "datasets:PATH,CONFIG,SPLIT", or "builtin:NAME", a text that ships with the package.
+            JSON object a line), `.parquet` files, data sets that `datasets.load_dataset` finds, "datasets:PATH,SPLIT"
+            or "datasets:PATH,CONFIG,SPLIT", or "builtin:NAME", a text that ships with the package.
         field: "train" or "heldout", the part of a built-in text to read; errors name it.
         separator: what stands between the documents of a text file; None if each file is one document.
-        text_field: where the objects and the data sets' rows hold the text.
+        text_field: field of the rows that holds the text.
 
     Raises:
         ValueError: naming the first source that is missing or malformed, or holds no text.
@@ -46,71 +49,15 @@ def read_documents(
 
 
 def _read(source: str, field: str, separator: str | None, text_field: str) -> Iterator[str]:
-    if source.startswith(DATASETS):
-        return _read_data_set(source, field, text_field)
     if source.startswith(BUILTIN):
         text = builtin_text(source, field, field)
-        return iter([text] if separator is None else text.split(separator))
-    suffix = Path(source).suffix
-    if suffix not in (".txt", ".jsonl"):
+    elif source.startswith(DATASETS) or Path(source).suffix in ROW_FILES:
+        return (text_at(row, text_field, place) for place, row in read_rows(source, field))
+    elif Path(source).suffix == ".txt":
+        text = read_text_file(source, field).replace("\r\n", "\n")
+    else:
         raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
-    text = read_text_file(source, field)
-    if suffix == ".jsonl":
-        return _read_lines(text, f"{field}: {source!r}", text_field)
-    text = text.replace("\r\n", "\n")
     return iter([text] if separator is None else text.split(separator))
-
-
-def builtin_text(source: str, part: str, field: str) -> str:
-    """Return one part of a text that ships with the package.
-
-    Args:
-        source: "builtin:NAME".
-        part: "train" or "heldout".
-        field: what to call the source in an error.
-
-    Raises:
-        ValueError: if there is no such text.
-    """
-    name, texts = source.removeprefix(BUILTIN), resources.files("ssm_zoo.distill").joinpath("data")
-    available = sorted(folder.name for folder in texts.iterdir() if folder.joinpath(f"{part}.txt").is_file())
-    if name not in available:
-        accepted = ", ".join(f"{BUILTIN}{folder}" for folder in available)
-        raise ValueError(f"{field}: got {source!r}; accepted: {accepted}, or the path of a text file")
-    return texts.joinpath(name, f"{part}.txt").read_text(encoding="utf-8")
-
-
-def _read_lines(text: str, name: str, text_field: str) -> Iterator[str]:
-    for number, value in read_json_lines(text, name):
-        if not isinstance(value, dict) or not isinstance(value.get(text_field), str):
-            raise ValueError(f"{name}, line {number}: accepted: an object with a text under {text_field!r}")
-        yield value[text_field]
-
-
-def _read_data_set(source: str, field: str, text_field: str) -> Iterator[str]:
-    data = load_data_set(source, field, _ACCEPTED)
-    if text_field not in data.column_names or not all(isinstance(text, str) for text in data[text_field]):
-        raise ValueError(
-            f"text_field: got {text_field!r} for {source!r}; accepted: a column of texts, of {data.column_names}"
-        )
-    yield from data[text_field]
-
-
-def load_data_set(source: str, field: str, accepted: str) -> Any:
-    """The data set of "datasets:PATH,SPLIT" or "datasets:PATH,CONFIG,SPLIT", as `datasets.load_dataset` finds it.
-
-    Args:
-        source: the text.
-        field: what to call it in an error.
-        accepted: what to say is accepted where the text is no such thing.
-    """
-    import datasets
-
-    path, *configuration = source.removeprefix(DATASETS).split(",")
-    if not path or len(configuration) not in (1, 2):
-        raise ValueError(f"{field}: got {source!r}; accepted: {accepted}")
-    *name, split = configuration
-    return datasets.load_dataset(path, *name, split=split)
 
 
 def encode(
@@ -137,21 +84,27 @@ def encode(
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
         if isinstance(end, int) and ids[-1:] != [end]:
             ids = [*ids, end]
-        if max(ids, default=0) >= vocab_size:
-            raise ValueError(
-                f"model: its tokenizer gave the id {max(ids)}, but its vocab_size is {vocab_size}; the tokenizer and "
-                "the model do not belong together"
-            )
         encoded.append(torch.tensor(ids, dtype=torch.int32))
+    _check_ids(encoded, vocab_size)
     return encoded
 
 
-def fingerprint(documents: Sequence[Tensor]) -> str:
-    """SHA-256 of the ids and of where the documents end, in hexadecimal."""
+def _check_ids(documents: Sequence[Tensor], vocab_size: int) -> None:
+    largest = max((int(ids.max()) for ids in documents if len(ids)), default=0)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"model: its tokenizer gave the id {largest}, but its vocab_size is {vocab_size}; the tokenizer and the "
+            "model do not belong together"
+        )
+
+
+def fingerprint(documents: Sequence[Tensor | Document]) -> str:
+    """Return the SHA-256 of the ids, of labels of their own, and of where the documents end, in hexadecimal."""
     digest = hashlib.sha256()
-    for ids in documents:
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(ids.numpy().astype("<i4").tobytes())
+    for document in documents:
+        for part in (document,) if isinstance(document, Tensor) else document:
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part.numpy().astype("<i4").tobytes())
     return digest.hexdigest()
 
 
@@ -165,28 +118,62 @@ class TextRows:
     Attributes:
         train: to train on.
         heldout: to measure the loss on.
-        documents: number of documents, for "train" and "heldout".
-        fingerprints: SHA-256 of the tokens, for "train" and "heldout".
+        documents: number of documents, for "train" and "heldout"; None of a stream.
+        fingerprints: SHA-256 of the tokens, of a stream as `TextStream.fingerprint`,, for "train" and "heldout".
     """
 
-    train: PackedDocuments
+    train: PackedDocuments | TextStream
     heldout: PackedDocuments
-    documents: dict[str, int]
+    documents: dict[str, int | None]
     fingerprints: dict[str, str]
 
+    @property
+    def length(self) -> int | None:
+        """Rows of a pass over the training text; None of a stream."""
+        return None if isinstance(self.train, TextStream) else len(self.train)
 
-def read_texts(settings: TrainingSettings) -> dict[str, list[str]]:
-    """The documents, for "train" and "heldout"; errors as `ssm_zoo.training.texts.read_documents`."""
+    def first(self, count: int) -> list[Row]:
+        """Return the first rows to train on, or all."""
+        if isinstance(self.train, TextStream):
+            return self.train.first(count)
+        return [self.train[index] for index in range(min(count, len(self.train)))]
+
+
+Texts = dict[str, list[str]]
+Examples = dict[str, list[Example]]
+
+
+def read_texts(settings: TrainingSettings) -> Texts:
+    """Read the documents, for "train" and "heldout"; errors as `ssm_zoo.training.texts.read_documents`.
+
+    A stream has none yet.
+    """
     return {
         field: read_documents(
             getattr(settings, field), field, separator=settings.separator, text_field=settings.text_field
         )
         for field in _FIELDS
+        if not _is_stream(settings, field)
+    }
+
+
+def _is_stream(settings: TrainingSettings, field: str) -> bool:
+    return field == "train" and settings.streamed
+
+
+def read_texts_or_examples(settings: LanguageModelSettings) -> Texts | Examples:
+    """Read the documents, or the rows whose answers are learnt, for "train" and "heldout"."""
+    if settings.examples == "text":
+        return read_texts(settings)
+    return {
+        field: read_examples(getattr(settings, field), field, settings.examples)
+        for field in _FIELDS
+        if not _is_stream(settings, field)
     }
 
 
 def make_rows(
-    texts: Mapping[str, list[str]],
+    texts: Texts | Examples,
     settings: TrainingSettings,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
@@ -196,7 +183,7 @@ def make_rows(
     """Tokenise and pack.
 
     Args:
-        texts: the documents, for "train" and "heldout".
+        texts: the documents or rows, for "train" and "heldout".
         settings: say how long rows are.
         tokenizer: the model's.
         vocab_size: of the model.
@@ -205,12 +192,76 @@ def make_rows(
     Raises:
         ValueError: if a text has no token to predict, or the model lacks an embedding for one.
     """
-    rows, fingerprints = {}, {}
+    rows: dict[str, Any] = {}
+    fingerprints: dict[str, str] = {}
     for field in _FIELDS:
-        ids = encode(texts[field], tokenizer, vocab_size, progress=progress)
-        fingerprints[field] = fingerprint(ids)
+        if _is_stream(settings, field):
+            rows[field] = stream = _stream(settings, tokenizer, vocab_size)
+            fingerprints[field] = stream.fingerprint([source for source, _ in settings.mixture])
+            continue
+        encoded = _encode(texts[field], tokenizer, vocab_size, progress=progress)
+        fingerprints[field] = fingerprint(encoded)
         try:
-            rows[field] = PackedDocuments(ids, settings.row_tokens, packing=settings.packing)
+            rows[field] = PackedDocuments(encoded, settings.row_tokens, packing=settings.packing)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-    return TextRows(**rows, documents={field: len(texts[field]) for field in _FIELDS}, fingerprints=fingerprints)
+    counts = {field: len(texts[field]) if field in texts else None for field in _FIELDS}
+    return TextRows(**rows, documents=counts, fingerprints=fingerprints)
+
+
+def _stream(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextStream:
+    kind = settings.examples if isinstance(settings, LanguageModelSettings) else "text"
+    read = partial(_documents, kind=kind, separator=settings.separator, text_field=settings.text_field)
+    take = partial(_take, kind=kind, text_field=settings.text_field)
+
+    def encode_one(text: str, place: str) -> Tensor | Document:
+        document = text if kind == "text" else Example(place, *json.loads(text))
+        (encoded,) = _encode([document], tokenizer, vocab_size, progress=False)  # pyright: ignore[reportArgumentType]
+        return encoded
+
+    return TextStream(
+        lambda number: mixed(settings.mixture, read, take, settings.seed + number),
+        encode_one,
+        settings.row_tokens,
+        packing=settings.packing,
+        seed=settings.seed,
+    )
+
+
+def _documents(source: str, *, kind: str, separator: str | None, text_field: str) -> Iterator[tuple[str, str]]:
+    """Documents of a file or built-in text, one after the other, each as a text after where it is."""
+    found = False
+    if kind == "text":
+        texts = ((f"train: {source!r}", text) for text in _read(source, "train", separator, text_field))
+    else:
+        texts = ((example.place, _json(example)) for example in examples_of(source, "train", kind))
+    for place, text in texts:
+        found = found or bool(text.strip())
+        yield place, text
+    if not found:
+        raise ValueError(f"train: {source!r} holds no text")
+
+
+def _take(row: Mapping[str, Any], place: str, *, kind: str, text_field: str) -> str:
+    """The document in a row, as a text."""
+    return text_at(row, text_field, place) if kind == "text" else _json(example_of(row, place, kind))
+
+
+def _json(example: Example) -> str:
+    return json.dumps([example.prompt, example.completion])
+
+
+def _encode(
+    documents: Sequence[str] | Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    *,
+    progress: bool,
+) -> Sequence[Tensor | Document]:
+    examples = [document for document in documents if isinstance(document, Example)]
+    if not examples:
+        texts = [document for document in documents if isinstance(document, str)]
+        return encode(texts, tokenizer, vocab_size, progress=progress)
+    encoded = encode_examples(examples, tokenizer, progress=progress)
+    _check_ids([ids for ids, _ in encoded], vocab_size)
+    return encoded

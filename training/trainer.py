@@ -27,6 +27,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from ..conversion.load_model import check_finite
+from ..harness.json_files import read_json_object
 from ..harness.processes import check_processes
 from ..harness.run_folder import read_json, write_json
 from ..modeling.heads import ZooForCausalLM
@@ -35,6 +36,7 @@ from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_d
 from .packing import IGNORED, PackedDocuments, RowCollator
 from .settings import RunSettings, Settings, TrainingSettings
 from .sharding import sharded_by
+from .stream import TextStream
 from .texts import TextRows
 
 HISTORY = 200
@@ -42,6 +44,10 @@ HISTORY = 200
 _STATE = "trainer_state.json"
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints."""
+STREAM = "stream.json"
+"""File of a checkpoint with the position of a stream."""
+# The position of a stream is set, rather than reached by reading; and it is the same in every process.
+_STREAMED = {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}}
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
 
 
@@ -120,7 +126,7 @@ class TrainingRun(Generic[Settings]):
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole training."""
-        return optimiser_steps(self.settings, len(self.rows.train), self.state.num_processes)
+        return optimiser_steps(self.settings, self.rows.length, self.state.num_processes)
 
     def compute(self) -> Any:
         """Context of every forward and backward."""
@@ -186,10 +192,16 @@ def computing(settings: RunSettings, device: torch.device) -> Any:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def optimiser_steps(settings: TrainingSettings, rows: int, processes: int) -> int:
-    """Optimiser steps of a training on so many rows: `settings.steps`, or as many as its epochs take."""
+def optimiser_steps(settings: TrainingSettings, rows: int | None, processes: int) -> int:
+    """Optimiser steps of a training on so many rows: `settings.steps`, or as many as its epochs take.
+
+    A stream has no number of rows, and its settings have `steps`.
+    """
+    if settings.steps is not None:
+        return settings.steps
+    assert rows is not None
     in_a_step = settings.batch_size * settings.gradient_accumulation * processes
-    return settings.steps or math.ceil(settings.epochs * math.ceil(rows / in_a_step))
+    return math.ceil(settings.epochs * math.ceil(rows / in_a_step))
 
 
 def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator, batch_size: int) -> dict[str, Any]:
@@ -253,9 +265,38 @@ class LanguageModelTrainer(ZooTrainer):
         super().__init__(*arguments, **options)
         model: Any = self.model
         self._config: PreTrainedConfig = model.config
+        self.first_row = self.first_step = 0  # of a stream, where this start of the run began
         self._selection = SelectionMeans()
         self._predicted = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; a stream is read by every process, and its loader takes no number from the model's."""
+        if not isinstance(self.train_dataset, TextStream):
+            return super().get_train_dataloader()
+        rows: Any = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),
+        )
+        return self.accelerator.prepare(rows)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's; with the position of a stream, whatever has been read ahead of it."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.train_dataset, TextStream) and self.args.should_save:
+            in_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            row = self.first_row + (self.state.global_step - self.first_step) * in_a_step
+            write_json(Path(output_dir) / STREAM, self.train_dataset.position(row))
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Set a stream to its position in a checkpoint."""
+        if isinstance(self.train_dataset, TextStream):
+            position = read_json_object(checkpoint / STREAM)
+            self.train_dataset.go_to(position)
+            self.first_row, self.first_step = position["row"], steps_done(checkpoint)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -336,6 +377,7 @@ def train(
         args=TrainingArguments(
             gradient_accumulation_steps=settings.gradient_accumulation,
             **trainer_arguments(settings, run.steps, run.output, run.device),
+            **(_STREAMED if settings.streamed else {}),
         ),
         train_dataset=run.rows.train,
         data_collator=run.collator,
@@ -343,6 +385,8 @@ def train(
     )
     config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.state.is_main_process)
+    if found is not None:
+        trainer.go_on_from(found)
     run.model, points = train_or_load(trainer, found, run.steps)
     run.model.config.use_cache = use_cache
     return curve_of(points), [

@@ -6,9 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from torch.utils.data import BatchSampler
@@ -60,6 +62,21 @@ def test_reads_files_in_order_with_plain_line_ends(tmp_path: Path) -> None:
     paths = [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
     assert read_texts(paths, "train") == ["delta", "älpha\nbeta\ngamma\n"]
     assert read_texts(paths[0], "heldout") == ["delta"]
+
+
+def test_rows_are_read_as_texts_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": " "}\n{"text": "two\\r\\n"}\n')
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": "three", "id": 1}]), tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_text('{"body": "one"}\n')
+    (tmp_path / "d.jsonl").write_text('{"text": ""}\n')
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c.jsonl", "d.jsonl")]
+    assert read_texts(paths[:2], "train") == ["one", "two\n", "three"]
+    with pytest.raises(ValueError, match=r"data\.train: '.*c\.jsonl', line 1: `text` is missing; the row has 'body'"):
+        read_texts(paths[2], "train")
+    with pytest.raises(ValueError, match=r"data\.heldout: '.*d\.jsonl' holds no text"):
+        read_texts(paths[3], "heldout")
+    with pytest.raises(ValueError, match=r"data\.train: there is no file '.*e\.parquet'"):
+        read_texts(str(tmp_path / "e.parquet"), "train")
 
 
 def test_builtin_text_has_two_parts() -> None:

@@ -265,9 +265,9 @@ def test_documents_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "data" / "train.jsonl").write_text('{"body": "one", "id": 1}\n{"body": "two", "id": 2}\n')
     source = f"datasets:{tmp_path / 'data'},train"
     assert read_documents([source], "train", text_field="body") == ["one", "two"]
-    with pytest.raises(ValueError, match=r"text_field: got 'id' for .*; accepted: a column of texts"):
+    with pytest.raises(ValueError, match=r"train: 'datasets:.*', row 1: `id` must be a text, got 1"):
         read_documents([source], "train", text_field="id")
-    with pytest.raises(ValueError, match=r"heldout: got 'datasets:x'; accepted: a \.txt"):
+    with pytest.raises(ValueError, match=r"heldout: got 'datasets:x'; accepted: 'datasets:PATH,SPLIT'"):
         read_documents(["datasets:x"], "heldout")
 
 
@@ -297,8 +297,8 @@ MISTAKES: list[Any] = [
     pytest.param({"target_modules": ["nope"]}, "target_modules: got 'nope'; accepted: down_proj, ", id="target"),
     pytest.param({"target_modules": ["conv1d"]}, "target_modules: got 'conv1d'; accepted: ", id="convolution"),
     pytest.param({"train": ["nope.txt"]}, "train: there is no file 'nope.txt'", id="missing-file"),
-    pytest.param({"train": ["nope.csv"]}, "train: got 'nope.csv'; accepted: a .txt or .jsonl file", id="csv"),
-    pytest.param({"heldout": ["bad.jsonl"]}, "heldout: 'bad.jsonl', line 2: accepted: an object", id="jsonl"),
+    pytest.param({"train": ["nope.csv"]}, "train: got 'nope.csv'; accepted: a .txt, .jsonl or .parquet file", id="csv"),
+    pytest.param({"heldout": ["bad.jsonl"]}, "heldout: 'bad.jsonl', line 2: `text` is missing", id="jsonl"),
     pytest.param({"heldout": ["torn.jsonl"]}, "heldout: 'torn.jsonl', line 1 must be JSON: ", id="not-json"),
     pytest.param({"heldout": ["latin.txt"]}, r"heldout: 'latin.txt' is not UTF-8 text \(byte 3", id="latin"),
     pytest.param({"heldout": ["empty.txt"]}, "heldout: 'empty.txt' holds no text", id="empty"),

@@ -70,11 +70,11 @@ def test_the_fingerprint_is_of_texts_and_places() -> None:
 
 
 MISTAKES = [
-    pytest.param("a.txt", "x", "train: got 'a.txt'; accepted: a .jsonl, .csv or .tsv file, or 'datasets:", id="suffix"),
-    pytest.param("datasets:x", None, "train: got 'datasets:x'; accepted: a .jsonl", id="data-set"),
+    pytest.param("a.txt", "x", "train: got 'a.txt'; accepted: a .jsonl, .parquet, .csv or .tsv file,", id="suffix"),
+    pytest.param("datasets:x", None, "train: got 'datasets:x'; accepted: 'datasets:PATH,SPLIT'", id="data-set"),
     pytest.param("missing.tsv", None, "train: there is no file 'missing.tsv'", id="missing"),
     pytest.param("a.jsonl", "{", r"train: 'a.jsonl', line 1 must be JSON: ", id="torn"),
-    pytest.param("a.jsonl", "\n[1]", "train: 'a.jsonl', line 2: accepted: an object", id="no-object"),
+    pytest.param("a.jsonl", "\n[1]", "train: 'a.jsonl', line 2 must be an object, got .1.", id="no-object"),
     pytest.param(
         "a.jsonl", '{"anchor": "x"}', "'a.jsonl', line 1 has no column 'positive'; it has 'anchor'$", id="lacks"
     ),
