@@ -30,8 +30,7 @@ from .formats.format import Format, read_config
 from .formats.maskedmixers import MASKED_MIXER
 from .formats.transformers_bamba import BAMBA
 from .formats.transformers_jamba import JAMBA
-from .formats.transformers_mamba import FALCON_MAMBA, MAMBA
-from .formats.transformers_mamba2 import MAMBA2
+from .formats.transformers_mamba import FALCON_MAMBA, MAMBA, MAMBA2
 from .hub_source import source_folder
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .remote_code import check_remote_code

@@ -8,10 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..rules import LazyTensor
 from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings
-from .maskedmixers import read_autoencoder, read_language_mixer, read_retrieval
+from .maskedmixers import read_autoencoder, read_language_mixer, read_retrieval, read_transfixer
 from .structured_mixers import read_mlp_mixer
 from .toeplitz_mixers import read_fast_toeplitz, read_optimised_toeplitz
-from .transfixer import read_transfixer
 
 # What is looked for in order: the first expression that matches a key's beginning says what it is.
 _REFUSED = {

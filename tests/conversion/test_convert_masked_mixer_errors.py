@@ -212,11 +212,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(case: str, tmp_path: Path) ->
         ("row", ("decay_constant=2",), "set: decay_constant: says nothing of recurrent MLPMixer; accepted: .*mixing"),
         ("parallel", ("use_projections=1",), "set: use_projections: got 1; accepted: a value of type bool"),
         ("010", (), "set: mean: not given, and the keys do not tell it; accepted: mean=true if outputs are divided"),
-        ("transfixer", (), "set: num_attention_heads: not given, and without a config.json nothing tells it"),
+        ("transfixer", (), "--set num_attention_heads must be given: without a config.json nothing tells it"),
         (
             "transfixer",
             ("num_attention_heads=5",),
-            "num_attention_heads: got 5; accepted: a number that divides the 12",
+            "num_attention_heads must divide the 12 rows of q_proj into heads .* of k_proj, got 5",
         ),
         ("transfixer", ("num_attention_heads=0",), "num_attention_heads: got 0; accepted: a number above 0"),
     ],
