@@ -7,7 +7,7 @@ from transformers import BambaConfig, BambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..rules import Rule
-from .format import CARRIED_IDS, Format, head_rules, require
+from .format import CARRIED_IDS, ROTARY_BUFFERS, Format, head_rules, require
 
 _SAME = (
     "vocab_size",
@@ -71,9 +71,11 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
     values["rope_parameters"] = {"partial_rotary_factor": 1.0} | dict(config.rope_parameters or {})
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
+    inner = mixer.expand * config.hidden_size
+    heads = max(1, inner // mixer.head_dim)  # where no block has the mixer, its default heads may be wider than that
     return BambaConfig(
-        **values,
-        mamba_n_heads=mixer.expand * config.hidden_size // mixer.head_dim,
+        **values | {"mamba_d_head": inner // heads},
+        mamba_n_heads=heads,
         attn_layer_indices=layers_of(config, {"full_attention"}),
     )
 
@@ -117,4 +119,5 @@ BAMBA = Format(
     rules=block_rules,
     writes=lambda config: "mamba" not in (config.mixer_types or []),
     model_class=BambaForCausalLM,
+    unread=ROTARY_BUFFERS,
 )
