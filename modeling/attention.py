@@ -163,7 +163,7 @@ FULL_ATTENTION = TokenMixer(
     label="softmax attention over the whole context",
     make=lambda config, settings, layer_idx: Attention(config, layer_idx, None, settings.conv_kernel),
     settings=FullAttentionSettings,
-    cache_layer=lambda settings: "zoo_convolved_attention" if settings.conv_kernel else "full_attention",
+    cache_layer=lambda settings: "zoo_convolved_attention" if settings.get("conv_kernel") else "full_attention",
     flat={"attention_conv_kernel": "conv_kernel"},
 )
 SLIDING_ATTENTION = TokenMixer(

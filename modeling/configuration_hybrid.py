@@ -154,7 +154,7 @@ class ZooHybridConfig(PreTrainedConfig):
         kinds: dict[str, str] = {}
         for kind in set(self.mixer_types or []) & TOKEN_MIXERS.keys():
             layer = TOKEN_MIXERS[kind].cache_layer
-            kinds[kind] = layer if isinstance(layer, str) else layer(self.settings_of(kind))
+            kinds[kind] = layer if isinstance(layer, str) else layer(getattr(self, kind, None) or {})
         return [kinds.get(kind, "zoo_recurrent") for kind in self.mixer_types or []]
 
     @property
@@ -166,6 +166,14 @@ class ZooHybridConfig(PreTrainedConfig):
     def router_aux_loss_coef(self) -> float:
         """Weight of their capacity loss while training."""
         return self._setting("router_aux_loss_coef")
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float) -> None:
+        self._setting("router_aux_loss_coef")  # there is a kind that has it
+        for kind in TOKEN_MIXERS:
+            settings = getattr(self, kind, None) or {}
+            if "router_aux_loss_coef" in settings:
+                settings["router_aux_loss_coef"] = value
 
     def _setting(self, name: str) -> Any:
         """A setting of the first kind that has it."""

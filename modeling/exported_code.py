@@ -7,25 +7,26 @@ is written there is the package's own code, statement by statement. Four things 
    classes of other models, reference implementations, rows of a table whose key the configuration does not use.
 2. Everything of `modeling/` but these two modules becomes one file, `zoo_model.py`. Each file of `kernels/` stays one.
 3. Methods marked `@distillation` are left out, which only a distillation in the package calls.
-4. Of a docstring the summary stays, of something private nothing; comments go, and parameters share lines.
+4. Of the docstring of a class or function the summary stays, of a method or something private nothing. Comments go,
+   and parameters share lines.
 
 This file is not exported itself: a model that was loaded from such a folder saves the code beside it as it is.
 """
 
 import ast
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+
+from .exported_text import is_used, statement_text, walk
 
 SHARED = "zoo_model.py"
 """The exported file of all that `modeling/` shares."""
 
 HEADER = "# Written by ssm-zoo: what this checkpoint uses of the package's code, with shortened docstrings."
 
-_MARK = "distillation"
 _STRING_OF_A_NAME = re.compile(r"[A-Za-z_]\w+")
 
 
@@ -132,7 +133,7 @@ class _Reach:
         for statement in pending:
             for name in _mentioned(statement.node, self.rows):
                 self.want(path, name)
-            for node in _walk(statement.node):
+            for node in walk(statement.node):
                 if isinstance(node, ast.ImportFrom) and node.level:
                     there = _file_of(path, node)
                     for alias in node.names:
@@ -170,33 +171,18 @@ def _mentioned(node: ast.AST, rows: Mapping[str, Set[str]]) -> Iterator[str]:
             for part in (*targets, *([node.annotation] if isinstance(node, ast.AnnAssign) else [])):
                 yield from _mentioned(part, {})
             for key, value in zip(node.value.keys, node.value.values, strict=True):
-                if _is_used(key, table):
+                if is_used(key, table):
                     yield from _mentioned(value, {})
             return
-    for each in _walk(node):
+    for each in walk(node):
         if isinstance(each, ast.Name):
             yield each.id
         elif isinstance(each, ast.Constant) and isinstance(each.value, str) and len(each.value) < 80:
             yield from _STRING_OF_A_NAME.findall(each.value) if _is_annotation_like(each.value) else ()
 
 
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a statement without the methods that are left out."""
-    pending = [node]
-    while pending:
-        each = pending.pop()
-        yield each
-        pending += [inner for inner in ast.iter_child_nodes(each) if not _is_marked(inner)]
-
-
-def _is_marked(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef) and any(
-        isinstance(each, ast.Name) and each.id == _MARK for each in node.decorator_list
-    )
-
-
 def _texts(node: ast.AST) -> Iterator[str]:
-    for each in _walk(node):
+    for each in walk(node):
         if isinstance(each, ast.Constant) and isinstance(each.value, str):
             yield each.value
 
@@ -209,10 +195,6 @@ def _layer_type(node: ast.stmt) -> str | None:
             if "_layer_type" in map(ast.unparse, targets):
                 return each.value.value if isinstance(each.value.value, str) else None
     return None
-
-
-def _is_used(key: ast.expr | None, used: Set[str]) -> bool:
-    return not (isinstance(key, ast.Constant) and key.value not in used)
 
 
 def _is_annotation_like(text: str) -> bool:
@@ -388,6 +370,10 @@ def _check_names(kept: _Reach, paths: list[Path]) -> None:
 
 
 def _file(kept: _Reach, name: str, paths: list[Path], home: dict[Path, str]) -> str:
+    def target(path: Path, node: ast.ImportFrom) -> str | None:
+        there = home[_file_of(path, node)]
+        return None if there == name else there.removesuffix(".py")
+
     outside: dict[str, set[str]] = {}
     inside: dict[str, set[str]] = {}
     body: list[str] = []
@@ -407,7 +393,9 @@ def _file(kept: _Reach, name: str, paths: list[Path], home: dict[Path, str]) -> 
                     inside.setdefault(home[there].removesuffix(".py"), set()).add(shown)
         for statement in module.statements:
             if statement in kept.statements[path]:
-                text = _statement_text(module, statement, kept.rows, home, name)
+                lines = module.lines[statement.first - 1 : statement.last]
+                numbered = dict(enumerate(lines, start=statement.first))
+                text = statement_text(numbered, statement.node, kept.rows, lambda node, at=path: target(at, node))
                 if text not in seen or not statement.names:
                     seen.add(text)
                     body.append(text)
@@ -438,133 +426,3 @@ def _spaced(statements: list[str]) -> str:
         text += ("\n" if block or block_before else "") + statement + "\n"
         block_before = block
     return text.strip("\n")
-
-
-def _statement_text(
-    module: Module, statement: Statement, rows: Mapping[str, Set[str]], home: dict[Path, str], name: str
-) -> str:
-    """A statement as it is exported: docstrings shortened, unused rows left out, imports inside of it flattened."""
-    lines = dict(enumerate(module.lines[statement.first - 1 : statement.last], start=statement.first))
-    for node in ast.walk(statement.node):
-        if _is_marked(node):
-            assert isinstance(node, ast.FunctionDef)
-            first = min(each.lineno for each in node.decorator_list)
-            for number in range(first, (node.end_lineno or node.lineno) + 1):
-                lines.pop(number)
-    documented = [
-        node
-        for node in _walk(statement.node)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node)
-    ]
-    docs = [node.body[0] for node in documented]
-    docs += [
-        after
-        for node in _walk(statement.node)
-        if isinstance(node, ast.ClassDef)
-        for after in node.body[1:]
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
-    ]
-    for doc in docs:
-        _shorten(lines, doc)
-    for node in documented:
-        if node.name.startswith("_") and len(node.body) > 1:
-            for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1):
-                lines.pop(number, None)
-    end = statement.node.end_lineno or statement.node.lineno
-    if statement.last > end:  # the docstring under an assignment
-        for number in range(end + 1, statement.last + 1):
-            lines.pop(number)
-    for node in _walk(statement.node):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            target = home[_file_of(module.path, node)]
-            if target == name:  # it is in this file already
-                _replace(lines, node, None)
-            else:
-                stem, indent = target.removesuffix(".py"), " " * node.col_offset
-                names = ", ".join(each.name + (f" as {each.asname}" if each.asname else "") for each in node.names)
-                _replace(lines, node, f"{indent}from .{stem} import {names}")
-    _drop_rows(lines, statement.node, rows)
-    for node in _walk(statement.node):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            _fill_signature(lines, node)
-    _close_up(lines, statement.node)
-    return "\n".join(lines[number] for number in sorted(lines)).strip("\n")
-
-
-def _close_up(lines: dict[int, str], node: ast.stmt) -> None:
-    """Leave out comments, and the empty lines but those before a method or an inner function and those of a text."""
-    texts = {
-        number
-        for each in ast.walk(node)
-        if isinstance(each, ast.Constant | ast.JoinedStr) and each.end_lineno is not None
-        for number in range(each.lineno, each.end_lineno + 1)
-        if each.end_lineno > each.lineno
-    }
-    following = ""
-    for number in sorted(lines, reverse=True):
-        if number not in texts and lines[number].lstrip().startswith("#"):
-            lines.pop(number)
-        elif lines[number].strip():
-            following = lines[number].lstrip()
-        elif number not in texts and not following.startswith(("def ", "async def ", "@", "class ")):
-            lines.pop(number)
-
-
-def _fill_signature(lines: dict[int, str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-    """Put the parameters of a function beside each other, unless a comment stands between them."""
-    last = node.body[0].lineno - 1
-    while last > node.lineno and lines.get(last, "").lstrip()[:1] in ("", "#"):  # between the signature and the body
-        last -= 1
-    numbers = range(node.lineno, last + 1)
-    if last < node.lineno + 2 or any("#" in lines[number] for number in numbers[1:]):
-        return
-    first, end = lines.pop(node.lineno), lines.pop(last)
-    indent = " " * (node.col_offset + 4)
-    parameters = " ".join(lines.pop(number).strip() for number in numbers[1:-1])
-    lines[node.lineno] = first
-    for offset, line in enumerate(textwrap.wrap(parameters, 120, initial_indent=indent, subsequent_indent=indent), 1):
-        lines[node.lineno + offset] = line
-    lines[last] = end
-
-
-def _replace(lines: dict[int, str], node: ast.stmt, text: str | None) -> None:
-    for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
-        lines.pop(number)
-    if text is not None:
-        lines[node.lineno] = text
-    elif node.lineno - 1 in lines and not lines[node.lineno - 1].strip():
-        lines.pop(node.lineno - 1)
-
-
-def _shorten(lines: dict[int, str], doc: ast.stmt) -> None:
-    """Leave the first sentence or paragraph of a docstring that has more than one line."""
-    last = doc.end_lineno or doc.lineno
-    if last == doc.lineno or doc.lineno not in lines:
-        return
-    summary: list[str] = []
-    for number in range(doc.lineno, last + 1):
-        line = lines.pop(number)
-        if not line.strip():
-            break
-        summary.append(line.rstrip())
-    for number in range(doc.lineno + len(summary), last + 1):
-        lines.pop(number, None)
-    if summary[-1].strip() == '"""':
-        summary.pop()
-    if not summary[-1].endswith('"""') or summary[-1].strip() == '"""':
-        summary[-1] += '"""'
-    for offset, line in enumerate(summary):
-        lines[doc.lineno + offset] = line
-
-
-def _drop_rows(lines: dict[int, str], node: ast.stmt, rows: Mapping[str, Set[str]]) -> None:
-    if not (isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)):
-        return
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    for target in targets:
-        if isinstance(target, ast.Name) and target.id in rows:
-            for key, value in zip(node.value.keys, node.value.values, strict=True):
-                if not _is_used(key, rows[target.id]):
-                    assert key is not None
-                    for number in range(key.lineno, (value.end_lineno or value.lineno) + 1):
-                        lines.pop(number, None)

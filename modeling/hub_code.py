@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .exported_code import collect_code
@@ -19,14 +18,14 @@ from .saved_folder import write_atomically
 logger = logging.get_logger(__name__)
 
 
-def code_of(model: PreTrainedModel) -> dict[str, str]:
+def code_of(model: Any) -> dict[str, str]:
     """The code that loads a model without this package, by file name; see :mod:`exported_code`."""
-    modules = (type(model).__module__, type(model.config).__module__)
+    modules = (model.own_class().__module__, type(model.config).__module__)
     rows = getattr(model.config, "used_rows", dict)()
     return collect_code([Path(str(sys.modules[name].__file__)) for name in modules], rows)
 
 
-def write_code(folder: Path, model: PreTrainedModel) -> None:
+def write_code(folder: Path, model: Any) -> None:
     """Write the files of :func:`code_of` into `folder`, and the licence of the code beside them."""
     texts = code_of(model)
     licence = code_licence()

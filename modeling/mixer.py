@@ -78,7 +78,8 @@ class TokenMixer:
         label: what it is, for a reader who has not seen the code.
         make: makes the module, from the model's configuration, the kind's settings and the number of the block.
         settings: class of its settings.
-        cache_layer: kind of its cache layer; a function of the settings where they decide.
+        cache_layer: kind of its cache layer; where the settings decide, a function of the mapping that a configuration
+            has of them.
         bounded: whether it knows no positions beyond `max_position_embeddings`.
         student: how it takes the place of an attention layer; None: it cannot.
         tags: for model cards on the Hub.

@@ -221,9 +221,14 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
             if push:
                 self._upload(folder, repo_id, token=kwargs.get("token"), **hub)
 
+    @classmethod
+    def own_class(cls) -> type:
+        """Return the class that somebody wrote: FSDP2 gives a model a class of its own, made of that one."""
+        return next(kind for kind in cls.__mro__ if not kind.__module__.startswith("torch."))
+
     def name_classes(self) -> None:
         """Say in the configuration's `auto_map` which class of the saved code each Auto class takes."""
-        modeling, configuration = type(self).__module__, type(self.config).__module__
+        modeling, configuration = self.own_class().__module__, type(self.config).__module__
         # A configuration from the Hub names the repository that it came from; the code is saved here too.
         self.config.auto_map = {
             "AutoConfig": f"{configuration.rpartition('.')[2]}.{type(self.config).__name__}",
@@ -237,7 +242,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         write_default_card(
             folder,
             model_type=self.config.model_type,
-            class_name=type(self).__name__,
+            class_name=self.own_class().__name__,
             auto_class=self.auto_class or "AutoModel",
             parameters=self.num_parameters(),
         )

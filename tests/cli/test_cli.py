@@ -153,7 +153,10 @@ MISTAKES = [
         id="export-another-class",
     ),
     pytest.param(
-        "export {model} out", with_value("n_groups", 0), "n_groups must be at least 1, got 0", id="export-wrong-config"
+        "export {model} out",
+        with_value("mamba2", {"n_groups": 0}),
+        "mamba2: n_groups must be at least 1, got 0",
+        id="export-wrong-config",
     ),
     pytest.param(
         "export {model} out",
@@ -367,7 +370,7 @@ def test_a_bug_ends_in_one_line_that_says_so_and_its_traceback_is_in_a_private_f
         pytest.param(MemoryError(), "out of memory: MemoryError; use a smaller model, batch or length", id="memory"),
         pytest.param(
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
-            "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.; give a smaller "
+            "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.; use a smaller "
             "model, batch or length",
             id="allocator",
         ),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -215,7 +216,9 @@ def test_export_keeps_what_is_not_code(models: Path, tmp_path: Path) -> None:
     (folder / "training_args.bin").write_bytes(b"\x80")
     (tmp_path / "empty" / "out").mkdir(parents=True)
     out = tmp_path / "empty" / "out"
-    assert ssm_zoo("export", folder, out, "--no-verify") == f"{out}: not verified\n"
+    assert re.fullmatch(
+        rf"{out}: not verified; code: \d+ files, \d,\d{{3}} lines\n", ssm_zoo("export", folder, out, "--no-verify")
+    )
     assert list((tmp_path / "empty").iterdir()) == [out]
     assert files(out) == files(models / "zoo")
     assert out.stat().st_mode & 0o777 == (tmp_path / "empty").stat().st_mode & 0o777
@@ -233,14 +236,14 @@ def test_verified_export_of_a_model_without_a_head(tmp_path: Path) -> None:
     ("file", "old", "new", "message"),
     [
         pytest.param(
-            "pretrained.py",
+            "zoo_model.py",
             "import os\n",
             "import os\nimport ssm_zoo.modeling\n",
             "does not load without ssm-zoo: ModuleNotFoundError: an exported folder must not need ssm_zoo",
             id="needs-the-package",
         ),
         pytest.param(
-            "heads.py",
+            "zoo_model.py",
             "logits = self.lm_head(",
             "logits = 1.0000001 * self.lm_head(",
             r"gives other logits: \(1, 16, 61\) of torch.float32, here .* apart",
@@ -306,7 +309,7 @@ def test_pushed_model_is_exported_again_from_its_revision(models: Path, tmp_path
         assert api.list_repo_commits(REPO)[0].title == "First"
         api.delete_file("model.safetensors", REPO)
         printed = process("export", REPO, "out", "--revision", revision)
-        assert "out: loads without ssm-zoo and gives the same logits, bit for bit\n" in printed
+        assert "out: loads without ssm-zoo and gives the same logits, bit for bit; code: " in printed
     assert files(tmp_path / "out") == files(models / "zoo")
 
 

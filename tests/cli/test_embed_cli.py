@@ -111,6 +111,7 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
     recipe = json.loads((tmp_path / "out" / "run.json").read_text())["recipe"]
     assert recipe.items() >= options.items()
     assert set(EmbedderSettings.model_fields) == options.keys() | {
+        "report_to",
         "method",
         "trust_remote_code",
         "revision",

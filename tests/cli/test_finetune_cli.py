@@ -101,7 +101,17 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
     recipe = json.loads((tmp_path / "out" / "run.json").read_text())["recipe"]
     assert recipe.items() >= options.items()
-    untouched = {"method", "load_in_4bit", "revision", "steps", "model", "train", "heldout", "trust_remote_code"}
+    untouched = {
+        "report_to",
+        "method",
+        "load_in_4bit",
+        "revision",
+        "steps",
+        "model",
+        "train",
+        "heldout",
+        "trust_remote_code",
+    }
     assert set(LanguageModelSettings.model_fields) == options.keys() | untouched
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     before, after = (f"{evaluation['loss']:.4f}" for evaluation in report["evaluations"])

@@ -169,7 +169,9 @@ BROKEN: list[Any] = [
     pytest.param(weights(lambda w: w[NORM].fill_(float("nan"))), f"{NORM} is not finite", id="nan"),
     pytest.param(without_a_shard, "of which 1 are not in", id="missing-shard"),
     pytest.param(with_a_shard_elsewhere, r"got '\.\./outside\.safetensors'", id="shard-elsewhere"),
-    pytest.param(lambda f: (f / "cache.py").unlink(), r"imports \.cache, but there is no cache.py", id="no-import"),
+    pytest.param(
+        lambda f: (f / "zoo_model.py").unlink(), r"imports \.zoo_model, but there is no zoo_model.py", id="no-import"
+    ),
     pytest.param(lambda f: (f / "ssd.py").write_text("def"), "ssd.py of model is not Python code", id="not-python"),
     pytest.param(
         edit("config.json", lambda v: v["auto_map"].update(AutoModel="a/b--modeling_mamba2.ZooMamba2Model")),

@@ -352,7 +352,7 @@ def text_file(path: Path, text: str) -> str:
 WRONG = [
     pytest.param(
         lambda values, _: values["student"].update(mixr="mamba2"),
-        r"student\.mixr: unknown key \(value 'mamba2'\); did you mean 'mixer'\?",
+        r"`student\.mixr` is unknown \(got 'mamba2'\); did you mean 'mixer'\?",
         id="unknown key",
     ),
     pytest.param(

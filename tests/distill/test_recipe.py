@@ -258,5 +258,5 @@ def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_pat
 
 
 def test_gradient_checkpointing_without_effect_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gradient_checkpointing: got True; accepted: false, since it has no effect"):
+    with pytest.raises(ValueError, match=r"`gradient_checkpointing` must be false, since it has no effect"):
         load_recipe(write(tmp_path, TEXT[: TEXT.index("  - {name: distil,")]), ["gradient_checkpointing=true"])

@@ -23,7 +23,9 @@ from train_with_trainer import cases
 
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, damage
 
-EVERY = ("first", pytest.param("every", marks=pytest.mark.slow))
+# Every family in every way takes many minutes: on request only.
+SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: SSM_ZOO_SWEEPS=1")
+EVERY = ("first", pytest.param("every", marks=[pytest.mark.slow, SWEEP]))
 
 
 def run_pair(name: str, *arguments: str) -> list[dict[str, Any]]:
