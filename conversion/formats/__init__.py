@@ -26,6 +26,9 @@ FORMATS = (
 )
 """Every format. Where several of a library can write a model, the first one does."""
 
+TEACHERS = {str(form.model_type): form for form in FORMATS if form.is_teacher}
+"""The formats of models that students are distilled from, by transformers' model type."""
+
 
 def detect(values: dict[str, Any]) -> Format | None:
     """Return the format of a checkpoint with these values in config.json; None if there is none."""

@@ -65,6 +65,11 @@ class Format:
     unread: str = ""
     is_teacher: bool = False
 
+    @property
+    def model_type(self) -> str | None:
+        """Name of its models in transformers, where transformers has them."""
+        return self.model_class.config_class.model_type if self.model_class else None  # pyright: ignore[reportOptionalMemberAccess]
+
     def mapper(self, model: PreTrainedModel) -> Mapper:
         """Apply the rules to the keys of a model of `zoo_class`, which may be an empty one."""
         return Mapper(self.rules(model.config), own_tensors(model))
