@@ -107,11 +107,10 @@ def convert(
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
-    Of transformers `llama`, `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba` are known, of
-    state-spaces Mamba-1 and Mamba-2, the latter also with an MLP in each block or attention in some, and of Cartesia
-    `llamba`.
-    Masked, Toeplitz and structured recurrent mixers, which have no config.json, are known by their keys, the encoder of
-    their autoencoder included; their sizes follow from shapes.
+    Read are transformers' `llama`, `qwen2`, `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba`;
+    Mamba-1 and Mamba-2 of state-spaces, the latter also with an MLP in each block or attention in some; Cartesia's
+    `llamba`; and masked, Toeplitz and structured recurrent mixers, which have no config.json and are recognised by
+    their keys. A `qwen2` comes back as a `llama` with biases.
     Tokenizer, licence and generation config are carried over; to a state-spaces checkpoint of 256 tokens without a
     tokenizer, MambaByte's is added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes
     it.

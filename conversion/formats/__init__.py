@@ -8,7 +8,7 @@ from .format import Format
 from .maskedmixers import MASKED_MIXER
 from .transformers_bamba import BAMBA
 from .transformers_jamba import JAMBA
-from .transformers_llama import LLAMA
+from .transformers_llama import LLAMA, QWEN2
 from .transformers_mamba import FALCON_MAMBA, MAMBA, MAMBA2
 
 FORMATS = (
@@ -16,6 +16,7 @@ FORMATS = (
     FALCON_MAMBA,
     MAMBA2,
     LLAMA,
+    QWEN2,
     BAMBA,
     JAMBA,
     LLAMBA,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import draw_ids, make_model
 from safetensors.torch import load_file, save_file
-from teachers import LLAMA3_ROPE, make_teacher
+from teachers import LLAMA3_ROPE, make_qwen2, make_teacher
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -114,3 +114,22 @@ def test_a_llama_in_half_precision_keeps_its_dtype(tmp_path: Path) -> None:
     assert set(report.dtypes.values()) == {torch.bfloat16}
     convert(tmp_path / "ours", tmp_path / "back", verify=False)
     assert LlamaForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_qwen2_has_equal_logits_and_comes_back_as_a_llama_with_biases(tied: bool, tmp_path: Path) -> None:
+    make_qwen2(tie_word_embeddings=tied).save_pretrained(tmp_path / "qwen2")
+    report = convert(tmp_path / "qwen2", tmp_path / "ours")
+    assert not isinstance(report.logits, str) and report.logits.difference < 1e-5
+    expected = logits(tmp_path / "qwen2")
+    torch.testing.assert_close(logits(tmp_path / "ours"), expected, rtol=0, atol=1e-5)
+    assert convert(tmp_path / "ours", tmp_path / "back").target == "transformers llama"
+    torch.testing.assert_close(logits(tmp_path / "back"), expected, rtol=0, atol=1e-5)
+
+
+def test_a_qwen2_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    model = make_qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    model.save_pretrained(tmp_path / "qwen2")
+    with pytest.raises(ValueError, match=r"`layer_types` must be \['full_attention'\], got .*sliding_attention"):
+        convert(tmp_path / "qwen2", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()

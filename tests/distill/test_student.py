@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from teachers import LLAMA3_ROPE, YARN_ROPE, draw_ids, make_teacher
+from teachers import LLAMA3_ROPE, YARN_ROPE, draw_ids, make_qwen2, make_teacher
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -110,6 +110,19 @@ def test_without_converted_layers_the_student_is_the_teacher(changes: dict[str, 
     tied = student.lm_head.weight is student.backbone.embeddings.weight
     assert tied == teacher.config.tie_word_embeddings
     assert student.num_parameters() == teacher.num_parameters()
+
+
+def test_a_qwen2_gives_a_student_too() -> None:
+    """Without converted layers it computes the same; with some it starts from the teacher's projections."""
+    teacher, ids = make_qwen2(hidden_size=48, num_attention_heads=6), draw_ids(2, 40)
+    assert gap(build_student(Teacher(teacher), spec(), []), teacher, ids) < 1e-5
+    window = build_student(Teacher(teacher), spec(mixer="sliding_attention", sliding_window=40), [0, 2])
+    assert gap(window, teacher, ids) < 1e-5
+    mixer: Any = student_mixer(build_student(Teacher(teacher), spec(), [1]), 1)
+    attention = teacher.model.layers[1].self_attn
+    assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight) and mixer.out_proj.bias.abs().max() == 0
+    values = attention.v_proj.bias.unflatten(0, (KEY_HEADS, WIDTH)).repeat_interleave(HEADS // KEY_HEADS, 0).flatten()
+    assert torch.equal(mixer.in_proj.bias[: HEADS * WIDTH], values)
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "tie_word_embeddings": True}], ids=["plain", "tied"])

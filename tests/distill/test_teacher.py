@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ssm_zoo.distill.attention_view import AttentionView
 from ssm_zoo.distill.teacher import CAPTURES, Teacher
@@ -42,12 +42,16 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     """A Llama of three layers whose every parameter, biases and norms included, is random and of working size."""
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlamaConfig(**{"vocab_size": 40, "max_position_embeddings": 64, **sizes, **changes})
-    model = LlamaForCausalLM(config).eval()
+    return filled(LlamaForCausalLM(config))
+
+
+def filled(model: Any) -> Any:
+    """Give every parameter random values of working size."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
-    return model
+    return model.eval()
 
 
 def token_ids(batch: int = 2, length: int = LENGTH) -> Tensor:
@@ -86,7 +90,7 @@ def assert_rebuilt(model, records, rows=None, **options):
         matrix = adapter.attention_matrix(layer, hidden, **options)
         heads = adapter.head_outputs(layer, hidden, **options)
         output = adapter.attention_output(layer, hidden, **options)
-        assert heads.shape == (*hidden.shape[:2], 4, model.config.head_dim)
+        assert heads.shape == (*hidden.shape[:2], 4, adapter.zoo_config.head_dim)
         close = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(matrix.transpose(1, 2)[rows], record["matrix"].transpose(1, 2)[rows], **close)
         torch.testing.assert_close(heads.flatten(2)[rows], record["heads"][rows], **close)
@@ -97,6 +101,28 @@ def assert_rebuilt(model, records, rows=None, **options):
 def test_attention_is_rebuilt_from_the_view(changes):
     model = tiny_llama(**changes)
     assert_rebuilt(model, attention_records(model, input_ids=token_ids()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_qwen2_is_rebuilt_from_the_view(dtype):
+    """Its output projection has no bias, and its configuration no width of a head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Qwen2Config(**sizes, vocab_size=40, num_key_value_heads=2, max_position_embeddings=64)
+    model = filled(Qwen2ForCausalLM(config)).to(dtype)
+    view = Teacher(model).attention(1)
+    assert view.o_bias.abs().max() == 0 and view.q_bias.abs().max() > 0 and view.o_bias.dtype == dtype
+    if dtype == torch.float32:
+        assert_rebuilt(model, attention_records(model, input_ids=token_ids()))
+
+
+def test_a_qwen2_with_a_sliding_window_is_refused():
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, vocab_size=40
+    )
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    config.sliding_window = 4
+    with pytest.raises(ValueError, match=r"`layer_types` must be \['full_attention'\], got .*sliding_attention"):
+        Teacher(Qwen2ForCausalLM(config))
 
 
 def test_heads_of_the_test_model_differ():
