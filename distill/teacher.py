@@ -249,8 +249,8 @@ def load_teacher(
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0].removeprefix("teacher: ")
             raise ValueError(
-                f"teacher: cannot load {str(source)!r}; accepted: a .gguf file, or a folder or Hub id with the "
-                f"safetensors weights and tokenizer of a causal language model of transformers. Reason: {reason}"
+                f"teacher: cannot load {str(source)!r}. Give a .gguf file, or a folder or Hub id with the safetensors "
+                f"weights and tokenizer of a causal language model of transformers. Reason: {reason}"
             ) from error
     return Teacher(model.eval().requires_grad_(False), tokenizer)
 

@@ -135,6 +135,12 @@ def require(name: str, value: Any, accepted: Any, why: str) -> None:
         raise ValueError(f"config.json: `{name}` must be {accepted!r}, got {value!r} ({why}).")
 
 
+def require_one_of(name: str, value: Any, accepted: Collection[str], why: str) -> None:
+    """Raise a ValueError that names a field which has none of the values that can be expressed."""
+    if value not in accepted:
+        raise ValueError(f"config.json: `{name}` must be {' or '.join(map(repr, accepted))}, got {value!r} ({why}).")
+
+
 def filled(
     prefix: str, values: Any, defaults: dict[str, Any], library: str, ignored: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ...modeling import (
     ZooMambaForCausalLM,
 )
 from ..rules import Rule, SplitRows
-from .format import Format, filled, head_rules, positive, read_config, require
+from .format import Format, filled, head_rules, positive, read_config, require, require_one_of
 
 BYTES = 256
 """Vocabulary of MambaByte (arXiv 2401.13660), whose checkpoints have this layout: the tokens are bytes, no others."""
@@ -360,18 +360,14 @@ def _heads(mixer: Any) -> dict[str, Any]:
 def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
     mixers, mlps = config.mixer_types or [], config.mlp_types or []
     for layer, mixer in enumerate(mixers):
-        if mixer not in ("mamba2", "full_attention"):
-            raise ValueError(
-                f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for state-spaces: 'mamba2', "
-                "'full_attention'"
-            )
+        require_one_of(f"mixer_types[{layer}]", mixer, ("mamba2", "full_attention"), "state-spaces has no other")
         require(f"mlp_types[{layer}]", mlps[layer], mlps[0], "that of the first block: state-spaces has one for all")
     inner = config.intermediate_size if mlps[0] == "gated" else 0
     if inner:
         if inner % _MLP_MULTIPLE:
             raise ValueError(
-                f"config.json: intermediate_size: got {inner}; accepted: a multiple of {_MLP_MULTIPLE} (to which "
-                "state-spaces rounds up)"
+                f"config.json: `intermediate_size` must be a multiple of {_MLP_MULTIPLE}, to which state-spaces rounds "
+                f"up, got {inner}."
             )
         require("hidden_act", config.hidden_act, "silu", "the only one of state-spaces")
         require("mlp_bias", config.mlp_bias, False, "state-spaces has none")

@@ -7,7 +7,7 @@ from transformers import BambaConfig, BambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..rules import Rule
-from .format import CARRIED_IDS, ROTARY_BUFFERS, Format, head_rules, require
+from .format import CARRIED_IDS, ROTARY_BUFFERS, Format, head_rules, require, require_one_of
 
 _SAME = (
     "vocab_size",
@@ -55,10 +55,7 @@ def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
 def _config(config: ZooHybridConfig) -> BambaConfig:
     mixers = config.mixer_types or []
     for layer, mixer in enumerate(mixers):
-        if mixer not in ("mamba2", "full_attention"):
-            raise ValueError(
-                f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for bamba: 'mamba2', 'full_attention'"
-            )
+        require_one_of(f"mixer_types[{layer}]", mixer, ("mamba2", "full_attention"), "bamba has no other")
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of bamba has an MLP")
         if mixer == "full_attention":
             require_no_convolution(config, "bamba")

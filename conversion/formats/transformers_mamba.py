@@ -64,7 +64,7 @@ def _zoo_config(config: MambaConfig | FalconMambaConfig) -> ZooMambaConfig:
     inner, width = config.intermediate_size, config.hidden_size
     if inner % width:
         raise ValueError(
-            f"config.json: intermediate_size: got {inner!r}; accepted: a multiple of hidden_size ({width})"
+            f"config.json: `intermediate_size` must be a multiple of hidden_size ({width}), got {inner!r}."
         )
     values: dict[str, Any] = {key: getattr(config, key) for key in _MAMBA} | {"expand": inner // width}
     return ZooMambaConfig(**values, mixer_rms_eps=getattr(config, "mixer_rms_eps", None))

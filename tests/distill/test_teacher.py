@@ -214,9 +214,11 @@ def test_view_shares_the_teachers_weights_without_gradients():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"num_key_value_heads": 3}, r"num_key_value_heads: got 3, accepted: a divisor of 4", id="groups"),
-        pytest.param({"k": torch.zeros(5, 32)}, r"k: got shape \(5, 32\), expected \(32, 32\)", id="weight"),
-        pytest.param({"o_bias": torch.zeros(5)}, r"o_bias: got shape \(5,\), expected \(32,\)", id="bias"),
+        pytest.param(
+            {"num_key_value_heads": 3}, r"num_key_value_heads must divide num_heads \(4\), got 3", id="groups"
+        ),
+        pytest.param({"k": torch.zeros(5, 32)}, r"k must be of shape \(32, 32\), got \(5, 32\)", id="weight"),
+        pytest.param({"o_bias": torch.zeros(5)}, r"o_bias must be of shape \(32,\), got \(5,\)", id="bias"),
     ],
 )
 def test_view_refuses_weights_that_do_not_fit(change, message):
@@ -235,7 +237,7 @@ def test_unknown_families_layers_and_masks_are_refused():
     for layer in (-1, 3):
         with pytest.raises(ValueError, match=f"layer must be from 0 to 2, got {layer}"):
             Teacher(model).attention(layer)
-    with pytest.raises(ValueError, match=r"mask: got shape \(3, 5\), accepted: \(2, 5\) or \(2, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"mask must be of shape \(2, 5\) or \(2, 5, 5\), got \(3, 5\)"):
         Teacher(model).attention_matrix(0, torch.zeros(2, 5, 32), mask=torch.ones(3, 5))
 
 
