@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from .. import modeling
 from ..modeling.presets import PRESETS, preset
-from .convert import FORMATS
+from .formats import FORMATS
 
 __all__ = ["ModelInfo", "list_models"]
 

@@ -4,15 +4,15 @@ Weights go from file to file, a shard at a time. Only the proof loads both model
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..harness.json_files import json_text
 from ..harness.run_folder import new_folder
@@ -23,15 +23,11 @@ from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
 from .checkpoint_files import check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
-from .formats import state_spaces as format_state_spaces
+from .formats import FORMATS, detect
 from .formats.bare_formats import is_transfixer, read_mixer
-from .formats.cartesia_llamba import LLAMBA
-from .formats.format import Format, read_config
+from .formats.format import HEAD, Format, config_errors, empty_model, own_tensors, read_config
 from .formats.maskedmixers import MASKED_MIXER
-from .formats.transformers_bamba import BAMBA
-from .formats.transformers_jamba import JAMBA
-from .formats.transformers_mamba import FALCON_MAMBA, MAMBA
-from .formats.transformers_mamba2 import MAMBA2
+from .formats.state_spaces import BYTES
 from .hub_source import source_folder
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .remote_code import check_remote_code
@@ -41,22 +37,10 @@ from .weight_files import Weights, read_checkpoint, write_weights
 
 __all__ = ["convert"]
 
-FORMATS = (
-    MAMBA,
-    FALCON_MAMBA,
-    MAMBA2,
-    BAMBA,
-    JAMBA,
-    LLAMBA,
-    format_state_spaces.MAMBA1,
-    format_state_spaces.MAMBA2,
-    format_state_spaces.MAMBA2_HYBRID,
-    MASKED_MIXER,
-)
 _ZOO_CLASSES: tuple[Any, ...] = tuple(dict.fromkeys(each.zoo_class for each in FORMATS))
 _TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
+_EMBEDDING = "backbone.embeddings.weight"
 _CARRIED = (r"generation_config\.json", TOKENIZER, LICENCES)
 
 
@@ -68,26 +52,42 @@ class _Checkpoint:
         format: whose layout it is in; None: ours.
         config: its own configuration, as `format.read` gives it.
         tensors: its own tensors, without a head that is the embedding.
-        zoo_class: our model.
-        zoo_config: its configuration.
+        model: our model, empty.
         ours: its tensors.
         notes: lines for the report.
         is_plain: whether the library that the format is of reads the same tensors from the folder by itself.
+        mappers: the mappers made so far, by the name of the format.
     """
 
     format: Format | None
     config: Any
     tensors: dict[str, LazyTensor]
-    zoo_class: type[ZooPreTrainedModel]
-    zoo_config: Any
+    model: ZooPreTrainedModel
     ours: dict[str, LazyTensor]
     notes: list[str] = field(default_factory=list)
     is_plain: bool = False
+    mappers: dict[str, Mapper] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """What format it is in."""
+        """Name of its format."""
         return self.format.name if self.format else f"zoo {self.zoo_config.model_type}"
+
+    @property
+    def zoo_class(self) -> type[ZooPreTrainedModel]:
+        """Class of our model."""
+        return type(self.model)
+
+    @property
+    def zoo_config(self) -> Any:
+        """Configuration of our model."""
+        return self.model.config
+
+    def mapper(self, form: Format) -> Mapper:
+        """Return the rules of a format applied to our model's keys; they are applied once."""
+        if form.name not in self.mappers:
+            self.mappers[form.name] = form.mapper(self.model)
+        return self.mappers[form.name]
 
 
 def convert(
@@ -107,10 +107,10 @@ def convert(
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
-    Of transformers `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba` are known, of state-spaces
-    Mamba-1 and Mamba-2, the latter also with an MLP in each block or attention in some, and of Cartesia `llamba`.
-    Masked, Toeplitz and structured recurrent mixers, which have no config.json, are known by their keys, the encoder of
-    their autoencoder included; their sizes follow from shapes.
+    Read are transformers' `llama`, `qwen2`, `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba`;
+    Mamba-1 and Mamba-2 of state-spaces, the latter also with an MLP in each block or attention in some; Cartesia's
+    `llamba`; and masked, Toeplitz and structured recurrent mixers, which have no config.json and are recognised by
+    their keys. A `qwen2` comes back as a `llama` with biases.
     Tokenizer, licence and generation config are carried over; to a state-spaces checkpoint of 256 tokens without a
     tokenizer, MambaByte's is added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes
     it.
@@ -167,12 +167,13 @@ def convert(
     to = to or ("zoo" if read.format else "transformers")
     target = None if to == "zoo" else _target_format(to, read)
     ours = read.ours if dtype is None else _cast(read, _DTYPES[dtype])
-    config = target.config(read.zoo_config) if target else read.zoo_config
+    with config_errors():
+        config = target.config(read.zoo_config) if target else read.zoo_config
     tensors = _tensors_of(target, read, config, ours)
     with new_folder(folder, overwrite=overwrite) as made:
         carried = _carry(read, read_from, made, target, trust_remote_code)
         write_weights(made, tensors, max_shard_size=max_shard_size)
-        _write_config(made, target, read.zoo_class, config, _dtype(ours))
+        _write_config(made, target, read.model, config, _dtype(ours))
         logits = _compare(read, ours, target, made) if verify else "not asked for"
     return ParityReport(
         source=read.name,
@@ -218,42 +219,52 @@ def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = (), prefix
             return _read_mixer(folder, weights, settings)
     if settings:
         raise ValueError(f"--set must be left out where config.json says what the model is, got {settings[0]!r}.")
-    found = next((form for form in FORMATS if form.reads(values)), None)
+    found = detect(values)
     zoo_class = found.zoo_class if found else _zoo_class(values)
     config, zoo_config = _read_configuration(folder, found, zoo_class)
     weights = _read_tensors(folder, allow_pickle, prefix)
-    model = _empty(zoo_class, zoo_config)
-    mapper = Mapper(found.rules(zoo_config), model) if found else None
-    expected = mapper.expected() if mapper else {key: lazy(tensor) for key, tensor in model.items()}
+    model = empty_model(zoo_class, zoo_config)
+    mapper = found.mapper(model) if found else None
+    expected = mapper.expected() if mapper else _lazy(own_tensors(model))
     embedding = mapper.theirs_of(_EMBEDDING) if mapper else _EMBEDDING
     tied = bool(zoo_config.tie_word_embeddings)
-    former_keys = found.former_keys if found else {}
-    fitted = fit_keys(weights.tensors, expected, embedding, tied=tied, former_keys=former_keys)
+    given, unread = _without_unread(weights.tensors, found)
+    fitted = fit_keys(given, expected, embedding, tied=tied, former_keys=found.former_keys if found else {})
     tensors = fitted.tensors
-    if tied and _HEAD in tensors and embedding in tensors:
-        head = tensors.pop(_HEAD)
+    if tied and HEAD in tensors and embedding in tensors:
+        head = tensors.pop(HEAD)
         if head.shape != tensors[embedding].shape or not torch.equal(head.load(), tensors[embedding].load()):
             raise ValueError(
                 f"{folder.name}: config.json says that the head is the embedding (`tie_word_embeddings`), but "
-                f"{_HEAD} and {embedding} differ. Set it to false, or remove {_HEAD}."
+                f"{HEAD} and {embedding} differ. Set it to false, or remove {HEAD}."
             )
     hint = fitted.hint
-    if not tied and _HEAD in expected and _HEAD not in tensors and not hint:
+    if not tied and HEAD in expected and HEAD not in tensors and not hint:
         hint = " If the head is the embedding, set `tie_word_embeddings` to true in config.json."
     check(tensors, expected, folder.name, hint=hint)
     ours = mapper.to_ours(tensors) if mapper else tensors
-    notes, is_plain = [*weights.notes, *fitted.notes], weights.is_plain and not fitted.notes
-    return _Checkpoint(found, config, tensors, zoo_class, zoo_config, ours, notes, is_plain)
+    notes, is_plain = [*weights.notes, *unread, *fitted.notes], weights.is_plain and not fitted.notes
+    mappers = {found.name: mapper} if found and mapper else {}
+    return _Checkpoint(found, config, tensors, model, ours, notes, is_plain, mappers)
 
 
 def _read_configuration(folder: Path, found: Format | None, zoo_class: type[ZooPreTrainedModel]) -> tuple[Any, Any]:
     """Return the configuration of a folder as its own library has it, and ours."""
     read = found.read if found else zoo_class.config_class.from_pretrained  # pyright: ignore[reportOptionalMemberAccess]
-    try:
+    with config_errors():
         config: Any = read(folder)
         return config, found.zoo_config(config) if found else config
-    except StrictDataclassError as error:  # of several lines, the reason in the last
-        raise ValueError(f"config.json: {str(error).strip().splitlines()[-1].strip()}") from None
+
+
+def _without_unread(
+    tensors: Mapping[str, LazyTensor], found: Format | None
+) -> tuple[Mapping[str, LazyTensor], list[str]]:
+    """Leave out tensors that nothing reads; say so in a line."""
+    unread = [key for key in tensors if found and found.unread and re.search(found.unread, key)]
+    if not unread:
+        return tensors, []
+    kept = {key: tensor for key, tensor in tensors.items() if key not in unread}
+    return kept, [f"keys: {len(unread)} that no model reads are left out, the first is {unread[0]}"]
 
 
 def _read_tensors(folder: Path, allow_pickle: bool, prefix: str | None) -> Weights:
@@ -269,11 +280,12 @@ def _read_mixer(folder: Path, weights: Weights, settings: Sequence[str]) -> _Che
     """Read a checkpoint of position mixers, which is known by its keys."""
     tensors, unwrapped = without_wrappers(weights.tensors)
     reading, used = read_mixer(folder, tensors, settings)
-    mapper = Mapper(reading.rules, _empty(reading.model_class, reading.config))
+    model = empty_model(reading.model_class, reading.config)
+    mapper = Mapper(reading.rules, own_tensors(model))
     check(used, mapper.expected(), folder.name, "the sizes of its first block")
     form = replace(MASKED_MIXER, name=reading.name, zoo_class=reading.model_class)
     ours, notes = mapper.to_ours(used), [*weights.notes, *unwrapped, *reading.notes]
-    return _Checkpoint(form, None, used, reading.model_class, reading.config, ours, notes)
+    return _Checkpoint(form, None, used, model, ours, notes, mappers={form.name: mapper})
 
 
 def _check_reading(read: _Checkpoint, folder: Path) -> None:
@@ -302,12 +314,8 @@ def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
     return by_type[model_type]
 
 
-def _empty(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The keys of a model with tensors on the meta device, without a head that is the embedding."""
-    with torch.device("meta"):
-        model = model_class(config)
-    state = model.state_dict()
-    return {key: tensor for key, tensor in state.items() if key != _HEAD or not config.tie_word_embeddings}
+def _lazy(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    return {key: lazy(tensor) for key, tensor in tensors.items()}
 
 
 def _target_format(to: str, read: _Checkpoint) -> Format:
@@ -328,8 +336,7 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
 
 def _cast(read: _Checkpoint, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """Our tensors in a dtype, but for those that the model keeps in float32."""
-    with torch.device("meta"):
-        precise = tuple(f".{name}" for name in names_in_float32(read.zoo_class(read.zoo_config)))
+    precise = tuple(f".{name}" for name in names_in_float32(read.model))
     return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in read.ours.items()}
 
 
@@ -346,18 +353,17 @@ def _tensors_of(
     """What to write, checked against the model that reads it."""
     if target is None:
         return ours
-    mapper = Mapper(target.rules(read.zoo_config), _empty(read.zoo_class, read.zoo_config))
+    mapper = read.mapper(target)
     tensors = mapper.from_ours(ours)
     if target.model_class is not None:
-        model = _empty(target.model_class, config)
-        check(tensors, {key: lazy(tensor) for key, tensor in model.items()}, target.name)
+        check(tensors, _lazy(own_tensors(empty_model(target.model_class, config))), target.name)
     elif read.zoo_config.tie_word_embeddings and target.keeps_tied_head:
-        tensors[_HEAD] = tensors[mapper.theirs_of(_EMBEDDING)]
+        tensors[HEAD] = tensors[mapper.theirs_of(_EMBEDDING)]
     return tensors
 
 
 def _write_config(
-    folder: Path, target: Format | None, zoo_class: type[ZooPreTrainedModel], config: Any, dtype: torch.dtype
+    folder: Path, target: Format | None, model: ZooPreTrainedModel, config: Any, dtype: torch.dtype
 ) -> None:
     if target is not None and target.bare:
         return
@@ -365,13 +371,10 @@ def _write_config(
         (folder / "config.json").write_text(json_text(config, "config.json") + "\n", encoding="utf-8")
         return
     config.dtype = dtype
-    config.architectures = [(target.model_class if target and target.model_class else zoo_class).__name__]
+    config.architectures = [(target.model_class if target and target.model_class else type(model)).__name__]
     if target is None:
-        with torch.device("meta"):
-            model = zoo_class(config)
         model.name_classes()
         model.save_code(folder)
-        config = model.config
     config.save_pretrained(folder)
 
 
@@ -386,7 +389,7 @@ def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None, t
         carried.remove("LICENSE")
     tokenizer = any(name.startswith("tokenizer") for name in carried)
     from_state_spaces = read.format is not None and read.format.library == "state-spaces"
-    is_byte_model = from_state_spaces and read.zoo_config.vocab_size == format_state_spaces.BYTES
+    is_byte_model = from_state_spaces and read.zoo_config.vocab_size == BYTES
     if is_byte_model and not tokenizer and (target is None or target.library != "state-spaces"):
         byte_tokenizer().save_pretrained(made)
         carried.append("a tokenizer of bytes, which the source lacks")
@@ -406,8 +409,7 @@ def _compare(read: _Checkpoint, ours: dict[str, LazyTensor], target: Format | No
     if form is target:
         theirs = logits_of_folder(form.model_class, made)
     else:
-        mapper = Mapper(form.rules(read.zoo_config), _empty(read.zoo_class, read.zoo_config))
-        theirs = logits_of_tensors(form.model_class, config, mapper.from_ours(ours))
+        theirs = logits_of_tensors(form.model_class, config, read.mapper(form).from_ours(ours))
     if target is None:
         mine = logits_of_folder(read.zoo_class, made)
     else:

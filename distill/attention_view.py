@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class AttentionView:
     """Causal softmax attention of one layer, with the weights in one shape for all families.
 
-    The tensors share their storage with the teacher's and are detached. Head h reads key and value head
-    h // (H / KV). With R < P only the first R channels of a head are rotated, in halves (GPT-NeoX order).
+    The tensors are detached, and share the storage of those that the teacher has as they are. Head h reads key and
+    value head h // (H / KV). With R < P only the first R channels of a head are rotated, in halves (GPT-NeoX order).
 
     Attributes:
         q: (H*P, D) query weights, head by head.
@@ -51,7 +51,7 @@ class AttentionView:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads: got {self.num_key_value_heads}, accepted: a divisor of {self.num_heads}"
+                f"num_key_value_heads must divide num_heads ({self.num_heads}), got {self.num_key_value_heads}."
             )
         D = self.q.shape[-1]
         rows, key_rows = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -59,9 +59,9 @@ class AttentionView:
         for name, shape in expected.items():
             weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
             if tuple(weight.shape) != shape:
-                raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {shape}")
+                raise ValueError(f"{name} must be of shape {shape}, got {tuple(weight.shape)}.")
             if bias is not None and tuple(bias.shape) != shape[:1]:
-                raise ValueError(f"{name}_bias: got shape {tuple(bias.shape)}, expected {shape[:1]}")
+                raise ValueError(f"{name}_bias must be of shape {shape[:1]}, got {tuple(bias.shape)}.")
 
     def expand_heads(self, rows: Tensor) -> Tensor:
         """Give each query head its own copy of the key or value rows it reads.
@@ -164,6 +164,6 @@ def _visible(hidden: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return causal
     if tuple(mask.shape) not in ((B, L), (B, L, L)):
-        raise ValueError(f"mask: got shape {tuple(mask.shape)}, accepted: {(B, L)} or {(B, L, L)}")
+        raise ValueError(f"mask must be of shape {(B, L)} or {(B, L, L)}, got {tuple(mask.shape)}.")
     allowed = mask.to(torch.bool)
     return causal & (allowed[:, None, None, :] if allowed.ndim == 2 else allowed[:, None])

@@ -102,7 +102,7 @@ def gguf_to_folder(gguf: str | Path, folder: str | Path) -> Path:
     if _converted_from(folder) == digest:
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder: {folder} was not made from {gguf.name}; accepted: a new or empty folder")
+        raise ValueError(f"{folder} was not made from {gguf.name}. Give a new or empty folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         # One level down, because the scratch folder itself is readable by its owner only.
@@ -183,7 +183,9 @@ def check_place(source: str | Path, revision: str | None) -> None:
         return
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
-            raise ValueError(f"teacher: the folder {source} has no config.json; accepted: a folder of save_pretrained")
+            raise ValueError(
+                f"teacher: the folder {source} has no config.json. Give a folder that save_pretrained wrote."
+            )
         return
     try:
         validate_repo_id(str(source))

@@ -1,30 +1,25 @@
 """The Transformer that a student is distilled from: loading it, reading its attention, streaming its activations.
 
-A :class:`Teacher` is made once and handed to all that need it. It names the parts of one model family and gives the
-weights of a layer's attention in one shape, an `AttentionView`. `Teacher.capture` runs one forward and hands each
-layer's activations to a callback as they come up; nothing is kept: stored targets would cost L x D numbers for every
-layer and row.
+A :class:`Teacher` is made once and handed to all that need it. A teacher's family is a checkpoint format in
+`conversion/formats/`, whose rules say where its norms and its attention are, and give the weights of a layer's
+attention in one shape, an `AttentionView`. `Teacher.capture` runs one forward and hands each layer's activations to a
+callback as they come up. Nothing is kept: stored targets would cost L x D numbers for every layer and row.
 
 Symbols: B batch, L length, D width, H heads, P head width.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..conversion.formats.format import refuse_quantised
+from ..conversion.formats import TEACHERS
+from ..conversion.formats.format import config_errors, empty_model, refuse_quantised
 from ..conversion.load_model import WeightsError, load_model, load_tokenizer, quiet_loading
+from ..conversion.rules import LazyTensor, lazy
 from .attention_view import AttentionView
 from .fetch import check_place, is_gguf, load_gguf
 
@@ -32,17 +27,32 @@ from .fetch import check_place, is_gguf, load_gguf
 CAPTURES = ("block_input", "normed_input", "attention_output", "block_output")
 
 
-class Teacher(ABC):
-    """A model that a student is distilled from, its parts under the same names for every family.
+class Teacher:
+    """A model that a student is distilled from.
+
+    Its checkpoint format says what `zoo_hybrid` with full attention it is, and by which keys: nothing else here knows
+    the family. Formats, rules and configuration are looked up once.
 
     Args:
-        model: with its language-model head.
+        model: a model of transformers with its language-model head, full attention in every block.
         tokenizer: the model's; None where no text is read.
+
+    Raises:
+        ValueError: if no format knows such teachers, the model has no language-model head, or `zoo_hybrid` cannot
+            express its configuration.
     """
 
-    model_type: ClassVar[str]
-
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        form = TEACHERS.get(model.config.model_type)
+        if form is None:
+            known = " or ".join(sorted(TEACHERS))
+            raise ValueError(f"teacher must be a model of type {known}, got {model.config.model_type!r}.")
+        assert form.model_class is not None
+        if not isinstance(model, form.model_class):
+            raise ValueError(f"teacher must be a {form.model_class.__name__}, got a {type(model).__name__}.")
+        with config_errors("teacher"):
+            self.zoo_config: Any = form.zoo_config(model.config)
+        self.mapper = form.mapper(empty_model(form.zoo_class, self.zoo_config))
         self.model = model
         self._tokenizer = tokenizer
 
@@ -50,40 +60,60 @@ class Teacher(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         if self._tokenizer is None:
-            raise ValueError("teacher: it was made without a tokenizer")
+            raise ValueError("The teacher was made without a tokenizer. Pass one to read text.")
         return self._tokenizer
 
     @property
-    @abstractmethod
-    def layers(self) -> nn.ModuleList:
-        """The blocks, first to last."""
-
-    @abstractmethod
-    def input_norm(self, layer: int) -> nn.Module:
-        """The norm whose output the layer's attention reads."""
-
-    @abstractmethod
-    def attention_module(self, layer: int) -> nn.Module:
-        """The layer's attention, without norm and residual."""
-
-    @abstractmethod
-    def attention(self, layer: int) -> AttentionView:
-        """The layer's attention as weights in the common shape."""
+    def zoo_tensors(self) -> dict[str, LazyTensor]:
+        """The model's tensors by the keys of `zoo_hybrid`, without a head that is the embedding."""
+        return self.mapper.to_ours({key: lazy(tensor) for key, tensor in self.model.state_dict().items()})
 
     @property
     def num_layers(self) -> int:
         """Number of blocks."""
-        return len(self.layers)
+        return self.zoo_config.num_hidden_layers
 
     def layer(self, layer: int) -> nn.Module:
-        """The block with this index, from 0.
+        """Return the block with this index, from 0."""
+        return self._module(layer, "input_layernorm.weight", 2)
+
+    def input_norm(self, layer: int) -> nn.Module:
+        """Return the norm whose output the layer's attention reads."""
+        return self._module(layer, "input_layernorm.weight", 1)
+
+    def attention_module(self, layer: int) -> nn.Module:
+        """Return the layer's attention, without norm and residual."""
+        return self._module(layer, "mixer.o_proj.weight", 2)
+
+    def _module(self, layer: int, key: str, levels: int) -> nn.Module:
+        """Return the module that is so many levels above the tensor which a block has under one of our keys.
 
         Raises:
             ValueError: if there is no such block.
         """
+        return self.model.get_submodule(self.mapper.theirs_of(self._prefix(layer) + key).rsplit(".", levels)[0])
+
+    def _prefix(self, layer: int) -> str:
+        """Return what our keys of a block begin with."""
         if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer: got {layer}, accepted: 0 to {self.num_layers - 1}")
-        return self.layers[layer]
+            raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}.")
+        return f"backbone.layers.{layer}."
+
+    def attention(self, layer: int) -> AttentionView:
+        """Return the layer's attention as weights in the common shape."""
+        tensors, mixer, config = self.zoo_tensors, self._prefix(layer) + "mixer.", self.zoo_config
+        weights = {name: tensors[f"{mixer}{name}_proj.weight"].load() for name in "qkvo"}
+        biases = {name: tensors.get(f"{mixer}{name}_proj.bias") for name in "qkvo"}
+        weights |= {f"{name}_bias": bias.load().to(weights[name]) for name, bias in biases.items() if bias is not None}
+        head_dim = int(config.head_dim or 0)
+        return AttentionView(
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=int(config.num_key_value_heads or 0),
+            head_dim=head_dim,
+            scaling=head_dim**-0.5,
+            rotary=self.model.base_model.get_submodule("rotary_emb"),
+            **weights,
+        )
 
     def attention_matrix(
         self, layer: int, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
@@ -139,14 +169,14 @@ class Teacher(ABC):
         """
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(
-                f"input_ids: got {input_ids.dtype} of shape {tuple(input_ids.shape)}, accepted: integers (B, L)"
+                f"input_ids must be integers of shape (B, L), got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
             )
         if not layers or len(set(layers)) != len(layers):
-            raise ValueError(f"layers: got {list(layers)}, accepted: at least one layer, each once")
+            raise ValueError(f"layers must name at least one layer, and each once, got {list(layers)}.")
         if isinstance(what, str) or not what or len(set(what)) != len(what) or not set(what) <= set(CAPTURES):
-            raise ValueError(f"what: got {what!r}, accepted: at least one, each once, out of {', '.join(CAPTURES)}")
+            raise ValueError(f"what must name at least one of {', '.join(CAPTURES)}, and each once, got {what!r}.")
         if self.model.training:
-            raise ValueError("teacher: the model is in training mode; call eval() before taking targets from it")
+            raise ValueError("The teacher must be in evaluation mode. Call eval() before taking targets from it.")
         last = max(layers)
         modules = {layer: (self.layer(layer), self.input_norm(layer)) for layer in layers}
         waiting: dict[str, Tensor] = {}
@@ -183,73 +213,6 @@ class Teacher(ABC):
                 handle.remove()
 
 
-class LlamaTeacher(Teacher):
-    """Llama and what shares its model type (SmolLM2, TinyLlama, ...): grouped keys and values, rotary positions.
-
-    Args:
-        model: a `LlamaForCausalLM`.
-        tokenizer: as of :class:`Teacher`.
-
-    Raises:
-        ValueError: if the model has no language-model head.
-    """
-
-    model_type = "llama"
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        if not isinstance(model, LlamaForCausalLM):
-            raise ValueError(f"teacher: got a {type(model).__name__}, accepted: LlamaForCausalLM")
-        super().__init__(model, tokenizer)
-        self.decoder = model.model
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The blocks, first to last."""
-        return self.decoder.layers
-
-    def input_norm(self, layer: int) -> nn.Module:
-        """The norm whose output the layer's attention reads."""
-        return self.layer(layer).get_submodule("input_layernorm")
-
-    def attention_module(self, layer: int) -> nn.Module:
-        """The layer's attention, without norm and residual."""
-        return self.layer(layer).get_submodule("self_attn")
-
-    def attention(self, layer: int) -> AttentionView:
-        """The layer's attention as weights in the common shape."""
-        module = self.attention_module(layer)
-        weights: dict[str, Tensor] = {}
-        for name in "qkvo":
-            projection = module.get_submodule(f"{name}_proj")
-            weights |= {name: projection.get_parameter("weight").detach()}
-            if projection.bias is not None:
-                weights |= {f"{name}_bias": projection.get_parameter("bias").detach()}
-        config = self.model.config
-        return AttentionView(
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            scaling=config.head_dim**-0.5,
-            rotary=self.decoder.rotary_emb,
-            **weights,
-        )
-
-
-FAMILIES: dict[str, type[Teacher]] = {family.model_type: family for family in (LlamaTeacher,)}
-
-
-def as_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> Teacher:
-    """Make a model a teacher.
-
-    Raises:
-        ValueError: if there is no :class:`Teacher` for its `config.model_type`.
-    """
-    model_type = model.config.model_type
-    if model_type not in FAMILIES:
-        raise ValueError(f"teacher: got a model of type {model_type!r}, accepted: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type](model, tokenizer)
-
-
 def load_teacher(
     source: str | Path,
     *,
@@ -268,8 +231,7 @@ def load_teacher(
         trust_remote_code: run the code that the source brings, e.g. of its tokenizer.
 
     Raises:
-        ValueError: if the source cannot be loaded, or there is no :class:`Teacher` for the model's family; the message
-            says why.
+        ValueError: if the source cannot be loaded, or its model is no :class:`Teacher`; the message says why.
     """
     check_place(source, revision)
     if is_gguf(source):
@@ -287,10 +249,10 @@ def load_teacher(
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0].removeprefix("teacher: ")
             raise ValueError(
-                f"teacher: cannot load {str(source)!r}; accepted: a .gguf file, or a folder or Hub id with the "
-                f"safetensors weights and tokenizer of a causal language model of transformers. Reason: {reason}"
+                f"teacher: cannot load {str(source)!r}. Give a .gguf file, or a folder or Hub id with the safetensors "
+                f"weights and tokenizer of a causal language model of transformers. Reason: {reason}"
             ) from error
-    return as_teacher(model.eval().requires_grad_(False), tokenizer)
+    return Teacher(model.eval().requires_grad_(False), tokenizer)
 
 
 class _ForwardStoppedError(Exception):

@@ -1,1 +1,36 @@
-"""One file per checkpoint layout of another library."""
+"""One file for each checkpoint layout of another library, and the registry of them all."""
+
+from typing import Any
+
+from . import state_spaces
+from .cartesia_llamba import LLAMBA
+from .format import Format
+from .maskedmixers import MASKED_MIXER
+from .transformers_bamba import BAMBA
+from .transformers_jamba import JAMBA
+from .transformers_llama import LLAMA, QWEN2
+from .transformers_mamba import FALCON_MAMBA, MAMBA, MAMBA2
+
+FORMATS = (
+    MAMBA,
+    FALCON_MAMBA,
+    MAMBA2,
+    LLAMA,
+    QWEN2,
+    BAMBA,
+    JAMBA,
+    LLAMBA,
+    state_spaces.MAMBA1,
+    state_spaces.MAMBA2,
+    state_spaces.MAMBA2_HYBRID,
+    MASKED_MIXER,
+)
+"""Every format. Where several of a library can write a model, the first one does."""
+
+TEACHERS = {str(form.model_type): form for form in FORMATS if form.is_teacher}
+"""The formats of models that students are distilled from, by transformers' model type."""
+
+
+def detect(values: dict[str, Any]) -> Format | None:
+    """Return the format of a checkpoint with these values in config.json; None if there is none."""
+    return next((form for form in FORMATS if form.reads(values)), None)

@@ -4,14 +4,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 from ..rules import LazyTensor
 from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings
-from .maskedmixers import read_autoencoder, read_language_mixer, read_retrieval
+from .format import config_errors
+from .maskedmixers import read_autoencoder, read_language_mixer, read_retrieval, read_transfixer
 from .structured_mixers import read_mlp_mixer
 from .toeplitz_mixers import read_fast_toeplitz, read_optimised_toeplitz
-from .transfixer import read_transfixer
 
 # What is looked for in order: the first expression that matches a key's beginning says what it is.
 _REFUSED = {
@@ -74,9 +72,7 @@ def read_mixer(
             f"source: {folder} holds no config.json, and keys of none of these: {_KNOWN}; the first key is "
             f"{next(iter(checkpoint.tensors), 'none')}"
         )
-    try:
+    with config_errors(f"{folder.name}: sizes or settings"):
         reading = read(checkpoint, settings, folder)
-    except StrictDataclassError as error:  # of several lines, the reason in the last
-        raise ValueError(f"{folder.name}: sizes or settings: {str(error).strip().splitlines()[-1].strip()}") from None
     settings.finish(reading.name)
     return reading, checkpoint.tensors

@@ -52,8 +52,8 @@ def _read(folder: Path) -> dict[str, Any]:
         found = values.get(block)
         kind = found.get("BlockType") if isinstance(found, dict) else found
         raise ValueError(
-            f"config.json: {block}.BlockType: got {kind!r}; accepted: none: Phi-Mamba adds its mixer and its MLP, both "
-            "of one LayerNorm, at once; zoo_hybrid has blocks that are sequential, with an RMSNorm for each"
+            f"config.json: `{block}.BlockType` is {kind!r}, the block of Phi-Mamba: its mixer and its MLP read one "
+            "LayerNorm side by side. zoo_hybrid has no such block, only sequential ones with an RMSNorm for each half."
         )
     return values
 
@@ -75,9 +75,7 @@ def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
     require("ssm_cfg.activation", mixer["activation"], "identity", "zoo_hybrid's convolution has none")
     require("ssm_cfg.conv_bias", mixer["conv_bias"], True, "zoo_hybrid's convolution has one")
     if inner % heads:
-        raise ValueError(
-            f"config.json: ssm_cfg.n_v_heads: got {heads}; accepted: a divisor of expand * d_model = {inner}"
-        )
+        raise ValueError(f"config.json: `ssm_cfg.n_v_heads` must divide expand * d_model ({inner}), got {heads}.")
     multiple = model["pad_vocab_size_multiple"]
     ids: dict[str, Any] = {key: values.get(key) for key in _IDS}
     settings: dict[str, Any] = {"discrete_mamba2": {"state_size": mixer["d_state"], "conv_kernel": mixer["d_conv"]}}
@@ -111,8 +109,8 @@ def _config(config: ZooHybridConfig) -> dict[str, Any]:
     heads, inner = config.num_attention_heads, config.num_attention_heads * int(config.head_dim or 0)
     if inner % config.hidden_size:
         raise ValueError(
-            f"config.json: head_dim: got {config.head_dim}; accepted for llamba: {heads} heads as wide as a multiple "
-            f"of hidden_size ({config.hidden_size})"
+            f"config.json: `head_dim` must make {heads} heads as wide as a multiple of hidden_size "
+            f"({config.hidden_size}) for llamba, got {config.head_dim}."
         )
     return {
         "model_type": "llamba",

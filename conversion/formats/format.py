@@ -1,19 +1,28 @@
 """What a checkpoint format is: a layout of another library's for one of our models, read and written."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...harness.json_files import read_json_object
 from ...modeling.pretrained import ZooPreTrainedModel
-from ..rules import Rule
+from ..rules import Mapper, Rule
 from ..source_files import check_config
 
 CARRIED_IDS = ("use_cache", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 """Keys of every configuration of transformers that say the same on both sides."""
+
+ROTARY_BUFFERS = r"rotary_emb\.inv_freq$"
+"""Frequencies of the rotary embedding, which earlier releases of transformers saved and all of them compute."""
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Format:
         keeps_tied_head: whether a head that is the embedding is written as a key of its own, where transformers does
             not have the model.
         bare: whether its checkpoints are weights without a config.json.
+        unread: expression found in keys that a checkpoint may hold and nothing reads; empty: none.
+        is_teacher: whether its models have full attention in every block, so that students are distilled from them.
     """
 
     name: str
@@ -51,6 +62,40 @@ class Format:
     former_keys: Mapping[str, str] = field(default_factory=dict)
     keeps_tied_head: bool = False
     bare: bool = False
+    unread: str = ""
+    is_teacher: bool = False
+
+    @property
+    def model_type(self) -> str | None:
+        """Name of its models in transformers, where transformers has them."""
+        return self.model_class.config_class.model_type if self.model_class else None  # pyright: ignore[reportOptionalMemberAccess]
+
+    def mapper(self, model: PreTrainedModel) -> Mapper:
+        """Apply the rules to the keys of a model of `zoo_class`, which may be an empty one."""
+        return Mapper(self.rules(model.config), own_tensors(model))
+
+
+def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """Build a model whose tensors have shapes and no values."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors of a model by their keys, without a head that is the embedding."""
+    state = model.state_dict()
+    return {key: tensor for key, tensor in state.items() if key != HEAD or not model.config.tie_word_embeddings}
+
+
+@contextmanager
+def config_errors(where: str = "config.json") -> Iterator[None]:
+    """Turn what a configuration's class raises for a field, several lines, into a ValueError of one line."""
+    try:
+        yield
+    except StrictDataclassError as error:  # the reason is in the last line
+        raise ValueError(
+            f"{where}: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}"
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,6 +133,12 @@ def require(name: str, value: Any, accepted: Any, why: str) -> None:
     """Raise a ValueError that names a field which has another value than the only one that can be expressed."""
     if value != accepted:
         raise ValueError(f"config.json: `{name}` must be {accepted!r}, got {value!r} ({why}).")
+
+
+def require_one_of(name: str, value: Any, accepted: Collection[str], why: str) -> None:
+    """Raise a ValueError that names a field which has none of the values that can be expressed."""
+    if value not in accepted:
+        raise ValueError(f"config.json: `{name}` must be {' or '.join(map(repr, accepted))}, got {value!r} ({why}).")
 
 
 def filled(

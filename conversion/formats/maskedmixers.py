@@ -9,13 +9,18 @@ where there are projections, the second.
 `MixerHead` has a second form, whose output projection is as wide as H inputs: a stale loop index makes each of its
 heads the last convolution of the inputs without a projection. That is one head, and the sum of the projection's blocks.
 Experiments that put a softmax on the weights or on the mixing have the same keys, and are not told apart.
+
+The transfixer (branch of blbadger/transformers) is a Llama with a masked convolution over positions beside attention.
+It has the config.json of a `LlamaForCausalLM`; without it, `num_attention_heads` must be given.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig
 
 from ...modeling import (
     MaskedMixerConfig,
@@ -25,6 +30,7 @@ from ...modeling import (
     RetrievalMixer,
     RetrievalMixerConfig,
 )
+from ...modeling.layers import llama_rope_parameters
 from ..rules import Computed, Rule
 from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, dropped, stacked, unstacked
 from .format import Format, require
@@ -33,6 +39,8 @@ LIBRARY = "maskedmixers"
 _EPSILON = 1e-5  # torch's, of a LayerNorm that is given none
 _OURS = "layers.{layer}."
 _EMBEDDING = "backbone.embeddings.weight"
+_LLAMA, _BACKBONE = "model.layers.{layer}.", "backbone." + _OURS
+_LLAMA_FIRST = _LLAMA.format(layer=0)
 
 
 def read_language_mixer(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
@@ -251,6 +259,70 @@ def in_proj_rules(theirs: tuple[str, ...], ours: str, width: int) -> list[Rule]:
     return rules
 
 
+def read_transfixer(checkpoint: MixerCheckpoint, settings: Settings, folder: Path) -> MixerReading:
+    """Read a transfixer from a folder with or without a configuration."""
+    tied = checkpoint.tie("model.embed_tokens.weight", "lm_head.weight")
+    vocabulary, width = checkpoint.shape("model.embed_tokens.weight", 2)
+    positions, *_, taps = shape = checkpoint.square(f"{_LLAMA_FIRST}mixer_layer.conv.weight", 3)
+    has_config = (folder / "config.json").is_file()
+    fields = _of_config(folder) if has_config else _of_settings(checkpoint, settings)
+    config = MaskedMixerConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=checkpoint.count("model.layers"),
+        max_position_embeddings=positions,
+        kernel_size=taps,
+        intermediate_size=checkpoint.shape(f"{_LLAMA_FIRST}mlp.gate_proj.weight", 2)[0],
+        attention="parallel",
+        attention_bias=checkpoint.has(rf"{_LLAMA_FIRST}self_attn\.q_proj\.bias"),
+        mlp_bias=checkpoint.has(rf"{_LLAMA_FIRST}mlp\.gate_proj\.bias"),
+        tie_word_embeddings=tied,
+        **(fields | settings.common(None if has_config else "silu")),
+    )
+    rules = [
+        Rule("model.embed_tokens.weight", "backbone.embeddings.weight"),
+        Rule(f"{_LLAMA}input_layernorm.weight", f"{_BACKBONE}token_norm.weight"),
+        Rule(f"{_LLAMA}self_attn.{{rest}}", f"{_BACKBONE}attention.{{rest}}"),
+        Rule(f"{_LLAMA}post_attention_layernorm.weight", f"{_BACKBONE}channel_norm.weight"),
+        Rule(f"{_LLAMA}mlp.{{rest}}", f"{_BACKBONE}mlp.{{rest}}"),
+        Rule("model.norm.weight", "backbone.norm_f.weight"),
+        *convolution_rules(f"{_LLAMA}mixer_layer.conv.", f"{_BACKBONE}mixer.", shape),
+        *([] if tied else [Rule("lm_head.weight", "lm_head.weight")]),
+    ]
+    return MixerReading("transfixer", MaskedMixerForCausalLM, config, rules)
+
+
+def _of_config(folder: Path) -> dict[str, Any]:
+    given: Any = LlamaConfig.from_pretrained(folder)
+    same = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "use_cache")
+    same += ("bos_token_id", "eos_token_id", "pad_token_id")
+    rotary = {"rope_parameters": llama_rope_parameters(given), "norm_eps": given.rms_norm_eps}
+    return {name: getattr(given, name) for name in same} | rotary
+
+
+def _of_settings(checkpoint: MixerCheckpoint, settings: Settings) -> dict[str, Any]:
+    heads = settings.positive("num_attention_heads", int)
+    if heads is None:
+        raise ValueError(
+            "--set num_attention_heads must be given: without a config.json nothing tells it. Pass e.g. "
+            "--set num_attention_heads=4."
+        )
+    queries, keys = (checkpoint.shape(f"{_LLAMA_FIRST}self_attn.{name}_proj.weight", 2)[0] for name in "qk")
+    if queries % heads or keys % (queries // heads):
+        raise ValueError(
+            f"--set num_attention_heads must divide the {queries} rows of q_proj into heads whose width divides the "
+            f"{keys} rows of k_proj, got {heads}."
+        )
+    theta = settings.positive("rope_theta", float) or 10000.0
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys * heads // queries,
+        "head_dim": queries // heads,
+        "norm_eps": settings.positive("norm_eps", float) or 1e-6,  # LlamaConfig's
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+
+
 def _no_config(config: MaskedMixerConfig) -> dict[str, Any]:
     """Raise ValueError for what the author's classes cannot express; there is nothing to write beside the weights."""
     reasons = {
@@ -308,7 +380,7 @@ MASKED_MIXER = Format(
     name="maskedmixers LanguageMixer or MultiHeadedMixer",
     library=LIBRARY,
     zoo_class=MaskedMixerForCausalLM,
-    reads=lambda values: False,  # there is no config.json: mixer_formats.py reads by the keys
+    reads=lambda values: False,  # there is no config.json: bare_formats.py reads by the keys
     read=lambda folder: None,
     zoo_config=lambda config: config,
     config=_no_config,

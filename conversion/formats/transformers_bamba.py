@@ -7,7 +7,7 @@ from transformers import BambaConfig, BambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..rules import Rule
-from .format import CARRIED_IDS, Format, head_rules, require
+from .format import CARRIED_IDS, ROTARY_BUFFERS, Format, head_rules, require, require_one_of
 
 _SAME = (
     "vocab_size",
@@ -55,10 +55,7 @@ def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
 def _config(config: ZooHybridConfig) -> BambaConfig:
     mixers = config.mixer_types or []
     for layer, mixer in enumerate(mixers):
-        if mixer not in ("mamba2", "full_attention"):
-            raise ValueError(
-                f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for bamba: 'mamba2', 'full_attention'"
-            )
+        require_one_of(f"mixer_types[{layer}]", mixer, ("mamba2", "full_attention"), "bamba has no other")
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of bamba has an MLP")
         if mixer == "full_attention":
             require_no_convolution(config, "bamba")
@@ -71,9 +68,11 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
     values["rope_parameters"] = {"partial_rotary_factor": 1.0} | dict(config.rope_parameters or {})
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
+    inner = mixer.expand * config.hidden_size
+    heads = max(1, inner // mixer.head_dim)  # where no block has the mixer, its default heads may be wider than that
     return BambaConfig(
-        **values,
-        mamba_n_heads=mixer.expand * config.hidden_size // mixer.head_dim,
+        **values | {"mamba_d_head": inner // heads},
+        mamba_n_heads=heads,
         attn_layer_indices=layers_of(config, {"full_attention"}),
     )
 
@@ -117,4 +116,5 @@ BAMBA = Format(
     rules=block_rules,
     writes=lambda config: "mamba" not in (config.mixer_types or []),
     model_class=BambaForCausalLM,
+    unread=ROTARY_BUFFERS,
 )

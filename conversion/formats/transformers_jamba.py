@@ -9,7 +9,7 @@ from typing import Any
 from transformers import JambaConfig, JambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
-from .format import CARRIED_IDS, Format, require
+from .format import CARRIED_IDS, Format, require, require_one_of
 from .transformers_bamba import block_rules, layers_of, require_no_convolution
 
 _SAME = (
@@ -55,10 +55,7 @@ def _zoo_config(config: JambaConfig) -> ZooHybridConfig:
 
 def _config(config: ZooHybridConfig) -> JambaConfig:
     for layer, mixer in enumerate(config.mixer_types or []):
-        if mixer not in ("mamba", "full_attention"):
-            raise ValueError(
-                f"config.json: mixer_types[{layer}]: got {mixer!r}; accepted for jamba: 'mamba', 'full_attention'"
-            )
+        require_one_of(f"mixer_types[{layer}]", mixer, ("mamba", "full_attention"), "jamba has no other")
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of jamba has an MLP")
         if mixer == "full_attention":
             require_no_convolution(config, "jamba")
@@ -83,13 +80,13 @@ def _config(config: ZooHybridConfig) -> JambaConfig:
 
 
 def _period(layers: list[int], count: int) -> tuple[int, int]:
-    """The numbers that say which of `count` layers are attention: every so many, from which one on."""
+    """Return the period and the offset of the layers, out of `count`, that are attention."""
     offset = layers[0] if layers else count
     period = layers[1] - offset if len(layers) > 1 else count + 1
     if offset >= period or layers != list(range(offset, count, period)):
         raise ValueError(
-            f"config.json: mixer_types: got 'full_attention' in layers {layers}; accepted for jamba: in none, one, or "
-            "every n-th, the first of them among the first n"
+            "config.json: `mixer_types` must have 'full_attention' in no layer, one, or every n-th from one of the "
+            f"first n on, for jamba, got it in layers {layers}."
         )
     return period, offset
 

@@ -1,23 +1,33 @@
-"""transformers' `mamba` and `falcon_mamba`, and `zoo_mamba`: the same keys, and nearly the same configuration."""
+"""transformers' `mamba`, `falcon_mamba` and `mamba2`, which are `zoo_mamba` and `zoo_mamba2` here.
+
+The keys are the same, and nearly the same fields of the configuration. Fields that only initialise, where the two sides
+differ, and those that change no result (`chunk_size`) or that nothing reads are not carried over.
+"""
 
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+)
 
-from ...modeling import ZooMambaConfig, ZooMambaForCausalLM
-from .format import CARRIED_IDS, Format, read_config, require
-from .transformers_mamba2 import check_others, plain_rules
+from ...modeling import ZooMamba2Config, ZooMamba2ForCausalLM, ZooMambaConfig, ZooMambaForCausalLM
+from ..rules import Rule
+from .format import CARRIED_IDS, Format, head_rules, read_config, require
 
-# What sizes and computes. The rest is initialisation, where the two differ, and how fast transformers scans.
-_SAME = (
+_SHARED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "state_size",
     "expand",
-    "time_step_rank",
     "conv_kernel",
     "use_bias",
     "use_conv_bias",
@@ -28,12 +38,23 @@ _SAME = (
     "time_step_floor",
     *CARRIED_IDS,
 )
+_MAMBA = (*_SHARED, "time_step_rank")
+_MAMBA2 = (*_SHARED, "num_heads", "head_dim", "n_groups", "time_step_limit")
 _FORMER_KEYS = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+# Of flash-linear-attention, which has a model type `mamba2` too: absent, or as transformers computes.
+_OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 
 
-def _read(folder: Path, config_class: type[MambaConfig] | type[FalconMambaConfig]) -> Any:
+def _check_others(values: dict[str, Any], epsilon: float) -> None:
+    """Raise a ValueError for a key of another library's configuration that would change what is computed."""
+    for key, accepted in _OTHERS.items():
+        require(key, values.get(key, accepted), accepted, "transformers computes nothing else")
+    require("norm_eps", values.get("norm_eps", epsilon), epsilon, "that of layer_norm_epsilon")
+
+
+def _read(folder: Path, config_class: Any) -> Any:
     config = config_class.from_pretrained(folder)
-    check_others(read_config(folder), config.layer_norm_epsilon)
+    _check_others(read_config(folder), config.layer_norm_epsilon)
     return config
 
 
@@ -43,19 +64,39 @@ def _zoo_config(config: MambaConfig | FalconMambaConfig) -> ZooMambaConfig:
     inner, width = config.intermediate_size, config.hidden_size
     if inner % width:
         raise ValueError(
-            f"config.json: intermediate_size: got {inner!r}; accepted: a multiple of hidden_size ({width})"
+            f"config.json: `intermediate_size` must be a multiple of hidden_size ({width}), got {inner!r}."
         )
-    values: dict[str, Any] = {key: getattr(config, key) for key in _SAME} | {"expand": inner // width}
+    values: dict[str, Any] = {key: getattr(config, key) for key in _MAMBA} | {"expand": inner // width}
     return ZooMambaConfig(**values, mixer_rms_eps=getattr(config, "mixer_rms_eps", None))
 
 
 def _config(config: ZooMambaConfig) -> MambaConfig:
-    return MambaConfig(**{key: getattr(config, key) for key in _SAME})
+    return MambaConfig(**{key: getattr(config, key) for key in _MAMBA})
 
 
 def _falcon_config(config: ZooMambaConfig) -> FalconMambaConfig:
     require("mixer_rms_weight", config.mixer_rms_weight, False, "FalconMamba's norms have no weights")
-    return FalconMambaConfig(**{key: getattr(config, key) for key in (*_SAME, "mixer_rms_eps")})
+    return FalconMambaConfig(**{key: getattr(config, key) for key in (*_MAMBA, "mixer_rms_eps")})
+
+
+def _zoo_config2(config: Mamba2Config) -> ZooMamba2Config:
+    require("hidden_act", config.hidden_act, "silu", "the only activation of zoo_mamba2")
+    return ZooMamba2Config(**{key: getattr(config, key) for key in _MAMBA2})
+
+
+def _config2(config: ZooMamba2Config) -> Mamba2Config:
+    require("bidirectional", config.bidirectional, False, "transformers' Mamba-2 is causal")
+    return Mamba2Config(**{key: getattr(config, key) for key in _MAMBA2})
+
+
+def _rules(config: PreTrainedConfig) -> list[Rule]:
+    """The keys of transformers' Mamba and Mamba-2, which are ours."""
+    return [
+        Rule("backbone.embeddings.weight", "backbone.embeddings.weight"),
+        Rule("backbone.layers.{layer}.{rest}", "backbone.layers.{layer}.{rest}"),
+        Rule("backbone.norm_f.weight", "backbone.norm_f.weight"),
+        *head_rules(config),
+    ]
 
 
 MAMBA = Format(
@@ -66,7 +107,7 @@ MAMBA = Format(
     read=partial(_read, config_class=MambaConfig),
     zoo_config=_zoo_config,
     config=_config,
-    rules=plain_rules,
+    rules=_rules,
     writes=lambda config: config.mixer_rms_eps is None,
     model_class=MambaForCausalLM,
     former_keys=_FORMER_KEYS,
@@ -79,8 +120,20 @@ FALCON_MAMBA = Format(
     read=partial(_read, config_class=FalconMambaConfig),
     zoo_config=_zoo_config,
     config=_falcon_config,
-    rules=plain_rules,
+    rules=_rules,
     writes=lambda config: config.mixer_rms_eps is not None,
     model_class=FalconMambaForCausalLM,
+    former_keys=_FORMER_KEYS,
+)
+MAMBA2 = Format(
+    name="transformers mamba2",
+    library="transformers",
+    zoo_class=ZooMamba2ForCausalLM,
+    reads=lambda values: values.get("model_type") == "mamba2",
+    read=partial(_read, config_class=Mamba2Config),
+    zoo_config=_zoo_config2,
+    config=_config2,
+    rules=_rules,
+    model_class=Mamba2ForCausalLM,
     former_keys=_FORMER_KEYS,
 )

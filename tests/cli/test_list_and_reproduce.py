@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from ssm_zoo.cli import reproduce
 from ssm_zoo.cli.main import app
 from ssm_zoo.conversion.catalogue import list_models
-from ssm_zoo.conversion.convert import FORMATS
+from ssm_zoo.conversion.formats import FORMATS
 from ssm_zoo.harness.text_files import front_matter
 from ssm_zoo.modeling.presets import PRESETS
 

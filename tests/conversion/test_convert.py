@@ -23,6 +23,8 @@ from transformers import (
     GenerationConfig,
     JambaConfig,
     JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -49,6 +51,8 @@ BAMBA |= {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 8}
 JAMBA = SIZES | {"num_hidden_layers": 5, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
 JAMBA |= {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8}
 JAMBA |= {"num_experts": 1, "num_experts_per_tok": 1}
+LLAMA = SIZES | {"intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 EVERYTHING = {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "layer_norm_epsilon": 1e-3}
 EVERYTHING |= {"tie_word_embeddings": False, "residual_in_fp32": False, "time_step_max": 0.2}
 
@@ -93,6 +97,22 @@ CASES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "bamba-all-attention": (
         BambaForCausalLM,
         BambaConfig(**BAMBA | {"attn_layer_indices": [0, 1, 2]}, hidden_act="gelu"),
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA)),
+    "llama-everything": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": [5, 6]},
+            head_dim=10,
+            hidden_act="gelu",
+            attention_bias=True,
+            mlp_bias=True,
+            rms_norm_eps=1e-3,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+            use_cache=False,
+            rope_parameters=YARN,
+        ),
     ),
     "jamba": (JambaForCausalLM, JambaConfig(**JAMBA)),
     "jamba-everything": (

@@ -34,7 +34,10 @@ def test_a_layout_computes_what_is_published_and_comes_back(layout: dict[str, An
     weights = llamba.tensors(layout)
     report = convert(llamba.save(tmp_path / "theirs", layout, weights), tmp_path / "ours")
     assert report.keys_read == len(weights)
-    assert isinstance(report.logits, str) and "mixer_types[0]: got 'discrete_mamba2'" in report.logits
+    assert (
+        isinstance(report.logits, str)
+        and "`mixer_types[0]` must be 'mamba2' or 'full_attention', got 'discrete_mamba2'" in report.logits
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert model.config.model_type == "zoo_hybrid"
     ids = torch.randint(59, (2, 19), generator=torch.Generator().manual_seed(1))
@@ -94,7 +97,7 @@ def test_a_model_of_8b_parameters_has_the_published_keys() -> None:
         ({"mlp_cfg": {"gated": True}}, "`mlp_cfg.gated` is not a field of llamba: intermediate_size"),
         ({"ssm_cfg": {"rotary": True}}, "`ssm_cfg.rotary` is not a field of llamba: d_state"),
         ({"ssm_cfg": {"n_v_heads": 4, "n_qk_heads": 2}}, "`ssm_cfg.n_qk_heads` must be 4, got 2"),
-        ({"ssm_cfg": {"n_v_heads": 7, "n_qk_heads": 7}}, "ssm_cfg.n_v_heads: got 7; accepted: a divisor of .* = 24"),
+        ({"ssm_cfg": {"n_v_heads": 7, "n_qk_heads": 7}}, r"`ssm_cfg.n_v_heads` must divide .*24\), got 7"),
         (
             {"ssm_cfg": {"n_v_heads": 4, "n_qk_heads": 4, "activation": "silu"}},
             "`ssm_cfg.activation` must be .*, got 'silu'",
@@ -116,7 +119,7 @@ def test_a_field_that_cannot_be_expressed_is_named(change: dict[str, Any], messa
     ids=["published", "text"],
 )
 def test_phi_mamba_is_refused_by_its_block(block: Any, kind: str, tmp_path: Path) -> None:
-    message = f"Block1.BlockType: got {kind}; accepted: none: Phi-Mamba adds its mixer and its MLP"
+    message = f"`Block1.BlockType` is {kind}, the block of Phi-Mamba: its mixer and its MLP"
     refused({**llamba.PHI_MAMBA, "Block1": block}, message, tmp_path)
 
 
@@ -147,7 +150,7 @@ def refused(config: dict[str, Any], message: str, folder: Path) -> None:
         ({"rms_norm_eps": 1e-6}, "config.json: `rms_norm_eps` must be 1e-05, got 1e-06"),
         (
             {"head_dim": 10},
-            r"config.json: head_dim: got 10; accepted for llamba: 4 heads as wide as a multiple of .*16",
+            r"config.json: `head_dim` must make 4 heads as wide as a multiple of .*16.*, got 10",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from ssm_zoo.distill.calibrate import average_attention, calibrate
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
-from ssm_zoo.distill.teacher import as_teacher
+from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling.position_mixers import DenseMixer
 
@@ -34,8 +34,8 @@ def blind(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def student_of(teacher: LlamaForCausalLM, layers: list[int], windows: Tensor, **options: Any) -> Any:
     spec = StudentSpec(mixer="masked_mixing", positions=windows.shape[1], **options)
-    student = build_student(as_teacher(teacher), spec, layers)
-    calibrate(student, as_teacher(teacher), spec, layers, windows, progress=False)
+    student = build_student(Teacher(teacher), spec, layers)
+    calibrate(student, Teacher(teacher), spec, layers, windows, progress=False)
     return student
 
 
@@ -43,7 +43,7 @@ def student_of(teacher: LlamaForCausalLM, layers: list[int], windows: Tensor, **
 def test_documents_of_any_lengths_count_where_they_reach(batch_size: int) -> None:
     teacher = make_teacher()
     teacher.set_attn_implementation("eager")
-    averages = average_attention(as_teacher(teacher), LAYERS, documents(), 11, batch_size=batch_size, progress=False)
+    averages = average_attention(Teacher(teacher), LAYERS, documents(), 11, batch_size=batch_size, progress=False)
     assert list(averages) == LAYERS
     seen: dict[int, list[Tensor]] = {layer: [] for layer in LAYERS}
     for document in documents():
@@ -63,8 +63,8 @@ def test_documents_of_any_lengths_count_where_they_reach(batch_size: int) -> Non
 
 def test_documents_are_cut_at_the_last_position_and_may_be_rows_of_a_tensor() -> None:
     teacher, windows = make_teacher(), draw_ids(3, 9)
-    whole = average_attention(as_teacher(teacher), [1], windows, 9, progress=False)[1]
-    cut = average_attention(as_teacher(teacher), [1], windows, 5, progress=False)[1]
+    whole = average_attention(Teacher(teacher), [1], windows, 9, progress=False)[1]
+    cut = average_attention(Teacher(teacher), [1], windows, 5, progress=False)[1]
     torch.testing.assert_close(cut, whole[:, :5, :5])
 
 
@@ -80,11 +80,11 @@ def test_documents_are_cut_at_the_last_position_and_may_be_rows_of_a_tensor() ->
 def test_a_wrong_argument_is_refused(options: dict[str, Any], message: str) -> None:
     given = {"documents": documents(), **options}
     with pytest.raises(ValueError, match=message):
-        average_attention(as_teacher(make_teacher()), [0], **given, progress=False)
+        average_attention(Teacher(make_teacher()), [0], **given, progress=False)
 
 
 def test_a_mixer_of_other_sizes_is_refused() -> None:
-    view = as_teacher(make_teacher()).attention(0)
+    view = Teacher(make_teacher()).attention(0)
     with pytest.raises(
         ValueError, match=r"3 heads of 16 channels, and with projections; copying needs .* 6 heads of 8"
     ):
@@ -99,7 +99,7 @@ def test_a_mixer_of_other_sizes_is_refused() -> None:
 def test_a_teacher_whose_heads_are_not_as_wide_as_its_stream_is_refused() -> None:
     spec = StudentSpec(mixer="masked_mixing", positions=9)
     with pytest.raises(ValueError, match=r"'masked_mixing' needs heads \* head_dim \(48\) to be .* hidden_size \(24\)"):
-        build_student(as_teacher(make_teacher(hidden_size=24)), spec, [0])
+        build_student(Teacher(make_teacher(hidden_size=24)), spec, [0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"num_key_value_heads": 6}], ids=str)

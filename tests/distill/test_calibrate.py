@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from ssm_zoo.distill.calibrate import calibrate, ridge, scale_heads
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
-from ssm_zoo.distill.teacher import as_teacher
+from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling import ZooHybridForCausalLM
 
@@ -36,8 +36,8 @@ def calibrated(
     teacher: LlamaForCausalLM, layers: list[int], windows: Tensor, batch_size: int = 4, **options: Any
 ) -> ZooHybridForCausalLM:
     spec = StudentSpec(**options)
-    student = build_student(as_teacher(teacher), spec, layers)
-    calibrate(student, as_teacher(teacher), spec, layers, windows, batch_size=batch_size, progress=False)
+    student = build_student(Teacher(teacher), spec, layers)
+    calibrate(student, Teacher(teacher), spec, layers, windows, batch_size=batch_size, progress=False)
     return student
 
 
@@ -53,7 +53,7 @@ def output_errors(
         target = attention_output.double()
         errors.append(float((output.double() - target).square().sum() / target.square().sum()))
 
-    as_teacher(teacher).capture(windows, layers, ("normed_input", "attention_output"), on_layer=on_layer)
+    Teacher(teacher).capture(windows, layers, ("normed_input", "attention_output"), on_layer=on_layer)
     return errors
 
 
@@ -124,9 +124,9 @@ def relative_errors(teacher: LlamaForCausalLM, layer: int, windows: Tensor, opti
 
     Each head's output is scaled as well as can be.
     """
-    view = as_teacher(teacher).attention(layer)
+    view = Teacher(teacher).attention(layer)
     seen: list[Tensor] = []
-    as_teacher(teacher).capture(
+    Teacher(teacher).capture(
         windows, [layer], ["normed_input"], on_layer=lambda _, normed_input: seen.append(normed_input)
     )
     values, targets = view.values(seen[0]).double(), view.head_outputs(seen[0]).double()
@@ -187,7 +187,7 @@ def test_calibrated_half_lives_are_the_best_of_the_candidates(mixer: dict[str, A
 )
 def test_nothing_to_calibrate_changes_nothing(options: dict[str, Any]) -> None:
     teacher, windows = make_teacher(), draw_ids(4, 16)
-    before = build_student(as_teacher(teacher), StudentSpec(**options), [0, 2]).state_dict()
+    before = build_student(Teacher(teacher), StudentSpec(**options), [0, 2]).state_dict()
     after = calibrated(teacher, [0, 2], windows, **options).state_dict()
     assert before.keys() == after.keys()
     for key, tensor in before.items():
@@ -197,7 +197,7 @@ def test_nothing_to_calibrate_changes_nothing(options: dict[str, Any]) -> None:
 def test_calibration_touches_converted_layers_alone() -> None:
     teacher, windows, layers = make_teacher(), draw_ids(4, 16), [1, 2]
     spec = StudentSpec(half_life="calibrated", calibration="ridge")
-    before = build_student(as_teacher(teacher), spec, layers).state_dict()
+    before = build_student(Teacher(teacher), spec, layers).state_dict()
     after = calibrated(teacher, layers, windows, half_life="calibrated", calibration="ridge").state_dict()
     changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
     parts = ("dt_bias", "out_proj.weight")

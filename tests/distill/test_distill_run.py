@@ -362,7 +362,7 @@ WRONG = [
     ),
     pytest.param(
         lambda values, folder: values.update(teacher=str(gpt2_folder(folder / "gpt2"))),
-        r"teacher: got a model of type 'gpt2', accepted: llama",
+        r"teacher must be a model of type llama.*, got 'gpt2'",
         id="family of the teacher",
     ),
     pytest.param(

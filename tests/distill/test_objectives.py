@@ -15,7 +15,7 @@ from ssm_zoo.distill.distiller import make_optimizer, schedule_factor, trained_p
 from ssm_zoo.distill.objectives import LOSS_NAMES, layer_errors, objective
 from ssm_zoo.distill.recipe import StageSpec, StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer
-from ssm_zoo.distill.teacher import as_teacher
+from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling import ZooHybridForCausalLM
 
 LAYERS = [0, 1, 3]
@@ -33,7 +33,7 @@ def stage(objective: str = "logit_distillation", **changes: Any) -> StageSpec:
 
 def make_student(teacher: LlamaForCausalLM, layers: Sequence[int] = LAYERS, **spec: Any) -> ZooHybridForCausalLM:
     """A student in which everything that training changes has moved a little, so that no gradient is 0 by chance."""
-    student = build_student(as_teacher(teacher), StudentSpec(**{"half_life": (2.0, 16.0), **spec}), layers)
+    student = build_student(Teacher(teacher), StudentSpec(**{"half_life": (2.0, 16.0), **spec}), layers)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -140,7 +140,7 @@ def test_streamed_gradients_are_those_of_keeping_everything(
     teacher, ids, part = make_teacher(), draw_ids(3, 16), stage(**options)
     student = make_student(teacher, **spec)
     chosen = choose(student, train)
-    value = followed(objective(part, student, as_teacher(teacher), LAYERS))(ids)
+    value = followed(objective(part, student, Teacher(teacher), LAYERS))(ids)
     streamed = gradients(student)
     loss = straightforward(part, student, teacher, LAYERS, ids)
     loss.backward()
@@ -170,7 +170,7 @@ def test_gradients_reach_the_chosen_parameters_alone(options: dict[str, Any]) ->
         student = make_student(teacher)
         chosen = choose(student, train)
         before = {name: parameter.clone() for name, parameter in student.named_parameters()}
-        followed(objective(part, student, as_teacher(teacher), LAYERS))(ids)
+        followed(objective(part, student, Teacher(teacher), LAYERS))(ids)
         assert gradients(student).keys() <= chosen
         for name, parameter in student.named_parameters():
             assert torch.equal(parameter, before[name]), name
@@ -180,7 +180,7 @@ def test_gradients_add_up_over_calls() -> None:
     teacher, ids = make_teacher(), draw_ids(2, 12)
     student = make_student(teacher)
     choose(student, "mixers")
-    step = followed(objective(stage("hidden_state_alignment"), student, as_teacher(teacher), LAYERS))
+    step = followed(objective(stage("hidden_state_alignment"), student, Teacher(teacher), LAYERS))
     step(ids)
     once = gradients(student)
     step(ids)
@@ -196,7 +196,7 @@ def test_every_objective_can_be_followed_downhill(options: dict[str, Any]) -> No
     part = stage(schedule="constant", warmup=0.0, learning_rate=3e-3, **options)
     choose(student, "mixers")
     optimizer, _ = make_optimizer(part, *trained_parameters(student, "mixers", LAYERS))
-    step, values = followed(objective(part, student, as_teacher(teacher), LAYERS)), []
+    step, values = followed(objective(part, student, Teacher(teacher), LAYERS)), []
     for _ in range(12):
         optimizer.zero_grad()
         values.append(step(ids))
@@ -207,16 +207,16 @@ def test_every_objective_can_be_followed_downhill(options: dict[str, Any]) -> No
 
 def test_the_block_target_is_what_the_block_adds() -> None:
     teacher, ids = make_teacher(), draw_ids(2, 12)
-    identical = build_student(as_teacher(teacher), StudentSpec(mixer="sliding_attention"), LAYERS)
-    silent = build_student(as_teacher(teacher), StudentSpec(half_life=(4.0, 4.0)), LAYERS)
+    identical = build_student(Teacher(teacher), StudentSpec(mixer="sliding_attention"), LAYERS)
+    silent = build_student(Teacher(teacher), StudentSpec(half_life=(4.0, 4.0)), LAYERS)
     with torch.no_grad():
         for layer in LAYERS:
             block: Any = silent.backbone.layers[layer]
             block.mixer.out_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
     part = stage("hidden_state_alignment", target="block_output")
-    assert objective(part, identical, as_teacher(teacher), LAYERS)(ids).item() < 1e-8
-    assert objective(part, silent, as_teacher(teacher), LAYERS)(ids).item() == pytest.approx(1.0, rel=1e-5)
+    assert objective(part, identical, Teacher(teacher), LAYERS)(ids).item() < 1e-8
+    assert objective(part, silent, Teacher(teacher), LAYERS)(ids).item() == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("spec", MIXERS)
@@ -224,7 +224,7 @@ def test_layer_errors_are_relative_distances(spec: dict[str, Any]) -> None:
     teacher, ids = make_teacher(), draw_ids(2, 16)
     student = make_student(teacher, **spec)
     records = teacher_activations(teacher, ids)
-    rows = layer_errors(student, as_teacher(teacher), LAYERS, ids)
+    rows = layer_errors(student, Teacher(teacher), LAYERS, ids)
     assert [row["layer"] for row in rows] == LAYERS
     for row in rows:
         record: dict[str, Any] = records[row["layer"]]
@@ -246,25 +246,25 @@ def test_layer_errors_are_relative_distances(spec: dict[str, Any]) -> None:
 
 def test_a_head_that_does_not_decay_has_no_half_life() -> None:
     teacher = make_teacher()
-    student = build_student(as_teacher(teacher), StudentSpec(half_life=(8.0, 8.0)), [1])
+    student = build_student(Teacher(teacher), StudentSpec(half_life=(8.0, 8.0)), [1])
     with torch.no_grad():
         student_mixer(student, 1).get_parameter("dt_bias")[2] = -100.0
-    (row,) = layer_errors(student, as_teacher(teacher), [1], draw_ids(1, 8))
+    (row,) = layer_errors(student, Teacher(teacher), [1], draw_ids(1, 8))
     assert row["half_life"][2] is None
     assert row["half_life"][3] == pytest.approx(8.0, rel=1e-5)
 
 
 def test_attention_has_an_output_error_alone() -> None:
     teacher = make_teacher()
-    student = build_student(as_teacher(teacher), StudentSpec(mixer="sliding_attention"), [2])
-    (row,) = layer_errors(student, as_teacher(teacher), [2], draw_ids(1, 8))
+    student = build_student(Teacher(teacher), StudentSpec(mixer="sliding_attention"), [2])
+    (row,) = layer_errors(student, Teacher(teacher), [2], draw_ids(1, 8))
     assert row["output_error"] < 1e-5
     assert row["matrix_error"] == row["half_life"] == []
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_stage_trains_mixers_norms_or_all(tied: bool) -> None:
-    student = build_student(as_teacher(make_teacher(tie_word_embeddings=tied)), StudentSpec(mixer="mamba2"), [1, 3])
+    student = build_student(Teacher(make_teacher(tie_word_embeddings=tied)), StudentSpec(mixer="mamba2"), [1, 3])
     of_mixers = {
         name for name, _ in student.named_parameters() if ".layers.1.mixer." in name or ".layers.3.mixer." in name
     }
@@ -382,7 +382,7 @@ def test_shards_of_a_batch_average_to_the_whole(options: dict[str, Any]) -> None
     teacher, ids, part = make_teacher(), draw_ids(4, 12), stage(**options)
     student = make_student(teacher)
     choose(student, "mixers")
-    step = followed(objective(part, student, as_teacher(teacher), LAYERS))
+    step = followed(objective(part, student, Teacher(teacher), LAYERS))
     whole = step(ids)
     expected = gradients(student)
     shards = [step(ids[:2]), step(ids[2:])]

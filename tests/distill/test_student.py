@@ -4,18 +4,20 @@ The expected mixer outputs are loops over tokens in float64 that read the teache
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from teachers import LLAMA3_ROPE, YARN_ROPE, draw_ids, make_teacher
+from teachers import LLAMA3_ROPE, YARN_ROPE, draw_ids, make_qwen2, make_teacher
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
-from ssm_zoo.distill.teacher import as_teacher
+from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
 from tolerances import TOLERANCES
@@ -101,7 +103,7 @@ def rotated(vector: Tensor, position: int) -> Tensor:
 @pytest.mark.parametrize("changes", TEACHERS)
 def test_without_converted_layers_the_student_is_the_teacher(changes: dict[str, Any]) -> None:
     teacher, ids = make_teacher(**changes), draw_ids(2, 40)
-    student = build_student(as_teacher(teacher), spec(), [])
+    student = build_student(Teacher(teacher), spec(), [])
     assert gap(student, teacher, ids) < 1e-5
     assert student.config.mixer_types == ["full_attention"] * 4
     assert not student.training
@@ -110,9 +112,36 @@ def test_without_converted_layers_the_student_is_the_teacher(changes: dict[str, 
     assert student.num_parameters() == teacher.num_parameters()
 
 
+def test_a_qwen2_gives_a_student_too() -> None:
+    """Without converted layers it computes the same; with some it starts from the teacher's projections."""
+    teacher, ids = make_qwen2(hidden_size=48, num_attention_heads=6), draw_ids(2, 40)
+    assert gap(build_student(Teacher(teacher), spec(), []), teacher, ids) < 1e-5
+    window = build_student(Teacher(teacher), spec(mixer="sliding_attention", sliding_window=40), [0, 2])
+    assert gap(window, teacher, ids) < 1e-5
+    mixer: Any = student_mixer(build_student(Teacher(teacher), spec(), [1]), 1)
+    attention = teacher.model.layers[1].self_attn
+    assert torch.equal(mixer.out_proj.weight, attention.o_proj.weight) and mixer.out_proj.bias.abs().max() == 0
+    values = attention.v_proj.bias.unflatten(0, (KEY_HEADS, WIDTH)).repeat_interleave(HEADS // KEY_HEADS, 0).flatten()
+    assert torch.equal(mixer.in_proj.bias[: HEADS * WIDTH], values)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "tie_word_embeddings": True}], ids=["plain", "tied"])
+def test_the_student_is_what_a_conversion_of_the_teacher_gives(changes: dict[str, Any], tmp_path: Path) -> None:
+    make_teacher(**changes).save_pretrained(tmp_path / "teacher")
+    convert(tmp_path / "teacher", tmp_path / "converted", verify=False)
+    converted = ZooHybridForCausalLM.from_pretrained(tmp_path / "converted")
+    teacher = make_teacher(**changes)
+    student = build_student(Teacher(teacher), spec(), [])
+    expected, state = converted.state_dict(), student.state_dict()
+    assert expected.keys() == state.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    of_files = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
+    given, made = converted.config.to_dict(), student.config.to_dict()
+    assert {key for key in given | made if given.get(key) != made.get(key)} <= of_files
+
+
 def test_the_student_shares_nothing_with_the_teacher() -> None:
     teacher, ids = make_teacher(), draw_ids(1, 9)
-    student = build_student(as_teacher(teacher), spec(), [1])
+    student = build_student(Teacher(teacher), spec(), [1])
     with torch.no_grad():
         before = teacher(input_ids=ids).logits
         for parameter in student.parameters():
@@ -129,7 +158,7 @@ def test_a_bfloat16_teacher_gives_a_float32_student() -> None:
     with torch.no_grad():
         for parameter in rounded.parameters():
             parameter.copy_(parameter.bfloat16())
-    student = build_student(as_teacher(make_teacher().bfloat16()), spec(), [])
+    student = build_student(Teacher(make_teacher().bfloat16()), spec(), [])
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert gap(student, rounded, draw_ids(1, 9)) < 1e-5
 
@@ -143,7 +172,7 @@ def test_step_0_is_linear_attention_with_a_decay(
 ) -> None:
     teacher, layer = make_teacher(attention_bias=bias), 2
     features = {"feature_map": "softplus", "normalize": True} if softplus else {}
-    student = build_student(as_teacher(teacher), spec(half_life=half_life, rotary=rotary, **features), [layer])
+    student = build_student(Teacher(teacher), spec(half_life=half_life, rotary=rotary, **features), [layer])
     first, last = half_life
     half_lives = [first * (last / first) ** (head / (HEADS - 1)) for head in range(HEADS)]
     hidden = hidden_states()
@@ -155,7 +184,7 @@ def test_step_0_is_linear_attention_with_a_decay(
 
 
 def test_uncalibrated_half_lives_are_4_to_64_tokens() -> None:
-    student = build_student(as_teacher(make_teacher()), StudentSpec(), [1])
+    student = build_student(Teacher(make_teacher()), StudentSpec(), [1])
     mixer = student_mixer(student, 1)
     half_lives = -math.log(2) / mixer.log_decay(hidden_states())[0, 0]  # pyright: ignore[reportCallIssue]
     expected = torch.tensor([4 * 16 ** (head / 5) for head in range(HEADS)])
@@ -165,7 +194,7 @@ def test_uncalibrated_half_lives_are_4_to_64_tokens() -> None:
 def test_grouped_heads_are_copied_whole_and_into_their_places() -> None:
     teacher, layer, inner = make_teacher(attention_bias=True), 1, HEADS * WIDTH
     attention = teacher.model.layers[layer].self_attn
-    mixer: Any = student_mixer(build_student(as_teacher(teacher), spec(), [layer]), layer)
+    mixer: Any = student_mixer(build_student(Teacher(teacher), spec(), [layer]), layer)
     weight, bias = mixer.in_proj.weight, mixer.in_proj.bias
     keys = attention.k_proj.weight.unflatten(0, (KEY_HEADS, WIDTH))
     assert (keys[0] - keys[1]).abs().max() > 0.1
@@ -191,10 +220,10 @@ def test_grouped_heads_are_copied_whole_and_into_their_places() -> None:
 @pytest.mark.parametrize("width", [48, 24], ids=["expand 1", "expand 2"])
 def test_a_mamba2_mixer_gets_the_projections_after_its_gate(width: int) -> None:
     teacher, layer, inner = make_teacher(hidden_size=width), 3, HEADS * WIDTH
-    student = build_student(as_teacher(teacher), spec(mixer="mamba2", half_life=(2.0, 2.0)), [layer])
+    student = build_student(Teacher(teacher), spec(mixer="mamba2", half_life=(2.0, 2.0)), [layer])
     mixer: Any = student_mixer(student, layer)
     assert (mixer.n_groups, mixer.num_heads, mixer.head_dim, mixer.state_size) == (HEADS, HEADS, WIDTH, WIDTH)
-    view = as_teacher(teacher).attention(layer)
+    view = Teacher(teacher).attention(layer)
     gate, x, B, C, dt = mixer.in_proj.weight.split([inner] * 4 + [HEADS])
     assert gate.std() > 0.01
     torch.testing.assert_close(x, view.v.unflatten(0, (2, 8)).repeat_interleave(3, 0).flatten(0, 1))
@@ -219,7 +248,7 @@ def test_a_mamba2_mixer_gets_the_projections_after_its_gate(width: int) -> None:
 def test_sliding_attention_is_the_teacher_within_its_window() -> None:
     teacher = make_teacher()
     window = 40
-    student = build_student(as_teacher(teacher), spec(mixer="sliding_attention", sliding_window=window), [0, 2])
+    student = build_student(Teacher(teacher), spec(mixer="sliding_attention", sliding_window=window), [0, 2])
     assert student.config.sliding_attention["sliding_window"] == window
     assert gap(student, teacher, draw_ids(2, window)) < 1e-5
     ids = draw_ids(1, window + 30)
@@ -235,7 +264,7 @@ def test_without_copied_projections_a_mixer_is_random_and_seeded(mixer: str) -> 
     state = torch.get_rng_state()
 
     def build(seed: int, copy: bool = False) -> dict[str, Tensor]:
-        student = build_student(as_teacher(teacher), spec(mixer=mixer, copy_projections=copy), [1], seed=seed)
+        student = build_student(Teacher(teacher), spec(mixer=mixer, copy_projections=copy), [1], seed=seed)
         return student.state_dict()
 
     one, same, other, copied = build(1), build(1), build(2), build(1, copy=True)
@@ -253,8 +282,8 @@ def test_without_copied_projections_a_mixer_is_random_and_seeded(mixer: str) -> 
 @pytest.mark.parametrize(
     ("teacher", "student", "layers", "message"),
     [
-        pytest.param({}, {}, [4], r"layers: got 4, accepted: 0 to 3", id="layer"),
-        pytest.param({}, {}, [0, -1], r"layers: got -1, accepted: 0 to 3", id="negative layer"),
+        pytest.param({}, {}, [4], r"layers must be from 0 to 3, got 4", id="layer"),
+        pytest.param({}, {}, [0, -1], r"layers must be from 0 to 3, got -1", id="negative layer"),
         pytest.param(
             {"hidden_size": 36},
             {"mixer": "mamba2"},
@@ -271,13 +300,13 @@ def test_what_does_not_fit_is_refused(
     teacher: dict[str, Any], student: dict[str, Any], layers: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        build_student(as_teacher(make_teacher(**teacher)), spec(**student), layers)
+        build_student(Teacher(make_teacher(**teacher)), spec(**student), layers)
 
 
 def test_a_teacher_without_an_adapter_is_refused() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=8))
-    with pytest.raises(ValueError, match="got a model of type 'gpt2', accepted: llama"):
-        build_student(as_teacher(gpt2), spec(), [0])
+    with pytest.raises(ValueError, match=r"teacher must be a model of type llama.*, got 'gpt2'"):
+        build_student(Teacher(gpt2), spec(), [0])
 
 
 @pytest.mark.parametrize(
@@ -289,14 +318,14 @@ def test_attention_is_not_copied_into_a_mixer_of_other_sizes(sizes: dict[str, in
     mixer = DiscreteMamba2Mixer(config, config.settings_of("discrete_mamba2"), 0)
     before = {name: parameter.clone() for name, parameter in mixer.named_parameters()}
     with pytest.raises(ValueError, match=r"student: its mixer has \d+ heads .*; copying needs .* 6 heads of 8"):
-        mixer.start_from(as_teacher(make_teacher()).attention(0))
+        mixer.start_from(Teacher(make_teacher()).attention(0))
     for name, parameter in mixer.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name
 
 
 def test_zeroed_mixers_say_nothing_until_the_end() -> None:
     teacher, layers, ids = make_teacher(attention_bias=True), [0, 3], draw_ids(2, 12)
-    student, silent = (build_student(as_teacher(teacher), spec(), layers) for _ in range(2))
+    student, silent = (build_student(Teacher(teacher), spec(), layers) for _ in range(2))
     with torch.no_grad():
         for layer in layers:
             for parameter in student_mixer(silent, layer).get_submodule("out_proj").parameters():
@@ -318,7 +347,7 @@ def test_zeroed_mixers_say_nothing_until_the_end() -> None:
 
 @pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2", "sliding_attention", "masked_mixing"])
 def test_all_layers_can_be_converted(mixer: str) -> None:
-    student = build_student(as_teacher(make_teacher(tie_word_embeddings=True)), spec(mixer=mixer), range(4))
+    student = build_student(Teacher(make_teacher(tie_word_embeddings=True)), spec(mixer=mixer), range(4))
     assert student.config.mixer_types == [mixer] * 4
     ids = draw_ids(2, 9)
     student(input_ids=ids, labels=ids).loss.backward()

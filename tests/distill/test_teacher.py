@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ssm_zoo.distill.attention_view import AttentionView
-from ssm_zoo.distill.teacher import CAPTURES, LlamaTeacher, as_teacher
+from ssm_zoo.distill.teacher import CAPTURES, Teacher
 
 LENGTH = 11
 LLAMA3_ROPE = {
@@ -42,12 +42,16 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     """A Llama of three layers whose every parameter, biases and norms included, is random and of working size."""
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlamaConfig(**{"vocab_size": 40, "max_position_embeddings": 64, **sizes, **changes})
-    model = LlamaForCausalLM(config).eval()
+    return filled(LlamaForCausalLM(config))
+
+
+def filled(model: Any) -> Any:
+    """Give every parameter random values of working size."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3, generator=generator)
-    return model
+    return model.eval()
 
 
 def token_ids(batch: int = 2, length: int = LENGTH) -> Tensor:
@@ -78,7 +82,7 @@ def attention_records(model: LlamaForCausalLM, **inputs: Tensor) -> list[dict[st
 
 def assert_rebuilt(model, records, rows=None, **options):
     """The view gives what the modules gave, in the rows (B, L) that count."""
-    adapter = as_teacher(model)
+    adapter = Teacher(model)
     assert adapter.num_layers == len(records) == 3
     for layer, record in enumerate(records):
         hidden = record["hidden"]
@@ -86,7 +90,7 @@ def assert_rebuilt(model, records, rows=None, **options):
         matrix = adapter.attention_matrix(layer, hidden, **options)
         heads = adapter.head_outputs(layer, hidden, **options)
         output = adapter.attention_output(layer, hidden, **options)
-        assert heads.shape == (*hidden.shape[:2], 4, model.config.head_dim)
+        assert heads.shape == (*hidden.shape[:2], 4, adapter.zoo_config.head_dim)
         close = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(matrix.transpose(1, 2)[rows], record["matrix"].transpose(1, 2)[rows], **close)
         torch.testing.assert_close(heads.flatten(2)[rows], record["heads"][rows], **close)
@@ -97,6 +101,28 @@ def assert_rebuilt(model, records, rows=None, **options):
 def test_attention_is_rebuilt_from_the_view(changes):
     model = tiny_llama(**changes)
     assert_rebuilt(model, attention_records(model, input_ids=token_ids()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_qwen2_is_rebuilt_from_the_view(dtype):
+    """Its output projection has no bias, and its configuration no width of a head."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Qwen2Config(**sizes, vocab_size=40, num_key_value_heads=2, max_position_embeddings=64)
+    model = filled(Qwen2ForCausalLM(config)).to(dtype)
+    view = Teacher(model).attention(1)
+    assert view.o_bias.abs().max() == 0 and view.q_bias.abs().max() > 0 and view.o_bias.dtype == dtype
+    if dtype == torch.float32:
+        assert_rebuilt(model, attention_records(model, input_ids=token_ids()))
+
+
+def test_a_qwen2_with_a_sliding_window_is_refused():
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, vocab_size=40
+    )
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    config.sliding_window = 4
+    with pytest.raises(ValueError, match=r"`layer_types` must be \['full_attention'\], got .*sliding_attention"):
+        Teacher(Qwen2ForCausalLM(config))
 
 
 def test_heads_of_the_test_model_differ():
@@ -110,7 +136,7 @@ def test_attention_is_rebuilt_at_given_positions():
     positions = torch.tensor([[0, 1, 2, 5, 6, 9, 14, 15, 20, 21, 30]])
     records = attention_records(model, input_ids=token_ids(1), position_ids=positions, attention_mask=torch.ones(1, 11))
     assert_rebuilt(model, records, position_ids=positions)
-    without = as_teacher(model).attention_matrix(0, records[0]["hidden"])
+    without = Teacher(model).attention_matrix(0, records[0]["hidden"])
     assert (without - records[0]["matrix"]).abs().max() > 1e-3
 
 
@@ -133,7 +159,7 @@ def test_attention_is_rebuilt_for_packed_documents():
 
 
 def test_rows_that_may_look_nowhere_are_zero():
-    view = as_teacher(tiny_llama()).attention(0)
+    view = Teacher(tiny_llama()).attention(0)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     matrix = view.attention_matrix(hidden, mask=mask)
@@ -145,15 +171,15 @@ def test_rows_that_may_look_nowhere_are_zero():
 def test_attention_matrix_is_float32_for_bfloat16_teachers():
     model = tiny_llama(num_key_value_heads=2)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
-    exact = as_teacher(model).attention_matrix(1, hidden)
-    rounded = as_teacher(model.bfloat16()).attention_matrix(1, hidden.bfloat16())
+    exact = Teacher(model).attention_matrix(1, hidden)
+    rounded = Teacher(model.bfloat16()).attention_matrix(1, hidden.bfloat16())
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded.sum(-1), torch.ones(2, 4, 5))
     assert (rounded - exact).abs().max() < 0.05
 
 
 def test_queries_keys_and_values_give_the_heads():
-    view = as_teacher(tiny_llama(num_key_value_heads=2, attention_bias=True)).attention(1)
+    view = Teacher(tiny_llama(num_key_value_heads=2, attention_bias=True)).attention(1)
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
     queries, keys = view.queries_keys(hidden)
     scores = (torch.einsum("bihp,bjhp->bhij", queries, keys) * view.scaling).double()
@@ -164,20 +190,20 @@ def test_queries_keys_and_values_give_the_heads():
 
 
 def test_expand_heads_repeats_heads_and_not_rows():
-    view = as_teacher(tiny_llama(num_key_value_heads=2, head_dim=3)).attention(0)
-    assert view.expand_heads(torch.arange(6)).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    view = Teacher(tiny_llama(num_key_value_heads=2, head_dim=4)).attention(0)
+    assert view.expand_heads(torch.arange(8)).tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
     expanded = view.expand_heads(view.k)
-    assert expanded.shape == (12, 32)
+    assert expanded.shape == (16, 32)
     for head in range(4):
         group = head // 2
-        torch.testing.assert_close(expanded[3 * head : 3 * head + 3], view.k[3 * group : 3 * group + 3])
+        torch.testing.assert_close(expanded[4 * head : 4 * head + 4], view.k[4 * group : 4 * group + 4])
     assert expanded.data_ptr() != view.k.data_ptr()
 
 
 def test_view_shares_the_teachers_weights_without_gradients():
     model = tiny_llama(attention_bias=True)
     module = model.model.layers[2].self_attn
-    view = as_teacher(model).attention(2)
+    view = Teacher(model).attention(2)
     for name in "qkvo":
         projection = getattr(module, f"{name}_proj")
         assert getattr(view, name).data_ptr() == projection.weight.data_ptr()
@@ -188,29 +214,31 @@ def test_view_shares_the_teachers_weights_without_gradients():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"num_key_value_heads": 3}, r"num_key_value_heads: got 3, accepted: a divisor of 4", id="groups"),
-        pytest.param({"k": torch.zeros(5, 32)}, r"k: got shape \(5, 32\), expected \(32, 32\)", id="weight"),
-        pytest.param({"o_bias": torch.zeros(5)}, r"o_bias: got shape \(5,\), expected \(32,\)", id="bias"),
+        pytest.param(
+            {"num_key_value_heads": 3}, r"num_key_value_heads must divide num_heads \(4\), got 3", id="groups"
+        ),
+        pytest.param({"k": torch.zeros(5, 32)}, r"k must be of shape \(32, 32\), got \(5, 32\)", id="weight"),
+        pytest.param({"o_bias": torch.zeros(5)}, r"o_bias must be of shape \(32,\), got \(5,\)", id="bias"),
     ],
 )
 def test_view_refuses_weights_that_do_not_fit(change, message):
-    view = as_teacher(tiny_llama()).attention(0)
+    view = Teacher(tiny_llama()).attention(0)
     with pytest.raises(ValueError, match=message):
         AttentionView(**{**vars(view), **change})
 
 
 def test_unknown_families_layers_and_masks_are_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=8))
-    with pytest.raises(ValueError, match="got a model of type 'gpt2', accepted: llama"):
-        as_teacher(gpt2)
+    with pytest.raises(ValueError, match=r"teacher must be a model of type llama.*, got 'gpt2'"):
+        Teacher(gpt2)
     model = tiny_llama()
-    with pytest.raises(ValueError, match="got a LlamaModel, accepted: LlamaForCausalLM"):
-        LlamaTeacher(model.model)
+    with pytest.raises(ValueError, match="teacher must be a LlamaForCausalLM, got a LlamaModel"):
+        Teacher(model.model)
     for layer in (-1, 3):
-        with pytest.raises(ValueError, match=f"layer: got {layer}, accepted: 0 to 2"):
-            as_teacher(model).attention(layer)
-    with pytest.raises(ValueError, match=r"mask: got shape \(3, 5\), accepted: \(2, 5\) or \(2, 5, 5\)"):
-        as_teacher(model).attention_matrix(0, torch.zeros(2, 5, 32), mask=torch.ones(3, 5))
+        with pytest.raises(ValueError, match=f"layer must be from 0 to 2, got {layer}"):
+            Teacher(model).attention(layer)
+    with pytest.raises(ValueError, match=r"mask must be of shape \(2, 5\) or \(2, 5, 5\), got \(3, 5\)"):
+        Teacher(model).attention_matrix(0, torch.zeros(2, 5, 32), mask=torch.ones(3, 5))
 
 
 def test_capture_hands_over_what_the_layers_computed():
@@ -221,7 +249,7 @@ def test_capture_hands_over_what_the_layers_computed():
         # The last of transformers' hidden states is behind the final norm.
         final_norm = model.model.norm
     seen: dict[int, dict[str, Tensor]] = {}
-    result = as_teacher(model).capture(
+    result = Teacher(model).capture(
         ids, [2, 0, 1], CAPTURES, on_layer=lambda layer, **tensors: seen.update({layer: tensors})
     )
     assert result is None
@@ -239,7 +267,7 @@ def test_capture_hands_over_what_the_layers_computed():
 @pytest.mark.parametrize("name", CAPTURES)
 def test_capture_hands_over_one_kind(name):
     seen: list[tuple[int, list[str]]] = []
-    as_teacher(tiny_llama()).capture(
+    Teacher(tiny_llama()).capture(
         token_ids(),
         [1],
         [name],
@@ -259,7 +287,7 @@ def run_counter(model: LlamaForCausalLM) -> list[str]:
 def test_capture_stops_after_the_last_chosen_layer():
     model = tiny_llama()
     ran = run_counter(model)
-    as_teacher(model).capture(token_ids(), [0, 1], ["attention_output"], on_layer=lambda *_, **__: None)
+    Teacher(model).capture(token_ids(), [0, 1], ["attention_output"], on_layer=lambda *_, **__: None)
     assert "model.layers.0" in ran
     assert "model.layers.1.self_attn" in ran
     for name in ("model.layers.1.mlp", "model.layers.2.input_layernorm", "model.norm", "lm_head"):
@@ -269,7 +297,7 @@ def test_capture_stops_after_the_last_chosen_layer():
 def test_capture_can_go_on_to_the_logits():
     model, ids = tiny_llama(), token_ids()
     seen: list[int] = []
-    output = as_teacher(model).capture(
+    output = Teacher(model).capture(
         ids, [0], ["normed_input"], on_layer=lambda layer, **_: seen.append(layer), stop_after_last=False
     )
     with torch.no_grad():
@@ -283,12 +311,12 @@ def test_capture_passes_mask_and_positions_on():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]])
     seen: list[Tensor] = []
     options: dict[str, Any] = {"on_layer": lambda _, block_output: seen.append(block_output)}
-    as_teacher(model).capture(ids, [1], ["block_output"], position_ids=positions, **options)
-    as_teacher(model).capture(ids[:, 4:], [1], ["block_output"], **options)
+    Teacher(model).capture(ids, [1], ["block_output"], position_ids=positions, **options)
+    Teacher(model).capture(ids[:, 4:], [1], ["block_output"], **options)
     torch.testing.assert_close(seen[0][:, 4:], seen[1], rtol=1e-5, atol=1e-5)
     mask = torch.ones(1, LENGTH, dtype=torch.long)
     mask[:, :4] = 0
-    as_teacher(model).capture(ids, [1], ["block_output"], attention_mask=mask, **options)
+    Teacher(model).capture(ids, [1], ["block_output"], attention_mask=mask, **options)
     torch.testing.assert_close(seen[2][:, 4:], seen[1], rtol=1e-5, atol=1e-5)
 
 
@@ -302,7 +330,7 @@ def test_capture_keeps_nothing_after_the_callback():
         # A block's output is the next one's input, so it may live until the next callback, but no longer.
         earlier.extend(weakref.ref(tensors[name]) for name in ("normed_input", "attention_output"))
 
-    as_teacher(model).capture(token_ids(), [0, 1, 2], ["normed_input", "attention_output"], on_layer=on_layer)
+    Teacher(model).capture(token_ids(), [0, 1, 2], ["normed_input", "attention_output"], on_layer=on_layer)
     assert alive == [0, 0, 0]
     assert [reference() for reference in earlier] == [None] * 6
 
@@ -319,7 +347,7 @@ def test_a_student_can_be_trained_inside_the_callback(inference):
         losses.append(loss)
 
     with torch.inference_mode(inference):
-        as_teacher(model).capture(token_ids(), [0, 2], ["normed_input", "attention_output"], on_layer=on_layer)
+        Teacher(model).capture(token_ids(), [0, 2], ["normed_input", "attention_output"], on_layer=on_layer)
     assert len(losses) == 2
     assert student.weight.grad is not None
     assert student.weight.grad.abs().max() > 0
@@ -339,10 +367,10 @@ def test_capture_removes_its_hooks():
         raise KeyError("from the callback")
 
     with pytest.raises(KeyError, match="from the callback"):
-        as_teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=fail)
+        Teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=fail)
     assert during == [before + 8]
     assert hook_count(model) == before
-    as_teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=lambda *_, **__: None)
+    Teacher(model).capture(token_ids(), [0, 2], CAPTURES, on_layer=lambda *_, **__: None)
     assert hook_count(model) == before
     with torch.no_grad():
         assert model(input_ids=token_ids()).logits.shape == (2, LENGTH, 40)
@@ -351,14 +379,18 @@ def test_capture_removes_its_hooks():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"layers": []}, r"layers: got \[\], accepted: at least one", id="no layer"),
-        pytest.param({"layers": [1, 1]}, r"layers: got \[1, 1\], accepted: .* each once", id="layer twice"),
-        pytest.param({"layers": [0, 3]}, r"layer: got 3, accepted: 0 to 2", id="layer out of range"),
-        pytest.param({"what": []}, r"what: got \[\], accepted: .*normed_input", id="nothing"),
-        pytest.param({"what": ["logits"]}, r"what: got \['logits'\], accepted: .*block_output", id="unknown"),
-        pytest.param({"what": "normed_input"}, r"what: got 'normed_input', accepted", id="text for a list"),
-        pytest.param({"input_ids": torch.zeros(5).long()}, r"input_ids: got torch.int64 of shape \(5,\)", id="one row"),
-        pytest.param({"input_ids": torch.zeros(1, 5)}, r"input_ids: got torch.float32 of shape", id="floats"),
+        pytest.param({"layers": []}, r"layers must name at least one .*, got \[\]", id="no layer"),
+        pytest.param({"layers": [1, 1]}, r"layers must name .* each once, got \[1, 1\]", id="layer twice"),
+        pytest.param({"layers": [0, 3]}, r"layer must be from 0 to 2, got 3", id="layer out of range"),
+        pytest.param({"what": []}, r"what must name at least one of .*normed_input.*, got \[\]", id="nothing"),
+        pytest.param({"what": ["logits"]}, r"what must name .*block_output.*, got \['logits'\]", id="unknown"),
+        pytest.param({"what": "normed_input"}, r"what must name .*, got 'normed_input'", id="text for a list"),
+        pytest.param(
+            {"input_ids": torch.zeros(5).long()}, r"input_ids must be .*, got torch.int64 of shape \(5,\)", id="one row"
+        ),
+        pytest.param(
+            {"input_ids": torch.zeros(1, 5)}, r"input_ids must be .*, got torch.float32 of shape", id="floats"
+        ),
     ],
 )
 def test_capture_refuses_bad_input_before_running(change, message):
@@ -366,11 +398,11 @@ def test_capture_refuses_bad_input_before_running(change, message):
     ran = run_counter(model)
     arguments: dict[str, Any] = {"input_ids": token_ids(), "layers": [0], "what": ["normed_input"], **change}
     with pytest.raises(ValueError, match=message):
-        as_teacher(model).capture(on_layer=lambda *_, **__: None, **arguments)
+        Teacher(model).capture(on_layer=lambda *_, **__: None, **arguments)
     assert ran == []
 
 
 def test_capture_refuses_a_teacher_in_training_mode():
     model = tiny_llama().train()
-    with pytest.raises(ValueError, match="training mode"):
-        as_teacher(model).capture(token_ids(), [0], ["normed_input"], on_layer=lambda *_, **__: None)
+    with pytest.raises(ValueError, match="must be in evaluation mode"):
+        Teacher(model).capture(token_ids(), [0], ["normed_input"], on_layer=lambda *_, **__: None)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.student import build_student
-from ssm_zoo.distill.teacher import as_teacher
+from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling import MaskedMixerConfig
 from ssm_zoo.modeling.layers import llama_rope_parameters
 
@@ -56,7 +56,7 @@ def test_the_student_turns_as_llama_does(rope: dict[str, Any], mixer: str, lengt
     positions = 32 if rope["rope_type"] == "dynamic" and mixer != "masked_mixing" else 64
     teacher = make_teacher(max_position_embeddings=positions, rope_parameters={"rope_theta": 100.0} | rope)
     spec = StudentSpec(mixer=mixer, positions=48) if mixer == "masked_mixing" else StudentSpec(mixer=mixer)
-    student = build_student(as_teacher(teacher), spec, [])
+    student = build_student(Teacher(teacher), spec, [])
     ids = draw_ids(2, length)
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=1e-5)
@@ -65,7 +65,7 @@ def test_the_student_turns_as_llama_does(rope: dict[str, Any], mixer: str, lengt
 def test_positions_beyond_those_of_a_dynamic_teacher_are_refused() -> None:
     teacher = make_teacher(max_position_embeddings=32, rope_parameters={"rope_theta": 100.0} | ROPES["dynamic"])
     with pytest.raises(ValueError, match=r"student\.positions: must be at most 32, .* got 48"):
-        build_student(as_teacher(teacher), StudentSpec(mixer="masked_mixing", positions=48), [0])
+        build_student(Teacher(teacher), StudentSpec(mixer="masked_mixing", positions=48), [0])
 
 
 def test_a_setting_that_changes_the_turn_is_kept() -> None:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCAB = 320
 LLAMA3_ROPE = {
@@ -46,6 +53,18 @@ def make_teacher(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         **changes: entries of the configuration.
     """
     model = LlamaForCausalLM(LlamaConfig(**{**_SIZES, **changes}))
+    _fill(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def make_qwen2(*, seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
+    """A random Qwen2 of the same sizes."""
+    model = Qwen2ForCausalLM(Qwen2Config(**{**_SIZES, **changes}))
+    _fill(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def _fill(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,7 +75,6 @@ def make_teacher(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
-    return model.eval().requires_grad_(False)
 
 
 def draw_ids(*shape: int, seed: int = 0) -> Tensor:

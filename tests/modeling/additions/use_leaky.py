@@ -21,7 +21,7 @@ import ssm_zoo.modeling as zoo  # noqa: E402
 from ssm_zoo.distill.calibrate import calibrate  # noqa: E402
 from ssm_zoo.distill.recipe import StudentSpec  # noqa: E402
 from ssm_zoo.distill.student import build_student, student_mixer  # noqa: E402
-from ssm_zoo.distill.teacher import as_teacher  # noqa: E402
+from ssm_zoo.distill.teacher import Teacher  # noqa: E402
 from ssm_zoo.modeling.presets import preset  # noqa: E402
 from ssm_zoo.reports.distillation_tables import TOKEN_MIXERS  # noqa: E402
 
@@ -56,14 +56,14 @@ for name in families.FAMILIES:
 # A student that starts from attention, with calibrated half-lives and output projections.
 teacher = make_teacher()
 spec = StudentSpec(mixer="leaky", calibration="head_scale")
-student = build_student(as_teacher(teacher), spec, [1])
+student = build_student(Teacher(teacher), spec, [1])
 mixer = student_mixer(student, 1)
 value = teacher.model.layers[1].self_attn.v_proj.weight
 repeats = mixer.in_proj.weight.shape[0] // value.shape[0]
 whole = value.unflatten(0, (-1, teacher.config.head_dim)).repeat_interleave(repeats, 0).flatten(0, 1)
 assert torch.equal(mixer.in_proj.weight, whole)
 before = mixer.out_proj.weight.clone()
-calibrate(student, as_teacher(teacher), spec, [1], draw_ids(2, 24), progress=False)
+calibrate(student, Teacher(teacher), spec, [1], draw_ids(2, 24), progress=False)
 assert not torch.equal(mixer.out_proj.weight, before)
 with pytest.raises(ValueError, match="only with mixer"):
     StudentSpec(mixer="leaky", feature_map="softplus")
