@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .. import modeling
-from ..modeling.presets import PRESETS, preset
+from ..modeling.families import PRESETS, preset
 from .formats import FORMATS
 
 __all__ = ["ModelInfo", "list_models"]

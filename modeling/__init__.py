@@ -1,15 +1,14 @@
-"""The model families, registered with transformers' Auto classes: their configurations and models, by name."""
+"""Configurations and models of every family, by name; importing this registers them with transformers' Auto classes."""
 
 from typing import TYPE_CHECKING
 
 from . import hub_code
-from .families import FAMILIES
-from .presets import preset
+from .families import FAMILIES, preset
 from .pretrained import ZooPreTrainedModel
 
 ZooPreTrainedModel.publisher = hub_code
 
-if TYPE_CHECKING:  # for whoever reads the types: at run time the names are those of every family in the folder
+if TYPE_CHECKING:  # for type checkers; at run time the names come from the families found in the folder
     # ruff: noqa: F403
     from .configuration_hybrid import *
     from .configuration_mamba import *

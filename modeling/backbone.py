@@ -1,12 +1,12 @@
-"""What all families share below the head: embedding, loop over blocks, final norm, cache.
+"""The backbone that all families share: embedding, blocks, final norm and cache.
 
-What is peculiar to a model (its mixer, its block, its initialisation) stands in its own `modeling_<m>.py`.
+A family defines its mixer, block and initialisation in its own `modeling_<m>.py`.
 
 Symbols: B batch, L length, D width.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -20,19 +20,21 @@ from .token_layout import Sequence, check_keywords, make_sequence
 
 
 class ZooModel(ZooPreTrainedModel):
-    """Embedding, blocks and final norm. A family says in `make_block` what a block is.
+    """Embedding, blocks and final norm. A family builds its blocks in `make_block`.
 
     A block is called as `block(hidden_states, sequence, past_key_values=..., output_attentions=...)` and returns
-    the (B, L, D) hidden states and its (B, H, L, past + L) mixing matrix, or None if that was not asked for; one that
-    chooses tokens also its (B, L, 2) scores and (B, L) decisions.
+    the (B, L, D) hidden states and its (B, H, L, past + L) mixing matrix, or None if that was not asked for. A block
+    that selects tokens also returns its (B, L, 2) scores and (B, L) decisions.
     """
 
     auto_class = "AutoModel"
+    norm_eps: ClassVar[str] = "rms_norm_eps"
+    """Field of the configuration with the epsilon of the final norm."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         declared = {field.name for field in dataclasses.fields(type(config))}
         if is_bidirectional(config) and "bidirectional" not in declared:
-            raise ValueError(f"bidirectional: {config.model_type} has no such option, got True; accepted: leave it out")
+            raise ValueError(f"`bidirectional` must be left out, got True: {config.model_type} has no such option")
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
@@ -41,31 +43,26 @@ class ZooModel(ZooPreTrainedModel):
         self.post_init()
 
     def make_block(self, config: PreTrainedConfig, layer_idx: int) -> nn.Module:
-        """The block at `layer_idx`."""
+        """Build the block at `layer_idx`."""
         raise NotImplementedError
 
     def make_norm(self, config: PreTrainedConfig) -> nn.Module:
-        """The final norm, `nn.Identity` where a family has none."""
-        return RMSNorm(config.hidden_size, self.norm_eps(config))
-
-    @staticmethod
-    def norm_eps(config: PreTrainedConfig) -> float:
-        """Epsilon of the norms."""
-        raise NotImplementedError
+        """Build the final norm: `nn.Identity` if the family has none."""
+        return RMSNorm(config.hidden_size, getattr(config, self.norm_eps))
 
     def split(self, hidden_states: Tensor) -> Tensor:
-        """What the first block reads, of the (B, L, D) embeddings: these, unless a family has several streams."""
+        """Expand the embeddings into the block input (identity unless the family uses several streams)."""
         return hidden_states
 
     def join(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, D) of what a block returns: the opposite."""
+        """Combine the streams of a block's output into (B, L, D) hidden states: the inverse of `split`."""
         return hidden_states
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
-        """Add to `sequence` what the family's layers share, rotary tables say."""
+        """Add to `sequence` what the layers of the family share, e.g. rotary tables."""
 
     def sequence_of(self, hidden_states: Tensor) -> Sequence:
-        """The :class:`Sequence` of whole, unpadded rows of (B, L, D) hidden states, to run a mixer by itself."""
+        """Return the :class:`Sequence` of unpadded rows of (B, L, D) hidden states, e.g. to run one mixer alone."""
         batch, length = hidden_states.shape[:2]
         sequence = make_sequence(batch, length, hidden_states.device)
         self.prepare(sequence, hidden_states)
@@ -98,26 +95,26 @@ class ZooModel(ZooPreTrainedModel):
         Args:
             input_ids: (B, L) token ids; or
             inputs_embeds: (B, L, D) embeddings.
-            attention_mask: (B, past + L), non-zero at real tokens; padding may stand left, right or anywhere.
+            attention_mask: (B, past + L), non-zero at real tokens; padding may be on the left, right or anywhere.
             position_ids: (B, L) positions, for layers that use them; where they restart, a new document starts.
             past_key_values: cache to continue.
-            use_cache: return a cache; `config.use_cache` if not given, but not while training, of a packed row, or
-                where the model is bidirectional.
+            use_cache: return a cache. If not given, `config.use_cache` decides, except that training, packed rows and
+                bidirectional models return none.
             seq_idx: (B, L) document index of each token of a packed row, non-decreasing, negative at padding.
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
             output_hidden_states: return the embeddings and every block's output; the last one after the final
                 norm.
-            output_attentions: return every layer's (B, H, L, past + L) mixing matrix: the rows of the new tokens. Of a
-                recurrent layer None if the cache holds tokens for which it was not asked.
+            output_attentions: return every layer's (B, H, L, past + L) mixing matrix, with a row for each new token.
+                For a recurrent layer it is None if the cache holds tokens that were read without this option.
             return_dict: return a ModelOutput rather than a tuple.
-            cache: transformers' later name of `past_key_values`.
-            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
-                the cache in transformers' Mamba classes; the others that are accepted are the loss's, or say nothing
-                new (`input_checks.py`).
+            cache: transformers' newer name of `past_key_values`.
+            **kwargs: `cu_seq_lens_q` of transformers' padding-free collators and `cache_params`, the name of the cache
+                in transformers' Mamba classes, are read. Other accepted keywords (`ACCEPTED_KEYWORDS` in
+                `token_layout.py`) belong to the loss or repeat what is known.
 
         Raises:
             ValueError: if the arguments contradict each other.
-            TypeError: if there is no such argument.
+            TypeError: for an unknown argument.
         """
         check_keywords(type(self).__name__, kwargs, ZooModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
@@ -126,7 +123,7 @@ class ZooModel(ZooPreTrainedModel):
         past_key_values = one_cache(past_key_values, cache, kwargs.get("cache_params"))
         if is_bidirectional(self.config) and (use_cache or past_key_values is not None):
             raise ValueError(
-                "a bidirectional model has no state to go on from: use_cache must be False and past_key_values None, "
+                "a bidirectional model has no cache: use_cache must be False and past_key_values None, "
                 f"got {use_cache} and {past_key_values}"
             )
         config = self.config
@@ -148,18 +145,19 @@ class ZooModel(ZooPreTrainedModel):
         )
         hidden_states = sequence.blank(hidden_states)
         self.prepare(sequence, hidden_states)
-        if use_cache is None:  # a packed row is no prompt to go on from, unless the caller says so
+        if use_cache is None:  # by default, a packed row is not a prompt to continue
             use_cache = config.use_cache and not (self.training or sequence.packed or is_bidirectional(config))
         if self.gradient_checkpointing and self.training:
             if sequence.past:
                 raise ValueError(
-                    f"gradient checkpointing cannot continue a cache, past_key_values holds {sequence.past} tokens"
+                    "past_key_values must be empty or None with gradient checkpointing, got a cache that holds "
+                    f"{sequence.past} tokens"
                 )
             use_cache, past_key_values = False, None
         if sequence.packed and (use_cache or past_key_values is not None):
             raise ValueError(
-                "packed documents (seq_idx, cu_seqlens) leave no single state to go on from: use_cache must be "
-                f"False and past_key_values None, got {use_cache} and {past_key_values}"
+                "packed documents (seq_idx, cu_seqlens) leave no single state to cache: use_cache must be False and "
+                f"past_key_values None, got {use_cache} and {past_key_values}"
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)

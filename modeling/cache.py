@@ -6,9 +6,9 @@
 for the same purposes do not fit: its linear-attention layer does not know how many tokens it has seen (`generate`
 asks), and neither that one nor its sliding layer leaves out the padding of a right-padded batch.
 
-Mixers whose weights depend on the position of a token keep what was mixed ("zoo_history") or a state ("zoo_state"), and
-count: a token's position is its place among the real tokens of its row, which only the layer knows, since padding may
-stand anywhere. "zoo_attention_history" and "zoo_attention_state" hold the keys and values of a block's attention too.
+Mixers whose weights depend on the position of a token keep their inputs ("zoo_history") or a state ("zoo_state"), and
+count tokens: a position is a token's rank among the real tokens of its row, which only the layer knows, since padding
+may be anywhere. "zoo_attention_history" and "zoo_attention_state" also hold the keys and values of a block's attention.
 
 Symbols: B batch, H heads, P head width, N state size, D convolution channels, K convolution width or places of a
 history, L length.
@@ -29,11 +29,11 @@ from ..kernels.tracing import tracing
 CACHE_FIELD = next(
     field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values")
 )
-"""What transformers' outputs call the cache: "cache" since 5.24, "past_key_values" before."""
+"""Field of transformers' outputs that holds the cache: "cache" since 5.24, "past_key_values" before."""
 
 
 class ZooLayer(CacheLayerMixin):
-    """What the layers share: a fixed set of (B, ...) tensors, and the number of columns seen."""
+    """A cache layer that holds a fixed set of (B, ...) tensors and the number of columns seen."""
 
     is_compileable = False
     is_croppable = False
@@ -43,7 +43,7 @@ class ZooLayer(CacheLayerMixin):
     _tensors: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Enter a layer into transformers' tables, by its `_layer_type`. A static cache uses it as it is, too."""
+        """Register the layer with transformers under its `_layer_type`, for dynamic and static caches."""
         super().__init_subclass__(**kwargs)
         for mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
             if cls._layer_type is not None:
@@ -51,7 +51,7 @@ class ZooLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.columns = 0  # tokens seen, padding included: what `generate` counts
+        self.columns = 0  # tokens seen, padding included, as `generate` counts them
         for name in self._tensors:
             setattr(self, name, None)
 
@@ -89,16 +89,16 @@ class ZooLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor[indices])
 
     def offload(self) -> None:
-        """Nothing: of fixed or bounded size, it stays where it is."""
+        """Do nothing: the layer is small and remains on its device."""
 
     def prefetch(self) -> None:
-        """Nothing, as nothing was offloaded."""
+        """Do nothing, as nothing was offloaded."""
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
-                f"{type(self).__name__} keeps a state, not a history: crop({tokens_to_remove}) cannot take tokens "
-                "back. Take a snapshot before them and restore it instead."
+                f"{type(self).__name__} keeps a state, not a history: crop({tokens_to_remove}) cannot remove tokens. "
+                "Take a snapshot before they are added and restore it instead."
             )
 
 
@@ -115,7 +115,7 @@ class RecurrentLayer(ZooLayer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.factors: tuple[Tensor, ...] | None = None
-        """What the mixing matrix is made of, (B, columns, ...) each: kept only while matrices are asked for."""
+        """Factors of the mixing matrix, (B, columns, ...) each; kept only while matrices are asked for."""
 
     def _map(self, function: Any) -> None:
         super()._map(function)
@@ -127,13 +127,12 @@ class RecurrentLayer(ZooLayer):
         self.factors = None
 
     def keep_factors(self, new: tuple[Tensor, ...], past: int) -> tuple[Tensor, ...] | None:
-        """Keep the (B, L, ...) factors of the new tokens' mixing matrix behind those of the `past` columns.
+        """Append the (B, L, ...) factors of the new tokens' mixing matrix to those of the `past` columns.
 
         Returns:
-            Them all, (B, past + L, ...); None if those of the past are not there: nobody asked for them.
+            All factors, (B, past + L, ...); None if those of past columns were not kept.
         """
-        held = 0 if self.factors is None else self.factors[0].shape[1]
-        if held != past:
+        if past != (0 if self.factors is None else self.factors[0].shape[1]):
             self.factors = None
             return None
         if self.factors is not None:
@@ -142,7 +141,7 @@ class RecurrentLayer(ZooLayer):
         return new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError("RecurrentLayer holds states, not keys and values: use set_states")
+        raise ValueError("RecurrentLayer holds states, not keys and values: call `set_states`")
 
     def set_states(self, conv_state: Tensor, recurrent_state: Tensor, tokens: int) -> None:
         """Store the states after a forward over `tokens` more columns."""
@@ -150,7 +149,7 @@ class RecurrentLayer(ZooLayer):
         self.skip(tokens)
 
     def skip(self, tokens: int) -> None:
-        """Count `tokens` more columns: all that there is to do for a block without a token mixer."""
+        """Count `tokens` more columns; a block without a token mixer does nothing else."""
         self.columns += tokens
         self.is_initialized = True
 
@@ -158,8 +157,8 @@ class RecurrentLayer(ZooLayer):
 class WindowLayer(ZooLayer):
     """Keys and values of the last `window - 1` real tokens of each row, right-aligned, with their positions.
 
-    Positions count the real tokens of a row from 0, so that padding anywhere takes no place in the window; -1
-    marks an empty column.
+    Positions count the real tokens of a row from 0, so that padding takes no room in the window; -1 marks an empty
+    column.
     """
 
     _layer_type = "zoo_window"
@@ -187,11 +186,11 @@ class WindowLayer(ZooLayer):
             value_states: (B, H, L, P) values.
             window: tokens that a query sees, itself included.
             real: (B, L) False at padding; None if there is none.
-            kept: (B, L) False at tokens whose key nobody may see, though they count; None if there are none.
+            kept: (B, L) False at tokens that count but whose key is hidden; None if there are none.
 
         Returns:
-            (B, H, M, P) keys and values of the cached and the new columns, their (B, M) positions, -1 where nobody may
-            look, and the (B, L) positions of the queries.
+            (B, H, M, P) keys and values of the cached and the new columns, their (B, M) positions, -1 at hidden and
+            empty columns, and the (B, L) positions of the queries.
         """
         batch, _, length, _ = key_states.shape
         if self.counts is None:
@@ -220,34 +219,41 @@ class WindowLayer(ZooLayer):
         return keys, values, positions, new
 
 
-class ConvolvedAttentionLayer(ZooLayer):
-    """Keys and values (B, H, M, P) of all columns of an attention layer, and `conv_state` (B, D, K-1), the last real
-    inputs of the convolution that makes them."""
+class _KeysAndValues(ZooLayer):
+    """Keys and values (B, H, M, P) of all columns."""
 
-    _layer_type = "zoo_convolved_attention"
-    _tensors = ("conv_state", "keys", "values")
-
-    conv_state: Tensor | None
     keys: Tensor | None
     values: Tensor | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, H, L, P) keys and values; return those of all columns."""
-        self.columns += key_states.shape[2]
         if self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=2)
             value_states = torch.cat([self.values, value_states], dim=2)
         self.keys, self.values = key_states, value_states
-        self.is_initialized = True
         return key_states, value_states
 
 
+class ConvolvedAttentionLayer(_KeysAndValues):
+    """Keys and values of an attention layer, and `conv_state` (B, D, K-1), the last real inputs of its convolution."""
+
+    _layer_type = "zoo_convolved_attention"
+    _tensors = ("conv_state", "keys", "values")
+
+    conv_state: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.columns += key_states.shape[2]
+        self.is_initialized = True
+        return super().update(key_states, value_states)
+
+
 class _CountingLayer(ZooLayer):
-    """Counts the real tokens of each row.
+    """A layer that counts the real tokens of each row.
 
     Attributes:
         counts: (B) real tokens so far, None before the first.
-        padded: whether they may differ from row to row, or from the number of columns.
+        padded: whether the counts may differ between rows, or from the number of columns.
     """
 
     counts: Tensor | None
@@ -260,7 +266,7 @@ class _CountingLayer(ZooLayer):
         """Count the (B, L, ...) new columns.
 
         Args:
-            x: of that shape.
+            x: (B, L, ...) inputs of the mixer.
             real: (B, L) False at padding; None if there is none.
 
         Returns:
@@ -281,10 +287,10 @@ class _CountingLayer(ZooLayer):
         return positions
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError(f"{type(self).__name__} holds what is mixed, not keys and values")
+        raise ValueError(f"{type(self).__name__} holds the inputs of a mixer, not keys and values: call `advance`")
 
     def skip(self, columns: int) -> None:
-        """Count columns that no row has a token in."""
+        """Count columns in which no row has a token."""
         self.columns += columns
         self.padded = self.padded or columns > 0
 
@@ -294,11 +300,11 @@ class _CountingLayer(ZooLayer):
 
 
 class HistoryLayer(_CountingLayer):
-    """All that was mixed: `history` (B, K, H, P), in which a token stands at its position, and of an expanded mixer
-    `inner_history` (B, K, H, P), what its first mixing read.
+    """All inputs of a mixer: `history` (B, K, H, P), indexed by position, and `inner_history` (B, K, H, P), the inputs
+    of an expanded mixer's first mixing.
 
     Attributes:
-        certain: how many of the last columns are known to be tokens in every row: that many can be taken back.
+        certain: number of last columns known to be tokens in every row; as many can be removed.
     """
 
     _layer_type = "zoo_history"
@@ -317,29 +323,29 @@ class HistoryLayer(_CountingLayer):
         return super().advance(x, real)
 
     def append(self, name: str, x: Tensor, positions: Tensor, real: Tensor | None, limit: int) -> Tensor:
-        """Put the columns that :meth:`advance` has counted where they belong: in place, unless gradients are recorded.
+        """Write the columns counted by :meth:`advance` at their positions, in place unless gradients are recorded.
 
         Args:
-            name: of a history.
-            x: (B, L, H, P) what is mixed.
+            name: "history" or "inner_history".
+            x: (B, L, H, P) inputs of the mixing.
             positions: (B, L) of the new tokens, -1 at padding.
             real: (B, L) False at padding; None if there is none.
-            limit: positions that there are, which no row exceeds.
+            limit: number of positions, which no row exceeds.
 
         Returns:
             (B, K, H, P) the history, zeros where a row has no token yet, with K at least the tokens of the longest row
             and at most `limit`.
         """
         history: Tensor | None = getattr(self, name)
-        held = 0 if history is None else history.shape[1]
+        allocated = 0 if history is None else history.shape[1]
         places = min(self.columns, limit)
-        if held < places:
-            room = x.new_zeros(x.shape[0], min(max(places, 2 * held), limit) - held, *x.shape[2:])
+        if allocated < places:
+            room = x.new_zeros(x.shape[0], min(max(places, 2 * allocated), limit) - allocated, *x.shape[2:])
             history = room if history is None else torch.cat([history, room], dim=1)
         assert history is not None  # it has at least the new columns
         x = x.to(history.dtype)
         if tracing() and real is not None:
-            # Padding goes to a place behind all others, which is cut off: how many tokens there are is not known.
+            # In a graph the number of tokens is unknown: padding is written to an extra last place, which is cut off.
             row = torch.arange(x.shape[0], device=x.device)[:, None]
             wide = torch.cat([history, history.new_zeros(x.shape[0], 1, *x.shape[2:])], dim=1)
             history = wide.index_put((row, positions.where(real, history.shape[1])), x)[:, :-1]
@@ -360,16 +366,16 @@ class HistoryLayer(_CountingLayer):
         return history[:, :places]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last columns back.
+        """Remove the last columns.
 
         Raises:
-            ValueError: if the number is positive, or some of them may be padding: where a row's tokens end is not
-                known then.
+            ValueError: if the number is positive, or some of the columns may be padding, as it is not known then where
+                the tokens of a row end.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.certain:
             raise ValueError(
-                f"crop takes minus the number of columns to remove, at most {self.certain} here, which follow the last "
-                f"padding; got {tokens_to_remove}"
+                f"crop takes minus the number of columns to remove, from {-self.certain} to 0 (columns after the "
+                f"last padding), got {tokens_to_remove}"
             )
         if tokens_to_remove and self.counts is not None:
             self.counts = self.counts + tokens_to_remove
@@ -390,22 +396,8 @@ class StateLayer(_CountingLayer):
     recurrent_state: Tensor | None
 
 
-class _WithAttention(_CountingLayer):
-    """Keys and values (B, H, K, P) of a block's attention beside what its mixer keeps; the mixer counts."""
-
-    keys: Tensor | None
-    values: Tensor | None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.keys is not None and self.values is not None:
-            key_states = torch.cat([self.keys, key_states], dim=2)
-            value_states = torch.cat([self.values, value_states], dim=2)
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-
-class AttentionHistoryLayer(_WithAttention, HistoryLayer):
-    """:class:`HistoryLayer` with attention."""
+class AttentionHistoryLayer(_KeysAndValues, HistoryLayer):
+    """:class:`HistoryLayer` with the keys and values of the block's attention; the mixer counts the columns."""
 
     _layer_type = "zoo_attention_history"
     _tensors = (*HistoryLayer._tensors, "keys", "values")
@@ -416,33 +408,33 @@ class AttentionHistoryLayer(_WithAttention, HistoryLayer):
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
 
 
-class AttentionStateLayer(_WithAttention, StateLayer):
-    """:class:`StateLayer` with attention."""
+class AttentionStateLayer(_KeysAndValues, StateLayer):
+    """:class:`StateLayer` with the keys and values of the block's attention; the mixer counts the columns."""
 
     _layer_type = "zoo_attention_state"
     _tensors = (*StateLayer._tensors, "keys", "values")
 
 
 def layer_of(cache: Cache | None, layer_idx: int) -> Any:
-    """The cache layer of a block, None without a cache."""
+    """Return the cache layer of a block; None without a cache."""
     return None if cache is None else cache.layers[layer_idx]
 
 
 def check_layers(cache: Cache, layer_types: list[str]) -> None:
-    """Raise ValueError if a model with `layer_types` cannot use `cache`: it was made without its configuration."""
+    """Raise ValueError if `cache` was not made for a model with these `layer_types`."""
     for index, layer_type in enumerate(layer_types):
         layer = cache.layers[index] if index < len(cache.layers) else None
-        # By name: a model loaded with its own code brings its own classes.
+        # Compared by name: a model loaded with its own code has its own classes.
         if layer_type.startswith("zoo_") and getattr(layer, "_layer_type", None) != layer_type:
             raise ValueError(
-                f"past_key_values: layer {index} must be a {layer_type!r} layer, got {layer}; make the cache by "
-                f"{type(cache).__name__}(config=model.config). A prefix of keys and values, as peft's prefix tuning "
-                "makes it, needs full attention in every layer"
+                f"past_key_values: layer {index} must be a {layer_type!r} layer, got {layer}. Make the cache with "
+                f"{type(cache).__name__}(config=model.config); a prefix of keys and values, as in peft's prefix "
+                "tuning, needs full attention in every layer"
             )
 
 
 def snapshot(cache: Cache) -> list[dict[str, Any]]:
-    """Copy what `cache` holds, for :func:`restore`: to reuse a prefix, or to go back after a rejected draft."""
+    """Copy the contents of `cache` for :func:`restore`, to reuse a prefix or undo a rejected draft."""
     return [_copied(vars(layer)) for layer in cache.layers]
 
 
@@ -453,7 +445,7 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
         ValueError: if the number of layers differs.
     """
     if len(saved) != len(cache.layers):
-        raise ValueError(f"snapshot has {len(saved)} layers, the cache has {len(cache.layers)}")
+        raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
     for layer, state in zip(cache.layers, saved, strict=True):
         vars(layer).clear()
         vars(layer).update(_copied(state))
@@ -464,29 +456,29 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy(value: Any) -> Any:
-    """A copy; of tensors by `clone`, which keeps their gradients' graph and of a view the viewed part only."""
+    """Copy a value; tensors by `clone`, which keeps the autograd graph and drops the rest of a view's storage."""
     if isinstance(value, tuple):
         return tuple(_copy(item) for item in value)
     return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None, cache_params: Cache | None = None) -> Cache | None:
-    """The cache of a call, which may come under any of transformers' names for it.
+    """Return the cache of a call, which may be passed under any of transformers' names for it.
 
-    Warns where transformers' own models do: since 5.24 its name is `cache`.
+    Warns about the old names where transformers' own models do: since 5.24 the name is `cache`.
 
     Raises:
-        ValueError: if it comes under two of them.
+        ValueError: if it is passed under two names.
     """
     if past_key_values is None and cache_params is None:
         return cache
     names = {"past_key_values": past_key_values, "cache": cache, "cache_params": cache_params}
     given = [name for name, value in names.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"pass the cache as `{given[0]}` or as `{given[1]}`, not as both")
+        raise ValueError(f"pass the cache as either `{given[0]}` or `{given[1]}`, got both")
     if not given:
         return None
     if given[0] != CACHE_FIELD == "cache" and not torch.compiler.is_compiling():
-        message = f"`{given[0]}` is deprecated, and will be removed from transformers in version 5.40: pass `cache`."
+        message = f"`{given[0]}` is deprecated and will be removed from transformers in version 5.40; pass `cache`."
         warnings.warn(message, FutureWarning, stacklevel=2)
     return names[given[0]]

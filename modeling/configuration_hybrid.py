@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .mixer import MixerSettings
+from .mixer import MixerSettings, check_heads, check_sizes, complete_heads
 from .token_mixers import TOKEN_MIXERS
 
 MLP_TYPES = ("gated", "none")
@@ -18,9 +18,9 @@ MLP_TYPES = ("gated", "none")
 class ZooHybridConfig(PreTrainedConfig):
     """A Llama-shaped decoder whose token mixer is chosen layer by layer.
 
-    The settings of a kind of mixer stand under its name, as a mapping: `mamba2={"state_size": 64}`. Every kind that a
-    block has gets all of its settings, those of its row in `token_mixers.py`; others are kept as they are given.
-    Configurations of before 2026-11 had them in one with the other keys; they are read, and saved as they are now.
+    The settings of a kind of mixer are a mapping under its name: `mamba2={"state_size": 64}`. The settings of a kind
+    that some block has are completed with defaults; those of other kinds are kept as given. Configurations from before
+    2026-11 held the settings as top-level keys: they are read, and saved in the present form.
 
     Args:
         vocab_size: V, rows of the embedding.
@@ -39,10 +39,10 @@ class ZooHybridConfig(PreTrainedConfig):
         rms_norm_eps: epsilon of every RMSNorm.
         attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
         mlp_bias: bias in the MLP.
-        max_position_embeddings: context that the rotary embedding was made for; of a mixer that has weights for
-            positions ("masked_mixing") those that there are, which no document may exceed.
-        rope_parameters: rotary embedding, as in transformers. Its `partial_rotary_factor` is the part of a head's
-            channels that is turned, the first ones: 1 if not given, 0 for attention without positions.
+        max_position_embeddings: context length that the rotary embedding was made for. For a mixer with weights for
+            positions ("masked_mixing") it is their number, which no document may exceed.
+        rope_parameters: rotary embedding, as in transformers. `partial_rotary_factor` is the share of a head's channels
+            that is rotated, counted from the first: 1 if not given, 0 for attention without positions.
         initializer_range: standard deviation of projections and embedding at initialisation.
     """
 
@@ -76,30 +76,22 @@ class ZooHybridConfig(PreTrainedConfig):
             self.mixer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_types is None:
             self.mlp_types = ["gated"] * self.num_hidden_layers
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}) if "
-                    f"head_dim is not given, got {self.hidden_size}"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        complete_heads(self)
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         for kind in TOKEN_MIXERS:
-            settings = self._given_settings(kind, kwargs)
+            settings = self._read_settings(kind, kwargs)
             if kind in self.mixer_types or kwargs.get(kind) is not None:
                 settings.complete(self)
-                values = dataclasses.asdict(settings)  # lists, as JSON has them
+                values = dataclasses.asdict(settings)  # tuples become lists, as in JSON
                 setattr(self, kind, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
         for kind, row in TOKEN_MIXERS.items():
             for key in (kind, *row.flat):
                 kwargs.pop(key, None)
         super().__post_init__(**kwargs)
 
-    def _given_settings(self, kind: str, given: dict[str, Any]) -> MixerSettings:
-        """The settings of a kind, from those under its name and from its keys of before."""
+    def _read_settings(self, kind: str, given: dict[str, Any]) -> MixerSettings:
+        """Return the settings of a kind, from the mapping under its name and from the older top-level keys."""
         row, nested = TOKEN_MIXERS[kind], given.get(kind)
         if not (nested is None or isinstance(nested, dict)):
             raise ValueError(f"{kind} must be a mapping of settings, got {nested!r}")
@@ -109,26 +101,26 @@ class ZooHybridConfig(PreTrainedConfig):
                 continue
             if name in values and values[name] != given[key]:
                 raise ValueError(
-                    f"{key} must be left out: it is {kind}[{name!r}] now, which is {values[name]!r}; got {given[key]!r}"
+                    f"{key} must be left out, got {given[key]!r}: it is {kind}[{name!r}] now, which is {values[name]!r}"
                 )
             values[name] = given[key]
         known = [field.name for field in dataclasses.fields(row.settings)]  # pyright: ignore[reportArgumentType]
         for name in values:
             if name not in known:
-                raise ValueError(f"{kind}: there is no setting {name!r}; accepted: {', '.join(known) or 'none'}")
+                raise ValueError(f"settings of {kind} must be among {', '.join(known) or 'none'}, got {name!r}")
         try:
             return row.settings(**values)
         except StrictDataclassError as error:
             raise ValueError(f"{kind}: {error.__cause__ or error}") from error
 
     def settings_of(self, kind: str) -> Any:
-        """The settings of a kind of mixer; its defaults, where no block has one."""
+        """Return the settings of a kind of mixer; the defaults if no block has this kind."""
         settings: Any = TOKEN_MIXERS[kind].settings(**(getattr(self, kind, None) or {}))
         settings.complete(self)
         return settings
 
     def changed_settings(self) -> dict[str, dict[str, Any]]:
-        """The settings that differ from their defaults, by kind."""
+        """Return the settings that differ from their defaults, by kind."""
         found: dict[str, dict[str, Any]] = {}
         for kind in TOKEN_MIXERS.keys() & vars(self).keys():
             defaults: Any = TOKEN_MIXERS[kind].settings()
@@ -139,18 +131,18 @@ class ZooHybridConfig(PreTrainedConfig):
         return found
 
     def used_rows(self) -> dict[str, set[str]]:
-        """The rows of tables in the code that a model of this configuration uses: an export leaves the others out."""
+        """Return the rows of tables that a model of this configuration uses; an export leaves out the others."""
         return {"TOKEN_MIXERS": set(self.mixer_types or []) - {"none"}}
 
     @classmethod
     def more_keys(cls) -> list[str]:
-        """The keys beside the fields that a configuration may be given: kinds of mixers, and their keys of before."""
+        """Return the keys that are accepted besides the fields: kinds of mixers and the older top-level keys."""
         flat = {key for row in TOKEN_MIXERS.values() for key in row.flat}
         return [*TOKEN_MIXERS, *sorted(flat)]
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of cache layer of each block."""
+        """Return the kind of cache layer of each block."""
         kinds: dict[str, str] = {}
         for kind in set(self.mixer_types or []) & TOKEN_MIXERS.keys():
             layer = TOKEN_MIXERS[kind].cache_layer
@@ -159,24 +151,24 @@ class ZooHybridConfig(PreTrainedConfig):
 
     @property
     def attention_capacity(self) -> float:
-        """Share of the tokens that the layers which choose tokens are to choose."""
+        """Return the share of the tokens that layers with a gate should select."""
         return self._setting("attention_capacity")
 
     @property
     def router_aux_loss_coef(self) -> float:
-        """Weight of their capacity loss while training."""
+        """Return the weight of their capacity loss in training."""
         return self._setting("router_aux_loss_coef")
 
     @router_aux_loss_coef.setter
     def router_aux_loss_coef(self, value: float) -> None:
-        self._setting("router_aux_loss_coef")  # there is a kind that has it
+        self._setting("router_aux_loss_coef")  # raises if no kind has it
         for kind in TOKEN_MIXERS:
             settings = getattr(self, kind, None) or {}
             if "router_aux_loss_coef" in settings:
                 settings["router_aux_loss_coef"] = value
 
     def _setting(self, name: str) -> Any:
-        """A setting of the first kind that has it."""
+        """Return a setting of the first kind that has it."""
         for kind in TOKEN_MIXERS:
             settings = getattr(self, kind, None) or {}
             if name in settings:
@@ -185,36 +177,30 @@ class ZooHybridConfig(PreTrainedConfig):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether a mixer has weights for `max_position_embeddings` positions, and knows no others."""
+        """Return whether a mixer has weights for `max_position_embeddings` positions only."""
         return any(TOKEN_MIXERS[kind].bounded for kind in set(self.mixer_types or []) - {"none"})
 
     def validate_layer_type(self) -> None:
-        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+        """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
         mixers, mlps = self.mixer_types or [], self.mlp_types or []
-        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-        sizes += ["head_dim"]
+        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers")
+        check_heads(self)
         if "gated" in mlps or self.intermediate_size != 0:
-            sizes.append("intermediate_size")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_sizes(self, "intermediate_size")
         for name, kinds, accepted in (("mixer_types", mixers, (*TOKEN_MIXERS, "none")), ("mlp_types", mlps, MLP_TYPES)):
             if len(kinds) != self.num_hidden_layers:
-                raise ValueError(f"{name} must name {self.num_hidden_layers} mixers, got {len(kinds)}")
+                raise ValueError(
+                    f"{name} must have one entry for each of the {self.num_hidden_layers} blocks, got {len(kinds)}"
+                )
             for index, kind in enumerate(kinds):
                 if kind not in accepted:
                     raise ValueError(f"{name}[{index}] must be one of {', '.join(accepted)}, got {kind!r}")
         for index, kinds in enumerate(zip(mixers, mlps, strict=True)):
             if set(kinds) == {"none"}:
                 raise ValueError(f"mlp_types[{index}] must be 'gated' where mixer_types[{index}] is 'none', got 'none'")
-        if self.num_attention_heads % int(self.num_key_value_heads or 1):
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
-                f"got {self.num_key_value_heads}"
-            )
         if int(self.head_dim or 1) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
         part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)

@@ -8,33 +8,33 @@ from transformers import PreTrainedConfig
 
 @strict
 class ZooMambaConfig(PreTrainedConfig):
-    """Mamba (arXiv 2312.00752). Keys are those of transformers' `MambaConfig`, the defaults its paper's 130M.
+    """Mamba (arXiv 2312.00752). Keys are those of transformers' `MambaConfig`, defaults the 130M size of the paper.
 
     Args:
         vocab_size: V, rows of the embedding.
         hidden_size: D, model width.
         num_hidden_layers: blocks.
         state_size: N, states of an inner channel.
-        expand: E / D, inner over model width.
+        expand: E / D, the inner width over the model width.
         time_step_rank: R, rank of the projection to the step sizes; D / 16, rounded up, if "auto" or not given.
         conv_kernel: K, width of the short convolution, at least 2.
         use_bias: bias in `in_proj` and `out_proj`.
         use_conv_bias: bias in the convolution.
         layer_norm_epsilon: epsilon of the blocks' norms and of the last one.
-        mixer_rms_eps: epsilon of RMSNorms on what `x_proj` gives: the low-rank step sizes, B and C, as in FalconMamba
-            and Jamba. No such norms if not given.
-        mixer_rms_weight: these norms have weights, as Jamba's; FalconMamba's have none.
+        mixer_rms_eps: epsilon of the RMSNorms on the outputs of `x_proj` (low-rank step sizes, B and C), as in
+            FalconMamba and Jamba; no such norms if not given.
+        mixer_rms_weight: give these norms weights, as in Jamba but not in FalconMamba.
         residual_in_fp32: keep the residual stream in float32.
-        bidirectional: every token sees its whole document: each mixer scans it in both directions. An encoder, without
-            a cache and without a causal head.
+        bidirectional: scan every document in both directions, so that a token sees all of it. Such an encoder has no
+            cache and no causal head.
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
-        initializer_range: standard deviation of the embedding at initialisation; the paper's by default. Where the
-            head is tied, it is the head's too, and matters in a short training of a small model: 3 M parameters, 80
+        initializer_range: standard deviation of the embedding at initialisation; the paper's by default. It applies to
+            a tied head as well, and matters in a short training of a small model: 3 M parameters, 80
             steps of 512 tokens, rate 3e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.0125, 0.025,
             0.05, 0.1, 0.2: 5.40, 5.34, 5.39, 6.00, 6.10.
-        num_attention_heads: 1, and nothing else: there are none, but peft's prompt learning divides by their number.
+        num_attention_heads: must be 1. There is no attention, but peft's prompt learning divides by this number.
     """
 
     model_type = "zoo_mamba"
@@ -79,16 +79,16 @@ class ZooMambaConfig(PreTrainedConfig):
 
     @property
     def intermediate_size(self) -> int:
-        """E, the inner width."""
+        """Return E, the inner width."""
         return self.expand * self.hidden_size
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of cache layer of each block."""
+        """Return the kind of cache layer of each block."""
         return ["zoo_recurrent"] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
-        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+        """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
 
     def validate_architecture(self) -> None:
         """Raise ValueError where a size or a bound is out of its range."""
@@ -105,7 +105,7 @@ class ZooMambaConfig(PreTrainedConfig):
         if self.num_attention_heads != 1:
             raise ValueError(f"num_attention_heads must be 1, as there is no attention, got {self.num_attention_heads}")
         if self.mixer_rms_weight and self.mixer_rms_eps is None:
-            raise ValueError("mixer_rms_weight=True needs norms: mixer_rms_eps must be given, got None")
+            raise ValueError("mixer_rms_eps must be given with mixer_rms_weight=True, got None")
         if not 0 < self.time_step_min <= self.time_step_max:
             raise ValueError(
                 f"time_step_min and time_step_max must satisfy 0 < min <= max, got {self.time_step_min} and "

@@ -9,14 +9,14 @@ from transformers import PreTrainedConfig
 
 @strict
 class ZooMamba2Config(PreTrainedConfig):
-    """Mamba-2 (arXiv 2405.21060). Keys are those of transformers' `Mamba2Config`, the defaults its paper's 130M.
+    """Mamba-2 (arXiv 2405.21060). Keys are those of transformers' `Mamba2Config`, defaults the 130M size of the paper.
 
     Args:
         vocab_size: V, rows of the embedding.
         hidden_size: D, model width.
         num_hidden_layers: blocks.
         state_size: N, state channels of a head.
-        expand: E / D, inner over model width.
+        expand: E / D, the inner width over the model width.
         num_heads: H; `expand * hidden_size / head_dim` if not given.
         head_dim: P, width of a head.
         n_groups: G, groups of heads that share B and C; divides H.
@@ -25,17 +25,17 @@ class ZooMamba2Config(PreTrainedConfig):
         use_conv_bias: bias in the convolution.
         layer_norm_epsilon: epsilon of every RMSNorm.
         residual_in_fp32: keep the residual stream in float32.
-        bidirectional: every token sees its whole document: each mixer scans it in both directions. An encoder, without
-            a cache and without a causal head.
+        bidirectional: scan every document in both directions, so that a token sees all of it. Such an encoder has no
+            cache and no causal head.
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
         time_step_limit: range that step sizes are clamped to when the model runs.
-        A_init_bounds: bounds of the decay rate -A at initialisation, which is uniform between them. `A_init_range`, its
-            name in state-spaces' configurations and formerly in ours, is read too. (transformers' shared tests take a
-            field whose name contains `init_range` for a single number.)
-        initializer_range: standard deviation of the embedding at initialisation; the paper's by default. Where the
-            head is tied, it is the head's too, and matters in a short training of a small model: 3 M parameters, 300
+        A_init_bounds: bounds of the decay rate -A at initialisation, which is uniform between them. `A_init_range`, the
+            name in state-spaces' configurations and in our older ones, is read as well. (transformers' shared tests
+            expect a field whose name contains `init_range` to be one number.)
+        initializer_range: standard deviation of the embedding at initialisation; the paper's by default. It applies to
+            a tied head as well, and matters in a short training of a small model: 3 M parameters, 300
             steps of 512 tokens, rate 6e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.025, 0.05, 0.1,
             0.2: 4.82, 4.75, 4.63, 4.91.
     """
@@ -84,16 +84,16 @@ class ZooMamba2Config(PreTrainedConfig):
 
     @property
     def intermediate_size(self) -> int:
-        """E, the inner width."""
+        """Return E, the inner width."""
         return self.expand * self.hidden_size
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of cache layer of each block."""
+        """Return the kind of cache layer of each block."""
         return ["zoo_recurrent"] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
-        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+        """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes contradict each other."""

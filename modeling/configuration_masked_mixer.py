@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .masked_mixing import REPEATS, check_choice, check_position_mixing
+from .mixer import check_heads, check_sizes, complete_heads
 
 ATTENTIONS = ("none", "series", "parallel")
 NORMS = ("layer_norm", "rms_norm")
@@ -25,52 +26,52 @@ def _preset(vocab: int, width: int, layers: int, positions: int, heads: int, mix
 class MaskedMixerConfig(PreTrainedConfig):
     """Masked mixers (arXiv 2409.01482), Toeplitz MLP mixers (2605.06683) and structured recurrent mixers (2605.08696).
 
-    Tokens are mixed by weights that depend on their positions and on no input. Defaults are those of the masked mixer
-    that its paper trains on TinyStories; where a default depends on another field, it is the author's for that model.
+    Tokens are mixed by weights that depend on their positions and not on the input. Defaults are those of the masked
+    mixer that the paper trains on TinyStories; a default that depends on another field is the author's for that model.
 
     Args:
         vocab_size: V, rows of the embedding.
         hidden_size: D, model width.
         num_hidden_layers: blocks.
-        max_position_embeddings: N, positions that there are weights for: no document is longer.
-        mixing: what the (N, N) matrix of a head is, of which the lower triangle is used: "dense", all of it free;
-            "toeplitz", one weight for each distance; "row_repeat", a weight for each source, times a decay to the
-            power of the distance; "column_repeat", the same with a weight for each target; "mixed_repeat", columns in
-            the first half of the heads and rows in the other; "combined_repeat", the sum of a row and a column matrix.
-            The repeats are recurrences with one number for each channel.
+        max_position_embeddings: N, number of positions with weights; no document may be longer.
+        mixing: structure of a head's (N, N) matrix, of which the lower triangle is used: "dense", all weights free;
+            "toeplitz", one weight for each distance; "row_repeat", one weight for each source, times a decay to the
+            power of the distance; "column_repeat", the same with one weight for each target; "mixed_repeat", columns in
+            the first half of the heads and rows in the second; "combined_repeat", the sum of a row and a column matrix.
+            The repeats are recurrences whose state is one number for each channel.
         num_heads: H, heads of the mixing, each with a matrix and `hidden_size / num_heads` channels.
-        kernel_size: k, neighbouring channels of a head that are mixed too, each with a matrix of its own.
-        expanded: mix twice, with the activation of the MLP between. For "dense" and "toeplitz", with `kernel_size=1`,
-            in one direction; such a layer has no mixing matrix.
-        use_projections: a linear layer before and one after the mixing; where there is more than one head if not given.
-        use_decay: a repeat has a learned decay for each head, between 0.9 and 1 to the power of 1 / max(N // 512, 1);
-            without, it is 1.
+        kernel_size: k, number of neighbouring channels of a head that are also mixed, each with its own matrix.
+        expanded: mix twice, with the activation of the MLP in between. Only for "dense" and "toeplitz" with
+            `kernel_size=1`, in one direction; such a layer has no mixing matrix.
+        use_projections: a linear layer before and after the mixing; if not given, only with several heads.
+        use_decay: learn a decay for each head of a repeat, between 0.9 and 1 to the power of 1 / max(N // 512, 1);
+            otherwise it is 1.
         intermediate_size: width of the MLP; `4 * hidden_size` if not given.
-        hidden_act: activation of the MLP; "gelu" of dense mixers without attention, otherwise "silu", if not given.
-        mlp_first: a block has its MLP before its mixing; in others than dense mixers if not given.
-        mlp_type: "plain", or "gated" as in Llama; "gated" with attention if not given.
-        mlp_bias: bias in the MLP; not with attention if not given.
-        norm_type: "layer_norm", or "rms_norm"; "rms_norm" with attention if not given.
+        hidden_act: activation of the MLP; if not given, "gelu" in dense mixers without attention, "silu" in others.
+        mlp_first: put the MLP before the mixing; if not given, in all but dense mixers.
+        mlp_type: "plain", or "gated" as in Llama; if not given, "gated" with attention.
+        mlp_bias: bias in the MLP; if not given, only without attention.
+        norm_type: "layer_norm" or "rms_norm"; if not given, "rms_norm" with attention.
         norm_eps: epsilon of every norm.
-        final_norm: a norm before the head; with attention if not given.
-        attention: "series": x + Attention(norm(x)) before every mixing; "parallel": attention and mixing of the same
-            normed x are added; "none".
+        final_norm: a norm before the head; if not given, only with attention.
+        attention: "series": x + Attention(norm(x)) before every mixing; "parallel": attention and mixing read the same
+            normed x, and both are added; "none".
         num_attention_heads: heads of attention.
-        num_key_value_heads: its key and value heads; `num_attention_heads` if not given.
+        num_key_value_heads: key and value heads of attention; `num_attention_heads` if not given.
         head_dim: width of an attention head; `hidden_size / num_attention_heads` if not given.
         attention_bias: bias in the projections of attention.
-        rope_parameters: its rotary embedding, as in transformers.
-        bidirectional: a second stream mixes what follows a token, and both are added after the last block (an encoder,
-            without a cache and without a causal head). For "dense" and "toeplitz", without attention.
-        lookahead: first following token that the second stream mixes. 1: a token's output knows its whole document,
-            and masked tokens are filled in. 2: it knows all but the next token, which a masked language model then
-            predicts: the author's, which needs no masked tokens.
+        rope_parameters: rotary embedding of attention, as in transformers.
+        bidirectional: add a second stream that mixes the tokens after each token; both are added after the last block.
+            Such an encoder has no cache and no causal head. Only for "dense" and "toeplitz", without attention.
+        lookahead: distance to the first token that the second stream mixes. 1: an output depends on the whole document,
+            and masked tokens are filled in. 2: it depends on all but the next token, which a masked language model then
+            predicts, as in the author's model, which needs no masked tokens.
         pad_mode: "shift": padding is left out and positions count a document's tokens, so that padded, packed and
-            single documents give the same. "as_trained": rows are filled up at their left with `pad_token_id`, and
-            padding is mixed like any token, as checkpoints that were trained so need it; there is no cache and no
-            packing then.
-        context_overflow: what `generate` does where the context is full: "error", or "window": it drops the first half
-            of the context and encodes the rest anew (`window_generation.py`).
+            single documents give the same outputs. "as_trained": rows are padded on the left with `pad_token_id` to
+            the whole context, and padding is mixed like any token, as in the training of such checkpoints; then there
+            is no cache and no packing.
+        context_overflow: behaviour of `generate` when the context is full: "error", or "window": drop the first half of
+            the context and encode the rest again (`windowed_inputs` in `modeling_masked_mixer.py`).
         initializer_range: standard deviation of the embedding at initialisation; linear layers have their own.
     """
 
@@ -144,32 +145,25 @@ class MaskedMixerConfig(PreTrainedConfig):
         for name, value in derived.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if attends and self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"num_attention_heads must divide hidden_size ({self.hidden_size}) if head_dim is not given, "
-                    f"got {self.num_attention_heads}"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        if attends:
+            complete_heads(self)
         if self.pad_mode == "as_trained":
             self.use_cache = False  # a new token moves all others
         super().__post_init__(**kwargs)
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of cache layer of each block."""
+        """Return the kind of cache layer of each block."""
         kind = "state" if self.mixing in REPEATS else "history"
         return [f"zoo_{kind}" if self.attention == "none" else f"zoo_attention_{kind}"] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
-        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+        """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
         check_position_mixing(self, self)
-        for name in ("vocab_size", "num_hidden_layers", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sizes(self, "vocab_size", "num_hidden_layers", "intermediate_size")
         for name, accepted in (
             ("mlp_type", MLPS),
             ("norm_type", NORMS),
@@ -198,28 +192,21 @@ class MaskedMixerConfig(PreTrainedConfig):
                 f"mixing={self.mixing!r}, kernel_size={self.kernel_size} and bidirectional={self.bidirectional}"
             )
         if self.pad_mode == "as_trained" and self.pad_token_id is None:
-            raise ValueError("pad_mode='as_trained' fills rows up with pad_token_id, which must be a token, got None")
+            raise ValueError("pad_token_id must be given with pad_mode='as_trained', which pads rows with it, got None")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id must be None or from 0 to {self.vocab_size - 1}, got {self.pad_token_id}")
         if self.context_overflow == "window":
             self._check_window()
 
     def _check_attention(self) -> None:
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_attention_heads % int(self.num_key_value_heads or 1):
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
-                f"got {self.num_key_value_heads}"
-            )
+        check_heads(self)
         if int(self.head_dim or 0) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
         part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         if part != 1.0:
-            raise ValueError(f"rope_parameters['partial_rotary_factor'] must be 1, heads are turned whole, got {part}")
+            raise ValueError(f"rope_parameters['partial_rotary_factor'] must be 1, heads are rotated whole, got {part}")
         if self.mlp_first:
-            raise ValueError("mlp_first must be False with attention, got True: the MLP is a block's last part there")
+            raise ValueError("mlp_first must be False with attention, where the MLP comes last in a block, got True")
 
     def _check_window(self) -> None:
         if self.attention != "none" or self.pad_mode != "shift":

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 @strict
 class RetrievalMixerConfig(PreTrainedConfig):
-    """The retrieval mixer (arXiv 2409.01482): which of a few texts belongs to a query, by the embeddings of all.
+    """The retrieval mixer (arXiv 2409.01482): scores of a few candidate texts for a query, from embeddings.
 
     Args:
         hidden_size: D, width of the embeddings.

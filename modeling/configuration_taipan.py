@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_mamba2 import ZooMamba2Config
+from .mixer import check_heads, check_sizes, complete_heads
 from .selective_attention import check_selective_attention
 
 FUSIONS = ("convex", "residual")
@@ -15,43 +16,42 @@ FUSIONS = ("convex", "residual")
 class TaipanConfig(PreTrainedConfig):
     """Taipan (arXiv 2410.18572): Mamba-2 blocks, and selective attention after every `sal_every` of them.
 
-    The paper gives the ratio, the window, the capacity and the vocabulary; the sizes of its models, the form of the
-    gate, temperature, heads and the MLP's width are not in it. Defaults are those of the 190M model as inferred from
-    its parameter count, and of the official Mamba-2.
+    The paper gives the ratio, window, capacity and vocabulary, but not the sizes of the models, the form of the gate,
+    its temperature, the heads or the MLP's width. Defaults are those of the 190M model, inferred from its number of
+    parameters, and of the official Mamba-2.
 
     Args:
         vocab_size: V, rows of the embedding.
         hidden_size: D, model width.
         num_hidden_layers: blocks, those of selective attention included.
-        sal_every: Mamba-2 blocks before each block of selective attention; trailing ones have none after them.
-        sal_layer_idx: the blocks of selective attention, if they are to stand elsewhere.
+        sal_every: Mamba-2 blocks before each block of selective attention; an incomplete last group has no attention.
+        sal_layer_idx: indices of the blocks of selective attention, to place them elsewhere.
         num_attention_heads: H, heads of attention; `hidden_size / 64` if not given.
         num_key_value_heads: key and value heads of attention; H if not given.
         head_dim: P, width of an attention head; `hidden_size / num_attention_heads` if not given.
         sliding_window: tokens that a query sees, itself included. There is no positional embedding.
-        attention_capacity: C, share of the tokens that a layer is to choose; in (0, 1]. The loss pulls the rate there,
-            nothing enforces it. It is the rate with the gate's noise, while training; in evaluation, without it, the
-            tokens are chosen that the gate finds more likely chosen than not. A gate that does not yet tell tokens
-            apart then chooses none below a capacity of one half: look at `selection_rate`.
-        gumbel_tau: temperature of the gate's choice while training, positive.
-        router_aux_loss_coef: weight of the capacity loss, added to the loss while training.
-        sal_key_source: "all": a query sees all tokens of its window; "selected": those that were selected themselves,
-            which alone have keys then.
+        attention_capacity: C, share of the tokens that a layer should select; in (0, 1]. The loss pulls the rate to C,
+            but nothing enforces it. C is the rate in training, with the gate's noise. In evaluation, without noise, a
+            token is selected if the gate finds that more likely than not. A gate that does not yet tell tokens apart
+            therefore selects none if C is below one half: look at `selection_rate`.
+        gumbel_tau: temperature of the gate's choice in training, positive.
+        router_aux_loss_coef: weight of the capacity loss, which is added to the loss in training.
+        sal_key_source: "all": a query sees all tokens of its window; "selected": only selected tokens, the others have
+            no keys.
         sal_fusion: "convex": the output of attention replaces a share of the residual stream (equation 5); "residual":
-            it is added to it.
-        sal_dense_training: attend for all tokens while training. The gate's straight-through gradient is then exact;
-            otherwise tokens that pass by give it none. Needs `sal_key_source="all"`.
+            it is added.
+        sal_dense_training: compute attention for all tokens in training. The gate's straight-through gradient is then
+            exact; otherwise tokens that are not selected give it none. Needs `sal_key_source="all"`.
         intermediate_size: width of the MLP of the selective attention blocks; 8/3 `hidden_size`, rounded up to a
             multiple of 256, if not given.
         state_size: N, state channels of a Mamba-2 head.
-        expand: inner over model width of Mamba-2.
+        expand: inner width over model width of Mamba-2.
         mamba_head_dim: width of a Mamba-2 head.
         n_groups: groups of Mamba-2 heads that share B and C.
         conv_kernel: K, width of the short convolution, at least 2.
         rms_norm_eps: epsilon of every RMSNorm.
         residual_in_fp32: keep the residual stream in float32.
-        initializer_range: standard deviation of embedding, attention, gate and MLP at initialisation; Mamba-2 has its
-            own.
+        initializer_range: standard deviation of embedding, attention, gate and MLP at initialisation; not of Mamba-2.
     """
 
     model_type = "taipan"
@@ -96,15 +96,7 @@ class TaipanConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_attention_heads is None:
             self.num_attention_heads = max(self.hidden_size // 64, 1)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"num_attention_heads must divide hidden_size ({self.hidden_size}) if head_dim is not given, "
-                    f"got {self.num_attention_heads}"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        complete_heads(self)
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
         if self.sal_layer_idx is None and self.sal_every > 0:
@@ -113,13 +105,13 @@ class TaipanConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Kind of cache layer of each block."""
+        """Return the kind of cache layer of each block."""
         attends = set(self.sal_layer_idx or [])
         return ["zoo_window" if index in attends else "zoo_recurrent" for index in range(self.num_hidden_layers)]
 
     @property
     def mamba2(self) -> ZooMamba2Config:
-        """Sizes of the Mamba-2 blocks."""
+        """Return the configuration of the Mamba-2 blocks."""
         return ZooMamba2Config(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
@@ -133,43 +125,36 @@ class TaipanConfig(PreTrainedConfig):
         )
 
     def validate_layer_type(self) -> None:
-        """Nothing to check: `layer_types` is derived, and names this project's own cache layers."""
+        """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
 
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
-        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "sal_every", "intermediate_size"]
-        sizes += ["num_attention_heads", "num_key_value_heads", "head_dim", "state_size", "expand", "mamba_head_dim"]
-        for name in [*sizes, "n_groups"]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "sal_every", "intermediate_size")
+        check_sizes(self, "state_size", "expand", "mamba_head_dim", "n_groups")
+        check_heads(self)
         attends = self.sal_layer_idx or []
         if not attends:
             raise ValueError(
-                f"sal_layer_idx must name a block of selective attention, got {attends}; sal_every = {self.sal_every} "
-                f"leaves none among {self.num_hidden_layers} blocks: accepted are sal_every from 1 to "
-                f"{self.num_hidden_layers - 1}, or a list of blocks"
+                f"sal_layer_idx must name a block of selective attention, got {attends}: with sal_every = "
+                f"{self.sal_every} there is none among {self.num_hidden_layers} blocks. Set sal_every to at most "
+                f"{self.num_hidden_layers - 1}, or list the blocks"
             )
         if sorted(set(attends)) != list(attends) or attends[0] < 0 or attends[-1] >= self.num_hidden_layers:
             raise ValueError(
-                f"sal_layer_idx must rise from at least 0 to at most num_hidden_layers - 1 "
+                f"sal_layer_idx must be increasing, from at least 0 to at most num_hidden_layers - 1 "
                 f"({self.num_hidden_layers - 1}), got {attends}"
             )
         if self.sal_fusion not in FUSIONS:
             raise ValueError(f"sal_fusion must be one of {', '.join(FUSIONS)}, got {self.sal_fusion!r}")
         if self.rms_norm_eps <= 0:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
-        if int(self.num_attention_heads or 0) % int(self.num_key_value_heads or 1):
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
-                f"got {self.num_key_value_heads}"
-            )
         check_selective_attention(self)
         if self.expand * self.hidden_size % self.mamba_head_dim:
             raise ValueError(
                 f"mamba_head_dim must divide expand * hidden_size ({self.expand * self.hidden_size}), "
                 f"got {self.mamba_head_dim}"
             )
-        _ = self.mamba2  # checks the rest
+        _ = self.mamba2  # its constructor checks the other sizes
 
 
 __all__ = ["TaipanConfig"]

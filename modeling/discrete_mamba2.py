@@ -1,14 +1,14 @@
-"""Discrete Mamba-2, a state-space mixer without a step size that can start as an attention layer.
+"""Discrete Mamba-2, a state-space mixer without step sizes that can be initialised from an attention layer.
 
-It comes from MOHAWK (arXiv 2408.10189) and its Phi-Mamba (goombalab/phi-mamba@b2e405f, `modules/lm_head.py` and
+Source: Phi-Mamba of MOHAWK (arXiv 2408.10189; goombalab/phi-mamba@b2e405f, `modules/lm_head.py` and
 `modules/mixers/discrete_mamba2.py`): one state-space head per attention head, a scalar decay per token and head without
-a step size, an identity-initialised short convolution without activation, and a gate that starts open.
+a step size, a short convolution without activation that starts as the identity, and a gate that starts open.
 
 Symbols: B batch, L length, D width, H heads, P head width, N state size, K convolution width.
 
-Deviations from Phi-Mamba: the log-decay goes to the op directly instead of through `x / softplus(a)`; the decay
-has a bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and
-`rotary` bring the mixing matrix closer to softmax attention (all off gives Phi-Mamba).
+Deviations from Phi-Mamba: the log-decay is passed to the op directly, not through `x / softplus(a)`; the decay has a
+bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and `rotary` bring the
+mixing matrix closer to softmax attention (without them it is Phi-Mamba's).
 """
 
 import math
@@ -47,9 +47,8 @@ _SMALLEST_ROW_SUM = 1e-6
 class DiscreteMamba2Mixer(nn.Module):
     """Discrete Mamba-2: `h_t = sigmoid(-a_t) h_{t-1} + x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t + z_bias)`.
 
-    With identity convolution, open gate, D = 0 and the projections of an attention layer this is un-normalised
-    linear attention with a decay; with `feature_map="softplus"` and `normalize` it is linear attention with rows
-    that sum to 1.
+    With identity convolution, open gate, D = 0 and the projections of an attention layer this is linear attention with
+    a decay; with `feature_map="softplus"` and `normalize` its rows sum to 1.
     """
 
     float32_parameters = ("dt_bias", "D")
@@ -60,10 +59,10 @@ class DiscreteMamba2Mixer(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, int(config.head_dim or 0)
         self.state_size = int(settings.state_size or 0)
         self.feature_map, self.normalize, self.rotary = settings.feature_map, settings.normalize, settings.rotary
-        inner, maps = self.num_heads * self.head_dim, self.num_heads * self.state_size
+        inner, states = self.num_heads * self.head_dim, self.num_heads * self.state_size
         # rows in the order x, B, C, z, a
-        self.conv_split = [inner, maps, maps]
-        self.split = [inner + 2 * maps, inner, self.num_heads]
+        self.conv_split = [inner, states, states]
+        self.split = [inner + 2 * states, inner, self.num_heads]
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.attention_bias)
         self.conv1d = ShortConvolution(self.split[0], settings.conv_kernel, bias=True)
         self.z_bias = nn.Parameter(torch.empty(inner))
@@ -87,7 +86,7 @@ class DiscreteMamba2Mixer(nn.Module):
         hidden_states = sequence.blank(hidden_states)
         xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx, in_place=single)
-        x, B, C, log_decay = self.maps(xBC, a, sequence)
+        x, B, C, log_decay = self.recurrence_inputs(xBC, a, sequence)
         values = F.pad(x, (0, 1), value=1.0) if self.normalize else x  # the column of ones gives the row sums
         if single:
             y = ssd_log_decay_step(cache.recurrent_state, values[:, 0], log_decay[:, 0], B[:, 0], C[:, 0])[:, None]
@@ -117,19 +116,19 @@ class DiscreteMamba2Mixer(nn.Module):
     @distillation
     @torch.no_grad()
     def set_half_lives(self, half_lives: Tensor) -> None:
-        """Decays that halve the state every (H) half-lives, in tokens, where the input says nothing."""
+        """Set the decays with which each of H heads halves its state in the given number of tokens, for input 0."""
         self.dt_bias.copy_(half_life_to_bias(half_lives))
 
     @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
-        """Start from an attention layer, see `start_from_attention`. Softplus features take keys and queries as they
-        are: the larger its argument, the more softplus tells apart. The gate stays open."""
+        """Start from an attention layer, see `start_from_attention`. With softplus features, queries are not scaled
+        down: larger arguments give sharper features. The gate remains open."""
         query_scale = view.scaling if self.feature_map == "identity" else 1.0
         start_from_attention(self, view, first=0, query_scale=query_scale)
 
-    def maps(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the recurrence reads, from the convolved (B, L, ...) projections and the (B, L, H) decay logits.
+    def recurrence_inputs(self, xBC: Tensor, a: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute the inputs of the recurrence from convolved (B, L, ...) projections and (B, L, H) decay logits.
 
         Returns:
             x (B, L, H, P), B and C (B, L, H, N) with rotary embedding and feature map applied, log-decay (B, L, H)
@@ -149,15 +148,15 @@ class DiscreteMamba2Mixer(nn.Module):
 
     @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
-        """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
+        """Return the (B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
         xBC, _, a = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
-        _, B, C, log_decay = self.maps(xBC, a, sequence)
+        _, B, C, log_decay = self.recurrence_inputs(xBC, a, sequence)
         return self.mixing_matrix(log_decay, B, C, sequence)
 
     @distillation
     def log_decay(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states."""
+        """Return the (B, L, H) log-decays for normed (B, L, D) hidden states."""
         a = self.in_proj(hidden_states)[..., -self.num_heads :]
         return -F.softplus(a.float() + self.dt_bias)
 
@@ -170,7 +169,7 @@ class DiscreteMamba2Mixer(nn.Module):
 
 
 def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
-    """Initialisation of discrete Mamba-2 after its projections have theirs.
+    """Initialise discrete Mamba-2, after its linear layers.
 
     | parameter | value |
     |---|---|
@@ -197,7 +196,7 @@ def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
 @strict
 @dataclass
 class DiscreteMamba2Settings(MixerSettings):
-    """Discrete Mamba-2 in `zoo_hybrid`, which has the heads of attention.
+    """Discrete Mamba-2 in `zoo_hybrid`, with the heads of attention.
 
     Args:
         state_size: N, state channels of a head; the width of an attention head if not given.
@@ -219,7 +218,7 @@ class DiscreteMamba2Settings(MixerSettings):
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
         if self.normalize and self.feature_map == "identity":
-            raise ValueError("normalize=True needs positive features: feature_map must be 'softplus', got 'identity'")
+            raise ValueError("feature_map must be 'softplus' with normalize=True, got 'identity'")
 
     def complete(self, config: Any) -> None:
         if self.state_size is None:
@@ -227,14 +226,14 @@ class DiscreteMamba2Settings(MixerSettings):
 
     def check(self, config: Any) -> None:
         if self.rotary and self.state_size != config.head_dim:
-            raise ValueError(f"rotary needs state_size equal to head_dim ({config.head_dim}), got {self.state_size}")
+            raise ValueError(f"state_size must be head_dim ({config.head_dim}) with rotary=True, got {self.state_size}")
 
 
 def _discrete_mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     if spec.normalize and spec.feature_map == "identity":
         raise ValueError(
-            "student.normalize: got True with feature_map 'identity', whose row sums may be 0 or negative; accepted: "
-            "feature_map 'softplus'"
+            "`student.normalize` must be False with feature_map 'identity', whose row sums may be 0 or negative, got "
+            "True. Set feature_map to 'softplus'"
         )
     names = ("conv_kernel", "feature_map", "normalize", "rotary")
     return {"discrete_mamba2": {"state_size": teacher.head_dim} | {name: getattr(spec, name) for name in names}}
@@ -257,5 +256,5 @@ DISCRETE_MAMBA2 = TokenMixer(
 
 
 def half_life_to_bias(half_life: Tensor) -> Tensor:
-    """The `dt_bias` with which a head that sees no decay input halves its state every `half_life` tokens (> 0)."""
+    """Return the `dt_bias` that halves a head's state every `half_life` tokens (> 0) if its decay input is 0."""
     return inverse_softplus(math.log(2.0) / half_life)

@@ -1,14 +1,14 @@
-"""The code that a checkpoint carries: of the package, what its model and configuration use, in few flat files.
+"""The code that a checkpoint carries: the parts of the package that its model and configuration use, in flat files.
 
-transformers loads remote code from one flat folder and finds a file's companions by their relative import lines. What
-is written there is the package's own code, statement by statement. Four things are done to it:
+transformers loads remote code from one flat folder and finds further files by their relative import lines. The exported
+code consists of the package's own statements, with four changes:
 
-1. Statements are left out that nothing reachable from the model's and the configuration's module names: functions and
+1. Statements that are not reachable from the modules of the model and its configuration are left out: functions and
    classes of other models, reference implementations, rows of a table whose key the configuration does not use.
-2. Everything of `modeling/` but these two modules becomes one file, `zoo_model.py`. Each file of `kernels/` stays one.
-3. Methods marked `@distillation` are left out, which only a distillation in the package calls.
-4. Of the docstring of a class or function the summary stays, of a method or something private nothing. Comments go,
-   and parameters share lines.
+2. All other modules of `modeling/` become one file, `zoo_model.py`. Each file of `kernels/` remains a file.
+3. Methods marked `@distillation`, which only a distillation in the package calls, are left out.
+4. Docstrings of classes and functions are cut to their summary, those of methods and private functions and all comments
+   are removed, and parameters share lines.
 
 This file is not exported itself: a model that was loaded from such a folder saves the code beside it as it is.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from .exported_text import is_used, statement_text, walk
 
 SHARED = "zoo_model.py"
-"""The exported file of all that `modeling/` shares."""
+"""The exported file with the shared code of `modeling/`."""
 
 HEADER = "# Written by ssm-zoo: what this checkpoint uses of the package's code, with shortened docstrings."
 
@@ -35,12 +35,12 @@ class Statement:
     """A statement at the top of a module, with the comments right above it.
 
     Attributes:
-        node: of the parsed module.
-        first: line of its first comment or decorator, from 1.
-        last: its last line, that of the docstring under an assignment included.
-        names: that it binds.
-        attached: names of this module that it changes or registers something with, as a decorator or by assignment to
-            an item or attribute. It goes where they go.
+        node: node of the parsed module.
+        first: line of the first comment or decorator, from 1.
+        last: last line, including a docstring under an assignment.
+        names: names that it binds.
+        attached: names of this module that it changes or registers with, as a decorator or by assignment to an item or
+            attribute. It is exported if they are.
     """
 
     node: ast.stmt
@@ -55,11 +55,11 @@ class Module:
     """A file of the package, parsed.
 
     Attributes:
-        path: of the file.
-        lines: of its text.
-        statements: other than imports, in their order.
+        path: path of the file.
+        lines: lines of the text.
+        statements: statements other than imports, in order.
         imports: local name -> (file of the package, name there).
-        outside: local name -> import of other packages, as a line without the local name.
+        outside: local name -> import of another package, as a line without the local name.
     """
 
     path: Path
@@ -74,20 +74,20 @@ class Module:
 
 
 def collect_code(modules: Iterable[Path], rows: Mapping[str, Set[str]] | None = None) -> dict[str, str]:
-    """The files that a model's code and its configuration's need, by flat file name.
+    """Collect the files that the classes of a model and its configuration need, by flat file name.
 
     Args:
-        modules: the files of the model's class and of the configuration's. What `__all__` names there is exported, or
-            everything.
-        rows: of tables (names of dictionaries written out at the top of a module) the keys that are used; the other
-            entries, and what only they need, are left out.
+        modules: files of the model's class and of the configuration's. The names in `__all__` are exported, or all
+            names if there is none.
+        rows: table -> keys that are used, for tables (dictionary literals at the top of a module); other entries, and
+            what only they need, are left out.
 
     Returns:
-        File name to text, in the order of names.
+        File name -> text, in the order of names.
 
     Raises:
-        ValueError: if a file imports the package in a way that does not survive flattening, if two files share a
-            name, or two different things of `modeling/` do.
+        ValueError: if a file imports the package in a way that flattening breaks, if two files have the same name, or
+            two different objects of `modeling/` do.
     """
     entries = [Path(path) for path in modules]
     kept = _Reach(rows or {})
@@ -107,7 +107,7 @@ def _public_names(path: Path) -> list[str]:
 
 
 class _Reach:
-    """Collects the statements that are needed, of every module that is."""
+    """Collector of the needed statements of all modules."""
 
     def __init__(self, rows: Mapping[str, Set[str]]) -> None:
         self.rows = rows
@@ -119,10 +119,10 @@ class _Reach:
         if path not in self.modules:
             same = [other for other in self.modules if other.name == path.name]
             if same:
-                raise ValueError(f"two files are called {path.name}: {same[0]} and {path}; a Hub folder is flat")
+                raise ValueError(f"{same[0]} and {path} must have different names, as a Hub folder is flat")
             self.modules[path] = module = _parsed(path)
             self.statements[path], self.used[path] = set(), set()
-            # What binds nothing runs when the module is imported: a loop that registers classes, say.
+            # Statements that bind nothing have effects on import, e.g. a loop that registers classes.
             self.take(path, [each for each in module.statements if not each.names and not each.attached])
         return self.modules[path]
 
@@ -144,7 +144,7 @@ class _Reach:
             self.take(path, attached)
 
     def want_registered(self) -> None:
-        """Take the classes of cache layers that are asked for by their `_layer_type`: it stands in what was taken."""
+        """Take the classes of cache layers whose `_layer_type` occurs in the statements taken so far."""
         taken = -1
         while taken != (taken := sum(map(len, self.statements.values()))):
             texts = {text for each in self.statements.values() for statement in each for text in _texts(statement.node)}
@@ -163,7 +163,7 @@ class _Reach:
 
 
 def _mentioned(node: ast.AST, rows: Mapping[str, Set[str]]) -> Iterator[str]:
-    """The names that a statement mentions, also in quoted annotations; of a table only its used rows."""
+    """Yield the names that a statement mentions, including quoted annotations and only used rows of a table."""
     if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         table = next((rows[each.id] for each in targets if isinstance(each, ast.Name) and each.id in rows), None)
@@ -188,7 +188,7 @@ def _texts(node: ast.AST) -> Iterator[str]:
 
 
 def _layer_type(node: ast.stmt) -> str | None:
-    """The name under which a class enters itself into transformers' table of cache layers."""
+    """Return the name under which a class registers itself in transformers' table of cache layers."""
     for each in node.body if isinstance(node, ast.ClassDef) else ():
         if isinstance(each, ast.Assign | ast.AnnAssign) and isinstance(each.value, ast.Constant):
             targets = each.targets if isinstance(each, ast.Assign) else [each.target]
@@ -198,7 +198,7 @@ def _layer_type(node: ast.stmt) -> str | None:
 
 
 def _is_annotation_like(text: str) -> bool:
-    """Whether a string may be an annotation in quotes: names, with brackets, dots and bars between them."""
+    """Return whether a string may be a quoted annotation: names with brackets, dots and bars between them."""
     return bool(re.fullmatch(r"[A-Za-z_][\w.\[\], |]*", text)) and any(letter.isupper() for letter in text)
 
 
@@ -236,7 +236,7 @@ def _first_line(node: ast.stmt, lines: list[str]) -> int:
 
 
 def _bound(node: ast.stmt) -> tuple[set[str], set[str]]:
-    """The names that a statement binds at the top of its module, and those that it changes there."""
+    """Return the names that a statement binds at the top of its module, and those that it changes there."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {node.name}, {name for each in node.decorator_list if (name := _owner(each)) is not None}
     if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
@@ -264,7 +264,7 @@ def _stored(node: ast.AST) -> str | None:
 
 
 def _owner(node: ast.expr) -> str | None:
-    """The name that a chain of attributes, items and calls starts from."""
+    """Return the name at the start of a chain of attributes, items and calls."""
     while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else None
@@ -289,20 +289,23 @@ def _add_import(module: Module, node: ast.Import | ast.ImportFrom) -> None:
 def _check_import(path: Path, node: ast.Import | ast.ImportFrom) -> None:
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
     if any(name.split(".")[0] == "ssm_zoo" for name in names):
-        raise ValueError(f"{path.name}, line {node.lineno}: an exported file must import the package relatively")
+        raise ValueError(
+            f"{path.name}, line {node.lineno}: an exported file must import the package by relative imports"
+        )
     if isinstance(node, ast.ImportFrom) and node.level:
         _file_of(path, node)
 
 
 def _file_of(path: Path, node: ast.ImportFrom) -> Path:
-    """The package's file that a relative import names."""
+    """Return the package's file that a relative import names."""
     parts = (node.module or "").split(".")
     if node.level == 1 and len(parts) == 1 and parts[0]:
         return path.parent / f"{parts[0]}.py"
     if node.level == 2 and len(parts) == 2 and parts[0] == "kernels":
         return path.parent.parent / "kernels" / f"{parts[1]}.py"
     raise ValueError(
-        f"{path.name}, line {node.lineno}: only `from .name import` and `from ..kernels.name import` can be exported"
+        f"{path.name}, line {node.lineno}: a relative import must be `from .name import` or "
+        "`from ..kernels.name import`, as others cannot be exported"
     )
 
 
@@ -316,7 +319,7 @@ def _written(kept: _Reach, entries: list[Path]) -> dict[str, str]:
     files = {path.name: [path] for path in kept.modules if path not in shared}
     if shared:
         if SHARED in files:
-            raise ValueError(f"{SHARED} is the name of the exported file; call the module otherwise")
+            raise ValueError(f"a module must not be called {SHARED}, the name of the exported file. Rename it")
         files[SHARED] = shared
         _check_names(kept, shared)
     home = {path: name for name, paths in files.items() for path in paths}
@@ -324,7 +327,7 @@ def _written(kept: _Reach, entries: list[Path]) -> dict[str, str]:
 
 
 def _in_order(kept: _Reach, paths: list[Path]) -> list[Path]:
-    """Modules in an order in which each comes after those that it imports when it is imported itself."""
+    """Sort modules so that each comes after those that it imports."""
     done: dict[Path, None] = {}
     under_way: list[Path] = []
 
@@ -332,7 +335,7 @@ def _in_order(kept: _Reach, paths: list[Path]) -> list[Path]:
         if path in done:
             return
         if path in under_way:
-            raise ValueError(f"{', '.join(each.name for each in under_way)} import each other")
+            raise ValueError(f"modules must not import each other: {', '.join(each.name for each in under_way)}")
         under_way.append(path)
         module = kept.modules[path]
         for name in sorted(kept.used[path]):
@@ -348,7 +351,7 @@ def _in_order(kept: _Reach, paths: list[Path]) -> list[Path]:
 
 
 def _check_names(kept: _Reach, paths: list[Path]) -> None:
-    """Raise a ValueError if a name means different things in modules that become one file."""
+    """Raise ValueError if a name has different meanings in modules that become one file."""
     meaning: dict[str, tuple[str, Path]] = {}
     for path in paths:
         module = kept.modules[path]
@@ -357,16 +360,16 @@ def _check_names(kept: _Reach, paths: list[Path]) -> None:
             for name in statement.names:
                 other = meaning.setdefault(name, (text, path))
                 if other[0] != text:
-                    raise ValueError(f"{name} of {path.name} and of {other[1].name} differ; rename one of them")
+                    raise ValueError(f"{name} differs in {path.name} and {other[1].name}: rename one")
         for name in kept.used[path]:
             if name in module.outside:
                 text = " ".join(module.outside[name])
                 other = meaning.setdefault(name, (text, path))
                 if other[0] != text:
-                    raise ValueError(f"{name} of {path.name} and of {other[1].name} differ; rename one of them")
+                    raise ValueError(f"{name} differs in {path.name} and {other[1].name}: rename one")
             local, original = name, module.imports.get(name, (path, name))[1]
             if local != original and module.imports[local][0] in paths:
-                raise ValueError(f"{path.name} imports {original} as {local}; use its own name, or rename it")
+                raise ValueError(f"{path.name} must import {original} under its own name, got {local}")
 
 
 def _file(kept: _Reach, name: str, paths: list[Path], home: dict[Path, str]) -> str:
@@ -399,7 +402,7 @@ def _file(kept: _Reach, name: str, paths: list[Path], home: dict[Path, str]) -> 
                 if text not in seen or not statement.names:
                     seen.add(text)
                     body.append(text)
-    doc = kept.modules[paths[0]].doc if len(paths) == 1 else "What the models of ssm-zoo share."
+    doc = kept.modules[paths[0]].doc if len(paths) == 1 else "Code that the models of ssm-zoo share."
     head = [f'{HEADER}\n\n"""{doc}"""']
     plain = sorted(line for line, parts in outside.items() if not parts)
     members = sorted((line, parts) for line, parts in outside.items() if parts)
@@ -419,7 +422,7 @@ def _import_lines(start: str, parts: Set[str]) -> str:
 
 
 def _spaced(statements: list[str]) -> str:
-    """Statements with an empty line around functions and classes, and none between assignments."""
+    """Join statements, with an empty line around functions and classes and none between assignments."""
     text, block_before = "", True
     for statement in statements:
         block = "\n" in statement

@@ -1,4 +1,4 @@
-"""The text of one statement as it is exported: without comments and marked methods, with short docstrings."""
+"""The exported text of a statement: without comments and marked methods, with short docstrings."""
 
 import ast
 import textwrap
@@ -8,7 +8,7 @@ _MARK = "distillation"
 
 
 def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a statement without the methods that are left out."""
+    """Yield the nodes of a statement, without the methods that are left out."""
     pending = [node]
     while pending:
         each = pending.pop()
@@ -32,13 +32,13 @@ def statement_text(
     rows: Mapping[str, Set[str]],
     target: Callable[[ast.ImportFrom], str | None],
 ) -> str:
-    """A statement as it is exported: docstrings shortened, unused rows left out, imports inside of it flattened.
+    """Return the exported text of a statement: docstrings shortened, unused rows removed, inner imports flattened.
 
     Args:
-        lines: of the statement and its docstring, by their numbers.
+        lines: lines of the statement and its docstring, by number.
         statement: the statement.
         rows: see :func:`exported_code.collect_code`.
-        target: the module that a relative import inside of it is to name; None if it is in this one.
+        target: maps a relative import inside the statement to the module to name; None if it is the same module.
     """
     last = max(lines)
     for node in ast.walk(statement):
@@ -88,7 +88,7 @@ def statement_text(
 
 
 def _close_up(lines: dict[int, str], node: ast.stmt) -> None:
-    """Leave out comments, and the empty lines but those before a method or an inner function and those of a text."""
+    """Remove comments and empty lines, except before methods and inner functions and in multi-line strings."""
     texts = {
         number
         for each in ast.walk(node)
@@ -107,7 +107,7 @@ def _close_up(lines: dict[int, str], node: ast.stmt) -> None:
 
 
 def _fill_signature(lines: dict[int, str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-    """Put the parameters of a function beside each other, unless a comment stands between them."""
+    """Put the parameters of a function on shared lines, unless there are comments between them."""
     last = node.body[0].lineno - 1
     while last > node.lineno and lines.get(last, "").lstrip()[:1] in ("", "#"):  # between the signature and the body
         last -= 1
@@ -133,7 +133,7 @@ def _replace(lines: dict[int, str], node: ast.stmt, text: str | None) -> None:
 
 
 def _shorten(lines: dict[int, str], doc: ast.stmt) -> None:
-    """Leave the first sentence or paragraph of a docstring that has more than one line."""
+    """Cut a docstring of several lines to its first paragraph."""
     last = doc.end_lineno or doc.lineno
     if last == doc.lineno or doc.lineno not in lines:
         return

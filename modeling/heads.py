@@ -1,4 +1,4 @@
-"""The heads that all families share: next tokens, labels of a row, labels of tokens, masked tokens.
+"""The heads that all families share: causal and masked language models, sequence and token classification.
 
 Embeddings need no head: `AutoModel` returns the last hidden states, which sentence-transformers' `Pooling` reads.
 
@@ -19,7 +19,7 @@ from ..kernels.tracing import tracing
 from .backbone import ZooModel
 from .cache import CACHE_FIELD, one_cache
 from .layers import as_weight
-from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, tell_of_lost_aux_loss
+from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, warn_of_missing_aux_loss
 from .pretrained import ZooPreTrainedModel, is_bidirectional
 from .token_layout import check_labels
 
@@ -34,16 +34,16 @@ _TABLES = {
 
 
 def enter_class_name(auto_class: str, name: str) -> None:
-    """Put a class into the table of an Auto class, under its own name: there may be several of one model type."""
+    """Register a class for an Auto class under its own name, as a model type may have several classes."""
     _TABLES[auto_class][name] = name
 
 
 class ZooHeadModel(ZooPreTrainedModel):
-    """A family's `backbone_class`, where every head finds it: a checkpoint of one head loads into another."""
+    """Base class of heads, with the backbone under one name, so that a checkpoint of one head loads into another."""
 
     backbone_class: ClassVar[type[ZooModel]]
     loss_name: ClassVar[str]
-    """transformers' name of the loss, which it would guess from the name of the class."""
+    """transformers' name of the loss, which it would otherwise guess from the name of the class."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,12 +56,9 @@ class ZooHeadModel(ZooPreTrainedModel):
         self.backbone = self.backbone_class(config)
 
     def loss(self, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        """() loss of the logits; 0 of an empty batch, of which a mean would be NaN.
+        """Return the () loss of (B, ...) logits and labels; 0 for an empty batch, whose mean would be NaN.
 
-        Args:
-            logits: (B, ...).
-            labels: (B, ...).
-            **kwargs: what transformers' loss takes.
+        `kwargs` are passed to transformers' loss.
         """
         if labels.shape[0] == 0:
             return logits.sum().float()
@@ -84,8 +81,8 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
     def __init__(self, config: PreTrainedConfig) -> None:
         if is_bidirectional(config):
             raise ValueError(
-                "bidirectional: a causal language model needs False, got True: its tokens would see what they predict. "
-                "Load an encoder with AutoModel, AutoModelForMaskedLM or a classification head"
+                "`bidirectional` must be False for a causal language model, got True: tokens would see what they "
+                "predict. Load an encoder with AutoModel, AutoModelForMaskedLM or a classification head"
             )
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -93,12 +90,12 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """The 2-D mask itself: `generate` would make it 4-D for a static cache, and recurrent layers read it too."""
+        """Return the 2-D mask: `generate` would make it 4-D for a static cache, but recurrent layers read it too."""
         return attention_mask
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
-        """As transformers'. Before 5.24 it goes by the name of the class, and calls the cache of one with "mamba" in it
-        `cache_params`, whatever its forward calls it."""
+        """As in transformers. Versions before 5.24 call the cache `cache_params` if the class has "mamba" in its name,
+        whatever its forward calls it."""
         renames = CACHE_FIELD == "past_key_values" and "mamba" in type(self).__name__.lower()
         if renames and "past_key_values" in model_kwargs:
             model_kwargs["cache_params"] = model_kwargs.pop("past_key_values")
@@ -107,9 +104,9 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Never: caches count their columns in Python numbers, and compiled decoding would run anew for every token."""
+        """Return False: caches count columns in Python integers, so that each token would be compiled again."""
         if generation_config.compile_config is not None:
-            logger.warning_once("`compile_config` has no effect: generate runs these models without compiling them")
+            logger.warning_once("`compile_config` has no effect: `generate` does not compile these models")
         return False
 
     def forward(
@@ -137,13 +134,13 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
                 each document's first token to -100, as transformers' padding-free collators do.
             logits_to_keep: compute the logits of that many last positions only (0: all), or of the given
                 positions.
-            **kwargs: `num_items_in_batch` goes to the loss.
+            **kwargs: `num_items_in_batch` is passed to the loss.
 
         Returns:
-            `logits` (B, L or fewer, V) in the head's dtype or, of a quantised one, that of its inputs; `loss`, the
-            cache under transformers' name for it, `hidden_states`, `attentions`; of a model that chooses tokens also
-            `aux_loss`, `router_logits` and `selection_rate` (:class:`ZooModelOutput`), and while training the weighted
-            `aux_loss` in the loss.
+            `logits` (B, L or fewer, V) in the head's dtype (of its inputs if it is quantised); `loss`, the cache under
+            transformers' name for it, `hidden_states`, `attentions`. A model that selects tokens also returns
+            `aux_loss`, `router_logits` and `selection_rate` (:class:`ZooModelOutput`); in training the loss includes
+            the weighted `aux_loss`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
         outputs = self.backbone(
@@ -163,7 +160,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, logits_to_keep]
-        elif logits_to_keep != 0:  # a slice by a variable 0 would leave a traced graph unsure of the length
+        elif logits_to_keep != 0:  # a slice by a variable 0 has an unknown length in a traced graph
             hidden_states = hidden_states[:, -logits_to_keep:]
         logits = self.lm_head(as_weight(self.lm_head, hidden_states))
         loss = None
@@ -173,7 +170,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))
         elif self.training and kwargs.get("num_items_in_batch") is not None:
-            tell_of_lost_aux_loss(outputs, self.config)
+            warn_of_missing_aux_loss(outputs, self.config)
         output = ZooCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -187,13 +184,13 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
 class ZooForSequenceClassification(ZooHeadModel):
     """A linear `score` without bias on the hidden state of each row's last real token.
 
-    Parameter, labels and losses are those of transformers' classification heads on causal models. These look for the
-    last token in the ids alone, and skip a real end-of-text token where padding has the same id; here a mask decides.
+    Parameter, labels and losses are those of transformers' classification heads on causal models. Those find the last
+    token from the ids, and skip a real end-of-text token if padding has the same id; here the mask decides.
     """
 
     auto_class = "AutoModelForSequenceClassification"
     loss_name = "ForSequenceClassification"
-    # To the Trainer: the loss is a mean over the rows of this call, whatever `num_items_in_batch` says.
+    # For the Trainer: the loss is a mean over the rows of this call and does not use `num_items_in_batch`.
     accepts_loss_kwargs = False
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -219,13 +216,12 @@ class ZooForSequenceClassification(ZooHeadModel):
         """Label rows. Arguments as in :meth:`ZooModel.forward`, which `kwargs` go to, and:
 
         Args:
-            attention_mask: (B, past + L), non-zero at real tokens; the last one among the L is read. Without a mask
-                that is the last column, or the last token other than `config.pad_token_id` where that is set.
-            labels: (B) classes; or (B) or (B, num_labels) numbers, for regression; or (B, num_labels) of 0.0 and 1.0,
-                where several labels may hold. `config.problem_type` says which: "single_label_classification",
-                "regression" or "multi_label_classification"; if not set, `num_labels` and the dtype do, as in
-                transformers.
-            use_cache: return a cache, to go on from; only if asked for.
+            attention_mask: (B, past + L), non-zero at real tokens; the last one among the L is read. Without a mask it
+                is the last token other than `config.pad_token_id`, or the last column if that is not set.
+            labels: (B) classes; (B) or (B, num_labels) numbers for regression; or (B, num_labels) of 0.0 and 1.0 for
+                several labels at once. `config.problem_type` selects "single_label_classification", "regression" or
+                "multi_label_classification"; if not set, `num_labels` and the dtype decide, as in transformers.
+            use_cache: return a cache to continue; False by default.
 
         Returns:
             `logits` (B, num_labels) in the head's dtype, `loss`, the cache under transformers' name for it,
@@ -239,8 +235,8 @@ class ZooForSequenceClassification(ZooHeadModel):
             packed = bool((position_ids.diff(dim=1) != 1).any())
         if packed:
             raise ValueError(
-                "a row gets one set of logits, and so must be one document: seq_idx and cu_seqlens must be None and "
-                "position_ids must not restart; pad the documents instead"
+                "seq_idx and cu_seqlens must be None and position_ids must not restart, as a row must be one document "
+                "to get one set of logits. Pad the documents instead"
             )
         outputs = self.backbone(
             input_ids,
@@ -272,7 +268,7 @@ class ZooForSequenceClassification(ZooHeadModel):
         return output if return_dict else output.to_tuple()
 
     def _last_tokens(self, hidden_states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """(B or 1) column of each row's last real token; 0 in a row of padding alone."""
+        """Return the (B or 1) column of each row's last real token; 0 in a row of padding."""
         column = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         if attention_mask is not None:
             real = attention_mask[:, -len(column) :] != 0
@@ -289,7 +285,7 @@ class _ZooTokenHead(ZooHeadModel):
     output_class: type[TokenClassifierOutput] | type[MaskedLMOutput]
 
     def head(self) -> nn.Linear:
-        """The layer."""
+        """Return the linear layer."""
         raise NotImplementedError
 
     def forward(
@@ -308,7 +304,7 @@ class _ZooTokenHead(ZooHeadModel):
 
         Args:
             labels: (B, L) classes or token ids, -100 where there is no loss.
-            **kwargs: `num_items_in_batch` goes to the loss.
+            **kwargs: `num_items_in_batch` is passed to the loss.
 
         Returns:
             `logits` (B, L, num_labels or V) in the head's dtype, `loss`, `hidden_states`, `attentions`.
@@ -328,12 +324,12 @@ class _ZooTokenHead(ZooHeadModel):
         loss = None
         if labels is not None:
             check_labels(labels, logits)
-            sizes = {"config": self.config, "vocab_size": self.config.vocab_size}  # what one or the other loss reads
+            sizes = {"config": self.config, "vocab_size": self.config.vocab_size}  # each is read by one of the losses
             loss = self.loss(logits, labels, **sizes, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels, kwargs.get("num_items_in_batch"))
         elif self.training and kwargs.get("num_items_in_batch") is not None:
-            tell_of_lost_aux_loss(outputs, self.config)
+            warn_of_missing_aux_loss(outputs, self.config)
         output = self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -358,7 +354,7 @@ class ZooForTokenClassification(_ZooTokenHead):
 
 
 class ZooForMaskedLM(_ZooTokenHead):
-    """A vocabulary for every token of a bidirectional backbone: what an encoder is pretrained with."""
+    """A masked-language-modelling head over a bidirectional backbone, to pretrain encoders."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     output_class = MaskedLMOutput
@@ -368,8 +364,8 @@ class ZooForMaskedLM(_ZooTokenHead):
     def __init__(self, config: PreTrainedConfig) -> None:
         if not is_bidirectional(config):
             raise ValueError(
-                "bidirectional: a masked language model needs True, got False: a token that sees nothing ahead cannot "
-                "fill a gap. Load a causal model with AutoModelForCausalLM"
+                "`bidirectional` must be True for a masked language model, got False: a token that does not see later "
+                "ones cannot fill a gap. Load a causal model with AutoModelForCausalLM"
             )
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

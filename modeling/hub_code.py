@@ -1,6 +1,6 @@
-"""What goes to the Hub with a checkpoint: the code that its model needs, the licence of the code; the upload.
+"""Files that accompany a checkpoint on the Hub (code of the model, licence of the code), and the upload.
 
-The package's own: a model that was loaded from exported code is saved with that code by transformers.
+Only the package uses this module: a model loaded from exported code is saved with that code by transformers.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def code_of(model: Any) -> dict[str, str]:
-    """The code that loads a model without this package, by file name; see :mod:`exported_code`."""
+    """Return the code that loads a model without this package, by file name; see :mod:`exported_code`."""
     modules = (model.own_class().__module__, type(model.config).__module__)
     rows = getattr(model.config, "used_rows", dict)()
     return collect_code([Path(str(sys.modules[name].__file__)) for name in modules], rows)
@@ -36,7 +36,7 @@ def write_code(folder: Path, model: Any) -> None:
 
 
 def code_licence() -> str | None:
-    """Text of the licence file of the repository, or of the installed distribution; None where neither is."""
+    """Return the licence of the repository or of the installed distribution; None if there is neither."""
     repository = Path(__file__).resolve().parents[1] / "LICENSE"
     if repository.is_file():
         return repository.read_text(encoding="utf-8")
@@ -60,21 +60,21 @@ def upload(
     tags: list[str] | None = None,
     replace: bool = False,
 ) -> str:
-    """Upload `folder` to a model repository, made if it does not exist. A card that the repository has is kept.
+    """Upload `folder` to a model repository, which is created if necessary. A card that the repository has is kept.
 
-    See :mod:`hub_upload` for what is sent, and what of the repository is removed.
+    :mod:`hub_upload` defines which files are sent and which are removed.
 
     Args:
-        replace: also remove what no upload of ours wrote, where loading the repository might take it instead.
+        replace: also remove files that no upload of ours wrote and that might be loaded instead of the new ones.
 
     Returns:
-        Address of the commit.
+        URL of the commit.
 
     Raises:
-        ValueError: if the folder cannot be sent, or something had to be removed that only `replace` allows.
+        ValueError: if the folder cannot be sent, or files would have to be removed that only `replace` allows.
     """
     check_base(folder)
-    files_to_send(folder)  # whatever is wrong with the folder: before a repository is made
+    files_to_send(folder)  # raises for a bad folder before a repository is created
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -87,8 +87,8 @@ def upload(
     plan = plan_upload(api, folder, repo_id, revision=revision, keep_card=True, token=token)
     if plan.not_ours and not replace:
         raise ValueError(
-            f"{repo_id} holds files that would have to go and that no upload of this kind wrote: "
-            f"{', '.join(plan.not_ours)}; remove them, or give replace=True"
+            f"{repo_id} holds files that would have to be removed and that no upload of this kind wrote: "
+            f"{', '.join(plan.not_ours)}. Remove them, or pass replace=True"
         )
     if plan.left_out:
         logger.warning("not sent: %s", ", ".join(plan.left_out))

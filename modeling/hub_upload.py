@@ -1,8 +1,8 @@
-"""The upload of a folder to a model repository: what of it is sent, and what of earlier uploads has to go.
+"""The upload of a folder to a model repository: which files are sent, and which files of the repository are removed.
 
-Sent is what a list of names allows, without links and hidden files. A repository holds a record of what uploads of ours
-wrote, by digest: what is left of it is replaced without a question. Anything else that loading the repository might
-take instead of what is sent is removed on request only.
+Only files with known names are sent, no links and no hidden files. The repository holds a record of the files that our
+uploads wrote, with digests; these are replaced without asking. Other files that might be loaded instead of the new ones
+are removed only on request.
 """
 
 import ast
@@ -19,7 +19,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.hf_api import RepoFile
 
 RECORD = ".ssm-zoo.json"
-"""The file of a repository that says what uploads of ours wrote."""
+"""File of a repository that records what our uploads wrote."""
 
 LICENCES = r"(LICEN[CS]E|NOTICE|COPYING)([-_.][\w-]+)*?(\.(txt|md|rst))?"
 """Names of licence files, as a regular expression."""
@@ -40,7 +40,7 @@ TOKENIZER = "|".join(
         r"additional_chat_templates/[\w-]+\.jinja",
     )
 )
-"""Names of a tokenizer's files, as a regular expression. All of them are data."""
+"""Names of a tokenizer's files, as a regular expression. None of them is code."""
 
 CARD = r"README\.md|plots/[\w-]+\.png"
 """Names of a card and its pictures, as a regular expression."""
@@ -58,27 +58,27 @@ _MODEL = "|".join(
         r"\d+_\w+/(config\.json|model\.safetensors)",
     )
 )
-# What transformers or peft might load in place of what is sent: an old model.safetensors comes before new shards, an
-# adapter's configuration before that of the model beside it.
+# Files that transformers or peft might load instead of the new ones: an old model.safetensors takes precedence over new
+# shards, an adapter's configuration over that of the model beside it.
 _LOADED = r"[^/]*\.safetensors|[^/]*\.safetensors\.index\.json|adapter_config\.json|adapter_model\.bin"
 _CODE = re.compile(r".*\.(py|pyc|pyd|so|dll|sh|pkl|pickle|pt|pth|bin|ckpt)", re.IGNORECASE | re.DOTALL)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Never removed: the Hub's own file, and a card that somebody may have gone on writing.
-_STAYS = {".gitattributes", "README.md", RECORD}
+# The Hub's own file, a card that somebody may have edited, and the record.
+_NEVER_REMOVED = {".gitattributes", "README.md", RECORD}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an upload would do.
+    """The plan of an upload.
 
     Attributes:
-        repo_id: where to.
-        commit: of the repository that it starts from.
-        folder: what is sent from.
+        repo_id: target repository.
+        commit: commit of the repository that the plan is based on.
+        folder: source folder.
         sent: paths in the folder, with slashes.
-        left_out: what is in the folder and not sent; of a folder that is left out as a whole, its name and a slash.
-        removed: what uploads of ours left in the repository.
-        not_ours: what would have to be removed, too, and is not ours or is another kind of thing.
+        left_out: files of the folder that are not sent; folders that are left out as a whole end in a slash.
+        removed: files of the repository that our earlier uploads wrote.
+        not_ours: further files that would have to be removed, not written by us or of another kind of upload.
     """
 
     repo_id: str
@@ -91,17 +91,17 @@ class Plan:
 
 
 def is_named(name: str, *expressions: str) -> bool:
-    """Whether a path in a folder, with slashes, is one of those that regular expressions name. Code never is."""
+    """Return whether a path, with slashes, matches one of the regular expressions and is not code."""
     return any(re.fullmatch(each, name) for each in expressions) and not _CODE.fullmatch(name)
 
 
 def files_to_send(folder: Path) -> tuple[list[str], list[str]]:
-    """The paths in a folder that are sent, and those that are not.
+    """Return the paths in a folder that are sent, and those that are not.
 
-    Sent are weights, configurations, tokenizer, card, plots, licences, and the code that the configurations name.
+    Weights, configurations, tokenizer, card, plots, licences and the code that the configurations name are sent.
 
     Raises:
-        ValueError: if one of them is a link, or the code is not whole.
+        ValueError: if one of them is a link, or a file of the code is missing.
     """
     code = set(code_of(folder))
     sent, left_out = [], []
@@ -111,7 +111,7 @@ def files_to_send(folder: Path) -> tuple[list[str], list[str]]:
             path = (here / name).as_posix()
             holds = any(is_named(f"{path}/{each}", CARD, TOKENIZER, _MODEL) for each in os.listdir(folder / path))
             if holds and (folder / path).is_symlink():
-                raise ValueError(f"{path} of {folder.name} is a link; put the folder itself in its place")
+                raise ValueError(f"{path} of {folder.name} must be a folder, got a link to one")
             if not holds:
                 left_out.append(f"{path}/")
                 folders.remove(name)
@@ -120,17 +120,17 @@ def files_to_send(folder: Path) -> tuple[list[str], list[str]]:
             if path not in code and not is_named(path, LICENCES, TOKENIZER, CARD, _MODEL):
                 left_out.append(path)
             elif (folder / path).is_symlink() or not (folder / path).is_file():
-                raise ValueError(f"{path} of {folder.name} is a link or no file; put the file itself in its place")
+                raise ValueError(f"{path} of {folder.name} must be a regular file, got a link or a special file")
             else:
                 sent.append(path)
     return sorted(sent), sorted(left_out)
 
 
 def code_of(folder: Path) -> list[str]:
-    """The files of the code that the configurations of a folder name, with what they import from beside themselves.
+    """Return the code files that the configurations of a folder name, and the files that these import.
 
     Raises:
-        ValueError: if one is missing or cannot be read, or the code is another repository's.
+        ValueError: if one is missing or cannot be read, or the code belongs to another repository.
     """
     pending = list(_named_modules(folder))
     found: dict[str, None] = {}
@@ -141,11 +141,11 @@ def code_of(folder: Path) -> list[str]:
             continue
         found[name] = None
         if not re.fullmatch(r"\w+", module) or not (folder / name).is_file():
-            raise ValueError(f"{why}, but there is no {name} in {folder.name}; write the folder with export")
+            raise ValueError(f"{why}, but there is no {name} in {folder.name}. Write the folder with `ssm-zoo export`")
         try:
             tree = ast.parse((folder / name).read_text(encoding="utf-8"))
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{name} of {folder.name} is not Python code ({error})") from None
+            raise ValueError(f"{name} of {folder.name} must be Python code: {error}") from None
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
                 dots = "." * (node.level - 1)
@@ -155,7 +155,7 @@ def code_of(folder: Path) -> list[str]:
 
 
 def _named_modules(folder: Path) -> Iterator[tuple[str, str]]:
-    """The modules that `auto_map`s name, each with who says so."""
+    """Yield the modules that `auto_map`s name, each with the file and entry that name it."""
     for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
         values = _object(folder / file) if (folder / file).is_file() else {}
         auto_map = values.get("auto_map")
@@ -166,14 +166,14 @@ def _named_modules(folder: Path) -> Iterator[tuple[str, str]]:
                     continue
                 if "--" in str(reference):
                     raise ValueError(
-                        f"{file} of {folder.name} takes its code from another repository ({reference}), which may "
-                        "change or go; write the folder with export"
+                        f"{file} of {folder.name} must not take its code from another repository, which may change, "
+                        f"got {reference}. Write the folder with `ssm-zoo export`"
                     )
                 yield str(reference).rpartition(".")[0], f"{file} names {reference}"
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Read the object in a JSON file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -191,7 +191,7 @@ def check_base(folder: Path) -> None:
         if not isinstance(base, str) or not _HUB_ID.fullmatch(base) or Path(base).exists():
             raise ValueError(
                 "adapter_config.json: `base_model_name_or_path` must be the Hub id OWNER/NAME of the base model, got "
-                f"{base!r}, which others cannot load; push the base first, then name it here"
+                f"{base!r}, which others cannot load. Push the base model first, then name it here"
             )
 
 
@@ -204,15 +204,15 @@ def plan_upload(
     keep_card: bool = False,
     token: bool | str | None = None,
 ) -> Plan:
-    """Find out what an upload to a repository that exists would do; nothing is written.
+    """Plan an upload to an existing repository, without writing anything.
 
     Args:
         api: client of the Hub.
-        folder: to be sent.
-        repo_id: where to.
-        revision: branch; the default one if not given.
-        keep_card: leave a README.md that the repository has.
-        token: of the user.
+        folder: source folder.
+        repo_id: target repository.
+        revision: branch; the default branch if not given.
+        keep_card: keep a README.md that the repository has.
+        token: token of the user.
 
     Raises:
         ValueError: if the folder cannot be sent; see :func:`files_to_send` and :func:`check_base`.
@@ -227,12 +227,12 @@ def plan_upload(
         record = _read_record(Path(api.hf_hub_download(repo_id, RECORD, revision=commit, token=token)))
     if keep_card and "README.md" in there:
         sent = [name for name in sent if name != "README.md"]
-    old = there.keys() - {*sent, *_STAYS}
+    old = there.keys() - {*sent, *_NEVER_REMOVED}
     ours = {name for name in old if _is_recorded(there[name], record.get("files", {}).get(name))}
     kind = _kind(sent)
     loaded = rf"{_LOADED}|config\.json" if kind == "adapter" else _LOADED
     not_ours = {name for name in old - ours if re.fullmatch(loaded, name)}
-    if record.get("kind", kind) != kind:  # an adapter over a model, or the other way round, may well be a mistake
+    if record.get("kind", kind) != kind:  # replacing a model by an adapter, or an adapter by a model, may be a mistake
         not_ours |= ours
         ours = set()
     first = sorted(not_ours, key=lambda name: (re.fullmatch(loaded, name) is None, name))
@@ -249,10 +249,7 @@ def carry_out(
     create_pr: bool = False,
     token: bool | str | None = None,
 ) -> CommitInfo:
-    """Send what is planned, and remove all that it says, in one commit.
-
-    The Hub refuses if somebody has committed since the plan was made.
-    """
+    """Carry out a plan in one commit. The Hub refuses it if there are newer commits than the plan's."""
     files = {name: _digests(plan.folder / name) for name in plan.sent}
     record = {"format": 1, "kind": _kind(plan.sent), "files": files}
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
@@ -277,7 +274,7 @@ def _kind(names: list[str]) -> str:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """The record of a repository. One that cannot be read tells of nothing, so that everything has to be asked for."""
+    """Read the record of a repository; an unreadable record is empty, so that every removal needs consent."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -287,14 +284,14 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _is_recorded(file: RepoFile, digests: Any) -> bool:
-    """Whether a file of a repository is what the record says: nobody has put another one in its place since."""
+    """Return whether a file of a repository is the recorded one, not replaced since."""
     if not isinstance(digests, dict):
         return False
     return file.lfs.sha256 == digests.get("sha256") if file.lfs else file.blob_id == digests.get("git")
 
 
 def _digests(path: Path) -> dict[str, str]:
-    """How the Hub knows a file: by its SHA-256 in LFS, by git's own hash otherwise."""
+    """Return the hashes by which the Hub identifies a file: SHA-256 in LFS, git's own hash otherwise."""
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(2**20):

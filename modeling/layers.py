@@ -1,4 +1,4 @@
-"""Layers that several families share: norms, MLPs, rotary positions, short convolution, first values.
+"""Layers that several families share: norms, MLPs, rotary positions, short convolution, initialisation.
 
 Symbols: B batch, L length, D width, K convolution width, P head width, R rotated channels.
 """
@@ -23,10 +23,10 @@ _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_weight(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The states in the dtype of a layer's weight, where the layer computes in that.
+    """Cast the states to the dtype of a layer's weight, if the layer computes in that dtype.
 
-    A quantised layer does not: its weight holds integers or 8-bit floats, or `weight` is a method, and it takes the
-    model's own dtype. Neither does one without a weight.
+    A quantised layer does not: its weight holds integers or 8-bit floats, or is a method, and it takes the model's
+    dtype.
     """
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype != hidden_states.dtype and weight.dtype in _COMPUTED_IN:
@@ -35,13 +35,12 @@ def as_weight(layer: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, with NaN where the variance of a token overflows: divided by infinity its states would be zeros, and
-    what is computed from zeros looks healthy."""
+    """torch's LayerNorm, except that a token whose variance overflows becomes NaN, not zeros that look healthy."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) normed."""
         y, _, reciprocal = torch.native_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        # 0 * (r / r) is 0, and NaN where r is 0: one operation, as every step of decoding does this several times.
+        # 0 * (r / r) is NaN where r is 0 and 0 elsewhere; a single operation, as each decoding step repeats it.
         reciprocal = reciprocal.detach()
         return y.addcdiv_(reciprocal, reciprocal, value=0)
 
@@ -74,7 +73,7 @@ class RMSNorm(nn.Module):
 
 
 def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The (..., D) hidden states through a norm, in the dtype of its weight."""
+    """Apply a norm to (..., D) hidden states, in the dtype of its weight."""
     return norm(as_weight(norm, hidden_states))
 
 
@@ -106,7 +105,7 @@ class PlainMLP(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R of P channels, halves against each other (arXiv 2104.09864; Llama's order of channels).
+    """Rotate the first R of P channels (arXiv 2104.09864; halves are paired, as in Llama).
 
     Args:
         x: (..., P) queries or keys.
@@ -114,20 +113,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin: (..., R) sines.
 
     Returns:
-        (..., P) in the dtype of `x`, which the tables may be wider than (under autocast, or where FSDP casts the
-        inputs of a block).
+        (..., P) in the dtype of `x`; the tables may be wider (under autocast, or where FSDP casts a block's inputs).
     """
-    turned = cos.shape[-1]
-    part = x[..., :turned]
+    rotated = cos.shape[-1]
+    part = x[..., :rotated]
     part = (part * cos + rotate_half(part) * sin).to(x.dtype)
-    return part if turned == x.shape[-1] else torch.cat([part, x[..., turned:]], dim=-1)
+    return part if rotated == x.shape[-1] else torch.cat([part, x[..., rotated:]], dim=-1)
 
 
 def llama_rope_parameters(config: Any) -> dict[str, Any]:
-    """The `rope_parameters` of a Llama configuration, as transformers' Llama reads them, for one of ours.
+    """Return the `rope_parameters` of a Llama configuration with the values that transformers' Llama derives.
 
-    Without a scaling it turns whole heads, whatever `partial_rotary_factor` says. The two scalings whose factor may be
-    left open take it from `max_position_embeddings`, which may be another number in ours.
+    Without a scaling, Llama ignores `partial_rotary_factor`. The two scalings whose factor may be missing derive it
+    from `max_position_embeddings`, which may be another number in our configuration.
     """
     given = dict(config.rope_parameters)
     if given["rope_type"] == "default":
@@ -138,9 +136,9 @@ def llama_rope_parameters(config: Any) -> dict[str, Any]:
 
 
 class ShortConvolution(nn.Conv1d):
-    """A causal depthwise convolution: PyTorch's parameters, our op.
+    """A causal depthwise convolution with PyTorch's parameters and our op.
 
-    A module that is called, so that hooks on it (offloading, say) see every use of its weights.
+    It is called as a module, so that hooks (e.g. of offloading) see every use of its weights.
     """
 
     def __init__(self, channels: int, width: int, *, bias: bool, activation: str | None = None) -> None:
@@ -154,9 +152,9 @@ class ShortConvolution(nn.Conv1d):
 
         Args:
             x: (B, L, D) inputs.
-            state: (B, D, K-1) the inputs before them.
+            state: (B, D, K-1) the previous inputs.
             seq_idx: (B, L) document of each token, negative at padding.
-            in_place: update `state`, which is then needed, in place; L must be 1 and `seq_idx` None.
+            in_place: update `state`, which must be given, in place; L must be 1 and `seq_idx` None.
 
         Returns:
             (B, L, D) outputs and the (B, D, K-1) state after them.
@@ -179,7 +177,7 @@ class ShortConvolution(nn.Conv1d):
 
 
 def init_short_convolution(convolution: ShortConvolution) -> None:
-    """PyTorch's default, U(+-1 / sqrt(K)), for weight and bias."""
+    """Initialise weight and bias with PyTorch's default, U(+-1 / sqrt(K))."""
     bound = convolution.kernel_size[0] ** -0.5
     init.uniform_(convolution.weight, -bound, bound)
     if convolution.bias is not None:
@@ -187,7 +185,7 @@ def init_short_convolution(convolution: ShortConvolution) -> None:
 
 
 def init_linear(layer: nn.Linear) -> None:
-    """PyTorch's own initialisation of a linear layer: U(+-1 / sqrt(fan in)), bias too."""
+    """Initialise weight and bias of a linear layer with PyTorch's default, U(+-1 / sqrt(fan in))."""
     bound = layer.in_features**-0.5
     init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
@@ -195,14 +193,14 @@ def init_linear(layer: nn.Linear) -> None:
 
 
 def init_linear_normal(layer: nn.Linear) -> None:
-    """Kaiming's normal initialisation of a linear layer, as of the authors' Toeplitz and recurrent mixers; bias 0."""
+    """Initialise a linear layer with Kaiming's normal, bias 0, as in the authors' Toeplitz and recurrent mixers."""
     init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
     if layer.bias is not None:
         init.zeros_(layer.bias)
 
 
 def inverse_softplus(x: Tensor) -> Tensor:
-    """The y with softplus(y) = x, for x > 0, exact for small x too."""
+    """Return y with softplus(y) = x, for x > 0; exact for small x too."""
     return x + torch.log(-torch.expm1(-x))
 
 

@@ -1,6 +1,6 @@
-"""Masked mixing by its settings: which position mixer they name, what they may be, and the row of the table.
+"""Masked mixing: settings, their checks, the choice of a position mixer, and the row of the table of mixers.
 
-`masked_mixer` and the blocks of `zoo_hybrid` share the mixers of `position_mixers.py`, by settings of the same names.
+`masked_mixer` and `zoo_hybrid` share the mixers of `position_mixers.py`, with settings of the same names.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,7 @@ REPEATS = MIXINGS[2:]
 
 
 def make_position_mixer(config: Any, settings: Any, layer_idx: int, diagonal: int = 0) -> PositionMixer:
-    """The mixer that `settings` name, for a model of the sizes in `config`; of tokens from `diagonal` before a position
-    on."""
+    """Build the mixer that `settings` describe for the sizes in `config`; it sees tokens at least `diagonal` before."""
     sizes = (layer_idx, config.hidden_size, config.max_position_embeddings)
     options: dict[str, Any] = {
         "heads": settings.num_heads,
@@ -38,7 +37,7 @@ def check_choice(name: str, value: Any, accepted: tuple[str, ...]) -> None:
 
 
 def check_position_mixing(config: Any, settings: Any) -> None:
-    """Raise ValueError where the settings of position mixing are out of range or do not fit a model's sizes."""
+    """Raise ValueError where the settings of position mixing are out of range or do not fit the model's sizes."""
     check_sizes(config, "hidden_size", "max_position_embeddings")
     check_sizes(settings, "num_heads", "kernel_size")
     check_choice("mixing", settings.mixing, MIXINGS)
@@ -55,7 +54,7 @@ def check_position_mixing(config: Any, settings: Any) -> None:
 @strict
 @dataclass
 class MaskedMixingSettings(MixerSettings):
-    """Masked mixing in `zoo_hybrid`, by the keys of `MaskedMixerConfig`, which explains them."""
+    """Masked mixing in `zoo_hybrid`. `MaskedMixerConfig` explains the keys."""
 
     mixing: str = "dense"
     num_heads: int = 1
@@ -75,14 +74,14 @@ def _masked_mixing_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     inner = teacher.num_attention_heads * teacher.head_dim
     if inner != teacher.hidden_size:
         raise ValueError(
-            f"student.mixer: 'masked_mixing' needs heads * head_dim ({inner}) to be the teacher's hidden_size "
-            f"({teacher.hidden_size}); accepted here: 'discrete_mamba2', 'sliding_attention'"
+            f"`student.mixer` must be 'discrete_mamba2' or 'sliding_attention' for this teacher, got 'masked_mixing', "
+            f"which needs heads * head_dim ({inner}) to be the teacher's hidden_size ({teacher.hidden_size})"
         )
     longest = teacher.max_position_embeddings
     if teacher.rope_parameters["rope_type"] == "dynamic" and spec.positions > longest:
         raise ValueError(
-            f"student.positions: must be at most {longest}, the teacher's max_position_embeddings, beyond which its "
-            f"'dynamic' rotary embedding changes; got {spec.positions}"
+            f"`student.positions` must be at most {longest}, the teacher's max_position_embeddings, beyond which its "
+            f"'dynamic' rotary embedding changes, got {spec.positions}"
         )
     sizes = {"num_heads": teacher.num_attention_heads, "use_projections": True}
     return {"masked_mixing": sizes, "max_position_embeddings": spec.positions}

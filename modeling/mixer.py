@@ -1,31 +1,31 @@
-"""What a token mixer is: the row that the table of mixers has of it, its parameters in float32, its first values.
+"""The interface of token mixers: rows of the table of mixers, parameters in float32, initialisation.
 
-A mixer is a module that is called as `mixer(hidden_states, sequence, past_key_values, output_attentions)`, with normed
-(B, L, D) states, and returns (B, L, D) and its (B, H, L, past + L) mixing matrix or None; one that chooses tokens also
-its (B, L, 2) scores and (B, L) decisions. What else it can do, it says by having it:
+A mixer is a module that is called as `mixer(hidden_states, sequence, past_key_values, output_attentions)` with normed
+(B, L, D) states. It returns (B, L, D) and its (B, H, L, past + L) mixing matrix or None; a mixer that selects tokens
+also returns its (B, L, 2) scores and (B, L) decisions. These attributes are optional:
 
 | attribute | meaning |
 |---|---|
 | `initialise()` | sets the first values of its parameters, after its linear layers have transformers' |
-| `float32_parameters` | names of the parameters that stay in float32 |
+| `float32_parameters` | names of the parameters that are kept in float32 |
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
 | `start_from(view)` | copies an attention layer's projections, an `AttentionView` of `distill/teacher.py` |
 | `set_half_lives(half_lives)` | gives each of `num_heads` heads a half-life in tokens, (H) |
 | `set_average_attention(matrix)` | takes the (H, N, N) mean attention of a layer for its weights |
 | `out_proj` | a linear layer over `num_heads` heads, which calibration may fit |
 
-Decay rates, step sizes and skips act over the whole length of a text, or are moved by steps that bfloat16 rounds away:
-with 8 bits an update below 0.4 % of a value is lost. So they are float32 however a model comes about with
-`dtype=torch.bfloat16` or `torch.float16`: by `from_pretrained`, `from_config`, or its class under such a default dtype.
+Decay rates, step sizes and skips act over the whole length of a text, and their updates are small: with the 8 bits of
+bfloat16 an update below 0.4 % of a value is lost. They are therefore float32 in every model that is made with
+`dtype=torch.bfloat16` or `torch.float16`, by `from_pretrained`, by `from_config`, or under such a default dtype.
 
-A cast of a finished model, `model.to(dtype)` or `.half()`, is a cast of all its parameters, as of every PyTorch module
-and in transformers. A warning says what it costs.
+A cast of a finished model, `model.to(dtype)` or `.half()`, casts all its parameters, as in every PyTorch module and in
+transformers. A warning says what is lost.
 
-FSDP needs one dtype in each unit: FSDP1 of all its parameters, FSDP2 of those that are trained. Both give it to a model
-without being asked, with the same warning. In a process that `accelerate launch` started for FSDP, or in which an
-Accelerator with an FSDP plugin exists, a model takes the dtype it is loaded in throughout. A model that exists before,
-as under `torchrun` with transformers' Trainer, takes it when it is sharded. Under mixed precision accelerate then keeps
-the trained parameters in float32.
+FSDP needs one dtype in each unit: FSDP1 for all parameters, FSDP2 for those that are trained. A model takes this dtype
+automatically, with the same warning. In a process that `accelerate launch` started for FSDP, or that has an Accelerator
+with an FSDP plugin, all parameters have the dtype that the model is loaded in. A model that was made before, as under
+`torchrun` with transformers' Trainer, takes it when it is sharded. Under mixed precision accelerate then keeps the
+trained parameters in float32.
 """
 
 import os
@@ -45,10 +45,10 @@ LOAD_IN_FLOAT32 = "load the model in float32, with mixed precision, to keep them
 
 @dataclass
 class MixerSettings:
-    """The settings of a kind of mixer in `zoo_hybrid`: a strict dataclass, which checks itself, derives from this."""
+    """Base class of the settings of a kind of mixer in `zoo_hybrid`, which are strict dataclasses."""
 
     def complete(self, config: Any) -> None:
-        """Fill in what was not given and depends on the sizes of the model."""
+        """Fill in defaults that depend on the sizes of the model."""
 
     def check(self, config: Any) -> None:
         """Raise ValueError where the settings contradict the sizes of the model."""
@@ -56,13 +56,13 @@ class MixerSettings:
 
 @dataclass(frozen=True)
 class FromAttention:
-    """How distillation puts a kind of mixer in the place of an attention layer.
+    """Instructions for distillation to replace an attention layer by a kind of mixer.
 
     Attributes:
-        keys: from the teacher's configuration and the student's part of a recipe the keys of `ZooHybridConfig` that the
-            kind needs; raises ValueError where the teacher's sizes do not fit.
-        options: fields of the student's part of a recipe that mean something for this kind.
-        is_attention: whether the mixer takes the parameters of the attention layer as they are.
+        keys: maps the teacher's configuration and the student's part of a recipe to the keys of `ZooHybridConfig` that
+            the kind needs; raises ValueError where the teacher's sizes do not fit.
+        options: fields of the student's part of a recipe that apply to this kind.
+        is_attention: whether the mixer takes over the parameters of the attention layer unchanged.
     """
 
     keys: Callable[[Any, Any], dict[str, Any]]
@@ -72,18 +72,17 @@ class FromAttention:
 
 @dataclass(frozen=True)
 class TokenMixer:
-    """A row of the table of token mixers: all that the rest of the project knows of a kind.
+    """A row of the table of token mixers: all that the rest of the project knows about a kind.
 
     Attributes:
-        label: what it is, for a reader who has not seen the code.
-        make: makes the module, from the model's configuration, the kind's settings and the number of the block.
-        settings: class of its settings.
-        cache_layer: kind of its cache layer; where the settings decide, a function of the mapping that a configuration
-            has of them.
-        bounded: whether it knows no positions beyond `max_position_embeddings`.
-        student: how it takes the place of an attention layer; None: it cannot.
-        tags: for model cards on the Hub.
-        flat: the keys that its settings had in configurations of before 2026-11, all in one, to their names now.
+        label: description for readers who have not seen the code.
+        make: builds the module from the model's configuration, the kind's settings and the index of the block.
+        settings: class of the settings.
+        cache_layer: kind of the cache layer, or a function of the mapping of settings in a configuration.
+        bounded: whether the mixer has no positions beyond `max_position_embeddings`.
+        student: instructions to replace an attention layer; None if that is not possible.
+        tags: tags of model cards on the Hub.
+        flat: top-level keys of configurations from before 2026-11 -> names of the settings.
     """
 
     label: str
@@ -97,7 +96,7 @@ class TokenMixer:
 
 
 def distillation(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a method that only distillation calls: exported code goes without it."""
+    """Mark a method that only distillation calls and that exported code leaves out."""
     return method
 
 
@@ -109,8 +108,31 @@ def check_sizes(settings: Any, *names: str, least: int = 1) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def complete_heads(config: Any) -> None:
+    """Fill in `num_key_value_heads` and `head_dim` of attention where they are not given."""
+    if config.num_key_value_heads is None:
+        config.num_key_value_heads = config.num_attention_heads
+    if config.head_dim is None and config.num_attention_heads > 0:
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size ({config.hidden_size}) if head_dim is not given, "
+                f"got {config.num_attention_heads}"
+            )
+        config.head_dim = config.hidden_size // config.num_attention_heads
+
+
+def check_heads(config: Any) -> None:
+    """Raise ValueError where the sizes of attention heads are out of range or do not fit together."""
+    check_sizes(config, "num_attention_heads", "num_key_value_heads", "head_dim")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_key_value_heads must divide num_attention_heads ({config.num_attention_heads}), "
+            f"got {config.num_key_value_heads}"
+        )
+
+
 def float32_parameter(*shape: int) -> nn.Parameter:
-    """A parameter of that kind, uninitialised; float64 where that is the default dtype, and under FSDP that dtype."""
+    """Return an uninitialised float32 parameter, or one of the default dtype if that is float64 or under FSDP."""
     dtype = torch.get_default_dtype()
     if not under_fsdp():
         dtype = torch.promote_types(dtype, torch.float32)
@@ -120,37 +142,37 @@ def float32_parameter(*shape: int) -> nn.Parameter:
 
 
 def under_fsdp() -> bool:
-    """Whether accelerate shards models with FSDP in this process, which needs one dtype in each block."""
+    """Return whether accelerate shards models with FSDP in this process, which needs one dtype in each block."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def initialise_alone(initialise: Callable[..., None], *arguments: Any) -> None:
-    """Call `initialise` and put torch's CPU generator back to where it was: a model draws its own values later, and
-    with a given seed they are the same whatever its mixers have drawn for themselves."""
+    """Call `initialise` and restore torch's CPU generator, so that the values that the model draws later depend on the
+    seed alone."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         initialise(*arguments)
 
 
 def warn_of_dtype(parameters: str, dtype: torch.dtype, remedy: str) -> None:
-    """Say once that parameters which ought to be in float32 are not."""
+    """Warn once that parameters are not in float32."""
     name = str(dtype).partition(".")[2]
     logger.warning_once(f"{parameters} are in {name} now, in which small steps of an optimizer are lost; {remedy}")
 
 
 def matrix_rows(matrix: Callable[..., Tensor], factors: tuple[Tensor, ...], sequence: Any, cache: Any) -> Tensor | None:
-    """The (B, H, L, past + L) rows of the new tokens in a recurrent mixer's matrix.
+    """Return the (B, H, L, past + L) rows of the new tokens in a recurrent mixer's matrix.
 
-    A state does not say which tokens it is made of. The cache therefore keeps the factors of the matrix, once it is
-    asked for at the first tokens.
+    A state does not tell which tokens it consists of. The cache therefore keeps the factors of the matrix, if the
+    matrix is asked for from the first tokens on.
 
     Args:
-        matrix: makes the (B, H, K, K) matrix of (B, K, ...) factors and their `Sequence`.
+        matrix: computes the (B, H, K, K) matrix from (B, K, ...) factors and their `Sequence`.
         factors: (B, L, ...) each, of the new tokens.
-        sequence: their `Sequence`.
+        sequence: the `Sequence` of the new tokens.
         cache: the mixer's layer of the cache, or None.
 
     Returns:
-        The rows, or None where the cache holds tokens and did not keep their factors.
+        The rows, or None if the cache holds tokens without their factors.
     """
     if cache is None:
         return matrix(*factors, sequence)
@@ -158,12 +180,34 @@ def matrix_rows(matrix: Callable[..., Tensor], factors: tuple[Tensor, ...], sequ
     return None if kept is None else matrix(*kept, sequence.whole())[:, :, sequence.past :]
 
 
+def scan_both_ways(
+    forward: Any, reverse: Any, inputs: tuple[Tensor, ...], sequence: Any, cache: Any, output_attentions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Scan (B, L, ...) inputs forwards and, in an encoder, add a scan of every document from its end.
+
+    Args:
+        forward: has the method `scan(*inputs, sequence, cache, output_attentions)`.
+        reverse: the same for the other direction; None in a causal model.
+        inputs: what is scanned.
+        sequence: the `Sequence` of the inputs.
+        cache: the mixer's layer of the cache, or None.
+        output_attentions: whether to return the matrices of both directions, one after the other along the heads.
+    """
+    y, attention = forward.scan(*inputs, sequence, cache, output_attentions)
+    if reverse is None:
+        return y, attention
+    ahead, attention_ahead = reverse.scan(*map(sequence.reverse, inputs), sequence, None, output_attentions)
+    if attention is not None:
+        attention = torch.cat([attention, sequence.reverse(sequence.reverse(attention_ahead, 2), 3)], dim=1)
+    return y + sequence.reverse(ahead), attention
+
+
 def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:
-    """Whether the in-place step may be taken: one token, a state to go on from, no padding, no gradients.
+    """Return whether the in-place step applies: one token, a cached state, no padding, no gradients.
 
     Args:
         hidden_states: (B, L, D) inputs of a mixer.
-        sequence: their `Sequence`.
+        sequence: the `Sequence` of the inputs.
         cache: the mixer's layer of the cache, or None.
     """
     return (
@@ -176,24 +220,26 @@ def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:
 
 
 def start_from_attention(mixer: Any, view: Any, *, first: int, query_scale: float) -> None:
-    """Start a state-space mixer from an attention layer: v to x, k to B, q to C, o to out_proj; key-value heads are
-    repeated whole. The skip D is 0, and the decay does not depend on the input yet.
+    """Copy an attention layer into a state-space mixer: v to x, k to B, q to C, o to out_proj.
+
+    Each key-value head is repeated for its query heads. The skip D is 0, and the decay does not depend on the input.
 
     Args:
-        mixer: has H heads of P channels and P state channels, whose `in_proj` has rows for x, B and C one after the
-            other, and in its last H rows those of the decay.
-        view: the attention.
-        first: row of `in_proj` that x starts at.
-        query_scale: factor on the queries; that of the scores, where nothing else has it.
+        mixer: has H heads of P channels and P state channels; its `in_proj` has consecutive rows for x, B and C, and
+            the rows of the decay last.
+        view: the attention layer.
+        first: first row of x in `in_proj`.
+        query_scale: factor on the queries, e.g. the scaling of the scores.
 
     Raises:
-        ValueError: if the mixer's sizes differ from the attention's.
+        ValueError: if the sizes of mixer and attention differ.
     """
     sizes = (mixer.num_heads, mixer.head_dim, mixer.state_size)
     if sizes != (view.num_heads, view.head_dim, view.head_dim):
         raise ValueError(
-            f"student: its mixer has {sizes[0]} heads of {sizes[1]} channels with state_size {sizes[2]}; copying needs "
-            f"the attention's {view.num_heads} heads of {view.head_dim}, and state_size {view.head_dim}"
+            f"the student's mixer must have the attention's {view.num_heads} heads of {view.head_dim} channels, and "
+            f"state_size {view.head_dim}, to copy its projections; got {sizes[0]} heads of {sizes[1]} channels and "
+            f"state_size {sizes[2]}"
         )
     inner = view.num_heads * view.head_dim
     weight, bias = mixer.in_proj.weight, mixer.in_proj.bias
@@ -216,7 +262,7 @@ def start_from_attention(mixer: Any, view: Any, *, first: int, query_scale: floa
 
 
 def copy_output(out_proj: nn.Linear, view: Any) -> None:
-    """Give an output projection an attention layer's weight, and its bias or none."""
+    """Copy the output projection of an attention layer: the weight, and the bias or zeros."""
     out_proj.weight.copy_(view.o)
     if out_proj.bias is not None:
         out_proj.bias.copy_(view.o_bias if view.o_bias is not None else torch.zeros(()))

@@ -1,8 +1,8 @@
-"""A Llama-shaped decoder whose token mixer is chosen layer by layer: what distillation turns a Transformer into.
+"""A Llama-shaped decoder whose token mixer is chosen layer by layer, the result of distilling a Transformer.
 
-Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, the residual shape, norms, gated MLP and rotary embedding of
-Llama (transformers' `modeling_llama.py`); a block may leave one of the two out, and the rotary embedding turn only the
-first channels of a head, or none. The mixers are those of the table in `token_mixers.py`.
+Block: `h = h + mixer(norm(h)); h = h + mlp(norm(h))`, with the residuals, norms, gated MLP and rotary embedding of
+Llama (transformers' `modeling_llama.py`). A block may omit one of the two, and the rotary embedding may rotate only
+the first channels of a head, or none. The mixers are those of the table in `token_mixers.py`.
 
 Symbols: B batch, L length, D width.
 """
@@ -24,7 +24,7 @@ from .token_mixers import TOKEN_MIXERS
 
 
 class HybridBlock(GradientCheckpointingLayer):
-    """norm -> mixer -> add, norm -> MLP -> add; of a block with one of the two, that half."""
+    """norm -> mixer -> add, norm -> MLP -> add; a block may have one of these halves only."""
 
     def __init__(self, config: ZooHybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class HybridBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """(B, L, D) hidden states to (B, L, D), the mixer's matrix if asked for, and what a mixer adds to that."""
+        """(B, L, D) hidden states to (B, L, D), the mixer's matrix if asked for, and the mixer's further outputs."""
         if self.mixer is None or self.input_layernorm is None:
             assert self.post_attention_layernorm is not None and self.mlp is not None
             if past_key_values is not None:
@@ -58,12 +58,12 @@ class HybridBlock(GradientCheckpointingLayer):
 
 
 def make_mlp(config: ZooHybridConfig) -> GatedMLP:
-    """The channel mixer of a block that has one."""
+    """Build the channel mixer of a block."""
     return GatedMLP(config.hidden_size, config.intermediate_size, act=config.hidden_act, bias=config.mlp_bias)
 
 
 def make_mixer(config: ZooHybridConfig, layer_idx: int) -> nn.Module:
-    """The token mixer that `config.mixer_types` names for a layer."""
+    """Build the token mixer that `config.mixer_types` names for a layer."""
     kind = (config.mixer_types or [])[layer_idx]
     return TOKEN_MIXERS[kind].make(config, config.settings_of(kind), layer_idx)
 
@@ -81,16 +81,12 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
 
     def __init__(self, config: ZooHybridConfig) -> None:
         super().__init__(config)
-        # Llama's, with `partial_rotary_factor`
+        # Llama's rotary embedding, with `partial_rotary_factor`
         self.rotary_emb = GlmRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     def make_block(self, config: ZooHybridConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
         return HybridBlock(config, layer_idx)
-
-    @staticmethod
-    def norm_eps(config: ZooHybridConfig) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return config.rms_norm_eps
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
         if self.config.is_bounded:

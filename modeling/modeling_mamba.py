@@ -8,11 +8,11 @@ Paper: Gu and Dao, "Mamba" (arXiv 2312.00752), sections 3.4 and 3.6; official co
 Symbols: B batch, L length, D width, E inner width, R rank of the step sizes, N state size, K convolution width; x
 inputs, z gate, dt step sizes, A decay rates, B and C input and output maps.
 
-An encoder (`bidirectional`) scans every document a second time, from its end, with a convolution, `x_proj`, `dt_proj`,
-decay rates and skip of its own (`reverse`). `in_proj`, the gate and `out_proj`, which hold most parameters, serve both
-directions; the gated outputs of the two scans are added before `out_proj`. So Vision Mamba (arXiv 2401.09417, algorithm
-1) and, with the sum after `out_proj`, which without a bias is the same, Caduceus's BiMamba (arXiv 2403.03234;
-kuleshov-group/caduceus@0d7fae1). A causal checkpoint loads into an encoder, with `reverse` alone being new.
+An encoder (`bidirectional`) scans every document a second time, from its end, with its own convolution, `x_proj`,
+`dt_proj`, decay rates and skip (`reverse`). Both directions share `in_proj`, the gate and `out_proj`, which hold most
+parameters; the gated outputs of the two scans are added before `out_proj`. This is Vision Mamba (arXiv 2401.09417,
+algorithm 1), and Caduceus's BiMamba (arXiv 2403.03234; kuleshov-group/caduceus@0d7fae1), which adds after `out_proj`,
+with the same result if there is no bias. A causal checkpoint loads into an encoder; only `reverse` is new.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `dt_proj` is called, where the official code multiplies by its weight and passes its bias to the scan (see
@@ -45,6 +45,7 @@ from .mixer import (
     initialise_alone,
     is_single_step,
     matrix_rows,
+    scan_both_ways,
 )
 from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
@@ -69,7 +70,7 @@ class StepProjection(nn.Linear):
 
 
 def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
-    """The norm on `size` channels of what `x_proj` gives; nothing where the configuration has none."""
+    """Build the norm over `size` output channels of `x_proj`; the identity if the configuration has no such norm."""
     if config.mixer_rms_eps is None:
         return nn.Identity()
     if config.mixer_rms_weight:
@@ -78,7 +79,7 @@ def _low_rank_norm(size: int, config: ZooMambaConfig) -> nn.Module:
 
 
 class MambaScan(nn.Module):
-    """What a direction of the mixer has of its own: convolution, `x_proj`, `dt_proj`, decay rates and skip."""
+    """One direction of the mixer: convolution, `x_proj`, `dt_proj`, decay rates and skip."""
 
     float32_parameters = ("A_log", "D", "dt_proj.bias")
 
@@ -107,7 +108,7 @@ class MambaScan(nn.Module):
         """(B, L, E) inputs and gates to (B, L, E) gated outputs, and the matrix if asked for."""
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         x, conv_state = self.conv1d(x, cache.conv_state if started else None, sequence.seq_idx)
-        dt, B, C = self.maps(x)
+        dt, B, C = self.recurrence_inputs(x)
         A = -self.A_log.float().exp()
         y, state = selective_scan(
             x,
@@ -131,8 +132,8 @@ class MambaScan(nn.Module):
             )
         return y, attention
 
-    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt (B, L, E) before softplus, B and C (B, L, 1, N), of convolved (B, L, E) inputs."""
+    def recurrence_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project convolved (B, L, E) inputs to dt (B, L, E) before softplus, B and C (B, L, 1, N)."""
         dt, B, C = self.x_proj(x).split(self.split, dim=-1)
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         return self.dt_proj(dt), B[:, :, None], C[:, :, None]
@@ -140,8 +141,8 @@ class MambaScan(nn.Module):
     def mixing_matrix(self, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
         """(B, E, L, L) hidden attention: y = M x before the gate, step sizes and the skip D on the diagonal included.
 
-        `M[i, j] = sum_n C_i exp(A sum_{k=j+1..i} dt_k) B_j dt_j` (Ali et al., arXiv 2403.01590). Every channel decays
-        by itself and so is a head of its own: 4 E L^2 bytes a row and layer, 1.5 GiB for L = 512 in the 130M model.
+        `M[i, j] = sum_n C_i exp(A sum_{k=j+1..i} dt_k) B_j dt_j` (Ali et al., arXiv 2403.01590). Every channel has
+        its own decay and so is a head: 4 E L^2 bytes per row and layer, 1.5 GiB for L = 512 in the 130M model.
         """
         steps = F.softplus(dt.float())
         states = range(A.shape[1])
@@ -174,31 +175,24 @@ class MambaMixer(MambaScan):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, E, L, past + L) mixing matrix if asked for.
 
-        In both directions the matrix is (B, 2 E, L, L): the channels that look back, then those that look ahead, each
-        over the values of its own direction's convolution.
+        With both directions the matrix is (B, 2 E, L, L): first the channels that look back, then those that look
+        ahead, each over the outputs of its direction's convolution.
         """
         cache = layer_of(past_key_values, self.layer_idx)
         hidden_states = sequence.blank(hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         if not output_attentions and is_single_step(hidden_states, sequence, cache):
             return self.step(x, z, cache), None
-        y, attention = self.scan(x, z, sequence, cache, output_attentions)
-        if self.reverse is not None:
-            x, z = sequence.reverse(x), sequence.reverse(z)
-            ahead, attention_ahead = self.reverse.scan(x, z, sequence, None, output_attentions)
-            y = y + sequence.reverse(ahead)
-            if attention is not None and attention_ahead is not None:
-                attention_ahead = sequence.reverse(sequence.reverse(attention_ahead, 2), 3)
-                attention = torch.cat([attention, attention_ahead], dim=1)
+        y, attention = scan_both_ways(self, self.reverse, (x, z), sequence, cache, output_attentions)
         return self.out_proj(y), attention
 
     def initialise(self) -> None:
         init_mamba_mixer(self, self.config)
 
     def step(self, x: Tensor, z: Tensor, cache: Any) -> Tensor:
-        """One token: (B, 1, E) projections to (B, 1, D); the cache's states are updated in place."""
+        """Process one token: (B, 1, E) projections to (B, 1, D); the states in the cache are updated in place."""
         x, _ = self.conv1d(x, cache.conv_state, in_place=True)
-        dt, B, C = self.maps(x)
+        dt, B, C = self.recurrence_inputs(x)
         y = selective_scan_step(
             cache.recurrent_state,
             x[:, 0],
@@ -215,7 +209,7 @@ class MambaMixer(MambaScan):
 
 
 def init_mamba_mixer(mixer: MambaMixer, config: ZooMambaConfig) -> None:
-    """The official initialisation.
+    """Initialise a mixer as the official code does.
 
     | parameter | value |
     |---|---|
@@ -230,13 +224,13 @@ def init_mamba_mixer(mixer: MambaMixer, config: ZooMambaConfig) -> None:
 
 
 def _init_ends(mixer: MambaMixer, config: ZooMambaConfig) -> None:
-    """What :func:`init_mamba_mixer` says of in_proj and out_proj."""
+    """Initialise in_proj and out_proj, see :func:`init_mamba_mixer`."""
     _init_projection(mixer.in_proj, mixer.in_proj.in_features)
     _init_projection(mixer.out_proj, mixer.out_proj.in_features * config.num_hidden_layers)
 
 
 def init_mamba_scan(scan: MambaScan, config: ZooMambaConfig) -> None:
-    """What :func:`init_mamba_mixer` says of all but in_proj and out_proj: it is there once for each direction."""
+    """Initialise the parameters of one direction, see :func:`init_mamba_mixer`."""
     rates = torch.arange(1, config.state_size + 1, dtype=torch.float32, device=scan.A_log.device)
     init.copy_(scan.A_log, rates.log().expand_as(scan.A_log))
     init.ones_(scan.D)
@@ -247,7 +241,7 @@ def init_mamba_scan(scan: MambaScan, config: ZooMambaConfig) -> None:
 
 
 def _init_projection(projection: nn.Linear, fan_in: int) -> None:
-    """U(+-1 / sqrt(`fan_in`)), the bias 0."""
+    """Initialise the weight with U(+-1 / sqrt(`fan_in`)) and the bias with 0."""
     init.uniform_(projection.weight, -(fan_in**-0.5), fan_in**-0.5)
     if projection.bias is not None:
         init.zeros_(projection.bias)
@@ -256,8 +250,7 @@ def _init_projection(projection: nn.Linear, fan_in: int) -> None:
 @strict
 @dataclass
 class MambaSettings(MixerSettings):
-    """Mamba-1 in `zoo_hybrid`, by the keys of `ZooMambaConfig`; `state_size` is the width of an attention head if not
-    given."""
+    """Mamba-1 in `zoo_hybrid`. `ZooMambaConfig` explains the keys; `state_size` defaults to the model's `head_dim`."""
 
     state_size: int | None = None
     expand: int = 2
@@ -282,13 +275,13 @@ class MambaSettings(MixerSettings):
         self.sizes(config)
 
     def sizes(self, config: Any) -> ZooMambaConfig:
-        """The configuration of the mixers, which checks itself."""
+        """Return the configuration of the mixers; its constructor checks the sizes."""
         sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
         return ZooMambaConfig(**sizes, **vars(self))
 
 
 MAMBA = TokenMixer(
-    label="Mamba: a state-space layer whose channels decay by themselves",
+    label="Mamba: a state-space layer in which every channel has its own decay",
     make=lambda config, settings, layer_idx: MambaMixer(settings.sizes(config), layer_idx),
     settings=MambaSettings,
     tags=("mamba",),
@@ -312,12 +305,10 @@ class ZooMambaPreTrainedModel(ZooPreTrainedModel):
 class ZooMambaModel(ZooMambaPreTrainedModel, ZooModel):
     """Mamba without a head."""
 
+    norm_eps = "layer_norm_epsilon"
+
     def make_block(self, config: ZooMambaConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
         return MixerBlock(config, MambaMixer(config, layer_idx))
-
-    @staticmethod
-    def norm_eps(config: ZooMambaConfig) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return config.layer_norm_epsilon
 
 
 class ZooMambaForCausalLM(ZooMambaPreTrainedModel, ZooForCausalLM, GenerationMixin):
@@ -327,7 +318,7 @@ class ZooMambaForCausalLM(ZooMambaPreTrainedModel, ZooForCausalLM, GenerationMix
 
 
 class ZooMambaForMaskedLM(ZooMambaPreTrainedModel, ZooForMaskedLM):
-    """Mamba in both directions with a head that fills in masked tokens."""
+    """Bidirectional Mamba with a head that fills in masked tokens."""
 
     backbone_class = ZooMambaModel
 

@@ -7,12 +7,12 @@ transformers' checkpoints.
 Symbols: B batch, L length, D width, E inner width, H heads, P head width, N state size, G groups, K convolution
 width; z gate, x inputs, B and C input and output maps, dt step sizes, A decay rates.
 
-An encoder (`bidirectional`) scans every document a second time, from its end, with a convolution, decay rates, step
-size bias and skip of its own (`reverse`). `in_proj`, the gate, the norm and `out_proj`, which hold nearly all
-parameters, serve both directions; the outputs of the two scans are added before the gate. So Caduceus's BiMamba (arXiv
-2403.03234; kuleshov-group/caduceus@0d7fae1), which adds after `out_proj`, and Vision Mamba (arXiv 2401.09417), which
-adds before it. A causal checkpoint loads into an encoder, with `reverse` alone being new; not so into Hydra's block
-(arXiv 2407.09941; goombalab/hydra@0daa208): a centred convolution, and B, C and dt projected for each direction.
+An encoder (`bidirectional`) scans every document a second time, from its end, with its own convolution, decay rates,
+step size bias and skip (`reverse`). Both directions share `in_proj`, the gate, the norm and `out_proj`, which hold
+nearly all parameters; the outputs of the two scans are added before the gate. Caduceus's BiMamba (arXiv 2403.03234;
+kuleshov-group/caduceus@0d7fae1) is the same but adds after `out_proj`, Vision Mamba (arXiv 2401.09417) just before it.
+A causal checkpoint loads into an encoder; only `reverse` is new. It would not load into Hydra's block (arXiv
+2407.09941; goombalab/hydra@0daa208), which has a centred convolution and projects B, C and dt for each direction.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `D_has_hdim` and `d_ssm` are not offered.
@@ -46,6 +46,7 @@ from .mixer import (
     initialise_alone,
     is_single_step,
     matrix_rows,
+    scan_both_ways,
     start_from_attention,
 )
 from .pretrained import ZooPreTrainedModel
@@ -66,7 +67,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2Scan(nn.Module):
-    """What a direction of the mixer has of its own: convolution, decay rates, step size bias and skip."""
+    """One direction of the mixer: convolution, decay rates, step size bias and skip."""
 
     float32_parameters = ("A_log", "D", "dt_bias")
 
@@ -76,8 +77,8 @@ class Mamba2Scan(nn.Module):
         self.num_heads, self.head_dim = int(config.num_heads or 0), config.head_dim
         self.state_size, self.n_groups = config.state_size, config.n_groups
         self.time_step_limit = (float(config.time_step_limit[0]), float(config.time_step_limit[1]))
-        maps = config.n_groups * config.state_size
-        self.conv_split = [config.intermediate_size, maps, maps]
+        states = config.n_groups * config.state_size
+        self.conv_split = [config.intermediate_size, states, states]
         self.conv1d = ShortConvolution(
             sum(self.conv_split), config.conv_kernel, bias=config.use_conv_bias, activation="silu"
         )
@@ -95,7 +96,7 @@ class Mamba2Scan(nn.Module):
         """(B, L, ...) projections to (B, L, E) outputs before gate and norm, and the matrix if asked for."""
         started = bool(getattr(cache, "is_initialized", False))  # not where there is no cache
         xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx)
-        x, B, C = self.maps(xBC)
+        x, B, C = self.recurrence_inputs(xBC)
         A = -self.A_log.float().exp()
         y, state = ssd(
             x,
@@ -120,8 +121,8 @@ class Mamba2Scan(nn.Module):
             )
         return y.flatten(2), attention
 
-    def maps(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, H, P), B and C (B, L, G, N) of the convolved projections."""
+    def recurrence_inputs(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split convolved projections into x (B, L, H, P), B and C (B, L, G, N)."""
         x, B, C = xBC.split(self.conv_split, dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B = B.unflatten(-1, (self.n_groups, self.state_size))
@@ -159,22 +160,15 @@ class Mamba2Mixer(Mamba2Scan):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, H, L, past + L) mixing matrix if asked for.
 
-        In both directions the matrix is (B, 2 H, L, L): the heads that look back, then those that look ahead, each
-        over the values of its own direction's convolution.
+        With both directions the matrix is (B, 2 H, L, L): first the heads that look back, then those that look ahead,
+        each over the outputs of its direction's convolution.
         """
         cache = layer_of(past_key_values, self.layer_idx)
         hidden_states = sequence.blank(hidden_states)
         z, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
         if not output_attentions and is_single_step(hidden_states, sequence, cache):
             return self.step(z, xBC, dt, cache), None
-        y, attention = self.scan(xBC, dt, sequence, cache, output_attentions)
-        if self.reverse is not None:
-            xBC, dt = sequence.reverse(xBC), sequence.reverse(dt)
-            ahead, attention_ahead = self.reverse.scan(xBC, dt, sequence, None, output_attentions)
-            y = y + sequence.reverse(ahead)
-            if attention is not None and attention_ahead is not None:
-                attention_ahead = sequence.reverse(sequence.reverse(attention_ahead, 2), 3)
-                attention = torch.cat([attention, attention_ahead], dim=1)
+        y, attention = scan_both_ways(self, self.reverse, (xBC, dt), sequence, cache, output_attentions)
         return self.out_proj(self.norm(y, z)), attention
 
     def initialise(self) -> None:
@@ -183,21 +177,21 @@ class Mamba2Mixer(Mamba2Scan):
     @distillation
     @torch.no_grad()
     def set_half_lives(self, half_lives: Tensor) -> None:
-        """Decay rate A = -1, and step sizes whose decay halves the state every (H) half-lives, in tokens."""
+        """Set A = -1 and the step sizes with which each of H heads halves its state in the given number of tokens."""
         self.A_log.zero_()
         self.dt_bias.copy_(inverse_softplus(math.log(2.0) / half_lives))
 
     @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
-        """Start from an attention layer, see `start_from_attention`. The gate keeps its random projection: it has no
-        bias to hold it open."""
+        """Start from an attention layer, see `start_from_attention`. The gate keeps its random projection, since it has
+        no bias that could hold it open."""
         start_from_attention(self, view, first=self.split[0], query_scale=view.scaling)
 
     def step(self, z: Tensor, xBC: Tensor, dt: Tensor, cache: Any) -> Tensor:
-        """One token: (B, 1, ...) projections to (B, 1, D); the cache's states are updated in place."""
+        """Process one token: (B, 1, ...) projections to (B, 1, D); the states in the cache are updated in place."""
         xBC, _ = self.conv1d(xBC, cache.conv_state, in_place=True)
-        x, B, C = self.maps(xBC)
+        x, B, C = self.recurrence_inputs(xBC)
         y = ssd_step(
             cache.recurrent_state,
             x[:, 0],
@@ -215,22 +209,22 @@ class Mamba2Mixer(Mamba2Scan):
 
     @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
-        """(B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs; looking back only."""
+        """Return the causal (B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
         _, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
-        _, B, C = self.maps(xBC)
+        _, B, C = self.recurrence_inputs(xBC)
         return self.mixing_matrix(dt, -self.A_log.float().exp(), B, C, sequence)
 
     @distillation
     def log_decay(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, H) logarithm of the decays for normed (B, L, D) hidden states; looking back only."""
+        """Return the (B, L, H) log-decays for normed (B, L, D) hidden states, of the causal direction."""
         dt = self.in_proj(hidden_states)[..., -self.num_heads :]
         steps = nn.functional.softplus(dt.float() + self.dt_bias).clamp(*self.time_step_limit)
         return -steps * self.A_log.float().exp()
 
 
 def init_mamba2_mixer(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
-    """The official initialisation.
+    """Initialise a mixer as the official code does.
 
     | parameter | value |
     |---|---|
@@ -246,7 +240,7 @@ def init_mamba2_mixer(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
 
 
 def _init_projections(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
-    """What :func:`init_mamba2_mixer` says of in_proj and out_proj."""
+    """Initialise in_proj and out_proj, see :func:`init_mamba2_mixer`."""
     init.kaiming_uniform_(mixer.in_proj.weight, a=math.sqrt(5))
     bound = 1 / math.sqrt(mixer.out_proj.in_features * config.num_hidden_layers)
     init.uniform_(mixer.out_proj.weight, -bound, bound)
@@ -256,7 +250,7 @@ def _init_projections(mixer: Mamba2Mixer, config: ZooMamba2Config) -> None:
 
 
 def init_mamba2_scan(scan: Mamba2Scan, config: ZooMamba2Config) -> None:
-    """What :func:`init_mamba2_mixer` says of A_log, dt_bias, D and conv1d: they are there once for each direction."""
+    """Initialise the parameters of one direction, see :func:`init_mamba2_mixer`."""
     low, high = (float(bound) for bound in config.A_init_bounds)
     rates = torch.empty_like(scan.A_log).uniform_(low, high).clamp(min=1e-6)  # a range may start at 0
     init.copy_(scan.A_log, rates.log())
@@ -268,8 +262,7 @@ def init_mamba2_scan(scan: Mamba2Scan, config: ZooMamba2Config) -> None:
 @strict
 @dataclass
 class Mamba2Settings(MixerSettings):
-    """Mamba-2 in `zoo_hybrid`, by the keys of `ZooMamba2Config`; `state_size` is the width of an attention head if not
-    given."""
+    """Mamba-2 in `zoo_hybrid`. `ZooMamba2Config` explains the keys; `state_size` defaults to the model's `head_dim`."""
 
     state_size: int | None = None
     expand: int = 2
@@ -292,7 +285,7 @@ class Mamba2Settings(MixerSettings):
         self.sizes(config)
 
     def sizes(self, config: Any) -> ZooMamba2Config:
-        """The configuration of the mixers, which checks itself."""
+        """Return the configuration of the mixers; its constructor checks the sizes."""
         return ZooMamba2Config(
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_hidden_layers,
@@ -305,8 +298,8 @@ def _mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     inner = teacher.num_attention_heads * teacher.head_dim
     if inner % teacher.hidden_size:
         raise ValueError(
-            f"student.mixer: 'mamba2' needs heads * head_dim ({inner}) to be a multiple of the teacher's hidden_size "
-            f"({teacher.hidden_size}); accepted here: 'discrete_mamba2', 'sliding_attention'"
+            f"`student.mixer` must be 'discrete_mamba2' or 'sliding_attention' for this teacher, got 'mamba2', which "
+            f"needs heads * head_dim ({inner}) to be a multiple of the teacher's hidden_size ({teacher.hidden_size})"
         )
     sizes = {"state_size": teacher.head_dim, "head_dim": teacher.head_dim, "n_groups": teacher.num_attention_heads}
     return {"mamba2": sizes | {"expand": inner // teacher.hidden_size, "conv_kernel": spec.conv_kernel}}
@@ -338,12 +331,10 @@ class ZooMamba2PreTrainedModel(ZooPreTrainedModel):
 class ZooMamba2Model(ZooMamba2PreTrainedModel, ZooModel):
     """Mamba-2 without a head."""
 
+    norm_eps = "layer_norm_epsilon"
+
     def make_block(self, config: ZooMamba2Config, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
         return MixerBlock(config, Mamba2Mixer(config, layer_idx))
-
-    @staticmethod
-    def norm_eps(config: ZooMamba2Config) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return config.layer_norm_epsilon
 
 
 class ZooMamba2ForCausalLM(ZooMamba2PreTrainedModel, ZooForCausalLM, GenerationMixin):
@@ -353,7 +344,7 @@ class ZooMamba2ForCausalLM(ZooMamba2PreTrainedModel, ZooForCausalLM, GenerationM
 
 
 class ZooMamba2ForMaskedLM(ZooMamba2PreTrainedModel, ZooForMaskedLM):
-    """Mamba-2 in both directions with a head that fills in masked tokens."""
+    """Bidirectional Mamba-2 with a head that fills in masked tokens."""
 
     backbone_class = ZooMamba2Model
 

@@ -1,4 +1,4 @@
-"""Masked mixers and their relatives: tokens are mixed by weights that depend on positions and on no input.
+"""Masked mixers and their relatives, which mix tokens with weights that depend on positions, not on the input.
 
 Papers: Badger, "Masked Mixers for Language Generation and Retrieval" (arXiv 2409.01482; blbadger/maskedmixers@8f9515d),
 "Toeplitz MLP Mixers are Low Complexity, Information-Rich Sequence Models" (arXiv 2605.06683;
@@ -9,21 +9,20 @@ ethan-w-roland/ToeplitzMixers@6a67297) and "Structured Recurrent Mixers" (arXiv 
     with attention in series     x = x + attention(norm(x));  x = x + mix(norm(x));  x = x + mlp(norm(x))
     with attention in parallel   x = x + attention(norm(x)) + mix(norm(x));  x = x + mlp(norm(x)),  one norm for both
 
-without a norm before the head, save with attention, whose blocks are otherwise those of Llama. What `mix` is stands in
-`position_mixers.py`.
+There is no norm before the head, except with attention, where blocks are otherwise those of Llama.
+`position_mixers.py` defines `mix`.
 
-An encoder (`bidirectional`) keeps two streams, which start as the embeddings: one is mixed with what precedes a token,
-the other with what follows from `lookahead` tokens on, by weights and norms of their own; MLP and its norm are shared.
-They are added after the last block: earlier, a token would reach its own prediction. The positions of the second
-stream count from a document's end. So the authors' `DoubleMixerBlock`, with `lookahead=2` and rows that fill the
-context; their weights of the second stream are turned around, both axes.
+An encoder (`bidirectional`) keeps two streams, which start as the embeddings. The first mixes the tokens before each
+token, the second those that follow from `lookahead` tokens on; each has its own weights and norms, and both share the
+MLP and its norm. They are added after the last block, since adding them earlier would let a token see itself through
+its own prediction. The second stream counts positions from the end of a document. The authors' `DoubleMixerBlock` is
+the same with `lookahead=2` and rows that fill the context; its weights of the second stream are reversed in both axes.
 
-A mixer knows N = `max_position_embeddings` positions. Up to there a shorter row gives exactly what a row filled up at
-its right gives; beyond, there is nothing: a forward raises ValueError. Output N - 1 is not trained where rows fill the
-context, as no label follows it.
+A mixer has N = `max_position_embeddings` positions. A shorter row gives exactly the same outputs as that row padded on
+the right; a longer one raises ValueError. Output N - 1 is not trained if rows fill the context, as it has no label.
 
-Deviations: padding is left out and documents are mixed apart (`pad_mode`). Where the paper draws attention in series
-without saying where norms and residuals are, the mixing is a residual branch of its own.
+Deviations: padding is left out and documents are mixed separately (`pad_mode`). The paper draws attention in series
+without norms and residuals; here the mixing has its own residual branch.
 
 Symbols: B batch, L length, D width, N positions.
 """
@@ -59,20 +58,20 @@ _NEXT_TOKEN = "MaskedMixerForMaskedLM(lookahead=2)"
 
 
 def make_norm(config: MaskedMixerConfig) -> nn.Module:
-    """A norm over the width."""
+    """Build a norm over the width."""
     kind = RMSNorm if config.norm_type == "rms_norm" else LayerNorm
     return kind(config.hidden_size, config.norm_eps)
 
 
 def make_mlp(config: MaskedMixerConfig) -> nn.Module:
-    """The channel mixer."""
+    """Build the channel mixer."""
     kind = GatedMLP if config.mlp_type == "gated" else PlainMLP
     inner, act = int(config.intermediate_size or 0), str(config.hidden_act)
     return kind(config.hidden_size, inner, act=act, bias=bool(config.mlp_bias))
 
 
 class MaskedMixerBlock(GradientCheckpointingLayer):
-    """Mixing and MLP, and attention where the configuration has it, each added to the stream."""
+    """Mixing, MLP and, if configured, attention, each added to the stream."""
 
     def __init__(self, config: MaskedMixerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -99,14 +98,14 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
         """Mix and transform.
 
         Args:
-            hidden_states: (B, L, D); of an encoder (2, B, L, D), what looks back and what looks ahead.
-            sequence: where the tokens stand.
+            hidden_states: (B, L, D); in an encoder (2, B, L, D), the streams that look back and ahead.
+            sequence: positions, documents and padding.
             past_key_values: cache to continue.
             output_attentions: return the matrices.
 
         Returns:
-            Of the same shape, and if asked for the (B, H, L, L) matrices: of attention, of the mixing, of an encoder
-            those that look ahead.
+            Hidden states of the same shape, and if asked for the (B, H, L, L) matrices: of attention, of the mixing
+            and, in an encoder, of the mixing that looks ahead.
         """
         if self.mlp_first:
             hidden_states = hidden_states + self.mlp(normed(self.channel_norm, hidden_states))
@@ -119,7 +118,7 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
     def mix_tokens(
         self, hidden_states: Tensor, sequence: Sequence, past_key_values: Cache | None, output_attentions: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The block without its MLP: the stream, and the matrices that there are."""
+        """Apply the block without its MLP; return the stream and the matrices."""
         options = (sequence, past_key_values, output_attentions)
         matrices: list[Tensor | None] = []
         if self.reverse is not None and self.reverse_norm is not None:
@@ -178,10 +177,10 @@ class MaskedMixerModel(MaskedMixerPreTrainedModel, ZooModel):
         if self.rotary_emb is not None:
             sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
-    @functools.wraps(ZooModel.forward)  # whoever calls it looks which arguments it has
+    @functools.wraps(ZooModel.forward)  # callers inspect the signature
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """As :meth:`ZooModel.forward`. With `pad_mode="as_trained"` the rows are filled up first; the columns that this
-        adds are in no output, save as what the matrices weigh."""
+        """As :meth:`ZooModel.forward`. With `pad_mode="as_trained"` rows are padded first, and the added columns are
+        removed from all outputs."""
         if self.config.pad_mode == "shift":
             return super().forward(input_ids, attention_mask, **kwargs)
         arguments, added = fill_context(
@@ -203,29 +202,29 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM, Generat
 
     def __init__(self, config: MaskedMixerConfig) -> None:
         super().__init__(config)
-        self._is_stateful = config.mixing in REPEATS  # a history can be taken back: drafts may be checked
+        self._is_stateful = config.mixing in REPEATS  # a history can be cropped, as assisted decoding needs
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers'. With `context_overflow="window"` of rows that are too long the last part."""
+        """As in transformers. With `context_overflow="window"` only the last part of a row that is too long is read."""
         if self.config.context_overflow == "window":
             input_ids, kwargs = windowed_inputs(input_ids, self.config.max_position_embeddings, kwargs)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class MaskedMixerForMaskedLM(MaskedMixerPreTrainedModel, ZooForMaskedLM):
-    """A masked mixer in both directions with a head that fills in tokens, or with `lookahead=2` tells the next one."""
+    """Bidirectional masked mixer with a head that fills in tokens or, with `lookahead=2`, predicts the next one."""
 
     backbone_class = MaskedMixerModel
 
     def __init__(self, config: MaskedMixerConfig) -> None:
         super().__init__(config)
-        # The label of the next token, as of a causal model: in packed rows set that of each document's first to -100.
+        # Labels are shifted, as in a causal model: in packed rows set that of each document's first token to -100.
         if config.lookahead == 2:
             self.loss_type = MaskedMixerForCausalLM.loss_name
 
     def _get_name(self) -> str:
-        """The name of the class, by which transformers' Trainer knows whether labels are shifted (`class_names.py`)."""
+        """Return the name from which transformers' Trainer concludes whether labels are shifted."""
         return _NEXT_TOKEN if self.config.lookahead == 2 else type(self).__name__
 
 
@@ -245,35 +244,34 @@ enter_class_name("AutoModelForCausalLM", _NEXT_TOKEN)
 
 
 def tokens_to_drop(tokens: Tensor, positions: int) -> Tensor:
-    """How many of its first tokens a row is read without, for the numbers of tokens of several rows."""
+    """Return how many first tokens of each row are dropped, from the numbers of tokens of the rows."""
     most, half = positions - 1, (positions - 1) // 2
     return ((tokens - most).clamp(min=0) + half - 1) // half * half
 
 
 def windowed_inputs(input_ids: Tensor, positions: int, arguments: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """What `prepare_inputs_for_generation` is to be called with instead, where a row does not fit.
+    """Return the arguments of `prepare_inputs_for_generation` for rows that may exceed the N positions.
 
-    Weights of absolute positions know no token beyond the last position. With N of them a row of n tokens is read as
-    its last ones alone, which then stand at the first positions: all n while n < N, since the output of position N - 1
-    has mostly not been trained; else all but the first s, where s is the smallest multiple of (N - 1) // 2 that leaves
-    fewer than N. So the context shrinks to about half whenever it is full and grows token by token until it is full
-    again; each row by its own tokens, whatever else is in the batch. With a cache, without one and in one call over a
-    long prompt `generate` gives the same tokens.
+    Only the last tokens of a row are read, from the first position on. A row of n < N tokens is read whole (the output
+    of position N - 1 has usually not been trained). A longer row is read without its first s tokens, where s is the
+    smallest multiple of (N - 1) // 2 that leaves fewer than N. The context thus shrinks to about half when it is full,
+    and grows token by token until it is full again, in each row by its own tokens. `generate` gives the same tokens
+    with a cache, without one, and in one call over a long prompt.
 
-    A cache that holds tokens which are dropped now is emptied, and reads the rest again.
+    A cache that holds dropped tokens is emptied, and the remaining tokens are read again.
 
     Args:
         input_ids: (B, L) all tokens.
         positions: N.
-        arguments: its other arguments.
+        arguments: the other arguments.
 
     Raises:
-        ValueError: if a row does not fit and the ids of all its tokens are not there.
+        ValueError: if a row does not fit and the ids of some of its tokens are missing.
     """
     cache = arguments.get("cache", arguments.get("past_key_values"))
     mask = arguments.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())
-    # After a prompt of embeddings the ids are those of the new tokens alone.
+    # After a prompt of embeddings there are only the ids of the new tokens.
     columns = max(input_ids.shape[1], past + 1) if mask is None else mask.shape[1]
     if columns < positions:
         return input_ids, arguments
@@ -285,17 +283,17 @@ def windowed_inputs(input_ids: Tensor, positions: int, arguments: dict[str, Any]
         return input_ids, arguments
     if columns != input_ids.shape[1] or arguments.get("inputs_embeds") is not None:
         raise ValueError(
-            f"max_position_embeddings: {columns} columns of {positions} positions, and context_overflow='window' reads "
-            f"the last ones again: needed are the ids of all tokens as input_ids, got {input_ids.shape[1]}; accepted: "
-            "neither inputs_embeds nor prefill_chunk_size"
+            f"input_ids must hold all {columns} tokens of a row that exceeds the {positions} positions "
+            f"(max_position_embeddings), as context_overflow='window' reads the last ones again, got "
+            f"{input_ids.shape[1]}. Pass neither inputs_embeds nor prefill_chunk_size"
         )
     kept = real & (rank > drop[:, None])
     first = int(kept.any(0).int().argmax())
     changes: dict[str, Any] = {"position_ids": None}
     if cache is None:
         return input_ids[:, first:], arguments | changes | {"attention_mask": kept[:, first:].long()}
-    held = cache.layers[0].counts
-    if held is None or not torch.equal(held, kept[:, :past].sum(-1).to(held.device)):
+    counts = cache.layers[0].counts
+    if counts is None or not torch.equal(counts, kept[:, :past].sum(-1).to(counts.device)):
         cache.reset()
         for layer in cache.layers:
             layer.skip(first)
@@ -306,37 +304,37 @@ def windowed_inputs(input_ids: Tensor, positions: int, arguments: dict[str, Any]
 def fill_context(
     embeddings: nn.Module, config: Any, input_ids: Tensor | None, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], int]:
-    """The arguments of a forward over rows filled up to N - 1 tokens, whose last output is the last trained one.
+    """Return the arguments of a forward over rows padded to N - 1 tokens, whose last output is the last trained one.
 
-    A masked mixer that was trained on rows padded at the left to its whole context, without a mask, has learned what
-    stands before a text: weights of absolute positions and the padding token's own states. It needs both at inference.
-    Longer rows are left as they are: a row of N tokens is what the checkpoint saw in training.
+    A masked mixer that was trained on rows padded on the left to the whole context, without a mask, needs the same
+    padding at inference: its weights belong to absolute positions, and the padding token has states of its own. Longer
+    rows are unchanged, as a row of N tokens is what the checkpoint saw in training.
 
     Args:
         embeddings: the model's.
         config: gives `max_position_embeddings` (N) and `pad_token_id`.
         input_ids: (B, L) tokens, or None.
-        arguments: the other arguments of the forward. `position_ids` are not read: positions are columns.
+        arguments: the other arguments of the forward. `position_ids` are ignored, as positions are column indices.
 
     Returns:
-        The arguments, with (B, N - 1, D) or longer `inputs_embeds`, and how many columns were put before a row.
+        The arguments, with (B, N - 1, D) or longer `inputs_embeds`, and the number of columns added before each row.
 
     Raises:
-        ValueError: if padding stands elsewhere than at the left, rows are packed, or a cache is given or asked for.
+        ValueError: if there is padding not on the left, rows are packed, or a cache is given or asked for.
     """
     arguments = dict(arguments)
     mask = arguments.pop("attention_mask", None)
     arguments.pop("position_ids", None)
     if mask is not None and host_reads(mask) and bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError("pad_mode='as_trained' takes padding at the left only, attention_mask has some elsewhere")
+        raise ValueError("attention_mask must have padding on the left only with pad_mode='as_trained', got others")
     packed = [name for name in ("seq_idx", "cu_seqlens", "cu_seq_lens_q") if arguments.get(name) is not None]
     if packed:
-        raise ValueError(f"pad_mode='as_trained' takes one document a row: {packed[0]} must be None")
+        raise ValueError(f"{packed[0]} must be None with pad_mode='as_trained', which takes one document a row")
     for name in ("past_key_values", "cache", "cache_params"):
         if arguments.pop(name, None) is not None or arguments.get("use_cache"):
             raise ValueError(
-                "pad_mode='as_trained' has no cache, as a new token moves all others: use_cache must be False and "
-                "past_key_values None"
+                "use_cache must be False and past_key_values None with pad_mode='as_trained', which has no cache, as a "
+                "new token moves all others"
             )
     states = arguments.pop("inputs_embeds", None)
     if (input_ids is None) == (states is None):
@@ -351,7 +349,7 @@ def fill_context(
 
 
 def without_fill(output: Any, added: int) -> Any:
-    """The output of a forward without the columns that were put before the rows."""
+    """Remove the columns that were added before the rows from the output of a forward."""
     if not isinstance(output, BaseModelOutputWithPast):  # a tuple
         return tuple(_cut(value, added) for value in output)
     for name, value in list(output.items()):

@@ -1,16 +1,16 @@
-"""The retrieval mixer: embeddings of a query and of candidates are mixed, and every candidate gets a score.
+"""The retrieval mixer, which mixes the embeddings of a query and of candidates and scores every candidate.
 
 Paper: Badger, "Masked Mixers for Language Generation and Retrieval" (arXiv 2409.01482), section on retrieval; code:
-blbadger/maskedmixers@8f9515d, `mixer_lm/retrieval_mixer_tinystories.py`. The embeddings come from another model, the
-last hidden states of a masked mixer at the last token but one, say.
+blbadger/maskedmixers@8f9515d, `mixer_lm/retrieval_mixer_tinystories.py`. The embeddings come from another model,
+e.g. the last hidden states of a masked mixer at the last token but one.
 
     x = [query, candidates];  x = x + mix(norm(x));  x = x + mlp(norm(x))  in every block;  scores = x[1:] w + b
 
-Rows are mixed by a dense matrix without a mask, a weight for each pair of places. A score thus depends on the place
-that a candidate stands at: in training the right one stands at a random place.
+Rows are mixed by a dense matrix without a mask, with a weight for each pair of places. A score therefore depends on a
+candidate's place; in training the right candidate is put at a random place.
 
-Deviations: there may be fewer candidates than the model has places for, and missing ones among them; they count as if
-their normed states were zero, and a missing one's score is the lowest number.
+Deviations: there may be fewer candidates than places, and missing ones among them. Missing candidates count as if their
+normed states were zero, and score the lowest number.
 
 Symbols: B batch, M rows (the query and M - 1 candidates), N places, D width.
 """
@@ -133,7 +133,7 @@ class RetrievalMixer(ZooPreTrainedModel):
             return_dict: return a ModelOutput rather than a tuple.
 
         Raises:
-            ValueError: if a shape does not fit, or a label is that of no candidate.
+            ValueError: if a shape does not fit, or a label is not the index of a candidate.
         """
         batch, width = query_embeds.shape[0], self.config.hidden_size
         if tuple(query_embeds.shape) != (batch, width):
@@ -155,7 +155,7 @@ class RetrievalMixer(ZooPreTrainedModel):
         if labels is not None:
             self._check_labels(labels, batch, count, candidate_mask)
         hidden_states = torch.cat([query_embeds[:, None], candidate_embeds], dim=1)
-        if present is not None:  # whatever stands where there is no candidate
+        if present is not None:  # missing candidates may hold any values
             hidden_states = hidden_states.masked_fill(~present[..., None], 0)
         for block in self.layers:
             hidden_states = block(hidden_states, present)
@@ -177,7 +177,7 @@ class RetrievalMixer(ZooPreTrainedModel):
         if bool(((labels < 0) | (labels >= count)).any()):
             raise ValueError(f"labels must be from 0 to {count - 1}, got {labels.tolist()}")
         if candidate_mask is not None and bool((candidate_mask.gather(1, labels[:, None]) == 0).any()):
-            raise ValueError(f"labels must be candidates that candidate_mask has, got {labels.tolist()}")
+            raise ValueError(f"labels must be candidates that candidate_mask includes, got {labels.tolist()}")
 
 
 __all__ = ["RetrievalMixer", "RetrievalMixerOutput"]

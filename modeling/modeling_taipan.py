@@ -1,19 +1,19 @@
-"""Taipan: Mamba-2 blocks, and after every few of them softmax attention for the tokens that a gate selects.
+"""Taipan: Mamba-2 blocks with softmax attention in between, for the tokens that a gate selects.
 
 Paper: Van Nguyen et al., "Taipan: Efficient and Expressive State Space Language Models with Selective Attention"
 (arXiv 2410.18572). No official code and no checkpoint are public; this follows the paper's equations.
 
 A block of selective attention is `h = h + m a (attention(norm(h)) - h); h = h + mlp(norm(h))`, where m is 1 at selected
-tokens and a is how sure the gate is (equations 1 to 6; `selective_attention.py`, with what the paper leaves open). The
-Mamba-2 blocks are those of `modeling_mamba2.py`. While training, the loss holds `router_aux_loss_coef` times the sum
-over layers of the squared difference between the share of selected tokens and the capacity (equation 7, of every row
-over its real tokens).
+tokens and a is the gate's probability (equations 1 to 6; see `selective_attention.py` for what the paper leaves open).
+The Mamba-2 blocks are those of `modeling_mamba2.py`. In training, the loss includes `router_aux_loss_coef` times the
+sum over layers of the squared difference between the share of selected tokens and the capacity (equation 7, for every
+row over its real tokens).
 
-Choices where the paper says nothing: one RMSNorm before gate, queries, keys and values, and a second before the MLP,
-both inside the residual branch; the fusion acts on the un-normalised stream; the gate is a linear layer with a bias
-that starts at 0; no grouped key-value heads unless asked for; a trailing incomplete group of Mamba-2 blocks has no
-attention after it; tied embeddings. The capacity loss is part of the loss while training only, so that an evaluated
-loss is that of the language model.
+Choices where the paper is silent: one RMSNorm before gate, queries, keys and values, and a second before the MLP, both
+inside the residual branch; the fusion acts on the un-normalised stream; the gate is a linear layer with a bias that
+starts at 0; no grouped key-value heads unless asked for; an incomplete last group of Mamba-2 blocks has no attention
+after it; tied embeddings. The capacity loss is added in training only, so that an evaluated loss is the language
+model's.
 
 Symbols: B batch, L length, D width.
 """
@@ -51,7 +51,7 @@ class SelectiveAttentionBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """(B, L, D) hidden states to (B, L, D), and what `SelectiveAttention` returns beside its update."""
+        """(B, L, D) hidden states to (B, L, D), and the further outputs of `SelectiveAttention`."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
         update, *others = self.mixer(
             normed(self.input_layernorm, residual),
@@ -79,10 +79,6 @@ class TaipanModel(TaipanPreTrainedModel, ZooModel):
         if layer_idx in (config.sal_layer_idx or []):
             return SelectiveAttentionBlock(config, layer_idx)
         return MixerBlock(config.mamba2, Mamba2Mixer(config.mamba2, layer_idx))
-
-    @staticmethod
-    def norm_eps(config: TaipanConfig) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return config.rms_norm_eps
 
 
 class TaipanForCausalLM(TaipanPreTrainedModel, ZooForCausalLM, GenerationMixin):

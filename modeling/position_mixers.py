@@ -1,4 +1,4 @@
-"""Token mixing by weights that depend on positions and on no input: dense and Toeplitz matrices, and repeats.
+"""Token mixing with weights that depend on positions and not on the input: dense, Toeplitz and repeat matrices.
 
 Source: masked mixers (arXiv 2409.01482; blbadger/maskedmixers@8f9515d) and Toeplitz MLP mixers (arXiv 2605.06683;
 ethan-w-roland/ToeplitzMixers@6a67297). Repeats are recurrences (:class:`RepeatMixer`).
@@ -7,14 +7,14 @@ Symbols: B batch, L length, D width, H heads, P head width, N positions, k taps,
 
     y_i = sum_t shift_t( sum_{j <= i} W^t_ij x_j ) + b_i  per head,      shift_t(y)[c] = y[c + t - left]
 
-with x the normed inputs, or their projection where there are several heads. The taps t mix neighbouring channels of a
-head, not tokens: `left` is (k - 1) // 2 for dense matrices and k - 1 for the others, as in the authors' code. The
-matrix of tap t and head h is `weight[t * H + h]`, (N, N) or, of a Toeplitz matrix, the N weights of its distances.
+where x are the normed inputs, or their projection with several heads. The taps t mix neighbouring channels of a head,
+not tokens: `left` is (k - 1) // 2 for dense matrices and k - 1 for the others, as in the authors' code. The matrix of
+tap t and head h is `weight[t * H + h]`: (N, N), or for a Toeplitz matrix the N weights of its distances.
 
-Deviations: the authors' heads have an input projection each, here one layer `in_proj` holds them all; the mask is in
-the graph (theirs writes into the weights at every forward, and the optimiser moves what it hides); the expanded mixer,
-two mixings with an activation between, has square matrices (theirs may have more rows inside, which the mask leaves
-unread); no head mixes the inputs of another, as those of their `MixerHead` do by mistake.
+Deviations: one layer `in_proj` holds the input projections of all heads, which are separate layers in the authors'
+code; the mask is part of the graph (theirs writes into the weights at every forward, and the optimiser moves masked
+weights); the expanded mixer, two mixings with an activation between, has square matrices (theirs may have more rows
+inside, which the mask hides); heads do not mix each other's inputs, which the authors' `MixerHead` does by mistake.
 """
 
 import math
@@ -42,7 +42,7 @@ from .token_layout import Sequence
 
 
 class PositionMixer(nn.Module):
-    """Projections, taps and bias; a subclass says what the matrices are."""
+    """Projections, taps and bias of a position mixer; a subclass defines the matrices."""
 
     weight: nn.Parameter
 
@@ -64,8 +64,8 @@ class PositionMixer(nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) to (B, L, D), and the (B, k H, L, past + L) mixing matrices if asked for: of every tap those of all
-        heads, each over the head's shifted channels."""
+        """(B, L, D) to (B, L, D), and the (B, k H, L, past + L) mixing matrices if asked for: all heads of the first
+        tap, then of the next, each over the head's shifted channels."""
         hidden_states = sequence.blank(hidden_states)
         x = hidden_states if self.in_proj is None else self.in_proj(hidden_states)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -77,11 +77,11 @@ class PositionMixer(nn.Module):
         return y if self.out_proj is None else self.out_proj(y), attention
 
     def initialise(self) -> None:
-        """Set what is not a projection as the authors do.
+        """Initialise what is not a projection as the authors do.
 
         | parameter | value |
         |---|---|
-        | weight and bias of a dense mixer | U(+-1 / sqrt(N k)), as of a convolution over N channels; 0 where hidden |
+        | weight and bias of a dense mixer | U(+-1 / sqrt(N k)), as in a convolution over N channels; 0 where masked |
         | weight of others | N(0, 2 / N), bias 0 |
         | decay_value | 1 |
         """
@@ -90,38 +90,38 @@ class PositionMixer(nn.Module):
             init.zeros_(bias)
 
     def stages(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Weight and bias of each mixing."""
+        """Return weight and bias of each mixing."""
         return [(self.weight, self.bias)]
 
     def mix(self, x: Tensor, sequence: Sequence, cache: Any) -> Tensor:
-        """(B, L, H, P) to (B, L, H, P), with `cache` the layer to go on from, or None."""
+        """Mix (B, L, H, P) inputs to (B, L, H, P); `cache` is the layer to continue, or None."""
         raise NotImplementedError
 
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
-        """(B, k H, L, L) mixing matrices in float32 at (B, L, D) inputs, whose values do not matter."""
+        """Return the (B, k H, L, L) mixing matrices in float32; only the shape of the (B, L, D) inputs matters."""
         raise NotImplementedError
 
     def over_taps(self, weights: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
         """Sum over the taps of `mix`, shifted along the channels.
 
         Args:
-            weights: (k, ...), what `mix` takes for each tap.
-            mix: gives (B, L, H, P) for it.
+            weights: (k, ...) arguments of `mix`, one for each tap.
+            mix: computes (B, L, H, P) from one of them.
         """
         parts = [self.shifted(mix(weight), tap) for tap, weight in enumerate(weights)]
         return parts[0] if self.taps == 1 else torch.stack(parts).sum(0)
 
     def shifted(self, y: Tensor, tap: int) -> Tensor:
-        """(..., P) shifted for a tap, zeros where channels beyond the head's would be read."""
+        """Shift (..., P) for a tap, with zeros for channels outside the head."""
         shift = tap - self.left
         return F.pad(y, (-shift, shift)) if shift else y
 
 
 class HistoryMixer(PositionMixer):
-    """A mixer that keeps all its inputs: each token weighs them anew.
+    """A mixer that keeps all its inputs, as each token weighs them differently.
 
     Args:
-        diagonal: how many tokens before a position the first one that it sees is: 0, it sees itself.
+        diagonal: distance to the nearest token that a position sees; 0: it sees itself.
         inner: activation of an expanded mixer, W act(W' x + b') + b with `inner_weight` and `inner_bias`, or None.
     """
 
@@ -154,28 +154,28 @@ class HistoryMixer(PositionMixer):
 
     @staticmethod
     def left_of(taps: int) -> int:
-        """Taps before the channel that they are summed into."""
+        """Return the number of taps before the channel that they are summed into."""
         raise NotImplementedError
 
     @staticmethod
     def weight_shape(matrices: int, positions: int) -> tuple[int, ...]:
-        """Of `weight`."""
+        """Return the shape of `weight`."""
         raise NotImplementedError
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-        """Mix (B, L, H, P) documents by one tap's matrices."""
+        """Mix (B, L, H, P) documents with the matrices of one tap."""
         raise NotImplementedError
 
     def step(self, history: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor) -> Tensor:
-        """(B, H, P) of the tokens at the (B) positions, the last ones of a (B, K, H, P) history."""
+        """Return (B, H, P) outputs at the (B) positions, which are the last ones of a (B, K, H, P) history."""
         raise NotImplementedError
 
     def entries(self, weight: Tensor, target: Tensor, source: Tensor) -> Tensor:
-        """(B, k H, L, K) weights of sources for targets, at their (B, L) and (B, K) positions; not masked."""
+        """Return the unmasked (B, k H, L, K) weights between targets and sources at (B, L) and (B, K) positions."""
         raise NotImplementedError
 
     def below_diagonal(self, weights: Tensor) -> Tensor:
-        """The weights with zeros for the tokens that `diagonal` leaves out."""
+        """Set the weights of tokens that `diagonal` excludes to zero."""
         raise NotImplementedError
 
     def mix(self, x: Tensor, sequence: Sequence, cache: HistoryLayer | None) -> Tensor:
@@ -197,9 +197,8 @@ class HistoryMixer(PositionMixer):
         positions: Tensor | None,
         slot: str,
     ) -> Tensor:
-        """One mixing of (B, L, H, P) inputs by the matrices in `weight`, at the (B, L) positions that the cache counts,
-        whose history `slot` they go into."""
-        # One tap: the bias is part of the op. Of several it must not be shifted.
+        """Mix (B, L, H, P) inputs once, and append them to the history `slot` of the cache at the (B, L) positions."""
+        # With one tap the bias is part of the op. With several it must not be shifted.
         fused = bias if self.taps == 1 else None
         taps = self.below_diagonal(weight.unflatten(0, (self.taps, self.num_heads)))
         if cache is not None and positions is not None:
@@ -221,7 +220,7 @@ class HistoryMixer(PositionMixer):
 
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         if self.act is not None:
-            raise ValueError("output_attentions: an expanded mixer is no matrix, got True; accepted: False")
+            raise ValueError("output_attentions must be False for an expanded mixer, which is not a matrix, got True")
         places = sequence.places()
         matrix = self.entries(self.weight, places, places).float()
         seen = places[:, None] <= places[..., None] - self.diagonal  # (B or 1, L, L)
@@ -232,12 +231,12 @@ class HistoryMixer(PositionMixer):
 
 
 def with_bias(y: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
-    """(B, L, H, P) with the (H, N) bias at the (B or 1, L) positions added."""
+    """Add the (H, N) bias at the (B or 1, L) positions to (B, L, H, P)."""
     return y + bias.T[positions.clamp(min=0)].to(y.dtype)[..., None]
 
 
 class DenseMixer(HistoryMixer):
-    """A free weight for each pair of positions: `weight` (k H, N, N), of which the lower triangle is used."""
+    """A mixer with a weight for each pair of positions: `weight` (k H, N, N), whose lower triangle is used."""
 
     @staticmethod
     def left_of(taps: int) -> int:
@@ -264,15 +263,15 @@ class DenseMixer(HistoryMixer):
 
     @torch.no_grad()
     def set_average_attention(self, matrix: Tensor) -> None:
-        """Take the (H, N, N) mean attention of a layer for the weights; the bias is 0 then.
+        """Set the weights to the (H, N, N) mean attention of a layer, and the bias to 0.
 
         Raises:
-            ValueError: if the mixer has other sizes or neighbouring channels in its mixing.
+            ValueError: if the mixer has other sizes or more than one tap.
         """
         if self.taps != 1 or self.weight.shape != matrix.shape:
             raise ValueError(
-                f"student: the average attention is {tuple(matrix.shape)}, (heads, positions, positions); got a mixer "
-                f"of {tuple(self.weight.shape)} with {self.taps} taps"
+                f"the student's mixer must have the shape (heads, positions, positions) = {tuple(matrix.shape)} of the "
+                f"average attention, and 1 tap; got {tuple(self.weight.shape)} and {self.taps} taps"
             )
         self.weight.copy_(matrix)
         self.bias.zero_()
@@ -280,7 +279,7 @@ class DenseMixer(HistoryMixer):
     @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
-        """Start from an attention layer: v to in_proj, o to out_proj; key-value heads are repeated whole.
+        """Copy projections of an attention layer: v to in_proj, with each key-value head repeated, o to out_proj.
 
         Raises:
             ValueError: if the mixer has no projections, or other heads.
@@ -288,9 +287,9 @@ class DenseMixer(HistoryMixer):
         sizes = (view.num_heads, view.head_dim)
         if self.in_proj is None or self.out_proj is None or (self.num_heads, self.head_dim) != sizes:
             raise ValueError(
-                f"student: its mixer has {self.num_heads} heads of {self.head_dim} channels, and "
-                f"{'no' if self.in_proj is None else 'with'} projections; copying needs the attention's {sizes[0]} "
-                f"heads of {sizes[1]}, with projections"
+                f"the student's mixer must have the attention's {sizes[0]} heads of {sizes[1]} channels, and "
+                f"projections, to copy them; got {self.num_heads} heads of {self.head_dim} channels, "
+                f"{'no' if self.in_proj is None else 'with'} projections"
             )
         self.in_proj.weight.copy_(view.expand_heads(view.v))
         self.in_proj.bias.copy_(view.expand_heads(view.v_bias) if view.v_bias is not None else torch.zeros(()))
@@ -301,7 +300,7 @@ class DenseMixer(HistoryMixer):
 
 
 class ToeplitzMixer(HistoryMixer):
-    """A weight for each distance: `weight` (k H, N), W_ij = weight[i - j]."""
+    """A mixer with a weight for each distance: `weight` (k H, N), W_ij = weight[i - j]."""
 
     @staticmethod
     def left_of(taps: int) -> int:
@@ -332,22 +331,22 @@ _DECAY_CONTEXT = 512
 class RepeatMixer(PositionMixer):
     """Mixing as a recurrence with one number for each channel; column repeats come first, then row repeats.
 
-    Source: "Structured Recurrent Mixers" (arXiv 2605.08696; blbadger/mrm@b06563e, `mrm/repeat_main.py`). With v the
-    weights and S the state:
+    Source: "Structured Recurrent Mixers" (arXiv 2605.08696; blbadger/mrm@b06563e, `mrm/repeat_main.py`). With the
+    weights v and the state S:
 
         row repeat:     S_t = l S_{t-1} + v_t x_t,    y_t = S_t + b_t             W_ij = v_j l^(i - j)
         column repeat:  S_t = l S_{t-1} + x_t,        y_t = v_t S_t + b_t         W_ij = v_i l^(i - j)
 
-    The decay is l = clip(decay_value, 0.9, 1)^(1 / c), c = max(N // 512, 1). Either is state-space duality with a state
-    of one number and a decay that no input changes, and is computed so: in time linear in L. Taps mix the neighbouring
-    channels of a head, of x in a row repeat and of S in a column repeat.
+    The decay is l = clip(decay_value, 0.9, 1)^(1 / c), c = max(N // 512, 1). Both are state-space duality with a state
+    of one number and a decay that does not depend on the input, and are computed as such, in time linear in L. Taps mix
+    neighbouring channels of a head: of x in a row repeat, of S in a column repeat.
 
     Deviations: `c` is at least 1 (the authors divide by 0 below N = 512); the sum of both matrices has the decay inside
     the power in both (theirs divides the row matrix by c); a column repeat keeps S itself (theirs recovers it by a
     division by v_t, which may be 0).
 
-    `weight` (k S, N) and `decay_value` (S) are those of S recurrences: one for each head, or of the sum of both kinds
-    two for each, the columns of all heads first. The weights of tap t are `weight[t * S : (t + 1) * S]`.
+    `weight` (k S, N) and `decay_value` (S) belong to S recurrences: one for each head or, in the sum of both kinds, two
+    for each, the columns of all heads first. The weights of tap t are `weight[t * S : (t + 1) * S]`.
     """
 
     float32_parameters = ("decay_value",)
@@ -409,15 +408,15 @@ class RepeatMixer(PositionMixer):
             y = torch.cat([scaled, y[:, :, row]], dim=2)
         if self.combined:
             y = y[:, :, : self.num_heads] + y[:, :, self.num_heads :]
-        return y + self.bias.T[places].to(y.dtype)[..., None]
+        return with_bias(y, self.bias, places)
 
     def weights_at(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """(k, B or 1, L, S, 1) weights at the (B or 1, L) positions."""
+        """Return the (k, B or 1, L, S, 1) weights at the (B or 1, L) positions."""
         weights = self.weight.unflatten(0, (self.taps, self.recurrences))
         return weights[:, :, places].movedim(1, 3)[..., None].to(dtype)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, S) logarithm of the decays at (B, L, ...) inputs, the same everywhere."""
+        """Return the (B, L, S) log-decays for (B, L, ...) inputs, the same at every token."""
         shape = (*hidden_states.shape[:2], self.recurrences)
         if self.decay_value is None:
             return torch.zeros(shape, device=hidden_states.device)

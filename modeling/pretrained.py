@@ -1,4 +1,4 @@
-"""What every model of the zoo is: saved and pushed with its code, some parameters in float32, untied under adapters."""
+"""Base class of all models: saving and pushing with code, parameters in float32, untying under adapters."""
 
 import copy
 import os
@@ -21,19 +21,21 @@ logger = logging.get_logger(__name__)
 
 
 def is_bidirectional(config: PreTrainedConfig) -> bool:
-    """Whether a token sees those after it, too: then there is no cache, and nothing to generate."""
+    """Return whether tokens see later ones; such a model has no cache and cannot generate."""
     return getattr(config, "bidirectional", False)
 
 
 class KeepsFloat32:
-    """A model with mixers whose `float32_parameters` stay in float32 (`mixer.py`)."""
+    """A model that keeps the `float32_parameters` of its mixers in float32 (`mixer.py`)."""
 
     def post_init(self) -> None:
         assert isinstance(self, nn.Module)
-        # Those of this model: transformers takes a name that is not there for a mistake.
+        # Only names in this model: transformers treats a missing name as an error.
         names = [name for name, _ in self.named_parameters()]
         self._keep_in_fp32_modules_strict = [
-            kept for kept in names_in_float32(self) if not under_fsdp() and any(_is(name, kept) for name in names)
+            kept
+            for kept in names_in_float32(self)
+            if not under_fsdp() and any(_has_suffix(name, kept) for name in names)
         ]
         super().post_init()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -43,14 +45,14 @@ class KeepsFloat32:
         parameters = dict(self.named_parameters())
         cast = [n for n in kept_in_float32(self, parameters) if parameters[n].dtype in (torch.float16, torch.bfloat16)]
         if cast:
-            remedy = "they stay in float32 where the dtype is given to from_pretrained or from_config instead"
+            remedy = "pass the dtype to from_pretrained or from_config instead to keep them in float32"
             warn_of_dtype(f"`{cast[0].rpartition('.')[2]}` and parameters like it", parameters[cast[0]].dtype, remedy)
         return result
 
     @property
     def _fsdp_use_orig_params(self) -> bool:
-        """Whether FSDP keeps the parameters' names. torch sets it on every module of a model that it shards: FSDP1
-        before it flattens the parameters, FSDP2 before the first forward, where it looks at their dtypes."""
+        """Whether FSDP keeps the parameters' names. torch sets this on every module that it shards: FSDP1 before it
+        flattens the parameters, FSDP2 before the first forward, when it reads their dtypes."""
         return self.__dict__.get("_fsdp_use_orig_params", False)
 
     @_fsdp_use_orig_params.setter
@@ -61,30 +63,30 @@ class KeepsFloat32:
 
 
 def names_in_float32(model: nn.Module) -> list[str]:
-    """Ends of the names of the parameters that stay in float32, which the mixers know."""
+    """Return the suffixes of the names of parameters in float32, which the modules declare."""
     kinds = {type(module) for module in model.modules()}
     return sorted({name for kind in kinds for name in getattr(kind, "float32_parameters", ())})
 
 
 def kept_in_float32(model: nn.Module, parameters: Iterable[str]) -> list[str]:
-    """Those of a model's parameters, by their names."""
+    """Return the names among `parameters` that are kept in float32."""
     kinds = names_in_float32(model)
-    return [name for name in parameters if any(_is(name, kept) for kept in kinds)]
+    return [name for name in parameters if any(_has_suffix(name, kept) for kept in kinds)]
 
 
-def _is(name: str, kept: str) -> bool:
-    """Whether a parameter has this name, below whatever modules and in a layer with adapters too."""
-    return f".{name}".replace(".base_layer.", ".").endswith(f".{kept}")
+def _has_suffix(name: str, suffix: str) -> bool:
+    """Return whether a parameter's name ends with these components, also in a layer with adapters."""
+    return f".{name}".replace(".base_layer.", ".").endswith(f".{suffix}")
 
 
 def _take_one_dtype(model: nn.Module) -> None:
-    """Give the parameters that are kept in float32 the dtype that FSDP needs of them."""
+    """Cast the parameters in float32 to the dtype that FSDP needs."""
     parameters = dict(model.named_parameters())
     kept = kept_in_float32(model, parameters)
     for name, parameter in parameters.items():
         if name not in kept:
             continue
-        # FSDP2's parameters are DTensors by now; it casts frozen ones one by one, which may differ.
+        # FSDP2's parameters are DTensors by now. It casts frozen ones one by one, so their dtypes may differ.
         flattened = not hasattr(parameter, "placements")
         if not (flattened or parameter.requires_grad):
             continue
@@ -103,7 +105,7 @@ def _take_one_dtype(model: nn.Module) -> None:
 def _dtype_beside(
     module: str, parameters: dict[str, nn.Parameter], kept: Collection[str], *, trained_only: bool
 ) -> torch.dtype | None:
-    """Dtype of the first parameter in this module that is not kept in float32, or else in the nearest around it."""
+    """Return the dtype of the first parameter not kept in float32 in this module, or in the nearest parent."""
     others = [
         (name, parameter)
         for name, parameter in parameters.items()
@@ -118,14 +120,14 @@ def _dtype_beside(
 
 
 class UntiesUnderAdapters:
-    """Notices when peft has put adapters into a model: it sets `peft_config` then."""
+    """Untie embeddings when peft adds adapters to a model, which sets `peft_config`."""
 
     @property
     def peft_config(self) -> Any:
         try:
             return self.__dict__["peft_config"]
         except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no adapters of peft, and so no `peft_config`") from None
+            raise AttributeError(f"{type(self).__name__} has no peft adapters and so no `peft_config`") from None
 
     @peft_config.setter
     def peft_config(self, value: Any) -> None:
@@ -138,7 +140,7 @@ class UntiesUnderAdapters:
 
 
 def untie_under_adapters(model: Any) -> None:
-    """Give the head weights of its own where an adapter lies over it or over the embeddings and they share them."""
+    """Copy the weight of a tied head if the head or the embeddings have adapters."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or embeddings is None:
         return
@@ -148,19 +150,18 @@ def untie_under_adapters(model: Any) -> None:
         return
     bases[0].weight = copy.deepcopy(bases[0].weight)
     logger.warning_once(
-        "adapters over tied embeddings: the head has a copy of their weights from now on, so that merging an adapter "
-        "into one of the two leaves the other as it was"
+        "adapters over tied embeddings: the head has its own copy of the weights from now on, so that merging an "
+        "adapter into one of the two does not change the other"
     )
 
 
 def _base(layer: nn.Module) -> nn.Module:
-    """The layer under peft's."""
+    """Return the layer that peft's layer wraps."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # pyright: ignore
 
 
 class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
-    """What every zoo model is: stateful, exported with its code, and with some parameters in float32
-    (`mixer.py`)."""
+    """Base class of all models: stateful, exported with code, some parameters in float32 (`mixer.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
@@ -170,23 +171,23 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
 
     auto_class: ClassVar[str] = ""
-    """The Auto class of transformers that makes models of this kind: a head knows its own."""
+    """The Auto class of transformers that builds this class."""
     auto_classes: ClassVar[dict[str, str]] = {}
-    """Of a family: Auto class to class name, for transformers' registry and the exported config's `auto_map`."""
+    """Auto class -> class name of the family, for transformers' registry and the exported `auto_map`."""
     publisher: ClassVar[Any] = None
-    """The module `hub_code`, which writes code and pushes. None in exported code, which transformers copies."""
+    """The module `hub_code`, which writes code and pushes; None in exported code, which transformers copies."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.config_class is None:
             return
         if cls.config_class not in [getattr(base, "config_class", None) for base in cls.__mro__[1:]]:
-            cls.auto_classes = {}  # what the classes of a family share
+            cls.auto_classes = {}  # shared by the classes of a family
         if cls.auto_class:
             cls.auto_classes.setdefault(cls.auto_class, cls.__name__)
 
     def post_init(self) -> None:
-        # The blocks of this model: accelerate refuses a name that it does not find.
+        # Only the blocks of this model, as accelerate raises an error for a missing one.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in type(self)._no_split_modules or [] if name in present]
         super().post_init()
@@ -194,15 +195,14 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "initialise"):  # after its linear layers, which it may set again
+        if hasattr(module, "initialise"):  # after its linear layers, which it may overwrite
             module.initialise()  # pyright: ignore[reportCallIssue]
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Save weights, config, the code that loads them, its licence and a card: a folder that needs no ssm-zoo.
+        """Save weights, config, the code that loads them, its licence and a card: a folder that does not need ssm-zoo.
 
-        Arguments as in transformers; with `push_to_hub=True` those of :meth:`push_to_hub` too. A model that was
-        itself loaded with `trust_remote_code` saves its own code; one that carries adapters saves the adapters
-        alone.
+        Arguments as in transformers; with `push_to_hub=True` also those of :meth:`push_to_hub`. A model that was loaded
+        with `trust_remote_code` saves its own code; a model with adapters saves only the adapters.
         """
         adapters = self._saves_adapters()
         if not adapters:
@@ -223,20 +223,20 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
 
     @classmethod
     def own_class(cls) -> type:
-        """Return the class that somebody wrote: FSDP2 gives a model a class of its own, made of that one."""
+        """Return the class as written: FSDP2 replaces a model's class by a derived one."""
         return next(kind for kind in cls.__mro__ if not kind.__module__.startswith("torch."))
 
     def name_classes(self) -> None:
-        """Say in the configuration's `auto_map` which class of the saved code each Auto class takes."""
+        """Set the configuration's `auto_map`: the class in the saved code for each Auto class."""
         modeling, configuration = self.own_class().__module__, type(self.config).__module__
-        # A configuration from the Hub names the repository that it came from; the code is saved here too.
+        # A configuration from the Hub names its repository, but the code is saved here as well.
         self.config.auto_map = {
             "AutoConfig": f"{configuration.rpartition('.')[2]}.{type(self.config).__name__}",
             **{auto: f"{modeling.rpartition('.')[2]}.{name}" for auto, name in self.auto_classes.items()},
         }
 
     def save_code(self, folder: Path) -> None:
-        """Write what a folder with weights and configurations lacks: the code that loads them, its licence, a card."""
+        """Complete a folder of weights and configurations: code, its licence, and a card."""
         if self.publisher is not None:
             self.publisher.write_code(folder, self)
         write_default_card(
@@ -263,14 +263,14 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
     ) -> str:
         """Upload what `save_pretrained` writes. A card that the repository already has is kept.
 
-        Weights and code that an earlier upload left are removed. Arguments as in transformers, and:
+        Weights and code of an earlier upload are removed. Arguments as in transformers, and:
 
         Args:
-            replace: also remove weights and adapters that no upload of this kind wrote, but that loading the
-                repository would take; otherwise they are an error.
+            replace: also remove weights and adapters that were not uploaded in this way but would be loaded instead of
+                the new ones; without it they are an error.
 
         Returns:
-            Address of the commit.
+            URL of the commit.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / repo_id.rpartition("/")[2]
@@ -292,7 +292,7 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         return (push_folder if self.publisher is None else self.publisher.upload)(folder, repo_id, **options)
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random arguments of a forward, to compare what two loads of the model compute."""
+        """Draw arguments of a forward, to compare the outputs of two loads of the model."""
         length = min(_EXAMPLE_TOKENS, getattr(self.config, "max_position_embeddings", _EXAMPLE_TOKENS))
         return {"input_ids": torch.randint(self.config.vocab_size, (1, length), generator=generator)}
 

@@ -1,4 +1,4 @@
-"""What saving a model does besides transformers' own: stale weights go, a card is there; and a plain push."""
+"""Additions to transformers' saving: removal of stale weights, a default card, and a plain push."""
 
 import os
 import tempfile
@@ -11,17 +11,17 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def written_weights(folder: Path) -> dict[str, tuple[int, int]]:
-    """When a folder's single file of weights and its index were written, and how long they are; of those there are."""
+    """Return time and size of the single weights file and the shard index of a folder, if they exist."""
     stats = {name: folder / name for name in (_SINGLE, _INDEX) if (folder / name).is_file()}
     return {name: (path.stat().st_mtime_ns, path.stat().st_size) for name, path in stats.items()}
 
 
 def remove_stale_weights(folder: Path, before: dict[str, tuple[int, int]]) -> None:
-    """Remove what an earlier save in another sharding left: transformers would load the single file, old or new.
+    """Remove weights that an earlier save with another sharding left, as transformers prefers the single file.
 
     Args:
-        folder: that has been saved to.
-        before: of :func:`written_weights`, before that.
+        folder: folder that has been saved to.
+        before: result of :func:`written_weights` before saving.
     """
     after = written_weights(folder)
     new = {name for name, written in after.items() if before.get(name) != written}
@@ -30,7 +30,7 @@ def remove_stale_weights(folder: Path, before: dict[str, tuple[int, int]]) -> No
 
 
 def write_default_card(folder: Path, *, model_type: str, class_name: str, auto_class: str, parameters: int) -> None:
-    """Write a minimal README.md, unless there is one already: what the model is and how to load it."""
+    """Write a minimal README.md on the model and how to load it, unless there is one."""
     if (folder / "README.md").exists():
         return
     text = f"""---
@@ -56,7 +56,7 @@ model = {auto_class}.from_pretrained("<this repository>", trust_remote_code=True
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file beside it, so that no half-written file is ever seen."""
+    """Write `text` to `path` through a temporary file beside it, so that the file is never incomplete."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -82,11 +82,13 @@ def push_folder(
     """Upload a folder that a model was just saved to; a card that the repository has is kept.
 
     Raises:
-        ValueError: if the repository has weights that would stay beside the new ones and might be loaded instead, and
-            `replace` does not say that they go; or if there are `tags`, which only the package writes.
+        ValueError: if the repository has other weights, which might be loaded instead of the new ones, and `replace` is
+            False; or if there are `tags`, which only the package writes.
     """
     if tags:
-        raise ValueError(f"tags: got {tags}; a model that was loaded with trust_remote_code takes none, see its card")
+        raise ValueError(
+            f"tags must be None for a model loaded with trust_remote_code, got {tags}. Edit its card instead"
+        )
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -95,7 +97,7 @@ def push_folder(
     new = {path.name for path in folder.iterdir()}
     old = sorted(name for name in there - new if name.endswith((".safetensors", _INDEX)))
     if old and not replace:
-        raise ValueError(f"{repo_id} holds other weights ({', '.join(old)}); give replace=True to remove them")
+        raise ValueError(f"{repo_id} holds other weights ({', '.join(old)}). Pass replace=True to remove them")
     commit["commit_message"] = commit.get("commit_message") or "Upload model"
     kept = ["README.md"] if "README.md" in there else None
     return str(

@@ -1,4 +1,4 @@
-"""Selective attention: a gate decides token by token which ones attend, over a window and without a dense mask.
+"""Selective attention: a gate selects the tokens that attend, over a window and without a dense mask.
 
 Source: Taipan (arXiv 2410.18572), section 3.2, equations 1 to 5. No code or checkpoint of it is public.
 
@@ -8,18 +8,18 @@ s gate scores, m decisions, a mixing weights, o outputs of attention, h the resi
     s_t = gate(x_t),  m_t = argmax(s_t + Gumbel noise) in training, argmax(s_t) otherwise,  a_t = softmax(s_t)[1],
     h_t + m_t a_t (o_t - h_t)   ("convex", equation 5)     or     h_t + m_t a_t o_t   ("residual")
 
-Where the paper leaves something open or reads two ways:
+Choices where the paper is open or ambiguous:
 
-* Backward through m is straight-through, with the probability of class 1 as the surrogate. Equation 3 as printed takes
-  the probability of the class that was chosen, which has the wrong sign where class 0 was.
-* The noise is of the training alone. Then every selected token has a > 1/2 otherwise, and decoding is deterministic.
-* A token that passes by gives no gradient of the language model's loss to the gate, since its o is not computed
-  (the capacity loss reaches it). `sal_dense_training` computes it: the exact straight-through gradient, at the cost of
-  attention for every token.
-* The projections run over all tokens, and attention itself over the selected ones: adapters that choose by the row of
-  a batch or by the place in it need both axes.
-* A query sees the tokens of its window whether they were selected or not (equation 4); figure 2 draws selected keys
-  alone, which `sal_key_source="selected"` gives.
+* The gradient of m is straight-through, with the probability of class 1 as the surrogate. Equation 3 as printed uses
+  the probability of the chosen class, which has the wrong sign for class 0.
+* Noise is added in training only. In evaluation every selected token has a > 1/2, and decoding is deterministic.
+* A token that is not selected gives the gate no gradient of the language model's loss, since its o is not computed
+  (the gradient of the capacity loss does reach it). `sal_dense_training` computes o for every token, which gives the
+  exact straight-through gradient.
+* The projections run over all tokens and attention over the selected ones, because adapters that depend on the row of a
+  batch or the place in it need both axes.
+* A query sees all tokens of its window, selected or not (equation 4). Figure 2 draws selected keys only, which
+  `sal_key_source="selected"` gives.
 """
 
 import math
@@ -42,7 +42,7 @@ KEY_SOURCES = ("all", "selected")
 
 
 class SelectiveAttention(nn.Module):
-    """Sliding-window attention for the tokens that a gate selects; the others are left as they are.
+    """Sliding-window attention for the tokens that a gate selects; other tokens are unchanged.
 
     `config` has the sizes of the heads, `settings` the keys of :class:`SelectiveAttentionSettings`.
     """
@@ -70,19 +70,19 @@ class SelectiveAttention(nn.Module):
         *,
         stream: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Attend where the gate says so.
+        """Attend at the tokens that the gate selects.
 
         Args:
             hidden_states: (B, L, D) normed inputs.
-            sequence: where the tokens stand.
+            sequence: positions, documents and padding.
             past_key_values: cache to continue.
             output_attentions: return the matrix.
-            stream: (B, L, D) the residual stream, of which attention replaces a share ("convex"); None: attention is
-                added to it ("residual").
+            stream: (B, L, D) residual stream, of which attention replaces a share ("convex"); None: attention is added
+                ("residual").
 
         Returns:
-            (B, L, D) what to add to the residual stream, zero at tokens that pass by; the (B, H, L, L) matrix of the
-            attention, with rows of zeros there, or None; the (B, L, 2) gate scores; the (B, L) decisions.
+            (B, L, D) update of the residual stream, zero at tokens that are not selected; the (B, H, L, L) attention
+            matrix, with rows of zeros at those tokens, or None; the (B, L, 2) gate scores; the (B, L) decisions.
         """
         hidden_states = sequence.blank(hidden_states)
         scores = self.gate(hidden_states)
@@ -104,7 +104,7 @@ class SelectiveAttention(nn.Module):
             "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
         }
         attention = None
-        if tracing():  # how many tokens are selected is not known: all attend, and what the others get is dropped
+        if tracing():  # the number of selected tokens is unknown: all attend, and the others' outputs are dropped
             o, matrix = attend_traced(q, keys, values, **where)
             o = o.flatten(2)
             if output_attentions:
@@ -132,14 +132,14 @@ class SelectiveAttention(nn.Module):
         return update, attention, scores, decision
 
     def decide(self, margin: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Which tokens attend.
+        """Select the tokens that attend.
 
         Args:
-            margin: (B, L) score of attending less score of passing by.
+            margin: (B, L) score of attending minus score of not attending.
             real: (B, L) False at padding, which never attends; None if there is none.
 
         Returns:
-            (B, L) booleans; and the same as numbers, through which gradients reach the scores while training.
+            (B, L) booleans; and the same as numbers, through which gradients reach the scores in training.
         """
         if self.training:
             probability = ((margin + logistic_noise(margin)) / self.tau).sigmoid()
@@ -155,8 +155,8 @@ class SelectiveAttention(nn.Module):
     def keys(
         self, hidden_states: Tensor, selected: Tensor, sequence: Sequence, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, K, G, P) keys and values of the cached and the new tokens, and their (B, K) positions, -1 at columns
-        that nobody may see; None where the columns are the positions."""
+        """Return (B, K, G, P) keys and values of cached and new tokens, and their (B, K) positions: -1 at hidden
+        columns, None where positions are column indices."""
         k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if sequence.rotary is not None:
@@ -177,12 +177,12 @@ class SelectiveAttention(nn.Module):
 
 
 def logistic_noise(like: Tensor) -> Tensor:
-    """Noise of the shape and dtype of `like`: the difference of two Gumbel variables is logistic."""
+    """Draw the difference of two Gumbel variables, which is logistic, in the shape and dtype of `like`."""
     return torch.rand_like(like).clamp_(1e-7, 1 - 1e-7).logit()
 
 
 def check_selective_attention(config: Any) -> None:
-    """Raise ValueError where what a configuration says of selective attention is out of range."""
+    """Raise ValueError where a setting of selective attention is out of range."""
     if config.sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, got {config.sliding_window}")
     if not 0 < config.attention_capacity <= 1:
@@ -195,14 +195,15 @@ def check_selective_attention(config: Any) -> None:
         raise ValueError(f"sal_key_source must be one of {', '.join(KEY_SOURCES)}, got {config.sal_key_source!r}")
     if config.sal_dense_training and config.sal_key_source != "all":
         raise ValueError(
-            "sal_dense_training needs sal_key_source='all', got 'selected': what passes by has no key to see itself"
+            "sal_key_source must be 'all' with sal_dense_training=True, got 'selected': tokens that are not selected "
+            "would have no key"
         )
 
 
 @strict
 @dataclass
 class SelectiveAttentionSettings(MixerSettings):
-    """Selective attention in `zoo_hybrid`, by the keys of `TaipanConfig`, which explains them."""
+    """Selective attention in `zoo_hybrid`. `TaipanConfig` explains the keys."""
 
     sliding_window: int = 256
     attention_capacity: float = 0.15

@@ -1,7 +1,7 @@
-"""Where the tokens of a batch stand: documents, padding and positions, worked out once for all layers.
+"""The layout of a batch (documents, padding and positions), computed once for all layers.
 
-Every way of saying it comes in here (a 2-D attention mask, `seq_idx`, `cu_seqlens`, restarting `position_ids`),
-and two things come out: `seq_idx` for the recurrent ops and boolean masks for softmax attention.
+The layout may be given as a 2-D attention mask, `seq_idx`, `cu_seqlens` or restarting `position_ids`. The results are
+`seq_idx` for the recurrent ops and boolean masks for softmax attention.
 
 Symbols: B batch, L new tokens, M key columns.
 """
@@ -22,9 +22,9 @@ from ..kernels.tracing import host_reads, tracing
 class Sequence:
     """Positions, documents and padding of one forward.
 
-    No dataclass and no node of a pytree, on purpose: FSDP would look inside where a block is called with it, and round
-    the rotary tables to the dtype that it casts inputs to. So every block gets this very object, with the masks that
-    earlier ones have made.
+    Deliberately neither a dataclass nor a pytree node: FSDP would look inside when a block is called with it, and cast
+    the rotary tables to the dtype of its inputs. So every block gets the same object, with the masks that earlier
+    blocks made.
 
     Attributes:
         position_ids: (B, L) position of each token in its document, for rotary embeddings.
@@ -32,7 +32,7 @@ class Sequence:
         attention_mask: (B, past + L) True at real tokens; None if there is no padding.
         past: columns in the cache before this forward.
         packed: whether a row may hold more than one document.
-        rotary: (B, L, P) cosines and sines of the rotary embedding, where a family's layers use it.
+        rotary: (B, L, P) cosines and sines of the rotary embedding, if the family's layers use it.
     """
 
     def __init__(
@@ -60,13 +60,12 @@ class Sequence:
         return None if self.seq_idx is None else self.seq_idx >= 0
 
     def blank(self, hidden_states: Tensor) -> Tensor:
-        """The (B, L, D) states with zeros at padding, so that what stands there (a NaN, say) reaches no real token and
-        no gradient."""
+        """Set the (B, L, D) states at padding to zero, so that e.g. a NaN there reaches no real token or gradient."""
         real = self.real
         return hidden_states if real is None else hidden_states.masked_fill(~real[..., None], 0)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequence":
-        """This on `device`: accelerate calls it between the blocks of a model spread over several devices."""
+        """Return a copy on `device`; accelerate calls this between blocks on different devices."""
         device = torch.device(device)
         if device == self.position_ids.device:
             return self
@@ -86,14 +85,14 @@ class Sequence:
         return self._elsewhere[device]
 
     def reverse(self, tensor: Tensor, dim: int = 1) -> Tensor:
-        """Turn every document around where it stands: its first real token changes places with its last one.
+        """Reverse the order of the real tokens in every document.
 
-        Documents and padding keep their columns, so that `seq_idx` holds for the result too, and doing it twice does
-        nothing.
+        Documents and padding keep their columns, so that `seq_idx` is valid for the result as well. Reversing twice
+        gives the input.
 
         Args:
             tensor: (B, ..., L, ...) values of the new tokens.
-            dim: the axis of length L, behind the batch.
+            dim: the axis of length L, after the batch.
 
         Returns:
             A tensor of the same shape.
@@ -101,7 +100,7 @@ class Sequence:
         if self.seq_idx is None:
             return tensor.flip(dim)
         if self._reversal is None:
-            # The columns ordered by document, and the same from the right: of each document the last column first.
+            # Columns ordered by document, forwards and with each document's last column first.
             last = self.seq_idx.shape[1] - 1
             forward = self.seq_idx.argsort(dim=1, stable=True)
             backward = last - self.seq_idx.flip(1).argsort(dim=1, stable=True)
@@ -113,10 +112,10 @@ class Sequence:
         return turned.movedim(1, dim)
 
     def full_mask(self, keys: int) -> Tensor | None:
-        """(B or 1, 1, L, M) True where a query may look, for `keys` columns that start at the row's first.
+        """Return the (B or 1, 1, L, M) mask, True where a query sees a key, for `keys` columns from the row's first on.
 
-        None where plain causal attention over equally many queries and keys says the same. A padding query sees
-        itself, so that its softmax is over something.
+        None if plain causal attention over equally many queries and keys is the same. A query at padding sees itself,
+        so that its softmax is defined.
         """
         length = self.position_ids.shape[1]
         if self.attention_mask is None and self.seq_idx is None and (keys == length or length == 1 == keys - self.past):
@@ -139,7 +138,7 @@ class Sequence:
         return mask[:, None]
 
     def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
-        """(B or 1, 1, L, M) True where a query may look: itself and `window - 1` earlier tokens of its document.
+        """Return the (B or 1, 1, L, M) mask, True at a query itself and `window - 1` earlier tokens of its document.
 
         Args:
             window: tokens that a query sees, itself included.
@@ -163,21 +162,21 @@ class Sequence:
         return mask
 
     def _made(self, window: int | None, keys: int) -> Tensor | None:
-        """The mask over a window, or all columns, and `keys` columns that an earlier layer has made.
+        """Return the mask with this window and number of columns that an earlier layer made, or None.
 
-        No table with a length in its keys: a traced graph would hold for that length alone.
+        This is a search, since a dictionary keyed by a length would tie a traced graph to that length.
         """
         return next((mask for of, mask in self._masks if of == window and mask.shape[-1] == keys), None)
 
     def places(self) -> Tensor:
-        """(B or 1, L) place of each new token among those of its document, from 0, whatever `position_ids` say; any
-        number at padding."""
+        """Return the (B or 1, L) rank of each new token in its document, from 0, regardless of `position_ids`;
+        values at padding are arbitrary."""
         length = self.position_ids.shape[1]
         batch = 1 if self.seq_idx is None else self.seq_idx.shape[0]
         return _positions(batch, length, self.position_ids.device, self.seq_idx, None, 0)
 
     def check_length(self, positions: int) -> None:
-        """Raise ValueError if a document, with its cached tokens, is longer than the `positions` there are weights for.
+        """Raise ValueError if a document, with its cached tokens, is longer than the `positions` with weights.
 
         Without a mask every cached column counts.
         """
@@ -185,7 +184,7 @@ class Sequence:
         if columns <= positions:
             return
         if tracing() and (self.seq_idx is not None or self.attention_mask is not None):
-            return  # the values would have to be read: whatever is beyond the weights fails where they are looked up
+            return  # values cannot be read while tracing; a position without weights fails when it is looked up
         if self.seq_idx is not None and self.past == 0:
             real = self.seq_idx >= 0
             longest = int((self.places() + 1).masked_fill(~real, 0).max())
@@ -193,12 +192,12 @@ class Sequence:
             longest = columns if self.attention_mask is None else int(self.attention_mask.sum(-1).max())
         if longest > positions:
             raise ValueError(
-                f"max_position_embeddings: there are weights for {positions} positions, got a document of {longest} "
-                f"tokens, {self.past} columns of the cache included; accepted: at most {positions}"
+                f"a document must have at most {positions} tokens, as there are weights for {positions} positions "
+                f"(max_position_embeddings), got {longest} tokens, {self.past} columns of the cache included"
             )
 
     def whole(self) -> "Sequence":
-        """The :class:`Sequence` of the cached columns and the new ones together, without rotary tables."""
+        """Return the :class:`Sequence` of cached and new columns together, without rotary tables."""
         if not self.past:
             return self
         batch, length = self.position_ids.shape[0], self.past + self.position_ids.shape[1]
@@ -208,19 +207,19 @@ class Sequence:
         return Sequence(position_ids, seq_idx, self.attention_mask, 0, False)
 
     def over_columns(self, matrix: Tensor, key_positions: Tensor | None) -> Tensor:
-        """Rows of attention over the columns of the whole row, the cached ones first.
+        """Spread rows of attention over all columns of a row, cached ones first.
 
         Args:
-            matrix: (B, H, L, M) weights of the columns that a cache gave, of which the last L are the new ones, or
-                which are the row's own from the first on.
-            key_positions: (B, M) place of each column among the row's real tokens, -1 where nobody looks; None: the
-                columns are the row's own.
+            matrix: (B, H, L, M) weights of the columns that a cache returned: the last L are the new ones, or all are
+                the columns of the row from the first on.
+            key_positions: (B, M) rank of each column among the row's real tokens, -1 at hidden columns; None if the
+                columns are those of the row.
 
         Returns:
             (B, H, L, past + L).
         """
         batch, heads, length, keys = matrix.shape
-        if key_positions is None or not self.past:  # a static cache has columns that are still empty
+        if key_positions is None or not self.past:  # a static cache has empty columns
             columns = self.past + length
             return matrix if keys == columns else matrix[..., :columns]
         kept = matrix[..., : keys - length]
@@ -234,7 +233,7 @@ class Sequence:
         return torch.cat([rows, matrix[..., keys - length :]], dim=-1)
 
     def row_positions(self) -> Tensor:
-        """(B or 1, L) place of each token among the row's real ones, whatever document it is of; -1 at padding."""
+        """Return the (B or 1, L) rank of each token among the row's real ones, across documents; -1 at padding."""
         length = self.position_ids.shape[1]
         if self.seq_idx is None:
             return torch.arange(length, device=self.position_ids.device)[None]
@@ -253,15 +252,14 @@ def make_sequence(
     cu_seqlens: Tensor | None = None,
     past_key_values: Cache | None = None,
 ) -> Sequence:
-    """Work out a :class:`Sequence` for B rows of L new tokens.
+    """Build the :class:`Sequence` of B rows of L new tokens.
 
     Args:
         batch: B.
         length: L.
         device: of the inputs.
-        attention_mask: (B, past + L), non-zero at real tokens; padding may stand left, right or anywhere.
-        position_ids: (B, L) or (1, L) positions; where they restart inside a row (and no mask and no cache says
-            more) a new document starts.
+        attention_mask: (B, past + L), non-zero at real tokens; padding may be on the left, right or anywhere.
+        position_ids: (B, L) or (1, L) positions; without a mask and a cache, a new document starts where they restart.
         seq_idx: (B, L) document index, non-decreasing, negative at padding.
         cu_seqlens: (documents + 1) starts of the documents of a single row, then its length.
         past_key_values: cache before this forward.
@@ -278,7 +276,9 @@ def make_sequence(
             raise ValueError(
                 f"attention_mask must be (B, past + L) = ({batch}, {past + length}), got {tuple(attention_mask.shape)}"
             )
-        if batch and attention_mask.shape[1] != past + length:  # of no rows transformers' caches do not know the length
+        if (
+            batch and attention_mask.shape[1] != past + length
+        ):  # transformers' caches have no length if there are no rows
             raise ValueError(
                 f"attention_mask must cover the {past} cached and the {length} new tokens, "
                 f"got length {attention_mask.shape[1]}"
@@ -291,9 +291,9 @@ def make_sequence(
             raise ValueError(f"position_ids must be (B, L) = ({batch}, {length}), got {tuple(position_ids.shape)}")
         check_integer("position_ids", position_ids)
         position_ids = position_ids.to(device).expand(batch, length)
-    told = seq_idx is not None or cu_seqlens is not None
+    explicit = seq_idx is not None or cu_seqlens is not None
     seq_idx = _documents(batch, length, device, seq_idx, cu_seqlens, position_ids, attention_mask, past)
-    packed = told or (seq_idx is not None and not tracing())  # whether positions restart, a traced graph cannot ask
+    packed = explicit or (seq_idx is not None and not tracing())  # a graph cannot read whether positions restart
     if packed and past:
         raise ValueError(
             f"packed documents (seq_idx, cu_seqlens) cannot continue a cache that holds {past} tokens; "
@@ -320,15 +320,15 @@ def _documents(
     attention_mask: Tensor | None,
     past: int,
 ) -> Tensor | None:
-    """(B, L) document index, from whichever argument tells it; None for one document a row."""
+    """Return the (B, L) document index from the argument that defines it; None for one document a row."""
     if seq_idx is not None and cu_seqlens is not None:
-        raise ValueError("pass seq_idx or cu_seqlens, not both")
+        raise ValueError("pass either seq_idx or cu_seqlens, got both")
     if seq_idx is not None:
         if tuple(seq_idx.shape) != (batch, length):
             raise ValueError(f"seq_idx must be (B, L) = ({batch}, {length}), got {tuple(seq_idx.shape)}")
         check_integer("seq_idx", seq_idx)
         check_documents(seq_idx, None, length)
-        return _counted(seq_idx.to(device))
+        return _renumbered(seq_idx.to(device))
     if cu_seqlens is not None:
         check_integer("cu_seqlens", cu_seqlens)
         if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
@@ -342,15 +342,15 @@ def _documents(
         return (torch.searchsorted(starts, column, right=True) - 1).to(torch.int32)[None]
     if position_ids is not None and (attention_mask is None or tracing()) and past == 0 and length > 1:
         restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if attention_mask is not None:  # a mask without padding says nothing
+        if attention_mask is not None:  # a mask without padding changes nothing
             restarts = restarts & attention_mask.all()
         if tracing() or bool(restarts.any()):
             return F.pad(restarts, (1, 0)).cumsum(-1).to(torch.int32)
     return None
 
 
-def _counted(seq_idx: Tensor) -> Tensor:
-    """(B, L) documents numbered anew along each row, -1 at padding: the numbers given may be beyond 32 bits."""
+def _renumbered(seq_idx: Tensor) -> Tensor:
+    """Number the (B, L) documents of each row from 0, -1 at padding, as the given numbers may exceed 32 bits."""
     document = seq_idx.cummax(dim=1).values
     changes = document[:, 1:] != document[:, :-1]
     return F.pad(changes, (1, 0)).cumsum(-1).masked_fill(seq_idx < 0, -1).to(torch.int32)
@@ -359,7 +359,7 @@ def _counted(seq_idx: Tensor) -> Tensor:
 def _positions(
     batch: int, length: int, device: torch.device, seq_idx: Tensor | None, attention_mask: Tensor | None, past: int
 ) -> Tensor:
-    """(B, L) positions from 0 in each document, padding not counted."""
+    """Return (B, L) positions from 0 in each document, without counting padding."""
     if seq_idx is not None:
         real = seq_idx >= 0
         count = real.cumsum(-1) - 1  # of the row's real tokens
@@ -372,29 +372,29 @@ def _positions(
     return (past + torch.arange(length, device=device)).expand(batch, length)
 
 
-# What a model is called with is checked where that costs nothing: values on the CPU, and not while a graph is traced.
-# On a GPU the host would have to wait for the device: shapes and dtypes alone are checked there; a floating-point mask,
-# whose meaning depends on its values, is checked by the device itself.
+# Arguments of a forward are checked where that is cheap: values only on the CPU and not while a graph is traced. On a
+# GPU, reading values would make the host wait, so only shapes and dtypes are checked; a floating-point mask, whose
+# meaning depends on its values, is checked by the device itself.
 
 ACCEPTED_KEYWORDS = frozenset(
     {
         "cache_params",  # transformers' name of the cache in its Mamba classes
-        "cu_seq_lens_q",  # of padding-free collators, like the next three, which say the same
+        "cu_seq_lens_q",  # of padding-free collators, like the next three, which are redundant
         "cu_seq_lens_k",
         "max_length_q",
         "max_length_k",
-        "num_items_in_batch",  # the loss's, like the next two
+        "num_items_in_batch",  # for the loss, like the next two
         "ignore_index",
         "shift_labels",
-        "cache_position",  # of `generate` in earlier versions: the cache knows it
-        "token_type_ids",  # of tokenizers by default: the models have no segments
-        "output_router_logits",  # models that have some always return them
+        "cache_position",  # of `generate` in earlier versions; the cache counts itself
+        "token_type_ids",  # made by tokenizers; the models have no segments
+        "output_router_logits",  # models that have router logits always return them
     }
 )
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _MASK = (
-    "attention_mask must be non-zero at real tokens and 0 at padding; in a floating-point dtype 1 and 0, got other "
-    "numbers, as of an additive mask: pass `mask == 0` of that instead"
+    "attention_mask must be non-zero at real tokens and 0 at padding (1 and 0 in a floating-point dtype), got other "
+    "numbers, as in an additive mask. Pass `mask == 0` for an additive mask"
 )
 
 
@@ -405,17 +405,17 @@ def check_integer(name: str, tensor: Tensor | None) -> None:
 
 
 def read_mask(attention_mask: Tensor) -> Tensor | None:
-    """(B, past + L) True at real tokens; None of a mask without padding, but while tracing.
+    """Return the (B, past + L) mask, True at real tokens; None if there is no padding, except while tracing.
 
     Raises:
-        ValueError: if it is not a mask of real tokens: an additive one says the opposite.
+        ValueError: if it is not a mask of real tokens, e.g. an additive mask.
     """
     if tracing():
         return attention_mask != 0
     if attention_mask.numel() == 0:
         return None
     if attention_mask.dtype in _INTEGERS:
-        # Check and shortcut from one number: in a step of decoding, three more operations are to be felt.
+        # One reduction serves the check and the shortcut, as more operations are noticeable in a decoding step.
         lowest = int(attention_mask.min())
         if lowest < 0:
             raise ValueError(_MASK)
@@ -431,7 +431,7 @@ def read_mask(attention_mask: Tensor) -> Tensor | None:
 
 
 def check_documents(seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: int) -> None:
-    """Raise ValueError where documents go back, or their starts do not rise from 0 to the (1, L) row's length."""
+    """Raise ValueError unless document indices do not decrease and document starts rise from 0 to L."""
     if seq_idx is not None and host_reads(seq_idx):
         back = (seq_idx >= 0) & (seq_idx < seq_idx.cummax(dim=1).values)
         if bool(back.any()):
@@ -443,12 +443,12 @@ def check_documents(seq_idx: Tensor | None, cu_seqlens: Tensor | None, length: i
 
 
 def check_keywords(model: str, given: dict[str, Any], forward: Callable[..., Any]) -> None:
-    """Raise TypeError for a keyword that a forward does not read, other than None: it would be lost without a word.
+    """Raise TypeError for a keyword with a value that a forward does not read and would silently ignore.
 
     Args:
         model: name of the class, for the message.
-        given: what is not in the signature.
-        forward: what has the signature.
+        given: arguments that are not in the signature.
+        forward: method with the signature.
     """
     if not given:
         return
@@ -457,14 +457,13 @@ def check_keywords(model: str, given: dict[str, Any], forward: Callable[..., Any
         return
     known = list(inspect.signature(forward).parameters)[1:-1]  # between `self` and `**kwargs`
     close = difflib.get_close_matches(unknown[0], [*known, *sorted(ACCEPTED_KEYWORDS)], n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"accepted: {', '.join(known)}"
-    raise TypeError(f"{model}.forward has no argument `{unknown[0]}`; {hint}")
+    hint = f"Did you mean `{close[0]}`?" if close else f"It takes {', '.join(known)}"
+    raise TypeError(f"{model}.forward has no argument `{unknown[0]}`. {hint}")
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Raise ValueError unless there is a label for each of the (B, L, ...) logits: a loss would take any shape of as
-    many numbers."""
+    """Raise ValueError unless labels are (B, L) for (B, L, ...) logits; a loss accepts other shapes of equal size."""
     if labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"labels must be (B, L) = {tuple(logits.shape[:2])}, one for each of the logits, got {tuple(labels.shape)}"
+            f"labels must be (B, L) = {tuple(logits.shape[:2])}, one for each token, got {tuple(labels.shape)}"
         )

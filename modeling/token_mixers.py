@@ -1,7 +1,7 @@
 """The table of token mixers: every kind that a block of `zoo_hybrid` may have, by its name.
 
-The rows stand in the mixers' own files; `mixer.py` says what a row is. A new mixer is a file and a row here: an import
-line and an entry.
+Each row is defined in the mixer's own file; `mixer.py` documents the fields. To add a mixer, write a file and add its
+row here: an import line and an entry.
 """
 
 from .attention import FULL_ATTENTION, SLIDING_ATTENTION

@@ -24,8 +24,8 @@ from ..conversion.source_files import check_config
 from ..harness.fingerprint import pinned_revision
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import override, read_yaml
+from ..modeling.families import PRESETS
 from ..modeling.heads import ZooForCausalLM
-from ..modeling.presets import PRESETS
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 # Rows of the embedding are padded to it, so that they divide well, as in Mamba's checkpoints.
@@ -42,7 +42,7 @@ def resolve_configuration(
     """The configuration of a new causal language model.
 
     Args:
-        source: what to take the sizes from: a preset of `ssm_zoo.modeling.presets`; a .yaml or .json file, or a
+        source: what to take the sizes from: a preset of `ssm_zoo.modeling.families`; a .yaml or .json file, or a
             mapping, of `model_type` and configuration keys; or a folder or Hub id of a model of the zoo.
         overrides: "key=YAML value" assignments that replace keys, also `vocab_size`.
         tokenizer: the model's. A `vocab_size` that nobody gave is its number of entries, rounded up to a multiple of 8;

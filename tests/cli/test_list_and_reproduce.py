@@ -14,7 +14,7 @@ from ssm_zoo.cli.main import app
 from ssm_zoo.conversion.catalogue import list_models
 from ssm_zoo.conversion.formats import FORMATS
 from ssm_zoo.harness.text_files import front_matter
-from ssm_zoo.modeling.presets import PRESETS
+from ssm_zoo.modeling.families import PRESETS
 
 CARD = """\
 ---

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, preset
-from ssm_zoo.modeling.presets import PRESETS
+from ssm_zoo.modeling.families import PRESETS
 
 # Parameters (the tied head not counted twice) and MiB of float32 state a sequence.
 PUBLISHED = {

@@ -26,7 +26,7 @@ from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.modeling import ZooMamba2ForCausalLM
 from ssm_zoo.modeling.outputs import add_aux_loss
-from ssm_zoo.modeling.presets import PRESETS
+from ssm_zoo.modeling.families import PRESETS
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import RECIPES, FromScratchSettings, parse_from_scratch
 from ssm_zoo.training.new_model import END_OF_TEXT, changed_keys, entries_of, learn_vocabulary, resolve_configuration

@@ -22,12 +22,10 @@ class LeakyPreTrainedModel(ZooPreTrainedModel):
 class LeakyModel(LeakyPreTrainedModel, ZooModel):
     """Without a head."""
 
+    norm_eps = "layer_norm_epsilon"
+
     def make_block(self, config: LeakyConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
         return MixerBlock(config, LeakySum(config.hidden_size, config.num_attention_heads, layer_idx))
-
-    @staticmethod
-    def norm_eps(config: LeakyConfig) -> float:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return config.layer_norm_epsilon
 
 
 class LeakyForCausalLM(LeakyPreTrainedModel, ZooForCausalLM, GenerationMixin):

@@ -22,7 +22,7 @@ from ssm_zoo.distill.calibrate import calibrate  # noqa: E402
 from ssm_zoo.distill.recipe import StudentSpec  # noqa: E402
 from ssm_zoo.distill.student import build_student, student_mixer  # noqa: E402
 from ssm_zoo.distill.teacher import Teacher  # noqa: E402
-from ssm_zoo.modeling.presets import preset  # noqa: E402
+from ssm_zoo.modeling.families import preset  # noqa: E402
 from ssm_zoo.reports.distillation_tables import TOKEN_MIXERS  # noqa: E402
 
 assert Path(str(zoo.__file__)).is_relative_to(root)
