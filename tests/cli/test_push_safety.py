@@ -172,10 +172,10 @@ BROKEN: list[Any] = [
     pytest.param(
         lambda f: (f / "zoo_model.py").unlink(), r"imports \.zoo_model, but there is no zoo_model.py", id="no-import"
     ),
-    pytest.param(lambda f: (f / "ssd.py").write_text("def"), "ssd.py of model is not Python code", id="not-python"),
+    pytest.param(lambda f: (f / "ssd.py").write_text("def"), "ssd.py of model must be Python code", id="not-python"),
     pytest.param(
         edit("config.json", lambda v: v["auto_map"].update(AutoModel="a/b--modeling_mamba2.ZooMamba2Model")),
-        "takes its code from another repository",
+        "must not take its code from another repository",
         id="code-elsewhere",
     ),
     pytest.param(
@@ -315,7 +315,7 @@ def test_the_method_refuses_what_the_command_refuses(tmp_path: Path, api: HfApi,
     api.create_repo(REPO)
     upload(api, "adapter_config.json", b"{}")
     language_model: Any = make_model("mamba2")
-    with pytest.raises(ValueError, match=r"adapter_config\.json; remove them, or give replace=True"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json\. Remove them, or pass replace=True"):
         language_model.push_to_hub(REPO)
     language_model.push_to_hub(REPO, replace=True)
     assert "adapter_config.json" not in api.list_repo_files(REPO)

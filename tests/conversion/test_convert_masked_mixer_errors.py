@@ -190,7 +190,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(case: str, tmp_path: Path) ->
         (
             "flat",
             ("pad_mode=as_trained",),
-            "pad_mode='as_trained' fills rows up with pad_token_id, which must be a tok",
+            "pad_token_id must be given with pad_mode='as_trained'",
         ),
         ("flat", ("pad_mode=3",), "set: pad_mode: got 3; accepted: a value of type str"),
         ("flat", ("pad_token_id=37",), "pad_token_id must be None or from 0 to 36, got 37"),

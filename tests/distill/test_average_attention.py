@@ -85,20 +85,20 @@ def test_a_wrong_argument_is_refused(options: dict[str, Any], message: str) -> N
 
 def test_a_mixer_of_other_sizes_is_refused() -> None:
     view = Teacher(make_teacher()).attention(0)
-    with pytest.raises(
-        ValueError, match=r"3 heads of 16 channels, and with projections; copying needs .* 6 heads of 8"
-    ):
+    with pytest.raises(ValueError, match=r"must have .* 6 heads of 8 .* got 3 heads of 16 channels, with projections"):
         DenseMixer(0, 48, 9, heads=3, projections=True).start_from(view)
-    with pytest.raises(ValueError, match="6 heads of 8 channels, and no projections; copying needs"):
+    with pytest.raises(ValueError, match="got 6 heads of 8 channels, no projections"):
         DenseMixer(0, 48, 9, heads=6).start_from(view)
     for mixer in (DenseMixer(0, 48, 8, heads=6), DenseMixer(0, 48, 9, heads=3, taps=2)):
-        with pytest.raises(ValueError, match=r"the average attention is \(6, 9, 9\)"):
+        with pytest.raises(ValueError, match=r"must have .* \(6, 9, 9\) of the average attention"):
             mixer.set_average_attention(torch.zeros(6, 9, 9))
 
 
 def test_a_teacher_whose_heads_are_not_as_wide_as_its_stream_is_refused() -> None:
     spec = StudentSpec(mixer="masked_mixing", positions=9)
-    with pytest.raises(ValueError, match=r"'masked_mixing' needs heads \* head_dim \(48\) to be .* hidden_size \(24\)"):
+    with pytest.raises(
+        ValueError, match=r"got 'masked_mixing', which needs heads \* head_dim \(48\) to be .* hidden_size \(24\)"
+    ):
         build_student(Teacher(make_teacher(hidden_size=24)), spec, [0])
 
 

@@ -409,12 +409,12 @@ WRONG = [
             values.update(teacher=str(save_teacher(folder / "narrow", make_teacher(hidden_size=36)))),
             values["student"].update(mixer="mamba2"),
         ),
-        r"student\.mixer: 'mamba2' needs heads \* head_dim \(48\) to be a multiple",
+        r"`student\.mixer` must be .*, got 'mamba2', which needs heads \* head_dim \(48\) to be a multiple",
         id="width for Mamba-2",
     ),
     pytest.param(
         lambda values, _: values["student"].update(normalize=True),
-        r"student\.normalize: got True with feature_map 'identity'",
+        r"`student\.normalize` must be False with feature_map 'identity'",
         id="normaliser without positive features",
     ),
     pytest.param(

@@ -288,11 +288,15 @@ def test_without_copied_projections_a_mixer_is_random_and_seeded(mixer: str) -> 
             {"hidden_size": 36},
             {"mixer": "mamba2"},
             [0],
-            r"student\.mixer: 'mamba2' needs .*\(48\).*\(36\)",
+            r"`student\.mixer` must be .*, got 'mamba2', which needs .*\(48\).*\(36\)",
             id="width",
         ),
         pytest.param(
-            {}, {"normalize": True}, [0], r"student\.normalize: got True with feature_map 'identity'", id="normaliser"
+            {},
+            {"normalize": True},
+            [0],
+            r"`student\.normalize` must be False with feature_map 'identity'",
+            id="normaliser",
         ),
     ],
 )
@@ -317,7 +321,7 @@ def test_attention_is_not_copied_into_a_mixer_of_other_sizes(sizes: dict[str, in
     config = ZooHybridConfig(**options, mixer_types=["discrete_mamba2"])
     mixer = DiscreteMamba2Mixer(config, config.settings_of("discrete_mamba2"), 0)
     before = {name: parameter.clone() for name, parameter in mixer.named_parameters()}
-    with pytest.raises(ValueError, match=r"student: its mixer has \d+ heads .*; copying needs .* 6 heads of 8"):
+    with pytest.raises(ValueError, match=r"the student's mixer must have .* 6 heads of 8 .* got \d+ heads"):
         mixer.start_from(Teacher(make_teacher()).attention(0))
     for name, parameter in mixer.named_parameters():
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num()), name

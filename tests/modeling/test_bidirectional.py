@@ -338,24 +338,22 @@ def test_there_is_no_cache(name: str) -> None:
     model, ids = make_head(AutoModel, name), draw_ids(1, 3)
     assert model.config.use_cache and getattr(model(ids), CACHE_FIELD) is None
     for arguments in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
-        with pytest.raises(
-            ValueError, match="a bidirectional model has no state to go on from: use_cache must be False"
-        ):
+        with pytest.raises(ValueError, match="a bidirectional model has no cache: use_cache must be False"):
             model(ids, **arguments)
 
 
 def test_there_is_no_causal_language_model(name: str) -> None:
-    with pytest.raises(ValueError, match="bidirectional: a causal language model needs False, got True"):
+    with pytest.raises(ValueError, match="`bidirectional` must be False for a causal language model, got True"):
         AutoModelForCausalLM.from_config(make_config(name))
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_a_causal_model_fills_in_nothing(family: str) -> None:
-    with pytest.raises(ValueError, match="bidirectional: a masked language model needs True, got False"):
+    with pytest.raises(ValueError, match="`bidirectional` must be True for a masked language model, got False"):
         AutoModelForMaskedLM.from_config(make_config(family))
 
 
 def test_a_family_without_the_option_refuses_it() -> None:
     """transformers keeps any keyword of a configuration: it must not pass for an encoder and then scan one way."""
-    with pytest.raises(ValueError, match=r"bidirectional: zoo_hybrid has no such option, got True"):
+    with pytest.raises(ValueError, match=r"`bidirectional` must be left out, got True: zoo_hybrid has no such option"):
         FAMILIES["all-four"].backbone(make_config("all-four", bidirectional=True))

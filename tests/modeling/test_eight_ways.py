@@ -380,7 +380,7 @@ def test_snapshot_goes_into_another_cache(model: Any) -> None:
 
 def test_snapshot_of_another_model_raises(model: Any) -> None:
     cache = DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="snapshot has 1 layers, the cache has"):
+    with pytest.raises(ValueError, match=r"snapshot must have the . layers of the cache, got 1"):
         restore(cache, snapshot(cache)[:1])
 
 

@@ -222,7 +222,7 @@ def test_learned_prompts_have_gradients_and_generate(name: str, kind: str) -> No
 def test_a_prefix_of_keys_and_values_is_refused_without_attention_everywhere(name: str) -> None:
     ids = draw_ids(2, 6)
     model = peft.get_peft_model(make_model(name), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="peft's prefix tuning makes it, needs full attention in every layer"):
+    with pytest.raises(ValueError, match="peft's prefix tuning, needs full attention in every layer"):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 

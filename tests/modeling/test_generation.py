@@ -195,7 +195,7 @@ ERRORS = [
     ),
     pytest.param(
         {"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 6]), "seq_idx": torch.zeros(1, 6).long()},
-        "pass seq_idx or cu_seqlens, not both",
+        "pass either seq_idx or cu_seqlens, got both",
         id="seq_idx-and-cu_seqlens",
     ),
     pytest.param(
@@ -251,7 +251,7 @@ def test_a_packed_row_does_not_fill_a_cache(model: Any) -> None:
 def test_a_cache_made_without_the_configuration_raises(model: Any) -> None:
     kind = next(kind for kind in model.config.layer_types if kind.startswith("zoo_"))
     index = model.config.layer_types.index(kind)
-    message = f"layer {index} must be a {kind!r} layer, got None; make the cache by DynamicCache(config=model.config)"
+    message = f"layer {index} must be a {kind!r} layer, got None. Make the cache with DynamicCache(config=model.config)"
     with pytest.raises(ValueError, match=re.escape(message)):
         model(IDS, past_key_values=DynamicCache())
 
@@ -260,7 +260,9 @@ def test_checkpointing_does_not_drop_a_cache_silently(request: pytest.FixtureReq
     cache = filled_cache(model)
     trained = make_model(request.node.callspec.params["model"]).train()
     trained.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match=r"gradient checkpointing cannot continue a cache, .* 6 tokens"):
+    with pytest.raises(
+        ValueError, match=r"past_key_values must be empty or None with gradient checkpointing, .* 6 tokens"
+    ):
         trained(IDS, past_key_values=cache)
 
 
@@ -272,5 +274,5 @@ def test_the_cache_goes_by_either_name(model: Any) -> None:
         cache = DynamicCache(config=model.config)
         model(ids[:, :4], use_cache=True, **{keyword: cache})
         torch.testing.assert_close(model(ids[:, 4:], **{keyword: cache}).logits, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="not as both"):
+    with pytest.raises(ValueError, match="got both"):
         model(ids, cache=DynamicCache(config=model.config), past_key_values=DynamicCache(config=model.config))

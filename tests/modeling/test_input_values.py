@@ -70,7 +70,7 @@ def test_an_additive_mask_is_refused_and_one_of_ones_and_zeros_is_read(name: str
             assert torch.equal(model(ids, attention_mask=mask.to(kind)).last_hidden_state, expected)
     for lowest in (-torch.inf, torch.finfo(torch.float32).min, -1e4, torch.nan):
         additive = torch.zeros(2, LENGTH).masked_fill(mask == 0, lowest)
-        with pytest.raises(ValueError, match=r"attention_mask must be non-zero .* as of an additive mask"):
+        with pytest.raises(ValueError, match=r"attention_mask must be non-zero .* as in an additive mask"):
             model(ids, attention_mask=additive)
     with pytest.raises(ValueError, match="attention_mask must be non-zero at real tokens"):
         model(ids, attention_mask=mask - 1)

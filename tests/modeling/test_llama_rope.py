@@ -64,7 +64,7 @@ def test_the_student_turns_as_llama_does(rope: dict[str, Any], mixer: str, lengt
 
 def test_positions_beyond_those_of_a_dynamic_teacher_are_refused() -> None:
     teacher = make_teacher(max_position_embeddings=32, rope_parameters={"rope_theta": 100.0} | ROPES["dynamic"])
-    with pytest.raises(ValueError, match=r"student\.positions: must be at most 32, .* got 48"):
+    with pytest.raises(ValueError, match=r"`student\.positions` must be at most 32, .* got 48"):
         build_student(Teacher(teacher), StudentSpec(mixer="masked_mixing", positions=48), [0])
 
 

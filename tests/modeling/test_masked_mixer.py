@@ -229,7 +229,9 @@ def test_what_is_hidden_is_not_read_and_does_not_move() -> None:
 
 def test_an_expanded_mixer_has_no_matrix() -> None:
     model, cache = make(expanded=True), DynamicCache(config=make().config)
-    with pytest.raises(ValueError, match="output_attentions: an expanded mixer is no matrix, got True"):
+    with pytest.raises(
+        ValueError, match="output_attentions must be False for an expanded mixer, which is not a matrix, got True"
+    ):
         model(draw_ids(1, 5), output_attentions=True, past_key_values=cache)
     assert int(cache.get_seq_length()) == 0 and cache.layers[0].history is None
 

@@ -145,7 +145,10 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "lookahead": ({"lookahead": 3}, "lookahead must be 1 or 2, got 3"),
     "padding": ({"pad_mode": "left"}, "pad_mode must be one of shift, as_trained, got 'left'"),
-    "padding without a token": ({"pad_mode": "as_trained"}, "pad_token_id, which must be a token, got None"),
+    "padding without a token": (
+        {"pad_mode": "as_trained"},
+        "pad_token_id must be given with pad_mode='as_trained', which pads rows with it, got None",
+    ),
     "padding token": ({"pad_token_id": 99}, "pad_token_id must be None or from 0 to 60, got 99"),
     "overflow": ({"context_overflow": "drop"}, "context_overflow must be one of error, window, got 'drop'"),
     "window with attention": (

@@ -55,7 +55,7 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 # The end of the context
 
-LONG = f"max_position_embeddings: there are weights for {N} positions, got a document of {N + 1} tokens"
+LONG = rf"at most {N} tokens, as there are weights for {N} positions \(max_position_embeddings\), got {N + 1} tokens"
 TOO_LONG: dict[str, dict[str, Any]] = {
     "one-document": {"input_ids": draw_ids(1, N + 1)},
     "packed": {"input_ids": draw_ids(1, 20), "seq_idx": torch.tensor([[0] * 3 + [1] * (N + 1) + [2] * 4])},
@@ -94,7 +94,7 @@ def test_going_on_beyond_the_context_raises_and_leaves_the_cache_alone(mixing: d
     model(ids[:, N - 1 :], past_key_values=cache, use_cache=True)
     expected = [value.clone() for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
     with pytest.raises(
-        ValueError, match=f"{N} positions, got a document of {N + new} tokens, {N} columns of the cache"
+        ValueError, match=rf"{N} positions \(max_position_embeddings\), got {N + new} tokens, {N} columns of the cache"
     ):
         model(draw_ids(2, new), past_key_values=cache, use_cache=True)
     found = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
@@ -192,7 +192,9 @@ def test_tokens_to_drop_leaves_about_half() -> None:
 def test_windows_need_the_ids_of_all_tokens() -> None:
     model = make(context_overflow="window")
     embeddings = model.get_input_embeddings()(draw_ids(1, N - 2)).detach()
-    with pytest.raises(ValueError, match="context_overflow='window' reads the last ones again: needed are the ids"):
+    with pytest.raises(
+        ValueError, match=r"input_ids must hold all .* context_overflow='window' reads the last ones again"
+    ):
         model.generate(inputs_embeds=embeddings, max_new_tokens=6, **GREEDY)
 
 
@@ -213,7 +215,7 @@ def test_a_history_with_padding_is_cropped_behind_it_only() -> None:
     wrong = draw_ids(2, 2, seed=3)
     model(wrong, attention_mask=torch.cat([mask, torch.ones(2, 2)], 1), past_key_values=cache, use_cache=True)
     for too_many in (-3, 1):
-        with pytest.raises(ValueError, match=f"at most 2 here, which follow the last padding; got {too_many}"):
+        with pytest.raises(ValueError, match=rf"from -2 to 0 \(columns after the last padding\), got {too_many}"):
             cache.crop(too_many)
     cache.crop(-2)
     mask = torch.cat([mask, torch.ones(2, 5)], dim=1)
@@ -270,10 +272,16 @@ def test_generation_moves_the_text_through_the_context() -> None:
 def test_what_filled_rows_cannot_have_raises() -> None:
     model, ids = make(pad_mode="as_trained", pad_token_id=3), draw_ids(1, 6)
     for arguments, message in (
-        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, "takes padding at the left only"),
-        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}, "takes one document a row: seq_idx must be None"),
-        ({"cu_seqlens": torch.tensor([0, 3, 6])}, "takes one document a row: cu_seqlens must be None"),
-        ({"use_cache": True}, "has no cache, .* use_cache must be False"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, "attention_mask must have padding on the left only"),
+        (
+            {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+            "seq_idx must be None with pad_mode='as_trained', which takes one document a row",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 3, 6])},
+            "cu_seqlens must be None with pad_mode='as_trained', which takes one document a row",
+        ),
+        ({"use_cache": True}, "use_cache must be False .* pad_mode='as_trained', which has no cache"),
         ({"past_key_values": DynamicCache(config=model.config)}, "has no cache, .* past_key_values None"),
         ({"inputs_embeds": torch.zeros(1, 6, 16)}, "pass exactly one of input_ids and inputs_embeds"),
     ):

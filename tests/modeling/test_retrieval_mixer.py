@@ -160,7 +160,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "ignored label": ({"labels": torch.tensor([0, -100])}, r"labels must be from 0 to 4, got \[0, -100\]"),
     "missing label": (
         {"labels": torch.tensor([0, 1]), "candidate_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 1]])},
-        r"labels must be candidates that candidate_mask has, got \[0, 1\]",
+        r"labels must be candidates that candidate_mask includes, got \[0, 1\]",
     ),
 }
 

@@ -378,10 +378,10 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "empty list": ({"sal_layer_idx": []}, r"sal_layer_idx must name a block of selective attention, got \[\]"),
     "layer outside": (
         {"sal_layer_idx": [1, 3]},
-        r"sal_layer_idx must rise from .* num_hidden_layers - 1 \(2\), got \[1, 3\]",
+        r"sal_layer_idx must be increasing, from .* num_hidden_layers - 1 \(2\), got \[1, 3\]",
     ),
-    "layer negative": ({"sal_layer_idx": [-1]}, r"sal_layer_idx must rise from at least 0 .*got \[-1\]"),
-    "layers out of order": ({"sal_layer_idx": [2, 1]}, r"sal_layer_idx must rise .*got \[2, 1\]"),
+    "layer negative": ({"sal_layer_idx": [-1]}, r"sal_layer_idx must be increasing, from at least 0 .*got \[-1\]"),
+    "layers out of order": ({"sal_layer_idx": [2, 1]}, r"sal_layer_idx must be increasing.*got \[2, 1\]"),
     "every 0": ({"sal_every": 0}, "sal_every must be at least 1, got 0"),
     "heads do not divide the width": (
         {"num_attention_heads": 3, "num_key_value_heads": None, "head_dim": None},
@@ -398,7 +398,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "key source": ({"sal_key_source": "some"}, "sal_key_source must be one of all, selected, got 'some'"),
     "dense training without keys": (
         {"sal_dense_training": True, "sal_key_source": "selected"},
-        "sal_dense_training needs sal_key_source='all', got 'selected'",
+        "sal_key_source must be 'all' with sal_dense_training=True, got 'selected'",
     ),
     "fusion": ({"sal_fusion": "gated"}, "sal_fusion must be one of convex, residual, got 'gated'"),
     "mlp": ({"intermediate_size": 0}, "intermediate_size must be at least 1, got 0"),

@@ -25,8 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.modeling import ZooMamba2ForCausalLM
-from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.modeling.families import PRESETS
+from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import RECIPES, FromScratchSettings, parse_from_scratch
 from ssm_zoo.training.new_model import END_OF_TEXT, changed_keys, entries_of, learn_vocabulary, resolve_configuration
@@ -402,7 +402,9 @@ MISTAKES: list[Any] = [
     pytest.param({"overrides": ["hidden_size"]}, "override: got 'hidden_size'; accepted: dotted.key=value", id="set"),
     pytest.param({"overrides": ["head_dim=7"]}, r"config: num_heads \* head_dim", id="sizes"),
     pytest.param({"overrides": ["head_dim=x"]}, "config: Field 'head_dim' expected int", id="kind"),
-    pytest.param({"overrides": ["bidirectional=true"]}, "bidirectional: a causal language model needs", id="both"),
+    pytest.param(
+        {"overrides": ["bidirectional=true"]}, "`bidirectional` must be False for a causal language model", id="both"
+    ),
     pytest.param({"overrides": ["vocab_size=9"]}, "config: vocab_size: got 9; accepted: 256 or more", id="vocabulary"),
     pytest.param({"overrides": ["eos_token_id=3"]}, "config: eos_token_id: got 3; accepted: none, or", id="special"),
     pytest.param(
