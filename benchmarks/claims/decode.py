@@ -22,8 +22,8 @@ as the large one. A row is written per context and side:
 `bytes` is counted after the steps, `bytes_after_prefill` before them; `read` tokens went through the model, the others
 of the context are repetitions.
 
-    python benchmarks/decode.py
-    python benchmarks/decode.py --resume benchmarks/results/decode-20261127T120000Z.jsonl
+    python benchmarks/claims/decode.py
+    python benchmarks/claims/decode.py --resume benchmarks/results/decode-20261127T120000Z.jsonl
 
 `--resume` measures no context that the file holds.
 """
@@ -39,10 +39,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
+
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, circumstances, positive, quartiles
 from from_scratch_training import VOCABULARY
-from kernel_timing import quartiles
 from length_models import ARMS, HYBRID, MAMBA2, TAIPAN, TRANSFORMER, make, parameters
 from matplotlib.figure import Figure
 from result_file import ResultFile
@@ -230,7 +231,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"decode-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "decode.py", arguments))
+    file = ResultFile(path, circumstances(now, "claims/decode.py", arguments))
     contexts = sorted(set(options.contexts))
     length = contexts[-1] + WARM_UP + options.steps
     ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ Both runs are `ssm-zoo finetune lm`. The base is a toy: 2.8 M parameters, a voca
 one or two passes over WikiText-2's validation part (distill/data/wikitext2). The second text is cut into documents at
 blank lines; its last tenth is held out. What is shown is that the machinery works and the loss falls, no useful model.
 
-    python benchmarks/finetune_lora.py tinyshakespeare.txt --threads 1
+    python benchmarks/claims/finetune_lora.py tinyshakespeare.txt --threads 1
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
+
 import torch
 from circumstances import RESULTS, positive
 from tokenizers import ByteLevelBPETokenizer
@@ -26,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
+TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2"
 VOCABULARY = 2048
 
 

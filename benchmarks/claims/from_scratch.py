@@ -14,8 +14,8 @@ of the time. `--confirm` steps are run again with transformers' class itself and
 measured in turn with ours in the same process. Time is CPU time, which other programs do not lengthen much: on one
 thread of an idle machine it is the wall's.
 
-    python benchmarks/from_scratch.py --threads 1
-    python benchmarks/from_scratch.py --threads 1 --resume benchmarks/results/from_scratch-20261125T120000Z.jsonl
+    python benchmarks/claims/from_scratch.py --threads 1
+    python benchmarks/claims/from_scratch.py --threads 1 --resume benchmarks/results/from_scratch-20261125T120000Z.jsonl
 
 `--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
 """
@@ -33,6 +33,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 from circumstances import RESULTS, circumstances, positive
@@ -209,7 +211,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"from_scratch-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "from_scratch.py", arguments))
+    file = ResultFile(path, circumstances(now, "claims/from_scratch.py", arguments))
     file.drop(lambda row: row["purpose"] == "summary" and row["family"] in options.family)
     comparison = Comparison(file, tokens(), options)
     summaries = [comparison.family(family) for family in options.family]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2"
+TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2"
 VOCABULARY = 2048
 LENGTH = 128
 

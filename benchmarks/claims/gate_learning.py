@@ -7,7 +7,7 @@ on the way the share of tokens that the gate selects is measured, on validation 
 * as it trains, with the gate's noise: the share that the capacity loss is about;
 * as it decodes, without: the tokens whose score says that attending is likelier than not.
 
-    python benchmarks/gate_learning.py --threads 1
+    python benchmarks/claims/gate_learning.py --threads 1
 
 `--resume` does not repeat the runs of a file.
 """
@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import matplotlib
 import torch
@@ -136,7 +138,7 @@ def main(arguments: list[str]) -> None:
         make(capacity, options.weight, 0)  # before anything is written: what a configuration refuses is an error
     now = datetime.now(UTC)
     path = options.resume or options.output / f"gate_learning-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "gate_learning.py", arguments))
+    file = ResultFile(path, circumstances(now, "claims/gate_learning.py", arguments))
     file.drop(lambda row: "summary" in row)
     found = {
         capacity: [

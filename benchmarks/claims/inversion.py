@@ -14,8 +14,8 @@ What is large in the stream of residuals is easily read from it, so that the emb
 measured with a standard deviation of 1 at its start, as the paper's mixers have, and with 0.05, which is nearer to what
 is usual for Transformers; each with a rate of its own.
 
-    python benchmarks/inversion.py tinystories.txt --threads 1
-    python benchmarks/inversion.py tinystories.txt --threads 1 --resume benchmarks/results/inversion-20261127T12Z.jsonl
+    python benchmarks/claims/inversion.py tinystories.txt --threads 1
+    python benchmarks/claims/inversion.py tinystories.txt --threads 1 --resume benchmarks/results/inversion-1.jsonl
 
 `--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
 """
@@ -33,6 +33,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 from circumstances import RESULTS, circumstances, positive
@@ -214,7 +216,7 @@ def main(arguments: list[str]) -> None:
     data = Data(encode(stories.train), encode(stories.held_out[:half]), encode(stories.held_out[half:]))
     now = datetime.now(UTC)
     path = options.resume or options.output / f"inversion-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "inversion.py", arguments), options.minutes)
+    file = ResultFile(path, circumstances(now, "claims/inversion.py", arguments), options.minutes)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, data, options).compare()), indent=1))
     draw(file.rows, path.with_suffix(".png"))

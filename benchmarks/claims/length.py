@@ -10,8 +10,8 @@ that reads worse with more text before it.
 Claims to check (arXiv 2410.18572, figure 1a, at 0.2 to 1.3 billion parameters): beyond the training length Taipan's
 loss stays flat, Mamba-2's rises, Transformer and hybrid break.
 
-    python benchmarks/length.py --threads 1
-    python benchmarks/length.py --threads 1 --resume benchmarks/results/length-20261127T120000Z.jsonl
+    python benchmarks/claims/length.py --threads 1
+    python benchmarks/claims/length.py --threads 1 --resume benchmarks/results/length-20261127T120000Z.jsonl
 
 `--resume` does not repeat the runs of a file, so one that is cut off loses one run, and seeds or arms may be added.
 """
@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 import torch.nn.functional as F
@@ -193,7 +195,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"length-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "length.py", arguments))
+    file = ResultFile(path, circumstances(now, "claims/length.py", arguments))
     file.drop(lambda row: row["purpose"] == "summary" and row["arm"] in options.arm)
     data = split(tokens(), options.judge, options.windows, options.multiples)
     comparison = Comparison(file, data, options)

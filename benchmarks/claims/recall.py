@@ -10,9 +10,9 @@ since from many alone a model of any kind learns slowly; Mamba-2's paper raises 
 learning rate of every arm is found by the same search from the same start, in full runs with a seed of their own,
 judged by the validation sequences; the best one is run with the other seeds, and judged by fresh sequences.
 
-    python benchmarks/recall.py --threads 1
-    python benchmarks/recall.py --threads 1 --resume benchmarks/results/recall-20261125T120000Z.jsonl
-    python benchmarks/recall.py --size paper --device cuda
+    python benchmarks/claims/recall.py --threads 1
+    python benchmarks/claims/recall.py --threads 1 --resume benchmarks/results/recall-20261125T120000Z.jsonl
+    python benchmarks/claims/recall.py --size paper --device cuda
 
 `--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
 """
@@ -30,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 from circumstances import RESULTS, circumstances, positive
@@ -215,7 +217,7 @@ def main(arguments: list[str]) -> None:
         make(arm, size.models, options.range, 0)  # before anything is written: sizes that do not fit are an error
     now = datetime.now(UTC)
     path = options.resume or options.output / f"recall-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "recall.py", arguments))
+    file = ResultFile(path, circumstances(now, "claims/recall.py", arguments))
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, size, options).summary()), indent=1))
     draw_curves(file.rows, path.with_suffix(".png"))

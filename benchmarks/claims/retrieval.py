@@ -18,8 +18,8 @@ BM25, which reads whole texts, where the models read `--length` tokens; chance i
 Each arm's rates are tuned by the same searches from the same start, in short runs on parts that judge no result: of
 step 1 by held-out loss, of step 2 for each task by top-1 among 32.
 
-    python benchmarks/retrieval.py tinystories.txt cranfield --threads 1
-    python benchmarks/retrieval.py tinystories.txt cranfield --threads 1 --resume benchmarks/results/retrieval-1.jsonl
+    python benchmarks/claims/retrieval.py tinystories.txt cranfield --threads 1
+    python benchmarks/claims/retrieval.py tinystories.txt cranfield --resume benchmarks/results/retrieval-1.jsonl
 
 `--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
 """
@@ -37,6 +37,8 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 from circumstances import RESULTS, circumstances, positive
@@ -258,7 +260,7 @@ def main(arguments: list[str]) -> None:
     now = datetime.now(UTC)
     path = options.resume or options.output / f"retrieval-{now:%Y%m%dT%H%M%SZ}.jsonl"
     packages = ("sentence-transformers", "bm25s")
-    file = ResultFile(path, circumstances(now, "retrieval.py", arguments, packages), options.minutes)
+    file = ResultFile(path, circumstances(now, "claims/retrieval.py", arguments, packages), options.minutes)
     file.drop(lambda row: row["purpose"] == "summary")
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(file.add(Comparison(file, data, options, Path(folder)).compare()), indent=1))

@@ -16,9 +16,9 @@ arm's rate and the size of its embedding at initialisation are tuned by the same
 of equal length on a part of the held-out text, and the best is run with every seed and judged by another part. A text
 is one stream of stories, cut into windows of 128 tokens; the paper has one story a row.
 
-    python benchmarks/stories.py tinystories.txt --threads 1
-    python benchmarks/stories.py tinystories.txt --threads 1 --minutes 12
-    python benchmarks/stories.py tinystories.txt --threads 1 --resume benchmarks/results/stories-20261127T120000Z.jsonl
+    python benchmarks/claims/stories.py tinystories.txt --threads 1
+    python benchmarks/claims/stories.py tinystories.txt --threads 1 --minutes 12
+    python benchmarks/claims/stories.py tinystories.txt --threads 1 --resume benchmarks/results/stories-1.jsonl
 
 `--resume` does not repeat the runs of a file, so a comparison that is cut off loses one run, and seeds may be added.
 """
@@ -34,6 +34,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 from circumstances import RESULTS, circumstances, positive
@@ -256,7 +258,7 @@ def main(arguments: list[str]) -> None:
     data = ids_of(tokenizer, stories.train), ids_of(tokenizer, stories.held_out)
     now = datetime.now(UTC)
     path = options.resume or options.output / f"stories-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "stories.py", arguments), options.minutes)
+    file = ResultFile(path, circumstances(now, "claims/stories.py", arguments), options.minutes)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, data, options).compare()), indent=1))
     draw(file.rows, path.with_suffix(".png"))

@@ -37,7 +37,7 @@ def read_stories(path: Path) -> Stories:
     stories = [story for part in parts if (story := part.strip())]
     if len(stories) < 10:
         raise ValueError(
-            f"text: got {path.name} with {len(stories)} stories; accepted: at least 10, {END} between them"
+            f"text must hold at least 10 stories with {END} between them, got {len(stories)} in {path.name}"
         )
     held_out = len(stories) // 10
     return Stories(stories[:-held_out], stories[-held_out:])

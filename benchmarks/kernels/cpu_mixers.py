@@ -4,7 +4,7 @@ Both sides hold the same weights, agree on the same inputs before they are timed
 those of `cpu_paths.py`; the peer runs as transformers runs it where no other package is installed. Its Mamba-1 backward
 takes tens of seconds at L512: give few repeats.
 
-    python benchmarks/cpu_mixers.py --repeats 3
+    python benchmarks/kernels/cpu_mixers.py --repeats 3
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 from circumstances import RESULTS, circumstances, positive, write_rows
@@ -67,7 +69,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     now = datetime.now(UTC)
-    about = circumstances(now, "cpu_mixers.py", arguments)
+    about = circumstances(now, "kernels/cpu_mixers.py", arguments)
     rows = []
     for case in cases(options.forward, options.backward):
         row = {"case": f"{case.name} d{WIDTH} B1 float32", **measure(case, options.repeats), **about}

@@ -6,7 +6,7 @@ mixing multiplies by the matrix made of the weights, or transforms in plain torc
 are, or laid out as one matrix before anything is timed; the faster way counts. Rows are those of `cpu_paths.py`, with
 "op", "mode", "length", "batch" and "peer" for the plot that is drawn beside them.
 
-    python benchmarks/cpu_mixing.py --lengths 512 1024 2048 4096 --repeats 5
+    python benchmarks/kernels/cpu_mixing.py --lengths 512 1024 2048 4096 --repeats 5
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import matplotlib
 
@@ -148,7 +150,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     now = datetime.now(UTC)
-    about = circumstances(now, "cpu_mixing.py", arguments)
+    about = circumstances(now, "kernels/cpu_mixing.py", arguments)
     rows: list[dict[str, Any]] = []
     path = options.output / f"cpu_mixing-{now:%Y%m%dT%H%M%SZ}.jsonl"
     for op in options.ops:

@@ -8,7 +8,7 @@ lengths, ours with its default. A row is written per case:
 
 with the medians in seconds and ratio = theirs_s / ours_s (above 1: ours is faster).
 
-    python benchmarks/cpu_paths.py --lengths 64 512 --repeats 20
+    python benchmarks/kernels/cpu_paths.py --lengths 64 512 --repeats 20
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
 import torch.nn.functional as F
@@ -290,7 +292,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     shape = SHAPES[options.shape]
     now = datetime.now(UTC)
-    about = circumstances(now, "cpu_paths.py", arguments)
+    about = circumstances(now, "kernels/cpu_paths.py", arguments)
     rows: list[dict[str, object]] = []
     for length, case in cases(shape, options.lengths):
         name = f"{case.name} {options.shape} ({shape}) B1 L{length} float32"

@@ -3,7 +3,7 @@
 On a machine without a CUDA device the same run goes through at small sizes, and each row of a full size says that it
 is not measured. What is measured, how to read a row, and how to run it where there is no network: `README.md` here.
 
-    python benchmarks/gpu_kernels.py --minutes 25
+    python benchmarks/kernels/gpu_kernels.py --minutes 25
 """
 
 import sys

@@ -3,7 +3,7 @@
 A picture holds a panel per mode, the time of our side and of each peer over the length (or the batch, or case by
 case), on logarithmic axes, with the time that the counted bytes and FLOPs need at the measured ceilings.
 
-    python benchmarks/kernel_plots.py benchmarks/results/kernels-20261124T120000Z.jsonl
+    python benchmarks/kernels/kernel_plots.py benchmarks/results/kernels-20261124T120000Z.jsonl
 """
 
 from __future__ import annotations

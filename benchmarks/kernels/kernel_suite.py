@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
+
 import torch
-from circumstances import RESULTS, circumstances, positive, write_rows
+from circumstances import RESULTS, circumstances, positive, quartiles, write_rows
 from kernel_bars import MEASURED, NOT_MEASURED, REFUSED, Row, judge, report
 from kernel_cases import (
     EAGER,
@@ -36,7 +39,7 @@ from kernel_cases import (
 )
 from kernel_check import allowed, error_of, sampled
 from kernel_peers import PEERS, Builder, NotMeasuredError
-from kernel_timing import Clock, captured, quartiles
+from kernel_timing import Clock, captured
 from roofline import chunk_state_bytes, compute_ceiling, cost, floor_seconds, measure_ceilings
 from tqdm import tqdm
 
@@ -254,7 +257,7 @@ def pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted: a regular expression ({error})") from error
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got {text!r} ({error})") from error
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -283,7 +286,7 @@ def main(arguments: list[str]) -> int:
     begin = time.monotonic()
     options = parse_arguments(arguments)
     now = datetime.now(UTC)
-    about = circumstances(now, "gpu_kernels.py", arguments, PACKAGES)
+    about = circumstances(now, "kernels/gpu_kernels.py", arguments, PACKAGES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = options.small or device.type == "cpu"
     path = options.resume or options.output / f"kernels-{now:%Y%m%dT%H%M%SZ}.jsonl"
@@ -318,7 +321,7 @@ def main(arguments: list[str]) -> int:
         print(f"\n{why} with {left} cases left: --resume {path}")
     print(f"\nwrote {path}")
     if find_spec("matplotlib") is None:
-        print(f"matplotlib is not installed; where it is: python benchmarks/kernel_plots.py {path}")
+        print(f"matplotlib is not installed; where it is: python benchmarks/kernels/kernel_plots.py {path}")
     else:
         from kernel_plots import main as draw
 

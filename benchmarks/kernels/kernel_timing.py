@@ -124,9 +124,3 @@ def captured(run: Run) -> Run:
         return results
 
     return replay
-
-
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """First quartile, median and third quartile."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    return {"q1": low, "median": middle, "q3": high}

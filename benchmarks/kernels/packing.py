@@ -11,7 +11,7 @@ the mean loss over all targets has to agree. They are timed in turn. A row is wr
 with the medians in seconds, ratio = padded_s / packed_s (above 1: packing is faster), real tokens (not padding) per
 second, and the share of each side's room that real tokens fill.
 
-    python benchmarks/packing.py --threads 1
+    python benchmarks/kernels/packing.py --threads 1
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
+
 import torch
 from circumstances import RESULTS, circumstances, positive, write_rows
 from matplotlib.figure import Figure
@@ -34,7 +36,7 @@ from transformers import PreTrainedModel
 from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM, ZooMambaConfig, ZooMambaForCausalLM
 from ssm_zoo.training.packing import PackedDocuments, RowCollator
 
-TEXT = Path(__file__).resolve().parents[1] / "distill" / "data" / "wikitext2" / "train.txt"
+TEXT = Path(__file__).resolve().parents[2] / "distill" / "data" / "wikitext2" / "train.txt"
 VOCABULARY = 2048
 # Relative, of the mean loss. The sides add up in other orders.
 AGREEMENT = 1e-4
@@ -163,7 +165,7 @@ def main(arguments: list[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     now = datetime.now(UTC)
-    about = circumstances(now, "packing.py", arguments)
+    about = circumstances(now, "kernels/packing.py", arguments)
     ids = documents(options.documents)
     rows: list[dict[str, object]] = []
     for family in options.family:
