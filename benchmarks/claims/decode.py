@@ -71,7 +71,7 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement; its fields tell it from every other one of a file."""
+    """A measurement; its fields identify it in a file."""
 
     context: int
     arm: str
@@ -83,14 +83,14 @@ class Point:
 
 
 def held_bytes(cache: Cache) -> int:
-    """Bytes of the storages behind every tensor of every layer of a cache, each storage once."""
+    """Return bytes of the storages behind every tensor of every layer of a cache, each storage once."""
     tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def full_layers(model: PreTrainedModel) -> list[int]:
-    """The blocks of a model whose cache grows with every token."""
+    """Return the blocks of a model whose cache grows with every token."""
     return [index for index, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
 
 
@@ -126,7 +126,7 @@ class Side:
 
     @torch.no_grad()
     def step(self, ids: Tensor, cache: Cache) -> Any:
-        """A forward over (1, L) tokens, with logits for the last one."""
+        """Run a forward over (1, L) tokens, with logits for the last one."""
         return self.model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
     def fill(self, ids: Tensor, chunk: int, limit: int) -> None:
@@ -146,7 +146,7 @@ class Side:
         self.tokens = ids.shape[1]
 
     def ready(self, steps: int) -> Cache:
-        """A copy of the cache to take `steps` with; a static one where the way says so."""
+        """Return a copy of the cache for `steps` steps, a static one if the way says so."""
         saved = snapshot(self.cache)
         if self.way != STATIC:
             cache = DynamicCache(config=self.model.config)
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--prefill", type=positive, default=16384, help="tokens that full attention reads")
     parser.add_argument("--threads", type=positive, default=1, help="of which the times are added up")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     now = datetime.now(UTC)

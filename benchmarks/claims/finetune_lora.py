@@ -33,7 +33,7 @@ VOCABULARY = 2048
 
 
 def save_untrained(folder: Path) -> None:
-    """A tokenizer learnt from the training text, and a model with random weights."""
+    """Return a tokenizer learnt from the training text, and a model with random weights."""
     backend = ByteLevelBPETokenizer()
     backend.train([str(TEXT / "train.txt")], VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
@@ -52,7 +52,7 @@ def save_untrained(folder: Path) -> None:
 
 
 def save_texts(source: Path, folder: Path) -> None:
-    """The articles of WikiText-2 as documents, and the documents of `source`, its last tenth held out."""
+    """Return the articles of WikiText-2 as documents, and the documents of `source`, its last tenth held out."""
     for name in ("train", "heldout"):
         text = (TEXT / f"{name}.txt").read_text(encoding="utf-8")
         (folder / f"wikitext2-{name}.txt").write_text(text.replace("\n= ", "\n\n\n= "), encoding="utf-8")
@@ -63,7 +63,7 @@ def save_texts(source: Path, folder: Path) -> None:
 
 
 def run(folder: Path, threads: int, *arguments: str) -> None:
-    """`ssm-zoo finetune lm` in a folder: its report then names no path of this machine."""
+    """Run `ssm-zoo finetune lm` in a folder, so that its report names no path of this machine."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "ssm_zoo.cli.main", "finetune", "lm", *arguments]
     subprocess.run(command, cwd=folder, env=environment, check=True)

@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its fields tell it from every other one of a file. All have the same `--held-out`.
+    """A training run; its fields identify it in a file. All have the same `--held-out`.
 
     `steps` is the length of the schedule, `stop` the number of steps taken of it.
     """
@@ -78,7 +78,7 @@ class Run:
 
 
 def make(family: str, arm: str, seed: int, **options: Any) -> nn.Module:
-    """A freshly initialised model of 3 million parameters; `options` are further fields of its configuration."""
+    """Return a freshly initialised model of 3 million parameters; `options` are further fields of its configuration."""
     common = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 6, "tie_word_embeddings": True}
     common |= SIZES[family] | options
     ours, theirs = (ZooMambaForCausalLM, ZooMambaConfig), (MambaForCausalLM, MambaConfig)
@@ -96,8 +96,11 @@ def make(family: str, arm: str, seed: int, **options: Any) -> nn.Module:
 
 
 def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and return the run's row: trials are judged at their end by one part of the held-out text, others by the
-    next one, every `options.evaluate_every` steps."""
+    """Train, and return the row of the run.
+
+    Trials are judged at their end by one part of the held-out text, other runs by the next part, every
+    `options.evaluate_every` steps.
+    """
     model = make(run.family, run.arm, run.seed, initializer_range=run.initializer_range)
     trainer = Trainer(model, run.rate, run.steps)
     begin = 0 if run.purpose == TRIAL else options.held_out
@@ -118,7 +121,7 @@ def execute(run: Run, data: tuple[Tensor, Tensor], options: argparse.Namespace) 
 
 
 def seconds_per_step(family: str, data: tuple[Tensor, Tensor], batch: int, repeats: int) -> dict[str, float]:
-    """Median CPU time of a training step of our class and of transformers', in turn, after one step of each."""
+    """Return median CPU time of a training step of our class and of transformers', in turn, after one step of each."""
     trainers = {arm: Trainer(make(family, arm, 0), 1e-3, 1000) for arm in (OURS, CLASS)}
     times: dict[str, list[float]] = {arm: [] for arm in trainers}
     for windows in batches(data[0], batch, repeats + 1, 0):
@@ -136,16 +139,16 @@ class Comparison:
         self.file, self.data, self.options = file, data, options
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The run's row, trained now if the file has none."""
+        """Return the row of the run, after training it unless the file has the row."""
         return self.file.run(run, lambda run: execute(run, self.data, self.options))
 
     def judge(self, run: Run, rate: float, std: float) -> float:
-        """What `run` with this rate and `initializer_range` is judged by when a side is tuned."""
+        """Return the loss by which `run` with this rate and `initializer_range` is judged in the search."""
         row = self.row(dataclasses.replace(run, rate=rate, initializer_range=std))
         return row["held_out"] if run.purpose == TRIAL else mean(row["train"][-max(run.stop // 10, 1) :])
 
     def family(self, family: str) -> dict[str, Any]:
-        """Everything of one family; returns its summary."""
+        """Run everything of one family and return its summary."""
         options = self.options
         timing = self.file.find({"purpose": "timing", "family": family})
         if timing is None:
@@ -204,7 +207,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --batch and --held-out"
+        "--resume", type=Path, metavar="FILE", help="continue this result file, of equal --batch and --held-out"
     )
     options = parser.parse_args(arguments)
     if options.threads is not None:

@@ -22,7 +22,7 @@ LENGTH = 128
 
 
 def tokens() -> tuple[Tensor, Tensor]:
-    """Ids of the training and of the held-out text, by a byte-level BPE learnt from the training text."""
+    """Return ids of the training and of the held-out text, by a byte-level BPE learnt from the training text."""
     train, held_out = (
         (TEXT / name).read_text(encoding="utf-8").replace("\r", "") for name in ("train.txt", "heldout.txt")
     )
@@ -35,12 +35,12 @@ def tokens() -> tuple[Tensor, Tensor]:
 
 
 def windows_of(ids: Tensor, length: int = LENGTH) -> Tensor:
-    """(n, length + 1) windows, each of which begins with the last token of the one before."""
+    """Return (n, length + 1) windows, each of which begins with the last token of the previous one."""
     return ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
 
 
 def batches(ids: Tensor, batch: int, steps: int, seed: int, length: int = LENGTH) -> Iterator[Tensor]:
-    """(batch, length + 1) windows: epochs of all windows, each in an order of its own."""
+    """Yield (batch, length + 1) windows in epochs of all windows, each in another order."""
     windows = windows_of(ids, length)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
@@ -52,14 +52,14 @@ def batches(ids: Tensor, batch: int, steps: int, seed: int, length: int = LENGTH
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token, of all but the first token of (B, length + 1) windows."""
+    """Return mean cross-entropy, nats per token, of all but the first token of (B, length + 1) windows."""
     logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, ids: Tensor, batch: int, length: int = LENGTH) -> float:
-    """Mean of `loss_of` over the windows of `ids`, `batch` at a time."""
+    """Return mean of `loss_of` over the windows of `ids`, `batch` at a time."""
     model.eval()
     windows = windows_of(ids, length)
     total = sum(float(loss_of(model, part)) * len(part) for part in windows.split(batch))

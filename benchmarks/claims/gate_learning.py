@@ -50,7 +50,7 @@ VALIDATION = 10**6
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its fields tell it from every other one of a file."""
+    """A training run; its fields identify it in a file."""
 
     capacity: float
     weight: float
@@ -61,7 +61,7 @@ class Run:
 
 
 def make(capacity: float, weight: float, seed: int) -> TaipanForCausalLM:
-    """A freshly initialised Taipan; `weight` is that of the capacity loss."""
+    """Return a freshly initialised Taipan; `weight` is that of the capacity loss."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": WIDTH, "num_attention_heads": 1}
     sizes |= {"state_size": 16, "mamba_head_dim": WIDTH, "sal_every": 1, "vocab_size": TASK.vocabulary}
@@ -70,7 +70,7 @@ def make(capacity: float, weight: float, seed: int) -> TaipanForCausalLM:
 
 
 def execute(run: Run, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and return the run's row."""
+    """Train, and return the row of the run."""
     model = make(run.capacity, run.weight, run.seed)
     trainer = Trainer(model, run.rate, run.steps, recall_loss)
     generator = torch.Generator().manual_seed(run.seed)
@@ -87,7 +87,7 @@ def execute(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary_of(capacity: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds at the end of training, and of the share of all tokens also its range."""
+    """Return means over the seeds at the end of training, and of the share of all tokens also its range."""
     ends = [row["curve"][-1] for row in rows]
     means = {key: mean(end[key] for end in ends) for key in ends[0] if key != "step"}
     shares = [end["drawn all"] for end in ends]
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--validation", type=positive, default=128, help="sequences that judge")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""How much of their input masked mixers, Transformers and Mamba-2 hold in their last block, before and after training.
+"""Recover the input of masked mixers, Transformers and Mamba-2 from their last block, before and after training.
 
 Claim to check (arXiv 2409.01482): hidden states of masked mixers give their tokens back, those of Transformers hardly;
 training brings the two closer, and wider models keep more. Here small causal language models of equal width and about
@@ -61,7 +61,7 @@ RATES, SIZES = ((0.5,), (2.0,)), ((0.25,), (4.0,))
 
 @dataclass(frozen=True)
 class Run:
-    """A model and what is done with it; the fields tell a run from every other one of a file.
+    """A model and what is done with it; the fields identify it in a file.
 
     Attributes:
         purpose: a trial of the training gives a held-out loss, the others an inversion.
@@ -88,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    """What the runs of a file read: ids to train on, ids that judge trials, ids that judge results."""
+    """Data of the runs of a file: ids for training, ids that judge trials, ids that judge results."""
 
     train: Tensor
     trials: Tensor
@@ -103,7 +103,7 @@ class Comparison:
         self.trained = lru_cache(maxsize=16)(self.train)
 
     def train(self, arm: str, width: int, embedding: float, seed: int, rate: float, steps: int) -> PreTrainedModel:
-        """A model after its training."""
+        """Return a trained model."""
         options = self.options
         sizes = equal_sizes(arm, width)
         model = make(arm, sizes, options.vocabulary, options.length, seed, embedding=embedding)
@@ -140,25 +140,25 @@ class Comparison:
         return {**row, "cpu_seconds": time.process_time() - start}
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The run's row, made now if the file has none."""
+        """Return the row of the run, after executing it unless the file has the row."""
         return self.file.run(run, self.execute)
 
     def rate(self, arm: str, embedding: float) -> float:
-        """The learning rate of an arm's training."""
+        """Return the learning rate of an arm's training."""
         options = self.options
         trial = Run(TRAINING, arm, options.tuned_width, embedding, 0, 0.0, options.steps)
         (rate,) = search(lambda rate: self.row(replace(trial, rate=rate))["held_out"], (options.rate,), RATES)
         return rate
 
     def size(self, run: Run) -> float:
-        """The first step size for what a run is about."""
+        """Return the first step size for what a run is about."""
         trial = replace(run, purpose=DESCENT, width=self.options.tuned_width, seed=0)
         # By how close the hidden states come, which takes no knowledge of the tokens.
         (size,) = search(lambda size: self.row(replace(trial, size=size))["left"], (self.options.size,), SIZES)
         return size
 
     def cells(self) -> Iterator[Run]:
-        """What is measured, with every seed: the runs of the first one, without their step sizes."""
+        """Return the runs of the first seed without their step sizes; every seed repeats them."""
         options = self.options
         for arm in COMPARED:
             for embedding in (LARGE, SMALL):
@@ -169,7 +169,7 @@ class Comparison:
                     yield replace(base, width=options.tuned_width, steps=steps, places=LAST)
 
     def compare(self) -> dict[str, Any]:
-        """Everything; returns the summary."""
+        """Run everything and return the summary."""
         options = self.options
         cells = []
         for cell in self.cells():
@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file, of equal options")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file, of equal options")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -47,7 +47,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def widths(axis: Axes, summary: dict[str, Any], trained: bool) -> None:
-    """Accuracy over the width, of both embeddings: the mean of each arm's seeds and their range."""
+    """Draw the accuracy over the width for both embeddings: mean and range over the seeds of each arm."""
     for arm, color in COLORS.items():
         for embedding, line in LINES.items():
             key = (arm, trained, "all", embedding)
@@ -67,7 +67,7 @@ def widths(axis: Axes, summary: dict[str, Any], trained: bool) -> None:
 
 
 def bars(axis: Axes, summary: dict[str, Any]) -> None:
-    """Accuracy at the width where all is measured, untrained ones pale: mean and range."""
+    """Draw the accuracy at the width where everything is measured, untrained models in pale colours: mean and range."""
     for group, (places, embedding) in enumerate(GROUPS):
         for index, (arm, color) in enumerate(COLORS.items()):
             for trained in (False, True):

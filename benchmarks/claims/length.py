@@ -55,7 +55,7 @@ BUDGET, PLACES = 4096, 64
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its fields tell it from every other one of a file. All are judged by the same text."""
+    """A training run; its fields identify it in a file. All are judged by the same text."""
 
     purpose: str
     arm: str
@@ -67,7 +67,7 @@ class Run:
 
 
 def training_loss(model: Any, windows: Tensor) -> Tensor:
-    """Mean cross-entropy of all but the first token of (B, LENGTH + 1) windows; of Taipan with the capacity loss."""
+    """Return the mean cross-entropy of (B, LENGTH + 1) windows, for Taipan with the capacity loss."""
     output = model(windows[:, :-1], use_cache=False)
     loss = F.cross_entropy(output.logits.float().flatten(0, 1), windows[:, 1:].flatten())
     return add_aux_loss(loss, output, model.config, windows)
@@ -75,7 +75,7 @@ def training_loss(model: Any, windows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """What the runs of a file read.
+    """Data of the runs of a file.
 
     Attributes:
         train: ids to train on.
@@ -91,10 +91,10 @@ class Data:
 
 
 def split(ids: tuple[Tensor, Tensor], judge: int, count: int, multiples: list[int]) -> Data:
-    """Training ids as they are; of the held-out ones the first `judge` and then `count` windows of the longest context.
+    """Return the training ids, the first `judge` held-out ids, and then `count` windows of the longest context.
 
     Raises:
-        ValueError: if the held-out text is too short for that.
+        ValueError: if the held-out text is too short.
     """
     train, held_out = ids
     lengths = [LENGTH * multiple for multiple in multiples]
@@ -102,7 +102,7 @@ def split(ids: tuple[Tensor, Tensor], judge: int, count: int, multiples: list[in
 
 
 def execute(run: Run, data: Data) -> dict[str, Any]:
-    """Train, and return the run's row."""
+    """Train, and return the row of the run."""
     start = time.process_time()
     model = make(run.arm, VOCABULARY, run.window, run.seed)
     trainer = Trainer(model, run.rate, run.steps, training_loss)
@@ -130,15 +130,15 @@ class Comparison:
         self.file, self.data, self.options = file, data, options
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The run's row, trained now if the file has none."""
+        """Return the row of the run, after training it unless the file has the row."""
         return self.file.run(run, lambda run: execute(run, self.data))
 
     def judge(self, trial: Run, rate: float) -> float:
-        """What `trial` with this rate is judged by."""
+        """Return the loss by which `trial` with this rate is judged."""
         return self.row(dataclasses.replace(trial, rate=rate))["judged"]
 
     def arm(self, arm: str) -> dict[str, Any]:
-        """Everything of one arm; returns its summary."""
+        """Run everything of one arm and return its summary."""
         options = self.options
         trial = Run(TRIAL, arm, 0.0, 0, options.trial_steps, options.batch, options.window)
         (rate,) = search(partial(self.judge, trial), (options.rate,), FACTORS)
@@ -185,7 +185,7 @@ def main(arguments: list[str]) -> None:
         "--resume",
         type=Path,
         metavar="FILE",
-        help="go on with this result file, of equal --multiples, --judge and --windows",
+        help="continue this result file, of equal --multiples, --judge and --windows",
     )
     options = parser.parse_args(arguments)
     options.multiples = sorted(set(options.multiples))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 
 def windows_of(ids: Tensor, longest: int, count: int) -> Tensor:
-    """(N, M + 1) first windows of M = `longest` targets; each begins with the last token of the one before.
+    """Return the first (N, M + 1) windows of M = `longest` targets, each from the last token of the previous one.
 
     Raises:
         ValueError: if the text has fewer than `count` of them.
@@ -32,7 +32,7 @@ def windows_of(ids: Tensor, longest: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def losses_of(model: PreTrainedModel, windows: Tensor, length: int, budget: int) -> tuple[Tensor, float | None]:
-    """The loss of every target of (N, M + 1) windows, read in pieces of `length` tokens, which divides M.
+    """Return the loss of every target of (N, M + 1) windows, read in pieces of `length` tokens, which divides M.
 
     Args:
         model: is put into evaluation mode.
@@ -58,7 +58,7 @@ def losses_of(model: PreTrainedModel, windows: Tensor, length: int, budget: int)
 
 
 def evaluate(model: PreTrainedModel, windows: Tensor, lengths: list[int], width: int, budget: int) -> dict[str, Any]:
-    """What a row says of a trained model.
+    """Return the fields of a row that describe a trained model.
 
     Args:
         model: the model.

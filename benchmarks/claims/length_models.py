@@ -44,7 +44,7 @@ INITIALIZER_RANGE = 0.05
 
 
 def make(arm: str, vocabulary: int, window: int, seed: int) -> PreTrainedModel:
-    """A freshly initialised model; `window` is what a query of Taipan sees."""
+    """Return a freshly initialised model; `window` is what a query of Taipan sees."""
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": WIDTH,
@@ -73,5 +73,5 @@ def make(arm: str, vocabulary: int, window: int, seed: int) -> PreTrainedModel:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Number of parameters, the tied head's once."""
+    """Return number of parameters, the tied head's once."""
     return sum(parameter.numel() for parameter in model.parameters())

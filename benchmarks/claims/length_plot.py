@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_arm(summary: dict[str, Any], over_context: Axes, by_position: Axes, difference: Axes) -> None:
-    """A line in each picture: the mean over seeds, and in the first their range as a band."""
+    """Draw a line in each picture: the mean over seeds, in the first picture with their range as a band."""
     words, color = ARMS[summary["arm"]]
     lengths = summary["lengths"]
     ends = [summary["held_out"][str(length)] for length in lengths]

@@ -49,8 +49,8 @@ class Sizes:
 
 
 def equal_sizes(arm: str, width: int) -> Sizes:
-    """Sizes of mixer, Llama-style Transformer and Mamba-2 of a width, a multiple of 8, with about as many parameters
-    besides the embedding: 32 of its squares."""
+    """Return the sizes of an arm of a width, a multiple of 8, so that all arms have about as many parameters besides
+    the embedding: 32 times the square of the width."""
     return {
         MIXER: Sizes(width, 4),
         LLAMA: Sizes(width, 4, mlp=round(4 * width / 3)),
@@ -59,7 +59,7 @@ def equal_sizes(arm: str, width: int) -> Sizes:
 
 
 def make(arm: str, sizes: Sizes, vocabulary: int, length: int, seed: int, *, embedding: float = 1.0) -> PreTrainedModel:
-    """A freshly initialised arm, without dropout and with a head of its own.
+    """Return a freshly initialised arm, without dropout and with an untied head.
 
     All start as the paper's mixers do: embeddings, those of positions too, N(0, `embedding`), linear layers as torch
     initialises them, U(+-1 / sqrt(fan in)); Mamba-2 keeps its own initialisation of the rest. With what is usual for
@@ -93,7 +93,7 @@ def make(arm: str, sizes: Sizes, vocabulary: int, length: int, seed: int, *, emb
 
 
 def untrained(arm: str, sizes: Sizes, vocabulary: int, length: int) -> PreTrainedModel:
-    """An arm as its family starts it, with a head of its own."""
+    """Return an arm as its family initialises it, with an untied head."""
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": sizes.width,

@@ -75,7 +75,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its fields tell it from every other one of a file."""
+    """A training run; its fields identify it in a file."""
 
     purpose: str
     length: int
@@ -128,7 +128,7 @@ def execute(run: Run, size: Size, options: argparse.Namespace) -> dict[str, Any]
 
 
 def judged(row: dict[str, Any]) -> float:
-    """What judges a setting: the steps to the solution; without one all, and as many more as the part not solved."""
+    """Return the steps to the solution; without one, all steps times one plus the unsolved share."""
     accuracy = [found["accuracy"] for found in row["curve"][-1]["validation"].values()]
     return row["trained"] if min(accuracy) >= SOLVED else row["steps"] * (2 - mean(accuracy))
 
@@ -140,11 +140,11 @@ class Comparison:
         self.file, self.size, self.options = file, size, options
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The run's row, trained now if the file has none."""
+        """Return the row of the run, after training it unless the file has the row."""
         return self.file.run(run, lambda run: execute(run, self.size, self.options))
 
     def judge(self, run: Run, rate: float) -> float:
-        """What `run` with this rate is judged by."""
+        """Return the number by which `run` with this rate is judged."""
         return judged(self.row(dataclasses.replace(run, rate=rate)))
 
     def summary(self) -> dict[str, Any]:
@@ -169,8 +169,8 @@ class Comparison:
 
 
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs of an arm say together, for each number of pairs: accuracy on fresh sequences, steps to the
-    solution of each run, and means of the shares that it selects."""
+    """Return the summary of the runs of an arm: for each number of pairs the accuracy on fresh sequences, the steps to
+    the solution of each run, and the mean shares that the gate selects."""
     summary: dict[str, Any] = {"parameters": rows[0]["parameters"]}
     for pairs in rows[0]["fresh"]:
         found = [row["fresh"][pairs] for row in rows]
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --size and --states"
+        "--resume", type=Path, metavar="FILE", help="continue this result file, of equal --size and --states"
     )
     options = parser.parse_args(arguments)
     if options.threads is not None:

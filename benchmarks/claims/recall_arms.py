@@ -36,7 +36,7 @@ EQUAL = 0.02
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the arms are made by.
+    """Sizes of the arms.
 
     Args:
         vocabulary: V.
@@ -54,12 +54,12 @@ class Sizes:
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters; a tied embedding counts once."""
+    """Return number of parameters; a tied embedding counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def make(arm: str, sizes: Sizes, initializer_range: float, seed: int) -> nn.Module:
-    """A freshly initialised model.
+    """Return a freshly initialised model.
 
     Raises:
         ValueError: if the arm cannot be made equal in parameters at these sizes.
@@ -71,7 +71,7 @@ def make(arm: str, sizes: Sizes, initializer_range: float, seed: int) -> nn.Modu
 
 @cache
 def fitting(arm: str, sizes: Sizes) -> int:
-    """The width of the arm's MLP, or of the whole arm where it has none, that makes it equal in parameters."""
+    """Return the width of the arm's MLP, or of the whole arm where it has none, that makes it equal in parameters."""
 
     def count(arm: str, fit: int) -> int:
         with torch.device("meta"):
@@ -91,7 +91,7 @@ def fitting(arm: str, sizes: Sizes) -> int:
 
 
 def build(arm: str, sizes: Sizes, fit: int, initializer_range: float) -> nn.Module:
-    """The arm with `fit` as the width that `fitting` is about."""
+    """Return the arm with `fit` as the width that `fitting` chooses."""
     common: dict[str, Any] = {
         "vocab_size": sizes.vocabulary,
         "hidden_size": sizes.width,

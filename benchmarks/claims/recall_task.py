@@ -54,17 +54,17 @@ class Task:
 
     @property
     def first_filler(self) -> int:
-        """Where keys and values end."""
+        """Return the end of keys and values."""
         return self.vocabulary - self.fillers
 
     @property
     def first_value(self) -> int:
-        """Where keys end and values begin."""
+        """Return the end of the keys, where values begin."""
         return self.first_filler // 2
 
 
 def draw(task: Task, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences, on the device of `generator`. All keys of a sequence differ, and all values.
+    """Draw sequences on the device of `generator`. All keys of a sequence differ, and so do all values.
 
     Returns:
         (B, T) ids; (B, T) labels, the value at each query and `UNASKED` elsewhere.
@@ -90,7 +90,7 @@ def draw(task: Task, batch: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def recall_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy, nats per query, of what `draw` returns, and the capacity loss of a model that selects."""
+    """Return the mean cross-entropy of sequences of `draw`, in nats per query, plus the capacity loss of Taipan."""
     ids, labels = batch
     asked = labels != UNASKED
     outputs = model.backbone(ids, use_cache=False)
@@ -100,7 +100,7 @@ def recall_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def assess(model: Any, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """How a model does on what `draw` returns.
+    """Assess a model on sequences of `draw`.
 
     Returns:
         `accuracy`, the share of the queries whose most likely token is the value. Of a model that selects tokens, for

@@ -1,4 +1,4 @@
-"""What comparisons of trained models share: a result file that is gone on with, and the search that tunes a side."""
+"""Parts that comparisons of trained models share: a result file that can be resumed, and the tuning search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from circumstances import write_rows
 
 
 class ResultFile:
-    """The rows of a result file, written anew, whole, after each run: a comparison that is cut off loses one run.
+    """Rows of a result file, which is rewritten after each run, so that an interrupted comparison loses one run.
 
     Args:
         path: the file; where it exists its rows count as done.
@@ -27,11 +27,11 @@ class ResultFile:
         self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
-        """The first row that holds all of `wanted`; None if there is none."""
+        """Return the first row that holds all of `wanted`; None if there is none."""
         return next((row for row in self.rows if wanted.items() <= row.items()), None)
 
     def run(self, run: Any, execute: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """The row of `run`, a dataclass whose fields tell it from all others: from the file, else by `execute`.
+        """Return the row of `run`, a dataclass whose fields tell it from all others: from the file, else by `execute`.
 
         Raises:
             SystemExit: if the run is not in the file and the time is up.
@@ -39,7 +39,7 @@ class ResultFile:
         if found := self.find(dataclasses.asdict(run)):
             return found
         if self.end is not None and time.monotonic() > self.end:
-            raise SystemExit(f"the minutes are over: go on with --resume {self.path}")
+            raise SystemExit(f"the minutes are over: continue with --resume {self.path}")
         return self.add({**dataclasses.asdict(run), **execute(run)})
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -49,14 +49,14 @@ class ResultFile:
         return self.rows[-1]
 
     def drop(self, stale: Callable[[dict[str, Any]], bool]) -> None:
-        """Forget the rows, summaries say, that are to be made again; the file changes with the next row."""
+        """Drop rows that have to be computed again, e.g. summaries; the file changes with the next row."""
         self.rows = [row for row in self.rows if not stale(row)]
 
 
 def search(
     judge: Callable[..., float], point: tuple[float, ...], factors: Iterable[tuple[float, ...]]
 ) -> tuple[float, ...]:
-    """Coordinate search for the least `judge(*point)`: where it ends, no multiple of `point` by `factors` is better.
+    """Minimise `judge(*point)` by coordinate search, until no multiple of `point` by `factors` is better.
 
     Sides that are tuned by it from the same point with the same factors are tuned with equal effort.
     """

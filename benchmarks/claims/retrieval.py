@@ -69,7 +69,7 @@ FACTORS = ((0.5,), (2.0,))
 
 @dataclass(frozen=True)
 class Run:
-    """A run; its fields tell it from every other one of a file.
+    """A run; its fields identify it in a file.
 
     Attributes:
         purpose: a trial of the language model ends with it, the others with a finetuning.
@@ -94,7 +94,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    """What the runs of a file read: ids of the language model, ids that judge it, its tokenizer, and the tasks."""
+    """Data of the runs of a file: ids of the language model, ids that judge it, its tokenizer, and the tasks."""
 
     train: Tensor
     judged: Tensor
@@ -103,7 +103,7 @@ class Data:
 
 
 def read_data(text: Path, folder: Path, vocabulary: int) -> Data:
-    """The tasks, and a tokenizer learnt from what the language models are trained on."""
+    """Return the tasks, and a tokenizer learnt from what the language models are trained on."""
     stories = read_stories(text)
     tasks = {STORIES: stories_task(stories), CRANFIELD: beir_task(folder)}
     judging = len(stories.train) // 10
@@ -113,7 +113,7 @@ def read_data(text: Path, folder: Path, vocabulary: int) -> Data:
 
 
 def measures(found: dict[str, Any]) -> dict[str, float]:
-    """What is reported of `evaluate_retrieval` or `chance_levels`."""
+    """Return the reported part of `evaluate_retrieval` or `chance_levels`."""
     return {"top1": found["pools"][0]["accuracy"], "ndcg": found["ndcg@10"]}
 
 
@@ -125,7 +125,7 @@ class Comparison:
         self.pretrained = lru_cache(maxsize=None)(self.pretrain)
 
     def pretrain(self, arm: str, seed: int, rate: float, steps: int) -> tuple[Path, float, int]:
-        """Folder of a trained language model with its tokenizer, its held-out loss, and its number of parameters."""
+        """Return the folder of a trained language model and tokenizer, its held-out loss and its parameter count."""
         options = self.options
         model = make(arm, equal_sizes(arm, options.width), options.vocabulary, options.length, seed)
         trainer = Trainer(model, rate, steps)
@@ -142,12 +142,12 @@ class Comparison:
         return folder, loss, sum(p.numel() for p in model.parameters())
 
     def evaluate(self, embedder: Any, task: Task, seed: int) -> dict[str, float]:
-        """What an embedder finds of a task's results."""
+        """Return the retrieval metrics of an embedder at the results of a task."""
         scores = embedder_scores(embedder, task.results)
         return measures(evaluate_retrieval(task.results, scores, pools=[POOL], seed=seed))
 
     def execute(self, run: Run) -> dict[str, Any]:
-        """Train, finetune and measure, and return the run's row."""
+        """Train, finetune and measure; return the row of the run."""
         start, options = time.process_time(), self.options
         folder, loss, size = self.pretrained(run.arm, run.seed, run.rate, run.steps)
         row: dict[str, Any] = {"parameters": size, "held_out": loss}
@@ -179,11 +179,11 @@ class Comparison:
         return {**row, "cpu_seconds": time.process_time() - start}
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The run's row, made now if the file has none."""
+        """Return the row of the run, after executing it unless the file has the row."""
         return self.file.run(run, self.execute)
 
     def rates(self, arm: str) -> tuple[float, dict[str, float]]:
-        """Learning rate of an arm as a language model, and of its finetuning for each task."""
+        """Return learning rate of an arm as a language model, and of its finetuning for each task."""
         options = self.options
         base = Run(PRETRAINING, arm, 0, 0.0, options.trial_steps)
         (rate,) = search(lambda rate: self.row(replace(base, rate=rate))["held_out"], (options.rate,), FACTORS)
@@ -198,14 +198,14 @@ class Comparison:
         return rate, tuned
 
     def beside(self, task: Task) -> dict[str, Any]:
-        """Chance and BM25 at a task's results."""
+        """Return the metrics of chance and of BM25 at the results of a task."""
         found = evaluate_retrieval(task.results, bm25_scores(task.results), pools=[POOL], seed=self.options.seeds[0])
         about = {"queries": len(task.results.queries), "documents": len(task.results.documents)}
         about |= {"pairs": len(task.train)}
         return {**about, "chance": measures(chance_levels(task.results, [POOL])), "bm25": measures(found)}
 
     def compare(self) -> dict[str, Any]:
-        """Everything; returns the summary."""
+        """Run everything and return the summary."""
         options = self.options
         rates = {arm: self.rates(arm) for arm in COMPARED}
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file, of equal options")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file, of equal options")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -31,7 +31,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def bars(axis: Axes, task: dict[str, Any], measure: str) -> None:
-    """A pair of bars for each arm: the mean of the seeds and their range."""
+    """Draw a pair of bars for each arm: mean and range over the seeds."""
     for place, (arm, found) in enumerate(task["arms"].items()):
         color = f"C{list(ARMS).index(arm)}"
         for shift, state, shade in ((-0.2, "before", 0.35), (0.2, "after", 1.0)):

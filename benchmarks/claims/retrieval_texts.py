@@ -20,7 +20,7 @@ _FIRST = re.compile(r"(.+?[.!?][\"'\u2019\u201d]?)\s+(\S.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on and searched for.
+    """Training pairs, and the texts to search.
 
     Attributes:
         train: pairs of a query and what it should find.
@@ -34,14 +34,17 @@ class Task:
 
 
 def split_story(story: str) -> Pair | None:
-    """The first sentence and the rest; None where there is no rest."""
+    """Return the first sentence and the rest; None where there is no rest."""
     found = _FIRST.fullmatch(story)
     return None if found is None else (found[1], found[2])
 
 
 def stories_task(stories: Stories) -> Task:
-    """First sentences search for the rests of their stories: the held-out ones for the results, the last tenth of the
-    others for trials. A sentence that several stories begin with finds any of them."""
+    """Return a task in which first sentences retrieve the rests of their stories.
+
+    Held-out stories are for the results, the last tenth of the others for trials. A sentence with which several stories
+    begin may retrieve any of them.
+    """
     train, results = (
         [pair for story in part if (pair := split_story(story))] for part in (stories.train, stories.held_out)
     )
@@ -60,8 +63,11 @@ def stories_task(stories: Stories) -> Task:
 
 
 def beir_task(folder: Path) -> Task:
-    """The judged queries of a folder in BEIR's layout, in an order of their own: of fifteen five for the results, two
-    for trials, eight to train on, with each of their relevant documents. All documents can be found."""
+    """Return a task of the judged queries of a folder in BEIR's layout, in random order.
+
+    Of fifteen queries five are for the results, two for trials, and eight for training with each of their relevant
+    documents. All documents can be retrieved.
+    """
     data = read_beir(folder)
     queries = list(data.queries)
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0)).tolist()

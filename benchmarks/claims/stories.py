@@ -68,7 +68,7 @@ CLAIMS = ((HYBRID, LLAMA), (LLAMA, MIXER), (MIXER, GPT))
 
 @dataclass(frozen=True)
 class Run:
-    """A training run; its fields tell it from every other one of a file. All have the same `--held-out`."""
+    """A training run; its fields identify it in a file. All have the same `--held-out`."""
 
     purpose: str
     arm: str
@@ -81,7 +81,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm's step costs, and how many steps it makes in a result.
+    """Cost of a training step of an arm, and its number of steps in a result.
 
     Attributes:
         seconds: CPU time of a step.
@@ -97,19 +97,19 @@ class Cost:
 
     @property
     def steps(self) -> int:
-        """Steps of a run, which goes on to the later of both ends."""
+        """Return the steps of a run, which ends at the later of both ends."""
         return max(self.fitting, self.equal)
 
 
 def flops_per_step(model: nn.Module, windows: Tensor) -> int:
-    """FLOPs of forward and backward as torch counts them; attention is taken apart, for its CPU kernel counts none."""
+    """Return the FLOPs of forward and backward by torch's counter, which needs attention to be decomposed on a CPU."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss_of(model, windows).backward()
     return counter.get_total_flops()
 
 
 def measure_costs(train: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """CPU time of a training step, median of steps in turn after one of each, its FLOPs, and parameters, by arm."""
+    """Return CPU time (median of alternating steps), FLOPs and parameters of a training step by arm."""
     models = {arm: make(arm, SIZES[arm], VOCABULARY, LENGTH, 0) for arm in ARMS}
     windows = next(batches(train, options.batch, 1, 0))
     flops = {arm: flops_per_step(model, windows) for arm, model in models.items()}
@@ -131,7 +131,7 @@ def measure_costs(train: Tensor, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(measured: dict[str, Any], seconds: float) -> dict[str, Cost]:
-    """How many steps each arm makes: in equal time, and to the FLOPs that the Llama-style Transformer does in it."""
+    """Return the steps of each arm in equal time, and to the FLOPs of the Llama-style Transformer in that time."""
     budget = seconds / measured[LLAMA]["seconds"] * measured[LLAMA]["flops"]
     return {
         arm: Cost(
@@ -145,8 +145,11 @@ def plan(measured: dict[str, Any], seconds: float) -> dict[str, Cost]:
 
 
 def execute(run: Run, cost: Cost, data: tuple[Tensor, Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """Train, and return the run's row. Trials are judged at their end by one part of the held-out text, results by the
-    next one, every `options.evaluate_every` steps and where FLOPs and time are equal."""
+    """Train, and return the row of the run.
+
+    Trials are judged at their end by one part of the held-out text, results by the next part, every
+    `options.evaluate_every` steps and at equal FLOPs and time.
+    """
     model = make(run.arm, SIZES[run.arm], VOCABULARY, LENGTH, run.seed, embedding=run.embedding)
     trainer = Trainer(model, run.rate, run.steps, warmup=options.warmup, floor=1.0)
     begin = 0 if run.purpose == TRIAL else options.held_out
@@ -181,11 +184,11 @@ class Comparison:
         self.costs = plan(costs["arms"], options.seconds)
 
     def row(self, run: Run) -> dict[str, Any]:
-        """The run's row, trained now if the file has none."""
+        """Return the row of the run, after training it unless the file has the row."""
         return self.file.run(run, lambda run: execute(run, self.costs[run.arm], self.data, self.options))
 
     def tune(self, arm: str) -> tuple[float, float]:
-        """Rate and embedding's size of an arm."""
+        """Return rate and embedding's size of an arm."""
         trial = Run(TRIAL, arm, 0.0, 0.0, 0, self.options.trial_steps, self.options.batch)
         rate, embedding = search(
             lambda rate, embedding: self.row(replace(trial, rate=rate, embedding=embedding))["held_out"],
@@ -195,7 +198,7 @@ class Comparison:
         return rate, embedding
 
     def compare(self) -> dict[str, Any]:
-        """Everything; returns the summary."""
+        """Run everything and return the summary."""
         options = self.options
         settings = {arm: self.tune(arm) for arm in ARMS}
         losses: dict[str, dict[str, list[float]]] = {TIME: {}, FLOPS: {}}
@@ -227,7 +230,7 @@ class Comparison:
 
     @staticmethod
     def claim(found: dict[str, list[float]], lower: str, higher: str) -> dict[str, Any]:
-        """How much lower the loss of one arm is than another's, mean over the seeds, and how many of them agree."""
+        """Return the mean difference of the losses of two arms over the seeds, and the number of seeds that agree."""
         gaps = [b - a for a, b in zip(found[lower], found[higher], strict=True)]
         return {"lower": lower, "higher": higher, "gap": mean(gaps), "seeds_that_agree": sum(gap > 0 for gap in gaps)}
 
@@ -248,7 +251,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="go on with this result file, of equal --batch and --held-out"
+        "--resume", type=Path, metavar="FILE", help="continue this result file, of equal --batch and --held-out"
     )
     options = parser.parse_args(arguments)
     if options.threads is not None:

@@ -28,7 +28,7 @@ class Stories:
 
 
 def read_stories(path: Path) -> Stories:
-    """The stories of a UTF-8 text.
+    """Return the stories of a UTF-8 text.
 
     Raises:
         ValueError: if it has fewer than ten.
@@ -44,7 +44,7 @@ def read_stories(path: Path) -> Stories:
 
 
 def learn_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> ByteLevelBPETokenizer:
-    """A byte-level BPE of `vocabulary` tokens, the first of them `END`, learnt from texts."""
+    """Return a byte-level BPE of `vocabulary` tokens, the first of them `END`, learnt from texts."""
     tokenizer = ByteLevelBPETokenizer()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.txt"
@@ -54,5 +54,5 @@ def learn_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> ByteL
 
 
 def ids_of(tokenizer: ByteLevelBPETokenizer, texts: Iterable[str]) -> Tensor:
-    """The ids of texts as one stream, `END` after each."""
+    """Return the ids of texts as one stream, `END` after each."""
     return torch.tensor([token for text in texts for token in [*tokenizer.encode(text).ids, 0]])

@@ -1,4 +1,4 @@
-"""Import `ssm_zoo` from this checkout where it is not installed: a borrowed machine without a network, say."""
+"""Import `ssm_zoo` from this checkout if it is not installed, e.g. on a machine without a network."""
 
 from __future__ import annotations
 

@@ -31,12 +31,12 @@ Side = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
 def run_of(side: Side, x: Tensor, parameters: dict[str, Tensor]) -> Run:
-    """A run of the mixer."""
+    """Return a run of the mixer."""
     return without_gradient(lambda x: side(x, parameters), (x,))
 
 
 def training(side: Side, x: Tensor, parameters: dict[str, Tensor], cotangent: Tensor) -> Run:
-    """A run of the mixer and of its gradients with respect to its input and every parameter."""
+    """Return a run of the mixer and of its gradients with respect to its input and every parameter."""
 
     def forward(x: Tensor, *values: Tensor) -> Tensor:
         return side(x, dict(zip(parameters, values, strict=True)))

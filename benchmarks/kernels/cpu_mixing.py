@@ -75,7 +75,7 @@ class Comparison:
 
 
 def run_of(mix: Mix, leaves: tuple[Tensor, Tensor, Tensor], cotangent: Tensor | None, way: str = "") -> Run:
-    """A run of `mix`, and of its gradients if there is a cotangent; the results are as (B, L, 1, d)."""
+    """Return a run of `mix`, and of its gradients if there is a cotangent; the results are as (B, L, 1, d)."""
     x, weight, bias = leaves
     if way == COLUMNS:
         x, cotangent = as_columns(x), None if cotangent is None else as_columns(cotangent)
@@ -91,12 +91,12 @@ def run_of(mix: Mix, leaves: tuple[Tensor, Tensor, Tensor], cotangent: Tensor | 
 
 
 def without_weights(run: Run) -> Run:
-    """A run's y, dx and dbias: the gradient of unmasked weights is another, and takes as long."""
+    """Return y, dx and dbias of a run; the gradient of unmasked weights differs but takes as long."""
     return lambda: tuple(part for index, part in enumerate(run()) if index != 2)
 
 
 def comparisons(op: str, length: int, tokens: int) -> Iterator[Comparison]:
-    """Forward, and forward and backward, against each peer."""
+    """Yield forward, and forward and backward, against each peer."""
     batch = max(tokens // length, 1)
     x, cotangent = torch.randn(2, batch, length, 1, WIDTH).unbind(0)
     shape = (1, length, length) if op == "masked_mix" else (1, length)
@@ -113,7 +113,7 @@ def comparisons(op: str, length: int, tokens: int) -> Iterator[Comparison]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds over the length, a panel per op and mode."""
+    """Draw milliseconds over the length, a panel per op and mode."""
     panels = sorted({(row["op"], row["mode"]) for row in rows})
     columns = len({mode for _, mode in panels})
     figure, axes = plt.subplots(

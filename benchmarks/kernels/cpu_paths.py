@@ -60,7 +60,7 @@ class Shape:
 
     @property
     def channels(self) -> int:
-        """Width of the convolution: x, B and C side by side."""
+        """Return width of the convolution: x, B and C side by side."""
         return self.inner + 2 * self.groups * self.state
 
     def __str__(self) -> str:
@@ -195,7 +195,7 @@ def norm_cases(shape: Shape, length: int) -> Iterator[Case]:
 
 
 def step_cases(shape: Shape) -> Iterator[Case]:
-    """One token of generation: the recurrent state is updated in place, on both sides from the same start."""
+    """Yield one token of generation, which updates the recurrent state in place, on both sides from the same start."""
     x = torch.randn(1, shape.heads, shape.head_width)
     dt = F.softplus(torch.randn(1, shape.heads) - 4)
     A = -torch.linspace(1, 16, shape.heads)

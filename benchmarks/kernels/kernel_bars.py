@@ -1,4 +1,4 @@
-"""What the kernels are to reach, whether they do, and the report at the end of a run."""
+"""Bars for the kernels, their verdicts, and the report at the end of a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _ratio(row: Row) -> float:
 
 
 def _ssd(mode: str, *lengths: int) -> Callable[[Row], bool]:
-    """Cases of the headline's shape."""
+    """Return cases of the headline's shape."""
 
     def applies(row: Row) -> bool:
         wide = row["op"] == "ssd" and row["mode"] == mode and row["dtype"] == "bfloat16"
@@ -102,7 +102,7 @@ BARS = (
 
 
 def judge(row: Row) -> list[Row]:
-    """The bars that a row is about, with its number and the verdict: "pass", "fail" or "not measured"."""
+    """Return the bars that apply to a row, with value and verdict: "pass", "fail" or "not measured"."""
     found = []
     for bar in BARS:
         subject = row["peer"] is None if bar.peer is None else (row["peer"] or "").startswith(bar.peer)
@@ -128,7 +128,7 @@ def judge(row: Row) -> list[Row]:
 
 
 def summarise(rows: Iterable[Row]) -> list[Row]:
-    """One entry per bar and case: over several settings of a peer the one that is worst for us."""
+    """Return one entry per bar and case: the worst for us over the settings of a peer."""
     entries: dict[tuple[str, str], Row] = {}
     for row in rows:
         for bar in row.get("bars", ()):
@@ -173,7 +173,7 @@ def exponents(rows: Iterable[Row]) -> list[Row]:
 
 
 def report(rows: list[Row]) -> str:
-    """The run as Markdown: bars, fitted exponents, and every measured comparison."""
+    """Return the run as Markdown: bars, fitted exponents and every measured comparison."""
     lines = ["| bar | case | value | limit | verdict |", "|---|---|---:|---:|---|"]
     missing: dict[tuple[str, str], int] = {}
     for entry in summarise(rows):

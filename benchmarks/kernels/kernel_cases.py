@@ -1,4 +1,4 @@
-"""What the kernel benchmark runs: our ops, their inputs, and the sizes.
+"""Cases of the kernel benchmark: our ops, their inputs and the sizes.
 
 Symbols: B batch, L length, H heads, P head width, N state size, G groups, K convolution width, D channels of a
 convolution, a norm or Mamba-1's scan, and width of a mixer, M selected tokens.
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def reduced(self) -> Case:
-        """The case at the size that results are checked at."""
+        """Return the case at the size that results are checked at."""
         return replace(self, sizes=OPS[self.op].reduced(self.sizes))
 
 
@@ -81,7 +81,7 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def first_steps(number: int, device: torch.device) -> Tensor:
-    """(number) biases before the softplus of the step sizes that a fresh Mamba has: 0.001 to 0.1."""
+    """Return (number) biases whose softplus gives the initial step sizes of Mamba, 0.001 to 0.1."""
     return torch.expm1(torch.logspace(-3, -1, number, device=device)).log()
 
 
@@ -119,7 +119,7 @@ def convolution_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> In
 
 
 def norm_inputs(*names: str) -> Callable[[Sizes, torch.dtype, torch.device], Inputs]:
-    """Inputs of those names as x is, and the weight."""
+    """Return inputs of the given names in the shape of x, and the weight."""
 
     def make(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
         wide = {name: normal(s["B"], s["L"], s["D"], dtype=dtype, device=device) for name in names}
@@ -153,7 +153,7 @@ def attention_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inpu
 
 
 def mixing_inputs(dimensions: int) -> Callable[[Sizes, torch.dtype, torch.device], Inputs]:
-    """Inputs with weights of pairs of positions (2) or of distances (1): lower triangular, and outputs of order 1."""
+    """Return inputs with lower triangular weights of pairs of positions (2) or weights of distances (1)."""
 
     def make(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
         weight = normal(s["H"], *[s["L"]] * dimensions, dtype=dtype, device=device) / s["L"] ** 0.5
@@ -167,19 +167,19 @@ def mixing_inputs(dimensions: int) -> Callable[[Sizes, torch.dtype, torch.device
 
 
 def window_of(length: int) -> int:
-    """The tokens that a query sees: of rows of 16384 as many as in Taipan, 2048."""
+    """Return the tokens that a query sees: of rows of 16384 as many as in Taipan, 2048."""
     return max(length // 8, 1)
 
 
 @cache
 def selected(number: int, columns: int, device: torch.device) -> Tensor:
-    """So many of the columns of all rows, drawn at random, in order: what a gate would have selected."""
+    """Return randomly drawn columns of all rows in order, as a gate would select them."""
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(columns, generator=generator)[:number].sort().values.to(device)
 
 
 def split_maps(xBC: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., H, P), B and C (..., G, N) of what the convolution returns; `state` is (B, H, P, N)."""
+    """Split the outputs of the convolution into x (..., H, P), B and C (..., G, N); `state` is (B, H, P, N)."""
     heads, width, size = state.shape[1:]
     maps = (xBC.shape[-1] - heads * width) // 2
     x, B, C = xBC.split([heads * width, maps, maps], dim=-1)
@@ -197,7 +197,7 @@ def decode(
     D: Tensor,
     dt_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token through Mamba-2's convolution and recurrence: y (B, H, P) and the two states."""
+    """Run one token through Mamba-2's convolution and recurrence; returns y (B, H, P) and both states."""
     xBC = causal_conv1d_step(xBC, conv_state, weight, bias, activation="silu")
     x, B, C = split_maps(xBC, state)
     y = ssd_step(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
@@ -215,7 +215,7 @@ def decode_reference(
     D: Tensor,
     dt_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As rows of one token, which leaves the states alone."""
+    """Run the step as rows of one token, which does not change the states."""
     convolved, conv_state = causal_conv1d_reference(
         xBC[:, None], weight, bias, activation="silu", initial_state=conv_state, return_final_state=True
     )
@@ -236,12 +236,12 @@ def decode_reference(
 
 
 def reduced(**largest: int) -> Callable[[Sizes], Sizes]:
-    """Sizes of at most so much; lengths are odd, so that the last chunk is cut."""
+    """Return the sizes, limited to the given ones; lengths are odd, so that the last chunk is cut."""
     return lambda s: {symbol: min(size, largest.get(symbol, size)) for symbol, size in s.items()}
 
 
 def mixer(kind: str) -> Op:
-    """A whole mixer: x and its parameters to its output.
+    """Return a whole mixer as a function of x and its parameters.
 
     The reference is our mixer in float64, where the ops take their torch path. That they agree with the definitions
     and with transformers at all is what the tests show.
@@ -314,7 +314,7 @@ SCAN_LENGTHS = (512, 2048, 8192, 32768, 131072, 524288)
 
 
 def full_cases() -> Iterator[Case]:
-    """The cases of a GPU, what the bars are about first: a run may be cut off."""
+    """Return the cases for a GPU, those with bars first, because a run may be cut off."""
     bf16 = torch.bfloat16
     for mode in (FORWARD, TRAINING):
         yield Case("ssd", mode, HEADLINE, bf16)
@@ -354,7 +354,7 @@ def full_cases() -> Iterator[Case]:
 
 
 def small_cases() -> Iterator[Case]:
-    """The same kinds of case at sizes that any CPU goes through in seconds. They prove the suite, not a kernel."""
+    """Return the same kinds of cases at sizes that a CPU runs in seconds. They test the suite, not a kernel."""
     fp32 = torch.float32
     for mode in (FORWARD, TRAINING):
         for length in (64, 256):
@@ -390,7 +390,7 @@ class Setup:
         return self.case.mode == TRAINING
 
     def own_inputs(self) -> Inputs:
-        """The inputs, with copies of what an op changes in place."""
+        """Return the inputs, with copies of those that an op changes in place."""
         return {name: t.clone() if name in self.op.changed else t for name, t in self.inputs.items()}
 
 
@@ -408,13 +408,13 @@ def prepare(case: Case, device: torch.device) -> Setup:
 
 
 def named(outputs: Any) -> Results:
-    """Outputs under the names y, y1, y2."""
+    """Return outputs under the names y, y1, y2."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {f"y{i or ''}": output.detach() for i, output in enumerate(outputs)}
 
 
 def runner(function: Callable[..., Any], inputs: Inputs, cotangents: tuple[Tensor, ...]) -> Run:
-    """A run of `function(**inputs)`, and of the gradients "d<name>" of all inputs if there are cotangents."""
+    """Return a run of `function(**inputs)`, and of the gradients "d<name>" of all inputs if there are cotangents."""
     if not cotangents:
 
         def forward() -> Results:
@@ -438,11 +438,11 @@ def our_run(setup: Setup) -> Run:
 
 
 def reference_results(setup: Setup) -> Results:
-    """Results of the definition on the same numbers, computed in float64."""
+    """Return results of the definition on the same numbers, computed in float64."""
     inputs = {name: tensor.double() for name, tensor in setup.own_inputs().items()}
     return runner(setup.op.reference, inputs, tuple(c.double() for c in setup.cotangents))()
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Number of bytes that tensors hold."""
+    """Return number of bytes that tensors hold."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

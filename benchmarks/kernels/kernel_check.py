@@ -1,4 +1,4 @@
-"""Whether results are right, before and after they are timed."""
+"""Checks of results before and after they are timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLED = 2**16
 
 
 def allowed(case: Case, ours: bool) -> float:
-    """The largest error that passes."""
+    """Return the largest error that passes."""
     return (AGREEMENT if ours and case.op not in MIXERS else PEER_AGREEMENT)[case.dtype]
 
 
@@ -39,7 +39,7 @@ def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def sampled(results: Results) -> Results:
-    """Copies of some entries of each result, spread over all of it: the whole might not fit in memory twice."""
+    """Return copies of some entries spread over each result, because whole results might not fit in memory twice."""
     entries = {}
     for name, tensor in results.items():
         # Odd: an even step would meet the same few columns again and again.

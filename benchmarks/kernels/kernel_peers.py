@@ -25,12 +25,12 @@ from torch import Tensor
 
 
 def torch_path(op: str) -> Callable[..., Any]:
-    """Our op as it is on a CPU."""
+    """Return our op with its torch path."""
     return lambda **inputs: OPS[op].ours(**inputs, implementation="torch")
 
 
 def compiled(op: str) -> Builder:
-    """Our torch path through torch.compile."""
+    """Return our torch path through torch.compile."""
 
     def build(setup: Setup) -> Side:
         if setup.inputs["x"].device.type != "cuda":
@@ -68,7 +68,7 @@ def transformers_ssd(chunk_size: int) -> Builder:
 
 
 def fla_ssd(setup: Setup) -> Side:
-    """The recurrence alone: step sizes, the heads' copies of B and C and the skip are made before, untimed."""
+    """Return the recurrence alone: step sizes, copies of B and C per head and the skip are computed before, untimed."""
     gla = require("fla.ops.simple_gla", "chunk_simple_gla")
     p = setup.inputs
     steps = F.softplus(p["dt"].float() + p["dt_bias"])
@@ -87,7 +87,7 @@ def fla_ssd(setup: Setup) -> Side:
 
 
 def attention(setup: Setup) -> Side:
-    """Causal softmax attention with as many heads of the same width: another function at the same place of a model."""
+    """Return causal softmax attention with equal heads and width: another function at the same place of a model."""
     limit = 32768 if setup.training else 131072
     if setup.case.tokens > limit:
         raise NotMeasuredError(f"quadratic in the length; measured up to {limit} tokens")
@@ -99,7 +99,7 @@ def attention(setup: Setup) -> Side:
 
 
 def channel_first_scan(scan: Callable[..., Any]) -> Builder:
-    """A scan over (B, D, L), and B and C as (B, N, L)."""
+    """Return a scan over (B, D, L), and B and C as (B, N, L)."""
 
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
         return scan(x, dt, A, B, C, D, z, dt_bias, True).to(x.dtype)
@@ -134,7 +134,7 @@ def transformers_scan(setup: Setup) -> Side:
 def unfused_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
 ) -> Tensor:
-    """The scan in plain torch: (B, L, D, N) decays and inflows, a loop over tokens, outputs at once; one group."""
+    """Return the scan in plain torch, for one group: (B, L, D, N) decays and inflows, and a loop over tokens."""
     steps = F.softplus(dt.float() + dt_bias)
     decays = (steps[..., None] * A).exp()
     inflows = (steps * x)[..., None] * B.float()
@@ -218,7 +218,7 @@ def torch_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor,
 
 
 def all_queries(attend: Callable[[int, torch.device], Callable[..., Tensor]]) -> Builder:
-    """Window attention of every token, from which the selected ones are taken, untimed.
+    """Return window attention of every token, from which the selected ones are taken untimed.
 
     The others have zeros as queries and as gradients, so that keys and values get the gradients that ours get.
 
@@ -284,7 +284,7 @@ def flash_attention(length: int, device: torch.device) -> Callable[..., Tensor]:
 
 
 def dense_mixing(matrix_of: Callable[[Tensor], Tensor]) -> Builder:
-    """One product of cuBLAS per head, with the inputs laid out for it before."""
+    """Return one cuBLAS product per head, with inputs already in its layout."""
 
     def build(setup: Setup) -> Side:
         inputs = {name: as_columns(t) if name == "x" else t for name, t in setup.inputs.items()}
@@ -304,7 +304,7 @@ def dense_mixing(matrix_of: Callable[[Tensor], Tensor]) -> Builder:
 
 
 def decoding(convolve: Callable[..., Tensor], update: Callable[..., Tensor]) -> Builder:
-    """A step by two functions of mamba_ssm's signatures; what a head has once they get as broadcast views."""
+    """Return a step by two functions of mamba_ssm's signatures, which get values per head as broadcast views."""
 
     def run(
         state: Tensor,
@@ -351,7 +351,7 @@ def transformers_decode(setup: Setup) -> Side:
 
 
 def transformers_mixer(setup: Setup) -> Side:
-    """As transformers runs it: with mamba_ssm and causal-conv1d where those are installed."""
+    """Return transformers' mixer, which uses mamba_ssm and causal-conv1d if they are installed."""
     if (
         setup.training
         and setup.case.op == "mamba1_mixer"

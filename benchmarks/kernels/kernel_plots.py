@@ -24,13 +24,13 @@ Row = dict[str, Any]
 
 
 def load(path: Path) -> list[Row]:
-    """All rows of a file that hold a measurement, the ceilings' among them."""
+    """Return all rows of a file that hold a measurement, including the ceilings."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if row["status"] == "measured"]
 
 
 def series(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """Points (size, milliseconds) by shape and side; the size is the length, or the batch of a step."""
+    """Return points (size, milliseconds) by shape and side; the size is the length, or the batch of a step."""
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         swept = "L" if "L" in row["sizes"] else "B"
@@ -67,7 +67,7 @@ def draw_op(op: str, rows: list[Row], path: Path) -> None:
 
 
 def draw_roofline(rows: list[Row], ceilings: Row, path: Path) -> None:
-    """FLOP/s over FLOPs per byte of our kernels, under the measured ceilings."""
+    """Draw FLOP/s over FLOPs per byte of our kernels, with the measured ceilings."""
     figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
     ours = [row for row in rows if row["peer"] is None]
     _ceilings(axis, [row["flops"] / row["bytes"] for row in ours], ceilings)

@@ -1,4 +1,4 @@
-"""How a peer of a benchmark takes part: found when the benchmark runs, its inputs and results in its own layout."""
+"""Peers of the benchmark: found when it runs, with inputs and results in their own layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CUDA_SCAN = "selective_scan_cuda"
 
 
 def require(name: str, attribute: str) -> Any:
-    """An attribute of a module that may not be installed.
+    """Return an attribute of a module that may not be installed.
 
     Raises:
         NotMeasuredError: if it is not there.
@@ -61,12 +61,12 @@ def require(name: str, attribute: str) -> Any:
 
 
 def torch_body(name: str, function: str) -> Any:
-    """Transformers' own torch code of a function, whatever faster package it would otherwise call."""
+    """Return transformers' torch code of a function, even if it would call a faster package."""
     return inspect.unwrap(require(f"transformers.models.{name}", function))
 
 
 def at_most(tokens: int, why: str) -> Callable[[Builder], Builder]:
-    """Leave larger cases out: a peer that takes minutes or more memory than there is would stop the rest."""
+    """Leave out larger cases, for which a peer would take minutes or too much memory."""
 
     def decorate(build: Builder) -> Builder:
         def limited(setup: Setup) -> Side:
@@ -80,12 +80,12 @@ def at_most(tokens: int, why: str) -> Callable[[Builder], Builder]:
 
 
 def same(function: Callable[..., Any]) -> Builder:
-    """A peer with our argument names and layout."""
+    """Return a peer with our argument names and layout."""
     return lambda setup: Side(runner(function, setup.own_inputs(), setup.cotangents))
 
 
 def transposed(function: Callable[..., Any], names: tuple[str, ...], dense: bool = True) -> Builder:
-    """A peer that has the arguments `names`, and its result, channel first: (B, D, L).
+    """Return a peer that has the arguments `names`, and its result, channel first: (B, D, L).
 
     Args:
         function: takes our argument names.

@@ -1,4 +1,4 @@
-"""The kernel benchmark's run: check, time, write a row, go on.
+"""Run of the kernel benchmark: check, time and write a row per side of each case.
 
 Before a case is timed, our op is compared with its definition in float64 at a reduced size: outputs, and where there
 is a backward every gradient. So is each peer. A side whose results are wrong is refused and not timed. At full size
@@ -50,7 +50,7 @@ LEFT_OUT = "left out by --small"
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What packages raise that do not fit this machine or these arguments."""
+    """Return the exceptions of packages that do not support this machine or these arguments."""
     common = (AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         from triton.errors import TritonError
@@ -60,7 +60,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def describe(case: Case, peer: str | None, full: bool) -> Row:
-    """What a row says of its case, whether it is measured or not. `full`: the bars are about it."""
+    """Return the fields of a row that describe its case; bars apply to `full` cases."""
     return {
         "case": case.name,
         "peer": peer,
@@ -73,7 +73,7 @@ def describe(case: Case, peer: str | None, full: bool) -> Row:
 
 
 def not_measured(case: Case, reason: str, full: bool) -> list[Row]:
-    """All rows of a case that cannot run here."""
+    """Return all rows of a case that cannot run here."""
     return [describe(case, peer, full) | _without(reason) for peer in (None, *PEERS[case.op])]
 
 
@@ -106,7 +106,7 @@ class Bench:
         full: whether the bars are about these cases.
 
     Attributes:
-        lost: the device stopped answering (an illegal access, say): nothing more can be measured in this process.
+        lost: the device stopped answering (e.g. after an illegal access): nothing more can be measured in this process.
     """
 
     def __init__(self, device: torch.device, clock: Clock, ceilings: dict[str, float], full: bool) -> None:
@@ -118,7 +118,7 @@ class Bench:
         self.failures = failures()
 
     def rows(self, case: Case) -> list[Row]:
-        """Our row and one per peer."""
+        """Return our row and one per peer."""
         if case.mode == GRAPH and self.device.type != "cuda":
             return not_measured(case, NEEDS_DEVICE, self.full)
         ours = describe(case, None, self.full)
@@ -141,7 +141,7 @@ class Bench:
         return [ours, *(self._peer(peer, build, mine) for peer, build in PEERS[case.op].items())]
 
     def _peer(self, peer: str, build: Builder, mine: Measured) -> Row:
-        """Nothing of a peer outlives its row: the inputs of all at once might not fit in memory."""
+        """Measure a peer and free all its tensors, because the inputs of all peers might not fit in memory together."""
         case = mine.setup.case
         row = describe(case, peer, self.full)
         if self.lost:
@@ -176,7 +176,7 @@ class Bench:
         return run, first
 
     def _check(self, results: Results, expected: Results, limit: float) -> float | None:
-        """The largest error; None if there is nothing to compare."""
+        """Return the largest error; None if there is nothing to compare."""
         found = error_of(results, expected)
         if found is None:
             return None
@@ -204,7 +204,7 @@ class Bench:
         }
 
     def _memory(self, setup: Setup, run: Run) -> Row:
-        """Peak memory with the inputs, and beside it what has to exist: inputs, results and states between chunks."""
+        """Return the peak memory with the inputs, and the memory needed for inputs, results and states."""
         given = size_of([*setup.inputs.values(), *setup.cotangents])
         extra = self._extra_bytes(setup.case, run)
         if extra is None:
@@ -213,7 +213,7 @@ class Bench:
         return {"extra_bytes": extra, "peak_bytes": peak, "needed_bytes": needed, "memory_ratio": peak / needed}
 
     def _extra_bytes(self, case: Case, run: Run) -> int | None:
-        """Peak memory beyond the inputs; a graph has taken its own when it was captured."""
+        """Return peak memory beyond the inputs; a CUDA graph has allocated its memory when it was captured."""
         return None if case.mode == GRAPH else self.clock.extra_bytes(run)
 
     def _failed(self, error: Exception) -> Row:
@@ -230,7 +230,7 @@ class Bench:
 
 
 def load(path: Path, about: Row) -> list[Row]:
-    """The rows of an earlier run that stand: all but those of cases that were not tried.
+    """Return the rows of an earlier run that are kept: all but those of cases that were not tried.
 
     Raises:
         ValueError: if the file is none of ours, or its rows were measured on other hardware or with other versions.
@@ -268,12 +268,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=positive, help="start no case after so many")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file and the plots")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with this result file")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
     return parser.parse_args(arguments)
 
 
 def plan(options: argparse.Namespace, small: bool, finished: set[str]) -> tuple[list[Case], list[Case]]:
-    """The cases to measure here, and those that only get rows which say why they are not."""
+    """Return the cases to measure here, and those whose rows only say why they are not measured."""
     parts = (small_cases(), full_cases()) if small else (full_cases(), ())
     chosen, waiting = (
         [case for case in part if options.only.search(case.name) and case.name not in finished] for part in parts
@@ -330,5 +330,5 @@ def main(arguments: list[str]) -> int:
 
 
 def complete(rows: list[Row], about: Row) -> list[Row]:
-    """Rows with the circumstances and the bars."""
+    """Return rows with the circumstances and the bars."""
     return [row | about | {"bars": judge(row)} for row in rows]

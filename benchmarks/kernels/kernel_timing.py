@@ -36,7 +36,7 @@ class Clock:
         self._flushed = torch.empty(FLUSHED_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
 
     def wait(self) -> None:
-        """Let everything that was started finish; what failed asynchronously raises here."""
+        """Wait for everything that was started; asynchronous failures are raised here."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
@@ -71,7 +71,7 @@ class Clock:
         return statistics.median(self.times([run])[0])
 
     def extra_bytes(self, run: Run) -> int | None:
-        """Most memory that a run takes beyond what is already there, its results included; None without CUDA."""
+        """Return the peak memory of a run beyond what is allocated before it, including results; None without CUDA."""
         if not self.cuda:
             return None
         self.wait()
@@ -91,7 +91,7 @@ class Clock:
         return read()
 
     def _start(self, run: Run, launches: bool) -> Callable[[], float]:
-        """Start a run; the result says in seconds how long it took, once everything has finished."""
+        """Start a run; returns a function that gives its seconds once everything has finished."""
         if not self.cuda:
             begin = time.perf_counter()
             run()
@@ -108,7 +108,7 @@ class Clock:
 
 
 def captured(run: Run) -> Run:
-    """A run as a CUDA graph: the same kernels on the same memory, without launching them one by one."""
+    """Return a run as a CUDA graph: the same kernels on the same memory in a single launch."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -42,7 +42,7 @@ class Parts:
 
 @lru_cache(maxsize=2)
 def mamba2_parts(width: int) -> Parts:
-    """Mamba-2 with heads of 64 (16 where the width is below 128), 128 states and one group."""
+    """Return Mamba-2 with heads of 64 (16 if the width is below 128), 128 states and one group."""
     head = 64 if width >= 128 else 16
     sizes: dict[str, Any] = {
         "hidden_size": width,
@@ -66,7 +66,7 @@ def mamba2_parts(width: int) -> Parts:
 
 @lru_cache(maxsize=2)
 def mamba1_parts(width: int) -> Parts:
-    """Mamba-1 with 16 states and a step size rank of a sixteenth of the width; our side is our ops."""
+    """Return Mamba-1 with 16 states and a step size rank of a sixteenth of the width; our side consists of our ops."""
     theirs = MambaMixer(MambaConfig(hidden_size=width, num_hidden_layers=1), layer_idx=0)
     states, rank = theirs.ssm_state_size, theirs.time_step_rank
 

@@ -45,7 +45,7 @@ Batch = dict[str, Tensor]
 
 
 def documents(count: int) -> list[Tensor]:
-    """Ids of `count` paragraphs, drawn at random; headings are left out."""
+    """Return ids of `count` paragraphs, drawn at random; headings are left out."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train([str(TEXT)], vocab_size=VOCABULARY, show_progress=False)
     lines = TEXT.read_text(encoding="utf-8").splitlines()
@@ -63,7 +63,7 @@ def make(family: str) -> PreTrainedModel:
 
 
 def batches(rows: PackedDocuments, size: int, *, by_length: bool = False) -> list[Batch]:
-    """The rows in batches of `size`, in the order in which they are or in that of their length."""
+    """Return the rows in batches of `size`, in the order in which they are or in that of their length."""
     items = [rows[index] for index in range(len(rows))]
     if by_length:
         items.sort(key=lambda row: len(row["input_ids"]))
@@ -71,7 +71,7 @@ def batches(rows: PackedDocuments, size: int, *, by_length: bool = False) -> lis
 
 
 def sides(ids: list[Tensor], row: int, size: int) -> tuple[int, int, dict[str, list[Batch]]]:
-    """Numbers of real tokens and of targets, and the batches of each side.
+    """Return numbers of real tokens and of targets, and the batches of each side.
 
     A padded batch gets as many documents as give it, on average, the room of a packed one.
     """
@@ -82,7 +82,7 @@ def sides(ids: list[Tensor], row: int, size: int) -> tuple[int, int, dict[str, l
 
 
 def train(model: PreTrainedModel, side: list[Batch], targets: int) -> tuple[float, float]:
-    """Seconds of all forwards and backwards, and the mean loss."""
+    """Return the seconds of all forwards and backwards, and the mean loss."""
     total, start = 0.0, time.perf_counter()
     for batch in side:
         model.zero_grad()
@@ -97,7 +97,7 @@ def filled(side: list[Batch], tokens: int) -> float:
 
 
 def measure(family: str, ids: list[Tensor], options: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each peer.
+    """Return a row for each peer.
 
     Raises:
         RuntimeError: if the losses of the sides do not agree.
@@ -133,7 +133,7 @@ def measure(family: str, ids: list[Tensor], options: argparse.Namespace) -> list
 
 
 def plot(rows: list[dict[str, Any]], lengths: list[int], path: Path) -> None:
-    """Real tokens per second of every side, and the lengths of the documents."""
+    """Return real tokens per second of every side, and the lengths of the documents."""
     figure = Figure(figsize=(10.0, 4.0), layout="constrained")
     bars, histogram = figure.subplots(1, 2)
     families = list(dict.fromkeys(row["family"] for row in rows))

@@ -1,4 +1,4 @@
-"""What an op must move and compute, counted from its shape, and what the device can move and compute, measured.
+"""Rooflines: bytes and FLOPs of an op, counted from its shape, and the measured ceilings of the device.
 
 Counted is what no implementation avoids: inputs read once, outputs written once, for a backward the inputs and the
 outputs' gradients read once more and the inputs' gradients written. States between chunks, sums of decays and the like
@@ -30,7 +30,7 @@ PRODUCTS = ("ssd", "window_attention", "masked_mix", "toeplitz_mix", "mamba2_mix
 
 @dataclass(frozen=True)
 class Cost:
-    """What a case cannot avoid: bytes between memory and processor, and floating point operations."""
+    """Minimal cost of a case: bytes between memory and processor, and floating-point operations."""
 
     bytes: int
     flops: int
@@ -67,7 +67,7 @@ def convolution_traffic(s: Sizes, e: int) -> Traffic:
 
 
 def norm_traffic(wide: int, outputs: int, per_element: int) -> Callable[[Sizes, int], Traffic]:
-    """Traffic of a norm that reads `wide` tensors as large as x, and writes `outputs`."""
+    """Return traffic of a norm that reads `wide` tensors as large as x, and writes `outputs`."""
 
     def count(s: Sizes, e: int) -> Traffic:
         elements = s["B"] * s["L"] * s["D"]
@@ -84,7 +84,7 @@ def attention_traffic(s: Sizes, e: int) -> Traffic:
 
 
 def mixing_traffic(weights: Callable[[int], int]) -> Callable[[Sizes, int], Traffic]:
-    """Traffic of mixing with so many weights of a head for a length, of pairs of tokens that see each other."""
+    """Return the traffic of mixing, given the number of weights per head and length, and of visible token pairs."""
 
     def count(s: Sizes, e: int) -> Traffic:
         L, heads = s["L"], s["H"]
@@ -104,7 +104,7 @@ def decode_traffic(s: Sizes, e: int) -> Traffic:
 
 
 def mamba2_traffic(s: Sizes, e: int) -> Traffic:
-    """Projections, convolution, SSD and gated norm; between them nothing need be written."""
+    """Return the cost of projections, convolution, SSD and gated norm; nothing between them needs to be written."""
     tokens, D, inner = s["B"] * s["L"], s["D"], 2 * s["D"]
     P, N = 64 if D >= 128 else 16, 128
     H, channels = inner // P, inner + 2 * N
@@ -142,7 +142,7 @@ TRAFFIC: dict[str, Callable[[Sizes, int], Traffic]] = {
 
 
 def cost(case: Case) -> Cost:
-    """What a case cannot avoid."""
+    """Return the minimal cost of a case."""
     element = case.dtype.itemsize
     traffic = TRAFFIC[case.op](case.sizes, element)
     once = traffic.inputs + traffic.outputs
@@ -156,7 +156,7 @@ def cost(case: Case) -> Cost:
 
 
 def chunk_state_bytes(case: Case) -> int:
-    """Bytes of the states between chunks, and in a backward their gradients where those are stored too.
+    """Return bytes of the states between chunks, and in a backward their gradients where those are stored too.
 
     Memory that is no output and yet belongs to a recurrence computed in chunks. SSD keeps a state a chunk in the
     dtype of its inputs; a selective scan keeps one in float32 for its backward only.
@@ -197,12 +197,12 @@ def _product(a: Tensor) -> Run:
 
 
 def compute_ceiling(case: Case, ceilings: dict[str, float]) -> float:
-    """FLOP/s that the case's arithmetic could reach: matrix products in its dtype, all else in float32."""
+    """Return FLOP/s that the case's arithmetic could reach: matrix products in its dtype, all else in float32."""
     dtype = str(case.dtype).removeprefix("torch.") if case.op in PRODUCTS else "float32"
     return ceilings[f"{dtype}_flops_per_s"]
 
 
 def floor_seconds(case: Case, ceilings: dict[str, float]) -> float:
-    """The roofline: time that bytes or FLOPs, whichever is more, take at the measured ceilings."""
+    """Return the time on the roofline: that of bytes or FLOPs at the measured ceilings, whichever is longer."""
     needed = cost(case)
     return max(needed.bytes / ceilings["copy_bytes_per_s"], needed.flops / compute_ceiling(case, ceilings))
