@@ -216,17 +216,9 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x.masked_fill(~kept, 0) / (1 - p), kept
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x1: Tensor | None,
-    weight1: Tensor | None,
-    bias1: Tensor | None,
-    dropout_p: float,
-    rowscale: Tensor | None,
-) -> None:
+def _check(*arguments: Any) -> None:
+    """Check the tensors and `dropout_p` of :func:`layer_norm_fn`."""
+    x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale = arguments
     check_rows(x)
     for name, tensor in (("residual", residual), ("x1", x1)):
         check_optional(name, tensor, tuple(x.shape), "(..., D)")

@@ -96,7 +96,8 @@ def selective_scan(
         y = empty_batch(tuple(x.shape), x.dtype, *inputs)
         return (y, empty_batch((0, *A.shape), accumulator(x), *inputs)) if return_final_state else y
     if implementation == "triton":
-        y, state = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, real, first)
+        operands = x, dt, A, B, C, D, z, dt_bias, initial_state
+        y, state = selective_scan_triton(*operands, dt_softplus=dt_softplus, real=real, first=first)
         return (y, state) if return_final_state else y
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     sums = accumulator(x)
@@ -413,20 +414,9 @@ class _Tokens:
         return y if self.D is None else y.addcmul_(self.D, now.x)
 
 
-def _check_inputs(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    seq_idx: Tensor | None,
-    one_token: bool = False,
-) -> None:
-    """Check the arguments of a scan, or of a step: no L axis, and the state is called `state`."""
+def _check_inputs(*arguments: Any, one_token: bool = False) -> None:
+    """Check the arguments of a scan, or of a step, which have no L axis and call the state `state`."""
+    x, dt, A, B, C, D, z, dt_bias, state, seq_idx = arguments
     lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
     check_tensor("x", x, (None,) * (3 - one_token), f"({lead}, D)")
     *rows, channels = x.shape

@@ -40,20 +40,15 @@ _WARPS = 4
 
 
 def selective_scan_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    real: Tensor | None,
-    first: Tensor | None,
+    *operands: Tensor | None, dt_softplus: bool, real: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run the differentiable op on checked arguments; (B, L) `real` and `first` mark real tokens and document starts.
+    """Run the differentiable op on checked arguments.
+
+    Args:
+        operands: x, dt, A, B, C, D, z, dt_bias and initial state of `selective_scan`.
+        dt_softplus: apply softplus to `dt + dt_bias`.
+        real: (B, L) mask of real tokens; None if there is no padding and one document per row.
+        first: (B, L) mask of tokens at which a document starts, likewise.
 
     Returns:
         (B, L, D) outputs in the dtype of `x` and the (B, D, N) final state in float32.
@@ -62,24 +57,17 @@ def selective_scan_triton(
     if real is not None and first is not None:
         kinds = first.to(torch.int8).masked_fill_(~real, 2)
     scan = _traced_scan if tracing() else _SelectiveScanTriton.apply
-    return scan(  # type: ignore[return-value]
-        x, dt, A, B, C, D, z, dt_bias, initial_state, kinds, dt_softplus, torch.is_grad_enabled()
-    )
+    return scan(*operands, kinds, dt_softplus, torch.is_grad_enabled())  # type: ignore[return-value]
 
 
-def selective_scan_step_triton(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-) -> Tensor:
-    """Run the forward kernel on rows of one token, reading and writing the same state; returns (B, D) outputs."""
+def selective_scan_step_triton(state: Tensor, *operands: Any) -> Tensor:
+    """Run the forward kernel on rows of one token, reading and writing the same state; returns (B, D) outputs.
+
+    Args:
+        state: (B, D, N) state.
+        operands: x, dt, A, B, C, D, z, dt_bias and dt_softplus of `selective_scan_step`.
+    """
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus = operands
     row = [None if tensor is None else tensor[:, None] for tensor in (x, dt, B, C, z)]
     held = state.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -101,7 +101,7 @@ def ssd(
     Raises:
         ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` is invalid.
     """
-    check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    _check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd", x, traceable=True)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
@@ -148,7 +148,7 @@ def ssd_log_decay(
     Raises:
         ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` is invalid.
     """
-    check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
+    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     operands = x, None, log_decay.to(accumulator(x)), B, C, D, z, initial_state
@@ -210,7 +210,7 @@ def ssd_reference(
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute :func:`ssd` by its definition, a loop over time in float32 or float64, with the same arguments."""
-    check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    _check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
@@ -232,7 +232,7 @@ def ssd_log_decay_reference(
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute :func:`ssd_log_decay` by its definition, a loop over time, with the same arguments."""
-    check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
+    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     sums = accumulator(x)
     y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
@@ -298,21 +298,9 @@ def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) ->
     check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
 
 
-def check_inputs(
-    x: Tensor,
-    decay_name: str,
-    decay: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    seq_idx: Tensor | None,
-    one_token: bool = False,
-) -> None:
-    """Check the arguments of a scan, or of a step: no L axis, and the state is called `state`."""
+def _check_inputs(*arguments: Any, one_token: bool = False) -> None:
+    """Check the arguments of a scan, or of a step, which have no L axis and call the state `state`."""
+    x, decay_name, decay, A, B, C, D, z, dt_bias, state, seq_idx = arguments
     lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
     check_tensor("x", x, (None,) * (4 - one_token), f"({lead}, H, P)")
     *rows, heads, width = x.shape
@@ -697,8 +685,8 @@ def ssd_log_decay_step(
 
 
 def _choose(implementation: str, name: str, state: Tensor, *arguments: Any) -> str:
-    """Check the arguments of a step, those of :func:`check_inputs` before `state`, and return the implementation."""
-    check_inputs(*arguments, state=state, seq_idx=None, one_token=True)
+    """Check the arguments of a step, those of :func:`_check_inputs` before `state`, and return the implementation."""
+    _check_inputs(*arguments, state, None, one_token=True)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
     inputs = [each for each in arguments if isinstance(each, Tensor)]

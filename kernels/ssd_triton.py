@@ -237,17 +237,13 @@ def _walk(
         passing = end.new_empty(batch, stretches - 1, heads)
     for summary in (True, False) if stretches > 1 else (False,):
         walk_kernel[(tiles, heads, batch * (stretches - summary))](
-            *(value, value if z is None else z, key, log_decay, log_decay if scale is None else scale),
-            *(end if start is None else start.contiguous(), states, end, summaries, passing, length, first),
-            *(count, stretch, stretches, states.shape[1], heads, heads // groups),
+            *(value, z, key, log_decay, scale, None if start is None else start.contiguous(), states, end),
+            *(summaries, passing, length, first, count, stretch, stretches, states.shape[1], heads, heads // groups),
             *strides(3, value, z, key),
             WIDTH=width,
             SIZE=size,
             REVERSE=reverse,
             SUMMARY=summary,
-            HAS_START=start is not None,
-            HAS_SCALE=scale is not None,
-            HAS_Z=z is not None,
             SPLIT=key.dtype != torch.float32,
             Q=chunk,
             BLOCK_P=block_p,
@@ -270,14 +266,10 @@ def _output(*operands: Any) -> Tensor:
     block_p = block_p if capability >= 9 else min(block_p, 32)
     y = x.new_empty(x.shape)
     output_kernel[(batch * states.shape[1] * heads,)](
-        *(x, log_decay, log_decay if scale is None else scale, B, C, x if D is None else D),
-        *(x if z is None else z, states, y, length, states.shape[1], heads, heads // groups),
+        *(x, log_decay, scale, B, C, D, z, states, y, length, states.shape[1], heads, heads // groups),
         *(*strides(3, x, B, C), *strides(2, D), *strides(3, z)),
         WIDTH=width,
         SIZE=size,
-        HAS_SCALE=scale is not None,
-        HAS_D=D is not None,
-        HAS_Z=z is not None,
         Q=chunk,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
@@ -321,17 +313,12 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
         count = min(capacity, chunks - first)
         dstate = _walk(dy, z, None, log_decay, C, dstate, dstates, first, count, chunk_size, reverse=True)
         chunk_gradients_kernel[(batch * count * parts,)](
-            *(x, log_decay, log_decay if scale is None else scale, B, C, x if D is None else D),
-            *(x if z is None else z, states, dy, dstates, dx, dlog_decay),
-            *(dlog_decay if dscale is None else dscale, dB_parts, dC_parts, dx if dD is None else dD),
-            *(dx if dz is None else dz, length, chunks, first, count, capacity, heads, heads // groups),
+            *(x, log_decay, scale, B, C, D, z, states, dy, dstates, dx, dlog_decay, dscale, dB_parts, dC_parts, dD, dz),
+            *(length, chunks, first, count, capacity, heads, heads // groups),
             *(*strides(3, x, B, C), *strides(2, D), *strides(3, z, dy)),
             TOGETHER=together,
             WIDTH=width,
             SIZE=size,
-            HAS_SCALE=scale is not None,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
             Q=chunk,
             BLOCK_P=block_p,
             BLOCK_N=block_n,
@@ -388,9 +375,8 @@ def walk_kernel(
     value_ptr, z_ptr, key_ptr, log_decay_ptr, scale_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
     length, first, count, stretch, stretches, capacity, heads, per_group,
     value_batch, value_token, value_head, z_batch, z_token, z_head, key_batch, key_token, key_group,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_Z: tl.constexpr, SPLIT: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr, SPLIT: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     walked = stretches
@@ -406,7 +392,8 @@ def walk_kernel(
     in_state = in_n[:, None] & in_p[None, :]
     inside = n[:, None] + p[None, :] * SIZE  # (P, N) offsets in a head's state
     value_ptr += batch * value_batch + head * value_head
-    z_ptr += batch * z_batch + head * z_head
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + head * z_head
     key_ptr += batch * key_batch + (head // per_group) * key_group
     dtype = key_ptr.dtype.element_ty
 
@@ -415,7 +402,7 @@ def walk_kernel(
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
     decay = tl.full((), 1.0, dtype=tl.float32)
     if not SUMMARY:
-        if HAS_START:
+        if start_ptr is not None:
             state = tl.load(start_ptr + row_state + inside, mask=in_state, other=0.0)
         for before in range(place):
             at = passing + before * heads
@@ -436,13 +423,13 @@ def walk_kernel(
         weight, whole = _to_end(coarse, fine, rows, Q)
         if REVERSE:
             weight = tl.exp2(coarse + fine)
-        if HAS_SCALE:
+        if scale_ptr is not None:
             weight *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
         in_value = present[:, None] & in_p[None, :]
         value = tl.load(
             value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :], mask=in_value, other=0.0
         ).to(tl.float32)  # (Q, P)
-        if HAS_Z:
+        if z_ptr is not None:
             _, gate = load_gate(z_ptr + begin * z_token, rows[:, None] * z_token + p[None, :], in_value)
             value *= gate
         key = tl.load(
@@ -476,8 +463,8 @@ def output_kernel(
     length, chunks, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)  # neighbours are heads of one chunk, which read the same B and C
     head = program % heads
@@ -499,13 +486,15 @@ def output_kernel(
     scalars = first_row + head
     coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
     mix = dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows, False)  # (Q target, Q source)
-    if HAS_SCALE:
+    if scale_ptr is not None:
         mix *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)[None, :]
     mix = narrow(mix, dtype, EMULATE)
     from_start = tl.exp2(coarse + fine)[:, None]
     x_ptr += batch * x_batch + begin * x_token + head * x_head
-    D_ptr += head * D_head
-    z_ptr += batch * z_batch + begin * z_token + head * z_head
+    if D_ptr is not None:
+        D_ptr += head * D_head
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + begin * z_token + head * z_head
     y_ptr += scalars * WIDTH
     states_ptr += program * (WIDTH * SIZE)
     for first in range(0, WIDTH, BLOCK_P):
@@ -518,9 +507,9 @@ def output_kernel(
         x = tl.load(x_ptr + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
         y = dot(C, tl.trans(state), None, EMULATE) * from_start
         y = dot(mix, x, y, EMULATE)
-        if HAS_D:
+        if D_ptr is not None:
             y += x.to(tl.float32) * tl.load(D_ptr + p * D_width, mask=in_p, other=0.0)[None, :]
-        if HAS_Z:
+        if z_ptr is not None:
             _, gate = load_gate(z_ptr, rows[:, None] * z_token + p[None, :], in_x)
             y *= gate
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE)
@@ -534,8 +523,8 @@ def chunk_gradients_kernel(
     length, chunks, first, count, capacity, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head, dy_batch, dy_token, dy_head,
-    TOGETHER: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    TOGETHER: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     parts = heads // TOGETHER
@@ -563,7 +552,8 @@ def chunk_gradients_kernel(
     dB = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     dC = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     x_ptr += batch * x_batch + begin * x_token
-    z_ptr += batch * z_batch + begin * z_token
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + begin * z_token
     dy_ptr += batch * dy_batch + begin * dy_token
     for place in range(TOGETHER):
         head = part * TOGETHER + place
@@ -572,7 +562,7 @@ def chunk_gradients_kernel(
         to_end, whole = _to_end(coarse, fine, rows, Q)
         from_start = tl.exp2(coarse + fine)
         scale = tl.full((Q,), 1.0, dtype=tl.float32)
-        if HAS_SCALE:
+        if scale_ptr is not None:
             scale = tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
         mix = narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
 
@@ -594,16 +584,16 @@ def chunk_gradients_kernel(
             dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
             state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
             carried = dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
-            if HAS_D:
+            if D_ptr is not None:
                 D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
             through = dy.to(tl.float32)  # gradient of the output before the gate
-            if HAS_Z:
+            if z_ptr is not None:
                 smooth, gate = load_gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
                 slope = through * (smooth + gate * (1.0 - smooth))
                 dz = carried * slope
                 scaled = narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
                 dz += dot(tl.trans(mix), scaled, None, EMULATE) * slope
-                if HAS_D:
+                if D_ptr is not None:
                     dz += x.to(tl.float32) * D[None, :] * slope
                 tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
                 through *= gate
@@ -621,7 +611,7 @@ def chunk_gradients_kernel(
             dB = dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
 
             dx = dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
-            if HAS_D:
+            if D_ptr is not None:
                 dx += through * D[None, :]
                 skipped = tl.sum(through * x.to(tl.float32), 0)
                 tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
@@ -631,7 +621,7 @@ def chunk_gradients_kernel(
         coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
         dmix *= _between(coarse, fine, rows, True)
         flow = dmix * scores
-        if HAS_SCALE:
+        if scale_ptr is not None:
             tl.store(dscale_ptr + scalars + rows * heads, tl.sum(flow, 1) + left, mask=present)
             dmix *= scale[:, None]
             flow *= scale[:, None]

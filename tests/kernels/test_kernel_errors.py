@@ -238,7 +238,9 @@ def test_wrong_rank(op: Op, name: str) -> None:
     tensor = op.arguments()[name]
     scalar = torch.zeros((), dtype=tensor.dtype)
     # x of a norm has any number of dimensions but none.
-    for wrong in (scalar,) if "norm" in op.op.__name__ and name == "x" else (scalar, tensor[None, None]):
+    for wrong in (
+        (scalar,) if "norm" in getattr(op.op, "__name__", "") and name == "x" else (scalar, tensor[None, None])
+    ):
         message = message_of(op, **{name: wrong})
         assert re.match(rf"{name} must be .*, got shape {re.escape(str(tuple(wrong.shape)))}$", message), message
 
