@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..harness.json_files import json_text
-from ..harness.run_folder import new_folder
+from ..harness.whole_files import new_folder
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
 from ..modeling.pretrained import ZooPreTrainedModel, names_in_float32
-from .byte_tokenizer import byte_tokenizer
 from .carried_files import LICENCES, TOKENIZER, carry_files
 from .checkpoint_files import check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
@@ -27,7 +26,7 @@ from .formats import FORMATS, detect
 from .formats.bare_formats import is_transfixer, read_mixer
 from .formats.format import HEAD, Format, config_errors, empty_model, own_tensors, read_config
 from .formats.maskedmixers import MASKED_MIXER
-from .formats.state_spaces import BYTES
+from .formats.state_spaces import BYTES, byte_tokenizer
 from .hub_source import source_folder
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .remote_code import check_remote_code

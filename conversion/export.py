@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from .. import modeling
 from ..harness.json_files import read_json_object
 from ..harness.processes import run_child
-from ..harness.run_folder import new_folder
+from ..harness.whole_files import new_folder
 from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load

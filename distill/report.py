@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..harness.errors import decoration
+from ..harness.published import decoration
 from ..harness.run_folder import write_json
 from ..harness.whole_files import write_text_whole, write_whole
 from ..reports.distillation_plots import draw

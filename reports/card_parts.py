@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..harness.public_text import public_command
+from ..harness.published import public_command
 from ..harness.whole_files import write_text_whole
 from .markdown import code, count, fenced, gibibytes, number, percent, seconds, table
 

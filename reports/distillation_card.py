@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..harness.public_text import without_folders
+from ..harness.published import without_folders
 from ..harness.whole_files import write_text_whole
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .distillation_report import Report, parse_report

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import yaml
 
-from ..harness.public_text import public_argument, public_command
+from ..harness.published import public_argument, public_command
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .distillation_report import Evaluation, Report
 from .markdown import MISSING, code, count, fenced, gibibytes, number, percent, seconds, short, table

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..harness.public_text import without_folders
+from ..harness.published import without_folders
 from .card_parts import repetition, write_trained_card
 from .markdown import code, count, fenced, number, percent, seconds, table
 from .training_card import adapters_of, base_fields, licence_of, linked_base, method_of

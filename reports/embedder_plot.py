@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..harness.run_folder import write_whole
+from ..harness.whole_files import write_whole
 from .training_plots import BLUE, ORANGE
 
 _MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "recall@10", "accuracy@1": "first is right"}

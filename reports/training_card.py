@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..harness.public_text import without_folders
+from ..harness.published import without_folders
 from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
 from .hub_licences import HUB_LICENCES
 from .markdown import code, count, fenced, table

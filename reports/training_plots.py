@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..harness.run_folder import write_whole
+from ..harness.whole_files import write_whole
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 BLUE, ORANGE = "#0072B2", "#E69F00"

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 from hub_stand_in import HubStandIn
 from ssm_zoo.cli.errors import without_tokens
 from ssm_zoo.cli.main import app
-from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
-from ssm_zoo.harness.public_text import public_argument, public_command
+from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
+from ssm_zoo.harness.published import public_argument, public_command
 
 TOKEN = "hf_" + "x" * 20
 REPO = "tester/model"

@@ -9,7 +9,7 @@ from families import make_model
 from typer.testing import CliRunner, Result
 
 from ssm_zoo.cli.main import app
-from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
+from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.conversion.remote_code import brought_code
 
 HOSTILE = """

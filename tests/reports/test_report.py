@@ -14,7 +14,7 @@ from report_example import CONVERTED, HEADS, HOSTILE, example_report, hostile_re
 from rich.console import Console
 
 from ssm_zoo.distill.report import evaluation_table, print_table, write_report
-from ssm_zoo.harness.errors import DecorationWarning
+from ssm_zoo.harness.published import DecorationWarning
 from ssm_zoo.reports.distillation_report import parse_report
 from ssm_zoo.reports.distillation_tables import verdict_list
 from ssm_zoo.reports.results import limits, recovered_fraction, recovered_sentence, verdicts

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.export import verify_export
+from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.modeling import ZooMamba2ForCausalLM
 from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.modeling.presets import PRESETS
