@@ -40,7 +40,7 @@ from ..harness.whole_files import new_folder
 from ..modeling.backbone import ZooModel
 from ..modeling.selective_attention import SelectiveAttention
 from ..reports.embedder_card import write_embedder_card
-from ..reports.embedder_plot import write_embedder_plot
+from ..reports.training_plots import write_embedder_plot
 from .adapters import adapter_coverage, add_adapters, pinned, print_coverage
 from .checkpoints import check_numbers
 from .embedder_settings import EmbedderSettings

@@ -1,4 +1,4 @@
-"""Which of the authors' mixers a checkpoint is: found by its keys, or refused by name."""
+"""Recognition of position mixers by their keys, with a reader for each known kind and an error for the others."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from .maskedmixers import read_autoencoder, read_language_mixer, read_retrieval,
 from .structured_mixers import read_mlp_mixer
 from .toeplitz_mixers import read_fast_toeplitz, read_optimised_toeplitz
 
-# What is looked for in order: the first expression that matches a key's beginning says what it is.
+# Both tables are searched in order: the first expression that matches the beginning of a key decides.
 _REFUSED = {
     r"decoder_wte\.|decoder_proj\.": "a memory mixer, whose decoder reads embeddings of earlier chunks",
     r"wte\.bias": "an AutoencodingMixer of token pairs, whose embedding is a linear layer",
@@ -37,40 +37,40 @@ _KNOWN = (
 
 
 def is_transfixer(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether what says that it is a Llama is one with a mixer."""
+    """Return whether a checkpoint whose config.json names a Llama is a transfixer."""
     return any(re.search(r"(^|\.)model\.layers\.\d+\.mixer_layer\.", key) for key in tensors)
 
 
 def read_mixer(
     folder: Path, tensors: Mapping[str, LazyTensor], assignments: Sequence[str]
 ) -> tuple[MixerReading, dict[str, LazyTensor]]:
-    """What a checkpoint without a configuration, or of a transfixer, is.
+    """Read a checkpoint without a configuration, or one of a transfixer.
 
     Args:
-        folder: where it is.
+        folder: folder of the checkpoint.
         tensors: its weights.
-        assignments: what the user says of it, "name=value" each.
+        assignments: the user's settings, "name=value" each.
 
     Returns:
-        That, and the tensors that it uses, a tied head and what no forward reads left out.
+        The reading, and the tensors that it uses, without a tied head and without those that no forward pass reads.
 
     Raises:
-        ValueError: if it is none of the known ones, or one that our models cannot express; if a setting is wrong,
-            missing or says nothing of it; if sizes cannot be.
+        ValueError: if the mixer is unknown, or our models cannot express it; if a setting is wrong, missing or not one
+            of this mixer; or if the sizes contradict each other.
     """
     settings = Settings(assignments)
     checkpoint = MixerCheckpoint(folder.name, tensors)
     for pattern, what in _REFUSED.items():
         found = next((key for key in checkpoint.tensors if re.match(pattern, key)), None)
         if found is not None:
-            raise ValueError(f"{folder.name}: {found}: of {what}, which is not converted; accepted: {_KNOWN}")
+            raise ValueError(f"{folder.name}: {found} is a key of {what}. Only {_KNOWN} can be converted.")
     read = next(
         (read for start, read in _READ.items() if any(re.match(start, key) for key in checkpoint.tensors)), None
     )
     if read is None:
         raise ValueError(
-            f"source: {folder} holds no config.json, and keys of none of these: {_KNOWN}; the first key is "
-            f"{next(iter(checkpoint.tensors), 'none')}"
+            f"source: {folder} must hold a config.json, or have the keys of one of {_KNOWN}. Its first key is "
+            f"{next(iter(checkpoint.tensors), 'none')}."
         )
     with config_errors(f"{folder.name}: sizes or settings"):
         reading = read(checkpoint, settings, folder)

@@ -232,7 +232,7 @@ MISTAKES = [
     pytest.param(
         "generate {model} abc",
         with_value("model_type", "of-somebody-else"),
-        "MODEL: .* brings code of its own .*'of-somebody-else'.* with --trust-remote-code",
+        "MODEL: .* brings code of its own .*'of-somebody-else'.* pass --trust-remote-code",
         id="code-of-somebody-else",
     ),
     pytest.param("push ./nope a/b", nothing, "FOLDER: there is no folder nope", id="push-nothing"),
