@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from ..harness.json_files import read_json_object
-from ..modeling.hub_upload import check_base, code_of, files_to_send
+from ..modeling.hub_upload import check_base, files_to_send
 from ..modeling.pretrained import ZooPreTrainedModel
 from .export import model_class_of
 from .formats.format import config_errors, empty_model
@@ -70,7 +70,6 @@ def _check_model(folder: Path, field: str) -> dict[str, Header]:
     values = read_json_object(path, f"{field}: config.json", allow_infinity=True)
     if not isinstance(values.get("auto_map"), dict) or not values["auto_map"]:
         raise ValueError(f"{field}: {path} has no auto_map, so it does not load. Write the folder with ssm-zoo export.")
-    code_of(folder)
     headers = read_headers(folder, field)
     expected, tied = _expected(folder, model_class_of(folder))
     problems = {

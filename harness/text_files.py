@@ -37,23 +37,6 @@ def _not_utf8(path: str | Path, field: str, place: int, reason: str) -> ValueErr
     return ValueError(f"{field}: {str(path)!r} is not UTF-8 text (byte {place}: {reason}).")
 
 
-def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield the values of JSON lines with their line numbers, from 1; empty lines are skipped.
-
-    Args:
-        text: the lines.
-        name: what to call them in an error.
-
-    Raises:
-        ValueError: if a line is not strict JSON; see `json_files.parse_json`.
-    """
-    # Not splitlines(): JSON strings may contain U+2028 and the like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield number, parse_json(line, f"{name}, line {number}")
-
-
 def read_json_lines_of(path: str | Path, field: str) -> Iterator[tuple[int, Any]]:
     """Yield the values of a file of JSON lines with their line numbers, one line in memory at a time.
 
@@ -62,7 +45,7 @@ def read_json_lines_of(path: str | Path, field: str) -> Iterator[tuple[int, Any]
         field: what to call the argument in an error.
 
     Raises:
-        ValueError: as for `read_text_file` and `read_json_lines`.
+        ValueError: if there is no such file, it is not UTF-8, or a line is not strict JSON; see `parse_json`.
     """
     _check_file(path, field)
     position = 0

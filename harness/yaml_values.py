@@ -95,7 +95,7 @@ def override(values: Any, assignments: Sequence[str]) -> Any:
         key, equals, text = assignment.partition("=")
         keys = key.strip().split(".")
         if not equals or not all(keys):
-            raise ValueError(f"override: must be of the form dotted.key=value, got {assignment!r}.")
+            raise ValueError(f"override must be of the form dotted.key=value, got {assignment!r}.")
         values = _assign(values, keys, read_yaml(text, f"override {assignment!r}: the value"), assignment)
     return values
 

@@ -84,21 +84,20 @@ def stages_table(report: Report) -> str:
         "Peak learning rate",
         "Seconds",
     )
-    rows = []
-    for stage in report.stages:
-        rows.append(
-            (
-                code(stage.name),
-                code(stage.objective),
-                _setting(report, stage.name, "train"),
-                count(stage.tokens),
-                count(stage.steps),
-                _setting(report, stage.name, "sequence_length"),
-                _setting(report, stage.name, "batch_size"),
-                _setting(report, stage.name, "learning_rate"),
-                seconds(stage.seconds),
-            )
+    rows = [
+        (
+            code(stage.name),
+            code(stage.objective),
+            _setting(report, stage.name, "train"),
+            count(stage.tokens),
+            count(stage.steps),
+            _setting(report, stage.name, "sequence_length"),
+            _setting(report, stage.name, "batch_size"),
+            _setting(report, stage.name, "learning_rate"),
+            seconds(stage.seconds),
         )
+        for stage in report.stages
+    ]
     return table(header, rows, left=3)
 
 

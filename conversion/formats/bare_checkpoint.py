@@ -7,6 +7,7 @@ a documented default.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ...harness.yaml_values import override
 from ...modeling.pretrained import ZooPreTrainedModel
 from ..rules import Computed, LazyTensor, Rule
 
-_WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
+_WRAPPER = "module."  # of parallel training
 _COMMON: dict[str, type] = {
     "pad_mode": str,
     "pad_token_id": int,
@@ -83,15 +84,14 @@ class MixerCheckpoint:
     """The tensors of a checkpoint, with errors that name what is missing.
 
     Args:
-        name: name of the folder, for messages.
+        folder: the folder of the checkpoint.
         tensors: the weights.
     """
 
-    def __init__(self, name: str, tensors: Mapping[str, LazyTensor]) -> None:
-        for wrapper in _WRAPPERS:
-            if tensors and all(key.startswith(wrapper) for key in tensors):
-                tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
-        self.name = name
+    def __init__(self, folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+        if tensors and all(key.startswith(_WRAPPER) for key in tensors):
+            tensors = {key.removeprefix(_WRAPPER): tensor for key, tensor in tensors.items()}
+        self.folder, self.name = folder, folder.name
         self.tensors = dict(tensors)
 
     def has(self, pattern: str) -> bool:

@@ -21,14 +21,14 @@ _REFUSED = {
     r"blocks\.\d+\.mixer\.alpha_logits": "a mixer of exponential moving averages",
     r"encoderblocks\.\d+\.token_mixing_layer\.": "an autoencoder of Toeplitz or recurrent mixers",
 }
-_READ: dict[str, Callable[[MixerCheckpoint, Settings, Path], MixerReading]] = {
+_READ: dict[str, Callable[[MixerCheckpoint, Settings], MixerReading]] = {
     r"model\.layers\.\d+\.mixer_layer\.": read_transfixer,
-    r"encoderblocks\.\d+\.patch_layernorm\.": lambda checkpoint, settings, _: read_autoencoder(checkpoint, settings),
-    r"retrieval_head\.": lambda checkpoint, settings, _: read_retrieval(checkpoint, settings),
-    r"mixerblocks\.\d+\.patch_layernorm\.": lambda checkpoint, settings, _: read_language_mixer(checkpoint, settings),
-    r"mixer_blocks\.\d+\.token_mixing_layer\.": lambda checkpoint, settings, _: read_mlp_mixer(checkpoint, settings),
-    r"blocks\.\d+\.mixer_norm\.": lambda checkpoint, settings, _: read_optimised_toeplitz(checkpoint, settings),
-    r"blocks\.\d+\.norm1\.": lambda checkpoint, settings, _: read_fast_toeplitz(checkpoint, settings),
+    r"encoderblocks\.\d+\.patch_layernorm\.": read_autoencoder,
+    r"retrieval_head\.": read_retrieval,
+    r"mixerblocks\.\d+\.patch_layernorm\.": read_language_mixer,
+    r"mixer_blocks\.\d+\.token_mixing_layer\.": read_mlp_mixer,
+    r"blocks\.\d+\.mixer_norm\.": read_optimised_toeplitz,
+    r"blocks\.\d+\.norm1\.": read_fast_toeplitz,
 }
 _KNOWN = (
     "LanguageMixer, MultiHeadedMixer, AutoencodingMixer, RetrievalMixer, transfixer, Toeplitz and structured recurrent "
@@ -59,7 +59,7 @@ def read_mixer(
             of this mixer; or if the sizes contradict each other.
     """
     settings = Settings(assignments)
-    checkpoint = MixerCheckpoint(folder.name, tensors)
+    checkpoint = MixerCheckpoint(folder, tensors)
     for pattern, what in _REFUSED.items():
         found = next((key for key in checkpoint.tensors if re.match(pattern, key)), None)
         if found is not None:
@@ -73,6 +73,6 @@ def read_mixer(
             f"{next(iter(checkpoint.tensors), 'none')}."
         )
     with config_errors(f"{folder.name}: sizes or settings"):
-        reading = read(checkpoint, settings, folder)
+        reading = read(checkpoint, settings)
     settings.finish(reading.name)
     return reading, checkpoint.tensors

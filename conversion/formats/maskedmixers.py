@@ -270,13 +270,13 @@ def in_proj_rules(theirs: tuple[str, ...], ours: str, width: int) -> list[Rule]:
     return rules
 
 
-def read_transfixer(checkpoint: MixerCheckpoint, settings: Settings, folder: Path) -> MixerReading:
+def read_transfixer(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
     """Read a transfixer from a folder with or without a configuration."""
     tied = checkpoint.tie("model.embed_tokens.weight", "lm_head.weight")
     vocabulary, width = checkpoint.shape("model.embed_tokens.weight", 2)
     positions, *_, taps = shape = checkpoint.square(f"{_LLAMA_FIRST}mixer_layer.conv.weight", 3)
-    has_config = (folder / "config.json").is_file()
-    fields = _of_config(folder) if has_config else _of_settings(checkpoint, settings)
+    has_config = (checkpoint.folder / "config.json").is_file()
+    fields = _of_config(checkpoint.folder) if has_config else _of_settings(checkpoint, settings)
     config = MaskedMixerConfig(
         vocab_size=vocabulary,
         hidden_size=width,

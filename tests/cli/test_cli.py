@@ -139,7 +139,12 @@ MISTAKES = [
     pytest.param("export ./nope out", nothing, "there is no folder './nope'", id="export-nothing"),
     pytest.param("export nope out", nothing, "source: got 'nope'; accepted: an existing folder", id="export-name"),
     pytest.param("export {model} {model}", nothing, "folder: .* exists and is not empty", id="export-onto-it"),
-    pytest.param("export {model} out --revision v1", nothing, "revision: got 'v1', but .* a folder", id="revision"),
+    pytest.param(
+        "export {model} out --revision v1",
+        nothing,
+        "must be left out for a folder .*, got 'v1'",
+        id="revision",
+    ),
     pytest.param(
         "export {model} out",
         with_value("model_type", "llama"),
@@ -235,7 +240,7 @@ MISTAKES = [
         "MODEL: .* brings code of its own .*'of-somebody-else'.* pass --trust-remote-code",
         id="code-of-somebody-else",
     ),
-    pytest.param("push ./nope a/b", nothing, "FOLDER: there is no folder nope", id="push-nothing"),
+    pytest.param("push ./nope a/b", nothing, "FOLDER must be an existing folder, got nope", id="push-nothing"),
     pytest.param(
         "push {model} a/b",
         lambda folder: (folder / "config.json").unlink(),

@@ -185,7 +185,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(case: str, tmp_path: Path) ->
     [
         ("flat", ("mixing=dense",), "--set mixing is no setting of LanguageMixer. It has bos_token_id, context_over"),
         ("flat", ("a.b=1",), "--set a is no setting of LanguageMixer"),
-        ("flat", ("pad_mode",), "override: must be of the form dotted.key=value, got 'pad_mode'"),
+        ("flat", ("pad_mode",), "override must be of the form dotted.key=value, got 'pad_mode'"),
         ("flat", ("pad_mode=left",), "sizes or settings: pad_mode must be one of shift, as_trained, got"),
         (
             "flat",

@@ -206,8 +206,8 @@ def test_every_missing_key_is_named_in_one_line():
         with pytest.raises(ValueError) as caught:
             parse_report(report)
         message = str(caught.value)
-        assert message.startswith(f"report: {'.'.join(map(str, place))} is missing; required keys: "), message
-        assert str(place[-1]) in message.split("required keys: ")[1]
+        assert message.startswith(f"report: `{'.'.join(map(str, place))}` is missing; required: "), message
+        assert str(place[-1]) in message.split("required: ")[1]
         assert "\n" not in message
 
 
@@ -276,9 +276,7 @@ def test_a_bad_report_is_refused_before_anything_is_written(
 
 
 def test_what_is_not_a_mapping_is_refused():
-    with pytest.raises(
-        ValueError, match=r"report: the top level must be a mapping with the keys format, .*, got \[\]"
-    ):
+    with pytest.raises(ValueError, match=r"report: the top level must be a mapping with the keys format, .*, got \[\]"):
         parse_report([])
 
 
