@@ -78,7 +78,7 @@ def recovered_sentence(report: Report) -> str:
 
 
 def summary_sentence(report: Report) -> str:
-    """The held-out loss of student and teacher, and the raw gap, which is the primary number."""
+    """Return a sentence on the held-out losses of student and teacher and their gap, the primary number."""
     teacher, student = report.evaluation("teacher"), report.students[-1]
     if student.loss is None or teacher.loss is None:
         return f"Held-out loss: {number(student.loss)} (student), {number(teacher.loss)} (teacher): not finite."
