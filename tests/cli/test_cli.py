@@ -148,13 +148,13 @@ MISTAKES = [
     pytest.param(
         "export {model} out",
         with_value("model_type", "llama"),
-        "model_type: got 'llama'; accepted: .*zoo_hybrid, zoo_mamba, zoo_mamba2",
+        "`model_type` must be one of .*zoo_hybrid, zoo_mamba, zoo_mamba2, got 'llama'",
         id="export-another-family",
     ),
     pytest.param(
         "export {model} out",
         with_value("architectures", ["ZooOther"]),
-        "architectures: got 'ZooOther'; accepted: .*ZooHybridForCausalLM",
+        "`architectures` must be one of .*ZooHybridForCausalLM.*, got 'ZooOther'",
         id="export-another-class",
     ),
     pytest.param(
@@ -202,7 +202,7 @@ MISTAKES = [
     pytest.param(
         "export {model} out",
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
-        "holds an adapter; merge it",
+        "holds an adapter. Merge it",
         id="export-adapter",
     ),
     pytest.param("generate ./nope abc", nothing, "there is no folder './nope'", id="generate-nothing"),
