@@ -124,7 +124,7 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
         pytest.param(
             ["--method", "full", "--rank", "3"], "`rank` has no effect with method 'full', .*, got 3", id="full"
         ),
-        pytest.param(["--method", "full", "--merge"], "merge: got True; accepted: False", id="merge-full"),
+        pytest.param(["--method", "full", "--merge"], "`merge` must be False with method 'full'", id="merge-full"),
         pytest.param(["--train", "nope.txt"], "train: there is no file 'nope.txt'", id="text"),
         pytest.param(["--private"], "--private has no effect without --push-to-hub", id="private"),
         pytest.param(["--push-to-hub", "me/model", "--merge"], "there is no Hugging Face token", id="token"),

@@ -71,7 +71,7 @@ def test_documents_are_cut_at_the_last_position_and_may_be_rows_of_a_tensor() ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": 12}, "positions: got 12, but the longest of the 6 documents has 11 tokens; accepted: at most"),
+        ({"positions": 12}, "`positions` must be at most 11, the length of the longest of 6 documents, got 12"),
         ({"positions": 0}, "positions and batch_size must be at least 1, got 0 and 4"),
         ({"positions": 3, "batch_size": 0}, "positions and batch_size must be at least 1, got 3 and 0"),
         ({"positions": 3, "documents": []}, "the longest of the 0 documents has 0 tokens"),

@@ -123,7 +123,7 @@ def kill(training: Training, before: Path) -> list[tuple[int, int]]:
         """Check that the run goes on to what it would have been, and leaves nothing besides."""
         here = newest()
         lived, said = start(training)
-        assert lived and f"going on from checkpoint-{here}: step {here}" in said, said
+        assert lived and f"resuming from checkpoint-{here}: step {here}" in said, said
         ours, theirs = weights("run", training), weights("whole", training)
         assert ours.keys() == theirs.keys() != set()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -140,7 +140,7 @@ def kill(training: Training, before: Path) -> list[tuple[int, int]]:
     for death in (die_in_the_optimiser, *deaths):
         here = newest()
         lived, said = start(training, death)
-        assert not lived and f"going on from checkpoint-{here}: step {here}" in said, said
+        assert not lived and f"resuming from checkpoint-{here}: step {here}" in said, said
         found.append((here, newest()))
         if newest() != here:
             end()

@@ -255,7 +255,9 @@ def test_what_a_tokenizer_or_its_template_cannot_do_is_said(tmp_path: Path, toke
 
 
 def test_sources_and_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train: got 'a\.txt' for 'messages'; accepted: a \.jsonl or \.parquet file"):
+    with pytest.raises(
+        ValueError, match=r"`train` must be a \.jsonl or \.parquet file, .* with examples 'messages', got 'a\.txt'"
+    ):
         read_examples(["a.txt"], "train", "messages")
     (tmp_path / "bad.parquet").write_bytes(b"nothing of the sort")
     with pytest.raises(ValueError, match=r"train: '.*bad\.parquet' cannot be read as parquet"):
