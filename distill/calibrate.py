@@ -112,8 +112,8 @@ def average_attention(
     longest = max((len(document) for document in documents), default=0)
     if longest < positions:
         raise ValueError(
-            f"`positions` must be at most {longest}, the length of the longest of {len(documents)} documents, got "
-            f"{positions}."
+            f"`documents` must have one with at least `positions` = {positions} tokens, but the longest of "
+            f"{len(documents)} has {longest}."
         )
     device = teacher.model.device
     heads = {layer: teacher.attention(layer).num_heads for layer in layers}

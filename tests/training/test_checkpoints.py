@@ -220,7 +220,7 @@ def test_there_may_be_none(tmp_path: Path) -> None:
 
 def test_an_earlier_step_than_what_is_there_is_refused(tmp_path: Path) -> None:
     later = save(tmp_path, 1, 5)
-    with pytest.raises(ValueError, match=r"checkpoint-0-9 is to be saved, but .*checkpoint-1-5 is newer"):
+    with pytest.raises(ValueError, match=r"Cannot save checkpoint-0-9: .*checkpoint-1-5 is newer"):
         save(tmp_path, 0, 9)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1-5"]
     flip_a_bit(later)

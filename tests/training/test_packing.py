@@ -145,9 +145,9 @@ def test_documents_are_packed_ahead(packing: bool) -> None:
     [
         (lambda: PackingCollator(1), "`budget` must be at least 2 .*, got 1"),
         (lambda: PackedDocuments(documents(), 0), "`budget` must be at least 2 .*, got 0"),
-        (lambda: PackedDocuments(documents([1, 1]), 8), "documents: got 2, none of two tokens or more"),
-        (lambda: PackingCollator()([{"input_ids": []}]), "items: got 1 without a token"),
-        (lambda: PackingCollator()([{"input_ids": [1, 2], "labels": [1]}]), r"labels: got shape \(1,\) for ids"),
+        (lambda: PackedDocuments(documents([1, 1]), 8), "must have two tokens or more, got 2 shorter"),
+        (lambda: PackingCollator()([{"input_ids": []}]), "`items` must have at least one token, got 1 items"),
+        (lambda: PackingCollator()([{"input_ids": [1, 2], "labels": [1]}]), r"`labels` must have .*, got \(1,\) for"),
     ],
     ids=["collator", "documents", "nothing-to-predict", "no-token", "labels"],
 )

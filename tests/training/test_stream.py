@@ -204,7 +204,7 @@ def test_processes_share_a_stream(folder: Path, tmp_path: Path, monkeypatch: pyt
     [
         (["a.txt@0.7", "b.jsonl"], {}, "^`train` must give a weight to every source or to none, got "),
         (["a.txt@0"], {}, "^`train` must give a weight above 0, got 'a.txt@0'$"),
-        (["a.txt@1"], {"steps": None}, "^`steps` must be given where the training text is a stream"),
+        (["a.txt@1"], {"steps": None}, "^`steps` must be given for a streamed training text"),
         (
             ["odd@2"],
             {},
