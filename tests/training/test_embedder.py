@@ -423,7 +423,7 @@ MISTAKES = [
     pytest.param({"heldout": ["nope.csv"]}, "heldout: there is no file 'nope.csv'", id="no-file"),
     pytest.param({"batch_size": 31}, "`batch_size` must be at most 30 for 30 pairs in 1 processes, got 31", id="few"),
     pytest.param({"train": ["same.jsonl"]}, "`batch_size` must be smaller, got 5: the texts of `train`", id="repeated"),
-    pytest.param({"heldout": ["one.jsonl"]}, "heldout: some anchor belongs to every text there is", id="one-held-out"),
+    pytest.param({"heldout": ["one.jsonl"]}, "`heldout` must have, for every anchor, a text that", id="one-held-out"),
     pytest.param(
         {"heldout": ["digits.jsonl", "one.jsonl"]}, "heldout: .* has no token for the text 'é'", id="no-token"
     ),
