@@ -205,10 +205,10 @@ def test_a_local_file_is_read_without_the_network(folder: Path, monkeypatch: pyt
 MISTAKES: list[Any] = [
     pytest.param("messages", {"text": "a"}, "`messages` is missing; the row has 'text'", id="no-messages"),
     pytest.param(
-        "messages", {"messages": "a"}, "`messages` must be a non-empty list of messages .*, got 'a'", id="no-list"
+        "messages", {"messages": "a"}, "`messages` must be a non-empty list of messages, got 'a'", id="no-list"
     ),
     pytest.param(
-        "messages", {"messages": []}, r"`messages` must be a non-empty list of messages .*, got \[\]", id="empty"
+        "messages", {"messages": []}, r"`messages` must be a non-empty list of messages, got \[\]", id="empty"
     ),
     pytest.param("messages", {"messages": ["a"]}, "`messages.0` must be an object, got 'a'", id="no-object"),
     pytest.param("messages", {"messages": [{"role": "user"}]}, "`messages.0.content` is missing", id="no-content"),
@@ -253,7 +253,7 @@ def test_what_a_tokenizer_or_its_template_cannot_do_is_said(tmp_path: Path, toke
     rows = examples(tmp_path, "messages", ROWS[0])
     for template, message in (
         (None, "model: the tokenizer has no chat template, which train: '.*', line 1 needs"),
-        (FORGETFUL, "line 1: `messages.1`: the tokenizer's chat template writes a message differently"),
+        (FORGETFUL, "line 1: `messages.1`: the tokenizer's chat template renders a message differently"),
         ("{{ raise_exception('no') }}", "line 1: the tokenizer's chat template does not accept the messages: no"),
     ):
         tokenizer.chat_template = template

@@ -311,7 +311,7 @@ MISTAKES: list[Any] = [
     ),
     pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: backbone.norm_f", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: .* below the model's vocab_size, 28, got \d+", id="tokenizer"),
-    pytest.param({"load_in_4bit": True}, "load_in_4bit: needs", id="4-bit"),
+    pytest.param({"load_in_4bit": True}, "`load_in_4bit` needs", id="4-bit"),
 ]
 
 
