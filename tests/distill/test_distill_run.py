@@ -419,7 +419,7 @@ WRONG = [
     ),
     pytest.param(
         lambda values, _: values.update(student={"mixer": "sliding_attention"}),
-        r"stages\.0\.objective: got 'matrix_orientation' for the mixer 'sliding_attention'",
+        r"`stages\.0\.objective` must be .* for the mixer 'sliding_attention', .*, got 'matrix_orientation'",
         id="matrices of attention",
     ),
     pytest.param(

@@ -86,7 +86,7 @@ def test_clipping_is_torchs() -> None:
     [
         pytest.param(
             {"ACCELERATE_USE_DEEPSPEED": "true"},
-            r"stages\.0\.objective: got 'matrix_orientation', which clips each layer's .* DeepSpeed cannot",
+            r"`stages.0.objective` must be 'logit_distillation' under DeepSpeed, .*, got 'matrix_orientation'",
             id="DeepSpeed",
         ),
         pytest.param({"ACCELERATE_USE_FSDP": "true"}, "`fsdp_version` must be 2, got 1", id="FSDP"),
