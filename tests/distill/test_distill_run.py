@@ -488,6 +488,6 @@ def test_a_run_does_not_go_on_with_other_texts(
         run, "read_texts", lambda sources, part: ["An addition. " * (part == split) + read(sources, part)[0]]
     )
     before = files_of(output)
-    with pytest.raises(ValueError, match=rf"data\.{split}: not the texts that .*checkpoint-3-0 was made with"):
+    with pytest.raises(ValueError, match=rf"data\.{split}: the texts have changed since .*checkpoint-3-0 was saved"):
         distill(load_recipe(place / "recipe.yaml"), output)
     assert files_of(output) == before
