@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ from typing import Any
 import torch
 from kill_savers import CALLS, die, fork, survives
 from tiny_trainings import TRAININGS, Training, weights
+from tqdm.std import tqdm
 
 from ssm_zoo.harness.checkpoint_manifest import damage
 from ssm_zoo.training.checkpoints import CheckedTrainer, steps_done
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would block the others.
+tqdm.set_lock(threading.RLock())
 
 RUN = Path("run")
 CHECKPOINTS = RUN / "checkpoints"
