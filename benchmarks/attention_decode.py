@@ -73,7 +73,7 @@ def check_agreement(ours: Any, theirs: Any) -> None:
         raise SystemExit(f"the logits differ by {difference:.1e} of the largest one, accepted: {AGREEMENT:.0e}")
 
 
-def filled(model: Any, kind: type[Cache], context: int, steps: int) -> Cache:
+def filled(model: Any, kind: Any, context: int, steps: int) -> Cache:
     """A cache that holds random keys and values of `context` tokens, with room for the steps to come."""
     room = {"max_cache_len": context + steps} if kind is StaticCache else {}
     cache = kind(config=model.config, **room)
@@ -100,21 +100,29 @@ def in_turn(ours: Callable[[], object], theirs: Callable[[], object], rounds: in
     return {"rounds": rounds, **least, **ratios}
 
 
-def decode(models: tuple[Any, Any], kind: type[Cache], context: int, rounds: int) -> dict[str, Any]:
+def decode(models: tuple[Any, Any], kind: Any, context: int, rounds: int) -> dict[str, Any]:
     """Single steps, each on the tokens of those before."""
     token = torch.tensor([[5]])
-    steps = []
-    for model in models:
-        cache = filled(model, kind, context, rounds + 3)
-        steps.append(lambda model=model, cache=cache: model(token, cache=cache, use_cache=True))
-    return in_turn(*steps, rounds, warm_up=3)
+    ours, theirs = models
+    our_cache, their_cache = (filled(model, kind, context, rounds + 3) for model in models)
+    return in_turn(
+        lambda: ours(token, cache=our_cache, use_cache=True),
+        lambda: theirs(token, cache=their_cache, use_cache=True),
+        rounds,
+        warm_up=3,
+    )
 
 
 def prefill(models: tuple[Any, Any], context: int, rounds: int) -> dict[str, Any]:
     """Whole rows, without a past."""
     ids = torch.randint(SHAPE["vocab_size"], (1, context))
-    calls = [lambda model=model: model(ids, use_cache=True, logits_to_keep=1) for model in models]
-    return in_turn(*calls, rounds, warm_up=1 if context <= 4096 else 0)
+    ours, theirs = models
+    return in_turn(
+        lambda: ours(ids, use_cache=True, logits_to_keep=1),
+        lambda: theirs(ids, use_cache=True, logits_to_keep=1),
+        rounds,
+        warm_up=1 if context <= 4096 else 0,
+    )
 
 
 @torch.no_grad()

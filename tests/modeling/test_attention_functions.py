@@ -51,7 +51,8 @@ def attend_by_documents(
         y[row, queries] = (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ of_row[1]).transpose(0, 1)
 
     if cu_seq_lens_q is not None:
-        assert batch == 1 and mask is None and torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        assert batch == 1 and mask is None and cu_seq_lens_k is not None
+        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
         assert max_length_q == max_length_k == int(cu_seq_lens_q.diff().max())
         for start, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
             attended(0, torch.arange(start, end), torch.arange(start, end))
