@@ -75,7 +75,7 @@ def check_agreement(ours: Any, theirs: Any) -> None:
 
 def filled(model: Any, kind: Any, context: int, steps: int) -> Cache:
     """A cache that holds random keys and values of `context` tokens, with room for the steps to come."""
-    room = {"max_cache_len": context + steps} if kind is StaticCache else {}
+    room: dict[str, Any] = {"max_cache_len": context + steps} if kind is StaticCache else {}
     cache = kind(config=model.config, **room)
     width = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
     for layer in range(model.config.num_hidden_layers):
