@@ -31,8 +31,8 @@ class ZooMambaConfig(PreTrainedConfig):
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
         initializer_range: standard deviation of the embedding at initialisation; the paper's by default. It applies to
-            a tied head as well, and matters in a short training of a small model: 3 M parameters, 80
-            steps of 512 tokens, rate 3e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.0125, 0.025,
+            a tied head as well, and matters in a short training of a small model: 3 M parameters, 80 steps
+            of 512 tokens, rate 3e-3 (`benchmarks/claims/from_scratch.py`), held-out loss in nats for 0.0125, 0.025,
             0.05, 0.1, 0.2: 5.40, 5.34, 5.39, 6.00, 6.10.
         num_attention_heads: must be 1. There is no attention, but peft's prompt learning divides by this number.
     """

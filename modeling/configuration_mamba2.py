@@ -35,8 +35,8 @@ class ZooMamba2Config(PreTrainedConfig):
             name in state-spaces' configurations and in our older ones, is read as well. (transformers' shared tests
             expect a field whose name contains `init_range` to be one number.)
         initializer_range: standard deviation of the embedding at initialisation; the paper's by default. It applies to
-            a tied head as well, and matters in a short training of a small model: 3 M parameters, 300
-            steps of 512 tokens, rate 6e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.025, 0.05, 0.1,
+            a tied head as well, and matters in a short training of a small model: 3 M parameters, 300 steps
+            of 512 tokens, rate 6e-3 (`benchmarks/claims/from_scratch.py`), held-out loss in nats for 0.025, 0.05, 0.1,
             0.2: 4.82, 4.75, 4.63, 4.91.
     """
 

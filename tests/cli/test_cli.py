@@ -137,19 +137,24 @@ MISTAKES = [
     pytest.param("distill zoo out --set sede=1", nothing, "`sede` is unknown.*did you mean 'seed'", id="set"),
     pytest.param("distill zoo {model}", nothing, "teacher", id="no-teacher"),
     pytest.param("export ./nope out", nothing, "there is no folder './nope'", id="export-nothing"),
-    pytest.param("export nope out", nothing, "source: got 'nope'; accepted: an existing folder", id="export-name"),
-    pytest.param("export {model} {model}", nothing, "folder: .* exists and is not empty", id="export-onto-it"),
-    pytest.param("export {model} out --revision v1", nothing, "revision: got 'v1', but .* a folder", id="revision"),
+    pytest.param("export nope out", nothing, "source must be an existing folder .*, got 'nope'", id="export-name"),
+    pytest.param("export {model} {model}", nothing, "folder must be .*, got .* is not empty", id="export-onto-it"),
+    pytest.param(
+        "export {model} out --revision v1",
+        nothing,
+        "must be left out for a folder .*, got 'v1'",
+        id="revision",
+    ),
     pytest.param(
         "export {model} out",
         with_value("model_type", "llama"),
-        "model_type: got 'llama'; accepted: .*zoo_hybrid, zoo_mamba, zoo_mamba2",
+        "`model_type` must be one of .*zoo_hybrid, zoo_mamba, zoo_mamba2, got 'llama'",
         id="export-another-family",
     ),
     pytest.param(
         "export {model} out",
         with_value("architectures", ["ZooOther"]),
-        "architectures: got 'ZooOther'; accepted: .*ZooHybridForCausalLM",
+        "`architectures` must be one of .*ZooHybridForCausalLM.*, got 'ZooOther'",
         id="export-another-class",
     ),
     pytest.param(
@@ -197,7 +202,7 @@ MISTAKES = [
     pytest.param(
         "export {model} out",
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
-        "holds an adapter; merge it",
+        "holds an adapter. Merge it",
         id="export-adapter",
     ),
     pytest.param("generate ./nope abc", nothing, "there is no folder './nope'", id="generate-nothing"),
@@ -232,10 +237,10 @@ MISTAKES = [
     pytest.param(
         "generate {model} abc",
         with_value("model_type", "of-somebody-else"),
-        "MODEL: .* brings code of its own .*'of-somebody-else'.* with --trust-remote-code",
+        "MODEL: .* brings code of its own .*'of-somebody-else'.* pass --trust-remote-code",
         id="code-of-somebody-else",
     ),
-    pytest.param("push ./nope a/b", nothing, "FOLDER: there is no folder nope", id="push-nothing"),
+    pytest.param("push ./nope a/b", nothing, "FOLDER must be an existing folder, got nope", id="push-nothing"),
     pytest.param(
         "push {model} a/b",
         lambda folder: (folder / "config.json").unlink(),
@@ -291,7 +296,7 @@ def test_unfinished_run_has_no_student(ssm_zoo: Callable[..., Result], tmp_path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for command in (["card"], ["push", REPO], ["export", "out"], ["generate", "abc"]):
-        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "give the folder of a finished distillation")
+        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "Give the folder of a finished distillation")
 
 
 @pytest.fixture

@@ -164,15 +164,23 @@ REFUSED = [
         id="all-problems-at-once",
     ),
     pytest.param(["preset=mohawk"], ["`preset` is unknown"], id="preset-by-override"),
-    pytest.param(["seed"], ["override: got 'seed'; accepted: dotted.key=value"], id="override-without-value"),
-    pytest.param(["=1"], ["override: got '=1'"], id="override-without-key"),
-    pytest.param(["a..b=1"], ["override: got 'a..b=1'"], id="override-with-empty-key"),
-    pytest.param(["stages.2.tokens=1"], ["stages is a list; got '2'; accepted: 0 to 1"], id="override-beyond-list"),
-    pytest.param(["stages.x.tokens=1"], ["stages is a list; got 'x'; accepted: 0 to 1"], id="override-name-in-list"),
-    pytest.param(["teacher.name=1"], ["teacher is 'folder/of/teacher', which has nothing below"], id="below-a-text"),
+    pytest.param(["seed"], ["override must be of the form dotted.key=value, got 'seed'"], id="override-without-value"),
+    pytest.param(["=1"], ["override must be of the form dotted.key=value, got '=1'"], id="override-without-key"),
+    pytest.param(["a..b=1"], ["dotted.key=value, got 'a..b=1'"], id="override-with-empty-key"),
+    pytest.param(
+        ["stages.2.tokens=1"],
+        ["into stages must be an integer from 0 to 1, got '2'"],
+        id="beyond-list",
+    ),
+    pytest.param(
+        ["stages.x.tokens=1"],
+        ["into stages must be an integer from 0 to 1, got 'x'"],
+        id="override-name",
+    ),
+    pytest.param(["teacher.name=1"], ["teacher is 'folder/of/teacher', which has no keys to set"], id="below-a-text"),
     pytest.param(["seed=[1"], ["override 'seed=[1': the value is not valid YAML"], id="override-not-yaml"),
     pytest.param(["seed=2024-13-45"], ["is not valid YAML"], id="override-impossible-date"),
-    pytest.param(["student={mixer: mamba2, mixer: mamba2}"], ["the key 'mixer' stands twice"], id="key-twice"),
+    pytest.param(["student={mixer: mamba2, mixer: mamba2}"], ["the key 'mixer' occurs twice"], id="key-twice"),
 ]
 
 
@@ -281,7 +289,7 @@ def test_masked_mixing_has_weights_for_every_text() -> None:
         pytest.param("- a\n", "the top level must be a mapping with the keys teacher, student", id="list"),
         pytest.param("", "teacher_revision, gradient_checkpointing, report_to, got None", id="empty"),
         pytest.param("a: [", "is not valid YAML", id="not-yaml"),
-        pytest.param("teacher: a\nteacher: b\n", "the key 'teacher' stands twice", id="key-twice"),
+        pytest.param("teacher: a\nteacher: b\n", "the key 'teacher' occurs twice", id="key-twice"),
         pytest.param("preset: nope\n", "`preset` must be one of demo, mohawk, zoo, got 'nope'", id="unknown-preset"),
         pytest.param("preset: ../presets/mohawk\n", "zoo, got '../presets/mohawk'", id="preset-is-no-path"),
         pytest.param("preset: [mohawk]\n", "zoo, got ['mohawk']", id="preset-is-one"),
@@ -309,15 +317,20 @@ def test_a_name_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "num_layers", "message"),
     [
-        pytest.param([0, 3], 3, r"got \[0, 3\], but the last of 3 layers is number 2", id="out-of-range"),
+        pytest.param([0, 3], 3, r"`layers` must be from 0 to 2, got \[0, 3\]", id="out-of-range"),
         pytest.param([-1], 3, r"^`layers` must be a list of distinct .*, got \[-1\]$", id="negative"),
         pytest.param([1, 1], 3, r"^`layers` must be a list of distinct .*, got \[1, 1\]$", id="twice"),
         pytest.param([], 3, r"^`layers` must be a list of distinct .*, got \[\]$", id="empty-list"),
         pytest.param([True], 3, r"^`layers` must be a list of distinct .*, got \[True\]$", id="bool"),
         pytest.param([1.0], 3, r"^`layers` must be a list of distinct .*, got \[1.0\]$", id="float"),
-        pytest.param("odd", 1, "'odd' selects no layer of 1", id="none-odd"),
-        pytest.param("every:4", 3, "'every:4' selects no layer of 3", id="none-every"),
-        pytest.param("interleave:0.1", 3, "'interleave:0.1' selects no layer of 3", id="none-interleaved"),
+        pytest.param("odd", 1, "`layers` must select at least one of 1 layers, got 'odd'", id="none-odd"),
+        pytest.param("every:4", 3, "`layers` must select at least one of 3 layers, got 'every:4'", id="none-every"),
+        pytest.param(
+            "interleave:0.1",
+            3,
+            "`layers` must select at least one of 3 layers, got 'interleave:0.1'",
+            id="none-interleaved",
+        ),
         pytest.param("interleave:0", 3, "^`layers` must be a list of distinct .*, got 'interleave:0'$", id="share-0"),
         pytest.param(
             "interleave:1.5", 3, "^`layers` must be a list of distinct .*, got 'interleave:1.5'$", id="share-above-1"
@@ -329,7 +342,7 @@ def test_a_name_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
         pytest.param("every:-2", 3, "^`layers` must be a list of distinct .*, got 'every:-2'$", id="every-negative"),
         pytest.param("every:²", 3, "^`layers` must be a list of distinct .*, got 'every:²'$", id="every-superscript"),
         pytest.param("thirds", 3, "^`layers` must be a list of distinct .*, got 'thirds'$", id="unknown"),
-        pytest.param("all", 0, "'all' selects no layer of 0", id="no-layers"),
+        pytest.param("all", 0, "`layers` must select at least one of 0 layers, got 'all'", id="no-layers"),
     ],
 )
 def test_resolve_layers_refuses(spec: Any, num_layers: int, message: str) -> None:
