@@ -1,60 +1,38 @@
-"""Packed documents equal separate ones, for every op that takes `seq_idx` and wherever a document ends.
+"""Packed documents equal separate ones, for every op of the table that takes `seq_idx` and wherever a document ends.
 
 A batch holds every place: row i has documents of i + 1, one and the remaining tokens, the last of which may be none.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from kernel_ops import OPS
 from torch import Tensor
 
 from ssm_zoo.kernels import selective_scan as selective_scan_torch
 from ssm_zoo.kernels import selective_scan_triton
-from ssm_zoo.kernels.causal_conv1d import causal_conv1d
-from ssm_zoo.kernels.position_mix import masked_mix, toeplitz_mix
-from ssm_zoo.kernels.selective_scan import selective_scan
-from ssm_zoo.kernels.ssd import ssd, ssd_log_decay
 from tolerances import TOLERANCES
 from with_triton import NEEDS_TRITON, with_triton
 
 L = 19  # a chunk of SSD, which has at least 16 tokens, and a rest; two chunks and a rest of the selective scan
 ROWS = L - 1
-H, P, N, D, K = 2, 2, 3, 4, 4
-STATES = {
-    "ssd": (ROWS, H, P, N),
-    "ssd_log_decay": (ROWS, H, P, N),
-    "selective_scan": (ROWS, D, N),
-    "causal_conv1d": (ROWS, D, K - 1),
+LETTERS = {"L": L, "B": ROWS, "H": 4, "P": 2, "G": 1, "N": 3, "K": 4, "J": 3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ssd": {"chunk_size": 16, "dt_softplus": True},
+    "ssd_log_decay": {"chunk_size": 16},
+    "selective_scan": {"dt_softplus": True},
+    "causal_conv1d": {"activation": "silu"},
 }
-MIXED = {"x": (ROWS, L, H, P), "bias": (H, L), "residual": (ROWS, L, H, P)}
-MAPS = {"B": (ROWS, L, 1, N), "C": (ROWS, L, 1, N)}
-OPS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]]] = {
-    "ssd": (
-        partial(ssd, chunk_size=16),
-        {"x": (ROWS, L, H, P), "dt": (ROWS, L, H), "A": (H,), "D": (H,), "z": (ROWS, L, H, P)} | MAPS,
-        {"dt_softplus": True},
-    ),
-    "ssd_log_decay": (
-        partial(ssd_log_decay, chunk_size=16),
-        {"x": (ROWS, L, H, P), "log_decay": (ROWS, L, H)} | MAPS,
-        {},
-    ),
-    "selective_scan": (
-        selective_scan,
-        {"x": (ROWS, L, D), "dt": (ROWS, L, D), "A": (D, N), "D": (D,), "z": (ROWS, L, D)} | MAPS,
-        {"dt_softplus": True},
-    ),
-    "causal_conv1d": (
-        causal_conv1d,
-        {"x": (ROWS, L, D), "weight": (D, K), "bias": (D,)},
-        {"activation": "silu"},
-    ),
-    "masked_mix": (masked_mix, {"weight": (H, L, L)} | MIXED, {}),
-    "toeplitz_mix": (toeplitz_mix, {"weight": (H, L)} | MIXED, {}),
-}
+# An op without `index` has the outputs of whole rows.
+PACKED = [
+    name
+    for name, op in OPS.items()
+    if "seq_idx" in op.tensors and "index" not in op.tensors and "implementation" in inspect.signature(op.op).parameters
+]
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +44,11 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Inputs of order 1; parameters and states of a recurrence stay float32 in half precision, as in a model."""
     generator = torch.Generator().manual_seed(0)
-    sizes = OPS[name][1] | ({"initial_state": STATES[name]} if name in STATES else {})
-    drawn = {key: torch.randn(size, generator=generator) for key, size in sizes.items()}
+    letters = LETTERS | ({"N": L} if name in ("masked_mix", "toeplitz_mix") else {})
+    shapes = {key: [letters[each] for each in shape] for key, shape in OPS[name].tensors.items() if key != "seq_idx"}
+    drawn = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     values = {key: -value.exp() if key in ("A", "log_decay") else value for key, value in drawn.items()}
-    kept = () if name == "causal_conv1d" else ("A", "D", "initial_state")
+    kept = () if name == "causal_conv1d" else ("A", "D", "dt_bias", "initial_state")
     return {key: value if key in kept else value.to(dtype) for key, value in values.items()}
 
 
@@ -105,17 +84,17 @@ def separately(op: Callable[..., Any], seq_idx: Tensor, **arguments: Any) -> Any
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_documents_equal_separate_ones(name: str, implementation: str, dtype: torch.dtype) -> None:
-    op, _, options = OPS[name]
+    op = partial(OPS[name].op, **OPTIONS.get(name, {}))
     seq_idx = torch.tensor([[0] * (row + 1) + [1] + [2] * (L - row - 2) for row in range(ROWS)])
     packed = with_triton(op) if implementation == "triton" else partial(op, implementation="torch")
     results = []
-    asked = {"return_final_state": True} if name in STATES else {}
+    asked = {"return_final_state": True} if "initial_state" in OPS[name].tensors else {}
     for function, exact in ((packed, False), (partial(separately, op), True)):
         values = draw(name, dtype)
         given = {key: (value.double() if exact else value).requires_grad_() for key, value in values.items()}
-        found = function(**given, seq_idx=seq_idx, **options, **asked)
+        found = function(**given, seq_idx=seq_idx, **asked)
         outputs = dict(zip(("y", "state"), found if isinstance(found, tuple) else (found,), strict=False))
         generator = torch.Generator().manual_seed(1)
         loss = sum((part.double() * torch.randn(part.shape, generator=generator)).sum() for part in outputs.values())

@@ -118,7 +118,7 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, sequence: Sequenc
 
     def values(scan: Any, x: Tensor) -> Tensor:
         x, _ = scan.conv1d(x, seq_idx=sequence.seq_idx)
-        return x[..., None] if isinstance(mixer, MambaMixer) else scan.maps(x)[0]
+        return x[..., None] if isinstance(mixer, MambaMixer) else scan.recurrence_inputs(x)[0]
 
     if isinstance(mixer, MambaMixer):
         x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)

@@ -55,7 +55,7 @@ MALFORMED = [
     (ZooMambaConfig, {"mixer_rms_weight": True}, r"mixer_rms_eps must be given with mixer_rms_weight=True, got None"),
     (ZooHybridConfig, {"intermediate_size": 0}, r"intermediate_size must be at least 1, got 0"),
     (ZooHybridConfig, {"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0"),
-    (ZooHybridConfig, {"mixer_types": ["mamba2"]}, r"mixer_types must have an entry for each of"),
+    (ZooHybridConfig, {"mixer_types": ["mamba2"]}, r"mixer_types must have one entry for each of the 2 blocks, got 1"),
     (ZooHybridConfig, {"mixer_types": ["mamba2", "rnn"]}, r"mixer_types\[1\] must be one of full_.*, got 'rnn'"),
     (
         ZooHybridConfig,

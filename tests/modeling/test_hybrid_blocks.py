@@ -89,7 +89,7 @@ def test_every_parameter_gets_a_gradient(halves: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mlp_types": ["gated"]}, "mlp_types must have an entry for each of 2 blocks, got 1"),
+        ({"mlp_types": ["gated"]}, "mlp_types must have one entry for each of the 2 blocks, got 1"),
         ({"mlp_types": ["gated", "moe"]}, r"mlp_types\[1\] must be one of gated, none, got 'moe'"),
         (
             {"mixer_types": ["none"] * 2, "mlp_types": ["gated", "none"]},
