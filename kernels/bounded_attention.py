@@ -8,14 +8,14 @@ Tokens of a document are counted from 0 and taken in chunks of C. A query at pos
     near   the positions from (c + 1) C - w to t: its chunk so far and the w - C tokens before the chunk
     slots  at most S earlier positions
 
-with one softmax over both. At the end of a chunk the C oldest positions of the window leave it. They compete with those
-in the slots: the first s positions of the document always stay, then those with the largest score. The score of a
-position is the attention that it has received while it was visible, summed over the queries of its group of heads, times
-the norm of its value; with `decay` below 1, attention received n tokens ago counts decay^n. What loses is gone for good.
+with one softmax over both. At the end of a chunk the C oldest positions of the window leave it and compete with those
+in the slots. The first s positions of a document always stay, then those with the largest score: the attention that a
+position has received while it was visible, summed over the queries of its group of heads, times the norm of its value.
+With `decay` below 1, attention received n tokens ago counts decay^n. A position that loses is dropped for good.
 
-Sources: heavy-hitter eviction (H2O, arXiv 2306.14048), attention sinks (StreamingLLM, arXiv 2309.17453). Eviction chunk
-by chunk makes a prompt linear in L, and its result does not depend on how the prompt was cut into calls. Numbers of
-slots may differ from head to head, since few heads look far back: the memory is ragged and holds no empty rows for that.
+Sources: heavy-hitter eviction (H2O, arXiv 2306.14048), attention sinks (StreamingLLM, arXiv 2309.17453). Eviction by
+chunks makes a prompt linear in L, and the result does not depend on how the prompt was cut into calls. Few heads look
+far back, so each head has its own number of slots: the memory is ragged, without empty rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, of_no_rows, without_autocast
@@ -88,10 +87,7 @@ def bounded_attention(
     _check(q, k, v, window, slots, sinks, chunk_size, decay, initial_state, seq_idx)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
-    state = None
-    if initial_state is not None:
-        parts = (initial_state.keys, initial_state.values, initial_state.scores[..., None])
-        state = torch.cat([part.to(sums) for part in (*parts, initial_state.positions[..., None])], dim=-1)
+    state = None if initial_state is None else _packed(initial_state, sums)
     options = (window, sinks, slots, chunk_size, decay, scale)
     if q.shape[0] == 0:
         rows = sum(slots) + len(slots) * (sinks + window)
@@ -126,16 +122,15 @@ def bounded_attention_matrix(
     the row, whatever its document, those of the initial state first.
 
     Returns:
-        (B, H, L, M) in float32 (float64 for float64 inputs), M the real tokens of the longest row, cached ones included.
+        (B, H, L, M) in float32 (float64 for float64 inputs), M the real tokens of the longest row with its cached ones.
     """
     _check(q, k, v, window, slots, sinks, chunk_size, decay, initial_state, seq_idx)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
-    B, L, H, P = q.shape
-    state = None
-    if initial_state is not None:
-        parts = (initial_state.keys, initial_state.values, initial_state.scores[..., None])
-        state = torch.cat([part.to(sums) for part in (*parts, initial_state.positions[..., None])], dim=-1)
+    B, L, H, _ = q.shape
+    if B == 0:
+        return of_no_rows((B, H, L, L), sums, q, k)
+    state = None if initial_state is None else _packed(initial_state, sums)
     plan = _Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
     columns = int((plan.offset + plan.start + plan.count).max()) if plan.documents else L
     matrix = torch.zeros(B * L, H, columns, dtype=sums, device=q.device)
@@ -201,6 +196,12 @@ def bounded_attention_reference(
                         kept = sorted(first + others[: capacity + sinks - len(first)])
         outputs.append(torch.stack(out))
     return torch.stack(outputs).to(q.dtype)
+
+
+def _packed(memory: BoundedMemory, dtype: torch.dtype) -> Tensor:
+    """(B, N, 2 P + 2) keys, values, score and position of each row in one tensor."""
+    parts = (memory.keys, memory.values, memory.scores[..., None], memory.positions[..., None])
+    return torch.cat([part.to(dtype) for part in parts], dim=-1)
 
 
 class _Plan:
@@ -388,7 +389,7 @@ class _Group:
             near_index = self.near_index(near, relative)
             index = torch.cat([self.slot_index, near_index], dim=2)
             positions = torch.cat([self.slot_positions, near[:, None].expand(-1, heads, -1)], dim=2)
-            weights, _, values = self.weights(chunk, base, positions, index)
+            weights, _, _ = self.weights(chunk, base, positions, index)
             valid = plan.valid[:, chunk * plan.chunk : (chunk + 1) * plan.chunk]
             first = base - plan.start
             yield _Step(first, valid, positions, index, weights)

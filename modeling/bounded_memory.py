@@ -10,13 +10,12 @@ Symbols: B batch, L new tokens, D width, H query heads, KV key-value heads, P he
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_matrix
-from .cache import layer_of
+from .cache import ZooLayer, layer_of
 from .layers import rotate
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation
 from .token_layout import Sequence
@@ -93,6 +92,29 @@ class BoundedAttention(nn.Module):
         }
 
 
+class BoundedLayer(ZooLayer):
+    """The memory of attention over a window and slots: keys and values (B, N, P) of the rows of all key-value heads,
+    their scores and positions (B, N)."""
+
+    _layer_type = "zoo_bounded"
+    _tensors = ("keys", "values", "scores", "positions")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError("BoundedLayer holds chosen keys and values, not all of them: use memory and set_memory")
+
+    def memory(self) -> tuple[Tensor, ...] | None:
+        """Return what :meth:`set_memory` has stored, None before the first token."""
+        tensors = [getattr(self, name) for name in self._tensors]
+        return None if tensors[0] is None else tuple(tensors)
+
+    def set_memory(self, memory: tuple[Tensor, ...], tokens: int) -> None:
+        """Store keys, values, scores and positions after a forward over `tokens` more columns."""
+        for name, tensor in zip(self._tensors, memory, strict=True):
+            setattr(self, name, tensor)
+        self.columns += tokens
+        self.is_initialized = True
+
+
 def _over_columns(matrix: Tensor, sequence: Sequence) -> Tensor:
     """(B, H, L, M) weights of the real tokens of each row to (B, H, L, past + L) weights of its columns."""
     length = sequence.position_ids.shape[1]
@@ -117,7 +139,7 @@ class BoundedAttentionSettings(MixerSettings):
         sinks: first tokens of a document that are never evicted.
         slots: further tokens that each key-value head keeps; or for each block a list with a number for each of its
             key-value heads (empty for a block with another mixer).
-        chunk_size: tokens after which the slots are chosen anew; at most `window`.
+        chunk_size: tokens after which the slots are chosen again; at most `window`.
         score_decay: factor per token on the attention that a token has received, by which slots are chosen; 1 keeps
             it all.
     """

@@ -2,8 +2,8 @@
 
 `DynamicCache(config=...)` and `StaticCache(config=...)` build these layers from `config.layer_types`:
 "zoo_recurrent" gives a :class:`RecurrentLayer`, "zoo_window" a :class:`WindowLayer` and
-"zoo_convolved_attention" a :class:`ConvolvedAttentionLayer`, "zoo_bounded" a :class:`BoundedLayer`. transformers' own
-layers for the same purposes do not fit: its linear-attention layer does not know how many tokens it has seen (`generate`
+"zoo_convolved_attention" a :class:`ConvolvedAttentionLayer`. transformers' own layers
+for the same purposes do not fit: its linear-attention layer does not know how many tokens it has seen (`generate`
 asks), and neither that one nor its sliding layer leaves out the padding of a right-padded batch.
 
 Mixers whose weights depend on the position of a token keep what was mixed ("zoo_history") or a state ("zoo_state"), and
@@ -218,29 +218,6 @@ class WindowLayer(ZooLayer):
         self.columns += length
         self.is_initialized = True
         return keys, values, positions, new
-
-
-class BoundedLayer(ZooLayer):
-    """The memory of attention over a window and slots: keys and values (B, N, P) of the rows of all key-value heads,
-    their scores and positions (B, N)."""
-
-    _layer_type = "zoo_bounded"
-    _tensors = ("keys", "values", "scores", "positions")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError("BoundedLayer holds chosen keys and values, not all of them: use memory and set_memory")
-
-    def memory(self) -> tuple[Tensor, ...] | None:
-        """Return what :meth:`set_memory` has stored, None before the first token."""
-        tensors = [getattr(self, name) for name in self._tensors]
-        return None if tensors[0] is None else tuple(tensors)
-
-    def set_memory(self, memory: tuple[Tensor, ...], tokens: int) -> None:
-        """Store keys, values, scores and positions after a forward over `tokens` more columns."""
-        for name, tensor in zip(self._tensors, memory, strict=True):
-            setattr(self, name, tensor)
-        self.columns += tokens
-        self.is_initialized = True
 
 
 class ConvolvedAttentionLayer(ZooLayer):

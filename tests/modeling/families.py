@@ -136,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "bounded-attention": _hybrid(
         "bounded_attention",
-        "full_attention",
+        "discrete_mamba2",
         "bounded_attention",
         bounded_attention={"window": 5, "sinks": 1, "slots": [[3, 0], [], [2, 2]], "chunk_size": 3, "score_decay": 0.9},
     ),
