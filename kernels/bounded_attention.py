@@ -20,6 +20,7 @@ far back, so each head has its own number of slots: the memory is ragged, withou
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,7 +33,9 @@ from .tracing import opaque, tracing
 
 
 class BoundedMemory(NamedTuple):
-    """What a document's past is reduced to. The rows of a head are its S slots and the last w positions, in order.
+    """What a document's past is reduced to: the rows of each key-value head in turn.
+
+    A head's rows are its S slots, in any order, and the last w positions, position p in row S + p % w.
 
     Attributes:
         keys: (B, N, P).
@@ -100,6 +103,101 @@ def bounded_attention(
     keys, values, scores, positions = packed.split([q.shape[-1], q.shape[-1], 1, 1], dim=-1)
     memory = BoundedMemory(keys.to(k.dtype), values.to(v.dtype), scores[..., 0].detach(), positions[..., 0].long())
     return o, memory
+
+
+def bounded_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: BoundedMemory,
+    *,
+    window: int,
+    slots: list[int],
+    sinks: int = 0,
+    chunk_size: int = 16,
+    decay: float = 1.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Run :func:`bounded_attention` for one more token of each row, updating its memory in place, without gradients.
+
+    Args:
+        q: (B, H, P) queries.
+        k: (B, KV, P) keys.
+        v: (B, KV, P) values.
+        memory: of that function, of at least one token in each row.
+        window, slots, sinks, chunk_size, decay, scale: as there; they are not checked again.
+
+    Returns:
+        (B, H, P) in the dtype of `q`.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    sums, members = accumulator(q), q.shape[1] // len(slots)
+    near = _near_rows(tuple(slots), sinks, window, q.device)
+    now = memory.positions.amax(1) + 1  # (B)
+    row = torch.arange(q.shape[0], device=q.device)
+    oldest = (now // chunk_size + 1) * chunk_size - window
+    out = torch.empty_like(q)
+    capacity = [number + sinks for number in slots]
+    places = [sum(capacity[: head + 1]) + head * window for head in range(len(slots))]  # first row of each window
+    place = now % window
+    for head, start in enumerate(places):
+        index = row, start + place
+        memory.keys[index], memory.values[index] = k[:, head].to(memory.keys), v[:, head].to(memory.values)
+        memory.positions[index], memory.scores[index] = now, 0.0
+    hidden = memory.positions < oldest.clamp(min=0)[:, None] * near
+    if decay < 1:
+        memory.scores.mul_(decay ** ((now % chunk_size == 0) * chunk_size).to(sums)[:, None])
+    fading = 1.0 if decay == 1 else decay ** (chunk_size - 1 - now % chunk_size).to(sums)[:, None]
+    with without_autocast(q):
+        for head, start in enumerate(places):
+            rows = slice(start - capacity[head], start + window)
+            heads = slice(head * members, (head + 1) * members)
+            keys, values = memory.keys[:, rows].to(sums), memory.values[:, rows].to(sums)
+            scores = (q[:, heads].to(sums) * scale) @ keys.mT
+            weights = scores.masked_fill_(hidden[:, None, rows], -math.inf).softmax(-1)
+            out[:, heads] = (weights @ values).to(q.dtype)
+            memory.scores[:, rows] += weights.sum(1) * fading
+    complete = now % chunk_size == chunk_size - 1
+    if not complete.is_cpu or bool(complete.any()):
+        _evict(memory, places, window, capacity, sinks, oldest, chunk_size, complete)
+    return out
+
+
+def _evict(
+    memory: BoundedMemory,
+    places: list[int],
+    window: int,
+    capacity: list[int],
+    sinks: int,
+    oldest: Tensor,
+    chunk_size: int,
+    complete: Tensor,
+) -> None:
+    """Let the chunk_size oldest positions of the window compete for the slots, in the rows that are `complete`."""
+    for start, number in zip(places, capacity, strict=True):
+        if not number:
+            continue
+        rows = slice(start - number, start + window)
+        positions = memory.positions[:, rows]
+        leaving = (positions >= oldest[:, None]) & (positions < oldest[:, None] + chunk_size) & (positions >= 0)
+        leaving[:, :number] = positions[:, :number] >= 0
+        rank = memory.scores[:, rows] * memory.values[:, rows].to(memory.scores).norm(dim=-1)
+        rank = rank.masked_fill(positions < sinks, math.inf).masked_fill(~leaving, -math.inf)
+        best = rank.topk(number, dim=-1).indices
+        found = leaving.gather(1, best) & complete[:, None]
+        best = torch.where(complete[:, None], best, torch.arange(number, device=best.device))
+        wide = best[..., None].expand(-1, -1, memory.keys.shape[-1])
+        for tensor, index in ((memory.keys, wide), (memory.values, wide), (memory.scores, best)):
+            tensor[:, start - number : start] = tensor[:, rows].gather(1, index)
+        chosen = positions.gather(1, best)
+        memory.positions[:, start - number : start] = torch.where(found | ~complete[:, None], chosen, -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _near_rows(slots: tuple[int, ...], sinks: int, window: int, device: torch.device) -> Tensor:
+    """(N) 1 at rows of the window, 0 at slots."""
+    rows = [row for number in slots for row in [0] * (number + sinks) + [1] * window]
+    return torch.tensor(rows, device=device)
 
 
 def bounded_attention_matrix(
@@ -292,13 +390,14 @@ class _Plan:
             relative: (R, w) positions counted from the first new token.
         """
         base = (self.start // self.chunk + chunk) * self.chunk
-        return base, *self.window_from(base + self.chunk - self.window)
+        oldest = base + self.chunk - self.window
+        return base, *self.there(oldest[:, None] + torch.arange(self.window, device=base.device))
 
-    def window_from(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        positions = first[:, None] + torch.arange(self.window, device=first.device)
+    def there(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (R, w) positions, -1 where there is no token, and the same counted from the first new token."""
         relative = positions - self.start[:, None]
-        there = (positions >= 0) & (relative < self.count[:, None])
-        return positions.masked_fill(~there, -1), relative
+        found = (positions >= 0) & (relative < self.count[:, None])
+        return positions.masked_fill(~found, -1), relative
 
 
 class _Step(NamedTuple):
@@ -364,7 +463,7 @@ class _Group:
 
     def near_index(self, positions: Tensor, relative: Tensor) -> Tensor:
         """(R, w) positions to (R, h, w) places in the source; any where there is no token."""
-        index = torch.where(relative >= 0, self.old + relative, self.slots + self.plan.window + relative)
+        index = torch.where(relative >= 0, self.old + relative, self.slots + positions % self.plan.window)
         return index.masked_fill(positions < 0, 0)[:, None].expand(-1, len(self.heads), -1)
 
     def weights(self, chunk: int, base: Tensor, positions: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -416,7 +515,8 @@ class _Group:
     def last(self) -> tuple[Tensor, Tensor]:
         """Return the (R, h, S + w) places in the source, and positions, of the memory after the last token."""
         plan = self.plan
-        near, relative = plan.window_from(plan.start + plan.count - plan.window)
+        newest = (plan.start + plan.count - 1)[:, None]
+        near, relative = plan.there(newest - (newest - torch.arange(plan.window, device=newest.device)) % plan.window)
         index = torch.cat([self.slot_index, self.near_index(near, relative)], dim=2)
         return index, torch.cat([self.slot_positions, near[:, None].expand(-1, len(self.heads), -1)], dim=2)
 

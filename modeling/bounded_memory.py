@@ -14,10 +14,16 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_matrix
+from ..kernels.bounded_attention import (
+    BoundedMemory,
+    bounded_attention,
+    bounded_attention_matrix,
+    bounded_attention_step,
+)
+from ..kernels.tracing import tracing
 from .cache import ZooLayer, layer_of
 from .layers import rotate
-from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation
+from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation, is_single_step
 from .token_layout import Sequence
 
 
@@ -52,14 +58,19 @@ class BoundedAttention(nn.Module):
         """(B, L, D) to (B, L, D), and the (B, H, L, past + L) attention matrix if asked for."""
         cache = layer_of(past_key_values, self.layer_idx)
         q, k, v = self._projections(hidden_states, sequence)
-        where = self._options() | {
-            "seq_idx": sequence.seq_idx,
-            "initial_state": None if cache is None or cache.memory() is None else BoundedMemory(*cache.memory()),
-        }
-        y, memory = bounded_attention(q, k, v, **where)
+        options = self._options()
+        started = cache.memory() if cache is not None else None
+        memory = None if started is None else BoundedMemory(*started)
+        step = is_single_step(hidden_states, sequence, cache) and not (output_attentions or tracing())
+        if cache is not None and memory is not None and step:
+            y = bounded_attention_step(q[:, 0], k[:, 0], v[:, 0], memory, **options)[:, None]
+            cache.columns += 1
+            return self.o_proj(y.flatten(2)), None
+        options |= {"seq_idx": sequence.seq_idx, "initial_state": memory}
+        y, memory = bounded_attention(q, k, v, **options)
         attention = None
         if output_attentions:
-            attention = _over_columns(bounded_attention_matrix(q, k, v, **where), sequence)
+            attention = _over_columns(bounded_attention_matrix(q, k, v, **options), sequence)
         if cache is not None:
             cache.set_memory(memory, q.shape[1])
         return self.o_proj(y.flatten(2)), attention
