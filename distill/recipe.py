@@ -38,6 +38,7 @@ from .recipe_values import (
     Sources,
     Text,
     Warmup,
+    Whole,
     layers,
     whole_number,
 )
@@ -62,6 +63,11 @@ class StudentSpec(SettingsBase):
             `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C. Only of `discrete_mamba2`.
         sliding_window: tokens that a query sees, itself included. Only of `sliding_attention`.
+        window: tokens of the window of a bounded memory. Only of `bounded_attention`, like the next four.
+        sinks: first tokens that are always kept.
+        rows: keys and values that a key-value head keeps on average: window, sinks and slots.
+        slots: how the slots are divided: equally, or by what each head loses without them on `calibration_tokens`.
+        chunk_size: tokens after which the slots are chosen again.
         positions: N, positions that there are weights for, which no text may exceed. They start as the teacher's
             attention averaged over `calibration_tokens`. Only of `masked_mixing`.
         half_life: "calibrated" (from the teacher's attention distances), or the shortest and longest half-life in
@@ -80,6 +86,11 @@ class StudentSpec(SettingsBase):
     normalize: bool = False
     rotary: bool = False
     sliding_window: Count = 256
+    window: Count = 32
+    sinks: Whole = 4
+    rows: Count = 96
+    slots: Literal["equal", "calibrated"] = "calibrated"
+    chunk_size: Count = 16
     positions: Count = 256
     half_life: HalfLife = "calibrated"
     calibration: Literal["none", "head_scale", "ridge"] = "none"

@@ -48,7 +48,8 @@ from .fetch import teacher_commit
 from .objectives import LOSS_NAMES, layer_errors
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import finite, write_report
-from .student import build_student, zeroed_mixers
+from .slots import LENGTH, WINDOWS, divide_slots
+from .student import build_student, set_slots, zeroed_mixers
 from .teacher import Teacher, load_teacher
 
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
@@ -63,6 +64,7 @@ class _Progress:
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    slots: list[list[int]] | None = None  # of a bounded memory, once they are divided
     peak_memory_bytes: int = 0
 
 
@@ -175,6 +177,8 @@ def _go_back_to(run: _Run, found: Path) -> None:
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
     run.progress = _Progress(**saved["measured"])
+    if run.progress.slots is not None:
+        set_slots(run.student, run.progress.slots)
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
@@ -303,11 +307,26 @@ def _first_evaluations(run: _Run) -> None:
     _evaluate(run, "teacher", "teacher", model=run.teacher.model)
     with zeroed_mixers(run.student, run.layers):
         _evaluate(run, "mixers zeroed", "zeroed")
+    _divide_slots(run)
     with run.compute():
         windows = _calibration_windows(run)
         calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
     check_finite(run.student, "the calibrated student", "Choose dtype float32, or calibration: none.")
     _evaluate(run, "step 0", "start")
+
+
+def _divide_slots(run: _Run) -> None:
+    """Divide the slots of a bounded memory among the heads, where the recipe asks for it."""
+    spec = run.recipe.student
+    if spec.mixer != "bounded_attention" or spec.slots != "calibrated":
+        return
+    length = min(LENGTH, len(run.train))
+    count = min(WINDOWS, run.train.count(length))
+    windows = run.train.batch(0, count, length, run.recipe.seed + 1)
+    settings = run.student.config.settings_of("bounded_attention")
+    with run.compute():
+        run.progress.slots = divide_slots(run.teacher, run.layers, settings, spec.rows, windows, progress=run.main)
+    set_slots(run.student, run.progress.slots)
 
 
 def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = None) -> None:

@@ -71,6 +71,16 @@ def student_mixer(student: ZooHybridForCausalLM, layer: int) -> nn.Module:
     return student.backbone.layers[layer].get_submodule("mixer")
 
 
+def set_slots(student: ZooHybridForCausalLM, slots: list[list[int]]) -> None:
+    """Give the heads of a bounded memory their numbers of slots, see `BoundedAttentionSettings`."""
+    student.config.bounded_attention["slots"] = slots
+    settings = student.config.settings_of("bounded_attention")
+    settings.check(student.config)
+    for layer, numbers in enumerate(slots):
+        if numbers:
+            student_mixer(student, layer).settings = settings  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextmanager
 def zeroed_mixers(student: ZooHybridForCausalLM, layers: Sequence[int]) -> Iterator[None]:
     """Let the mixers of `layers` add nothing to the residual stream: the floor of every comparison."""
