@@ -22,8 +22,8 @@ from urllib.parse import quote
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..harness.errors import DecorationWarning
 from ..harness.processes import process_number
+from ..harness.published import DecorationWarning
 
 _BUG, _FAILED, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 # Commands that resume where they stopped when they are run again.

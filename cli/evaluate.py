@@ -327,12 +327,12 @@ def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
     """
     if path is None:
         return
-    from ..harness.run_folder import read_json
+    from ..harness.run_folder import read_json_or_none
     from ..harness.whole_files import check_output_file
 
     check_output_file(path, "--output")
     if path.exists() and not overwrite:
-        found = read_json(path)
+        found = read_json_or_none(path)
         if not isinstance(found, dict) or found.get("kind") != _kind(what):
             raise ValueError(
                 f"--output: {path} exists and is no earlier {_kind(what)}. Choose another name, or replace it with "

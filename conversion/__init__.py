@@ -1,1 +1,1 @@
-"""Checkpoints in and out: self-contained Hub export, model cards, parity."""
+"""Loading, converting and exporting checkpoints."""

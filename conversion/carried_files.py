@@ -1,22 +1,24 @@
-"""Files of a checkpoint that stay as they are: its tokenizer, its licence, its card. What is copied, and what never is.
+"""Files of a checkpoint that are copied unchanged: its tokenizer, its licence, its card.
 
-Only data is carried, by a list of names. Code goes along where the user trusts it and a carried file names it; nothing
-is taken from outside the source, whatever a link in it points to.
+Only data is carried, by a list of names. Code is carried if the user trusts it and a carried file names it. Nothing
+comes from outside of the source, even if a link points there.
 """
 
 import json
 import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ..harness.json_files import read_json_object
 from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, is_named
 from .remote_code import reference_of
+from .source_files import file_inside, names_local_place
 
-__all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "downloads", "inside"]
+__all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "check_replaceable", "downloads"]
 
-# Patterns of the Hub's client that hold all names of `CARD`, `LICENCES` and `TOKENIZER`, and more.
+# Patterns of the Hub's client that match all names of `CARD`, `LICENCES` and `TOKENIZER`, and some others.
 _DOWNLOADS = (
     "README.md",
     "plots/*.png",
@@ -35,26 +37,36 @@ _DOWNLOADS = (
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 )
+_CHECKPOINT = (
+    *_DOWNLOADS,
+    "*config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "USE_POLICY*",
+    ".gitattributes",
+    "*.py",
+)
+_SHOWN = 5
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
-_PLACES = ("name_or_path", "_name_or_path")
-_ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
 
 
 def carry_files(source: Path, folder: Path, *expressions: str, trust_remote_code: bool = False) -> list[str]:
     """Copy the files whose names match a regular expression.
 
-    Of the tokenizer's configuration, the code that it names goes along if it is trusted; otherwise it no longer names
-    any, and what transformers itself has is taken. The folder that a tokenizer was once loaded from is left out.
+    The code that a tokenizer's configuration names is copied if it is trusted. Otherwise, the copied configuration does
+    not name it, and transformers uses its own class. The folder that a tokenizer was once loaded from is left out.
 
     Args:
         source: a folder, or the snapshot of a Hub repository.
-        folder: to copy into.
-        *expressions: of the paths in the source, with slashes; see `TOKENIZER`, `LICENCES`, `CARD`.
-        trust_remote_code: carry code, too.
+        folder: the folder to copy into.
+        *expressions: regular expressions of paths in the source, with slashes; see `TOKENIZER`, `LICENCES`, `CARD`.
+        trust_remote_code: carry code as well.
 
     Returns:
-        Paths in the folder, in order.
+        The paths in the folder, sorted.
 
     Raises:
         ValueError: if a file is a link to something outside the source, or the code is not in the source.
@@ -70,33 +82,38 @@ def carry_files(source: Path, folder: Path, *expressions: str, trust_remote_code
     return copied
 
 
-def inside(source: Path, name: str) -> Path:
-    """The file of that name in a folder, without links.
+def check_replaceable(folder: Path) -> None:
+    """Raise a ValueError with the first names if a folder holds files that are not part of a checkpoint."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_real_folder(path))
+    foreign = [name for name in names if not any(_matches(name, pattern) for pattern in _CHECKPOINT)]
+    if foreign:
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        raise ValueError(
+            f"{folder} is not replaced: it also holds {', '.join(foreign[:_SHOWN])}{more}, which would be deleted. "
+            "Move them, or write to another folder."
+        )
 
-    Raises:
-        ValueError: if it is no file, or a link to something that is not in the folder. The files of a snapshot in the
-            Hub's cache are links to its blobs, beside it.
-    """
-    path, root = (source / name).resolve(), source.resolve()
-    blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
-    if not any(path.is_relative_to(place) for place in (root, *blobs)):
-        raise ValueError(f"source: {name} of {source.name} links to a file outside it; replace the link with the file")
-    if not path.is_file():
-        raise ValueError(f"source: {name} of {source.name} must be a file; it is a broken link or something else")
-    return path
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # A star matches no slash: a file in a folder is not one beside the weights.
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def _copy(source: Path, folder: Path, name: str) -> None:
-    path = inside(source, name)
+    path = file_inside(source, name, "source")
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, folder / name)
 
 
 def _carry_tokenizer_config(source: Path, folder: Path, trusted: bool) -> list[str]:
-    path = inside(source, _TOKENIZER_CONFIG)
+    path = file_inside(source, _TOKENIZER_CONFIG, "source")
     values = read_json_object(path, f"source: {_TOKENIZER_CONFIG} of {source.name}", allow_infinity=True)
     code = _code_of(source, values.get("auto_map")) if trusted else []
-    kept = {key: value for key, value in values.items() if not _is_local(key, value)}
+    kept = {key: value for key, value in values.items() if not names_local_place(key, value)}
     if not trusted:
         kept.pop("auto_map", None)
     if kept == values:
@@ -109,16 +126,11 @@ def _carry_tokenizer_config(source: Path, folder: Path, trusted: bool) -> list[s
     return [_TOKENIZER_CONFIG, *code]
 
 
-def _is_local(key: str, value: Any) -> bool:
-    """Whether an entry of a configuration names a place of the machine that wrote it."""
-    return key in _PLACES and isinstance(value, str) and _ABSOLUTE.match(value) is not None
-
-
 def _code_of(source: Path, auto_map: Any) -> list[str]:
-    """The files of the code of a tokenizer, with what they import from beside themselves.
+    """Return the files of a tokenizer's code, including the modules that they import from the same folder.
 
     Raises:
-        ValueError: if the code is another repository's, or not in the source.
+        ValueError: if the code is in another repository, or not in the source.
     """
     reference = reference_of(auto_map, "AutoTokenizer")
     if reference is None:
@@ -126,8 +138,8 @@ def _code_of(source: Path, auto_map: Any) -> list[str]:
     if "--" in reference:
         repository, _, name = reference.partition("--")
         raise ValueError(
-            f"source: {_TOKENIZER_CONFIG} of {source.name} takes {name} from the repository {repository}; the code has "
-            "to be in the source to be carried along"
+            f"source: {_TOKENIZER_CONFIG} of {source.name} takes {name} from the repository {repository}. Copy the "
+            "code into the source, so that it can be carried."
         )
     pending, found = [reference.partition(".")[0]], []
     while pending:
@@ -135,16 +147,16 @@ def _code_of(source: Path, auto_map: Any) -> list[str]:
         if name in found:
             continue
         found.append(name)
-        text = inside(source, name).read_text(encoding="utf-8")
+        text = file_inside(source, name, "source").read_text(encoding="utf-8")
         pending += [first or second for first, second in _RELATIVE_IMPORT.findall(text)]
     return sorted(found)
 
 
 def downloads(*names: str, trust_remote_code: bool = False) -> list[str]:
-    """Patterns of a repository's files to download: `names`, and what may be carried, which is chosen afterwards.
+    """Return patterns of a repository's files to download: `names` and all that may have to be carried.
 
     Args:
         *names: further patterns.
-        trust_remote_code: download code, too.
+        trust_remote_code: download code as well.
     """
     return [*names, *_DOWNLOADS, *(["*.py"] if trust_remote_code else [])]

@@ -29,10 +29,10 @@ class ModelInfo:
     """One row of the list.
 
     Attributes:
-        name: of a preset; of a family that has no presets its `model_type`.
-        model_type: of its configuration.
-        parameters: number of its parameters; None for a family, which has any size.
-        sources: libraries whose checkpoints are converted to the family.
+        name: name of the preset, or `model_type` of a family without presets.
+        model_type: model type of its configuration.
+        parameters: number of parameters; None for a family, which has no fixed size.
+        sources: libraries whose checkpoints can be converted to the family.
         loaded_by: classes of transformers that build or load the family.
     """
 
@@ -44,7 +44,7 @@ class ModelInfo:
 
 
 def list_models(pattern: str = "*") -> list[ModelInfo]:
-    """Return the presets, and the families without one, whose names match a shell pattern, in their order.
+    """Return the presets and the families without presets whose names match a shell pattern.
 
     Parameters are counted on the meta device, so that nothing is allocated.
     """

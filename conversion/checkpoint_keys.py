@@ -1,4 +1,4 @@
-"""Keys of a checkpoint that was saved from inside of a wrapper, or without its head, put right."""
+"""Repair of the keys of a checkpoint that was saved inside a wrapper, or with the head instead of the embedding."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -7,17 +7,17 @@ from .rules import LazyTensor
 
 HEAD = "lm_head.weight"
 _SEGMENTS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""Names that torch.compile, FSDP and activation checkpointing put into keys, anywhere; no model has them itself."""
+"""Names that torch.compile, FSDP and activation checkpointing insert anywhere in keys; no model uses them itself."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Tensors under the names that a format expects, as far as that was possible.
+    """Tensors with the keys that a format expects, as far as possible.
 
     Attributes:
         tensors: the tensors.
-        notes: lines for the report: what was changed.
-        hint: what an error about keys should add; empty if there is nothing to say.
+        notes: lines for the report on the changes.
+        hint: sentence to add to an error about keys; may be empty.
     """
 
     tensors: dict[str, LazyTensor]
@@ -39,12 +39,12 @@ def strip_prefix(tensors: Mapping[str, LazyTensor], prefix: str) -> tuple[dict[s
         first = next(iter(tensors), "none")
         raise ValueError(f"--strip-prefix must be the beginning of a key, got {prefix!r}; the first key is {first}.")
     return _renamed(tensors, {key: key.removeprefix(prefix) for key in tensors}), [
-        f"keys: {prefix!r} was removed from {count} of {len(tensors)}, as asked for"
+        f"keys: {prefix!r} was removed from {count} of {len(tensors)}, as requested"
     ]
 
 
 def without_wrappers(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Remove what torch.compile, FSDP and activation checkpointing insert into keys; say so in a line."""
+    """Remove the names that torch.compile, FSDP and activation checkpointing insert; return a line for the report."""
     names = {}
     for key in tensors:
         name = key
@@ -54,7 +54,7 @@ def without_wrappers(tensors: Mapping[str, LazyTensor]) -> tuple[dict[str, LazyT
     found = [segment for segment in _SEGMENTS if any(f".{segment}" in f".{key}" for key in tensors)]
     if not found:
         return dict(tensors), []
-    return _renamed(tensors, names), [f"keys: {', '.join(map(repr, found))} was removed wherever it stood"]
+    return _renamed(tensors, names), [f"keys: {', '.join(map(repr, found))} was removed everywhere"]
 
 
 def fit_keys(
@@ -65,18 +65,18 @@ def fit_keys(
     tied: bool,
     former_keys: Mapping[str, str],
 ) -> Fitted:
-    """Give tensors the names that a format expects, where it is beyond doubt how.
+    """Rename tensors to the keys that a format expects, if there is no doubt how.
 
-    The keys of a model begin with one name, such as `backbone.`, but for the head's. Where they begin with another,
-    with more, or with none, and every key fits once that is put right, it is put right. A tied checkpoint that has the
-    head alone has it for the embedding.
+    All keys of a model but that of the head begin with one name, such as `backbone.`. If those of the checkpoint begin
+    with another name, with several or with none, the prefix under which most keys fit replaces theirs. If a tied
+    checkpoint has the head but no embedding, the head becomes the embedding.
 
     Args:
-        tensors: what was read.
-        expected: the names that the configuration promises.
-        embedding: that of the embedding.
-        tied: whether the head is the embedding.
-        former_keys: names of earlier releases with the later ones.
+        tensors: the tensors that were read.
+        expected: the keys that the configuration promises.
+        embedding: the key of the embedding.
+        tied: whether the head is tied to the embedding.
+        former_keys: keys of earlier releases, with the present ones.
     """
     tensors, notes = without_wrappers(tensors)
     expected = set(expected)
@@ -103,13 +103,13 @@ def fit_keys(
     said = [] if best_prefix is None else [f"keys: {_change(best_prefix, body, len(heads))}"]
     if tied and HEAD in found and embedding not in found and set(found) - {HEAD} == expected - {embedding, HEAD}:
         found[embedding] = found.pop(HEAD)
-        said.append(f"keys: there is no {embedding}; the tied head {HEAD} is taken for it")
-    hint = f" This is after: {'; '.join(said)}." if said else ""
+        said.append(f"keys: there is no {embedding}; the tied head {HEAD} is used instead")
+    hint = f" The keys were changed before: {'; '.join(said)}." if said else ""
     if scores[best_prefix] == 0 and tensors:
         first, wanted = next(iter(tensors)), next(iter(sorted(expected)))
         hint = (
-            f" No key is as expected: the first is {first}, and one such as {wanted} was looked for. If a wrapper put "
-            "a prefix before them, pass --strip-prefix PREFIX."
+            f" No key is as expected: the first is {first}, while an expected one is {wanted}. If a wrapper added a "
+            "prefix, pass --strip-prefix PREFIX."
         )
     return Fitted(found, [*notes, *said], hint)
 
@@ -124,7 +124,7 @@ def _renamed(tensors: Mapping[str, LazyTensor], names: Mapping[str, str]) -> dic
 
 
 def _common_prefix(keys: Collection[str]) -> str:
-    """The names, each with its dot, that all keys begin with; a key's last name is never part of it."""
+    """Return the names, each with its dot, with which all keys begin; the last name of a key is never part of it."""
     common: list[str] | None = None
     for key in keys:
         names = key.split(".")[:-1]
@@ -137,14 +137,14 @@ def _common_prefix(keys: Collection[str]) -> str:
 
 
 def _beginnings(prefix: str) -> list[str]:
-    """Every beginning of a dotted prefix, from none of it to all."""
+    """Return every beginning of a dotted prefix, from the empty one to the whole."""
     names = prefix.split(".")[:-1]
     return ["".join(f"{name}." for name in names[:count]) for count in range(len(names) + 1)]
 
 
 def _change(prefix: str, body: str, heads: int) -> str:
     if not prefix:
-        return f"{body!r} was put before every key{f' but {HEAD}' if heads else ''}"
+        return f"{body!r} was added to every key{f' but {HEAD}' if heads else ''}"
     if prefix.endswith(body) and body:
         return f"{prefix.removesuffix(body)!r} was removed from the beginning of every key that had it"
     return f"{prefix!r} at the beginning became {body!r}"

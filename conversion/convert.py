@@ -1,6 +1,7 @@
-"""Checkpoints of other libraries to ours and back, proven by the keys, the shapes and the logits of both sides.
+"""Conversion of other libraries' checkpoints to ours and back, checked by keys, shapes and the logits of both sides.
 
-Weights go from file to file, a shard at a time. Only the proof loads both models, one after the other, in float32.
+Weights are copied from file to file, one shard at a time. Only the comparison of logits loads both models, one after
+the other, in float32.
 """
 
 import os
@@ -15,19 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..harness.json_files import json_text
-from ..harness.run_folder import new_folder
+from ..harness.whole_files import new_folder
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
 from ..modeling.pretrained import ZooPreTrainedModel, names_in_float32
-from .byte_tokenizer import byte_tokenizer
-from .carried_files import LICENCES, TOKENIZER, carry_files
-from .checkpoint_files import check_replaceable
+from .carried_files import LICENCES, TOKENIZER, carry_files, check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
 from .formats import FORMATS, detect
 from .formats.bare_formats import is_transfixer, read_mixer
 from .formats.format import HEAD, Format, config_errors, empty_model, own_tensors, read_config
 from .formats.maskedmixers import MASKED_MIXER
-from .formats.state_spaces import BYTES
+from .formats.state_spaces import BYTES, byte_tokenizer
 from .hub_source import source_folder
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .remote_code import check_remote_code
@@ -46,17 +45,17 @@ _CARRIED = (r"generation_config\.json", TOKENIZER, LICENCES)
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A checkpoint as its files and as our model has it.
+    """A checkpoint that was read, in its own layout and in ours.
 
     Attributes:
-        format: whose layout it is in; None: ours.
-        config: its own configuration, as `format.read` gives it.
-        tensors: its own tensors, without a head that is the embedding.
-        model: our model, empty.
-        ours: its tensors.
+        format: its layout; None for ours.
+        config: its own configuration, as `format.read` returns it.
+        tensors: its own tensors, without a head that is tied to the embedding.
+        model: our model, without values.
+        ours: the tensors of our model.
         notes: lines for the report.
-        is_plain: whether the library that the format is of reads the same tensors from the folder by itself.
-        mappers: the mappers made so far, by the name of the format.
+        is_plain: whether the format's library can read the same tensors from the folder by itself.
+        mappers: the mappers made so far, by name of the format.
     """
 
     format: Format | None
@@ -84,7 +83,7 @@ class _Checkpoint:
         return self.model.config
 
     def mapper(self, form: Format) -> Mapper:
-        """Return the rules of a format applied to our model's keys; they are applied once."""
+        """Return the rules of a format applied to our model's keys. Each mapper is built once."""
         if form.name not in self.mappers:
             self.mappers[form.name] = form.mapper(self.model)
         return self.mappers[form.name]
@@ -107,45 +106,45 @@ def convert(
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
-    Read are transformers' `llama`, `qwen2`, `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba`;
-    Mamba-1 and Mamba-2 of state-spaces, the latter also with an MLP in each block or attention in some; Cartesia's
-    `llamba`; and masked, Toeplitz and structured recurrent mixers, which have no config.json and are recognised by
-    their keys. A `qwen2` comes back as a `llama` with biases.
-    Tokenizer, licence and generation config are carried over; to a state-spaces checkpoint of 256 tokens without a
-    tokenizer, MambaByte's is added. To the zoo the folder is self-contained, as `save_pretrained` of a zoo model writes
-    it.
+    The sources are transformers' `llama`, `qwen2`, `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts,
+    `jamba`; Mamba-1 and Mamba-2 of state-spaces, the latter also with an MLP in each block or attention in some blocks;
+    Cartesia's `llamba`; and masked, Toeplitz and structured recurrent mixers, which have no config.json and are
+    recognised by their keys. A `qwen2` is converted back to a `llama` with biases.
+
+    Tokenizer, licence and generation config are carried over. A state-spaces checkpoint with 256 tokens and without a
+    tokenizer gets MambaByte's. A zoo checkpoint is written self-contained, as by `save_pretrained` of a zoo model.
 
     Args:
         source: a folder, or a Hub id.
         folder: a new or empty folder to write; its parents are made as needed.
-        to: "zoo", "transformers", "state-spaces", "cartesia" or "maskedmixers"; if not given "transformers" for a zoo
-            checkpoint, else "zoo".
-        dtype: "float32", "bfloat16" or "float16"; that of each tensor if not given. What our models keep in float32
-            (A_log, D and the bias of the step sizes) is written in float32 then.
-        allow_pickle: read `pytorch_model.bin` or its shards, with `weights_only=True`, where there is no safetensors
-            file. A state dict may be under "state_dict", "model_state_dict", "model" or "module".
+        to: "zoo", "transformers", "state-spaces", "cartesia" or "maskedmixers"; by default "transformers" for a zoo
+            checkpoint, otherwise "zoo".
+        dtype: "float32", "bfloat16" or "float16"; by default, each tensor keeps its dtype. With any of these,
+            parameters that our models keep in float32 (A_log, D, the bias of the step sizes) are written in float32.
+        allow_pickle: read `pytorch_model.bin` or its shards, with `weights_only=True`, if there is no safetensors
+            file. The state dict may be under "state_dict", "model_state_dict", "model" or "module".
         overwrite: replace a folder that holds a checkpoint.
-        verify: compare logits of both sides for random tokens, where transformers has the model.
-        max_shard_size: bytes of a file of weights, or a text such as "5GB". It bounds the memory taken.
-        settings: "name=value" each, what the shapes of a mixer without a config.json do not tell. Of all: `pad_mode`
-            ("shift"; "as_trained" for those trained on rows filled up at their left), `pad_token_id`, `bos_token_id`,
-            `eos_token_id`, `hidden_act` (the authors' if not given) and `context_overflow`. Of Toeplitz and recurrent
-            mixers `mixing` (by their authors' code, where that leaves one), `decay_constant` (N // 512 positions, with
-            taps N // 256, at least 1), `use_projections` (of heads in one tensor; true), `mean` (of Toeplitz heads
-            with root-mean-square norms; to be given). Of a transfixer without a config.json `num_attention_heads` (to
-            be given), `rope_theta` (10000) and `norm_eps` (1e-6).
-        revision: branch, tag or commit, where the source is a Hub id.
-        prefix: what to remove from the keys that begin with it. Prefixes are found without it where the keys fit the
-            configuration once one is removed, added or replaced; the report's notes say so.
+        verify: compare the logits of both sides for random tokens, if transformers has the model.
+        max_shard_size: largest size of a weight file in bytes, or a text such as "5GB". It bounds the memory needed.
+        settings: options that cannot be inferred from tensor shapes (mixers without a config.json), "name=value" each.
+            All mixers have `pad_mode` ("shift"; "as_trained" if trained on rows padded on the left), `pad_token_id`,
+            `bos_token_id`, `eos_token_id`, `hidden_act` (by default the authors') and `context_overflow`. Toeplitz and
+            recurrent mixers have `mixing` (by default as in the authors' code, if that is unique), `decay_constant`
+            (by default N // 512 for N positions, N // 256 with several taps, at least 1), `use_projections` (heads in
+            one tensor; true by default) and `mean` (Toeplitz heads with RMS norms; required). A transfixer without a
+            config.json has `num_attention_heads` (required), `rope_theta` (10000) and `norm_eps` (1e-6).
+        revision: branch, tag or commit, if the source is a Hub id.
+        prefix: prefix to remove from keys. Without it, a prefix is removed, added or replaced if all keys then fit the
+            configuration; the report's notes say so.
         trust_remote_code: copy the code of a tokenizer that transformers does not have. No code is run.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: if an argument is wrong; if the source is of an unknown format, holds what ours cannot express, or
-            has keys, shapes or dtypes that its configuration does not promise; or if the logits differ.
-        OSError: if files cannot be read, the Hub not reached or a repository not found.
+        ValueError: if an argument is wrong; if the source has an unknown format, has features that the target cannot
+            express, or keys, shapes or dtypes that differ from its configuration; or if the logits differ.
+        OSError: if files cannot be read, the Hub cannot be reached, or a repository is not found.
     """
     folder = Path(os.path.abspath(folder))
     if to is not None and to not in _TARGETS:
@@ -201,7 +200,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether there are weights and nothing that says what they are."""
+    """Return whether a folder holds weights without a config.json."""
     weights = any(folder.glob("model*.safetensors")) or any(
         (folder / name).is_file() for name in (PICKLE, PICKLE_INDEX)
     )
@@ -209,7 +208,7 @@ def _is_bare(folder: Path) -> bool:
 
 
 def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = (), prefix: str | None = None) -> _Checkpoint:
-    """Read a checkpoint whose keys, shapes and dtypes are what its configuration, or its sizes, promise."""
+    """Read a checkpoint, after checking its keys, shapes and dtypes against its configuration or its sizes."""
     if _is_bare(folder):
         return _read_mixer(folder, _read_tensors(folder, allow_pickle, prefix), settings)
     values = read_config(folder)
@@ -218,7 +217,7 @@ def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = (), prefix
         if is_transfixer(weights.tensors):
             return _read_mixer(folder, weights, settings)
     if settings:
-        raise ValueError(f"--set must be left out where config.json says what the model is, got {settings[0]!r}.")
+        raise ValueError(f"--set must be left out for a checkpoint with a config.json, got {settings[0]!r}.")
     found = detect(values)
     zoo_class = found.zoo_class if found else _zoo_class(values)
     config, zoo_config = _read_configuration(folder, found, zoo_class)
@@ -235,12 +234,12 @@ def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = (), prefix
         head = tensors.pop(HEAD)
         if head.shape != tensors[embedding].shape or not torch.equal(head.load(), tensors[embedding].load()):
             raise ValueError(
-                f"{folder.name}: config.json says that the head is the embedding (`tie_word_embeddings`), but "
-                f"{HEAD} and {embedding} differ. Set it to false, or remove {HEAD}."
+                f"{folder.name}: config.json says that the head is tied to the embedding (`tie_word_embeddings`), but "
+                f"{HEAD} and {embedding} differ. Set `tie_word_embeddings` to false, or remove {HEAD}."
             )
     hint = fitted.hint
     if not tied and HEAD in expected and HEAD not in tensors and not hint:
-        hint = " If the head is the embedding, set `tie_word_embeddings` to true in config.json."
+        hint = " If the head is tied to the embedding, set `tie_word_embeddings` to true in config.json."
     check(tensors, expected, folder.name, hint=hint)
     ours = mapper.to_ours(tensors) if mapper else tensors
     notes, is_plain = [*weights.notes, *unread, *fitted.notes], weights.is_plain and not fitted.notes
@@ -249,7 +248,7 @@ def _read(folder: Path, allow_pickle: bool, settings: Sequence[str] = (), prefix
 
 
 def _read_configuration(folder: Path, found: Format | None, zoo_class: type[ZooPreTrainedModel]) -> tuple[Any, Any]:
-    """Return the configuration of a folder as its own library has it, and ours."""
+    """Return the configuration in a folder, as an object of its own library and as ours."""
     read = found.read if found else zoo_class.config_class.from_pretrained  # pyright: ignore[reportOptionalMemberAccess]
     with config_errors():
         config: Any = read(folder)
@@ -259,7 +258,7 @@ def _read_configuration(folder: Path, found: Format | None, zoo_class: type[ZooP
 def _without_unread(
     tensors: Mapping[str, LazyTensor], found: Format | None
 ) -> tuple[Mapping[str, LazyTensor], list[str]]:
-    """Leave out tensors that nothing reads; say so in a line."""
+    """Leave out tensors that no model reads; return the others, and a line for the report."""
     unread = [key for key in tensors if found and found.unread and re.search(found.unread, key)]
     if not unread:
         return tensors, []
@@ -268,7 +267,7 @@ def _without_unread(
 
 
 def _read_tensors(folder: Path, allow_pickle: bool, prefix: str | None) -> Weights:
-    """Read the weights of a folder, without a prefix that is to be removed."""
+    """Read the weights of a folder, and remove the prefix from their keys if there is one to remove."""
     weights = read_checkpoint(folder, allow_pickle=allow_pickle)
     if prefix is None:
         return weights
@@ -277,7 +276,7 @@ def _read_tensors(folder: Path, allow_pickle: bool, prefix: str | None) -> Weigh
 
 
 def _read_mixer(folder: Path, weights: Weights, settings: Sequence[str]) -> _Checkpoint:
-    """Read a checkpoint of position mixers, which is known by its keys."""
+    """Read a checkpoint of position mixers, which is recognised by its keys."""
     tensors, unwrapped = without_wrappers(weights.tensors)
     reading, used = read_mixer(folder, tensors, settings)
     model = empty_model(reading.model_class, reading.config)
@@ -289,14 +288,14 @@ def _read_mixer(folder: Path, weights: Weights, settings: Sequence[str]) -> _Che
 
 
 def _check_reading(read: _Checkpoint, folder: Path) -> None:
-    """Compare the tensors read with those that the source's own library loads from its folder, where it is there."""
+    """Compare the tensors with those that the source's own library loads from the folder, if it is transformers."""
     model_class = read.format.model_class if read.format else read.zoo_class
     if model_class is not None:
         check_tensors(model_class, folder, read.tensors)
 
 
 def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
-    """Our model that a config.json of no other library names."""
+    """Return the class of our model that a config.json names."""
     by_type = {str(kind.config_class.model_type): kind for kind in _ZOO_CLASSES}  # pyright: ignore[reportOptionalMemberAccess]
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in by_type:
@@ -319,7 +318,7 @@ def _lazy(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
 
 
 def _target_format(to: str, read: _Checkpoint) -> Format:
-    """The format to write.
+    """Return the format to write.
 
     Raises:
         ValueError: if the other library has no such model.
@@ -330,18 +329,18 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
             return form
     known = ", ".join(form.name for form in formats) or "none"
     raise ValueError(
-        f"--to {to}: that library has no model like this {read.zoo_config.model_type}; those of the same kind: {known}."
+        f"--to {to}: that library has no model like this {read.zoo_config.model_type}. Its similar formats: {known}."
     )
 
 
 def _cast(read: _Checkpoint, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """Our tensors in a dtype, but for those that the model keeps in float32."""
+    """Return our tensors in a dtype, except for those that the model keeps in float32."""
     precise = tuple(f".{name}" for name in names_in_float32(read.model))
     return {key: tensor.to(torch.float32 if key.endswith(precise) else dtype) for key, tensor in read.ours.items()}
 
 
 def _dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
-    """That of the embedding; where there is none, of the first tensor."""
+    """Return the dtype of the embedding or, without one, of the first tensor."""
     first = next(iter(tensors))
     found = (key for key in (_EMBEDDING, _EMBEDDING.removeprefix("backbone."), first) if key in tensors)
     return tensors[next(found)].dtype
@@ -350,7 +349,7 @@ def _dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
 def _tensors_of(
     target: Format | None, read: _Checkpoint, config: Any, ours: dict[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """What to write, checked against the model that reads it."""
+    """Return the tensors to write, after checking them against the model that reads them."""
     if target is None:
         return ours
     mapper = read.mapper(target)
@@ -379,10 +378,10 @@ def _write_config(
 
 
 def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None, trust_remote_code: bool) -> list[str]:
-    """Copy what is the same in every format; say what was."""
+    """Copy the files that are the same in every format, and return their names."""
     carried = carry_files(source, made, *_CARRIED, trust_remote_code=trust_remote_code)
     licence = made / "LICENSE"
-    # Where a zoo model's weights have no licence of their own, this is that of its code, which stays behind.
+    # If a zoo model's weights have no licence of their own, the file is the licence of the code, which is not carried.
     of_code = licence.is_file() and licence.read_text(encoding="utf-8") == code_licence()
     if of_code and read.format is None and target is not None:
         licence.unlink()
@@ -392,12 +391,15 @@ def _carry(read: _Checkpoint, source: Path, made: Path, target: Format | None, t
     is_byte_model = from_state_spaces and read.zoo_config.vocab_size == BYTES
     if is_byte_model and not tokenizer and (target is None or target.library != "state-spaces"):
         byte_tokenizer().save_pretrained(made)
-        carried.append("a tokenizer of bytes, which the source lacks")
+        carried.append("a tokenizer of bytes, as the source has none")
     return carried
 
 
 def _compare(read: _Checkpoint, ours: dict[str, LazyTensor], target: Format | None, made: Path) -> Difference | str:
-    """Compare the logits of our model and transformers', one of them loaded from what was written."""
+    """Compare the logits of our model and of transformers', one of which is loaded from the files that were written.
+
+    The written folder is read like any other source, so the comparison does not use the mapper that wrote it.
+    """
     form = next((each for each in (target, read.format) if each is not None and each.model_class is not None), None)
     config = read.config if form is not None and form is read.format else None
     try:

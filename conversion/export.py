@@ -1,11 +1,10 @@
-"""A checkpoint of the zoo as a folder that loads where only torch and transformers are, proven by loading it so.
+"""Export of a zoo checkpoint to a folder that loads with torch and transformers alone, and the proof that it does.
 
-What `save_pretrained` of a zoo model writes is such a folder already. Exporting gives an older checkpoint, or one
-with weights and config alone, the code of the installed package, and checks the result.
+`save_pretrained` of a zoo model already writes such a folder. Exporting adds the code of the installed package to an
+older checkpoint, or to one that has only weights and a configuration, and checks the result.
 """
 
 import os
-import re
 import sys
 import tempfile
 import time
@@ -13,27 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 
 from .. import modeling
 from ..harness.json_files import read_json_object
 from ..harness.processes import run_child
-from ..harness.run_folder import new_folder
+from ..harness.whole_files import new_folder
 from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load
-from .carried_files import CARD, LICENCES, TOKENIZER, carry_files, downloads
+from .carried_files import CARD, LICENCES, TOKENIZER, carry_files
+from .hub_source import source_folder
 from .load_model import load_model
 from .remote_code import check_remote_code, reference_of
 from .source_files import check_config
 
 __all__ = ["export", "verify_export"]
 
-# What of the source is kept as it is. Weights, config, generation config and code are written anew.
+# Files of the source that are copied. Weights, configurations and code are written by `save_pretrained`.
 _KEPT = (TOKENIZER, LICENCES, CARD)
-_READ = ("*config.json", "*.safetensors", "*.safetensors.index.json")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def export(
@@ -46,14 +43,14 @@ def export(
 ) -> Path:
     """Write a checkpoint as a self-contained Hub folder: weights, config, code, licence, tokenizer, card, plots.
 
-    The code of the model is that of the installed package; what the source brings for it is neither run nor copied.
-    The folder appears whole or not at all.
+    The code of the model is that of the installed package; code of the source is neither run nor copied. The folder
+    appears whole or not at all.
 
     Args:
         source: a folder, or a Hub id.
         folder: a new or empty folder; its parents are made as needed.
-        revision: branch, tag or commit, where the source is a Hub id.
-        verify: prove the folder as :func:`verify_export` does before it appears.
+        revision: branch, tag or commit, if the source is a Hub id.
+        verify: check the folder as :func:`verify_export` does before it appears.
         trust_remote_code: copy and run the code of a tokenizer that transformers does not have.
 
     Returns:
@@ -61,13 +58,13 @@ def export(
 
     Raises:
         ValueError: if the source is no whole checkpoint of a zoo model, its tokenizer needs code that is not trusted,
-            the folder is not empty, or the proof fails.
-        OSError: if files cannot be read, the Hub not reached or a repository not found.
+            the folder is not empty, or the check fails.
+        OSError: if files cannot be read, the Hub cannot be reached, or a repository is not found.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder: {folder} exists and is not empty; accepted: a new or empty folder")
-    read_from = _source_folder(source, revision, trust_remote_code)
+        raise ValueError(f"folder must be a new or empty folder, got {folder}, which exists and is not empty.")
+    read_from, _ = source_folder(source, revision=revision, trust_remote_code=trust_remote_code, check=model_class_of)
     check_remote_code(read_from, trusted=trust_remote_code, auto_class=None)
     model = _load(read_from)
     with new_folder(folder) as made:
@@ -79,23 +76,23 @@ def export(
 
 
 def verify_export(folder: str | Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Prove that a folder loads without this package and computes what this package computes from it.
+    """Prove that a folder loads without this package and gives the same outputs as with it.
 
-    A process of its own, in which `ssm_zoo` cannot be imported and the Hub not be reached, loads the tokenizer, if
-    there is one, and the model by the code in the folder, on the CPU. Its first output for random inputs has to be the
-    package's, bit for bit.
+    A separate process, which cannot import `ssm_zoo` and cannot reach the Hub, loads the tokenizer, if there is one,
+    and the model on the CPU, with the code in the folder. Its first output for random inputs must be equal to the
+    package's bit for bit.
 
     Args:
-        folder: what `save_pretrained` of a zoo model wrote.
+        folder: a folder that `save_pretrained` of a zoo model wrote.
         trust_remote_code: run code that is not the installed package's: that of another version, or of a tokenizer.
 
     Returns:
-        "auto_class" that loaded it, "dtype" and "shape" of the logits (of a model without a head, of the last
-        hidden states), "bit_equal", which is True, and the "seconds" that the other process took.
+        "auto_class" that loaded it, "dtype" and "shape" of the logits (or of the last hidden states, for a model
+        without a head), "bit_equal", which is True, and the "seconds" that the other process took.
 
     Raises:
         ValueError: if the folder is no checkpoint of a zoo model, holds code that is not trusted, does not load, or
-            gives other logits.
+            gives other outputs.
     """
     folder = Path(folder)
     model = _load(folder)
@@ -119,19 +116,19 @@ def _check_code(folder: Path, model: ZooPreTrainedModel) -> None:
     )
     if foreign:
         raise ValueError(
-            f"folder: {folder} holds or names code that is not this ssm-zoo's: {', '.join(foreign[:3])}; export it "
-            "anew, or read the code and trust it (trust_remote_code=True)"
+            f"folder: {folder} holds or names code that is not of this version of ssm-zoo: {', '.join(foreign[:3])}. "
+            "Export it again, or read the code and pass trust_remote_code=True to run it."
         )
 
 
 def _verify(folder: Path, model: ZooPreTrainedModel, trust_tokenizer: bool) -> dict[str, Any]:
-    """Prove that `folder` loads without this package and computes what `model` computes."""
+    """Prove that `folder` loads without this package and gives the outputs of `model`."""
     auto_class = _auto_class(type(model))
     generator = torch.Generator().manual_seed(0)
     inputs = model.example_inputs(generator)
     ours = isolated_load.first_output(model, inputs)
     if not ours.isfinite().all():
-        raise ValueError(f"{folder.name}: the model's output for random {', '.join(inputs)} is not finite")
+        raise ValueError(f"{folder.name}: the model's output for random {', '.join(inputs)} is not finite.")
     with tempfile.TemporaryDirectory() as scratch:
         given, written = Path(scratch) / "input.safetensors", Path(scratch) / "output.safetensors"
         save_file(inputs, given)
@@ -149,7 +146,7 @@ def _verify(folder: Path, model: ZooPreTrainedModel, trust_tokenizer: bool) -> d
         theirs = load_file(written)["output"]
     if theirs.dtype != ours.dtype or not torch.equal(theirs, ours):
         raise ValueError(
-            f"{folder.name}: loaded without ssm-zoo the model gives other logits: {tuple(theirs.shape)} of "
+            f"{folder.name}: without ssm-zoo, the model gives other logits: {tuple(theirs.shape)} of "
             f"{theirs.dtype}, here {tuple(ours.shape)} of {ours.dtype}{_distance(theirs, ours)}"
         )
     return {
@@ -167,68 +164,37 @@ def _distance(theirs: torch.Tensor, ours: torch.Tensor) -> str:
     return f", at most {(theirs.double() - ours.double()).abs().max().item():.3g} apart"
 
 
-def _source_folder(source: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
-    """The folder to read from: the source itself, or what is needed of a Hub repository, downloaded.
-
-    Raises:
-        ValueError: if it is no checkpoint of a zoo model. Of a repository only the config is downloaded then.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if revision is not None:
-            raise ValueError(f"revision: got {revision!r}, but {source} is a folder; accepted: none")
-        model_class_of(path)
-        return path
-    source = hub_id(source)
-    config_only = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json"]))
-    model_class_of(config_only)
-    # A snapshot's folder has the name of its commit: all files come from one, even if the branch moves meanwhile.
-    patterns = downloads(*_READ, trust_remote_code=trust_remote_code)
-    return Path(snapshot_download(source, revision=config_only.name, allow_patterns=patterns))
-
-
-def hub_id(source: str | Path) -> str:
-    """The source, which is no folder, as a Hub id.
-
-    Raises:
-        ValueError: if it cannot be one.
-    """
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ValueError(f"source: got {str(source)!r}; accepted: an existing folder, or a Hub id OWNER/NAME")
-    return source
-
-
 def _load(folder: Path) -> ZooPreTrainedModel:
-    """The model in `folder` by the package's own class, on the CPU, in the checkpoint's dtype.
+    """Load the model in `folder` with the package's own class, on the CPU, in the checkpoint's dtype.
 
     Raises:
-        ValueError: if the folder is no checkpoint of a zoo model, or its weights are not the model's.
+        ValueError: if the folder is no checkpoint of a zoo model, or its weights do not fit the model.
     """
     model_class = model_class_of(folder)
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"source: {folder} holds an adapter; merge it into the model first (merge_and_unload)")
+        raise ValueError(f"source: {folder} holds an adapter. Merge it into the model first (merge_and_unload).")
     model = load_model(folder, model_class, field="source", dtype="auto")
     assert isinstance(model, ZooPreTrainedModel)
     return model
 
 
 def model_class_of(folder: Path) -> type[ZooPreTrainedModel]:
-    """The package's class for the checkpoint in `folder`, by its config's model type and architecture."""
+    """Return the package's class for the checkpoint in `folder`, by model type and architecture."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"source: {folder} is no checkpoint: it holds no config.json")
+        raise ValueError(f"source: {folder} is no checkpoint, since it holds no config.json.")
     values = read_json_object(path, allow_infinity=True)
     check_config(values, str(path))
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    model_type = values.get("model_type")
     classes = [kind for kind in vars(modeling).values() if isinstance(kind, type)]
     classes = [kind for kind in classes if issubclass(kind, ZooPreTrainedModel) and kind.auto_classes]
     accepted = sorted({_model_type(kind) for kind in classes})
     if model_type not in accepted:
-        raise ValueError(f"config.json: model_type: got {model_type!r}; accepted: {', '.join(accepted)}")
+        raise ValueError(f"config.json: `model_type` must be one of {', '.join(accepted)}, got {model_type!r}.")
     by_name = {kind.__name__: kind for kind in classes if _model_type(kind) == model_type}
     architecture = (values.get("architectures") or [next(iter(by_name))])[0]
     if architecture not in by_name:
-        raise ValueError(f"config.json: architectures: got {architecture!r}; accepted: {', '.join(by_name)}")
+        raise ValueError(f"config.json: `architectures` must be one of {', '.join(by_name)}, got {architecture!r}.")
     return by_name[architecture]
 
 
@@ -237,5 +203,5 @@ def _model_type(kind: type[ZooPreTrainedModel]) -> str:
 
 
 def _auto_class(kind: type[ZooPreTrainedModel]) -> str:
-    """Name of the Auto class of transformers that loads the class."""
+    """Return the name of the Auto class of transformers that loads a class."""
     return next(auto for auto, name in kind.auto_classes.items() if name == kind.__name__)

@@ -1,10 +1,10 @@
-"""Load an exported folder where `ssm_zoo` cannot be imported: a program that `export.verify_export` runs.
+"""A program, run by `export.verify_export`, that loads an exported folder while `ssm_zoo` cannot be imported.
 
     python -P isolated_load.py FOLDER AUTO_CLASS TRUST THREADS INPUT OUTPUT
 
-TRUST is "trusted" if a tokenizer's code may be run; the model's, which the exporter has written, always is. INPUT and
-OUTPUT are safetensors files: arguments of the model by their names, (1, L) "input_ids" mostly, and its first output for
-them under "output". Standard input is a pipe from the parent.
+TRUST is "trusted" if the tokenizer's code may be run; the model's code, which the exporter has written, always is.
+INPUT and OUTPUT are safetensors files: INPUT holds the model's arguments by name, usually (1, L) "input_ids"; its first
+output is written to OUTPUT as "output". Standard input is a pipe from the parent.
 """
 
 import os
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 
 class _NoPackage:
-    """Keeps the import system from finding ssm_zoo, installed or not."""
+    """Prevents the import of ssm_zoo, whether or not it is installed."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -27,7 +27,7 @@ class _NoPackage:
 
 
 def end_with_parent() -> None:
-    """End this process when standard input ends: the parent, which holds the other end of the pipe, is gone then."""
+    """End this process when standard input ends, since the parent, which holds the other end of the pipe, has ended."""
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -38,10 +38,10 @@ def end_with_parent() -> None:
 
 
 def first_output(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits for the inputs, or the last hidden states of a model without a head.
+    """Return the logits for the inputs, or the last hidden states of a model without a head.
 
-    A loaded weight is a view into its file, at any multiple of 8 bytes, and a matrix product may sum in another
-    order at another alignment. To be comparable bit for bit, the weights are moved to where torch allocates.
+    A loaded weight is a view into its file, aligned to 8 bytes only, and the summation order of a matrix product may
+    depend on alignment. The weights are copied to memory that torch allocates, so that outputs are equal bit for bit.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

@@ -1,8 +1,8 @@
-"""Models and tokenizers as every command loads them: strictly, and without running code that nobody trusts.
+"""Strict loading of models and tokenizers, for all commands, without running code that is not trusted.
 
-transformers fills a weight that a checkpoint lacks with random numbers, leaves out one that it does not know, and
-asks on the terminal whether to run a checkpoint's code. Here all three are errors: the checkpoint must have exactly the
-model's weights, all of them finite, and code is run only where the caller says so.
+transformers initialises missing weights randomly, ignores unknown ones, and asks on the terminal whether to run a
+checkpoint's code. Here all three are errors: the checkpoint must have exactly the model's weights, all of them finite,
+and code is run only if the caller trusts it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "quiet_loading",
 ]
 
-# Dtypes that torch.isfinite does not know; float32 holds all their values.
+# Dtypes that torch.isfinite does not support; float32 holds all their values.
 _NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 _SHOWN = 3
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +46,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.
 
 
 class WeightsError(ValueError):
-    """The weights of a source are not those of its configuration, or not finite."""
+    """The weights of a source do not fit its configuration, or are not finite."""
 
 
 def load_model(
@@ -60,25 +60,24 @@ def load_model(
     may_add: Collection[str] = (),
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a model whose weights are all there, all used and all finite. Only safetensors are read.
+    """Load a model, after checking that all weights are there, used and finite. Only safetensors are read.
 
     Args:
-        source: a folder or Hub id of a model, or of a peft adapter, which is put on its base model.
+        source: a folder or Hub id of a model, or of a peft adapter, which is added to its base model.
         auto_class: an Auto class of transformers, or a model's own class.
         field: what errors call the source: the argument, option or key that names it.
         revision: branch, tag or commit, for a Hub id.
         trust_remote_code: run the code that the source brings.
-        may_lack: beginnings of names of weights that the source may lack, since the caller does not use them or
-            sets them itself.
-        may_add: beginnings of names of weights that the source may have besides the model's.
+        may_lack: prefixes of weights that the source may lack, since the caller does not use them or sets them itself.
+        may_add: prefixes of weights that the source may have in addition to the model's.
         **options: further arguments of `from_pretrained`, e.g. dtype, config or gguf_file.
 
     Returns:
-        The model, in evaluation mode. An adapter's is its base model with the adapter's layers in it.
+        The model, in evaluation mode. For an adapter, this is the base model with the adapter's layers in it.
 
     Raises:
         WeightsError: if weights are missing, left over, of another shape, or not finite.
-        ValueError: if the file of the weights is damaged or a pickle, or the source brings code that is not trusted.
+        ValueError: if the weight file is damaged or a pickle, or the source brings code that is not trusted.
         OSError: if the source does not exist or cannot be read.
     """
     source = str(source)
@@ -118,7 +117,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; arguments and errors as :func:`load_model`."""
+    """Load a tokenizer. Arguments and errors are those of :func:`load_model`."""
     source = str(source)
     if "gguf_file" not in options:
         check_remote_code(
@@ -138,7 +137,7 @@ def load_tokenizer(
 def load_config(
     source: str | Path, *, field: str = "model", revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Load a configuration; arguments and errors as :func:`load_model`."""
+    """Load a configuration. Arguments and errors are those of :func:`load_model`."""
     source = str(source)
     check_remote_code(
         source, trusted=trust_remote_code, field=field, revision=revision, auto_class="AutoConfig", tokenizer=False
@@ -155,14 +154,14 @@ def check_keys(
     may_add: Collection[str] = (),
     of: str = "its config.json",
 ) -> None:
-    """Check what `from_pretrained(..., output_loading_info=True)` reports.
+    """Check the loading report of `from_pretrained(..., output_loading_info=True)`.
 
     Args:
-        found: the report. Weights that are tied to another one are not missing there.
-        place: how errors begin: the field and the source.
-        may_lack: beginnings of names of weights that may be missing.
-        may_add: beginnings of names of weights that may be left over.
-        of: file that says which weights there are.
+        found: the report, in which tied weights do not count as missing.
+        place: beginning of errors: the field and the source.
+        may_lack: prefixes of weights that may be missing.
+        may_add: prefixes of weights that may be left over.
+        of: name of the file that says which weights there are.
 
     Raises:
         WeightsError: if other weights are missing or left over, or some have another shape.
@@ -188,12 +187,12 @@ def check_keys(
 
 
 def check_finite(model: nn.Module | Mapping[str, Tensor], place: str, remedy: str = "") -> None:
-    """Check that all weights are finite numbers; integers and weights on the meta device count as finite.
+    """Check that all weights are finite numbers. Integers and weights on the meta device count as finite.
 
     Args:
-        model: a module, whose parameters are checked, and its buffers for NaN (a mask may be infinite); or tensors.
-        place: how the error begins.
-        remedy: a sentence that follows.
+        model: tensors by name, or a module, whose buffers are checked for NaN only, as a mask may be infinite.
+        place: beginning of the error.
+        remedy: last sentence of the error.
 
     Raises:
         WeightsError: with the number of weights that are not finite and the names of the first tensors.
@@ -223,17 +222,17 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]], infinity_too: bool = True
 
 @contextmanager
 def quiet_loading(source: str, field: str) -> Iterator[None]:
-    """Let transformers load without a question and without its table of keys, and name the source in its errors.
+    """Let transformers load without asking questions and without its table of keys, and name the source in its errors.
 
     Raises:
-        ValueError: if the source brings code that is not trusted, or its weights are no whole safetensors file.
+        ValueError: if the source brings code that is not trusted, or transformers cannot load its files.
     """
     check_source_files(source, field)
-    # A filter and no level: transformers takes a logger's level above INFO for a wish to be told of tensor parallelism.
+    # A filter instead of a level, since transformers reads this logger's level to decide on other output.
     table = logging.getLogger("transformers.modeling_utils")
     table.addFilter(_is_error)
     try:
-        # 0 seconds to answer: whoever calls transformers without a decision gets an error in place of a question.
+        # With 0 seconds to answer, a call that leaves the decision open gets an error instead of a question.
         with patch("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0):
             yield
     except SafetensorError as error:
@@ -258,7 +257,7 @@ def quiet_loading(source: str, field: str) -> Iterator[None]:
         TypeError,
         StrictDataclassError,
     ) as error:
-        # What transformers does with values that it does not expect. The files are somebody's, hence no bug of ours.
+        # Raised by transformers for values in the user's files that it does not expect.
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
         if isinstance(error, RuntimeError) and "allocate" in reason:
             raise
@@ -281,12 +280,12 @@ def _refuse_pickles(source: str, subfolder: str, field: str) -> None:
         if pickles:
             raise ValueError(
                 f"{field}: {source} has its weights in {pickles[0]}, a pickle, which can hold code. Only safetensors "
-                "are read; convert it first (ssm-zoo convert --allow-pickle)."
+                "are read. Convert it first (ssm-zoo convert --allow-pickle)."
             )
 
 
 def put_adapter(model: PreTrainedModel, source: str | Path, *, field: str = "adapter", **place: Any) -> Any:
-    """Put a saved peft adapter into its base model; every weight of the adapter has its place, and every place one.
+    """Add a saved peft adapter to its base model, after checking that the adapter has exactly the expected weights.
 
     Args:
         model: the base model, changed in place.
@@ -299,7 +298,7 @@ def put_adapter(model: PreTrainedModel, source: str | Path, *, field: str = "ada
 
     Raises:
         WeightsError: if weights are missing, left over, of another shape, or not finite.
-        ValueError: if the file of the weights is damaged or a pickle.
+        ValueError: if the weight file is damaged or a pickle.
         OSError: if the adapter cannot be read.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -325,16 +324,18 @@ def put_adapter(model: PreTrainedModel, source: str | Path, *, field: str = "ada
 
 
 def _load_adapted(source: str, auto_class: Any, field: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The base model of a peft adapter with the adapter in it.
+    """Load the base model of a peft adapter and add the adapter.
 
-    transformers would report the keys of the adapter alone, and fill what its base lacks.
+    transformers would report only the adapter's keys, and initialise missing weights of the base model randomly.
     """
     from peft import PeftConfig
 
     place = {"revision": options.pop("revision"), "subfolder": options.pop("subfolder", "")}
     config = PeftConfig.from_pretrained(source, **place)
     if not config.base_model_name_or_path:
-        raise ValueError(f"{field}: {source}: adapter_config.json names no base model in base_model_name_or_path")
+        raise ValueError(
+            f"{field}: {source}: adapter_config.json must name the base model in `base_model_name_or_path`."
+        )
     base = f"{field}: {source}: its base model"
     model = load_model(config.base_model_name_or_path, auto_class, field=base, revision=config.revision, **options)
     return put_adapter(model, source, field=field, **place).get_base_model().eval()

@@ -1,4 +1,4 @@
-"""What a conversion did, and whether both sides compute the same: the parity report."""
+"""The parity report: the result of a conversion, and the comparison of both sides' logits."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,19 +13,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .rules import LazyTensor
 
 TOLERANCE = 1e-3
-"""Largest difference of float32 logits, over the largest logit (or 1), that rounding may explain."""
+"""Largest difference of float32 logits, relative to the largest logit (or 1), that rounding may explain."""
 
 _ROWS, _TOKENS = 2, 40
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the logits of two models for the same random tokens, in float32.
+    """The difference of two models' logits for the same random tokens, in float32.
 
     Attributes:
-        between: the two models.
-        difference: the largest one.
-        largest: the largest logit.
+        between: names of the two models.
+        difference: largest difference.
+        largest: largest logit.
     """
 
     between: str
@@ -35,17 +35,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
-        source: format read.
-        target: format written.
-        keys_read: tensors of the source.
-        shapes: shape of each tensor written, by its key.
-        dtypes: dtype of each.
-        carried: other files that the target has from the source, or got.
-        logits: comparison of both sides; where there was none, why.
-        notes: what else a reader should know.
+        source: format that was read.
+        target: format that was written.
+        keys_read: number of tensors of the source.
+        shapes: shapes of the written tensors, by key.
+        dtypes: dtypes of the written tensors, by key.
+        carried: other files that were copied or added.
+        logits: comparison of both sides' logits, or the reason for which there is none.
+        notes: further lines for the reader.
     """
 
     source: str
@@ -59,11 +59,11 @@ class ParityReport:
 
     @property
     def parameters(self) -> int:
-        """Numbers written."""
+        """Number of parameters that were written."""
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def lines(self) -> list[str]:
-        """The report, for a reader."""
+        """Return the lines of the report."""
         dtypes = Counter(str(dtype).removeprefix("torch.") for dtype in self.dtypes.values())
         lines = [
             f"{self.source} -> {self.target}",
@@ -87,24 +87,24 @@ def compare(ours: Tensor, theirs: Tensor, between: str) -> Difference:
     """Compare the logits of both sides.
 
     Raises:
-        ValueError: if they are not finite, or further apart than rounding explains.
+        ValueError: if they are not finite, or differ by more than rounding explains.
     """
     if not (ours.isfinite().all() and theirs.isfinite().all()):
-        raise ValueError(f"logits of random tokens are not finite ({between})")
+        raise ValueError(f"logits of random tokens are not finite ({between}).")
     result = Difference(between, (ours - theirs).abs().max().item(), theirs.abs().max().item())
     if result.difference > TOLERANCE * max(1.0, result.largest):
         raise ValueError(
             f"logits of random tokens are up to {result.difference:.3g} apart, of at most {result.largest:.3g} "
-            f"({between}); nothing is written. With --no-verify (verify=False) it would be"
+            f"({between}). Nothing is written. Pass --no-verify (verify=False) to write it all the same."
         )
     return result
 
 
 def check_tensors(model_class: type[PreTrainedModel], folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Compare tensors read from a folder with those that transformers loads from it by its own means.
+    """Compare tensors that were read from a folder with those that transformers loads from it.
 
     Raises:
-        ValueError: if it does not load, or one of them differs.
+        ValueError: if a tensor is not loaded, or differs.
     """
     loaded: Any = model_class.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -114,7 +114,7 @@ def check_tensors(model_class: type[PreTrainedModel], folder: Path, tensors: Map
     missing = [key for key in tensors if key not in state or key in found["missing_keys"]]
     if missing:
         raise ValueError(
-            f"{folder}: {model_class.__name__}.from_pretrained does not load {len(missing)} tensors: {missing[0]}"
+            f"{folder}: {model_class.__name__}.from_pretrained does not load {len(missing)} tensors: {missing[0]}."
         )
     for key, tensor in tensors.items():
         if not torch.allclose(state[key].float(), tensor.load().float(), rtol=0.0, atol=0.0, equal_nan=True):
@@ -127,7 +127,7 @@ def check_tensors(model_class: type[PreTrainedModel], folder: Path, tensors: Map
 def logits_of_tensors(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, LazyTensor]
 ) -> Tensor:
-    """Logits of a model with these weights for the random tokens, in float32."""
+    """Return the logits of a model with these weights for the random tokens, in float32."""
     state = {key: tensor.load().float() for key, tensor in tensors.items()}
     return _logits(
         model_class.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, trust_remote_code=False)
@@ -135,7 +135,7 @@ def logits_of_tensors(
 
 
 def logits_of_folder(model_class: type[PreTrainedModel], folder: Path) -> Tensor:
-    """Logits of the model in a folder for the random tokens, in float32."""
+    """Return the logits of the model in a folder for the random tokens, in float32."""
     return _logits(model_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False))
 
 

@@ -1,4 +1,4 @@
-"""Tensors out of a file of `torch.save`, of which nothing else is loaded and no code is run."""
+"""Reading of tensors from a file of `torch.save`, without loading other objects or running code."""
 
 import pickle
 import re
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Entries that trainers put a state dict under: PyTorch Lightning, the PyTorch tutorials, fairseq, DeepSpeed."""
+"""Entries that hold the state dict in files of PyTorch Lightning, the PyTorch tutorials, fairseq and DeepSpeed."""
 
-_DEPTH = 3  # wrappers in each other
+_DEPTH = 3  # of nested wrappers
 _REMEDY = "Save the state dict alone: torch.save(model.state_dict(), PATH)."
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the tensors of a file that `torch.save` wrote, in its present or its earlier (not zip) format.
+    """Read the tensors of a file that `torch.save` wrote, in its present or its older format, which is no zip file.
 
-    The present format is mapped into memory, the earlier one is read at once.
+    The present format is mapped into memory; the older one is read at once.
 
     Returns:
         The tensors by name, and a line for the report if they were under an entry such as "state_dict".
 
     Raises:
-        ValueError: if the file is damaged, holds other objects than plain ones and tensors, or no state dict.
+        ValueError: if the file is damaged, holds objects other than plain ones and tensors, or has no state dict.
     """
     name = path.name
     try:
@@ -62,7 +62,7 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def _holds_tensors(content: Any) -> bool:
-    """Whether there are tensors in a mapping, or in one under a known name in it."""
+    """Return whether a mapping holds tensors, or has another mapping under one of the known names."""
     if not isinstance(content, Mapping):
         return False
     return any(isinstance(value, Tensor) for value in content.values()) or any(

@@ -1,43 +1,38 @@
-"""Whether a folder can be published: it loads, as far as that can be told without running any code of it."""
+"""The check of a folder before it is published: that it will load, as far as this is known without running its code."""
 
-import re
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from ..harness.json_files import read_json_object
-from ..modeling.hub_upload import check_base, code_of, files_to_send
+from ..modeling.hub_upload import check_base, files_to_send
 from ..modeling.pretrained import ZooPreTrainedModel
 from .export import model_class_of
-from .weight_listing import Header, read_header, read_headers
+from .formats.format import config_errors, empty_model
+from .load_model import check_finite
+from .source_files import names_local_place
+from .weight_files import Header, read_header, read_headers
 
 __all__ = ["check_publishable"]
 
 _ADAPTER = "adapter_model.safetensors"
-# Entries of configurations that name where something was loaded from.
-_PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_name_or_path")
-_ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
 
 
 def check_publishable(folder: Path) -> None:
-    """Raise a ValueError if a folder is no whole model of the zoo with its code, or no whole adapter, or names a place
-    of this machine.
+    """Raise a ValueError unless a folder holds a whole model of the zoo with its code, or a whole adapter.
 
-    Checked are: the weights' files against their own headers, the index, and the keys and shapes that the configuration
-    promises; that all weights are finite; that the code is there with all it imports, and is in the folder; that the
-    card and every JSON file can be read, and hold no absolute path.
+    It checks that the weight files are whole and have the keys and shapes that index and configuration promise; that
+    all weights are finite; that the folder holds the code with everything that it imports; and that the card and all
+    JSON files can be read and hold no absolute path.
 
     Args:
-        folder: to be published.
+        folder: the folder to publish.
     """
     field = "FOLDER"
     if not folder.is_dir():
-        raise ValueError(f"{field}: there is no folder {folder}")
+        raise ValueError(f"{field} must be an existing folder, got {folder}.")
     adapter = (folder / "adapter_config.json").is_file()
     try:
         headers = _check_adapter(folder, field) if adapter else _check_model(folder, field)
@@ -47,53 +42,57 @@ def check_publishable(folder: Path) -> None:
         raise ValueError(text if text.startswith(f"{field}:") else f"{field}: {text}") from None
     for name in sent:
         if name.endswith(".json") and name != "modules.json":
-            _check_places(read_json_object(folder / name, f"{field}: {name}", allow_infinity=True), f"{field}: {name}")
+            values = read_json_object(folder / name, f"{field}: {name}", allow_infinity=True)
+            local = next((key for key, entry in values.items() if names_local_place(key, entry)), None)
+            if local is not None:
+                raise ValueError(
+                    f"{field}: {name}: `{local}` must not be a place of this machine, got {values[local]!r}. Remove "
+                    "the entry."
+                )
     _check_card(folder, field)
     _check_finite(folder, headers, field)
 
 
 def _check_adapter(folder: Path, field: str) -> dict[str, Header]:
     if not (folder / _ADAPTER).is_file():
-        raise ValueError(f"{field}: {folder} holds no weights ({_ADAPTER})")
+        raise ValueError(f"{field}: {folder} holds no weights ({_ADAPTER}).")
     check_base(folder)
     headers = read_header(folder / _ADAPTER, field)
     if not headers:
-        raise ValueError(f"{field}: {_ADAPTER} of {folder.name} holds no weights")
+        raise ValueError(f"{field}: {_ADAPTER} of {folder.name} holds no weights.")
     return headers
 
 
 def _check_model(folder: Path, field: str) -> dict[str, Header]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{field}: {folder} is not a model's: it holds no config.json")
+        raise ValueError(f"{field}: {folder} is no model, since it holds no config.json.")
     values = read_json_object(path, f"{field}: config.json", allow_infinity=True)
     if not isinstance(values.get("auto_map"), dict) or not values["auto_map"]:
-        raise ValueError(f"{field}: {path} has no auto_map, so it does not load; write the folder with export")
-    code_of(folder)
+        raise ValueError(f"{field}: {path} has no auto_map, so it does not load. Write the folder with ssm-zoo export.")
     headers = read_headers(folder, field)
-    expected, tied = _expected(folder, model_class_of(folder), field)
+    expected, tied = _expected(folder, model_class_of(folder))
     problems = {
         "lacks": sorted(expected.keys() - headers.keys()),
         "has too many": sorted(headers.keys() - expected.keys() - tied),
-        "has other shapes of": sorted(
+        "has other shapes for": sorted(
             key for key in expected.keys() & headers.keys() if expected[key] != headers[key].shape
         ),
     }
     for verb, keys in problems.items():
         if keys:
-            raise ValueError(f"{field}: {folder} {verb} {len(keys)} weights, by its config.json: {', '.join(keys[:3])}")
+            raise ValueError(
+                f"{field}: {folder} {verb} {len(keys)} weights, according to its config.json: {', '.join(keys[:3])}."
+            )
     return headers
 
 
-def _expected(folder: Path, kind: type[ZooPreTrainedModel], field: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Keys and shapes of the weights for the configuration in a folder, and the keys of those that are others' too."""
+def _expected(folder: Path, kind: type[ZooPreTrainedModel]) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return keys and shapes of the weights for the configuration in a folder, and the keys of tied weights."""
     assert kind.config_class is not None
-    try:
+    with config_errors():
         config = kind.config_class.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{field}: config.json: {str(error).strip().splitlines()[-1].strip()}") from None
-    with torch.device("meta"):
-        model = kind(config)
+    model = empty_model(kind, config)
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys)
     return {key: tuple(tensor.shape) for key, tensor in state.items() if key not in tied}, tied
@@ -103,15 +102,7 @@ def _check_finite(folder: Path, headers: dict[str, Header], field: str) -> None:
     for name in sorted({header.file for header in headers.values()}):
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no mapping
-                if not file.get_tensor(key).isfinite().all():
-                    raise ValueError(f"{field}: {name}: the weight {key} is not finite")
-
-
-def _check_places(value: Any, name: str) -> None:
-    """Raise a ValueError if a configuration says in which folder of a machine something was."""
-    for key, entry in value.items():
-        if key in _PLACES and isinstance(entry, str) and _ABSOLUTE.match(entry):
-            raise ValueError(f"{name}: `{key}` must not be a place of this machine, got {entry!r}; remove the entry")
+                check_finite({key: file.get_tensor(key)}, f"{field}: {name}")
 
 
 def _check_card(folder: Path, field: str) -> None:
@@ -122,4 +113,4 @@ def _check_card(folder: Path, field: str) -> None:
         ModelCard.load(path)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{field}: README.md: its front matter must be YAML of a model card ({reason})") from None
+        raise ValueError(f"{field}: README.md: its front matter must be YAML of a model card ({reason}).") from None

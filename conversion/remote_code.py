@@ -1,9 +1,9 @@
-"""Code that a source brings along: whether loading it would run any, and the one refusal that all commands share.
+"""The check, shared by all commands, that loading a source runs no code of that source without the user's consent.
 
-transformers, peft and sentence-transformers take classes from a repository where its JSON files name some: `auto_map`
-in those of the configuration, the tokenizer and the processors, the modules of an embedder, the base model of an
-adapter. Such code is never run and never copied unless the user asks for it, by a flag and not by answering a prompt.
-What transformers itself or the package knows needs no code of the source, whatever its files name.
+transformers, peft and sentence-transformers load classes from a repository if its JSON files name them: in `auto_map`
+of the configuration, the tokenizer and the processors, as modules of an embedder, or by the base model of an adapter.
+Such code is neither run nor copied unless the user asks for it, by a flag and not by answering a prompt. Models and
+tokenizers that transformers or this package knows need no such code, whatever the files name.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which need no code of a source
 from ..harness.json_files import read_json, typed
 
-__all__ = ["BroughtCode", "brought_code", "check_remote_code", "reference_of"]
+__all__ = ["check_remote_code", "reference_of"]
 
 CAUSAL_LM = "AutoModelForCausalLM"
 
@@ -28,13 +28,13 @@ _SENTENCE_TRANSFORMERS = "sentence_transformers."
 
 
 @dataclass(frozen=True)
-class BroughtCode:
+class _BroughtCode:
     """Code that loading a source would run.
 
     Attributes:
-        file: the file of the source that names it.
-        reference: how: "module.Class", or "owner/repository--module.Class" for that of another repository.
-        purpose: what for, " for model_type 'x'" say.
+        file: file of the source that names it.
+        reference: "module.Class", or "owner/repository--module.Class" for the code of another repository.
+        purpose: purpose of the code, e.g. " for model_type 'x'".
     """
 
     file: str
@@ -56,53 +56,37 @@ def check_remote_code(
     auto_class: str | None = CAUSAL_LM,
     tokenizer: bool = True,
 ) -> None:
-    """Raise a ValueError if only code that the source brings can load it, and nobody has asked for that.
+    """Raise a ValueError if a source can only be loaded with code of its own, and the user does not trust it.
 
     Args:
-        source: a folder, or a Hub id, of which nothing but configuration files is downloaded.
-        trusted: whether the user has asked for the code, with --trust-remote-code.
-        field: what to call the source in an error.
+        source: a folder, or a Hub id, from which only configuration files are downloaded.
+        trusted: whether the user has passed --trust-remote-code.
+        field: what errors call the source.
         revision: branch, tag or commit, for a Hub id.
-        subfolder: of the source, where its files are.
-        auto_class: the Auto class of transformers that loads the model; None where no model is loaded, or one by a
-            class of the package.
-        tokenizer: whether its tokenizer is loaded.
+        subfolder: folder of the source that holds its files.
+        auto_class: the Auto class of transformers that loads the model; None if no model is loaded, or if a class of
+            the package loads it.
+        tokenizer: whether the tokenizer is loaded.
 
     Raises:
         OSError: if the source cannot be read or found.
     """
     if trusted:
         return
-    found = brought_code(
-        source, field=field, revision=revision, subfolder=subfolder, auto_class=auto_class, tokenizer=tokenizer
-    )
-    if found:
-        raise ValueError(
-            f"{field}: {source} brings code of its own ({'; '.join(map(str, found))}); read it, then run it with "
-            "--trust-remote-code (trust_remote_code=True)"
-        )
-
-
-def brought_code(
-    source: str | Path,
-    *,
-    field: str = "source",
-    revision: str | None = None,
-    subfolder: str = "",
-    auto_class: str | None = CAUSAL_LM,
-    tokenizer: bool = True,
-) -> list[BroughtCode]:
-    """The code without which a source cannot be loaded. Arguments and errors are those of :func:`check_remote_code`."""
     place = _Source(str(source), revision, subfolder, field)
     found = [*_of_tokenizer(place)] if tokenizer else []
     if auto_class is not None:
         found = [*_of_model(place, auto_class, follow=True), *_of_embedder(place), *found]
-    return list(dict.fromkeys(found))
+    if found:
+        raise ValueError(
+            f"{field}: {source} brings code of its own ({'; '.join(map(str, dict.fromkeys(found)))}). Read it, then "
+            "pass --trust-remote-code (trust_remote_code=True) to run it."
+        )
 
 
 def reference_of(auto_map: Any, key: str) -> str | None:
-    """The class that an `auto_map` gives for an Auto class; of a slow and a fast tokenizer the one that is taken."""
-    if isinstance(auto_map, list | tuple):  # how tokenizers were named once
+    """Return the class that an `auto_map` names for an Auto class; the fast one of two tokenizers."""
+    if isinstance(auto_map, list | tuple):  # the older form, for tokenizers
         found: Any = auto_map if key == "AutoTokenizer" else None
     else:
         found = auto_map.get(key) if isinstance(auto_map, dict) else None
@@ -121,7 +105,7 @@ class _Source:
     field: str
 
     def read(self, name: str) -> Any:
-        """The value in a JSON file of the source; None if there is no such file."""
+        """Return the value in a JSON file of the source; None if there is no such file."""
         path = cached_file(
             self.place,
             name,
@@ -129,7 +113,7 @@ class _Source:
             subfolder=self.subfolder,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
-            # What neither the Hub nor the cache has, the loading that follows does not see either.
+            # A file that neither the Hub nor the cache has will not be loaded later either.
             _raise_exceptions_for_connection_errors=False,
         )
         if path is None:
@@ -137,7 +121,7 @@ class _Source:
         return read_json(path, f"{self.field}: {name} of {self.place}", allow_infinity=True)
 
     def read_object(self, name: str) -> dict[str, Any] | None:
-        """The object in a JSON file of the source; None if there is no such file.
+        """Return the object in a JSON file of the source; None if there is no such file.
 
         Raises:
             ValueError: if the file holds anything else.
@@ -146,14 +130,14 @@ class _Source:
         return None if value is None else typed(value, dict, f"{self.field}: {name} of {self.place}", "")
 
 
-def _of_model(source: _Source, auto_class: str, *, follow: bool) -> Iterator[BroughtCode]:
+def _of_model(source: _Source, auto_class: str, *, follow: bool) -> Iterator[_BroughtCode]:
     config, adapter = source.read_object("config.json"), source.read_object("adapter_config.json")
     if adapter is not None:
         if adapter.get("megatron_config") is not None:
-            yield BroughtCode("adapter_config.json", str(adapter.get("megatron_core")))
+            yield _BroughtCode("adapter_config.json", str(adapter.get("megatron_core")))
         base = adapter.get("base_model_name_or_path")
         if config is None and follow and isinstance(base, str) and base:
-            # The base model is loaded, too; it is no adapter itself.
+            # The base model is loaded as well; it is not an adapter itself.
             yield from _of_model(_Source(base, None, "", source.field), auto_class, follow=False)
     config = config or {}
     kind = _config_class(config)
@@ -162,17 +146,17 @@ def _of_model(source: _Source, auto_class: str, *, follow: bool) -> Iterator[Bro
     for key in (auto_class,) if kind is not None else ("AutoConfig", auto_class):
         reference = reference_of(config.get("auto_map"), key)
         if reference is not None:
-            yield BroughtCode("config.json", reference, f" for model_type {config.get('model_type')!r}")
+            yield _BroughtCode("config.json", reference, f" for model_type {config.get('model_type')!r}")
             return
 
 
 def _config_class(config: dict[str, Any]) -> type | None:
-    """The class of a configuration that transformers or the package knows."""
+    """Return the class of a configuration, if transformers or the package knows it."""
     model_type = config.get("model_type")
     return CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
 
 
-def _of_tokenizer(source: _Source) -> Iterator[BroughtCode]:
+def _of_tokenizer(source: _Source) -> Iterator[_BroughtCode]:
     values = source.read_object("tokenizer_config.json") or {}
     reference = reference_of(values.get("auto_map"), "AutoTokenizer")
     if reference is None:
@@ -183,16 +167,16 @@ def _of_tokenizer(source: _Source) -> Iterator[BroughtCode]:
         for each in (name, name.removesuffix("Fast"), f"{name.removesuffix('Fast')}Fast")
     )
     if not known and (kind is None or kind not in TOKENIZER_MAPPING):
-        yield BroughtCode("tokenizer_config.json", reference)
+        yield _BroughtCode("tokenizer_config.json", reference)
 
 
-def _of_embedder(source: _Source) -> Iterator[BroughtCode]:
-    """The modules of an embedder of sentence-transformers, and the processors that only such a one reads."""
+def _of_embedder(source: _Source) -> Iterator[_BroughtCode]:
+    """Yield the modules of an embedder of sentence-transformers, and of the processors that only embedders read."""
     modules = source.read("modules.json")
     for module in modules if isinstance(modules, list) else []:
         kind = module.get("type") if isinstance(module, dict) else None
         if isinstance(kind, str) and not kind.startswith(_SENTENCE_TRANSFORMERS):
-            yield BroughtCode("modules.json", kind)
+            yield _BroughtCode("modules.json", kind)
     for name in _PROCESSORS if modules is not None else ():
         values = source.read_object(name) or {}
         known = (values.get(key) for key in ("processor_class", "image_processor_type", "feature_extractor_type"))
@@ -200,4 +184,4 @@ def _of_embedder(source: _Source) -> Iterator[BroughtCode]:
             continue
         auto_map: Any = values.get("auto_map")
         for key in auto_map if isinstance(auto_map, dict) else ():
-            yield BroughtCode(name, str(reference_of(auto_map, key)))
+            yield _BroughtCode(name, str(reference_of(auto_map, key)))

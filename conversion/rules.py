@@ -1,9 +1,9 @@
 """Rules that turn the tensors of one checkpoint layout into those of another, in either direction.
 
-A format is a list of rules. A rule pairs a key pattern of theirs with key patterns of ours, in which `{layer}` stands
-for the number of a block and `{rest}` for the remainder of a key; between them there may be a transform of the tensors.
-Which of our keys there are is asked of the model itself, so that a list of rules is proven complete before a
-checkpoint is read, and what a checkpoint has to hold follows from it.
+A format is a list of rules. A rule pairs a key pattern of the other layout with key patterns of ours, in which
+`{layer}` stands for the number of a block and `{rest}` for the remainder of a key. It may also transform the tensors.
+Our keys are those of the model itself, so that a list of rules is known to be complete before a checkpoint is read; the
+keys that a checkpoint must have follow from it.
 """
 
 import re
@@ -33,12 +33,12 @@ class LazyTensor:
     load: Callable[[], Tensor]
 
     def to(self, dtype: torch.dtype) -> "LazyTensor":
-        """This in another dtype."""
+        """Return the tensor in another dtype."""
         return LazyTensor(self.shape, dtype, lambda: self.load().to(dtype))
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
-    """A tensor that is there already, on the meta device say."""
+    """Wrap a tensor that exists already, e.g. on the meta device."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
@@ -47,29 +47,29 @@ def _zeros(tensor: LazyTensor) -> LazyTensor:
 
 
 class Transform(Protocol):
-    """How tensors of theirs become tensors of ours, and back; shapes are known without reading any."""
+    """A conversion between their tensors and ours, which computes shapes without reading any tensor."""
 
     def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
-        """Ours, of theirs."""
+        """Return our tensors, computed from theirs."""
         ...
 
     def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
-        """Theirs, of ours."""
+        """Return their tensors, computed from ours."""
         ...
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """One tensor of theirs is several of ours, one below the other.
+    """Transform for a tensor of theirs whose rows are several tensors of ours.
 
     Attributes:
-        sizes: rows of each.
+        sizes: number of rows of each of ours.
     """
 
     sizes: tuple[int, ...]
 
     def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
-        """The parts."""
+        """Split the rows."""
         (tensor,), parts, start = theirs, [], 0
         for size in self.sizes:
             rows = slice(start, start + size)
@@ -80,20 +80,20 @@ class SplitRows:
         return parts
 
     def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
-        """The whole, of parts which share a dtype."""
+        """Join the rows of tensors that share a dtype."""
         shape = (sum(part.shape[0] for part in ours), *ours[0].shape[1:])
         return [LazyTensor(shape, ours[0].dtype, lambda: torch.cat([part.load() for part in ours]))]
 
 
 @dataclass(frozen=True)
 class Computed:
-    """One tensor of ours is computed from tensors of theirs.
+    """Transform for a tensor of ours that is computed from tensors of theirs.
 
     Attributes:
-        theirs: their shapes.
-        ours: its shape.
-        make: it, of theirs.
-        undo: theirs, of it; None where that is lost.
+        theirs: shapes of theirs.
+        ours: shape of ours.
+        make: computes ours from theirs.
+        undo: computes theirs from ours; None if that is impossible.
     """
 
     theirs: tuple[tuple[int, ...], ...]
@@ -102,7 +102,7 @@ class Computed:
     undo: Callable[[Tensor], list[Tensor]] | None = None
 
     def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
-        """Ours, in the dtype of the first of theirs."""
+        """Return our tensor, in the dtype of the first of theirs."""
 
         def load() -> Tensor:
             return self.make([tensor.load() for tensor in theirs]).to(theirs[0].dtype)
@@ -110,11 +110,11 @@ class Computed:
         return [LazyTensor(self.ours, theirs[0].dtype, load)]
 
     def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
-        """Theirs, each of which can be loaded where there is an `undo`."""
+        """Return their tensors, which can be loaded if there is an `undo`."""
         (tensor,), undo = ours, self.undo
 
         def load(number: int) -> Tensor:
-            assert undo is not None, "a format whose tensors cannot be computed back is only read"
+            assert undo is not None, "a format without `undo` is only read"
             return undo(tensor.load())[number].contiguous()
 
         return [
@@ -125,14 +125,14 @@ class Computed:
 
 @dataclass(frozen=True)
 class Rule:
-    """Key patterns of theirs, and ours.
+    """A pair of key patterns, theirs and ours.
 
     Attributes:
-        theirs: pattern of the key in the other layout, or with `transform` several; None: it has no such tensor, and
-            computes as with zeros.
-        ours: patterns of the zoo's keys: one, or with `transform` several.
-        transform: how one becomes the other; None where the tensor is the same.
-        layers: blocks that the rule is for; None: all.
+        theirs: pattern of a key in the other layout, or several if there is a transform. None means that it lacks this
+            tensor, which is then zero.
+        ours: pattern of a key of the zoo, or several if there is a transform.
+        transform: converts the tensors; None if they are the same.
+        layers: blocks to which the rule applies; None for all.
     """
 
     theirs: str | tuple[str, ...] | None
@@ -149,11 +149,11 @@ class Mapper:
     """Rules applied to the keys of one model.
 
     Args:
-        rules: the format.
-        model: every key of the model with its tensor, on the meta device.
+        rules: the rules of a format.
+        model: all tensors of the model by key, on the meta device.
 
     Raises:
-        ValueError: if a key of the model is met by no rule or by several, or a rule meets none.
+        ValueError: if a key of the model matches no rule or several, or a rule matches no key.
     """
 
     def __init__(self, rules: list[Rule], model: Mapping[str, Tensor]) -> None:
@@ -171,21 +171,21 @@ class Mapper:
                 self._steps.append((theirs, ours, rule.transform))
         met = [key for _, keys, _ in self._steps for key in keys]
         twice = sorted({key for key in met if met.count(key) > 1}) if len(met) != len(set(met)) else []
-        problems = {"rules that meet nothing": unused, "keys of the model met twice": twice}
+        problems = {"rules that match no key": unused, "keys of the model with several rules": twice}
         problems["keys of the model without a rule"] = sorted(set(model) - set(met))
         problems["rules for keys that the model lacks"] = sorted(set(met) - set(model))
         _raise("rules", problems)
 
     def theirs_of(self, key: str) -> str:
-        """Their key that one of ours comes from, or the first of several."""
+        """Return the key of theirs from which one of ours is made, or the first of several."""
         return next(theirs[0] for theirs, ours, _ in self._steps if theirs and key in ours)
 
     def expected(self) -> dict[str, LazyTensor]:
-        """What a checkpoint in their layout holds: keys and shapes."""
+        """Return the keys and shapes of a checkpoint in their layout."""
         return self._from_ours(self.model)
 
     def to_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The zoo's tensors, of theirs; :func:`check` them first."""
+        """Return the zoo's tensors, made from theirs, which must have passed :func:`check`."""
         result = {}
         for theirs, ours, transform in self._steps:
             if not theirs:
@@ -196,14 +196,14 @@ class Mapper:
         return result
 
     def from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """Their tensors, of the zoo's.
+        """Return their tensors, made from the zoo's.
 
         Raises:
-            ValueError: if a tensor that they do not have is not zero.
+            ValueError: if a tensor that their layout lacks is not zero.
         """
         lacking = [key for theirs, ours, _ in self._steps if not theirs for key in ours]
         lost = [key for key in lacking if bool(tensors[key].load().any())]
-        _raise("weights that the other layout has no place for must be 0", {"are not": lost})
+        _raise("weights that the target layout does not have must be zero", {"are not": lost})
         return self._from_ours(tensors)
 
     def _from_ours(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -223,17 +223,17 @@ def check(
     promise: str = "config.json",
     hint: str = "",
 ) -> None:
-    """Compare a checkpoint with what its configuration promises.
+    """Compare the tensors of a checkpoint with those that its configuration promises.
 
     Args:
-        tensors: what there is.
-        expected: what there has to be.
+        tensors: the tensors of the checkpoint.
+        expected: the expected tensors.
         where: name of the checkpoint, for the message.
-        promise: what says so, for the message.
-        hint: what the message ends with.
+        promise: source of the expectation, for the message.
+        hint: end of the message.
 
     Raises:
-        ValueError: if keys are missing or left over, or shapes or dtypes are others: all of it in one message.
+        ValueError: if keys are missing or left over, or have other shapes or dtypes; one message lists all of it.
     """
     common = [key for key in expected if key in tensors]
     shapes = [
@@ -260,7 +260,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def _raise(what: str, problems: dict[str, list[str]], hint: str = "") -> None:
-    """Raise a ValueError that says how many of each problem there are, and which the first are."""
+    """Raise a ValueError that gives the number and the first names of each problem, if there is any."""
     texts = []
     for problem, names in problems.items():
         if names:

@@ -1,6 +1,6 @@
-"""The weight files of a folder: which of them are its model, and that none of them lies elsewhere.
+"""The choice of a model's weight files in a folder, all of which must be in that folder.
 
-The choice is that of transformers' `from_pretrained`, so that whatever is converted, exported or checked here is what
+The choice is that of transformers' `from_pretrained`, so that conversion, export and checks use the weights that
 transformers loads: the file that `transformers_weights` in config.json names, else `model.safetensors`, else
 `model.safetensors.index.json` with its shards, else `pytorch_model.bin`, else `pytorch_model.bin.index.json` with its
 shards.
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.json_files import read_json_object, typed
+from .source_files import file_inside
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ORDER = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")  # of a trainer
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")  # files of a trainer
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class WeightFiles:
     """The files that hold a model's weights.
 
     Attributes:
-        name: the file that was chosen: one with weights, or an index.
+        name: the chosen file, which holds weights or is an index.
         paths: the files with weights, by their names.
-        weight_map: of an index, the file of each key; None without one.
+        weight_map: the file of each key by the index; None without an index.
         is_pickle: whether the files are pickles.
         unread: other weight files in the folder, by their names.
         has_metadata: whether the index has the object `metadata`, without which transformers does not read it.
@@ -42,7 +43,7 @@ class WeightFiles:
     has_metadata: bool = True
 
     def notes(self) -> list[str]:
-        """Lines for a report: nothing where there was nothing to choose."""
+        """Return lines for a report; empty if there was nothing to choose."""
         if not self.unread:
             return []
         return [f"weights: {self.name}, the file that transformers loads; not read: {', '.join(self.unread)}"]
@@ -51,7 +52,7 @@ class WeightFiles:
         """Check that each key is in the one shard that the index names.
 
         Args:
-            keys: those in each file, by its name.
+            keys: the keys in each file, by its name.
 
         Raises:
             ValueError: naming the index and a key that is in two shards, or not in that one.
@@ -75,15 +76,15 @@ class WeightFiles:
 
 
 def choose_weights(folder: Path) -> WeightFiles:
-    """Find the weight files that transformers would load from a folder. Nothing but an index is read.
+    """Find the weight files that transformers would load from a folder. No file but an index is read.
 
     Raises:
-        ValueError: if there are none; if there is an adapter, which transformers would add to them; or if an index
-            is malformed, or names a file that is not there or not in the folder.
+        ValueError: if there are none; if there is an adapter, which transformers would apply to them; or if an index
+            is malformed, or names a file that does not exist or is not in the folder.
     """
     if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} holds an adapter (adapter_config.json), which transformers would add to the model. Merge it "
+            f"{folder} holds an adapter (adapter_config.json), which transformers would apply to the model. Merge it "
             "(merge_and_unload) and save the result, or remove the adapter's files."
         )
     name = configured_name(folder)
@@ -94,11 +95,11 @@ def choose_weights(folder: Path) -> WeightFiles:
     if name is None:
         others = f", only {', '.join(there[:3])}" if there else ""
         raise ValueError(
-            f"{folder} holds no weights: none of {', '.join(ORDER)} is there{others}. Of a Hub repository, pickles are "
-            "downloaded only with --allow-pickle (allow_pickle=True)."
+            f"{folder} holds no weights: none of {', '.join(ORDER)} is there{others}. Pickles of a Hub repository "
+            "are downloaded only with --allow-pickle (allow_pickle=True)."
         )
     if not name.endswith(".index.json"):
-        paths, weight_map, has_metadata = {name: _inside(folder, name, "source")}, None, True
+        paths, weight_map, has_metadata = {name: file_inside(folder, name, "source")}, None, True
     else:
         weight_map, has_metadata = read_index(folder / name)
         names = sorted(set(weight_map.values()))
@@ -108,18 +109,18 @@ def choose_weights(folder: Path) -> WeightFiles:
                 f"{name} names {len(names)} shards, of which {len(missing)} are not in {folder}: "
                 f"{', '.join(missing[:3])}. Copy or download all of them."
             )
-        paths = {shard: _inside(folder, shard, name) for shard in names}
+        paths = {shard: file_inside(folder, shard, name) for shard in names}
     unread = [each for each in there if each != name and each not in paths]
     return WeightFiles(name, paths, weight_map, name in (PICKLE, PICKLE_INDEX), unread, has_metadata)
 
 
 def check_names(folder: Path) -> None:
-    """Check that the weights which an index or config.json of a folder names lie in the folder.
+    """Check that the weight files which an index or config.json of a folder names are in that folder.
 
-    transformers follows `../` and absolute paths to wherever they lead.
+    transformers would also read those of other folders, which it follows by `../` and absolute paths.
 
     Raises:
-        ValueError: if one is the name of something else.
+        ValueError: if a name is not that of a file in the folder.
     """
     configured_name(folder)
     for name in (SAFETENSORS_INDEX, PICKLE_INDEX):
@@ -153,7 +154,7 @@ def read_index(path: Path) -> tuple[dict[str, str], bool]:
 
 
 def configured_name(folder: Path) -> str | None:
-    """Return the file of weights, or the index, that config.json names, whether or not it is there."""
+    """Return the file of weights, or the index, that config.json names, whether or not it exists."""
     if not (folder / "config.json").is_file():
         return None
     name = read_json_object(folder / "config.json", "config.json", allow_infinity=True).get("transformers_weights")
@@ -170,15 +171,6 @@ def configured_name(folder: Path) -> str | None:
 
 def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not any(letter in name for letter in "/\\\0")
-
-
-def _inside(folder: Path, name: str, where: str) -> Path:
-    """Return the path of a file that must not be a link out of the folder, except to the Hub cache it belongs to."""
-    root, target = folder.resolve(), (folder / name).resolve()
-    roots = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    if not any(target.is_relative_to(each) for each in roots):
-        raise ValueError(f"{where}: {name} is a link to a file outside of {folder}. Put the file itself there.")
-    return folder / name
 
 
 def _may_hold_weights(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Weights on the disk: read tensor by tensor, and written shard by shard, so that no more than a shard is in memory."""
+"""Weight files: read tensor by tensor and written shard by shard, so that at most one shard is in memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,11 +10,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..harness.json_files import json_text
+from ..harness.json_files import json_text, parse_json
 from .pickle_weights import read_pickle
 from .rules import LazyTensor, lazy
 from .weight_choice import SAFETENSORS_INDEX, choose_weights
-from .weight_listing import read_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -33,13 +32,28 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
+class Header:
+    """The entry of one tensor in the header of a safetensors file.
+
+    Attributes:
+        file: name of the file.
+        dtype: dtype as the format writes it, e.g. "F32".
+        shape: shape of the tensor.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Weights:
     """The weights of a checkpoint.
 
     Attributes:
         tensors: the tensors by name, none of which is read yet.
-        notes: lines for a report: which files were chosen, what they were wrapped in.
-        is_plain: whether transformers, too, can read the files as they are.
+        notes: lines for a report, on the choice of files and on what they were wrapped in.
+        is_plain: whether transformers can read the files as they are.
     """
 
     tensors: dict[str, LazyTensor]
@@ -48,21 +62,21 @@ class Weights:
 
 
 def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Weights:
-    """Read the weights of a checkpoint, of the files that `weight_choice` chooses.
+    """Read the weights of a checkpoint from the files that `weight_choice` chooses.
 
     Args:
-        folder: holds the weights.
+        folder: the folder with the weights.
         allow_pickle: read a file of `torch.save`, always with `weights_only=True`, which runs no code.
 
     Raises:
-        ValueError: if there are no weights, only a pickle that is not allowed, a file that is damaged, or an index
-            that does not fit its shards.
+        ValueError: if there are no weights or only a pickle that is not allowed, if a file is damaged, or if an index
+            does not fit its shards.
     """
     chosen = choose_weights(folder)
     if chosen.is_pickle and not allow_pickle:
         raise ValueError(
             f"{folder} has its weights in {chosen.name}, a pickle, which can hold code. Pass --allow-pickle "
-            "(allow_pickle=True) to read nothing but tensors from it."
+            "(allow_pickle=True) to read it; only tensors are loaded from it."
         )
     notes, files = chosen.notes(), {}
     is_plain = chosen.has_metadata
@@ -82,16 +96,59 @@ def read_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Weights:
     return Weights({key: files[name][key] for key, name in weight_map.items()}, notes, is_plain)
 
 
+def read_headers(folder: Path, field: str) -> dict[str, Header]:
+    """Return the headers of a folder's tensors by name, from the files that transformers would read.
+
+    Args:
+        folder: the folder.
+        field: what errors call it.
+
+    Raises:
+        ValueError: if there are no safetensors, if a file is damaged, or if an index does not fit its shards.
+    """
+    chosen = choose_weights(folder)
+    if chosen.is_pickle:
+        raise ValueError(f"{field}: the weights in {folder} must be safetensors, got a pickle ({chosen.name}).")
+    files = {name: read_header(path, field) for name, path in chosen.paths.items()}
+    try:
+        chosen.check_shards(files)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
+    return {key: header for headers in files.values() for key, header in headers.items()}
+
+
+def read_header(path: Path, field: str | None = None) -> dict[str, Header]:
+    """Return the headers of a safetensors file's tensors by name, after checking that the file is whole.
+
+    Args:
+        path: the file.
+        field: what errors call it, if it needs a name.
+
+    Raises:
+        ValueError: if the file is damaged, or its header names a tensor twice: the library would silently use the last.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        prefix = f"{field}: " if field else ""
+        raise ValueError(f"{prefix}{path.name} is damaged, or no safetensors file ({error}).") from None
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    header: Any = parse_json(text.rstrip(b" "), f"{path.name}: its header")
+    header.pop("__metadata__", None)
+    return {key: Header(path.name, entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+
+
 def _read_safetensors(path: Path) -> dict[str, LazyTensor]:
     headers = read_header(path)
-    try:
-        file: Any = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged, or no safetensors file ({error}).") from None
+    file: Any = safe_open(path, framework="pt")
     tensors = {}
     for key, header in headers.items():
         if header.dtype not in _DTYPES:
-            raise ValueError(f"{path.name}: {key} must be of one of {', '.join(_DTYPES)}, got {header.dtype}.")
+            raise ValueError(
+                f"{path.name}: {key} must have one of the dtypes {', '.join(_DTYPES)}, got {header.dtype}."
+            )
         tensors[key] = LazyTensor(header.shape, _DTYPES[header.dtype], lambda key=key: file.get_tensor(key))
     return tensors
 
@@ -100,14 +157,14 @@ def write_weights(folder: Path, tensors: Mapping[str, LazyTensor], *, max_shard_
     """Write tensors as `model.safetensors`, or as shards with an index, reading those of one file at a time.
 
     Args:
-        folder: where to.
-        tensors: what to write.
-        max_shard_size: bytes of a file, or a text such as "5GB".
+        folder: the folder to write into.
+        tensors: the tensors by name.
+        max_shard_size: largest size of a file in bytes, or a text such as "5GB".
     """
     empty = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()}
     plan = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     for name, keys in plan.filename_to_tensors.items():
-        # Tensors of a pickle may share memory, which the format does not have.
+        # Tensors from a pickle may share memory, which safetensors cannot express.
         shard = {key: tensors[key].load().contiguous() for key in keys}
         places = [tensor.data_ptr() for tensor in shard.values()]
         if len(set(places)) < len(places):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import ProgressCallback, TrainingArguments
 
-from ..harness.run_folder import json_text
+from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
 from ..training.trainer import Watch, ZooTrainer, gradient_checkpointing, loop_arguments
@@ -253,7 +253,7 @@ def saved_parameters(student: ZooHybridForCausalLM, recipe: Recipe, layers: Sequ
 def write_progress(folder: Path, weights: dict[str, Tensor], progress: dict[str, Any]) -> None:
     """Write the student's part of a checkpoint into its folder."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    (folder / PROGRESS).write_text(json_text(progress, "progress"), encoding="utf-8")
+    (folder / PROGRESS).write_text(json_text(progress, "progress", indent=None), encoding="utf-8")
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..harness.errors import decoration
+from ..harness.published import decoration
 from ..harness.run_folder import write_json
 from ..harness.whole_files import write_text_whole, write_whole
+from ..reports.card_parts import machine_table
 from ..reports.distillation_plots import draw
 from ..reports.distillation_report import Report, parse_report
 from ..reports.distillation_tables import (
@@ -27,7 +28,6 @@ from ..reports.distillation_tables import (
     evaluations_table,
     layers_table,
     limits_list,
-    machine_table,
     plot_image,
     recipe_block,
     samples_section,
@@ -147,7 +147,7 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         limits_list(report),
         "## To repeat it",
         command_block(report),
-        machine_table(report),
+        machine_table(report.model_dump()),
         "The recipe that was run, with every default spelt out:",
         recipe_block(report),
     ]

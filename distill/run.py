@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample
-from ..harness.errors import decoration
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.run_folder import check_output_folder, claimed_folders_end, result_folder
-from ..harness.whole_files import write_text_whole
+from ..harness.published import decoration
+from ..harness.run_folder import check_output_folder, claimed_folders_end
+from ..harness.whole_files import new_folder, write_text_whole
 from ..modeling import ZooHybridForCausalLM
 from ..modeling.token_mixers import TOKEN_MIXERS
 from ..reports.distillation_card import write_card
@@ -240,7 +240,7 @@ def _sources(recipe: Recipe, split: str) -> list[str]:
 def _write_results(run: _Run, report: dict[str, Any]) -> None:
     """The report, and the student as a folder that appears whole."""
     write_report(run.output, report)
-    with result_folder(run.output / "student") as folder:
+    with new_folder(run.output / "student", overwrite=True) as folder:
         run.student.save_pretrained(folder)
         run.teacher.tokenizer.save_pretrained(folder)
         with decoration("the plots in the student's folder"):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..harness.text_files import read_json_lines, read_text_file
+from ..harness.text_files import read_json_lines_of, read_text_file
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -106,7 +106,7 @@ def read_beir(folder: str | Path, split: str = "test") -> RetrievalData:
 def _read_texts(path: Path, *, titles: bool) -> dict[str, str]:
     """Read the texts of a file of objects with ids, each after its title if there is one."""
     name, found = repr(str(path)), {}
-    for number, row in read_json_lines(read_text_file(path, "folder"), name):
+    for number, row in read_json_lines_of(path, "folder"):
         identity, text = (row.get("_id"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(identity, str) or not isinstance(text, str) or not (titles or text.strip()):
             raise ValueError(f"{name}, line {number} must be an object with texts under '_id' and 'text'")

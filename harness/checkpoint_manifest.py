@@ -1,4 +1,4 @@
-"""A list of a checkpoint's files with sizes and SHA-256, written last: it tells whether the checkpoint is whole."""
+"""The list of a checkpoint's files with their sizes and SHA-256, written last, to tell whether all of it is there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .fingerprint import sha256_of
-from .run_folder import read_json, write_json
+from .run_folder import read_json_or_none, write_json
 
 __all__ = ["MANIFEST", "damage", "newest_whole", "write_manifest"]
 
@@ -28,8 +28,8 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a folder of which `write_manifest` has made a list; None if it is whole."""
-    manifest = read_json(folder / MANIFEST)
+    """Return what is wrong with a folder, by the list that `write_manifest` made of it; None if it is whole."""
+    manifest = read_json_or_none(folder / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == _FORMAT else None
     if not isinstance(files, dict) or not files:
         return f"{MANIFEST} is missing or damaged"
@@ -47,18 +47,15 @@ def damage(folder: Path) -> str | None:
 def newest_whole(
     paths: Iterable[Path], read: Callable[[Path], Found | str], report: Callable[[str], object]
 ) -> Found | None:
-    """Return what the first whole checkpoint holds.
+    """Return the content of the first whole checkpoint; None if there are no checkpoints.
 
     Args:
         paths: checkpoints, the newest first.
-        read: gives what a checkpoint holds, or a text that says what is wrong with it.
-        report: is given one line for every damaged checkpoint that is passed over for an older one.
-
-    Returns:
-        None if there are no checkpoints.
+        read: returns the content of a checkpoint, or a text that says what is wrong with it.
+        report: is called with one line for each damaged checkpoint that is passed over for an older one.
 
     Raises:
-        ValueError: if there are checkpoints and none is whole: the run must not start again unasked.
+        ValueError: if there are checkpoints and none is whole, since a run must not silently start from the beginning.
     """
     problems: list[tuple[Path, str]] = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""Fingerprints of the weights, configuration and tokenizer of a run, so that it is not resumed with others."""
+"""Fingerprints of a run's weights, configuration and tokenizer, so that it is not resumed with different ones."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .run_folder import claim_output_folder, read_json
+from .run_folder import claim_output_folder, read_json_or_none
 
 __all__ = ["claim_run", "fingerprint", "pinned_revision", "sha256_of"]
 
@@ -27,7 +27,7 @@ _PARTS = {
 }
 """Parts of a model's folder, and the files that hold them."""
 
-# Each of them reveals the commit of a repository.
+# A snapshot's folder, and so the commit, is known from any of these, whichever the repository has.
 _SMALL_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -38,16 +38,16 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint(source: str, commit: str | None = None, parts: Iterable[str] = tuple(_PARTS)) -> dict[str, str]:
-    """Return what distinguishes a source from any other with the same name.
+    """Return values that distinguish a source from any other with the same name.
 
     Args:
         source: a folder, a file or a Hub id.
-        commit: of the Hub id, see :func:`pinned_revision`.
-        parts: which of "weights", "config" and "tokenizer" the run reads of a folder.
+        commit: commit of the Hub id; see :func:`pinned_revision`.
+        parts: those of "weights", "config" and "tokenizer" that the run reads from a folder.
 
     Returns:
-        "source", and: of a Hub id its "commit", of a file its SHA-256 as "weights", of a folder a SHA-256 for each of
-        `parts` that is there, over the names and contents of its files.
+        "source" and, for a Hub id, its "commit"; for a file, its SHA-256 as "weights"; for a folder, a SHA-256 of the
+        names and contents of the files of each of `parts` that it has.
     """
     path = Path(source)
     if path.is_file():
@@ -65,12 +65,12 @@ def fingerprint(source: str, commit: str | None = None, parts: Iterable[str] = t
 
 
 def pinned_revision(source: str, revision: str | None, output: Path, name: str) -> str | None:
-    """Return the commit that a run reads of a Hub id: an adapter or a student fits no other weights.
+    """Return the commit of a Hub id that a run reads, since an adapter or a student fits no other weights.
 
     Args:
         source: a folder, a file or a Hub id.
-        revision: branch, tag or commit; None: the commit with which the run in `output` was started, if there is one,
-            else the newest.
+        revision: branch, tag or commit; None means the commit with which the run in `output` was started or, for a new
+            run, the newest.
         output: folder of the run.
         name: the source's name in `sources` of :func:`claim_run`.
 
@@ -78,13 +78,13 @@ def pinned_revision(source: str, revision: str | None, output: Path, name: str) 
         The commit, or None for a folder or file.
 
     Raises:
-        ValueError: if there is a revision of a folder or file.
+        ValueError: if a revision is given for a folder or file.
         OSError: if the repository is not found or cannot be reached.
     """
     if Path(source).exists():
         if revision is not None:
             kind = "folder" if Path(source).is_dir() else "file"
-            raise ValueError(f"revision: got {revision!r}; accepted with the {kind} {source}: none")
+            raise ValueError(f"`revision` must be left out for the {kind} {source}, got {revision!r}.")
         return None
     earlier = _sources_of(output).get(name, {})
     if revision is None and earlier.get("source") == source and "commit" in earlier:
@@ -102,21 +102,21 @@ def pinned_revision(source: str, revision: str | None, output: Path, name: str) 
 def claim_run(
     output: Path, recipe: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]], kind: str
 ) -> dict[str, Any] | None:
-    """Claim a run's folder as `claim_output_folder` does, for this recipe with these sources.
+    """Claim a run's folder, as `claim_output_folder` does, for a recipe and the sources that it reads.
 
     Args:
         output: the folder.
         recipe: what the run computes.
-        sources: name to :func:`fingerprint` of everything it is started from.
-        kind: what sort of run this is.
+        sources: the :func:`fingerprint` of each source, by its name.
+        kind: name of this kind of run.
 
     Returns:
-        As `claim_output_folder`.
+        What `claim_output_folder` returns.
 
     Raises:
-        ValueError: also if a source has changed since the run was started.
+        ValueError: as `claim_output_folder`, and if a source has changed since the run was started.
     """
-    marker = read_json(output / "run.json")
+    marker = read_json_or_none(output / "run.json")
     if isinstance(marker, dict) and marker.get("kind") == kind and isinstance(marker.get("recipe"), dict):
         earlier = marker["recipe"].get("sources")
         if sources and not isinstance(earlier, dict):
@@ -131,7 +131,7 @@ def claim_run(
 
 def _check_source(name: str, there: Mapping[str, str], here: Mapping[str, str], output: Path) -> None:
     if there.get("source") != here["source"]:
-        return  # another source altogether, which the recipe says too
+        return  # a different source: the comparison of the recipes reports it
     changed = [part for part in (*_PARTS, "commit") if there.get(part) != here.get(part)]
     if changed == ["commit"]:
         raise ValueError(
@@ -146,7 +146,7 @@ def _check_source(name: str, there: Mapping[str, str], here: Mapping[str, str], 
 
 
 def _sources_of(output: Path) -> dict[str, Any]:
-    marker = read_json(output / "run.json")
+    marker = read_json_or_none(output / "run.json")
     recipe = marker.get("recipe") if isinstance(marker, dict) else None
     sources = recipe.get("sources") if isinstance(recipe, dict) else None
     return sources if isinstance(sources, dict) else {}

@@ -1,4 +1,4 @@
-"""JSON read and written strictly: what a file says twice, or cannot say in JSON, is an error that names the file."""
+"""Strict reading and writing of JSON: duplicate keys and values that JSON does not have are errors naming the file."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 __all__ = ["json_text", "parse_json", "read_json", "read_json_object", "typed"]
 
 MAX_BYTES = 256 * 2**20
-"""Size from which a JSON file is refused: the largest tokenizers and indices have a few tens of MB."""
+"""Largest size of a JSON file. The largest tokenizers and indices have a few tens of MB."""
 
 MAX_DEPTH = 100
 """Deepest nesting accepted. Configurations nest less than ten levels; Python's own limit depends on its version."""
@@ -40,8 +40,8 @@ def read_json(
     Args:
         path: the file.
         name: what errors call it; its path by default.
-        allow_infinity: accept the constants `Infinity` and `-Infinity`, which Python writes and JSON does not have:
-            many published config.json hold them. `NaN` is never accepted.
+        allow_infinity: accept the constants `Infinity` and `-Infinity`, which Python writes and JSON does not have, as
+            many published config.json files hold them. `NaN` is never accepted.
         max_bytes: largest size read.
 
     Raises:
@@ -111,10 +111,10 @@ def parse_json(text: str | bytes, name: str, *, allow_infinity: bool = False) ->
 
 
 def typed(value: Any, kind: type, name: str, field: str) -> Any:
-    """Return a value read from JSON if it is of a kind, otherwise raise an error that names the field.
+    """Return a value read from JSON if it is of the given kind, otherwise raise an error that names the field.
 
     Args:
-        value: what was read.
+        value: the value that was read.
         kind: dict, list, str, bool, int or float. An integer is a number too, `true` is neither.
         name: name of the file.
         field: name of the field; empty for the whole file.
@@ -132,10 +132,10 @@ def typed(value: Any, kind: type, name: str, field: str) -> Any:
 
 
 def json_text(value: Any, name: str, *, indent: int | None = 2, sort_keys: bool = False) -> str:
-    """Return a value as JSON text that any JSON reader reads; the counterpart of :func:`parse_json`.
+    """Return a value as JSON text that every JSON parser accepts; the counterpart of :func:`parse_json`.
 
     Raises:
-        ValueError: if the value holds NaN, an infinity, or a kind that JSON does not have.
+        ValueError: if the value contains NaN, an infinity, or an object of a type that JSON does not have.
     """
     try:
         return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
@@ -144,11 +144,11 @@ def json_text(value: Any, name: str, *, indent: int | None = 2, sort_keys: bool 
 
 
 class _RefusedError(Exception):
-    """Something that `json` accepts and we do not."""
+    """JSON that Python's `json` accepts and :func:`parse_json` refuses."""
 
 
 def _check_values(value: Any, name: str) -> None:
-    """Check depth and strings, without recursion."""
+    """Check the depth and the strings of a value, without recursion."""
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:

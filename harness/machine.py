@@ -1,4 +1,4 @@
-"""Hardware and versions, which every measurement is published with, without anything that names the machine."""
+"""Hardware and versions, which accompany every published measurement, without anything that names the machine."""
 
 import importlib.metadata
 import os
@@ -18,12 +18,12 @@ def describe_machine(*computing: str) -> dict[str, dict[str, Any]]:
     """Return hardware and versions, without host names, paths or serial numbers.
 
     Args:
-        computing: distributions that took part, in addition to those that always do.
+        computing: distributions to list in addition to torch, transformers, accelerate and ssm-zoo.
 
     Returns:
         "hardware": "cpu" (its name, or None), "cores" (those this process may use), "memory_bytes" (of the
-        machine, or None) and "gpu" (CUDA devices that torch sees, or None); "versions": of Python and of what
-        computes.
+        machine, or None) and "gpu" (CUDA devices that torch sees, or None); "versions": those of Python and of the
+        distributions.
     """
     versions = {"python": platform.python_version()}
     for name in (*_DISTRIBUTIONS, *computing):

@@ -1,11 +1,11 @@
-"""The processes of a run: their numbers, the command line that starts them again, and child processes."""
+"""The processes of a run: their numbers, the command line that repeats the run, and child processes."""
 
 import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from .public_text import public_argument
+from .published import public_argument
 
 __all__ = ["check_processes", "command_line", "process_number", "run_child"]
 
@@ -20,7 +20,7 @@ def process_number() -> int:
 def check_processes(seen: int) -> None:
     """Raise a ValueError if accelerate does not see all processes that were started.
 
-    Each process would otherwise carry out the whole run by itself, all in one folder.
+    Otherwise each process would carry out the whole run, all of them in one folder.
 
     Args:
         seen: number of processes that accelerate knows of.
@@ -42,7 +42,7 @@ def command_line(arguments: Sequence[str]) -> str:
     """
     program = ["ssm-zoo"]
     processes = _processes_started()
-    if processes > 1:  # what `accelerate launch` comes down to, on GPUs and on CPUs
+    if processes > 1:  # `accelerate launch` runs torchrun as well, on GPUs and on CPUs
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         nodes = ["--nnodes", str(processes // here)] if here < processes else []
         program = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", "ssm_zoo.cli.main"]
@@ -53,8 +53,8 @@ def command_line(arguments: Sequence[str]) -> str:
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a program to its end and capture its output.
 
-    Its standard input is a pipe to which nothing is written and which closes when this process ends, even by a kill. A
-    program that watches that pipe, as `isolated_load.end_with_parent` does, then ends too.
+    Its standard input is a pipe to which nothing is written and which closes when this process ends, even if it is
+    killed. A program that watches that pipe, as `isolated_load.end_with_parent` does, then ends too.
 
     Args:
         command: the program and its arguments.

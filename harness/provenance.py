@@ -5,20 +5,20 @@ from typing import Any
 
 from huggingface_hub import model_info
 
-# HTTPError: httpx's, or what the Hub's client has instead of httpx.
+# HTTPError is httpx's, or its replacement in releases of the Hub's client that do not use httpx.
 from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
-from .errors import UNREADABLE, go_without
 from .json_files import read_json_object
+from .published import UNREADABLE, go_without
 from .text_files import front_matter
 
-# Written last into a folder that was converted from another file; names that file.
+# Written last into a folder that was converted from a GGUF file; names that file.
 SOURCE_FILE = "gguf_source.json"
 _SECONDS = 20.0
 
 
 def provenance(source: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Return a model's public name and its licence. What cannot be read is left out with a warning.
+    """Return a model's public name and its licence; warn about what cannot be read and leave it out.
 
     Args:
         source: the Hub id, folder or .gguf file that it was loaded from.
@@ -46,7 +46,7 @@ def provenance(source: str, revision: str | None = None) -> tuple[str, str | Non
 
 
 def _text(value: Any) -> str | None:
-    """Return a value that is text as one line, otherwise None: front matter may hold anything."""
+    """Return text as one line, and None for any other value, since front matter may hold anything."""
     return " ".join(value.split()) or None if isinstance(value, str) else None
 
 
@@ -54,7 +54,7 @@ def _hub_licence(repo_id: str, revision: str | None) -> str | None:
     try:
         card = model_info(repo_id, revision=revision, timeout=_SECONDS).card_data
     except HFValidationError:
-        return None  # only a Hub id has a licence there
+        return None  # not a Hub id
     except (HTTPError, *UNREADABLE) as error:
         # The model itself may be in the local cache while the Hub cannot be reached.
         go_without(f"the licence of {repo_id}", error)

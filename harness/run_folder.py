@@ -16,30 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .whole_files import TEMPORARY, flush, new_folder, repair, result_folder, sweep, write_text_whole, write_whole
+from .json_files import json_text
+from .whole_files import TEMPORARY, check_writable, repair, sweep, write_text_whole
 
 try:
     import fcntl
 except ImportError:  # Windows, where no folder is locked
     fcntl = None
 
-__all__ = [
-    "TEMPORARY",
-    "check_output_folder",
-    "claim_output_folder",
-    "claimed_folders_end",
-    "flush",
-    "json_text",
-    "new_folder",
-    "read_json",
-    "result_folder",
-    "write_json",
-    "write_whole",
-]
+__all__ = ["check_output_folder", "claim_output_folder", "claimed_folders_end", "read_json_or_none", "write_json"]
 
 _FORMAT = 1
 _MARKER = "run.json"
-# A run is not started with less: the report and the card, written last, need room as well.
+_ACCEPTED = "a new or empty folder, or this run's own"
+# A run does not start with less: the report and the card, which are written last, need room as well.
 _LEAST_FREE_BYTES = 32 * 2**20
 
 # Handles on the folders that this process has claimed, by device and inode.
@@ -54,21 +44,17 @@ def check_output_folder(path: str | Path, *, bytes_needed: int = 0) -> None:
         bytes_needed: minimum that the run is going to write.
 
     Raises:
-        ValueError: if it is a file, holds something else than a run, is another process's at the moment, cannot be
-            written to, or has no room.
+        ValueError: if it is a file, holds something other than a run, is in use by another process, cannot be written
+            to, or has no room.
     """
     path = Path(path)
     _check_is_folder(path)
-    above = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
-    if not above.is_dir():
-        raise ValueError(f"output folder: {path} cannot be made: {above} is no folder; give another")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"output folder: {path} cannot be written: no permission to write in {above}")
+    above = check_writable(path, (path, *path.absolute().parents), "output folder")
     free, needed = shutil.disk_usage(above).free, max(bytes_needed, _LEAST_FREE_BYTES)
     if free < needed:
         raise ValueError(
-            f"output folder: {path} has {free / 2**20:,.0f} MiB of free disk space, the run needs at least "
-            f"{needed / 2**20:,.0f} MiB; free some, or give a folder on another disk"
+            f"output folder: {path} has {free / 2**20:,.0f} MiB of free disk space, but the run needs at least "
+            f"{needed / 2**20:,.0f} MiB. Free some, or give a folder on another disk."
         )
     if path.is_dir():
         if not (path / _MARKER).is_file():
@@ -90,19 +76,18 @@ def claimed_folders_end() -> Iterator[None]:
 def _check_is_folder(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
         what = "a link to nothing" if path.is_symlink() else "a file"
-        raise ValueError(f"output folder: {path} is {what}; accepted: a new or empty folder, or this run's own")
+        raise ValueError(f"output folder: {path} must be {_ACCEPTED}, got {what}.")
 
 
 def _check_is_empty(path: Path, kind: str) -> None:
     if any(not entry.name.startswith(TEMPORARY) for entry in path.iterdir()):
         raise ValueError(
-            f"output folder: {path} is not empty and holds no {_MARKER} of a {kind}; accepted: a new or empty "
-            "folder, or this run's own"
+            f"output folder: {path} must be {_ACCEPTED}, got one that is not empty and holds no {_MARKER} of a {kind}."
         )
 
 
 def _lock(path: Path) -> tuple[int, int] | None:
-    """Lock a folder for this process; return the key of the lock, or None if this process has it already.
+    """Lock a folder for this process; return the key of the lock, or None if this process holds it already.
 
     Raises:
         ValueError: if another process holds it.
@@ -121,8 +106,8 @@ def _lock(path: Path) -> tuple[int, int] | None:
         os.close(handle)
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise ValueError(
-                f"output folder: {path} is in use by another process, whose run has not ended; wait for it, or give "
-                "another folder"
+                f"output folder: {path} is in use by another process, whose run has not ended. Wait for it, or give "
+                "another folder."
             ) from None
         return None  # a file system without locks
     _locks[key] = handle
@@ -137,23 +122,23 @@ def _unlock(key: tuple[int, int] | None) -> None:
 def claim_output_folder(
     path: str | Path, recipe: Mapping[str, Any], kind: str = "ssm-zoo distillation run"
 ) -> dict[str, Any] | None:
-    """Claim a folder as the output of a run, unless it is this run's already.
+    """Claim a folder as the output of a run, unless it belongs to this run already.
 
     Args:
         path: the folder; made if missing.
-        recipe: what the run computes, of the kinds that JSON knows (`recipe.as_mapping`).
-        kind: what sort of run this is.
+        recipe: what the run computes, as values that JSON can hold (`recipe.as_mapping`).
+        kind: name of this kind of run, for the marker and for errors.
 
     Returns:
-        None for a new folder; for the folder of an earlier start of the same run its marker, a dict with "kind",
+        None for a new folder. If the same run was started in the folder before, its marker: a dict with "kind",
         "format" and "recipe".
 
     Raises:
-        ValueError: if the folder holds anything else, or a run of another recipe (then naming the keys that
-            differ); nothing is written then.
+        ValueError: if the folder holds anything else, or a run of another recipe; the error then names the keys that
+            differ. Nothing is written in either case.
     """
     path = Path(path)
-    marker = {"kind": kind, "format": _FORMAT, "recipe": json.loads(json_text(recipe, "recipe"))}
+    marker = {"kind": kind, "format": _FORMAT, "recipe": json.loads(json_text(dict(recipe), "recipe"))}
     _check_is_folder(path)
     if path.is_dir():
         taken = _lock(path)
@@ -177,14 +162,14 @@ def _earlier_start(path: Path, marker: dict[str, Any]) -> dict[str, Any] | None:
     if not (path / _MARKER).is_file():
         _check_is_empty(path, kind)
         return None
-    found = read_json(path / _MARKER)
+    found = read_json_or_none(path / _MARKER)
     if not isinstance(found, dict) or found.get("kind") != kind or found.get("format") != _FORMAT:
-        raise ValueError(f"output folder: {path / _MARKER} is not the marker of a {kind} of format {_FORMAT}")
+        raise ValueError(f"output folder: {path / _MARKER} is not the marker of a {kind} of format {_FORMAT}.")
     if found.get("recipe") != marker["recipe"]:
         differences = "; ".join(_differences(found.get("recipe"), marker["recipe"]))
         raise ValueError(
-            f"output folder: {path} holds a run of another recipe ({differences}); give another folder, or "
-            "resume that run with its own recipe"
+            f"output folder: {path} holds a run of another recipe ({differences}). Give another folder, or "
+            "resume that run with its own recipe."
         )
     return found
 
@@ -198,39 +183,26 @@ def _tidy(path: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON so that the file is, at every moment, the old one or the new one.
+    """Write a value as indented JSON, so that the file is at every moment the old one or the new one.
 
     Raises:
-        ValueError: if JSON does not know a kind of value in it, or there is something under the name that is no
-            regular file; nothing is written then.
+        ValueError: if JSON cannot hold the value, or something other than a regular file has the name; nothing is
+            written then.
     """
     path = Path(path)
-    write_text_whole(path, json_text(value, path.name, indent=2) + "\n")
+    write_text_whole(path, json_text(value, path.name) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the value in a JSON file; None if there is no such file or it is not JSON."""
+def read_json_or_none(path: Path) -> Any:
+    """Return the value in a JSON file of a run; None if there is no such file or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
-def json_text(value: Any, field: str, indent: int | None = None) -> str:
-    """Return the value as JSON text.
-
-    Raises:
-        ValueError: if JSON does not know a kind of value in it, or has no word for a number that is not finite.
-    """
-    try:
-        return json.dumps(dict(value) if isinstance(value, Mapping) else value, indent=indent, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        accepted = "numbers, texts, true, false, none, and lists and dicts of them"
-        raise ValueError(f"{field}: {error}; accepted: {accepted}") from None
-
-
 def _differences(there: Any, here: Any, key: str = "") -> list[str]:
-    """Return one text per place in which two JSON values differ, with its dotted key."""
+    """Return a text for each place at which two JSON values differ, with its dotted key."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [*there, *(name for name in here if name not in there)]
         pairs = [(name, there.get(name, "absent"), here.get(name, "absent")) for name in names]

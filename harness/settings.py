@@ -6,7 +6,7 @@ A class of settings declares a field with its type, its default and, in the docs
         rank: Count = 16
         \"\"\"Rank of the adapters.\"\"\"
 
-`ssm_zoo.cli.options` makes command-line options of the fields, and :func:`check` turns what pydantic finds into one
+`ssm_zoo.cli.options` makes command-line options of the fields, and :func:`check` turns pydantic's errors into one
 sentence per mistake: "`rank` must be at least 1, got 0".
 """
 
@@ -25,22 +25,22 @@ __all__ = ["Option", "SettingsBase", "accept", "check", "refused", "wrong"]
 
 
 class SettingsBase(BaseModel):
-    """Base of all settings: unknown keys are refused, nothing is converted, docstrings of fields are their help."""
+    """Base of all settings: unknown keys are refused, values are not converted, a field's docstring is its help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line offers a field, where its name, type and default do not say it.
+    """A command-line option for a field, as far as it does not follow from the field's name, type and default.
 
     Attributes:
-        name: of the option; by default the field's, `--batch-size` for `batch_size`.
-        metavar: what the help calls the value.
-        argument: a positional argument instead of an option.
+        name: name of the option; by default that of the field, e.g. `--batch-size` for `batch_size`.
+        metavar: name of the value in the help.
+        argument: make it a positional argument instead of an option.
         parse: turns the text that was typed into the field's value.
         default: describes a default that depends on other settings; a required field then becomes optional.
-        negative: an option that switches a boolean off, beside the one that switches it on.
+        negative: add an option that switches a boolean off, beside the one that switches it on.
     """
 
     name: str | None = None
@@ -53,7 +53,7 @@ class Option:
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
-# What is accepted, where pydantic speaks of Python.
+# What is accepted, for the kinds of error whose pydantic message uses Python's terms.
 _ACCEPTED = {
     "bool_type": "true or false",
     "invalid_key": "a text, like every key",
@@ -72,15 +72,15 @@ _WORDS = {
 
 
 def check(kind: type[Checked], values: Any, source: str | None = None) -> Checked:
-    """Check settings that were given as nested dicts and lists.
+    """Build settings from nested dicts and lists, after checking them.
 
     Args:
         kind: the class of the settings.
-        values: what was given.
-        source: what to call it in an error, if it needs a name.
+        values: the dicts and lists.
+        source: name of the values in an error, if they need one.
 
     Raises:
-        ValueError: with a sentence for every setting that is unknown, missing or not accepted, in the order in which
+        ValueError: with a sentence for each setting that is unknown, missing or not accepted, in the order in which
             they were given.
     """
     try:
@@ -101,15 +101,15 @@ def wrong(field: str, value: Any, accepted: str) -> PydanticCustomError:
 
 
 def refused(field: str, problem: str) -> PydanticCustomError:
-    """Return the error of a validator about a field; `problem` goes on with a sentence that begins with its name."""
+    """Return the error of a validator about a field; `problem` continues a sentence that begins with its name."""
     return PydanticCustomError("refused", "{field} {problem}", {"field": field, "problem": problem})
 
 
 def accept(accepted: str, convert: Callable[[Any], Any]) -> BeforeValidator:
-    """Return a validator that replaces a value with what `convert` makes of it, and refuses it where that is None.
+    """Return a validator that replaces a value with the result of `convert`, and refuses it if that is None.
 
     pydantic's own messages name one broken bound at a time and, for unions, every branch that failed. This one names
-    all that is accepted.
+    everything that is accepted.
     """
 
     def validate(value: Any) -> Any:
@@ -122,7 +122,7 @@ def accept(accepted: str, convert: Callable[[Any], Any]) -> BeforeValidator:
 
 
 def _describe(detail: ErrorDetails, settings: type[BaseModel]) -> str:
-    """Return the sentence for one mistake: the dotted key, what is accepted, the value."""
+    """Return the sentence for one mistake, with the dotted key, what is accepted, and the value."""
     kind, location, value = detail["type"], detail["loc"], reprlib.repr(detail["input"])
     key = ".".join(map(str, location))
     name = f"`{key}`" if key else "the top level"

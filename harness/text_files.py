@@ -1,4 +1,4 @@
-"""Text files of the user: plain text, JSON lines and front matter, with errors that say what is wrong and where."""
+"""The user's text files: plain text, JSON lines and front matter, with errors that say what is wrong and where."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,39 +30,22 @@ def _check_file(path: str | Path, field: str) -> None:
     if not Path(path).is_file():
         kind = "is a folder, not a file" if Path(path).is_dir() else "is not a regular file"
         there = f"{str(path)!r} {kind}" if Path(path).exists() else f"there is no file {str(path)!r}"
-        raise ValueError(f"{field}: {there}")
+        raise ValueError(f"{field}: {there}.")
 
 
 def _not_utf8(path: str | Path, field: str, place: int, reason: str) -> ValueError:
-    return ValueError(f"{field}: {str(path)!r} is not UTF-8 text (byte {place}: {reason})")
-
-
-def read_json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield the values of JSON lines with their line numbers, from 1; empty lines are skipped.
-
-    Args:
-        text: the lines.
-        name: what to call them in an error.
-
-    Raises:
-        ValueError: if a line is not strict JSON; see `json_files.parse_json`.
-    """
-    # Not splitlines(): JSON strings may contain U+2028 and the like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield number, parse_json(line, f"{name}, line {number}")
+    return ValueError(f"{field}: {str(path)!r} is not UTF-8 text (byte {place}: {reason}).")
 
 
 def read_json_lines_of(path: str | Path, field: str) -> Iterator[tuple[int, Any]]:
     """Yield the values of a file of JSON lines with their line numbers, one line in memory at a time.
 
     Args:
-        path: the file, in UTF-8; a byte order mark is passed over.
+        path: the file, in UTF-8; a byte order mark is skipped.
         field: what to call the argument in an error.
 
     Raises:
-        ValueError: as `read_text_file` and `read_json_lines`.
+        ValueError: if there is no such file, it is not UTF-8, or a line is not strict JSON; see `parse_json`.
     """
     _check_file(path, field)
     position = 0
@@ -97,11 +80,11 @@ def front_matter(card: Path) -> dict[str, Any]:
         return {}
     ends = [number for number, line in enumerate(lines[1:], start=1) if line.rstrip() == "---"]
     if not ends:
-        raise ValueError(f"{card}: the front matter must end with a line ---")
+        raise ValueError(f"{card}: the front matter must end with a line ---.")
     try:
         values = yaml.safe_load("\n".join(lines[1 : ends[0]]))
     except yaml.YAMLError as error:
-        raise ValueError(f"{card}: the front matter is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{card}: the front matter is not YAML: {' '.join(str(error).split())}.") from None
     if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{card}: the front matter must be a mapping, got {type(values).__name__}")
+        raise ValueError(f"{card}: the front matter must be a mapping, got {type(values).__name__}.")
     return values or {}

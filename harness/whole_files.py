@@ -1,8 +1,8 @@
-"""Files and folders that appear under their name whole: written beside it under a temporary name, then renamed.
+"""Files and folders that appear whole: they are written under a temporary name in the same folder, then renamed.
 
-A temporary name is new and nobody can guess it, so that no planted link is followed. Whoever writes holds a lock on
-what stands under it, which the kernel releases when the process ends, however it ends: what is not locked was left by a
-process that was killed, and goes when the next one writes into the same folder.
+A temporary name is random, so that nobody can plant a link under it. The process that writes holds a lock on the file
+or folder, which the kernel releases when the process ends, however it ends. A temporary name without a lock was left by
+a process that was killed; it is removed when the next process writes into the same folder.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked and nothing swept
+except ImportError:  # Windows, where nothing is locked and nothing is swept
     fcntl = None
 
 TEMPORARY = ".tmp-"
-"""How the names of files begin that are being written."""
+"""Prefix of the names of files and folders that are being written."""
 
 _OURS = f"{TEMPORARY}ssm-zoo-"
-# Where a file system cannot exchange two folders: the old one's name while the new one takes its place.
+# Prefix of a folder that is being replaced, on file systems that cannot exchange two folders in one step.
 _REPLACED = ".ssm-zoo-replaced-"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, then give it its own; it keeps the permissions of an earlier one.
+    """Let `write` make a file under a temporary name, then rename it; a replaced file passes its permissions on.
 
     Raises:
-        ValueError: if there is something under the name that is no regular file.
+        ValueError: if something other than a regular file has the name.
     """
     mode = _replaceable_mode(path)
     sweep(path.parent)
@@ -59,39 +59,54 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def check_output_file(path: Path, field: str) -> None:
-    """Find out, before anything is computed, whether :func:`write_whole` can write a file.
+    """Check, before anything is computed, that :func:`write_whole` can write a file.
 
     Args:
         path: the file; it and the folders above it may be missing.
         field: what to call it in an error.
 
     Raises:
-        ValueError: if something else than a regular file has the name, or its folder cannot be made or written to.
+        ValueError: if something other than a regular file has the name, or its folder cannot be made or written to.
     """
     try:
         _replaceable_mode(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{field}: {error}") from None
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    check_writable(path, path.absolute().parents, field)
+
+
+def check_writable(path: Path, places: Iterable[Path], field: str) -> Path:
+    """Return the first of `places` that exists, after checking that it is a folder that can be written to.
+
+    Args:
+        path: what is going to be written.
+        places: the folders above it, from the innermost on.
+        field: what to call it in an error.
+
+    Raises:
+        ValueError: if the place is no folder, or this process may not write into it.
+    """
+    above = next(place for place in places if os.path.lexists(place))
     if not above.is_dir():
-        raise ValueError(f"{field}: {path} cannot be made: {above} is no folder; give another")
+        raise ValueError(f"{field}: {path} cannot be made, because {above} is no folder. Give another path.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{field}: {path} cannot be written: no permission to write in {above}")
+        raise ValueError(f"{field}: {path} cannot be written: no permission to write in {above}.")
+    return above
 
 
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, anywhere, which takes its place and name when it is whole; nothing is left of a failure.
+    """Yield a folder to fill, which gets its name when the body has ended; nothing is left of a failure.
 
     Args:
-        folder: where it goes; there may be an empty folder. Parents are made as needed.
-        overwrite: take the place of a folder that is not empty, in one step where the file system can.
+        folder: the name, which an empty folder may have. Parents are made as needed.
+        overwrite: replace a folder that is not empty, in one step if the file system can.
 
     Raises:
-        ValueError: if the name is that of a link, or something came to be under it meanwhile.
+        ValueError: if the name is that of a link, or something else has taken it in the meantime.
     """
     if folder.is_symlink():
-        raise ValueError(f"folder: {folder} is a link; accepted: a new or empty folder, give the one it points to")
+        raise ValueError(f"folder: {folder} must be a new or empty folder, got a link. Give the folder it points to.")
     with _parents_of(folder):
         sweep(folder.parent)
         repair(folder)
@@ -109,15 +124,8 @@ def new_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
     flush(folder.parent)
 
 
-@contextmanager
-def result_folder(folder: Path) -> Iterator[Path]:
-    """As :func:`new_folder`, in a run's own folder: it takes the place of an earlier result."""
-    with new_folder(folder, overwrite=True) as made:
-        yield made
-
-
 def repair(folder: Path) -> None:
-    """Bring a folder back whose replacement was killed between two renames, or remove what was replaced."""
+    """Restore a folder whose replacement was killed between its two renames, or remove the replaced one."""
     replaced = folder.with_name(f"{_REPLACED}{folder.name}")
     if not replaced.is_dir() or replaced.is_symlink():
         return
@@ -128,13 +136,13 @@ def repair(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a folder: names of this module's that nobody holds a lock on."""
+    """Remove what killed processes left in a folder: temporary files and folders that nobody holds a lock on."""
     if fcntl is None or not folder.is_dir():
         return
     with os.scandir(folder) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(_OURS)]
     for path in found:
-        # Gone meanwhile, somebody else's, or a link, which is none of ours.
+        # An error: it is gone by now, belongs to another user, or is a link, which this module never makes.
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -166,14 +174,14 @@ def exchange(first: Path, second: Path) -> bool:
         failed = library.renameat2(-100, os.fsencode(first), -100, os.fsencode(second), 2)
     else:
         return False
-    return failed == 0  # else the two renames that follow say what is wrong
+    return failed == 0  # otherwise the two renames that follow report the error
 
 
 def _place(made: Path, folder: Path, overwrite: bool) -> None:
-    """Give a folder that is whole its name."""
+    """Rename a finished folder to its name."""
     if overwrite and folder.is_dir() and not folder.is_symlink():
         if exchange(made, folder):
-            return  # the old one is in the scratch folder now
+            return  # the replaced one is in the scratch folder now
         replaced = folder.with_name(f"{_REPLACED}{folder.name}")
         os.replace(folder, replaced)
         try:
@@ -191,26 +199,26 @@ def _place(made: Path, folder: Path, overwrite: bool) -> None:
         if not os.path.lexists(folder):
             raise
         raise ValueError(
-            f"folder: {folder} came to be or was filled by something else meanwhile ({error.strerror}); give another"
+            f"folder: something else made or filled {folder} in the meantime ({error.strerror}). Give another."
         ) from None
 
 
 @contextmanager
 def _parents_of(path: Path) -> Iterator[None]:
-    """Make the folders above a path; those that were made go again if the body fails."""
+    """Make the folders above a path, and remove them again if the body fails."""
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         for parent in missing:
-            with suppress(OSError):  # somebody else has put something in
+            with suppress(OSError):  # somebody else has put something into it
                 parent.rmdir()
         raise
 
 
 def _new_scratch(parent: Path) -> tuple[Path, int | None]:
-    """A new folder that only its owner can read, and a lock on it."""
+    """Make a folder that only its owner can read; return it with a handle that holds a lock on it."""
     while True:
         scratch = parent / f"{_OURS}{secrets.token_hex(8)}"
         scratch.mkdir(mode=0o700)
@@ -227,7 +235,7 @@ def _new_scratch(parent: Path) -> tuple[Path, int | None]:
 
 
 def _new_file(parent: Path) -> tuple[Path, int | None]:
-    """A new empty file, and a handle that holds a lock on it."""
+    """Make an empty file; return it with a handle that holds a lock on it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
     while True:
         path = parent / f"{_OURS}{secrets.token_hex(8)}"
@@ -243,13 +251,13 @@ def _new_file(parent: Path) -> tuple[Path, int | None]:
 
 def _lock(handle: int) -> None:
     if fcntl is not None:
-        # Some network file systems know no locks; nothing is swept there either.
+        # Some network file systems have no locks; nothing is swept there either.
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _is_same(handle: int, path: Path) -> bool:
-    """Whether what was opened still stands under its name."""
+    """Return whether the open file or folder still has its name."""
     try:
         there = os.lstat(path)
     except FileNotFoundError:
@@ -259,20 +267,20 @@ def _is_same(handle: int, path: Path) -> bool:
 
 
 def _replaceable_mode(path: Path) -> int | None:
-    """Permissions of the regular file under a name; None where there is nothing."""
+    """Return the permissions of the regular file with this name; None if there is nothing."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(found.st_mode):
         kinds = ((stat.S_ISLNK, "a link"), (stat.S_ISDIR, "a folder"))
-        kind = next((name for is_kind, name in kinds if is_kind(found.st_mode)), "no regular file")
-        raise ValueError(f"{path} is {kind}; accepted: a new name, or that of a regular file, which is replaced")
+        kind = next((name for is_kind, name in kinds if is_kind(found.st_mode)), "a special file")
+        raise ValueError(f"{path} must be a new name or a regular file, which is replaced, got {kind}.")
     return stat.S_IMODE(found.st_mode)
 
 
 def _delete(path: Path) -> None:
-    """Remove a file or a folder; what cannot be removed stays for the next sweep."""
+    """Remove a file or a folder; what cannot be removed is left for the next sweep."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""YAML of recipes and configurations: texts and overrides to plain mappings, and back.
+"""YAML of recipes and configurations: parsing, writing, and overriding of single values.
 
 There are two departures from PyYAML's defaults: `1e-3` is a number (as in YAML 1.2; PyYAML follows 1.1 and reads a
 string), and a key that occurs twice in a mapping is an error, where PyYAML takes the last one.
@@ -22,13 +22,13 @@ _EXPONENT_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]
 
 class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here rather than at construction, where merge keys (<<) have put what they bring into the node.
+        # Not at construction, when the merge keys (<<) have already been resolved into the node.
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
-                    problem = f"the key {key_node.value!r} stands twice"
+                    problem = f"the key {key_node.value!r} occurs twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
                 seen.add(key_node.value)
         return node
@@ -49,7 +49,7 @@ def read_yaml(text: str, source: str) -> Any:
 
     Args:
         text: the document.
-        source: what to call the document in an error.
+        source: name of the document in an error.
 
     Raises:
         ValueError: if it is not YAML, or repeats a key.
@@ -57,14 +57,14 @@ def read_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except RecursionError:
-        raise ValueError(f"{source} is not valid YAML: it is nested too deeply") from None
+        raise ValueError(f"{source} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:
-        # PyYAML lets a ValueError of int() or date() through, e.g. for the date 2024-13-45.
-        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        # PyYAML does not catch the ValueError of int() or date(), e.g. for the date 2024-13-45.
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def write_yaml(value: Any) -> str:
-    """Return YAML text that `read_yaml` turns back into `value`, with the keys in their order."""
+    """Return YAML text that `read_yaml` turns back into `value`, with the keys in their given order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -79,22 +79,23 @@ def merge(base: Any, changes: Any) -> Any:
 
 
 def override(values: Any, assignments: Sequence[str]) -> Any:
-    """Return `values` after assignments such as "stages.1.learning_rate=1e-3", carried out in order.
+    """Return a copy of `values` with assignments such as "stages.1.learning_rate=1e-3" carried out in order.
 
-    A number in the dotted key is an index of a list. Missing mappings on the way are created, missing list items not.
+    A number in the dotted key is an index into a list. Missing mappings along the key are created; missing list items
+    are an error.
 
     Args:
-        values: nested dicts and lists; not changed.
+        values: nested dicts and lists, which are not changed.
         assignments: "dotted.key=YAML value".
 
     Raises:
-        ValueError: if an assignment has no key or no "=", or its key leads nowhere.
+        ValueError: if an assignment has no key or no "=", or its key leads to nothing that can be set.
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         keys = key.strip().split(".")
         if not equals or not all(keys):
-            raise ValueError(f"override: got {assignment!r}; accepted: dotted.key=value")
+            raise ValueError(f"override must be of the form dotted.key=value, got {assignment!r}.")
         values = _assign(values, keys, read_yaml(text, f"override {assignment!r}: the value"), assignment)
     return values
 
@@ -106,10 +107,10 @@ def _assign(values: Any, keys: list[str], value: Any, assignment: str, depth: in
     if isinstance(values, dict):
         return {**values, key: _assign(values.get(key, {}), keys, value, assignment, depth + 1)}
     if not isinstance(values, list):
-        raise ValueError(f"override {assignment!r}: {here} is {values!r}, which has nothing below it")
+        raise ValueError(f"override {assignment!r}: {here} is {values!r}, which has no keys to set.")
     if not (key.isascii() and key.isdecimal() and int(key) < len(values)):
-        accepted = f"0 to {len(values) - 1}" if values else "no index, since it is empty"
-        raise ValueError(f"override {assignment!r}: {here} is a list; got {key!r}; accepted: {accepted}")
+        accepted = f"an integer from 0 to {len(values) - 1}" if values else "left out, since the list is empty"
+        raise ValueError(f"override {assignment!r}: the index into {here} must be {accepted}, got {key!r}.")
     index = int(key)
     item = _assign(values[index], keys, value, assignment, depth + 1)
     return [*values[:index], item, *values[index + 1 :]]

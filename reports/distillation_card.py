@@ -1,7 +1,7 @@
 """The model card of a distilled student, filled in from the report of its run and from nothing else.
 
-Every number of a card stands in the report; what the report does not know (a licence, a Hub id) is left out or
-said to be unknown. Paths of the machine that ran it are cut down to their last names.
+Every number of a card is in the report. Facts that the report lacks (a licence, a Hub id) are left out, or the card
+says that they are unknown. Paths of the machine are reduced to their last names.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..harness.public_text import without_folders
+from ..harness.published import without_folders
 from ..harness.whole_files import write_text_whole
 from ..modeling.token_mixers import TOKEN_MIXERS
+from .card_parts import base_model, licence_fields, licence_sentences, linked_source, machine_table
 from .distillation_report import Report, parse_report
 from .distillation_tables import (
     PLOT_CAPTIONS,
@@ -26,22 +27,20 @@ from .distillation_tables import (
     evaluations_table,
     layers_table,
     limits_list,
-    machine_table,
     plot_image,
     recipe_block,
     samples_section,
     stages_table,
     verdict_list,
 )
-from .hub_licences import HUB_LICENCES
 from .markdown import code, count, fenced
 from .results import recovered_sentence, summary_sentence
 
-# Texts that ship with the package: their data set on the Hub, and what they are.
+# Texts that ship with the package: their data set on the Hub, and a description.
 _DATA_SETS = {
     "builtin:wikitext2": ("Salesforce/wikitext", "WikiText-2, lightly detokenised, CC BY-SA 3.0"),
 }
-# A name with nothing in it that Markdown could take for markup.
+# A name without characters that Markdown could interpret.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)
 _SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,18 +55,18 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))"""
 
 
 def render_card(report: dict[str, Any], *, repo_id: str | None = None, plots: Sequence[str] = ()) -> str:
-    """The text of a README.md for the student of a distillation.
+    """Return the text of a README.md for the student of a distillation.
 
     Args:
         report: see `ssm_zoo.reports.distillation_report`.
-        repo_id: the repository that the card is for, if known: its title, and what the example loads.
+        repo_id: the repository of the card, if known, for the title and the example.
         plots: paths of pictures, relative to the card, with slashes.
 
     Returns:
         Markdown with YAML front matter that the Hub accepts.
 
     Raises:
-        ValueError: if a key of the report is missing or not accepted, or `repo_id` is no Hub id.
+        ValueError: if the report lacks a key or has a wrong value, or `repo_id` is no Hub id.
     """
     checked = parse_report(report)
     if repo_id is not None:
@@ -84,16 +83,16 @@ def write_card(folder: str | Path, report: dict[str, Any], repo_id: str | None =
     """Write README.md, with the pictures that are in the folder's `plots/`, so that it is never seen half-written.
 
     Args:
-        folder: of the exported student.
+        folder: folder of the exported student.
         report: see `ssm_zoo.reports.distillation_report`.
-        repo_id: the repository that the card is for, if known.
+        repo_id: the repository of the card, if known.
 
     Raises:
-        ValueError: as `render_card`, or if the folder is not there; nothing is written then.
+        ValueError: as for `render_card`, or if there is no such folder; nothing is written then.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"folder: got {str(folder)!r}; accepted: the folder of an exported model")
+        raise ValueError(f"folder must be the folder of an exported model, got {str(folder)!r}.")
     known = list(PLOT_CAPTIONS)
     names = [path.name for path in (folder / "plots").glob("[!.]*.png")]
     names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
@@ -105,16 +104,16 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id: got {repo_id!r}; accepted: a Hub id, organisation/name ({error})") from None
+        raise ValueError(f"repo_id must be a Hub id ORGANISATION/NAME, got {repo_id!r} ({error}).") from None
 
 
 def _sections(report: Report, repo_id: str | None, plots: Sequence[str]) -> dict[str, str]:
-    """What the template's holes are filled with; all of it Markdown."""
+    """Return Markdown for each placeholder of the template."""
     teacher, student, data = report.teacher, report.student, report.data
     name = _model_name(report, repo_id).split("/")[-1]
     return {
         "title": name if _PLAIN_NAME.fullmatch(name) else code(name),
-        "introduction": f"{_teacher(report)} with the token mixers of {count(len(student.layers))} of its "
+        "introduction": f"{linked_source(teacher.source)} with the token mixers of {count(len(student.layers))} of its "
         f"{count(student.num_layers)} layers replaced, distilled from the original with ssm-zoo.",
         "summary": summary_sentence(report),
         "recovered": recovered_sentence(report),
@@ -131,23 +130,23 @@ def _sections(report: Report, repo_id: str | None, plots: Sequence[str]) -> dict
         "samples": samples_section([report.evaluation("teacher"), report.students[-1]]),
         "limits": limits_list(report),
         "command": command_block(report),
-        "machine": machine_table(report),
+        "machine": machine_table(report.model_dump()),
         "recipe": recipe_block(report),
-        "licence": _licence(report),
+        "licence": licence_sentences(teacher.licence, "the teacher's"),
     }
 
 
 def _metadata(report: Report, repo_id: str | None) -> ModelCardData:
-    """The front matter, without what is not known."""
-    base = _base_model(report)
+    """Return the front matter, without unknown values."""
+    base = base_model(report.teacher.source)
     rows = (TOKEN_MIXERS[mixer] for mixer in dict.fromkeys(report.student.mixer_types) if mixer in TOKEN_MIXERS)
     data_sets = sorted({_DATA_SETS[name][0] for name in report.data.train_sources if name in _DATA_SETS})
-    licence: dict[str, Any] = _licence_fields(report)
+    licence: dict[str, Any] = {**licence_fields(report.teacher.licence, report.teacher.source)}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base,
-        # The Hub has no word of its own for a student: it starts from the teacher's weights and is trained on.
+        # The Hub has no relation for a student, which starts from the teacher's weights and is trained further.
         base_model_relation="finetune" if base else None,
         tags=[
             "ssm-zoo",
@@ -164,7 +163,7 @@ def _metadata(report: Report, repo_id: str | None) -> ModelCardData:
 
 
 def _eval_results(report: Report) -> list[EvalResult]:
-    """The student's held-out scores; those that are not finite are left out."""
+    """Return the student's held-out scores, without those that are not finite."""
     student = report.students[-1]
     sources = report.data.heldout_sources
     known = _DATA_SETS.get(sources[0]) if len(sources) == 1 else None
@@ -188,22 +187,6 @@ def _eval_results(report: Report) -> list[EvalResult]:
     ]
 
 
-def _base_model(report: Report) -> str | None:
-    """The teacher's Hub id, None where it has none."""
-    source = report.teacher.source
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return None
-    # A name without an organisation may as well be that of a folder.
-    return source if "/" in source and not source.lower().endswith(".gguf") else None
-
-
-def _teacher(report: Report) -> str:
-    base = _base_model(report)
-    return f"[{base}](https://huggingface.co/{base})" if base else code(without_folders(report.teacher.source))
-
-
 def _model_name(report: Report, repo_id: str | None) -> str:
     if repo_id:
         return repo_id
@@ -212,32 +195,9 @@ def _model_name(report: Report, repo_id: str | None) -> str:
 
 
 def _texts(sources: Sequence[str]) -> str:
-    """The sources by name, those that ship with the package by what they are."""
+    """Return the names of the sources, with a description of those that ship with the package."""
     named = [
         f"{code(source)} ({_DATA_SETS[source][1]})" if source in _DATA_SETS else code(without_folders(source))
         for source in sources
     ]
     return ", ".join(named) or "text whose source is not recorded"
-
-
-def _licence_fields(report: Report) -> dict[str, str]:
-    """The front matter on the licence: the Hub refuses identifiers that it does not know, so those are "other"."""
-    licence = (report.teacher.licence or "").strip()
-    if not licence:
-        return {}
-    if licence.lower() in HUB_LICENCES:
-        return {"license": licence.lower()}
-    base = _base_model(report)
-    link = {"license_link": f"https://huggingface.co/{base}"} if base else {}
-    return {"license": "other", "license_name": licence, **link}
-
-
-def _licence(report: Report) -> str:
-    licence = (report.teacher.licence or "").strip()
-    ours = "The code in this repository is ssm-zoo's, under Apache-2.0."
-    if not licence:
-        return (
-            "The weights derive from the teacher's, whose licence is not recorded: find it out before you use or "
-            f"share them. {ours}"
-        )
-    return f"The weights derive from the teacher's and stay under its licence, {code(licence)}. {ours}"

@@ -1,7 +1,7 @@
 """The figures of a distillation report: training curves, held-out scores, and errors by layer and by head.
 
-Figures are matplotlib `Figure` objects that render with Agg; pyplot, which keeps figures and a backend for the
-whole process, is not touched.
+Figures are matplotlib `Figure` objects that render with Agg. pyplot is not used, since it keeps figures and a backend
+for the whole process.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 _SERIES = (_ORANGE, _BLUE, _GREEN, "#D55E00", "#CC79A7", "#56B4E9")
 _BARS = {"zeroed": _GREY, "start": _ORANGE, "stage": _BLUE}
 _TITLE, _LABEL, _TICK = 12, 11, 10
-# A logarithmic axis from this ratio of the largest to the smallest value on.
+# Ratio of the largest to the smallest value from which an axis is logarithmic.
 _LOG_RATIO = 10.0
-# Cells of a heat map that still have room for their number.
+# Most cells of a heat map that have room for their numbers.
 _ANNOTATED_CELLS = 72
 
 
 def draw(report: Report) -> dict[str, Figure]:
-    """All figures that the report has data for, by file name.
+    """Return all figures for which the report has data, by file name.
 
-    "heldout.png" is always there; "losses.png" needs a training curve, "layers.png" and "heads.png" an evaluation
+    "heldout.png" always exists; "losses.png" needs a training curve, "layers.png" and "heads.png" need an evaluation
     with errors of layers and of heads.
     """
     figures = {"losses.png": _losses(report), "heldout.png": _heldout(report)}
@@ -45,7 +45,7 @@ def draw(report: Report) -> dict[str, Figure]:
 
 
 def _losses(report: Report) -> Figure | None:
-    """One panel a stage: the training loss over its steps."""
+    """Draw the training loss over the steps, in one panel for each stage."""
     stages = [stage for stage in report.stages if any(point.loss is not None for point in stage.history)]
     if not stages:
         return None
@@ -69,7 +69,7 @@ def _losses(report: Report) -> Figure | None:
 
 
 def _heldout(report: Report) -> Figure:
-    """Bars for every evaluation but the teacher's: loss with the teacher as a line, KL, and top-1 agreement."""
+    """Draw bars of loss, KL and top-1 agreement for all evaluations but the teacher's, whose loss is a line."""
     teacher = report.evaluation("teacher").loss
     rows = [part for part in report.evaluations if part.kind != "teacher"]
     figure = _figure(13.0, 1.9 + 0.48 * len(rows))
@@ -101,7 +101,7 @@ def _heldout(report: Report) -> Figure:
 
 
 def _layers(report: Report) -> Figure | None:
-    """Relative output error of the converted layers, a line for every evaluation that measured it."""
+    """Draw the relative output error of the converted layers, as a line for each evaluation that measured it."""
     parts = [part for part in report.students if any(row.output_error is not None for row in part.layers)]
     if not parts:
         return None
@@ -122,7 +122,7 @@ def _layers(report: Report) -> Figure | None:
             color=_SERIES[index % len(_SERIES)],
             linestyle=("-", "--", ":")[index // len(_SERIES) % 3],
         )
-    axes.axhline(1.0, color=_GREY, linewidth=1.0, linestyle=":", label="as far off as no output at all")
+    axes.axhline(1.0, color=_GREY, linewidth=1.0, linestyle=":", label="error of an output of zeros")
     if _wide(values):
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis, values)
@@ -139,7 +139,7 @@ def _layers(report: Report) -> Figure | None:
 
 
 def _heads(report: Report) -> Figure | None:
-    """Heat maps of the matrix error, layer by head, of the first and the last evaluation that measured it."""
+    """Draw heat maps of the matrix error by layer and head, for the first and last evaluation that measured it."""
     parts = [part for part in report.students if any(row.matrix_error for row in part.layers)]
     if not parts:
         return None
@@ -187,12 +187,12 @@ def _title(part: Evaluation) -> str:
 
 
 def _wide(values: Sequence[float]) -> bool:
-    """Whether the values are positive and span more than a linear axis shows."""
+    """Return whether the values are positive and span more than a linear axis can show."""
     return min(values) > 0 and max(values) / min(values) >= _LOG_RATIO
 
 
 def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic axis as plain numbers, several in a decade where there are few decades."""
+    """Label a logarithmic axis with plain numbers, several per decade if there are few decades."""
     decades = math.log10(max(values) / min(values))
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
     axis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e5 else f"{value:.0e}")
@@ -207,7 +207,7 @@ def _bars(
     *,
     room: float = 1.3,
 ) -> None:
-    """A horizontal bar with its number for every value; the axis ends at `room` times the longest bar."""
+    """Draw a horizontal bar with its number for each value; the axis ends at `room` times the longest bar."""
     axes.barh(
         range(len(rows)),
         [value or 0.0 for value in values],
@@ -224,7 +224,7 @@ def _bars(
 
 
 def _grid(rows: Sequence[LayerErrors]) -> tuple[list[int], np.ndarray]:
-    """Layer numbers, and their errors as (layers, most heads), NaN where a layer has no such head."""
+    """Return layer numbers, and their errors as (layers, most heads), NaN if a layer has fewer heads."""
     rows = sorted(rows, key=lambda row: row.layer)
     grid = np.full((len(rows), max(len(row.matrix_error) for row in rows)), np.nan)
     for place, row in enumerate(rows):

@@ -1,24 +1,23 @@
-"""What a distillation report holds (format 1), and the check that a report holds it.
+"""The content of a distillation report (format 1), and its validation.
 
-The run writes it as a dict of the kinds that JSON knows; cards, tables and plots read it through these classes. A
-measurement that is no finite number (a diverged loss, the divergence of the teacher from itself) is None.
+The run writes the report as a dict of JSON values; cards, tables and plots read it through these classes. A measurement
+that is not finite (a diverged loss) or not defined (the divergence of the teacher from itself) is None.
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..harness.settings import check, refused, wrong
 
 Measured = Annotated[float | None, AfterValidator(lambda value: value if math.isfinite(value or 0.0) else None)]
 
 
 class _Part(BaseModel):
-    # What a later version adds is no concern of this one.
+    # Keys of later versions are ignored.
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, protected_namespaces=())
 
 
@@ -26,8 +25,8 @@ class Sample(_Part):
     """A greedy continuation.
 
     Attributes:
-        prompt: what was given.
-        completion: what the model wrote.
+        prompt: text that the model was given.
+        completion: text that the model wrote.
         repetition: share of the 4-grams of the completion that occurred in it before, in [0, 1].
     """
 
@@ -37,13 +36,13 @@ class Sample(_Part):
 
 
 class LayerErrors(_Part):
-    """How far a converted layer is from the teacher's, on the teacher's hidden states.
+    """Errors of a converted layer against the teacher's, on the teacher's hidden states.
 
     Attributes:
-        layer: its number from 0.
+        layer: its number, from 0.
         output_error: `||y - t|| / ||t||` of the mixer's output.
-        matrix_error: (H) the same of each head's mixing matrix; empty where the mixer has none.
-        half_life: (H) tokens in which a head's state halves, None where it does not decay; empty likewise.
+        matrix_error: (H) the same for the mixing matrix of each head; empty if the mixer has none.
+        half_life: (H) tokens in which a head's state halves, None if it does not decay; empty if there is no matrix.
     """
 
     layer: int
@@ -57,13 +56,14 @@ class Evaluation(_Part):
 
     Attributes:
         name: the stage's name after a stage.
-        kind: the teacher, the student with its new mixers silenced, the student before training, or after a stage.
+        kind: "teacher"; "zeroed", the student with its new mixers silenced; "start", the student before training; or
+            "stage", the student after a stage.
         loss: nats per token.
         perplexity: exponential of the loss.
         kl: mean of KL(teacher || student), nats per token.
-        top1_agreement: share of tokens, in [0, 1], where the student's likeliest is the teacher's.
-        tokens: predictions that were scored.
-        trained_tokens: training tokens read by then.
+        top1_agreement: share of tokens, in [0, 1], for which student and teacher have the same likeliest prediction.
+        tokens: number of scored predictions.
+        trained_tokens: training tokens read until then, over all stages.
         seconds: duration of the evaluation.
         samples: continuations of the recipe's prompts.
         layers: errors of the converted layers, if they were measured.
@@ -83,7 +83,7 @@ class Evaluation(_Part):
 
 
 class Point(_Part):
-    """A point of a training curve: means over the steps since the point before it."""
+    """A point of a training curve: means over the steps since the previous point."""
 
     step: int
     loss: Measured
@@ -92,7 +92,7 @@ class Point(_Part):
 
 
 class Stage(_Part):
-    """One training stage: what it did, on how many tokens, in how many seconds, and its curve."""
+    """A training stage with its objective, its size, its duration and its curve."""
 
     name: str
     objective: str
@@ -104,7 +104,7 @@ class Stage(_Part):
 
 
 class Teacher(_Part):
-    """The model that was distilled: a Hub id or a name, and the identifier of its licence where one is known."""
+    """The model that was distilled: a Hub id or a name, and the identifier of its licence if it is known."""
 
     source: str
     model_type: str
@@ -113,7 +113,7 @@ class Teacher(_Part):
 
 
 class Student(_Part):
-    """What came out: `layers` are the converted ones, `mixer_types` names the token mixer of every layer."""
+    """The student: `layers` are the converted ones, `mixer_types` names the token mixer of every layer."""
 
     model_type: str
     parameters: int
@@ -123,7 +123,7 @@ class Student(_Part):
 
 
 class Data(_Part):
-    """Sizes of the texts in the teacher's tokens, and where they came from."""
+    """Sizes of the texts in the teacher's tokens, and their sources."""
 
     train_tokens: int
     heldout_tokens: int
@@ -132,7 +132,7 @@ class Data(_Part):
 
 
 class Hardware(_Part):
-    """The machine of the main process; None is unknown, and for `gpu` that none was used."""
+    """The machine of the main process. None means unknown or, for `gpu`, that none was used."""
 
     cpu: str | None
     cores: int | None
@@ -141,7 +141,7 @@ class Hardware(_Part):
 
 
 class Report(_Part):
-    """A whole run. `recipe` is `ssm_zoo.distill.recipe.as_mapping` of what was run."""
+    """A whole run. `recipe` is the recipe as `ssm_zoo.distill.recipe.as_mapping` returns it."""
 
     format: Literal[1]
     kind: Literal["distillation"]
@@ -163,78 +163,37 @@ class Report(_Part):
         for kind in ("teacher", "zeroed", "start"):
             found = sum(evaluation.kind == kind for evaluation in self.evaluations)
             if found != 1:
-                raise _wrong("evaluations", f"{found} of kind {kind!r}", "one")
+                raise refused("evaluations", f"must have one of kind {kind!r}, got {found}")
         evaluated = [evaluation.name for evaluation in self.evaluations if evaluation.kind == "stage"]
         trained = [stage.name for stage in self.stages]
         if evaluated != trained or len(set(trained)) != len(trained):
-            accepted = f"one after each stage, in their order: {trained}"
-            raise _wrong("evaluations", f"of kind 'stage' {evaluated}", accepted)
+            raise refused("evaluations", f"of kind 'stage' must follow the stages {trained}, got {evaluated}")
         student = self.student
         if len(student.mixer_types) != student.num_layers:
-            raise _wrong(
-                "student.mixer_types",
-                f"{len(student.mixer_types)} names",
-                f"one for each of num_layers = {student.num_layers}",
-            )
+            problem = f"must have num_layers = {student.num_layers} names, got {len(student.mixer_types)}"
+            raise refused("student.mixer_types", problem)
         for layer in student.layers:
             if not 0 <= layer < student.num_layers:
-                raise _wrong("student.layers", str(layer), f"0 to {student.num_layers - 1}")
+                raise wrong("student.layers", layer, f"from 0 to {student.num_layers - 1}")
         return self
 
     def evaluation(self, kind: Literal["teacher", "zeroed", "start"]) -> Evaluation:
-        """The evaluation of a kind of which there is one."""
+        """Return the only evaluation of a kind."""
         return next(evaluation for evaluation in self.evaluations if evaluation.kind == kind)
 
     @property
     def students(self) -> list[Evaluation]:
-        """The evaluations of the student, before training and after each stage, in order."""
+        """Evaluations of the student, before training and after each stage, in order."""
         return [self.evaluation("start"), *(part for part in self.evaluations if part.kind == "stage")]
 
 
 def parse_report(report: Any) -> Report:
-    """Check a report and give it types.
+    """Return a report as an object, after checking it.
 
     Args:
-        report: what `report.json` holds, or the dict that it is written from.
+        report: the content of `report.json`, or the dict from which it is written.
 
     Raises:
-        ValueError: naming the first key that is missing or has a value that is not accepted.
+        ValueError: naming all keys that are missing or have a value that is not accepted.
     """
-    try:
-        return Report.model_validate(report)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"report: {_describe(problems[0])}{more}") from None
-
-
-def _wrong(field: str, value: str, accepted: str) -> PydanticCustomError:
-    message = "{field}: got {value}; accepted: {accepted}"
-    return PydanticCustomError("wrong_field", message, {"field": field, "value": value, "accepted": accepted})
-
-
-def _describe(problem: ErrorDetails) -> str:
-    """One line on one problem: the dotted key, the value, what is accepted."""
-    location = problem["loc"]
-    key = ".".join(map(str, location))
-    if problem["type"] == "wrong_field":
-        return problem["msg"]
-    if problem["type"] == "missing":
-        return f"{key} is missing; required keys: {', '.join(_part_at(location[:-1]).model_fields)}"
-    value = reprlib.repr(problem["input"])
-    if problem["type"] == "model_type":
-        accepted = f"a mapping with the keys {', '.join(_part_at(location).model_fields)}"
-    else:
-        accepted = problem["msg"].removeprefix("Input should be ")
-    return f"{key}: got {value}; accepted: {accepted}" if key else f"got {value}; accepted: {accepted}"
-
-
-def _part_at(location: Sequence[int | str]) -> type[BaseModel]:
-    """The class of the mapping at a place: of () `Report`, of ("stages", 0) `Stage`."""
-    part: type[BaseModel] = Report
-    for key in location:
-        if isinstance(key, str):
-            annotation = part.model_fields[key].annotation
-            options = (annotation, *get_args(annotation))
-            part = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return part
+    return check(Report, report, "report")

@@ -1,6 +1,6 @@
-"""The Markdown sections that a run's report and its model card have in common.
+"""Markdown sections that a distillation's report and its model card share.
 
-Names, sources, samples and commands come from outside, so they stand as code; sentences are ours.
+Names, sources, samples and commands are not ours, so they are written as code.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from urllib.parse import quote
 
 import yaml
 
-from ..harness.public_text import public_argument, public_command
+from ..harness.published import public_argument, public_command
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .distillation_report import Evaluation, Report
-from .markdown import MISSING, code, count, fenced, gibibytes, number, percent, seconds, short, table
+from .markdown import MISSING, code, count, fenced, number, percent, seconds, short, table
 from .results import evaluation_rows, layer_groups, limits, stage_setting, verdicts
 
-# The plots of a report, in the order in which a reader wants them.
+# The plots of a report, in the order in which they are shown.
 PLOT_CAPTIONS = {
     "heldout.png": "Held-out loss, KL divergence and top-1 agreement of every evaluation",
     "losses.png": "Training loss of every stage",
@@ -28,13 +28,13 @@ PLOT_CAPTIONS = {
 
 
 def plot_image(path: str) -> str:
-    """A picture by its path relative to the text; a caption for the plots that are known."""
+    """Return a picture by its path relative to the text, with the caption of a known plot."""
     caption = PLOT_CAPTIONS.get(PurePosixPath(path).name, "Plot")
     return f"![{caption}]({quote(path)})"
 
 
 def layers_table(report: Report) -> str:
-    """Which layers have which token mixer."""
+    """Return the table of token mixers and their layers."""
     header = ("Token mixer", "Layers (from 0)", "Number")
     rows = [
         (f"{code(mixer)}{f', {TOKEN_MIXERS[mixer].label}' if mixer in TOKEN_MIXERS else ''}", layers, count(size))
@@ -44,7 +44,7 @@ def layers_table(report: Report) -> str:
 
 
 def evaluations_table(report: Report) -> str:
-    """Loss, gap, divergence and agreement of every evaluation."""
+    """Return the table of loss, gap, divergence and agreement of all evaluations."""
     header = (
         "Model",
         "Loss (nats/token)",
@@ -72,7 +72,7 @@ def evaluations_table(report: Report) -> str:
 
 
 def stages_table(report: Report) -> str:
-    """What each stage did, on how much, at which learning rate, and for how long."""
+    """Return the table of the stages: objective, data, learning rate and duration."""
     header = (
         "Stage",
         "Objective",
@@ -84,26 +84,25 @@ def stages_table(report: Report) -> str:
         "Peak learning rate",
         "Seconds",
     )
-    rows = []
-    for stage in report.stages:
-        rows.append(
-            (
-                code(stage.name),
-                code(stage.objective),
-                _setting(report, stage.name, "train"),
-                count(stage.tokens),
-                count(stage.steps),
-                _setting(report, stage.name, "sequence_length"),
-                _setting(report, stage.name, "batch_size"),
-                _setting(report, stage.name, "learning_rate"),
-                seconds(stage.seconds),
-            )
+    rows = [
+        (
+            code(stage.name),
+            code(stage.objective),
+            _setting(report, stage.name, "train"),
+            count(stage.tokens),
+            count(stage.steps),
+            _setting(report, stage.name, "sequence_length"),
+            _setting(report, stage.name, "batch_size"),
+            _setting(report, stage.name, "learning_rate"),
+            seconds(stage.seconds),
         )
+        for stage in report.stages
+    ]
     return table(header, rows, left=3)
 
 
 def verdict_list(report: Report) -> str:
-    """A sentence a stage on whether it improved on what was before it."""
+    """Return a list that says for each stage whether it improved the student."""
     lines = []
     for verdict in verdicts(report):
         line = f"{code(verdict.stage)} {verdict.sentence}"
@@ -112,7 +111,7 @@ def verdict_list(report: Report) -> str:
 
 
 def samples_section(evaluations: Iterable[Evaluation]) -> str:
-    """Every prompt with its continuations in these evaluations; an empty text where there are none."""
+    """Return all prompts with their continuations in these evaluations; empty if there are none."""
     prompts: dict[str, list[str]] = {}
     for part in evaluations:
         for sample in part.samples:
@@ -123,35 +122,17 @@ def samples_section(evaluations: Iterable[Evaluation]) -> str:
 
 
 def limits_list(report: Report) -> str:
-    """The limits as a list."""
+    """Return the list of limits."""
     return "\n".join(f"- {sentence}" for sentence in limits(report))
 
 
-def machine_table(report: Report) -> str:
-    """Where and when the run took place, and with what."""
-    hardware = report.hardware
-    cores = f", {count(hardware.cores)} cores" if hardware.cores is not None else ""
-    rows = [
-        ("Date", code(report.created)),
-        ("CPU", (code(hardware.cpu) if hardware.cpu else "unknown") + cores),
-        (
-            "Memory",
-            f"{gibibytes(hardware.memory_bytes)}; the main process used {gibibytes(report.peak_memory_bytes)}",
-        ),
-        ("GPU", code(hardware.gpu) if hardware.gpu else "none"),
-        ("Processes", count(report.processes)),
-        ("Versions", ", ".join(f"{code(name)} {code(version)}" for name, version in report.versions.items())),
-    ]
-    return table(("Machine and versions", "Value"), rows, left=2)
-
-
 def command_block(report: Report) -> str:
-    """The command, without the folders of the machine it was typed on."""
+    """Return the command, without the folders of the machine."""
     return fenced(public_command(report.command), "sh")
 
 
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe, as a mapping, without the folders of the machine it is run on."""
+    """Return a recipe without the folders of the machine."""
     recipe = {**recipe}
     if isinstance(recipe.get("teacher"), str):
         recipe["teacher"] = public_argument(recipe["teacher"])
@@ -161,13 +142,13 @@ def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe_block(report: Report) -> str:
-    """The recipe as YAML, without the folders of the machine it was run on."""
+    """Return the recipe as YAML, without the folders of the machine."""
     recipe = public_recipe(report.recipe)
     return fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100), "yaml")
 
 
 def _setting(report: Report, stage: str, key: str) -> str:
-    """A setting of a stage as a table cell."""
+    """Return a setting of a stage as a table cell."""
     value = stage_setting(report, stage, key)
     if value is None:
         return MISSING
@@ -177,7 +158,7 @@ def _setting(report: Report, stage: str, key: str) -> str:
 
 
 def _relative(value: object) -> object:
-    """A source or a list of sources without the folders of absolute paths; anything else as it is."""
+    """Return a source or a list of sources without the folders of absolute paths, and other values unchanged."""
     if isinstance(value, list):
         return [_relative(part) for part in value]
     return public_argument(value) if isinstance(value, str) else value

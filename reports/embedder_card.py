@@ -5,10 +5,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..harness.public_text import without_folders
-from .card_parts import repetition, write_trained_card
+from ..harness.published import without_folders
+from .card_parts import licence_sentences, linked_source, repetition, write_trained_card
 from .markdown import code, count, fenced, number, percent, seconds, table
-from .training_card import adapters_of, base_fields, licence_of, linked_base, method_of
+from .training_card import adapters_of, base_fields, dead_adapters, method_of
 
 _LOAD = """\
 from sentence_transformers import SentenceTransformer
@@ -31,9 +31,9 @@ def write_embedder_card(folder: Path, report: dict[str, Any], repo_id: str | Non
     """Write README.md into the folder of an embedder, so that it is never seen half-written.
 
     Args:
-        folder: what sentence-transformers wrote.
-        report: of the run; see `ssm_zoo.training.embedder`.
-        repo_id: the repository that the card is for, if known: its title, and what the example loads.
+        folder: a folder that sentence-transformers wrote.
+        report: report of the run; see `ssm_zoo.training.embedder`.
+        repo_id: the repository of the card, if known, for the title and the example.
     """
     metadata = ModelCardData(
         library_name="sentence-transformers",
@@ -51,16 +51,17 @@ def write_embedder_card(folder: Path, report: dict[str, Any], repo_id: str | Non
 
 
 def _sections(report: dict[str, Any], repo_id: str | None) -> dict[str, str]:
-    """What the template's holes are filled with; all of it Markdown."""
+    """Return Markdown for each placeholder of the template."""
     settings, embedding = report["settings"], report["embedding"]
-    name = without_folders(report["base"]["source"]).rpartition("/")[2]
+    source = report["base"]["source"]
+    name = without_folders(source).rpartition("/")[2]
     merged = "" if settings["method"] == "full" else ", merged into the weights"
     pooled = "its last token's hidden state" if embedding["pooling"] == "last" else "the mean over its tokens"
     return {
         **repetition(report),
         "title": code(repo_id.rpartition("/")[2] if repo_id else f"{name}, an embedder"),
-        "introduction": f"{linked_base(report)} ({code(report['base']['model_type'])}), finetuned to embed texts with "
-        f"ssm-zoo: {method_of(report)}{merged}. A text of up to {count(embedding['max_tokens'])} tokens becomes "
+        "introduction": f"{linked_source(source)} ({code(report['base']['model_type'])}), finetuned to embed texts "
+        f"with ssm-zoo: {method_of(report)}{merged}. A text of up to {count(embedding['max_tokens'])} tokens becomes "
         f"{count(embedding['size'])} numbers: {pooled}.{_prompts(settings)}",
         "summary": _summary(report),
         "loading": "With torch, transformers and sentence-transformers; the code of the model is in this repository. "
@@ -72,7 +73,7 @@ def _sections(report: dict[str, Any], repo_id: str | None) -> dict[str, str]:
         "evaluations": _evaluations(report),
         "figure": "Training loss over the steps, and retrieval from the held-out texts before and after.",
         "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
-        "licence": licence_of(report, adapter=False),
+        "licence": licence_sentences(report["base"]["licence"], "the base model's"),
     }
 
 
@@ -139,7 +140,4 @@ def _limits(report: dict[str, Any]) -> list[str]:
     before, after = report["evaluations"]
     if after["ndcg@10"] <= before["ndcg@10"]:
         sentences.insert(0, "**nDCG@10 of the held-out texts did not rise.**")
-    if report["coverage"] is not None and report["coverage"]["dead"]:
-        dead = count(len(report["coverage"]["dead"]))
-        sentences.insert(0, f"**{dead} adapters got no gradient and learnt nothing.**")
-    return sentences
+    return dead_adapters(report) + sentences

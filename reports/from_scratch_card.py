@@ -1,4 +1,4 @@
-"""The model card of what was trained from scratch, filled in from the report of its run and from nothing else."""
+"""The model card of a model trained from scratch, filled in from the report of its run and from nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ def write_from_scratch_card(folder: Path, report: dict[str, Any], repo_id: str |
     """Write README.md into the folder of the model, so that it is never seen half-written.
 
     Args:
-        folder: what `save_pretrained` wrote.
-        report: of the run; see `ssm_zoo.training.from_scratch`.
-        repo_id: the repository that the card is for, if known: its title, and what the example loads.
+        folder: a folder that `save_pretrained` wrote.
+        report: report of the run; see `ssm_zoo.training.from_scratch`.
+        repo_id: the repository of the card, if known, for the title and the example.
     """
-    # No licence: nobody has said that of the text.
+    # Without a licence, since that of the training text is unknown.
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -28,7 +28,7 @@ def write_from_scratch_card(folder: Path, report: dict[str, Any], repo_id: str |
 
 
 def _sections(report: dict[str, Any], repo_id: str | None) -> dict[str, str]:
-    """What the template's holes are filled with; all of it Markdown."""
+    """Return Markdown for each placeholder of the template."""
     common, model_type = common_sections(report), report["model"]["model_type"]
     return {
         **common,
@@ -59,7 +59,7 @@ def _config(report: dict[str, Any]) -> str:
 
 
 def _schedule(report: dict[str, Any]) -> str:
-    """The rest of "AdamW, peak learning rate 0.001, "."""
+    """Return the schedule, to follow "peak learning rate 0.001, "."""
     settings, warmup = report["settings"], report["settings"]["warmup"]
     rising = f"{count(warmup)} steps" if isinstance(warmup, int) else f"{percent(warmup)} of the steps"
     betas = " and ".join(f"{beta:g}" for beta in settings["betas"])
@@ -71,7 +71,7 @@ def _schedule(report: dict[str, Any]) -> str:
 
 
 def _selection(report: dict[str, Any]) -> str:
-    """What selective layers select of the held-out text, if there are any."""
+    """Return a sentence on the share of held-out tokens that selective layers select; empty without such layers."""
     rates = report["evaluations"][-1].get("selection_rate")
     if not rates:
         return ""

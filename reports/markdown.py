@@ -1,6 +1,6 @@
-"""Numbers for people, and other people's text in Markdown: a name or a sample must never turn into markup.
+"""Formatting of numbers, and of texts that are not ours, which must not be interpreted as Markdown.
 
-Whatever comes out of a report (a file, after all) is written as code, where HTML, links and emphasis are letters.
+Names and samples from a report are written as code, in which HTML, links and emphasis have no effect.
 """
 
 import re
@@ -8,44 +8,44 @@ from collections.abc import Sequence
 
 MISSING = "—"
 
-# Control characters other than tab and line feed: terminals obey some, and renderers drop or refuse the rest.
+# Control characters other than tab and line feed. Terminals interpret some; renderers drop or refuse the others.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def number(value: float | None, digits: int = 4, *, sign: bool = False) -> str:
-    """A measured number; a dash for None."""
+    """Format a measured number; None gives a dash."""
     return MISSING if value is None else f"{value:{'+' if sign else ''},.{digits}f}"
 
 
 def short(value: float | None) -> str:
-    """A measured number in three significant digits, for what may be 0.01 or 10,000; a dash for None."""
+    """Format a measured number of any magnitude with three significant digits; None gives a dash."""
     if value is None:
         return MISSING
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent; a dash for None."""
+    """Format a share as a percentage; None gives a dash."""
     return MISSING if value is None else f"{value:.1%}"
 
 
 def count(value: int) -> str:
-    """A whole number, thousands apart."""
+    """Format an integer with thousands separators."""
     return f"{value:,}"
 
 
 def seconds(value: float) -> str:
-    """Seconds, thousands apart; with a decimal below ten, unless there are none."""
+    """Format seconds with thousands separators, and with a decimal if they are more than zero and less than ten."""
     return f"{value:,.1f}" if 0 < value < 10 else f"{value:,.0f}"
 
 
 def gibibytes(value: int | None) -> str:
-    """Bytes in GiB; a dash for None."""
+    """Format bytes in GiB; None gives a dash."""
     return MISSING if value is None else f"{value / 2**30:.1f} GiB"
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers with runs of three or more joined: "0, 2, 4-7"."""
+    """Format ascending integers, with runs of three or more joined: "0, 2, 4-7"."""
     runs: list[list[int]] = []
     for value in numbers:
         if runs and value == runs[-1][-1] + 1:
@@ -57,7 +57,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def code(text: str) -> str:
-    """A text as one line of inline code, longer in its delimiters than any run of backticks in it."""
+    """Return a text as one line of inline code, with delimiters longer than any run of backticks in it."""
     line = re.sub(r"\s+", " ", _CONTROL.sub(" ", text)).strip()
     if not line:
         return MISSING
@@ -67,18 +67,18 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str = "text") -> str:
-    """A text as a code block that nothing in the text can close."""
+    """Return a text as a code block that nothing in the text can close."""
     ticks = "`" * max(3, _longest_run(text) + 1)
     body = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n")).rstrip("\n")
     return f"{ticks}{language}\n{body}\n{ticks}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A Markdown table, its first `left` columns to the left and the others to the right; cells are Markdown."""
+    """Return a table with the first `left` columns aligned left and the others right; cells are Markdown."""
     lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _longest_run(text: str) -> int:
-    """Length of the longest run of backticks."""
+    """Return the length of the longest run of backticks."""
     return max(map(len, re.findall("`+", text)), default=0)

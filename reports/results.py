@@ -1,7 +1,7 @@
-"""What a distillation report says: the table of evaluations, what each stage gained, what was recovered, limits.
+"""Results of a distillation: the table of evaluations, the gain of each stage, the recovered fraction, the limits.
 
-The tables and sentences that the report, the model card and the command line share. A sentence never flatters: a
-stage that did not improve the held-out loss is said not to have.
+Report, model card and command line share these rows and sentences. They say so if a stage did not improve the held-out
+loss.
 """
 
 from __future__ import annotations
@@ -13,42 +13,27 @@ from typing import Any
 from .distillation_report import Evaluation, Report
 from .markdown import count, number, percent, ranges
 
-# Losses are compared as they are printed: what no reader can see is no improvement.
+# Losses are compared as they are printed, so that an improvement is always visible.
 _DIGITS = 4
-# Below this, a budget is small beside every published recipe (RADLADS 0.35e9, arXiv 2505.03005; MOHAWK 3e9).
+# A smaller budget is small compared to all published recipes (RADLADS 0.35e9, arXiv 2505.03005; MOHAWK 3e9).
 _SMALL_BUDGET = 100_000_000
 
 
-@dataclass(frozen=True)
-class EvaluationRow:
+class EvaluationRow(Evaluation):
     """A row of the table of evaluations.
 
     Attributes:
-        name: of the evaluation.
-        kind: "teacher", "zeroed", "start" or "stage".
-        loss: held-out loss, nats per token; None where it is not finite.
-        gap: loss above the teacher's, in nats.
-        perplexity: exponential of the loss.
-        kl: KL(teacher || student), nats per token; None for the teacher.
-        top1_agreement: share in [0, 1]; None for the teacher.
-        trained_tokens: training tokens read by then, over all stages.
-        trained_seconds: seconds of training by then, over all stages.
+        gap: difference to the teacher's loss, in nats.
+        trained_seconds: seconds of training until then, over all stages.
     """
 
-    name: str
-    kind: str
-    loss: float | None
     gap: float | None
-    perplexity: float | None
-    kl: float | None
-    top1_agreement: float | None
-    trained_tokens: int
     trained_seconds: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a stage improved on what was before it, and the sentence on it that follows the stage's name."""
+    """Whether a stage improved the student, and the sentence on it, to follow the stage's name."""
 
     stage: str
     improved: bool
@@ -56,34 +41,23 @@ class Verdict:
 
 
 def evaluation_rows(report: Report) -> list[EvaluationRow]:
-    """The evaluations in their order, with the gap to the teacher and the training that came before each."""
+    """Return the evaluations in order, with the gap to the teacher and the duration of the training before each."""
     teacher = report.evaluation("teacher").loss
     durations = {stage.name: stage.seconds for stage in report.stages}
     trained, rows = 0.0, []
     for part in report.evaluations:
         if part.kind == "stage":
             trained += durations[part.name]
-        rows.append(
-            EvaluationRow(
-                name=part.name,
-                kind=part.kind,
-                loss=part.loss,
-                gap=_difference(part.loss, teacher) if part.kind != "teacher" else None,
-                perplexity=part.perplexity,
-                kl=part.kl,
-                top1_agreement=part.top1_agreement,
-                trained_tokens=part.trained_tokens,
-                trained_seconds=trained,
-            )
-        )
+        gap = None if part.kind == "teacher" or part.loss is None or teacher is None else part.loss - teacher
+        rows.append(EvaluationRow(**dict(part), gap=gap, trained_seconds=trained))
     return rows
 
 
 def recovered_fraction(report: Report) -> float | None:
-    """(L0 - LS) / (L0 - LT): how much of the loss that the converted mixers are worth the student has won back.
+    """Return (L0 - LS) / (L0 - LT), the share of the loss due to silenced mixers that the student recovers.
 
-    L0 is the loss with the converted mixers silenced, LS the student's at the end, LT the teacher's. None where a
-    loss is not finite, or silencing the mixers does no harm.
+    L0 is the loss with the converted mixers silenced, LS the student's at the end, LT the teacher's. The fraction is
+    None if a loss is not finite, or if silencing the mixers does not increase the loss.
     """
     floor, reached = report.evaluation("zeroed").loss, report.students[-1].loss
     teacher = report.evaluation("teacher").loss
@@ -93,7 +67,7 @@ def recovered_fraction(report: Report) -> float | None:
 
 
 def recovered_sentence(report: Report) -> str:
-    """The recovered fraction with the losses that it is made of."""
+    """Return a sentence on the recovered fraction, with the losses from which it is computed."""
     fraction = recovered_fraction(report)
     losses = [report.evaluation("zeroed").loss, report.students[-1].loss, report.evaluation("teacher").loss]
     floor, reached, teacher = (number(loss, _DIGITS) for loss in losses)
@@ -104,7 +78,7 @@ def recovered_sentence(report: Report) -> str:
 
 
 def summary_sentence(report: Report) -> str:
-    """The held-out loss of student and teacher, and the raw gap, which is the primary number."""
+    """Return a sentence on the held-out losses of student and teacher and their gap, the primary number."""
     teacher, student = report.evaluation("teacher"), report.students[-1]
     if student.loss is None or teacher.loss is None:
         return f"Held-out loss: {number(student.loss)} (student), {number(teacher.loss)} (teacher): not finite."
@@ -117,12 +91,12 @@ def summary_sentence(report: Report) -> str:
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """One verdict a stage, against the student as the stage found it."""
+    """Return a verdict on each stage, compared with the student before it."""
     return [_verdict(before, after) for before, after in pairwise(report.students)]
 
 
 def layer_groups(report: Report) -> list[tuple[str, str, int]]:
-    """(token mixer, its layers as text, how many), in the order of first appearance."""
+    """Return (token mixer, its layers as text, their number), in the order of first appearance."""
     groups: dict[str, list[int]] = {}
     for layer, mixer in enumerate(report.student.mixer_types):
         groups.setdefault(mixer, []).append(layer)
@@ -130,7 +104,7 @@ def layer_groups(report: Report) -> list[tuple[str, str, int]]:
 
 
 def stage_setting(report: Report, stage: str, key: str) -> Any:
-    """A setting of a stage in the recipe that was run, None where the recipe does not say."""
+    """Return a setting of a stage in the recipe that was run; None if the recipe does not have it."""
     stages = report.recipe.get("stages")
     for settings in stages if isinstance(stages, list) else []:
         if isinstance(settings, dict) and settings.get("name") == stage:
@@ -139,7 +113,7 @@ def stage_setting(report: Report, stage: str, key: str) -> Any:
 
 
 def limits(report: Report) -> list[str]:
-    """What the numbers do not show, in plain sentences."""
+    """Return sentences on the limits of the results."""
     found = []
     tokens = sum(stage.tokens for stage in report.stages)
     if tokens < _SMALL_BUDGET:
@@ -198,10 +172,6 @@ def _movement(before: str, after: str, change: float) -> str:
     if before == after:
         return f"stayed at {after}"
     return f"{'rose' if change > 0 else 'fell'} from {before} to {after}"
-
-
-def _difference(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other
 
 
 def _mean_repetition(part: Evaluation) -> float | None:

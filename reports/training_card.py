@@ -4,12 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from ..harness.public_text import without_folders
-from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
-from .hub_licences import HUB_LICENCES
+from ..harness.published import without_folders
+from .card_parts import (
+    LOAD_MODEL,
+    LOADED_ALONE,
+    base_model,
+    common_sections,
+    licence_fields,
+    licence_sentences,
+    linked_source,
+    optimisation,
+    write_trained_card,
+)
 from .markdown import code, count, fenced, table
 
 _ADAPTER = """\
@@ -26,39 +33,20 @@ def write_card(folder: Path, report: dict[str, Any], repo_id: str | None = None)
     """Write README.md into the folder of an adapter or a model, so that it is never seen half-written.
 
     Args:
-        folder: what `save_pretrained` wrote; it holds `adapter_config.json` if it is an adapter's.
-        report: of the run; see `ssm_zoo.training.language_model`.
-        repo_id: the repository that the card is for, if known: its title, and what the example loads.
+        folder: a folder that `save_pretrained` wrote, with `adapter_config.json` if it is an adapter's.
+        report: report of the run; see `ssm_zoo.training.language_model`.
+        repo_id: the repository of the card, if known, for the title and the example.
     """
     adapter = (folder / "adapter_config.json").is_file()
     write_trained_card(folder, _metadata(report, adapter), _sections(report, adapter, repo_id))
 
 
-def hub_id(report: dict[str, Any]) -> str | None:
-    """The base model's Hub id, None where it has none."""
-    source = report["base"]["source"]
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return None
-    return source if "/" in source else None
-
-
-def linked_base(report: dict[str, Any]) -> str:
-    """The base model's name, with a link to it where it is on the Hub."""
-    base = hub_id(report)
-    return f"[{base}](https://huggingface.co/{base})" if base else code(without_folders(report["base"]["source"]))
-
-
 def base_fields(report: dict[str, Any]) -> dict[str, Any]:
-    """What the Hub reads of the base model: which it is, and its licence."""
-    base, licence = hub_id(report), (report["base"]["licence"] or "").strip()
-    fields: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune" if base else None}
-    if licence.lower() in HUB_LICENCES:
-        return {**fields, "license": licence.lower()}
-    if licence:  # the Hub refuses identifiers that it does not know
-        return {**fields, "license": "other", "license_name": licence}
-    return fields
+    """Return the front matter on the base model: its Hub id and its licence."""
+    source, licence = report["base"]["source"], report["base"]["licence"]
+    base = base_model(source)
+    relation = "finetune" if base else None
+    return {"base_model": base, "base_model_relation": relation, **licence_fields(licence, source)}
 
 
 def _metadata(report: dict[str, Any], adapter: bool) -> ModelCardData:
@@ -74,9 +62,9 @@ def _metadata(report: dict[str, Any], adapter: bool) -> ModelCardData:
 
 
 def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dict[str, str]:
-    """What the template's holes are filled with; all of it Markdown."""
-    settings, base = report["settings"], hub_id(report)
-    name = report["base"]["source"]
+    """Return Markdown for each placeholder of the template."""
+    settings, name = report["settings"], report["base"]["source"]
+    base = base_model(name)
     revision = f", revision={report['base']['revision']!r}" if report["base"]["revision"] else ""
     snippet = (_ADAPTER if adapter else LOAD_MODEL).format(
         repository=repo_id or "<this repository>", base=base or "<the base model>", base_revision=revision
@@ -91,7 +79,7 @@ def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dic
         "title": code(
             repo_id.rpartition("/")[2] if repo_id else f"{without_folders(name).rpartition('/')[2]}, finetuned"
         ),
-        "introduction": f"{linked_base(report)} ({code(report['base']['model_type'])}), finetuned as a language model "
+        "introduction": f"{linked_source(name)} ({code(report['base']['model_type'])}), finetuned as a language model "
         f"with ssm-zoo: {method_of(report)}"
         f"{'' if adapter or settings['method'] == 'full' else ', merged into the weights'}.",
         "loading": loading,
@@ -99,12 +87,12 @@ def _sections(report: dict[str, Any], adapter: bool, repo_id: str | None) -> dic
         "training": optimisation(report, f"{code(settings['schedule'])} schedule"),
         "adapters": adapters_of(report),
         "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
-        "licence": licence_of(report, adapter),
+        "licence": licence_sentences(report["base"]["licence"], "the base model's", with_code=not adapter),
     }
 
 
 def method_of(report: dict[str, Any]) -> str:
-    """What was trained, in half a sentence."""
+    """Return a phrase on the method and the number of trained parameters."""
     settings, parameters = report["settings"], report["parameters"]
     share = f"{count(parameters['trained'])} of {count(parameters['all'])} parameters trained"
     if settings["method"] == "full":
@@ -115,7 +103,7 @@ def method_of(report: dict[str, Any]) -> str:
 
 
 def adapters_of(report: dict[str, Any]) -> str:
-    """Which kinds of layers carry adapters, which do not, and which adapters are dead."""
+    """Return the table of adapters by kind of layer, with the dead ones, and the layers without an adapter."""
     coverage = report["coverage"]
     if coverage is None:
         return ""
@@ -144,20 +132,10 @@ def _limits(report: dict[str, Any]) -> list[str]:
     ]
     if report["evaluations"][-1]["loss"] >= report["evaluations"][0]["loss"]:
         sentences.insert(0, "**The held-out loss did not fall.**")
-    if report["coverage"] is not None and report["coverage"]["dead"]:
-        sentences.insert(
-            0, f"**{count(len(report['coverage']['dead']))} adapters got no gradient and learnt nothing.**"
-        )
-    return sentences
+    return dead_adapters(report) + sentences
 
 
-def licence_of(report: dict[str, Any], adapter: bool) -> str:
-    """Whose licence the weights are under, and that of the code if it is there."""
-    licence = (report["base"]["licence"] or "").strip()
-    ours = "" if adapter else f" {OUR_CODE}"
-    if not licence:
-        return (
-            "The weights derive from the base model's, whose licence is not recorded: find it out before you use or "
-            f"share them.{ours}"
-        )
-    return f"The weights derive from the base model's and stay under its licence, {code(licence)}.{ours}"
+def dead_adapters(report: dict[str, Any]) -> list[str]:
+    """Return a sentence on adapters that got no gradient, if there are any."""
+    dead = report["coverage"]["dead"] if report["coverage"] is not None else ()
+    return [f"**{count(len(dead))} adapters got no gradient and learnt nothing.**"] if dead else []

@@ -1,4 +1,4 @@
-"""The figure of a training: its loss over the steps, the held-out losses, and what selective layers select."""
+"""The figures of a training: loss over the steps, held-out losses, selection rates, and retrieval of an embedder."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..harness.run_folder import write_whole
+from ..harness.whole_files import write_whole
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-BLUE, ORANGE = "#0072B2", "#E69F00"
+_BLUE, _ORANGE = "#0072B2", "#E69F00"
+_MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "recall@10", "accuracy@1": "first is right"}
 
 
 def write_loss_plot(report: dict[str, Any], path: Path) -> None:
     """Draw the curve of a report into a PNG file, so that it is never seen half-written.
 
-    A second panel has the selection rate of every selective layer, where there are such layers.
+    A second panel shows the selection rates of selective layers, if there are any.
     """
     selective = [point for point in report["history"] if "selection_rate" in point]
     figure = Figure(figsize=(7.0, 7.0 if selective else 4.2), layout="constrained")
@@ -24,20 +25,40 @@ def write_loss_plot(report: dict[str, Any], path: Path) -> None:
     if selective:
         _draw_selection(panels[1], selective)
     panels[-1].set_xlabel("optimiser step")
-    for axes in panels:
+    _save(figure, path)
+
+
+def write_embedder_plot(report: dict[str, Any], path: Path) -> None:
+    """Draw an embedder's loss, and its retrieval before and after, into a PNG file, never seen half-written."""
+    figure = Figure(figsize=(7.0, 7.0), layout="constrained")
+    loss, retrieval = figure.subplots(2, 1)
+    _draw_curve(loss, report)
+    loss.set_xlabel("optimiser step")
+    loss.set_ylabel("InfoNCE (nats per pair)")
+    _draw_retrieval(retrieval, report)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend()
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
+def _draw_curve(axes: Axes, report: dict[str, Any]) -> None:
+    points = report["history"]
+    axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=_BLUE, linewidth=1.4, label="training")
+
+
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
-    points, measured = report["history"], report["evaluations"]
-    axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=BLUE, linewidth=1.4, label="training")
+    measured = report["evaluations"]
+    _draw_curve(axes, report)
     losses = [evaluation["loss"] for evaluation in measured]
     label = f"held out: {losses[0]:.3f} before, {losses[-1]:.3f} after"
-    # Two points make no curve.
+    # Two points are not joined by a line.
     line = "-" if len(losses) > 2 else ""
-    axes.plot([e["step"] for e in measured], losses, color=ORANGE, marker="o", linestyle=line, label=label)
+    axes.plot([e["step"] for e in measured], losses, color=_ORANGE, marker="o", linestyle=line, label=label)
     axes.set_ylabel("loss (nats per token)")
 
 
@@ -47,3 +68,22 @@ def _draw_selection(axes: Axes, points: list[dict[str, Any]]) -> None:
         axes.plot(steps, rates, linewidth=1.4, label=f"selective layer {layer}")
     axes.set_ylim(0, 1)
     axes.set_ylabel("selected share of the tokens")
+
+
+def _draw_retrieval(axes: Axes, report: dict[str, Any]) -> None:
+    chance, width = report["chance"], 0.38
+    size = chance["pools"][0]["size"]
+    names = [*_MEASURES.values(), f"right among {size}"]
+    for shift, evaluation, color in zip((-0.5, 0.5), report["evaluations"], (_ORANGE, _BLUE), strict=True):
+        pool = evaluation["pools"][0]
+        values = [*(evaluation[key] for key in _MEASURES), pool["accuracy"]]
+        places = [place + shift * width for place in range(len(values))]
+        axes.bar(places, values, width, color=color, label=f"held out, {evaluation['name']}")
+        below, above = pool["accuracy"] - pool["low"], pool["high"] - pool["accuracy"]
+        axes.errorbar(places[-1:], values[-1:], yerr=[[below], [above]], color="black", capsize=3, linestyle="none")
+    levels = [*(chance[key] for key in _MEASURES), chance["pools"][0]["accuracy"]]
+    for place, level in enumerate(levels):
+        axes.hlines(level, place - width, place + width, colors="black", linestyles="dashed", linewidth=1)
+    axes.plot([], [], color="black", linestyle="dashed", linewidth=1, label="chance")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 1)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ..harness.checkpoint_manifest import damage, newest_whole, write_manifest
-from ..harness.run_folder import TEMPORARY, flush
+from ..harness.whole_files import TEMPORARY, flush
 from .sharding import Sharding, clip_gradients
 
 KEPT = 2

@@ -31,21 +31,16 @@ from transformers import MODEL_MAPPING, set_seed
 from ..conversion.load_model import check_finite, load_config
 from ..evaluation.embedder import make_embedder, require_sentence_transformers
 from ..evaluation.retrieval import RetrievalData, chance_levels, embedder_scores, evaluate_retrieval
-from ..harness.errors import decoration
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.run_folder import (
-    check_output_folder,
-    claimed_folders_end,
-    read_json,
-    result_folder,
-    write_json,
-)
+from ..harness.published import decoration
+from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none, write_json
+from ..harness.whole_files import new_folder
 from ..modeling.backbone import ZooModel
 from ..modeling.selective_attention import SelectiveAttention
 from ..reports.embedder_card import write_embedder_card
-from ..reports.embedder_plot import write_embedder_plot
+from ..reports.training_plots import write_embedder_plot
 from .adapters import adapter_coverage, add_adapters, pinned, print_coverage
 from .checkpoints import check_numbers
 from .embedder_settings import EmbedderSettings
@@ -102,7 +97,7 @@ class EmbedderRun:
 
     def before(self) -> dict[str, Any]:
         """Retrieval before training, in `before.json`: that of the first start, if it has measured it."""
-        found = read_json(self.output / "before.json")
+        found = read_json_or_none(self.output / "before.json")
         self.state.wait_for_everyone()  # all have looked before the first one writes
         if found is None:
             found = self.evaluate("before", self.embedder)
@@ -250,7 +245,7 @@ def _coverage(run: EmbedderRun) -> dict[str, Any] | None:
     """Which adapters learn, printed; as the first start found it, if it has. None without adapters."""
     if not isinstance(run.model, PeftModel):
         return None
-    coverage = read_json(run.output / "coverage.json")
+    coverage = read_json_or_none(run.output / "coverage.json")
     run.state.wait_for_everyone()  # all have looked before the first one writes
     if coverage is None:
         from .embedder_trainer import infonce
@@ -325,7 +320,7 @@ def _write_results(run: EmbedderRun, report: dict[str, Any], finished: SentenceT
     with decoration("the plot"):
         plots.mkdir(exist_ok=True)
         write_embedder_plot(report, plots / "loss.png")
-    with result_folder(run.output / "model") as folder:
+    with new_folder(run.output / "model", overwrite=True) as folder:
         finished.save_pretrained(str(folder), create_model_card=False)
         with decoration("the plot in the model's folder"):
             shutil.copytree(plots, folder / "plots")

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from ..harness.fingerprint import claim_run, fingerprint, pinned_revision
-from ..harness.public_text import public_argument
+from ..harness.published import public_argument
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..reports.from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings

@@ -20,7 +20,7 @@ from ..conversion.load_model import check_finite
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json, write_json
+from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none, write_json
 from ..reports.training_card import write_card
 from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned, print_coverage
 from .report import common_report, write_folder, write_plots
@@ -89,7 +89,7 @@ def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any] | None:
     """Which adapters learn, printed; as the first start found it, if it has. None without adapters."""
     if not isinstance(run.model, PeftModel):
         return None
-    coverage = read_json(run.output / "coverage.json")
+    coverage = read_json_or_none(run.output / "coverage.json")
     run.state.wait_for_everyone()  # all have looked before the first one writes
     if coverage is None:
         rows = run.rows.first(run.settings.batch_size)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .. import modeling
-from ..conversion.byte_tokenizer import byte_tokenizer
+from ..conversion.formats.state_spaces import byte_tokenizer
 from ..conversion.load_model import load_config, load_tokenizer
 from ..conversion.source_files import check_config
 from ..harness.fingerprint import pinned_revision

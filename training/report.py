@@ -10,10 +10,9 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from ..harness.errors import decoration
 from ..harness.machine import describe_machine
-from ..harness.public_text import public_argument
-from ..harness.run_folder import result_folder
+from ..harness.published import decoration, public_argument
+from ..harness.whole_files import new_folder
 from ..reports.training_plots import write_loss_plot
 from .packing import PackedDocuments
 from .settings import RunSettings, TrainingSettings
@@ -132,7 +131,7 @@ def write_folder(
         card: writes the card into a folder, from the report.
         report: of the run.
     """
-    with result_folder(run.output / name) as folder:
+    with new_folder(run.output / name, overwrite=True) as folder:
         save(str(folder))
         run.tokenizer.save_pretrained(folder)
         with decoration("the plot in the model's folder"):

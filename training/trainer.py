@@ -29,7 +29,7 @@ from transformers.integrations.integration_utils import (
 from ..conversion.load_model import check_finite
 from ..harness.json_files import read_json_object
 from ..harness.processes import check_processes
-from ..harness.run_folder import read_json, write_json
+from ..harness.run_folder import read_json_or_none, write_json
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
@@ -134,7 +134,7 @@ class TrainingRun(Generic[Settings]):
 
     def before(self) -> dict[str, Any]:
         """The held-out loss before training, in `before.json`: that of the first start, if it has measured it."""
-        found = read_json(self.output / "before.json")
+        found = read_json_or_none(self.output / "before.json")
         self.state.wait_for_everyone()  # all have looked before the first one writes
         if found is None:
             found = self.evaluate("before")
@@ -458,7 +458,7 @@ def train_or_load(
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
         history = trainer.state.log_history
     else:  # the Trainer would do one step more
-        history = read_json(found / _STATE)["log_history"]
+        history = read_json_or_none(found / _STATE)["log_history"]
     model = trainer.whole_model()
     check_finite(model, f"{trainer.stage_name}the trained model", "Lower learning_rate.")
     return model, history

@@ -25,7 +25,7 @@ FORMATS = (
     state_spaces.MAMBA2_HYBRID,
     MASKED_MIXER,
 )
-"""Every format. Where several of a library can write a model, the first one does."""
+"""Every format. If several formats of a library can write a model, the first one is used."""
 
 TEACHERS = {str(form.model_type): form for form in FORMATS if form.is_teacher}
 """The formats of models that students are distilled from, by transformers' model type."""

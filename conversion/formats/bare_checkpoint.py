@@ -1,11 +1,13 @@
-"""A checkpoint of mixers of positions as its authors save it: weights without a configuration.
+"""Checkpoints of position mixers as their authors save them: weights without a configuration.
 
-Sizes follow from shapes; what shapes do not tell is said by the user (:class:`Settings`) or a documented default.
+Sizes are inferred from tensor shapes. What shapes do not tell comes from the user's settings (:class:`Settings`) or has
+a documented default.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ...harness.yaml_values import override
 from ...modeling.pretrained import ZooPreTrainedModel
 from ..rules import Computed, LazyTensor, Rule
 
-_WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
+_WRAPPER = "module."  # of parallel training
 _COMMON: dict[str, type] = {
     "pad_mode": str,
     "pad_token_id": int,
@@ -27,13 +29,13 @@ _COMMON: dict[str, type] = {
 
 
 class Settings:
-    """What the user says of a checkpoint, by name.
+    """The user's settings for a checkpoint: options that cannot be inferred from tensor shapes.
 
     Args:
-        assignments: "name=YAML value", each.
+        assignments: "name=YAML value" each.
 
     Raises:
-        ValueError: if one is no assignment.
+        ValueError: if one is not an assignment.
     """
 
     def __init__(self, assignments: Sequence[str] = ()) -> None:
@@ -41,10 +43,10 @@ class Settings:
         self._known: list[str] = []
 
     def take(self, name: str, kind: type, accepted: Sequence[Any] | None = None) -> Any:
-        """The value of a setting that the checkpoint's class has, None if it is not given.
+        """Return the value of a setting that the checkpoint's class has; None if it is not given.
 
         Raises:
-            ValueError: if it is of another kind, or none of the accepted ones.
+            ValueError: if the value has another type, or is not one of `accepted`.
         """
         self._known.append(name)
         value = self.given.get(name)
@@ -53,90 +55,90 @@ class Settings:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (accepted is not None and value not in accepted):
-            choices = ", ".join(map(str, accepted)) if accepted is not None else f"a value of type {kind.__name__}"
-            raise ValueError(f"set: {name}: got {self.given[name]!r}; accepted: {choices}")
+            choices = " or ".join(map(str, accepted)) if accepted is not None else f"a value of type {kind.__name__}"
+            raise ValueError(f"--set {name} must be {choices}, got {self.given[name]!r}.")
         return value
 
     def positive(self, name: str, kind: type) -> Any:
-        """As :meth:`take`, of numbers above 0."""
+        """Return the value of a setting as :meth:`take` does, after checking that it is above 0."""
         value = self.take(name, kind)
         if value is not None and not value > 0:
-            raise ValueError(f"set: {name}: got {value!r}; accepted: a number above 0")
+            raise ValueError(f"--set {name} must be above 0, got {value!r}.")
         return value
 
     def common(self, hidden_act: str | None = None) -> dict[str, Any]:
-        """Fields of every masked mixer that shapes do not tell; without a value those that are not given."""
+        """Return the settings that every masked mixer has, as far as they are given."""
         found = {name: self.take(name, kind) for name, kind in _COMMON.items()}
         if hidden_act is not None:
             found["hidden_act"] = self.take("hidden_act", str) or hidden_act
         return {name: value for name, value in found.items() if value is not None}
 
     def finish(self, name: str) -> None:
-        """Raise ValueError if something was said that the class named does not have."""
+        """Raise a ValueError if a setting is given that the named class does not have."""
         for key in self.given:
             if key not in self._known:
-                raise ValueError(f"set: {key}: says nothing of {name}; accepted: {', '.join(sorted(self._known))}")
+                raise ValueError(f"--set {key} is no setting of {name}. It has {', '.join(sorted(self._known))}.")
 
 
 class MixerCheckpoint:
-    """Keys and shapes, with errors that name what is missing.
+    """The tensors of a checkpoint, with errors that name what is missing.
 
     Args:
-        name: of the folder, for messages.
+        folder: the folder of the checkpoint.
         tensors: the weights.
     """
 
-    def __init__(self, name: str, tensors: Mapping[str, LazyTensor]) -> None:
-        for wrapper in _WRAPPERS:
-            if tensors and all(key.startswith(wrapper) for key in tensors):
-                tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
-        self.name = name
+    def __init__(self, folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
+        if tensors and all(key.startswith(_WRAPPER) for key in tensors):
+            tensors = {key.removeprefix(_WRAPPER): tensor for key, tensor in tensors.items()}
+        self.folder, self.name = folder, folder.name
         self.tensors = dict(tensors)
 
     def has(self, pattern: str) -> bool:
-        """Whether a key is of this pattern, a regular expression."""
+        """Return whether a key matches a regular expression."""
         return any(re.fullmatch(pattern, key) for key in self.tensors)
 
     def count(self, prefix: str) -> int:
-        """One more than the largest number that follows `prefix` and a dot in a key."""
+        """Return one more than the largest number that follows `prefix` and a dot in a key."""
         found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in self.tensors)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def shape(self, key: str, *ranks: int) -> tuple[int, ...]:
-        """Shape of a tensor that has to be there, with one of these numbers of axes.
+        """Return the shape of a tensor that must be there, with one of these numbers of axes.
 
         Raises:
-            ValueError: if it is not there, or has another number.
+            ValueError: if it is missing, or has another number of axes.
         """
         if key not in self.tensors:
-            raise ValueError(f"{self.name}: 1 missing: {key}, of whose shape sizes are taken")
+            raise ValueError(f"{self.name}: {key} is missing, from whose shape sizes are inferred.")
         shape = self.tensors[key].shape
         if len(shape) not in ranks or 0 in shape:
             raise ValueError(
-                f"{self.name}: {key} is of shape {list(shape)}; accepted: {' or '.join(map(str, ranks))} axes"
+                f"{self.name}: {key} must have {' or '.join(map(str, ranks))} axes, none of them empty, got shape "
+                f"{list(shape)}."
             )
         return shape
 
     def square(self, key: str, *ranks: int) -> tuple[int, ...]:
-        """As :meth:`shape`, of matrices between positions.
+        """Return the shape of matrices between positions as :meth:`shape` does.
 
         Raises:
             ValueError: if they are not square.
         """
         shape = self.shape(key, *ranks)
         if shape[0] != shape[1]:
-            raise ValueError(f"{self.name}: {key} is of shape {list(shape)}; accepted: as many columns as rows")
+            raise ValueError(f"{self.name}: {key} must have as many columns as rows, got shape {list(shape)}.")
         return shape
 
     def drop(self, *patterns: str) -> list[str]:
-        """Leave out the keys of these patterns, regular expressions, and return them."""
+        """Leave out the keys that match one of these regular expressions, and return them."""
         gone = [key for key in self.tensors if any(re.fullmatch(pattern, key) for pattern in patterns)]
         for key in gone:
             del self.tensors[key]
         return gone
 
     def tie(self, embedding: str, head: str) -> bool:
-        """Whether the head is the embedding: one of both is not there, or they are equal. Leaves the head out then."""
+        """Return whether the head is tied: either one is missing, or both are equal. A tied head is left out."""
         if embedding not in self.tensors and head in self.tensors:
             self.tensors[embedding] = self.tensors.pop(head)
             return True
@@ -151,14 +153,14 @@ class MixerCheckpoint:
 
 @dataclass(frozen=True)
 class MixerReading:
-    """A checkpoint understood.
+    """A checkpoint whose kind and sizes are known.
 
     Attributes:
-        name: whose class it is of.
+        name: name of its class in the authors' code.
         model_class: our model.
-        config: its configuration.
-        rules: from their keys to ours.
-        notes: what a reader of the report should know: what was left out, what was taken for granted.
+        config: our configuration.
+        rules: rules from their keys to ours.
+        notes: lines for the report, about tensors that were left out and about assumptions.
     """
 
     name: str
@@ -169,20 +171,20 @@ class MixerReading:
 
 
 def dropped(keys: Sequence[str], why: str) -> list[str]:
-    """The line of the report for tensors that were left out, if there are any."""
-    return [f"left out: {len(keys)} tensors, {keys[0]} the first: {why}"] if keys else []
+    """Return the line of the report about tensors that were left out; empty if there are none."""
+    return [f"left out: {len(keys)} tensors, the first is {keys[0]}: {why}"] if keys else []
 
 
 def constant(theirs: tuple[int, ...], value: Tensor) -> Computed:
-    """How to come to a tensor that their module has not: in the dtype of another one, of shape `theirs`, of it."""
+    """Return a transform that gives a fixed value, in the dtype of a tensor of theirs, whose shape is `theirs`."""
     return Computed((theirs,), tuple(value.shape), lambda tensors: value)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """(H, ...) of H tensors."""
+    """Stack H tensors into one (H, ...)."""
     return torch.stack(tensors)
 
 
 def unstacked(tensor: Tensor) -> list[Tensor]:
-    """H tensors of (H, ...)."""
+    """Split (H, ...) into H tensors."""
     return list(tensor.unbind())

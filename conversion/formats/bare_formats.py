@@ -1,4 +1,4 @@
-"""Which of the authors' mixers a checkpoint is: found by its keys, or refused by name."""
+"""Recognition of position mixers by their keys, with a reader for each known kind and an error for the others."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from .maskedmixers import read_autoencoder, read_language_mixer, read_retrieval,
 from .structured_mixers import read_mlp_mixer
 from .toeplitz_mixers import read_fast_toeplitz, read_optimised_toeplitz
 
-# What is looked for in order: the first expression that matches a key's beginning says what it is.
+# Both tables are searched in order: the first expression that matches the beginning of a key decides.
 _REFUSED = {
     r"decoder_wte\.|decoder_proj\.": "a memory mixer, whose decoder reads embeddings of earlier chunks",
     r"wte\.bias": "an AutoencodingMixer of token pairs, whose embedding is a linear layer",
@@ -21,14 +21,14 @@ _REFUSED = {
     r"blocks\.\d+\.mixer\.alpha_logits": "a mixer of exponential moving averages",
     r"encoderblocks\.\d+\.token_mixing_layer\.": "an autoencoder of Toeplitz or recurrent mixers",
 }
-_READ: dict[str, Callable[[MixerCheckpoint, Settings, Path], MixerReading]] = {
+_READ: dict[str, Callable[[MixerCheckpoint, Settings], MixerReading]] = {
     r"model\.layers\.\d+\.mixer_layer\.": read_transfixer,
-    r"encoderblocks\.\d+\.patch_layernorm\.": lambda checkpoint, settings, _: read_autoencoder(checkpoint, settings),
-    r"retrieval_head\.": lambda checkpoint, settings, _: read_retrieval(checkpoint, settings),
-    r"mixerblocks\.\d+\.patch_layernorm\.": lambda checkpoint, settings, _: read_language_mixer(checkpoint, settings),
-    r"mixer_blocks\.\d+\.token_mixing_layer\.": lambda checkpoint, settings, _: read_mlp_mixer(checkpoint, settings),
-    r"blocks\.\d+\.mixer_norm\.": lambda checkpoint, settings, _: read_optimised_toeplitz(checkpoint, settings),
-    r"blocks\.\d+\.norm1\.": lambda checkpoint, settings, _: read_fast_toeplitz(checkpoint, settings),
+    r"encoderblocks\.\d+\.patch_layernorm\.": read_autoencoder,
+    r"retrieval_head\.": read_retrieval,
+    r"mixerblocks\.\d+\.patch_layernorm\.": read_language_mixer,
+    r"mixer_blocks\.\d+\.token_mixing_layer\.": read_mlp_mixer,
+    r"blocks\.\d+\.mixer_norm\.": read_optimised_toeplitz,
+    r"blocks\.\d+\.norm1\.": read_fast_toeplitz,
 }
 _KNOWN = (
     "LanguageMixer, MultiHeadedMixer, AutoencodingMixer, RetrievalMixer, transfixer, Toeplitz and structured recurrent "
@@ -37,42 +37,42 @@ _KNOWN = (
 
 
 def is_transfixer(tensors: Mapping[str, LazyTensor]) -> bool:
-    """Whether what says that it is a Llama is one with a mixer."""
+    """Return whether a checkpoint whose config.json names a Llama is a transfixer."""
     return any(re.search(r"(^|\.)model\.layers\.\d+\.mixer_layer\.", key) for key in tensors)
 
 
 def read_mixer(
     folder: Path, tensors: Mapping[str, LazyTensor], assignments: Sequence[str]
 ) -> tuple[MixerReading, dict[str, LazyTensor]]:
-    """What a checkpoint without a configuration, or of a transfixer, is.
+    """Read a checkpoint without a configuration, or one of a transfixer.
 
     Args:
-        folder: where it is.
+        folder: folder of the checkpoint.
         tensors: its weights.
-        assignments: what the user says of it, "name=value" each.
+        assignments: the user's settings, "name=value" each.
 
     Returns:
-        That, and the tensors that it uses, a tied head and what no forward reads left out.
+        The reading, and the tensors that it uses, without a tied head and without those that no forward pass reads.
 
     Raises:
-        ValueError: if it is none of the known ones, or one that our models cannot express; if a setting is wrong,
-            missing or says nothing of it; if sizes cannot be.
+        ValueError: if the mixer is unknown, or our models cannot express it; if a setting is wrong, missing or not one
+            of this mixer; or if the sizes contradict each other.
     """
     settings = Settings(assignments)
-    checkpoint = MixerCheckpoint(folder.name, tensors)
+    checkpoint = MixerCheckpoint(folder, tensors)
     for pattern, what in _REFUSED.items():
         found = next((key for key in checkpoint.tensors if re.match(pattern, key)), None)
         if found is not None:
-            raise ValueError(f"{folder.name}: {found}: of {what}, which is not converted; accepted: {_KNOWN}")
+            raise ValueError(f"{folder.name}: {found} is a key of {what}. Only {_KNOWN} can be converted.")
     read = next(
         (read for start, read in _READ.items() if any(re.match(start, key) for key in checkpoint.tensors)), None
     )
     if read is None:
         raise ValueError(
-            f"source: {folder} holds no config.json, and keys of none of these: {_KNOWN}; the first key is "
-            f"{next(iter(checkpoint.tensors), 'none')}"
+            f"source: {folder} must hold a config.json, or have the keys of one of {_KNOWN}. Its first key is "
+            f"{next(iter(checkpoint.tensors), 'none')}."
         )
     with config_errors(f"{folder.name}: sizes or settings"):
-        reading = read(checkpoint, settings, folder)
+        reading = read(checkpoint, settings)
     settings.finish(reading.name)
     return reading, checkpoint.tensors

@@ -1,12 +1,12 @@
-"""Cartesia's `llamba` and `zoo_hybrid`: Llama's blocks with discrete Mamba-2 in the place of attention.
+"""Cartesia's `llamba` and `zoo_hybrid`: Llama's blocks with discrete Mamba-2 in place of attention.
 
 Paper: Bick et al., "Llamba" (arXiv 2502.14458); official code: cartesia-ai/edge@95d8276,
 `cartesia-pytorch/cartesia_pytorch/Llamba` (`llamba.py`, `configuration_llamba.py`, `mixers/discrete_mamba2.py`). The
-rows of `in_proj` are x, B, C, z, a on both sides. The decay has no bias there: `dt_bias`, and with a bias in `in_proj`
-`z_bias` too, are zero here, and only then written.
+rows of `in_proj` are x, B, C, z, a on both sides. `llamba` has no `dt_bias` and, if `in_proj` has a bias, no `z_bias`.
+Both are zeros after reading, and must be zeros to be written.
 
-Phi-Mamba (goombalab/phi-mamba@b2e405f) has the same mixer, but in Phi's block: mixer and MLP side by side behind one
-LayerNorm, and a head with a bias. `zoo_hybrid` has no such block, so it is refused.
+Phi-Mamba (goombalab/phi-mamba@b2e405f) has the same mixer in Phi's block, with mixer and MLP in parallel after one
+LayerNorm, and a head with a bias. `zoo_hybrid` has no such block, so Phi-Mamba is refused.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..rules import Rule
 from .format import Format, filled, head_rules, positive, read_config, require
 
-_EPSILON = 1e-5  # of the blocks' norms, where it is no field
+_EPSILON = 1e-5  # of the blocks' norms; the configuration cannot change it
 _MODEL = {
     "vocab_size": None,
     "d_model": None,
@@ -52,26 +52,26 @@ def _read(folder: Path) -> dict[str, Any]:
         found = values.get(block)
         kind = found.get("BlockType") if isinstance(found, dict) else found
         raise ValueError(
-            f"config.json: `{block}.BlockType` is {kind!r}, the block of Phi-Mamba: its mixer and its MLP read one "
-            "LayerNorm side by side. zoo_hybrid has no such block, only sequential ones with an RMSNorm for each half."
+            f"config.json: `{block}.BlockType` is {kind!r}, the block of Phi-Mamba: its mixer and MLP run in parallel "
+            "after one LayerNorm. zoo_hybrid has only sequential blocks with an RMSNorm for each half."
         )
     return values
 
 
 def _zoo_config(values: dict[str, Any]) -> ZooHybridConfig:
-    model = {key: values.get(key, default) for key, default in _MODEL.items()}  # others are transformers' own
+    model = {key: values.get(key, default) for key, default in _MODEL.items()}  # the other fields are transformers'
     for name in ("vocab_size", "d_model", "n_layer", "pad_vocab_size_multiple"):
         positive(name, model[name])
     require("lm_head_bias", model["lm_head_bias"], False, "zoo_hybrid's head has none")
-    require("norm_epsilon", model["norm_epsilon"], _EPSILON, "that of the norms in the blocks, which is no field")
-    require("lm_head_prenorm", model["lm_head_prenorm"], "rms", "norms of the mean are not offered")
+    require("norm_epsilon", model["norm_epsilon"], _EPSILON, "the fixed epsilon of the norms in the blocks")
+    require("lm_head_prenorm", model["lm_head_prenorm"], "rms", "the zoo has RMS norms only")
     mlp = filled("mlp_cfg.", model["mlp_cfg"] or {}, _MLP, "llamba")
     mixer = filled("ssm_cfg.", model["ssm_cfg"] or {}, _MIXER, "llamba")
     positive("mlp_cfg.intermediate_size", mlp["intermediate_size"])
     for name in ("d_state", "n_v_heads", "expand", "d_conv"):
         positive(f"ssm_cfg.{name}", mixer[name])
     heads, inner = mixer["n_v_heads"], mixer["expand"] * model["d_model"]
-    require("ssm_cfg.n_qk_heads", mixer["n_qk_heads"], heads, "that of n_v_heads: every head has B and C of its own")
+    require("ssm_cfg.n_qk_heads", mixer["n_qk_heads"], heads, "equal to n_v_heads: every head has its own B and C")
     require("ssm_cfg.activation", mixer["activation"], "identity", "zoo_hybrid's convolution has none")
     require("ssm_cfg.conv_bias", mixer["conv_bias"], True, "zoo_hybrid's convolution has one")
     if inner % heads:
@@ -104,7 +104,7 @@ def _config(config: ZooHybridConfig) -> dict[str, Any]:
     mixer = config.settings_of("discrete_mamba2")
     require("discrete_mamba2.feature_map", mixer.feature_map, "identity", "llamba has no other")
     require("discrete_mamba2.normalize", mixer.normalize, False, "llamba does not divide by row sums")
-    require("discrete_mamba2.rotary", mixer.rotary, False, "llamba has no positions")
+    require("discrete_mamba2.rotary", mixer.rotary, False, "llamba has no rotary positions")
     require("rms_norm_eps", config.rms_norm_eps, _EPSILON, "llamba has no other in its blocks")
     heads, inner = config.num_attention_heads, config.num_attention_heads * int(config.head_dim or 0)
     if inner % config.hidden_size:
@@ -158,7 +158,7 @@ LLAMBA = Format(
     name="cartesia llamba",
     library="cartesia",
     zoo_class=ZooHybridForCausalLM,
-    # Phi-Mamba's is read as this one and refused there, by its field.
+    # A configuration of Phi-Mamba is taken for this format, whose `read` refuses it.
     reads=lambda values: values.get("model_type") == "llamba" or "MixerModel" in values,
     read=_read,
     zoo_config=_zoo_config,

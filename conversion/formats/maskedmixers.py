@@ -1,17 +1,23 @@
 """Masked mixers as their author saves them (blbadger/maskedmixers@8f9515d, blbadger/memorymodels@b5bbc77).
 
-`LanguageMixer`, whose mixing is a convolution over positions as channels, with k taps over the features, a linear layer
-(`MLPMixerBlock`), or expanded: two convolutions with a GELU between; `MultiHeadedMixer`, with a projection, a
-convolution and a bias for each head; the encoder of `AutoencodingMixer`; and the two streams of `DoubleMixerBlock`.
-What stands above a diagonal was never read there, but moved by the optimiser: it is cut off. Written are the first and,
-where there are projections, the second.
+Four kinds are read:
 
-`MixerHead` has a second form, whose output projection is as wide as H inputs: a stale loop index makes each of its
-heads the last convolution of the inputs without a projection. That is one head, and the sum of the projection's blocks.
-Experiments that put a softmax on the weights or on the mixing have the same keys, and are not told apart.
+* `LanguageMixer`, which mixes by a convolution with positions as channels and k taps over the features, by a linear
+  layer (`MLPMixerBlock`), or expanded: by two convolutions with a GELU between them;
+* `MultiHeadedMixer`, which has a projection, a convolution and a bias for each head;
+* the encoder of `AutoencodingMixer`;
+* the two streams of `DoubleMixerBlock`.
 
-The transfixer (branch of blbadger/transformers) is a Llama with a masked convolution over positions beside attention.
-It has the config.json of a `LlamaForCausalLM`; without it, `num_attention_heads` must be given.
+Entries above the diagonal are never used there, but the optimiser changes them; they are set to zero. The first kind is
+also written and, for models with projections, the second.
+
+`MixerHead` has a second form, whose output projection is H times as wide as the input: because of a stale loop index,
+each of its heads is the last convolution, without a projection of its input. This equals one head, with the sum of the
+blocks of the output projection. Experiments with a softmax on the weights or on the mixing have the same keys, so they
+cannot be told apart.
+
+The transfixer (branch of blbadger/transformers) is a Llama with a masked convolution over positions in parallel to
+attention. It has the config.json of a `LlamaForCausalLM`; without it, `num_attention_heads` must be given.
 """
 
 from pathlib import Path
@@ -36,7 +42,7 @@ from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, constant, 
 from .format import Format, require
 
 LIBRARY = "maskedmixers"
-_EPSILON = 1e-5  # torch's, of a LayerNorm that is given none
+_EPSILON = 1e-5  # torch's default for LayerNorm
 _OURS = "layers.{layer}."
 _EMBEDDING = "backbone.embeddings.weight"
 _LLAMA, _BACKBONE = "model.layers.{layer}.", "backbone." + _OURS
@@ -44,11 +50,11 @@ _LLAMA_FIRST = _LLAMA.format(layer=0)
 
 
 def read_language_mixer(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
-    """The one with a head, causal or, with two streams, a head for masked tokens."""
+    """Read a `LanguageMixer`: causal or, with two streams, with a head for masked tokens."""
     two = checkpoint.has(r"mixerblocks\.\d+\.convf\..*")
     tied = checkpoint.tie("wte.weight", "lm_head.weight")
     model_class = MaskedMixerForMaskedLM if two else MaskedMixerForCausalLM
-    notes = dropped(checkpoint.drop(r"wte_second\..*"), "no forward reads them")
+    notes = dropped(checkpoint.drop(r"wte_second\..*"), "no forward pass reads them")
     config, rules, more = _blocks(checkpoint, settings, "mixerblocks", two=two, prefix="backbone.", tied=tied)
     if not tied:
         rules.append(Rule("lm_head.weight", "lm_head.weight"))
@@ -57,15 +63,15 @@ def read_language_mixer(checkpoint: MixerCheckpoint, settings: Settings) -> Mixe
 
 
 def read_autoencoder(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
-    """The encoder, a model without a head: a text's embedding is its last hidden state."""
+    """Read the encoder, a model without a head: the embedding of a text is its last hidden state."""
     decoder = checkpoint.drop(r"(decoderblocks|lm_head|down|up|projection)\..*")
-    notes = dropped(decoder, "the decoder's, and the compression's on the way to it")
+    notes = dropped(decoder, "they belong to the decoder, or to the compression before it")
     config, rules, more = _blocks(checkpoint, settings, "encoderblocks", two=False, prefix="", tied=False)
     return MixerReading("encoder of AutoencodingMixer", MaskedMixerModel, config, rules, [*notes, *more])
 
 
 def read_retrieval(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
-    """`RetrievalMixer`, which reads embeddings of a query and of candidates: its matrices are whole."""
+    """Read a `RetrievalMixer`, which reads embeddings of a query and of candidates; its matrices are not masked."""
     places, *_ = shape = checkpoint.square("mixerblocks.0.conv.weight", 3)
     inner, width = checkpoint.shape("mixerblocks.0.patch_ff.0.weight", 2)
     theirs = "mixerblocks.{layer}."
@@ -89,7 +95,7 @@ def read_retrieval(checkpoint: MixerCheckpoint, settings: Settings) -> MixerRead
 
 
 def _mlp_rules(theirs: str, ours: str) -> list[Rule]:
-    """Those of the channels' half of a block."""
+    """Return the rules for the channel mixing of a block."""
     return [
         Rule(f"{theirs}patch_layernorm.{{rest}}", f"{ours}channel_norm.{{rest}}"),
         Rule(f"{theirs}patch_ff.0.{{rest}}", f"{ours}mlp.up_proj.{{rest}}"),
@@ -100,7 +106,7 @@ def _mlp_rules(theirs: str, ours: str) -> list[Rule]:
 def _blocks(
     checkpoint: MixerCheckpoint, settings: Settings, blocks: str, *, two: bool, prefix: str, tied: bool
 ) -> tuple[MaskedMixerConfig, list[Rule], list[str]]:
-    """Configuration and rules of embedding and blocks; lines for the report."""
+    """Return the configuration, the rules for embedding and blocks, and lines for the report."""
     vocabulary, width = checkpoint.shape("wte.weight", 2)
     first, theirs, ours = f"{blocks}.0.", blocks + ".{layer}.", prefix + _OURS
     inner = checkpoint.shape(f"{first}patch_ff.0.weight", 2)[0]
@@ -115,7 +121,10 @@ def _blocks(
             rules.append(Rule(f"{theirs}seq_layernorm{name}.{{rest}}", f"{ours}{norm}.{{rest}}"))
             turned = name == "r"
             rules += convolution_rules(f"{theirs}conv{name}.", f"{ours}{mixer}.", (positions, positions, 1), turned)
-        notes = ["positions of the second stream count from the end of a text: as there for rows that fill the context"]
+        notes = [
+            "positions of the second stream count from the end of a text, as in the authors' code for rows that fill "
+            "the context"
+        ]
     else:
         rules.append(Rule(f"{theirs}seq_layernorm.{{rest}}", f"{ours}token_norm.{{rest}}"))
         if checkpoint.has(rf"{first}conv\.0\..*"):
@@ -157,11 +166,11 @@ def convolution_rules(
     positions: int | None = None,
     biased: bool = True,
 ) -> list[Rule]:
-    """Those of a convolution (N, N, k), or a linear layer (N, N), that is the only head.
+    """Return the rules for the only head, a convolution (N, N, k) or a linear layer (N, N).
 
-    One of another number of rows or columns, half of an expanded mixer, has its `positions` said. As both halves are
-    causal, an output reads as many places between them as there are positions before it: of more places the others are
-    cut off, and of fewer the missing ones are zeros, which compute the same.
+    The halves of an expanded mixer have as many rows or columns as there are places between them, and need `positions`.
+    As both are causal, an output reads no more of these places than there are positions up to it. So further places are
+    cut off, and missing ones are filled with zeros, which computes the same.
     """
     rows, columns = shape[:2]
     positions = rows if positions is None else positions
@@ -169,9 +178,9 @@ def convolution_rules(
 
     def make(tensors: list[Tensor]) -> Tensor:
         weight = tensors[0].movedim(2, 0) if len(shape) == 3 else tensors[0][None]
-        # The second stream counts from the end, and its first two diagonals are not read.
+        # The second stream counts from the end, and its first two diagonals are not used.
         weight = weight.flip(1, 2).tril(-2) if turned else weight.tril()
-        return F.pad(weight, (0, positions - columns, 0, positions - rows))  # below zero it cuts
+        return F.pad(weight, (0, positions - columns, 0, positions - rows))  # negative padding cuts off
 
     def undo(tensor: Tensor) -> list[Tensor]:
         return [tensor.movedim(0, 2) if len(shape) == 3 else tensor[0]]
@@ -187,7 +196,7 @@ def convolution_rules(
 
 
 def _expanded_rules(theirs: str, ours: str, positions: int, wide: int, biased: bool) -> list[Rule]:
-    """Those of two convolutions, to `wide` places and back."""
+    """Return the rules for two convolutions, to `wide` places and back."""
     first = convolution_rules(f"{theirs}0.", f"{ours}inner_", (wide, positions, 1), positions=positions, biased=biased)
     return first + convolution_rules(f"{theirs}2.", ours, (positions, wide, 1), positions=positions, biased=biased)
 
@@ -195,20 +204,22 @@ def _expanded_rules(theirs: str, ours: str, positions: int, wide: int, biased: b
 def _head_rules(
     checkpoint: MixerCheckpoint, theirs: str, ours: str, positions: int, count: int, taps: int, width: int
 ) -> tuple[list[Rule], dict[str, Any], list[str]]:
-    """Rules, sizes and lines for the report of a `MixerHead`."""
+    """Return the rules and sizes of a `MixerHead`, and lines for the report."""
     outputs = checkpoint.shape(f"{theirs.format(layer=0)}out_proj.weight", 2)[1]
     if outputs == width:
         sizes = {"num_heads": count, "kernel_size": taps, "use_projections": True}
         return _projected_rules(theirs, ours, positions, count, taps, width), sizes, []
     if outputs != count * width:
         raise ValueError(
-            f"{checkpoint.name}: {theirs.format(layer=0)}out_proj.weight has {outputs} columns; accepted: {width}, or "
-            f"with MixerHead's stale index {count} times that"
+            f"{checkpoint.name}: {theirs.format(layer=0)}out_proj.weight must have {width} columns or, with the stale "
+            f"index of MixerHead, {count} times as many, got {outputs}."
         )
     last = f"{theirs}convs.{count - 1}."
     pattern = theirs.replace(".", r"\.").replace("{layer}", r"\d+")
     unused = checkpoint.drop(rf"{pattern}proj_head\..*", rf"{pattern}convs\.(?!{count - 1}\.)\d+\..*")
-    notes = dropped(unused, "no forward reads them, as MixerHead's stale index takes the last convolution for all")
+    notes = dropped(
+        unused, "no forward pass reads them: with MixerHead's stale index, all heads use the last convolution"
+    )
     folded = Computed(
         ((width, outputs),), (width, width), lambda tensors: tensors[0].unflatten(1, (count, width)).sum(1)
     )
@@ -223,7 +234,7 @@ def _head_rules(
 
 
 def _projected_rules(theirs: str, ours: str, positions: int, count: int, taps: int, width: int) -> list[Rule]:
-    """Those of a `MixerHead` that does what it says."""
+    """Return the rules for a `MixerHead` without the stale index."""
 
     def each(name: str) -> tuple[str, ...]:
         return tuple(f"{theirs}{name.format(head)}" for head in range(count))
@@ -248,7 +259,7 @@ def _projected_rules(theirs: str, ours: str, positions: int, count: int, taps: i
 
 
 def in_proj_rules(theirs: tuple[str, ...], ours: str, width: int) -> list[Rule]:
-    """Those of one linear layer for each head, which end in "weight" and "bias"; here one layer holds them all."""
+    """Return the rules that join the linear layers of all heads into one; `theirs` are their keys' beginnings."""
     rows = width // len(theirs)
     rules = []
     for name, shape in (("weight", (rows, width)), ("bias", (rows,))):
@@ -259,13 +270,13 @@ def in_proj_rules(theirs: tuple[str, ...], ours: str, width: int) -> list[Rule]:
     return rules
 
 
-def read_transfixer(checkpoint: MixerCheckpoint, settings: Settings, folder: Path) -> MixerReading:
+def read_transfixer(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
     """Read a transfixer from a folder with or without a configuration."""
     tied = checkpoint.tie("model.embed_tokens.weight", "lm_head.weight")
     vocabulary, width = checkpoint.shape("model.embed_tokens.weight", 2)
     positions, *_, taps = shape = checkpoint.square(f"{_LLAMA_FIRST}mixer_layer.conv.weight", 3)
-    has_config = (folder / "config.json").is_file()
-    fields = _of_config(folder) if has_config else _of_settings(checkpoint, settings)
+    has_config = (checkpoint.folder / "config.json").is_file()
+    fields = _of_config(checkpoint.folder) if has_config else _of_settings(checkpoint, settings)
     config = MaskedMixerConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -304,7 +315,7 @@ def _of_settings(checkpoint: MixerCheckpoint, settings: Settings) -> dict[str, A
     heads = settings.positive("num_attention_heads", int)
     if heads is None:
         raise ValueError(
-            "--set num_attention_heads must be given: without a config.json nothing tells it. Pass e.g. "
+            "--set num_attention_heads must be given, since it cannot be inferred without a config.json. Pass e.g. "
             "--set num_attention_heads=4."
         )
     queries, keys = (checkpoint.shape(f"{_LLAMA_FIRST}self_attn.{name}_proj.weight", 2)[0] for name in "qk")
@@ -324,25 +335,25 @@ def _of_settings(checkpoint: MixerCheckpoint, settings: Settings) -> dict[str, A
 
 
 def _no_config(config: MaskedMixerConfig) -> dict[str, Any]:
-    """Raise ValueError for what the author's classes cannot express; there is nothing to write beside the weights."""
+    """Raise a ValueError for a field that the author's classes cannot express; no config.json is written."""
     reasons = {
         "mixing": ("dense", "they have no other"),
         "attention": ("none", "they have none"),
-        "bidirectional": (False, "its head is not that of a causal model"),
-        "norm_type": ("layer_norm", "the only one there"),
-        "norm_eps": (_EPSILON, "the only one there"),
+        "bidirectional": (False, "only causal models are written"),
+        "norm_type": ("layer_norm", "they have no other"),
+        "norm_eps": (_EPSILON, "they have no other"),
         "final_norm": (False, "they have none"),
-        "mlp_first": (False, "tokens are mixed first there"),
-        "mlp_type": ("plain", "the only one there"),
+        "mlp_first": (False, "they mix tokens first"),
+        "mlp_type": ("plain", "they have no other"),
         "mlp_bias": (True, "they have one"),
-        "hidden_act": ("gelu", "the only one there"),
+        "hidden_act": ("gelu", "they have no other"),
     }
     for name, (accepted, why) in reasons.items():
         require(name, getattr(config, name), accepted, f"masked mixers of maskedmixers: {why}")
     if config.num_heads > 1 and not config.use_projections:
-        raise ValueError("config.json: use_projections: got False; accepted: True for more than one head, as there")
+        raise ValueError("config.json: `use_projections` must be True for several heads in maskedmixers, got False.")
     if config.expanded and (config.num_heads > 1 or config.use_projections):
-        raise ValueError("config.json: expanded: got True with heads; accepted: True with one head without projections")
+        raise ValueError("config.json: `expanded` must be False with several heads or projections, got True.")
     return {}
 
 
@@ -360,13 +371,13 @@ def _written_rules(config: MaskedMixerConfig) -> list[Rule]:
         return rules + _expanded_rules(f"{theirs}conv.", f"{ours}mixer.", positions, positions, biased=True)
     if not config.use_projections:
         return rules + convolution_rules(f"{theirs}conv.", f"{ours}mixer.", (positions, positions, taps))
-    # `MultiHeadedMixer`, and where there are taps the block of mixer_autoencoder.py.
+    # `MultiHeadedMixer` or, with several taps, the block of mixer_autoencoder.py.
     place = "mixerhead." if taps == 1 else "conv."
     return rules + _projected_rules(theirs + place, f"{ours}mixer.", positions, config.num_heads, taps, width)
 
 
 def _with_second(config: MaskedMixerConfig) -> Computed:
-    """The embedding, and the layer after it that `MultiHeadedMixer` has and does not apply: the identity."""
+    """Return the transform to the embedding and the unused layer after it of `MultiHeadedMixer`, the identity here."""
     vocabulary, width = config.vocab_size, config.hidden_size
 
     def undo(tensor: Tensor) -> list[Tensor]:
@@ -380,7 +391,7 @@ MASKED_MIXER = Format(
     name="maskedmixers LanguageMixer or MultiHeadedMixer",
     library=LIBRARY,
     zoo_class=MaskedMixerForCausalLM,
-    reads=lambda values: False,  # there is no config.json: bare_formats.py reads by the keys
+    reads=lambda values: False,  # there is no config.json; bare_formats.py recognises the keys
     read=lambda folder: None,
     zoo_config=lambda config: config,
     config=_no_config,

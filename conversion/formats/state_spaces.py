@@ -1,21 +1,23 @@
-"""state-spaces/mamba's layout (e9594ce, `models/mixer_seq_simple.py`), and the three of our models that it holds.
+"""The layout of state-spaces/mamba (e9594ce, `models/mixer_seq_simple.py`), which three of our models read and write.
 
-Mamba-1 and Mamba-2 without anything else are `zoo_mamba` and `zoo_mamba2`, whose keys differ in one name. With an MLP
-in each block or attention in some (`mamba2attn`), Mamba-2 is `zoo_hybrid`: attention has one matrix for queries, keys
-and values there, and the MLP one for its two halves, the gated one first.
+Plain stacks of Mamba-1 and Mamba-2 become `zoo_mamba` and `zoo_mamba2`, whose keys differ in one name. Mamba-2 with an
+MLP in each block, or with attention in some blocks (`mamba2attn`), becomes `zoo_hybrid`. The layout has one matrix for
+queries, keys and values, and one for the two halves of the MLP, the up projection first.
 
-That library reads `pytorch_model.bin`; what is written here is safetensors, to be loaded with
+That library reads `pytorch_model.bin`. Safetensors are written here; load them with
 `model.load_state_dict(safetensors.torch.load_file(...))`.
 
-Its config.json has no model type. A field that is not known here, or has a value that our models cannot express, is
-refused by its name. A field that only says how to initialise or how fast to compute is not used.
+Its config.json has no model type. A field that is unknown, or has a value that our models cannot express, is an error
+that names it. Fields that affect only initialisation or speed are ignored.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from transformers import PreTrainedConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ...modeling import (
     ZooHybridConfig,
@@ -29,17 +31,17 @@ from ..rules import Rule, SplitRows
 from .format import Format, filled, head_rules, positive, read_config, require, require_one_of
 
 BYTES = 256
-"""Vocabulary of MambaByte (arXiv 2401.13660), whose checkpoints have this layout: the tokens are bytes, no others."""
+"""Vocabulary size of MambaByte (arXiv 2401.13660), whose checkpoints have this layout. Its tokens are the bytes."""
 
 _EPSILON = 1e-5
-"""Epsilon of every norm, which is no field."""
+"""Epsilon of every norm, which the configuration cannot change."""
 
 _IGNORED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_commit_hash")
-"""Fields of transformers' that say nothing about what is computed."""
+"""Fields that transformers writes and that do not affect what is computed."""
 
 _LARGEST_STEP = 3.4028234663852886e38
-"""The largest float32. JSON has no infinity: a step size limit without an upper end is written as this, and no step
-size in float32 is larger."""
+"""The largest float32. JSON has no infinity, so an unlimited step size is written as this limit, which no step size in
+float32 exceeds."""
 
 _MODEL = {
     "d_model": None,
@@ -96,14 +98,14 @@ _LAYER = "backbone.layers.{layer}."
 
 @dataclass(frozen=True)
 class _StateSpacesConfig:
-    """What a config.json says, with every default filled in.
+    """The content of a config.json, with every default filled in.
 
     Attributes:
         layer: "Mamba1" or "Mamba2".
         model: fields of the model.
         mixer: fields of `ssm_cfg`.
-        attention: fields of `attn_cfg`; empty where there are no attention layers.
-        vocab_size: rows of the embedding, padding included.
+        attention: fields of `attn_cfg`; empty if there are no attention layers.
+        vocab_size: rows of the embedding, including padding.
     """
 
     layer: str
@@ -114,9 +116,9 @@ class _StateSpacesConfig:
 
 
 def _layer_kind(values: dict[str, Any]) -> tuple[str, bool]:
-    """Return the kind of the state-space layers as `ssm_cfg` gives it, and whether every block is such a mixer alone.
+    """Return the kind of the state-space layers in `ssm_cfg`, and whether every block is such a mixer without an MLP.
 
-    Where every block has attention, `ssm_cfg` says nothing, and the kind is "Mamba2", which goes with attention.
+    If every block has attention, `ssm_cfg` is not used, and the kind is "Mamba2", the one that goes with attention.
     """
     if _attends_everywhere(values):
         return "Mamba2", False
@@ -133,20 +135,20 @@ def _attends_everywhere(values: dict[str, Any]) -> bool:
 
 
 def _is_state_spaces(values: dict[str, Any]) -> bool:
-    """Whether these are the values of such a config.json."""
+    """Return whether these are the values of a config.json of this layout."""
     return "model_type" not in values and "d_model" in values and "n_layer" in values
 
 
 def _parse(values: dict[str, Any]) -> _StateSpacesConfig:
-    """Check the values of a config.json.
+    """Parse and check the values of a config.json.
 
     Raises:
-        ValueError: with the name of a field that is unknown, malformed, or says what cannot be expressed.
+        ValueError: naming a field that is unknown, malformed, or has a value that our models cannot express.
     """
     model = filled("", values, _MODEL, "state-spaces", ignored=_IGNORED)
     for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
         positive(name, model[name])
-    require("rms_norm", model["rms_norm"], True, "norms of the mean are not offered")
+    require("rms_norm", model["rms_norm"], True, "the zoo has RMS norms only")
     layer, plain = _layer_kind(values)
     if layer not in _MIXERS:
         raise ValueError(f"config.json: `ssm_cfg.layer` must be {' or '.join(_MIXERS)}, got {layer!r}.")
@@ -154,7 +156,7 @@ def _parse(values: dict[str, Any]) -> _StateSpacesConfig:
         name = "attn_layer_idx" if model["attn_layer_idx"] else "d_intermediate"
         raise ValueError(f"config.json: `{name}` must be empty or 0 with Mamba1, got {model[name]!r}.")
     given = model["ssm_cfg"] or {}
-    if _attends_everywhere(model):  # its fields are of no use, whichever kind they are of
+    if _attends_everywhere(model):  # no block uses its fields, whichever kind they are for
         given = {}
     elif isinstance(given, dict):
         given = {key: value for key, value in given.items() if key != "layer"}
@@ -163,10 +165,10 @@ def _parse(values: dict[str, Any]) -> _StateSpacesConfig:
         positive(f"ssm_cfg.{name}", mixer[name])
     if layer == "Mamba2":
         inner = mixer["expand"] * model["d_model"]
-        require("ssm_cfg.d_ssm", mixer["d_ssm"] or inner, inner, "an MLP inside of the mixer is not offered")
-        require("ssm_cfg.D_has_hdim", mixer["D_has_hdim"], False, "D has one value for each head")
-        require("ssm_cfg.rmsnorm", mixer["rmsnorm"], True, "the mixer has a gated norm")
-        require("ssm_cfg.norm_before_gate", mixer["norm_before_gate"], False, "the gate comes before the norm")
+        require("ssm_cfg.d_ssm", mixer["d_ssm"] or inner, inner, "zoo_mamba2 has no MLP inside the mixer")
+        require("ssm_cfg.D_has_hdim", mixer["D_has_hdim"], False, "zoo_mamba2's D has one value per head")
+        require("ssm_cfg.rmsnorm", mixer["rmsnorm"], True, "zoo_mamba2's mixer has a gated norm")
+        require("ssm_cfg.norm_before_gate", mixer["norm_before_gate"], False, "zoo_mamba2 gates before the norm")
         mixer["dt_limit"] = _limit(mixer["dt_limit"])
     vocab_size = -(-model["vocab_size"] // model["pad_vocab_size_multiple"]) * model["pad_vocab_size_multiple"]
     attention = _attention(model) if model["attn_layer_idx"] else {}
@@ -174,7 +176,7 @@ def _parse(values: dict[str, Any]) -> _StateSpacesConfig:
 
 
 def _limit(value: Any) -> list[float]:
-    """Return the range of step sizes; an upper end that no float32 exceeds is none."""
+    """Return the range of step sizes; an upper end that no float32 exceeds becomes infinity."""
     if not isinstance(value, list) or len(value) != 2 or any(type(end) not in (int, float) for end in value):
         raise ValueError(f"config.json: `ssm_cfg.dt_limit` must be a list of two numbers, got {value!r}.")
     low, high = map(float, value)
@@ -197,17 +199,17 @@ def _attention(model: dict[str, Any]) -> dict[str, Any]:
     if type(kernel) is not int or kernel < 0 or kernel == 1:
         raise ValueError(f"config.json: `attn_cfg.d_conv` must be 0 or an integer of at least 2, got {kernel!r}.")
     accepted = {"causal": True, "mlp_dim": 0, "rotary_emb_interleaved": False}
-    reasons = {"mlp_dim": "zoo_hybrid has no attention with an MLP beside it"}
+    reasons = {"mlp_dim": "zoo_hybrid has no MLP inside attention"}
     for name, value in accepted.items():
-        require(f"attn_cfg.{name}", attention[name], value, reasons.get(name, "what zoo_hybrid's attention does"))
+        require(f"attn_cfg.{name}", attention[name], value, reasons.get(name, "zoo_hybrid's attention has no other"))
     scale = attention["head_dim"] ** -0.5
-    require("attn_cfg.softmax_scale", attention["softmax_scale"] or scale, scale, "one over the root of head_dim")
-    require("attn_cfg.out_proj_bias", attention["out_proj_bias"], attention["qkv_proj_bias"], "that of qkv_proj_bias")
+    require("attn_cfg.softmax_scale", attention["softmax_scale"] or scale, scale, "head_dim to the power of -1/2")
+    require("attn_cfg.out_proj_bias", attention["out_proj_bias"], attention["qkv_proj_bias"], "equal to qkv_proj_bias")
     return attention
 
 
 def _shared(parsed: _StateSpacesConfig) -> dict[str, Any]:
-    end = None if parsed.vocab_size == BYTES else 0  # that of GPT-NeoX, whose tokenizer the released models have
+    end = None if parsed.vocab_size == BYTES else 0  # GPT-NeoX's, whose tokenizer the released models have
     return {
         "vocab_size": parsed.vocab_size,
         "hidden_size": parsed.model["d_model"],
@@ -219,7 +221,7 @@ def _shared(parsed: _StateSpacesConfig) -> dict[str, Any]:
 
 
 def _mixer(parsed: _StateSpacesConfig) -> dict[str, Any]:
-    """What is said of a mixer of either kind."""
+    """Return the settings that a mixer of either kind has."""
     return {
         "state_size": parsed.mixer["d_state"],
         "expand": parsed.mixer["expand"],
@@ -230,7 +232,7 @@ def _mixer(parsed: _StateSpacesConfig) -> dict[str, Any]:
 
 
 def _mixer2(parsed: _StateSpacesConfig) -> dict[str, Any]:
-    """What is said of a mixer of Mamba-2."""
+    """Return the settings of a Mamba-2 mixer."""
     return {
         **_mixer(parsed),
         "head_dim": parsed.mixer["headdim"],
@@ -240,7 +242,7 @@ def _mixer2(parsed: _StateSpacesConfig) -> dict[str, Any]:
 
 
 def _stack(parsed: _StateSpacesConfig) -> dict[str, Any]:
-    """What `zoo_mamba` and `zoo_mamba2` share beyond that."""
+    """Return the other settings that `zoo_mamba` and `zoo_mamba2` share."""
     return {
         **_shared(parsed),
         "layer_norm_epsilon": _EPSILON,
@@ -269,7 +271,7 @@ def _hybrid(values: dict[str, Any]) -> ZooHybridConfig:
     parsed = _parse(values)
     layers, inner = parsed.model["n_layer"], parsed.model["d_intermediate"]
     at = set(parsed.model["attn_layer_idx"])
-    # Without attention its sizes are of no use, but have to be some.
+    # The configuration needs sizes of attention even if no layer has it.
     attention = parsed.attention or {"num_heads": 1, "num_heads_kv": 1, "head_dim": 2, "qkv_proj_bias": False}
     turned = attention.get("rotary_emb_dim", 0)
     mixers = ["full_attention" if layer in at else "mamba2" for layer in range(layers)]
@@ -297,13 +299,13 @@ def _hybrid(values: dict[str, Any]) -> ZooHybridConfig:
 
 
 def _factor(turned: int, width: int) -> float:
-    """The part of `width` channels that, rounded down as transformers does, is `turned`."""
+    """Return the share of `width` channels that transformers rounds down to `turned` rotated ones."""
     factor = turned / width
     return factor if int(width * factor) == turned else math.nextafter(factor, 2.0)
 
 
 def _written(config: Any, mixer: Any, layer: str, other: dict[str, Any], **model: Any) -> dict[str, Any]:
-    """A config.json of a model's configuration and its mixers', which may be the same."""
+    """Return the values of a config.json, from the model's and the mixers' configurations, which may be the same."""
     epsilon = "rms_norm_eps" if isinstance(config, ZooHybridConfig) else "layer_norm_epsilon"
     require(epsilon, getattr(config, epsilon), _EPSILON, "state-spaces has no other")
     return {
@@ -352,7 +354,7 @@ def _steps(config: ZooMambaConfig | ZooMamba2Config) -> dict[str, float]:
 
 def _heads(mixer: Any) -> dict[str, Any]:
     low, high = mixer.time_step_limit
-    # Where the default is meant nothing is written: it has an infinity, which JSON does not have.
+    # The default is left out: it contains infinity, which JSON does not have.
     limit = {} if (low, high) == (0.0, math.inf) else {"dt_limit": [low, min(high, _LARGEST_STEP)]}
     return {"headdim": mixer.head_dim, "ngroups": mixer.n_groups, **limit}
 
@@ -366,8 +368,8 @@ def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
     if inner:
         if inner % _MLP_MULTIPLE:
             raise ValueError(
-                f"config.json: `intermediate_size` must be a multiple of {_MLP_MULTIPLE}, to which state-spaces rounds "
-                f"up, got {inner}."
+                f"config.json: `intermediate_size` must be a multiple of {_MLP_MULTIPLE}, to which state-spaces "
+                f"rounds it up, got {inner}."
             )
         require("hidden_act", config.hidden_act, "silu", "the only one of state-spaces")
         require("mlp_bias", config.mlp_bias, False, "state-spaces has none")
@@ -392,23 +394,35 @@ def _hybrid_written(config: ZooHybridConfig) -> dict[str, Any]:
     return _written(config, mixer, "Mamba2", _heads(mixer), **model)
 
 
-def _stack_rules(config: PreTrainedConfig) -> list[Rule]:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer whose tokens are the 256 bytes, with the byte's value as the id, as MambaByte needs one."""
+    # The letters by which the tokenizers library writes bytes: a visible character of Latin-1 stands for itself, and
+    # the other bytes are, in order, the characters from U+0100 on.
+    visible = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = [byte for byte in range(BYTES) if byte not in visible]
+    letters = {chr(byte if byte in visible else 0x100 + others.index(byte)): byte for byte in range(BYTES)}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+
+
+def _outer_rules(config: PreTrainedConfig) -> list[Rule]:
+    """Return the rules for everything but the blocks."""
     return [
         Rule("backbone.embedding.weight", "backbone.embeddings.weight"),
-        Rule(_LAYER + "{rest}", _LAYER + "{rest}"),
         Rule("backbone.norm_f.weight", "backbone.norm_f.weight"),
         *head_rules(config),
     ]
+
+
+def _stack_rules(config: PreTrainedConfig) -> list[Rule]:
+    return [*_outer_rules(config), Rule(_LAYER + "{rest}", _LAYER + "{rest}")]
 
 
 def _hybrid_rules(config: ZooHybridConfig) -> list[Rule]:
     mixers = config.mixer_types or []
-    rules = [
-        Rule("backbone.embedding.weight", "backbone.embeddings.weight"),
-        Rule(_LAYER + "norm.weight", _LAYER + "input_layernorm.weight"),
-        Rule("backbone.norm_f.weight", "backbone.norm_f.weight"),
-        *head_rules(config),
-    ]
+    rules = [*_outer_rules(config), Rule(_LAYER + "norm.weight", _LAYER + "input_layernorm.weight")]
     if states := [layer for layer, mixer in enumerate(mixers) if mixer == "mamba2"]:
         rules.append(Rule(_LAYER + "mixer.{rest}", _LAYER + "mixer.{rest}", layers=states))
     if at := [layer for layer, mixer in enumerate(mixers) if mixer == "full_attention"]:
@@ -428,37 +442,29 @@ def _hybrid_rules(config: ZooHybridConfig) -> list[Rule]:
     return rules
 
 
-MAMBA1 = Format(
+_format = partial(Format, library="state-spaces", read=read_config, keeps_tied_head=True)
+MAMBA1 = _format(
     name="state-spaces Mamba-1",
-    library="state-spaces",
     zoo_class=ZooMambaForCausalLM,
-    # What is of neither kind is parsed as this one and refused there, by its field.
+    # An unknown kind is parsed as this one, which refuses it by the name of its field.
     reads=lambda values: _is_state_spaces(values) and _layer_kind(values)[0] != "Mamba2",
-    read=read_config,
     zoo_config=_mamba1,
     config=_mamba1_written,
     rules=_stack_rules,
-    keeps_tied_head=True,
 )
-MAMBA2 = Format(
+MAMBA2 = _format(
     name="state-spaces Mamba-2",
-    library="state-spaces",
     zoo_class=ZooMamba2ForCausalLM,
     reads=lambda values: _is_state_spaces(values) and _layer_kind(values) == ("Mamba2", True),
-    read=read_config,
     zoo_config=_mamba2,
     config=_mamba2_written,
     rules=_stack_rules,
-    keeps_tied_head=True,
 )
-MAMBA2_HYBRID = Format(
+MAMBA2_HYBRID = _format(
     name="state-spaces Mamba-2 with attention or MLP",
-    library="state-spaces",
     zoo_class=ZooHybridForCausalLM,
     reads=lambda values: _is_state_spaces(values) and _layer_kind(values) == ("Mamba2", False),
-    read=read_config,
     zoo_config=_hybrid,
     config=_hybrid_written,
     rules=_hybrid_rules,
-    keeps_tied_head=True,
 )

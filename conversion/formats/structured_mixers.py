@@ -1,15 +1,15 @@
 """Toeplitz mixers and structured recurrent mixers as their authors save them.
 
-`MLPMixer` of ethan-w-roland/ToeplitzMixers@6a67297 (experiments 003 to 008) and of blbadger/mrm@b06563e have the same
-keys, whatever the matrix of their vectors is. They differ in a dropout of the former's MLP, which makes its second
-layer number 3 instead of 2, and so tells which is meant where the user does not say (`mixing`).
+The `MLPMixer`s of ethan-w-roland/ToeplitzMixers@6a67297 (experiments 003 to 008) and of blbadger/mrm@b06563e have the
+same keys, whichever matrix they build from their vectors. The MLP of the former has a dropout, so its second layer has
+number 3 instead of 2. This decides between the two unless the user says which is meant (`mixing`).
 
-The decay of a repeat is clip(decay_value, 0.9, 1)^(1 / c) with c = N // 512, N // 256 where there are taps; c is 1
-where that is 0, which their code cannot divide by. Ours is c = max(N // 512, 1) always, so that another one
-(`decay_constant`) changes the values. Three things of the code:
+The decay of a repeat is clip(decay_value, 0.9, 1)^(1 / c) with c = N // 512 or, with several taps, c = N // 256. Their
+code fails at c = 0; 1 is used here instead. Our models always have c = max(N // 512, 1), so another `decay_constant`
+changes the values. Three peculiarities of their code:
 
-* heads in one tensor have two decays, of which the second one serves all;
-* a combined head divides its row matrix by c, rather than the exponent of its decay;
+* heads in one tensor have two decays, and all heads use the second one;
+* a combined head divides its row matrix by c, instead of the exponent of its decay;
 * heads without projections are slices of the channels.
 """
 
@@ -23,13 +23,13 @@ from ..rules import Computed, Rule
 from .bare_checkpoint import MixerCheckpoint, MixerReading, Settings, dropped, stacked
 from .maskedmixers import in_proj_rules
 
-_EPSILON = 1e-5  # torch's, of a LayerNorm that is given none
+_EPSILON = 1e-5  # torch's default for LayerNorm
 _FASTEST, _SLOWEST = 0.9, 1.0
 _TOKENS, _MIXER = "mixer_blocks.{layer}.token_mixing_layer.", "backbone.layers.{layer}.mixer."
 
 
 def read_mlp_mixer(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
-    """`MLPMixer`: one vector, one for each tap, or heads, each a module or all in one tensor."""
+    """Read an `MLPMixer` with one vector, one for each tap, or heads: each a module, or all in one tensor."""
     first = "mixer_blocks.0."
     tied = checkpoint.tie("input_layer.weight", "output_layer.weight")
     vocabulary, width = checkpoint.shape("input_layer.weight", 2)
@@ -68,7 +68,7 @@ _Read = tuple[dict[str, Any], list[Rule], list[str]]
 
 
 def _no_heads(checkpoint: MixerCheckpoint, settings: Settings, tokens: str, last: int, width: int) -> _Read:
-    """Sizes, rules and lines for the report of a mixing without heads."""
+    """Return sizes, rules and lines for the report, for a mixing without heads."""
     taps, positions = checkpoint.shape(f"{tokens}weight", 2)
     decays = checkpoint.has(rf"{tokens}decay_value")
     accepted = ["toeplitz", "column_repeat"] if taps > 1 else ["toeplitz", "row_repeat", "column_repeat"]
@@ -82,13 +82,13 @@ def _no_heads(checkpoint: MixerCheckpoint, settings: Settings, tokens: str, last
 
 
 def _separate_heads(checkpoint: MixerCheckpoint, settings: Settings, tokens: str, last: int, width: int) -> _Read:
-    """Of heads that are modules, with a projection each or none."""
+    """Return sizes, rules and lines for the report, for heads that are modules, each with or without a projection."""
     rows, positions = checkpoint.shape(f"{tokens}mixer_heads.0.weight", 2)
     count = checkpoint.count(f"{tokens}mixer_heads")
     decays = checkpoint.has(rf"{tokens}mixer_heads\.0\.decay_value")
     if rows > 2:
         raise ValueError(
-            f"{checkpoint.name}: {tokens}mixer_heads.0.weight has {rows} rows; accepted: 1, or 2 of a combined head"
+            f"{checkpoint.name}: {tokens}mixer_heads.0.weight must have 1 row, or 2 for a combined head, got {rows}."
         )
     accepted = ["combined_repeat"] if rows == 2 else ["toeplitz", *_mixed(count), "column_repeat", "row_repeat"]
     default = "toeplitz" if last == 3 else "mixed_repeat" if decays else None
@@ -117,7 +117,10 @@ def _separate_heads(checkpoint: MixerCheckpoint, settings: Settings, tokens: str
 
 
 def _one_tensor(checkpoint: MixerCheckpoint, settings: Settings, tokens: str, last: int, width: int) -> _Read:
-    """Of heads that are the rows of one tensor. Their projections are there even if they are not applied."""
+    """Return sizes, rules and lines for the report, for heads in one tensor.
+
+    Their projections are in the checkpoint even if they are not applied.
+    """
     count, positions = checkpoint.shape(f"{tokens}mixer_heads.weight", 2)
     decays = checkpoint.has(rf"{tokens}mixer_heads\.decay_value")
     accepted = ["toeplitz", *_mixed(count), "column_repeat"]
@@ -132,7 +135,7 @@ def _one_tensor(checkpoint: MixerCheckpoint, settings: Settings, tokens: str, la
         rules += [Rule(f"{_TOKENS}{name}.{{rest}}", f"{_MIXER}{name}.{{rest}}") for name in ("in_proj", "out_proj")]
     else:
         unused = checkpoint.drop(r"mixer_blocks\.\d+\.token_mixing_layer\.(in|out)_proj\..*")
-        notes = [*notes, *dropped(unused, "they are not applied, as use_projections=false says")]
+        notes = [*notes, *dropped(unused, "use_projections=false says that they are not applied")]
     return _sizes(mixing, positions, count, decays, use_projections=projections), rules, notes
 
 
@@ -145,10 +148,10 @@ def _mixed(count: int) -> list[str]:
 
 
 def _mixing(settings: Settings, accepted: list[str], default: str | None, decays: bool) -> tuple[str, list[str]]:
-    """What the matrices are, as the user or the authors' code says, and a line for the report.
+    """Return the kind of the matrices, from the user's setting or the authors' code, and a line for the report.
 
     Raises:
-        ValueError: if neither does.
+        ValueError: if neither tells it.
     """
     accepted = [kind for kind in accepted if not (decays and kind == "toeplitz")]
     given = settings.take("mixing", str, accepted)
@@ -156,10 +159,10 @@ def _mixing(settings: Settings, accepted: list[str], default: str | None, decays
         return given or accepted[0], []
     if default not in accepted:
         raise ValueError(
-            "set: mixing: not given, and the keys are the same for several; accepted: "
-            + ", ".join(f"mixing={kind}" for kind in accepted)
+            f"--set mixing must be given, since several kinds have these keys: {' or '.join(accepted)}. Pass e.g. "
+            f"--set mixing={accepted[0]}."
         )
-    return str(default), [f"mixing: taken for {default}, by the authors' code; the keys are the same for others"]
+    return str(default), [f"mixing: assumed to be {default}, as in the authors' code; other kinds have the same keys"]
 
 
 def _bias_rule(theirs: tuple[str, ...], positions: int) -> Rule:
@@ -168,47 +171,47 @@ def _bias_rule(theirs: tuple[str, ...], positions: int) -> Rule:
 
 
 def _combined(tensors: list[Tensor], constant: float) -> Tensor:
-    """(2 H, N) of H tensors (2, N), a row and a column each: the columns of all heads, then the rows."""
+    """Return (2 H, N), the columns of all heads and then the rows, from H tensors (2, N) of a row and a column."""
     heads = torch.stack(tensors)
     return torch.cat([heads[:, 1], heads[:, 0] / constant])
 
 
 def _least(positions: int) -> int:
-    """Our c."""
+    """Return the constant c of our models."""
     return max(positions // 512, 1)
 
 
 def _constant(settings: Settings, positions: int, share: int) -> float:
-    """Their c."""
+    """Return the constant c of the authors' code, or the user's."""
     return settings.positive("decay_constant", float) or float(max(positions // share, 1))
 
 
 def _decay_rule(
     checkpoint: MixerCheckpoint, theirs: tuple[str, ...], shape: tuple[int, ...], places: list[tuple[int, int, float]]
 ) -> Rule:
-    """That of our decays, each of which is a number of theirs, to a power.
+    """Return the rule for our decays, each of which is a power of one of their values.
 
     Args:
-        checkpoint: where the values are.
+        checkpoint: the checkpoint with the values.
         theirs: patterns of the keys.
-        shape: of each of their tensors.
-        places: of each of our decays the number of the tensor, the number in it, and the power.
+        shape: shape of each of their tensors.
+        places: for each of our decays the number of the tensor, the index in it, and the power.
 
     Raises:
-        ValueError: if the power is faster than our decays can be.
+        ValueError: if a decay is faster than our models allow.
     """
     for layer in range(checkpoint.count("mixer_blocks")):
         keys = [key.format(layer=layer) for key in theirs]
         for number, index, power in places:
             tensor = checkpoint.tensors.get(keys[number])
             if tensor is None or tensor.shape != shape:
-                continue  # an error of its own, of all keys together
+                continue  # reported later, together with all wrong keys
             given = tensor.load().flatten()[index]
             value = _decay(given, power).item()
             if value < _FASTEST and power != 1:
                 raise ValueError(
-                    f"{checkpoint.name}: {keys[number]}: {given:.4g}, to the power of {power:g}, is a decay of "
-                    f"{value:.4g}; accepted: from {_FASTEST} on"
+                    f"{checkpoint.name}: {keys[number]} to the power of {power:g} must be a decay of at least "
+                    f"{_FASTEST}, got {value:.4g} from {given:.4g}."
                 )
 
     def make(tensors: list[Tensor]) -> Tensor:

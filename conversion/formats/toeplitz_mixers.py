@@ -1,9 +1,8 @@
-"""Toeplitz mixers with root-mean-square norms: experiments 001, 002 and 010 of ethan-w-roland/ToeplitzMixers@6a67297.
+"""Toeplitz mixers with RMS norms: experiments 001, 002 and 010 of ethan-w-roland/ToeplitzMixers@6a67297.
 
-Their norms have no epsilon of their own, and so the smallest number by which a float32 of 1 changes; tokens are mixed
-before channels; a norm stands before the head. Experiment 010 has heads. Its later form keeps `weight_raw`, of which
-the weights are the softplus, and may divide each position's output by the sum of its weights (`mean`), which makes the
-matrices dense ones.
+Their norms have torch's default epsilon, the machine epsilon of float32. Tokens are mixed before channels, and there is
+a norm before the head. Experiment 010 has heads. In its later form, the weights are the softplus of `weight_raw`, and
+each position's output may be divided by the sum of its weights (`mean`), which makes the matrices dense.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ _THEIRS, _OURS = "blocks.{layer}.", "backbone.layers.{layer}."
 
 
 def read_fast_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
-    """`ToeplitzMixerModel` of 001 and 002: one vector, no heads."""
+    """Read a `ToeplitzMixerModel` of experiments 001 and 002, which has one vector and no heads."""
     (positions,) = checkpoint.shape("blocks.0.mixer.weight", 1)
     vector = Computed(((positions,),), (1, positions), stacked)
     rules = [Rule(f"{_THEIRS}mixer.{name}", f"{_OURS}mixer.{name}", vector) for name in ("weight", "bias")]
@@ -32,18 +31,18 @@ def read_fast_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> Mixer
 
 
 def read_optimised_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> MixerReading:
-    """`MLPMixer` of 010: heads in one tensor, with projections or without.
+    """Read an `MLPMixer` of experiment 010, with heads in one tensor, with or without projections.
 
     Raises:
-        ValueError: if nothing says whether outputs are divided by the sums of their weights.
+        ValueError: if the user does not say whether outputs are divided by the sums of their weights.
     """
     raw = "weight_raw" if checkpoint.has(r"blocks\.0\.mixer\.weight_raw") else "weight"
     count, positions = checkpoint.shape(f"blocks.0.mixer.{raw}", 2)
     mean = settings.take("mean", bool)
     if mean is None:
         raise ValueError(
-            "set: mean: not given, and the keys do not tell it; accepted: mean=true if outputs are divided by the sum "
-            "of their weights (do_toep_mean), or mean=false"
+            "--set mean must be given, since the keys do not tell it. Pass --set mean=true if outputs are divided by "
+            "the sum of their weights (do_toep_mean), otherwise --set mean=false."
         )
     weights = _weights(count, positions, raw == "weight_raw", mean)
     rules = [
@@ -75,7 +74,7 @@ def read_optimised_toeplitz(checkpoint: MixerCheckpoint, settings: Settings) -> 
 
 
 def _weights(count: int, positions: int, positive: bool, mean: bool) -> Computed | None:
-    """How our weights come from theirs; None where they are the same."""
+    """Return the transform from their weights to ours; None if they are the same."""
     if not positive and not mean:
         return None
 
@@ -86,7 +85,7 @@ def _weights(count: int, positions: int, positive: bool, mean: bool) -> Computed
 
 
 def _by_distance(weights: Tensor, positive: bool, mean: bool) -> Tensor:
-    """(H, N) weights by distance or, divided by the sums over those of a position, (H, N, N)."""
+    """Return (H, N) weights by distance or, if divided by the sum of a position's weights, (H, N, N) matrices."""
     weights = F.softplus(weights.double()) if positive else weights.double()
     if not mean:
         return weights
@@ -105,7 +104,10 @@ def _reading(
     sizes: dict[str, Any],
     hidden_act: str,
 ) -> MixerReading:
-    """What both forms share: `names` are those of embedding, last norm and head, `norms` those of the blocks."""
+    """Build the reading from what both forms share.
+
+    `names` maps embedding, last norm and head, and `norms` the norms of a block, from their names to ours.
+    """
     embedding, last, head = names
     tied = checkpoint.tie(f"{embedding}.weight", f"{head}.weight")
     vocabulary, width = checkpoint.shape(f"{embedding}.weight", 2)

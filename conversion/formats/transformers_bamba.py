@@ -7,25 +7,18 @@ from transformers import BambaConfig, BambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..rules import Rule
-from .format import CARRIED_IDS, ROTARY_BUFFERS, Format, head_rules, require, require_one_of
-
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "attention_bias",
-    "mlp_bias",
-    "max_position_embeddings",
-    "rope_parameters",
-    "initializer_range",
-    *CARRIED_IDS,
+from .format import (
+    ROTARY_BUFFERS,
+    TRANSFORMER_FIELDS,
+    fields,
+    head_rules,
+    require,
+    require_one_of,
+    transformers_format,
 )
-_MIXER = {  # theirs to ours, of a Mamba-2 mixer
+
+_SAME = (*TRANSFORMER_FIELDS, "attention_bias", "mlp_bias", "rope_parameters")
+_MIXER = {  # fields of a Mamba-2 mixer: theirs to ours
     "mamba_d_state": "state_size",
     "mamba_d_conv": "conv_kernel",
     "mamba_expand": "expand",
@@ -41,11 +34,11 @@ def _zoo_config(config: BambaConfig) -> ZooHybridConfig:
     attention = set(config.attn_layer_indices or [])
     mixers = ["full_attention" if layer in attention else "mamba2" for layer in range(config.num_hidden_layers)]
     if "mamba2" in mixers:
-        require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba-2, which it is for, too")
+        require("hidden_act", config.hidden_act, "silu", "zoo_hybrid's Mamba-2, which shares it, has no other")
     settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
     kinds: dict[str, Any] = {"mamba2": settings}
     return ZooHybridConfig(
-        **{key: getattr(config, key) for key in _SAME},
+        **fields(config, _SAME),
         **kinds,
         head_dim=getattr(config, "head_dim", None),
         mixer_types=mixers,
@@ -60,16 +53,16 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
         if mixer == "full_attention":
             require_no_convolution(config, "bamba")
     if "mamba2" in mixers:
-        require("hidden_act", config.hidden_act, "silu", "bamba's Mamba-2 takes that of the MLP")
-    values = {key: getattr(config, key) for key in _SAME}
+        require("hidden_act", config.hidden_act, "silu", "bamba's Mamba-2 has the activation of the MLP")
+    values = fields(config, _SAME)
     mixer = config.settings_of("mamba2")
     values |= {theirs: getattr(mixer, ours) for theirs, ours in _MIXER.items()}
-    # bamba takes half of each head where it is told nothing
+    # By default, Bamba rotates half of each head.
     values["rope_parameters"] = {"partial_rotary_factor": 1.0} | dict(config.rope_parameters or {})
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
     inner = mixer.expand * config.hidden_size
-    heads = max(1, inner // mixer.head_dim)  # where no block has the mixer, its default heads may be wider than that
+    heads = max(1, inner // mixer.head_dim)  # if no block has the mixer, its default heads may be wider than `inner`
     return BambaConfig(
         **values | {"mamba_d_head": inner // heads},
         mamba_n_heads=heads,
@@ -78,18 +71,18 @@ def _config(config: ZooHybridConfig) -> BambaConfig:
 
 
 def require_no_convolution(config: ZooHybridConfig, theirs: str) -> None:
-    """Raise ValueError where attention has a convolution, which the other format lacks."""
+    """Raise a ValueError if attention has a convolution, which the other format lacks."""
     kernel = config.settings_of("full_attention").conv_kernel
     require("full_attention.conv_kernel", kernel, 0, f"{theirs}'s attention has no convolution")
 
 
 def layers_of(config: ZooHybridConfig, kinds: Collection[str]) -> list[int]:
-    """The blocks whose token mixer is one of `kinds`."""
+    """Return the numbers of the blocks whose token mixer is one of `kinds`."""
     return [layer for layer, mixer in enumerate(config.mixer_types or []) if mixer in kinds]
 
 
 def block_rules(config: ZooHybridConfig) -> list[Rule]:
-    """The keys of transformers' Bamba and Jamba."""
+    """Return the rules for the keys of transformers' Bamba and Jamba."""
     theirs, ours = "model.layers.{layer}.", "backbone.layers.{layer}."
     rules = [
         Rule("model.embed_tokens.weight", "backbone.embeddings.weight"),
@@ -105,16 +98,12 @@ def block_rules(config: ZooHybridConfig) -> list[Rule]:
     return rules
 
 
-BAMBA = Format(
-    name="transformers bamba",
-    library="transformers",
+BAMBA = transformers_format(
+    BambaForCausalLM,
     zoo_class=ZooHybridForCausalLM,
-    reads=lambda values: values.get("model_type") == "bamba",
-    read=BambaConfig.from_pretrained,
     zoo_config=_zoo_config,
     config=_config,
     rules=block_rules,
     writes=lambda config: "mamba" not in (config.mixer_types or []),
-    model_class=BambaForCausalLM,
     unread=ROTARY_BUFFERS,
 )

@@ -1,7 +1,7 @@
 """transformers' `jamba` without experts and `zoo_hybrid`: Mamba-1 with norms, and attention without positions.
 
-Paper: Lieber et al., "Jamba" (arXiv 2403.19887), whose blocks have an MLP each. A model with a mixture of experts in
-the place of some is refused.
+Paper: Lieber et al., "Jamba" (arXiv 2403.19887). Every block has an MLP; a model with a mixture of experts in some
+blocks is refused.
 """
 
 from typing import Any
@@ -9,23 +9,10 @@ from typing import Any
 from transformers import JambaConfig, JambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
-from .format import CARRIED_IDS, Format, require, require_one_of
+from .format import TRANSFORMER_FIELDS, fields, require, require_one_of, transformers_format
 from .transformers_bamba import block_rules, layers_of, require_no_convolution
 
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "initializer_range",
-    *CARRIED_IDS,
-)
-_MIXER = {  # theirs to ours, of a Mamba mixer
+_MIXER = {  # fields of a Mamba mixer: theirs to ours
     "mamba_d_state": "state_size",
     "mamba_d_conv": "conv_kernel",
     "mamba_expand": "expand",
@@ -40,12 +27,12 @@ def _zoo_config(config: JambaConfig) -> ZooHybridConfig:
     require("num_experts", config.num_experts, 1, "zoo_hybrid has no mixture of experts")
     mixers = ["full_attention" if kind == "attention" else "mamba" for kind in config.layers_block_type]
     if "mamba" in mixers:
-        require("hidden_act", config.hidden_act, "silu", "the only one of zoo_hybrid's Mamba, which it is for, too")
+        require("hidden_act", config.hidden_act, "silu", "zoo_hybrid's Mamba, which shares it, has no other")
     settings: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _MIXER.items()}
     settings |= {"mixer_rms_eps": config.rms_norm_eps, "mixer_rms_weight": True}
     kinds: dict[str, Any] = {"mamba": settings}
     return ZooHybridConfig(
-        **{key: getattr(config, key) for key in _SAME},
+        **fields(config, TRANSFORMER_FIELDS),
         **kinds,
         head_dim=getattr(config, "head_dim", None),
         mixer_types=mixers,
@@ -59,18 +46,18 @@ def _config(config: ZooHybridConfig) -> JambaConfig:
         require(f"mlp_types[{layer}]", (config.mlp_types or [])[layer], "gated", "every block of jamba has an MLP")
         if mixer == "full_attention":
             require_no_convolution(config, "jamba")
-    require("hidden_act", config.hidden_act, "silu", "jamba's Mamba takes that of the MLP")
+    require("hidden_act", config.hidden_act, "silu", "jamba's Mamba has the activation of the MLP")
     require("attention_bias", config.attention_bias, False, "jamba has none")
     require("mlp_bias", config.mlp_bias, False, "jamba has none")
-    mixer = config.settings_of("mamba")  # `writes` has seen one
-    require("mamba.mixer_rms_eps", mixer.mixer_rms_eps, config.rms_norm_eps, "that of rms_norm_eps")
+    mixer = config.settings_of("mamba")  # `writes` has made sure that there is one
+    require("mamba.mixer_rms_eps", mixer.mixer_rms_eps, config.rms_norm_eps, "equal to rms_norm_eps")
     require("mamba.mixer_rms_weight", mixer.mixer_rms_weight, True, "jamba's norms have weights")
     attention = layers_of(config, {"full_attention"})
     if attention:
         part = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         require("rope_parameters.partial_rotary_factor", part, 0.0, "jamba's attention has no positions")
     period, offset = _period(attention, config.num_hidden_layers)
-    values = {key: getattr(config, key) for key in _SAME}
+    values = fields(config, TRANSFORMER_FIELDS)
     values |= {theirs: getattr(mixer, ours) for theirs, ours in _MIXER.items()}
     if int(config.head_dim or 0) * config.num_attention_heads != config.hidden_size:
         values["head_dim"] = config.head_dim
@@ -91,15 +78,11 @@ def _period(layers: list[int], count: int) -> tuple[int, int]:
     return period, offset
 
 
-JAMBA = Format(
-    name="transformers jamba",
-    library="transformers",
+JAMBA = transformers_format(
+    JambaForCausalLM,
     zoo_class=ZooHybridForCausalLM,
-    reads=lambda values: values.get("model_type") == "jamba",
-    read=JambaConfig.from_pretrained,
     zoo_config=_zoo_config,
     config=_config,
     rules=block_rules,
     writes=lambda config: "mamba" in (config.mixer_types or []),
-    model_class=JambaForCausalLM,
 )

@@ -3,52 +3,34 @@
 Students are distilled from models of these formats: `distill/teacher.py` and `distill/student.py` read a teacher
 through them. A `zoo_hybrid` with full attention in every block is written as a Llama, unless it came from a Bamba.
 
-Qwen2 is a Llama with biases in the projections of queries, keys and values only. It is read, with zeros for the bias
-that the output projection lacks, and comes back as a Llama with biases, which computes the same.
+Qwen2 is a Llama with biases in the projections of queries, keys and values only. It is only read: the missing bias of
+the output projection becomes zeros, and the model is written as a Llama with biases, which computes the same.
 """
-
-from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ...modeling.layers import llama_rope_parameters
 from ..rules import Rule
-from .format import CARRIED_IDS, ROTARY_BUFFERS, Format, head_rules, require
+from .format import ROTARY_BUFFERS, TRANSFORMER_FIELDS, fields, head_rules, require, transformers_format
 
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "initializer_range",
-    *CARRIED_IDS,
-)
-_LLAMA = (*_SAME, "head_dim", "attention_bias", "mlp_bias")
+_LLAMA = (*TRANSFORMER_FIELDS, "head_dim", "attention_bias", "mlp_bias")
 _THEIRS, _OURS = "model.layers.{layer}.", "backbone.layers.{layer}."
 
 
 def _zoo_config(config: LlamaConfig) -> ZooHybridConfig:
-    values: dict[str, Any] = {key: getattr(config, key) for key in _LLAMA}
-    return ZooHybridConfig(**values, rope_parameters=llama_rope_parameters(config))
+    return ZooHybridConfig(**fields(config, _LLAMA), rope_parameters=llama_rope_parameters(config))
 
 
 def _config(config: ZooHybridConfig) -> LlamaConfig:
-    values: dict[str, Any] = {key: getattr(config, key) for key in _LLAMA}
-    return LlamaConfig(**values, rope_parameters=dict(config.rope_parameters or {}))
+    return LlamaConfig(**fields(config, _LLAMA), rope_parameters=dict(config.rope_parameters or {}))
 
 
 def _zoo_config_of_qwen2(config: Qwen2Config) -> ZooHybridConfig:
     kinds = sorted(set(config.layer_types or []))
     require("layer_types", kinds, ["full_attention"], "a qwen2 with a sliding window is not converted")
-    values: dict[str, Any] = {key: getattr(config, key) for key in _SAME}
     return ZooHybridConfig(
-        **values,
+        **fields(config, TRANSFORMER_FIELDS),
         head_dim=getattr(config, "head_dim", None),
         attention_bias=True,
         rope_parameters=llama_rope_parameters(config),
@@ -60,7 +42,7 @@ def _no_qwen2(config: ZooHybridConfig) -> PreTrainedConfig:
 
 
 def _is_llama(config: ZooHybridConfig) -> bool:
-    """Whether every block is a Llama's. Settings of a Mamba-2 that no block has are left by a Bamba."""
+    """Return whether every block is a Llama's. Mamba-2 settings without such a block mean that it was a Bamba."""
     blocks = {*zip(config.mixer_types or [], config.mlp_types or [], strict=True)}
     rotary = config.rope_parameters or {}
     turns_part = rotary.get("rope_type") == "default" and rotary.get("partial_rotary_factor", 1.0) != 1.0
@@ -91,31 +73,23 @@ def _block_rules(config: ZooHybridConfig) -> list[Rule]:
     ]
 
 
-LLAMA = Format(
-    name="transformers llama",
-    library="transformers",
+LLAMA = transformers_format(
+    LlamaForCausalLM,
     zoo_class=ZooHybridForCausalLM,
-    reads=lambda values: values.get("model_type") == "llama",
-    read=LlamaConfig.from_pretrained,
     zoo_config=_zoo_config,
     config=_config,
     rules=_rules,
     writes=_is_llama,
-    model_class=LlamaForCausalLM,
     unread=ROTARY_BUFFERS,
     is_teacher=True,
 )
-QWEN2 = Format(
-    name="transformers qwen2",
-    library="transformers",
+QWEN2 = transformers_format(
+    Qwen2ForCausalLM,
     zoo_class=ZooHybridForCausalLM,
-    reads=lambda values: values.get("model_type") == "qwen2",
-    read=Qwen2Config.from_pretrained,
     zoo_config=_zoo_config_of_qwen2,
     config=_no_qwen2,
     rules=_rules_of_qwen2,
     writes=lambda config: False,
-    model_class=Qwen2ForCausalLM,
     unread=ROTARY_BUFFERS,
     is_teacher=True,
 )

@@ -1,7 +1,7 @@
 """transformers' `mamba`, `falcon_mamba` and `mamba2`, which are `zoo_mamba` and `zoo_mamba2` here.
 
-The keys are the same, and nearly the same fields of the configuration. Fields that only initialise, where the two sides
-differ, and those that change no result (`chunk_size`) or that nothing reads are not carried over.
+The keys are the same, and most fields of the configuration. Not carried over are fields for initialisation in which the
+two sides differ, and fields that change no result (`chunk_size`) or that nothing reads.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import (
 
 from ...modeling import ZooMamba2Config, ZooMamba2ForCausalLM, ZooMambaConfig, ZooMambaForCausalLM
 from ..rules import Rule
-from .format import CARRIED_IDS, Format, head_rules, read_config, require
+from .format import CARRIED_IDS, fields, head_rules, read_config, require, transformers_format
 
 _SHARED = (
     "vocab_size",
@@ -41,15 +41,15 @@ _SHARED = (
 _MAMBA = (*_SHARED, "time_step_rank")
 _MAMBA2 = (*_SHARED, "num_heads", "head_dim", "n_groups", "time_step_limit")
 _FORMER_KEYS = {"backbone.embedding.weight": "backbone.embeddings.weight"}
-# Of flash-linear-attention, which has a model type `mamba2` too: absent, or as transformers computes.
+# Fields of flash-linear-attention, which also has a model type `mamba2`, with the values that transformers computes by.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 
 
 def _check_others(values: dict[str, Any], epsilon: float) -> None:
-    """Raise a ValueError for a key of another library's configuration that would change what is computed."""
+    """Raise a ValueError for a key of another library that would change what is computed."""
     for key, accepted in _OTHERS.items():
         require(key, values.get(key, accepted), accepted, "transformers computes nothing else")
-    require("norm_eps", values.get("norm_eps", epsilon), epsilon, "that of layer_norm_epsilon")
+    require("norm_eps", values.get("norm_eps", epsilon), epsilon, "equal to layer_norm_epsilon")
 
 
 def _read(folder: Path, config_class: Any) -> Any:
@@ -60,37 +60,37 @@ def _read(folder: Path, config_class: Any) -> Any:
 
 def _zoo_config(config: MambaConfig | FalconMambaConfig) -> ZooMambaConfig:
     require("hidden_act", config.hidden_act, "silu", "the only activation of zoo_mamba")
-    # FalconMamba-7B gives it beside an `expand` that says another; it is the one that transformers reads.
+    # FalconMamba-7B also has an `expand` that contradicts `intermediate_size`; transformers reads the latter.
     inner, width = config.intermediate_size, config.hidden_size
     if inner % width:
         raise ValueError(
             f"config.json: `intermediate_size` must be a multiple of hidden_size ({width}), got {inner!r}."
         )
-    values: dict[str, Any] = {key: getattr(config, key) for key in _MAMBA} | {"expand": inner // width}
+    values: dict[str, Any] = fields(config, _MAMBA) | {"expand": inner // width}
     return ZooMambaConfig(**values, mixer_rms_eps=getattr(config, "mixer_rms_eps", None))
 
 
 def _config(config: ZooMambaConfig) -> MambaConfig:
-    return MambaConfig(**{key: getattr(config, key) for key in _MAMBA})
+    return MambaConfig(**fields(config, _MAMBA))
 
 
 def _falcon_config(config: ZooMambaConfig) -> FalconMambaConfig:
     require("mixer_rms_weight", config.mixer_rms_weight, False, "FalconMamba's norms have no weights")
-    return FalconMambaConfig(**{key: getattr(config, key) for key in (*_MAMBA, "mixer_rms_eps")})
+    return FalconMambaConfig(**fields(config, (*_MAMBA, "mixer_rms_eps")))
 
 
 def _zoo_config2(config: Mamba2Config) -> ZooMamba2Config:
     require("hidden_act", config.hidden_act, "silu", "the only activation of zoo_mamba2")
-    return ZooMamba2Config(**{key: getattr(config, key) for key in _MAMBA2})
+    return ZooMamba2Config(**fields(config, _MAMBA2))
 
 
 def _config2(config: ZooMamba2Config) -> Mamba2Config:
     require("bidirectional", config.bidirectional, False, "transformers' Mamba-2 is causal")
-    return Mamba2Config(**{key: getattr(config, key) for key in _MAMBA2})
+    return Mamba2Config(**fields(config, _MAMBA2))
 
 
 def _rules(config: PreTrainedConfig) -> list[Rule]:
-    """The keys of transformers' Mamba and Mamba-2, which are ours."""
+    """Return the rules for the keys of transformers' Mamba and Mamba-2, which are the same as ours."""
     return [
         Rule("backbone.embeddings.weight", "backbone.embeddings.weight"),
         Rule("backbone.layers.{layer}.{rest}", "backbone.layers.{layer}.{rest}"),
@@ -99,41 +99,32 @@ def _rules(config: PreTrainedConfig) -> list[Rule]:
     ]
 
 
-MAMBA = Format(
-    name="transformers mamba",
-    library="transformers",
+MAMBA = transformers_format(
+    MambaForCausalLM,
     zoo_class=ZooMambaForCausalLM,
-    reads=lambda values: values.get("model_type") == "mamba",
     read=partial(_read, config_class=MambaConfig),
     zoo_config=_zoo_config,
     config=_config,
     rules=_rules,
     writes=lambda config: config.mixer_rms_eps is None,
-    model_class=MambaForCausalLM,
     former_keys=_FORMER_KEYS,
 )
-FALCON_MAMBA = Format(
-    name="transformers falcon_mamba",
-    library="transformers",
+FALCON_MAMBA = transformers_format(
+    FalconMambaForCausalLM,
     zoo_class=ZooMambaForCausalLM,
-    reads=lambda values: values.get("model_type") == "falcon_mamba",
     read=partial(_read, config_class=FalconMambaConfig),
     zoo_config=_zoo_config,
     config=_falcon_config,
     rules=_rules,
     writes=lambda config: config.mixer_rms_eps is not None,
-    model_class=FalconMambaForCausalLM,
     former_keys=_FORMER_KEYS,
 )
-MAMBA2 = Format(
-    name="transformers mamba2",
-    library="transformers",
+MAMBA2 = transformers_format(
+    Mamba2ForCausalLM,
     zoo_class=ZooMamba2ForCausalLM,
-    reads=lambda values: values.get("model_type") == "mamba2",
     read=partial(_read, config_class=Mamba2Config),
     zoo_config=_zoo_config2,
     config=_config2,
     rules=_rules,
-    model_class=Mamba2ForCausalLM,
     former_keys=_FORMER_KEYS,
 )

@@ -137,9 +137,14 @@ MISTAKES = [
     pytest.param("distill zoo out --set sede=1", nothing, "`sede` is unknown.*did you mean 'seed'", id="set"),
     pytest.param("distill zoo {model}", nothing, "teacher", id="no-teacher"),
     pytest.param("export ./nope out", nothing, "there is no folder './nope'", id="export-nothing"),
-    pytest.param("export nope out", nothing, "source: got 'nope'; accepted: an existing folder", id="export-name"),
-    pytest.param("export {model} {model}", nothing, "folder: .* exists and is not empty", id="export-onto-it"),
-    pytest.param("export {model} out --revision v1", nothing, "revision: got 'v1', but .* a folder", id="revision"),
+    pytest.param("export nope out", nothing, "source must be an existing folder or a Hub id .*, got 'nope'", id="export-name"),
+    pytest.param("export {model} {model}", nothing, "folder must be a new or empty folder, got .* is not empty", id="export-onto-it"),
+    pytest.param(
+        "export {model} out --revision v1",
+        nothing,
+        "must be left out for a folder .*, got 'v1'",
+        id="revision",
+    ),
     pytest.param(
         "export {model} out",
         with_value("model_type", "llama"),
@@ -232,10 +237,10 @@ MISTAKES = [
     pytest.param(
         "generate {model} abc",
         with_value("model_type", "of-somebody-else"),
-        "MODEL: .* brings code of its own .*'of-somebody-else'.* with --trust-remote-code",
+        "MODEL: .* brings code of its own .*'of-somebody-else'.* pass --trust-remote-code",
         id="code-of-somebody-else",
     ),
-    pytest.param("push ./nope a/b", nothing, "FOLDER: there is no folder nope", id="push-nothing"),
+    pytest.param("push ./nope a/b", nothing, "FOLDER must be an existing folder, got nope", id="push-nothing"),
     pytest.param(
         "push {model} a/b",
         lambda folder: (folder / "config.json").unlink(),

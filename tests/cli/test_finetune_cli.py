@@ -129,7 +129,7 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
         pytest.param(["--private"], "--private has no effect without --push-to-hub", id="private"),
         pytest.param(["--push-to-hub", "me/model", "--merge"], "there is no Hugging Face token", id="token"),
         pytest.param(["--push-to-hub", "a b", "--merge"], "Repo id must use alphanumeric", id="repository"),
-        pytest.param(["--revision", "v1"], "revision: got 'v1'; accepted with the folder zoo: none", id="revision"),
+        pytest.param(["--revision", "v1"], "`revision` must be left out for the folder zoo, got 'v1'", id="revision"),
         pytest.param(["--load-in-4bit"], "load_in_4bit: needs", id="4-bit"),
     ],
 )

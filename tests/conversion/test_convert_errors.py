@@ -124,7 +124,7 @@ MALFORMED = {
     "config of other groups": (with_values(n_groups=4), r"6 of another shape: .*conv1d"),
     "config without a head": (
         with_values(tie_word_embeddings=True),
-        "says that the head is the embedding .* lm_head.weight and backbone.embeddings.weight differ",
+        "says that the head is tied to the embedding .* lm_head.weight and backbone.embeddings.weight differ",
     ),
     "config of other sizes": (with_values(num_heads=5), r"^config.json: .*num_heads \* head_dim \(40\)"),
     "another activation": (with_values(hidden_act="gelu"), "`hidden_act` must be 'silu', got 'gelu'"),
@@ -430,10 +430,10 @@ def test_the_command_says_it_in_one_line(source: Path) -> None:
     ("rules", "message"),
     [
         ([Rule("x.{rest}", "a.{rest}")], "1 keys of the model without a rule: b.0.c$"),
-        ([Rule("x.{rest}", "a.{rest}"), Rule("{rest}", "{rest}")], "1 keys of the model met twice: a.d$"),
-        ([Rule("{rest}", "{rest}"), Rule("y", "e")], "1 rules that meet nothing: y$"),
-        ([Rule("{rest}", "{rest}"), Rule("y", "b.{layer}.c", layers=[1])], "1 rules that meet nothing: y$"),
-        ([Rule("{rest}", "{rest}"), Rule(None, "e")], "1 rules that meet nothing: e$"),
+        ([Rule("x.{rest}", "a.{rest}"), Rule("{rest}", "{rest}")], "1 keys of the model with several rules: a.d$"),
+        ([Rule("{rest}", "{rest}"), Rule("y", "e")], "1 rules that match no key: y$"),
+        ([Rule("{rest}", "{rest}"), Rule("y", "b.{layer}.c", layers=[1])], "1 rules that match no key: y$"),
+        ([Rule("{rest}", "{rest}"), Rule(None, "e")], "1 rules that match no key: e$"),
         ([Rule("{rest}", ("{rest}", "f.{rest}"))], "2 rules for keys that the model lacks: f.a.d, f.b.0.c$"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_field_that_cannot_be_expressed_is_named(change: dict[str, Any], messa
     ids=["published", "text"],
 )
 def test_phi_mamba_is_refused_by_its_block(block: Any, kind: str, tmp_path: Path) -> None:
-    message = f"`Block1.BlockType` is {kind}, the block of Phi-Mamba: its mixer and its MLP"
+    message = f"`Block1.BlockType` is {kind}, the block of Phi-Mamba: its mixer and MLP"
     refused({**llamba.PHI_MAMBA, "Block1": block}, message, tmp_path)
 
 
@@ -135,7 +135,7 @@ def refused(config: dict[str, Any], message: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "weights that the other layout has no place for must be 0: 2 are not: backbone.layers.0.mixer.dt_bias"),
+        ({}, "weights that the target layout does not have must be zero: 2 are not: backbone.layers.0.mixer.dt_bias"),
         (
             {"mixer_types": ["discrete_mamba2", "mamba2"]},
             r"config.json: `mixer_types\[1\]` must be 'disc.*, got 'mamba2'",

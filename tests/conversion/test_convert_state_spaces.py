@@ -78,7 +78,7 @@ def test_what_was_converted_loads_without_the_package(tmp_path: Path) -> None:
 
 def test_a_model_of_bytes_gets_a_tokenizer_of_bytes(tmp_path: Path) -> None:
     report = convert(state_spaces.save(tmp_path / "theirs", {**state_spaces.MAMBA1, "vocab_size": 256}), tmp_path / "m")
-    assert report.carried == ["a tokenizer of bytes, which the source lacks"]
+    assert report.carried == ["a tokenizer of bytes, as the source has none"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     text = "ssm \n\tÄ €\U0001f600" + "".join(map(chr, range(256)))
     ids = tokenizer(text).input_ids

@@ -135,7 +135,7 @@ def moved(tensors: dict[str, Tensor], body: str, head: str = "") -> dict[str, Te
         ("model.backbone.", "", "'model.' was removed"),
         ("model.backbone.", "model.", "'model.' was removed"),
         ("net.inner.backbone.", "net.inner.", "'net.inner.' was removed"),
-        ("", "", "'backbone.' was put before every key but lm_head.weight"),
+        ("", "", "'backbone.' was added to every key but lm_head.weight"),
         ("transformer.", "", "'transformer.' at the beginning became 'backbone.'"),
     ],
 )
@@ -154,7 +154,7 @@ def test_names_that_wrappers_put_into_keys_are_removed(tmp_path: Path) -> None:
     wrapped = {key.replace(".mixer.", "._fsdp_wrapped_module.mixer._orig_mod."): t for key, t in tensors.items()}
     found, report = converted(state_spaces.save(tmp_path / "source", CONFIG, wrapped))
     assert_equal(found, tensors)
-    assert "keys: '_orig_mod.', '_fsdp_wrapped_module.' was removed wherever it stood" in report.notes
+    assert "keys: '_orig_mod.', '_fsdp_wrapped_module.' was removed everywhere" in report.notes
 
 
 @pytest.mark.parametrize("body", ["backbone.", ""])
@@ -163,7 +163,7 @@ def test_a_tied_checkpoint_with_the_head_alone_has_it_for_the_embedding(body: st
     saved = moved({key: tensor for key, tensor in tensors.items() if key != EMBEDDING}, body)
     found, report = converted(state_spaces.save(tmp_path / "source", CONFIG, saved))
     assert_equal(found, tensors)
-    assert any("the tied head lm_head.weight is taken for it" in note for note in report.notes)
+    assert any("the tied head lm_head.weight is used instead" in note for note in report.notes)
 
 
 def test_a_prefix_beside_other_tensors_is_removed_if_asked(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_an_error_about_keys_says_which_prefix_was_removed_before(tmp_path: Path
     del tensors["module.backbone.norm_f.weight"]
     source = state_spaces.save(tmp_path / "source", CONFIG, tensors)
     with pytest.raises(
-        ValueError, match=r"1 missing: backbone.norm_f.weight\. This is after: keys: 'module\.' was rem"
+        ValueError, match=r"1 missing: backbone.norm_f.weight\. The keys were changed before: keys: 'module\.' was rem"
     ):
         convert(source, tmp_path / "out")
 
@@ -197,7 +197,7 @@ def test_a_head_that_is_missing_is_explained(tmp_path: Path) -> None:
     config = {**CONFIG, "tie_embeddings": False}
     tensors = state_spaces.tensors(config)
     del tensors[HEAD]
-    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight\. If the head is the embedding, set"):
+    with pytest.raises(ValueError, match=r"1 missing: lm_head\.weight\. If the head is tied to the embedding, set"):
         convert(state_spaces.save(tmp_path / "source", config, tensors), tmp_path / "out")
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from ssm_zoo.cli.main import app
 from ssm_zoo.conversion.load_model import load_model, load_tokenizer
 from ssm_zoo.distill.fetch import load_gguf
-from ssm_zoo.harness.run_folder import json_text
+from ssm_zoo.harness.json_files import json_text
 
 RECIPE = """
 teacher: source

@@ -5,10 +5,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from ssm_zoo.conversion.checkpoint_files import check_replaceable
+from ssm_zoo.conversion.carried_files import check_replaceable
 from ssm_zoo.conversion.source_files import MOST_LAYERS, check_config, check_memory
-from ssm_zoo.harness.errors import DecorationWarning, decoration
 from ssm_zoo.harness.provenance import provenance
+from ssm_zoo.harness.published import DecorationWarning, decoration
 
 
 @pytest.mark.parametrize(

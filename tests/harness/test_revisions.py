@@ -15,8 +15,8 @@ from teachers import make_teacher, save_teacher
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from hub_stand_in import HubStandIn
-from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
+from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.distill.fetch import teacher_commit
 from ssm_zoo.distill.recipe import as_mapping, load_recipe
 from ssm_zoo.distill.teacher import load_teacher
@@ -27,7 +27,7 @@ USER = """
 import json, sys
 from pathlib import Path
 from safetensors.torch import load_file
-from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
+from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.fetch import teacher_commit
 from ssm_zoo.distill.teacher import load_teacher

@@ -13,7 +13,7 @@ import pytest
 
 from ssm_zoo.harness import whole_files
 from ssm_zoo.harness.run_folder import check_output_folder, claim_output_folder, claimed_folders_end, write_json
-from ssm_zoo.harness.whole_files import new_folder, repair, result_folder, sweep, write_text_whole
+from ssm_zoo.harness.whole_files import new_folder, repair, sweep, write_text_whole
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="locks and links as POSIX has them")
 
@@ -78,7 +78,7 @@ def test_a_kill_at_any_moment_loses_neither_the_old_folder_nor_half_of_the_new_o
     real = getattr(owner, name)
 
     def write(values: dict[str, str]) -> None:
-        with result_folder(out) as made:
+        with new_folder(out, overwrite=True) as made:
             for key, value in values.items():
                 (made / key).write_text(value)
 
@@ -122,7 +122,7 @@ def test_a_failure_leaves_nothing_not_even_the_parents_that_were_made(tmp_path: 
 
 def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="out came to be or was filled by something else meanwhile"), new_folder(out):
+    with pytest.raises(ValueError, match=r"something else made or filled .*out in the meantime"), new_folder(out):
         out.mkdir()
         (out / "theirs").write_text("theirs")
     assert contents(tmp_path) == {"out/theirs": "theirs"}
@@ -135,7 +135,10 @@ def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path: Path) -> N
 def test_a_link_is_no_place_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "there")
-    with pytest.raises(ValueError, match="out is a link"), new_folder(tmp_path / "out", overwrite=True):
+    with (
+        pytest.raises(ValueError, match="out must be a new or empty folder, got a link"),
+        new_folder(tmp_path / "out", overwrite=True),
+    ):
         pytest.fail("not to be reached")
     assert names(tmp_path) == ["out", "there"]
 
@@ -151,7 +154,7 @@ def test_only_a_regular_file_is_replaced(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to(victim if kind == "link" else tmp_path / "nothing")
     before = names(tmp_path)
-    with pytest.raises(ValueError, match=r"r\.json is .*; accepted: a new name"):
+    with pytest.raises(ValueError, match=r"r\.json must be a new name or a regular file, which is replaced, got a"):
         write_json(path, {})
     assert names(tmp_path) == before and victim.read_text() == "mine"
 
@@ -229,17 +232,17 @@ def test_one_process_at_a_time_writes_into_the_folder_of_a_run(tmp_path: Path) -
 def test_an_output_folder_is_checked_before_the_run(tmp_path: Path) -> None:
     check_output_folder(tmp_path / "a" / "b")
     assert names(tmp_path) == []
-    with pytest.raises(ValueError, match="MiB of free disk space, the run needs at least"):
+    with pytest.raises(ValueError, match="MiB of free disk space, but the run needs at least"):
         check_output_folder(tmp_path / "a", bytes_needed=2**60)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file is a file"):
+    with pytest.raises(ValueError, match="file must be a new or empty folder, or this run's own, got a file"):
         check_output_folder(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"cannot be made: .*file is no folder"):
+    with pytest.raises(ValueError, match=r"cannot be made, because .*file is no folder"):
         check_output_folder(tmp_path / "file" / "out")
-    with pytest.raises(ValueError, match=r"is not empty and holds no run\.json"):
+    with pytest.raises(ValueError, match=r"got one that is not empty and holds no run\.json"):
         check_output_folder(tmp_path)
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="is a link to nothing"):
+    with pytest.raises(ValueError, match="got a link to nothing"):
         check_output_folder(tmp_path / "dangling")
 
 

@@ -298,12 +298,12 @@ def test_a_bad_report_or_repository_leaves_the_card_as_it_was(tmp_path: Path):
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     report = example_report()
     del report["evaluations"][3]["loss"]
-    with pytest.raises(ValueError, match=r"^report: evaluations\.3\.loss is missing; required keys: name, kind, loss"):
+    with pytest.raises(ValueError, match=r"^report: `evaluations\.3\.loss` is missing; required: name, kind, loss"):
         write_card(tmp_path, report)
-    with pytest.raises(ValueError, match=r"^repo_id: got 'a/b/c'; accepted: a Hub id"):
+    with pytest.raises(ValueError, match=r"^repo_id must be a Hub id ORGANISATION/NAME, got 'a/b/c'"):
         write_card(tmp_path, example_report(), repo_id="a/b/c")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
-    with pytest.raises(ValueError, match=r"^folder: got '.*missing'; accepted: the folder of an exported model$"):
+    with pytest.raises(ValueError, match=r"^folder must be the folder of an exported model, got '.*missing'\.$"):
         write_card(tmp_path / "missing", example_report())
     assert not (tmp_path / "missing").exists()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssm_zoo.harness.public_text import without_folders
+from ssm_zoo.harness.published import without_folders
 from ssm_zoo.reports.markdown import code, fenced, number, ranges, seconds, short, table
 
 HOME = "/" + "home"  # in two parts: no file of this repository names a path of a machine

@@ -431,7 +431,7 @@ MISTAKES = [
     pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: norm_f.weight", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: its tokenizer gave the id \d+, but its vocab_size is 5", id="vocabulary"),
     pytest.param({"target_modules": ["nope"]}, "target_modules: got 'nope'; accepted: down_proj, ", id="target"),
-    pytest.param({"revision": "v1"}, "revision: got 'v1'; accepted with the folder .*all-four: none", id="revision"),
+    pytest.param({"revision": "v1"}, "`revision` must be left out for the folder .*all-four, got 'v1'", id="revision"),
 ]
 
 

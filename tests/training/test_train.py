@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ssm_zoo.conversion.byte_tokenizer import byte_tokenizer
 from ssm_zoo.conversion.export import verify_export
+from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.modeling import ZooMamba2ForCausalLM
 from ssm_zoo.modeling.outputs import add_aux_loss
 from ssm_zoo.modeling.presets import PRESETS
@@ -399,7 +399,7 @@ MISTAKES: list[Any] = [
         {"config": {"model_type": "x"}}, "config: model_type: got 'x'; accepted: masked_mixer, taipan, ", id="type"
     ),
     pytest.param({"overrides": ["hiden_size=8"]}, "mamba2 has no key 'hiden_size'; accepted: hidden_size", id="key"),
-    pytest.param({"overrides": ["hidden_size"]}, "override: got 'hidden_size'; accepted: dotted.key=value", id="set"),
+    pytest.param({"overrides": ["hidden_size"]}, "override must be .* dotted.key=value, got 'hidden_size'", id="set"),
     pytest.param({"overrides": ["head_dim=7"]}, r"config: num_heads \* head_dim", id="sizes"),
     pytest.param({"overrides": ["head_dim=x"]}, "config: Field 'head_dim' expected int", id="kind"),
     pytest.param({"overrides": ["bidirectional=true"]}, "bidirectional: a causal language model needs", id="both"),

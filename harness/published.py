@@ -1,7 +1,15 @@
-"""Text that is published with a run, without the folders of the machine that made it."""
+"""What a run publishes: texts without the folders of the machine, and parts of a result that it can do without."""
 
 import re
 import shlex
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import yaml
+
+UNREADABLE = (OSError, ValueError, ArithmeticError, yaml.YAMLError, RecursionError)
+"""Exceptions of reading and rendering an optional part: its files, texts and front matter are not ours."""
 
 # The folders of an absolute path (POSIX, home, drive or share) where a path can start, without its last name. A single
 # backslash starts no path: it is an escape, e.g. of a line break.
@@ -9,9 +17,32 @@ _FOLDERS = re.compile(
     r"""(?<![^\s=,:;"'\[({])(?:(?:~|[A-Za-z]:)[/\\]|/|\\\\(?=\w))(?:[^\s/\\,;"'\])}]+[/\\])*(?=[^\s/\\"'])"""
 )
 
-# The beginning of a path that leads out of the working folder, and what stands around paths in an argument.
+# The beginning of a path that leads out of the working folder, and the text between the paths of an argument.
 _OUTSIDE = re.compile(r"\s*(?:~[\w.-]*[/\\]|/|[A-Za-z]:[/\\]|\\\\\w|\.\.[/\\]|file:)")
 _PIECES = re.compile(r"""([=,\[\]{}"'\n]|:\s|\bdatasets:|\bbuiltin:)""")
+
+
+class DecorationWarning(UserWarning):
+    """Names a part that a result lacks."""
+
+
+def go_without(what: str, error: BaseException) -> None:
+    """Warn that a part is left out because of an error."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    warnings.warn(f"{what}: {reason[:200]}; going on without it", DecorationWarning, stacklevel=3)
+
+
+@contextmanager
+def decoration(what: str) -> Iterator[None]:
+    """Continue without an optional part of a result, e.g. a plot, if the body cannot make it.
+
+    Args:
+        what: name of the part, for the warning.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        go_without(what, error)
 
 
 def without_folders(text: str) -> str:
@@ -22,8 +53,8 @@ def without_folders(text: str) -> str:
 def public_argument(argument: str) -> str:
     """Return an argument, or the name of a source, with paths out of the working folder reduced to their last names.
 
-    Unlike :func:`without_folders` this function knows where a path ends, so a path may contain spaces: an argument is a
-    path, or contains paths after `=` and between commas and brackets.
+    An argument is a path, or contains paths after `=` and between commas and brackets. So the end of a path is known,
+    and it may contain spaces, which :func:`without_folders` cannot allow.
     """
     if _OUTSIDE.match(argument):
         return _last_name(argument)
