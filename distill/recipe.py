@@ -213,6 +213,7 @@ class EvaluationSpec(SettingsBase):
         tokens: held-out tokens read, in whole windows.
         sequence_length: L of these windows.
         batch_size: sequences per forward pass.
+        repeat_distance: tokens between a passage of 96 tokens and its repetition, the loss on which measures recall.
         prompts: texts that the student continues greedily, for the reader of the report.
         max_new_tokens: length of these continuations.
     """
@@ -220,6 +221,7 @@ class EvaluationSpec(SettingsBase):
     tokens: Count = 16384
     sequence_length: Length = 256
     batch_size: Count = 4
+    repeat_distance: Count = 416
     prompts: list[str] = []
     max_new_tokens: Count = 32
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
-from ..evaluation.language_modeling import evaluate_language_model, generation_sample
+from ..evaluation.language_modeling import evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
@@ -49,7 +49,7 @@ from .objectives import LOSS_NAMES, layer_errors
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
-from .student import build_student, set_slots, zeroed_mixers
+from .student import build_control, build_student, set_slots, zeroed_mixers
 from .teacher import Teacher, load_teacher
 
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
@@ -303,11 +303,14 @@ def _calibration_windows(run: _Run) -> Tensor:
 
 
 def _first_evaluations(run: _Run) -> None:
-    """The teacher, the floor (converted mixers say nothing) and the student before training."""
+    """Evaluate the teacher, the floor (zeroed mixers), the control that costs nothing, and the untrained student."""
     _evaluate(run, "teacher", "teacher", model=run.teacher.model)
     with zeroed_mixers(run.student, run.layers):
         _evaluate(run, "mixers zeroed", "zeroed")
     _divide_slots(run)
+    control = build_control(run.teacher, run.student, run.layers, run.recipe.evaluation.sequence_length)
+    _evaluate(run, "window + sinks", "control", model=control)
+    del control
     with run.compute():
         windows = _calibration_windows(run)
         calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
@@ -350,6 +353,9 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     teacher = None if kind == "teacher" else run.teacher.model
     scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
     row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
+    row["repeat_loss"] = None
+    if kind != "zeroed" and not TOKEN_MIXERS[run.recipe.student.mixer].bounded:
+        row["repeat_loss"] = repeat_loss(model, run.heldout.windows(1)[:, 0], spec.repeat_distance)
     row["samples"] = []
     if kind != "zeroed" and spec.prompts:
         row["samples"] = generation_sample(model, run.teacher.tokenizer, spec.prompts, spec.max_new_tokens)

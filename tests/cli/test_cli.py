@@ -137,8 +137,15 @@ MISTAKES = [
     pytest.param("distill zoo out --set sede=1", nothing, "`sede` is unknown.*did you mean 'seed'", id="set"),
     pytest.param("distill zoo {model}", nothing, "teacher", id="no-teacher"),
     pytest.param("export ./nope out", nothing, "there is no folder './nope'", id="export-nothing"),
-    pytest.param("export nope out", nothing, "source must be an existing folder or a Hub id .*, got 'nope'", id="export-name"),
-    pytest.param("export {model} {model}", nothing, "folder must be a new or empty folder, got .* is not empty", id="export-onto-it"),
+    pytest.param(
+        "export nope out", nothing, "source must be an existing folder or a Hub id .*, got 'nope'", id="export-name"
+    ),
+    pytest.param(
+        "export {model} {model}",
+        nothing,
+        "folder must be a new or empty folder, got .* is not empty",
+        id="export-onto-it",
+    ),
     pytest.param(
         "export {model} out --revision v1",
         nothing,
