@@ -56,11 +56,11 @@ type: $(STAMP) ## check types
 	$(TOOL) pyright --pythonpath $(RUN)
 
 bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH_ARGS adds arguments)
-	$(RUN) benchmarks/cpu_paths.py $(BENCH_ARGS)
-	$(RUN) benchmarks/cpu_mixers.py
+	$(RUN) benchmarks/kernels/cpu_paths.py $(BENCH_ARGS)
+	$(RUN) benchmarks/kernels/cpu_mixers.py
 
 bench-gpu: $(STAMP) ## time the kernels beside their peers; without a CUDA device at small sizes (BENCH_ARGS adds arguments)
-	$(RUN) benchmarks/gpu_kernels.py $(BENCH_ARGS)
+	$(RUN) benchmarks/kernels/gpu_kernels.py $(BENCH_ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into site/, without a warning
 	NO_MKDOCS_2_WARNING=1 $(TOOL) mkdocs build --strict --quiet

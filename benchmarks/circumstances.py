@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers, how it writes them, and where."""
+"""Description of the machine and the command in every row of results, quartiles, and the writing of result files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import platform
 import shlex
 import shutil
+import statistics
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +21,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def processor() -> str:
-    """Return the name of the CPU; the machine type where the system does not tell."""
+    """Return the name of the CPU, or the machine type if the system does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -29,7 +31,7 @@ def processor() -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Return name, memory, driver and CUDA version of the current device; nothing where there is none."""
+    """Return name, memory, driver and CUDA version of the current device; empty without one."""
     if not torch.cuda.is_available():
         return {}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -42,7 +44,7 @@ def gpu() -> dict[str, str]:
 
 
 def driver() -> str:
-    """Return the version of NVIDIA's driver, "unknown" where nvidia-smi does not tell."""
+    """Return the version of NVIDIA's driver, "unknown" if nvidia-smi does not tell."""
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -61,11 +63,11 @@ def version_of(name: str) -> str | None:
 def circumstances(
     now: datetime, script: str, arguments: list[str], packages: tuple[str, ...] = ()
 ) -> dict[str, object]:
-    """Return the part of a row that says on what, with what, when and how it was measured.
+    """Return the part of a row that names hardware, versions, date and command.
 
     Args:
         now: when the run began.
-        script: its file name in this folder.
+        script: its path from this folder, e.g. "kernels/cpu_paths.py".
         arguments: its command line.
         packages: distributions to name beside torch and transformers, those that are installed.
     """
@@ -83,7 +85,7 @@ def circumstances(
 
 
 def nameable(argument: str) -> str:
-    """An argument, but of an absolute path, which says something of one machine alone, the last part."""
+    """Return the argument, reduced to its last part if it is an absolute path (private to a machine)."""
     return Path(argument).name if os.path.isabs(argument) else argument
 
 
@@ -91,7 +93,7 @@ def write_rows(rows: list[dict[str, object]], path: Path) -> None:
     """Write one JSON object per line; the file appears whole or not at all.
 
     Raises:
-        ValueError: if a number is not finite, for which JSON has no word.
+        ValueError: if a number is not finite, which JSON cannot express.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -106,5 +108,11 @@ def write_rows(rows: list[dict[str, object]], path: Path) -> None:
 def positive(text: str) -> int:
     """Read a whole number of at least 1 from a command line."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, accepted: a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Return first quartile, median and third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"q1": low, "median": middle, "q3": high}

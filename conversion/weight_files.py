@@ -128,8 +128,7 @@ def read_header(path: Path, field: str | None = None) -> dict[str, Header]:
         ValueError: if the file is damaged, or its header names a tensor twice: the library would silently use the last.
     """
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        safe_open(path, framework="pt")  # checks the length of the file and of every tensor
     except SafetensorError as error:
         prefix = f"{field}: " if field else ""
         raise ValueError(f"{prefix}{path.name} is damaged, or no safetensors file ({error}).") from None

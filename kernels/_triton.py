@@ -1,8 +1,8 @@
-"""Triton if it is installed, and otherwise a placeholder with which kernel files can be imported.
+"""Import Triton, or provide a placeholder that lets kernel files be imported without it.
 
 A kernel file takes `triton` and `tl` from here and starts with `from __future__ import annotations`, so that an
 annotation such as `BLOCK: tl.constexpr` is not evaluated where `tl` is None. Without Triton a decorated kernel is
-the plain function, which is never called: `checks.choose_implementation` refuses first.
+a plain function, which is never called because `checks.choose_implementation` raises an error first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ else:
         import triton.language as tl
 
         HAS_TRITON = True
-        # Triton reads TRITON_INTERPRET when it decorates a kernel, which is right after this file is imported. An
-        # interpreted kernel takes CPU tensors, a compiled one does not.
+        # Triton reads TRITON_INTERPRET when it decorates a kernel, right after this file is imported. Interpreted
+        # kernels accept CPU tensors, compiled ones do not.
         INTERPRETED = bool(triton.knobs.runtime.interpret)
     except ImportError:
 

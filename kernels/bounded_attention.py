@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, of_no_rows, without_autocast
+from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, empty_batch, without_autocast
 from .tracing import opaque, tracing
 
 
@@ -94,7 +94,7 @@ def bounded_attention(
     options = (window, sinks, slots, chunk_size, decay, scale)
     if q.shape[0] == 0:
         rows = sum(slots) + len(slots) * (sinks + window)
-        o = of_no_rows(tuple(q.shape), q.dtype, q, k, v)
+        o = empty_batch(tuple(q.shape), q.dtype, q, k, v)
         packed = q.new_zeros(0, rows, 2 * q.shape[-1] + 2, dtype=sums)
     elif tracing():
         o, packed = _traced(q, k, v, state, seq_idx, *options)
@@ -227,7 +227,7 @@ def bounded_attention_matrix(
     sums = accumulator(q)
     B, L, H, _ = q.shape
     if B == 0:
-        return of_no_rows((B, H, L, L), sums, q, k)
+        return empty_batch((B, H, L, L), sums, q, k)
     state = None if initial_state is None else _packed(initial_state, sums)
     plan = _Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
     columns = int((plan.offset + plan.start + plan.count).max()) if plan.documents else L

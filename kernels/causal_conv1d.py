@@ -4,10 +4,10 @@ Symbols: B batch, L length, D channels, K convolution width.
 
     y_t = activation(bias + sum_{k=0}^{K-1} weight[:, k] * x_{t-K+1+k})
 
-The last column of `weight` meets the current token. The K-1 inputs before the row are the `initial_state`, zero if
-absent. State layout and tap order are those of the causal-conv1d package (`causal_conv1d_fn`,
-`causal_conv1d_update`), so states and weights are interchangeable with it; sequences are (B, L, D) here, as in
-every op of this package.
+The last column of `weight` multiplies the current token. The K-1 inputs before the row are the `initial_state`, zero if
+not given. Layout of states and order of taps are those of the causal-conv1d package (`causal_conv1d_fn`,
+`causal_conv1d_update`), so states and weights are interchangeable with it. Sequences are (B, L, D), as in all ops of
+this package.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .checks import (
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    of_no_rows,
+    empty_batch,
     recorded,
 )
 from .tracing import tracing
 
-# Elements of a panel of the torch path: with its inputs, outputs and gradients in float32 it takes part of a core's L2.
+# Elements per panel of the torch path, so that its inputs, outputs and gradients in float32 fit the L2 cache of a core.
 _PANEL_ELEMENTS = 128 * 1024
 
 
@@ -47,29 +47,27 @@ def causal_conv1d(
     return_final_state: bool = False,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Convolve every channel with its own K taps, looking back only.
+    """Convolve every channel with its own K taps over the current and earlier tokens.
 
     Args:
         x: (B, L, D) inputs, floating point, L >= 1.
         weight: (D, K) taps, oldest first, K >= 2.
-        bias: (D) added before the activation.
+        bias: (D) bias, added before the activation.
         activation: None or "silu".
-        initial_state: (B, D, K-1) the inputs before the row, oldest first. It belongs to the document of the row's
-            first real token.
-        seq_idx: (B, L) integer document of each token, non-decreasing along a row. A token sees its own document
-            only. A negative entry marks padding: the token is skipped as if it were absent and its output is 0.
+        initial_state: (B, D, K-1) inputs before the row, oldest first. They belong to the document of the row's first
+            real token.
+        seq_idx: (B, L) integer document of each token, non-decreasing along a row. Only tokens of the same document are
+            combined. A negative entry marks padding, which is skipped and has the output 0.
         return_final_state: also return the last K-1 inputs.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve K > 4.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support K > 4.
 
     Returns:
-        (B, L, D) outputs, in the dtype of `x`; accumulated in float32 (float64 for float64 inputs). With
+        (B, L, D) outputs in the dtype of `x`, accumulated in float32 (float64 for float64 inputs). With
         `return_final_state` also the (B, D, K-1) last real inputs of the row's last document, oldest first, in the
-        dtype of `x`: zero where they would reach into an earlier document, the initial state where a row has no
-        real token.
+        dtype of `x`: zero before the start of that document, and the initial state for a row without real tokens.
 
     Raises:
-        ValueError: if a shape, a dtype, a device, `activation` or `implementation` is not one of the above, or
-            `seq_idx` decreases.
+        ValueError: if a shape, dtype, device, `activation` or `implementation` is invalid, or `seq_idx` decreases.
     """
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
@@ -77,8 +75,8 @@ def causal_conv1d(
     implementation = choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS)
     if B == 0:
         inputs = (x, weight, bias, initial_state)
-        y = of_no_rows((B, L, D), x.dtype, *inputs)
-        return (y, of_no_rows((B, D, width - 1), x.dtype, *inputs)) if return_final_state else y
+        y = empty_batch((B, L, D), x.dtype, *inputs)
+        return (y, empty_batch((B, D, width - 1), x.dtype, *inputs)) if return_final_state else y
     if implementation == "triton":
         y, state = causal_conv1d_triton(x, weight, bias, activation, initial_state, seq_idx, return_final_state)
         return y if state is None else (y, state)
@@ -125,19 +123,19 @@ def causal_conv1d_step(
     """Convolve one token and shift it into the state.
 
     Args:
-        x: (B, D) the token's inputs.
-        state: (B, D, K-1) the inputs before it, oldest first; **updated in place**.
+        x: (B, D) inputs of the token.
+        state: (B, D, K-1) inputs before it, oldest first; **updated in place**.
         weight: (D, K) taps, oldest first, K >= 2.
-        bias: (D) added before the activation.
+        bias: (D) bias, added before the activation.
         activation: None or "silu".
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve K > 4 or a call whose
-            gradient is recorded.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support K > 4 or calls that
+            autograd records.
 
     Returns:
-        (B, D) outputs, in the dtype of `x`.
+        (B, D) outputs in the dtype of `x`.
 
     Raises:
-        ValueError: if a shape, a dtype, a device, `activation` or `implementation` is not one of the above.
+        ValueError: if a shape, dtype, device, `activation` or `implementation` is invalid.
     """
     _check_parameters(weight, bias, activation)
     check_tensor("x", x, (None, weight.shape[0]), "(B, D)")
@@ -165,7 +163,7 @@ def causal_conv1d_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `causal_conv1d` by its definition: row by row, token by token, tap by tap. Same arguments and result."""
+    """Compute `causal_conv1d` by its definition, row by row, token by token and tap by tap, with the same arguments."""
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
@@ -202,21 +200,22 @@ def causal_conv1d_reference(
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """y_t = silu(p_t) or p_t, p_t = bias + sum_j w_j x_{t-j}, with x_{-1}, x_{-2}, ... the rows of `history` from its
-    end.
+    """The torch convolution: y_t = silu(p_t) or p_t with p_t = bias + sum_j w_j x_{t-j}.
+
+    x_{-1}, x_{-2}, ... are the rows of `history` in reverse order.
 
     Backward, with dp_t = dy_t silu'(p_t):  dx_t = sum_j w_j dp_{t+j},  dw_j = sum_{b,t} dp_t x_{t-j},
-    dbias = sum_{b,t} dp_t.  Only the inputs are kept for it; p is computed again.
+    dbias = sum_{b,t} dp_t.  Only the inputs are saved; the backward recomputes p.
 
-    Why not `F.conv1d(groups=D)`: it wants (B, D, L), and its backward is slow. Here K multiply-adds go into one buffer
-    in place, without padded or transposed copies, on panels of tokens that stay in the cache until they are done.
+    `F.conv1d(groups=D)` is not used because it needs the layout (B, D, L) and has a slow backward. Here K multiply-adds
+    accumulate in place, without padded or transposed copies, on panels of tokens that fit the cache.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, activation: str | None
     ) -> Tensor:
-        taps = weight.flip(1).t().contiguous()  # (K, D), taps[j] looks j tokens back
+        taps = weight.flip(1).t().contiguous()  # (K, D), taps[j] multiplies the input j tokens back
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for start, stop in _panels(x, taps):
             part = y[:, start:stop]
@@ -240,23 +239,23 @@ class _DepthwiseConv(torch.autograd.Function):
         dtaps = torch.zeros_like(taps)
         dbias = torch.zeros_like(taps[0])
         dhistory = None if history is None else torch.zeros_like(history)
-        after = dy.new_zeros(x.shape[0], 0, x.shape[2], dtype=taps.dtype)  # dp of the tokens that follow, at most K - 1
+        after = dy.new_zeros(x.shape[0], 0, x.shape[2], dtype=taps.dtype)  # dp of up to K - 1 following tokens
         for start, stop in reversed(_panels(x, taps)):
             dp = dy[:, start:stop].to(taps.dtype)
             if ctx.activation is not None:
                 dp = torch.ops.aten.silu_backward(dp, _convolve(x, taps, bias, history, start, stop))
             inputs = x[:, max(start - width + 1, 0) : stop].to(taps.dtype)
-            behind = inputs.shape[1] - (stop - start)  # inputs that stand before the panel
+            behind = inputs.shape[1] - (stop - start)  # number of inputs before the panel
             dx_part = dp * taps[0]
             for j in range(1, width):
                 dx_part[:, : max(stop - start - j, 0)].addcmul_(dp[:, j:], taps[j])
                 reach = min(j, after.shape[1])
-                first = stop - start - j  # the first token that looks past the panel, if it stands in it
+                first = stop - start - j  # first token that contributes beyond the panel
                 dx_part[:, max(first, 0) : max(first, 0) + reach].addcmul_(after[:, :reach], taps[j])
             dx[:, start:stop] = dx_part
             product = torch.empty_like(dp)
             for j in range(min(width, stop)):
-                low = max(j - behind, 0)  # the first token of the panel whose input j tokens back is in the row
+                low = max(j - behind, 0)  # first token of the panel whose input j tokens back is in the row
                 torch.mul(dp[:, low:], inputs[:, low + behind - j : inputs.shape[1] - j], out=product[:, low:])
                 dtaps[j] += product[:, low:].sum((0, 1))
             dbias += dp.sum((0, 1))
@@ -270,7 +269,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def _panels(x: Tensor, taps: Tensor) -> list[tuple[int, int]]:
-    """Ranges of tokens to work on at a time: a panel of them fits a core's L2 cache, and holds a window's reach."""
+    """Return ranges of tokens that fit the L2 cache of a core and hold at least K - 1 tokens."""
     batch, length, channels = x.shape
     tokens = max(_PANEL_ELEMENTS // max(batch * channels, 1), taps.shape[0] - 1)
     return [(start, min(start + tokens, length)) for start in range(0, length, tokens)]
@@ -285,16 +284,16 @@ def _convolve(
     stop: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """(B, stop - start, D) convolution, without activation, of the tokens from `start` to before `stop`."""
+    """Return the (B, stop - start, D) convolution of the tokens from `start` to `stop - 1`, without activation."""
     behind = min(start, taps.shape[0] - 1)
     inputs = x[:, start - behind : stop].to(taps.dtype)
     now = inputs[:, behind:]
     y = torch.mul(now, taps[0], out=out) if bias is None else torch.addcmul(bias, now, taps[0], out=out)
     for j in range(1, taps.shape[0]):
-        low = max(j - behind, 0)  # the first token whose input j tokens back is in the row
+        low = max(j - behind, 0)  # first token whose input j tokens back is in the row
         y[:, low:].addcmul_(inputs[:, low + behind - j : max(inputs.shape[1] - j, 0)], taps[j])
         if history is not None and start == 0:
-            reach, at = min(j, stop), taps.shape[0] - 1 - j  # the tokens that look beyond the row's first one
+            reach, at = min(j, stop), taps.shape[0] - 1 - j  # tokens that read from before the row
             y[:, :reach].addcmul_(history[:, at : at + reach], taps[j])
     return y
 
@@ -302,25 +301,25 @@ def _convolve(
 def _depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, activation: str | None
 ) -> Tensor:
-    """(B, L, D) convolution in the dtype of x; the others are of one dtype, in which it is computed."""
+    """Return the (B, L, D) convolution in the dtype of x, computed in the dtype of the other tensors."""
     y = _DepthwiseConv.apply(x, weight, bias, history, activation)
     assert isinstance(y, Tensor)  # `apply` is untyped
     return y
 
 
 def _lay_out_documents(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Place all real tokens on one line, each document behind K-1 slots of its own for what came before it.
+    """Lay out all real tokens on one line, each document after K-1 slots for the inputs before it.
 
-    On that line no window of K tokens meets two documents or a padding token, so packed and padded rows need no
-    masks: the plain convolution runs once over it. Cost: one gather in, one out, and K-1 slots per document.
+    On that line no window of K tokens covers two documents or padding, so that packed and padded rows need no masks: a
+    single plain convolution suffices. The cost is one gather, one scatter and K-1 slots per document.
 
     Returns:
         tokens: (T) positions of the T real tokens in the flattened (B L) rows.
-        slots: (T) their places on the line.
-        first_slots: (B, K-1) the places before the row's first document, where the initial state goes. A row
-            without a real token has these only.
-        last_slots: (B, K-1) the row's last K-1 places, which hold its final state.
-        length: number of places.
+        slots: (T) slots of these tokens on the line.
+        first_slots: (B, K-1) slots before the row's first document, for the initial state. A row without real tokens
+            has only these.
+        last_slots: (B, K-1) last K-1 slots of the row, which hold its final state.
+        length: number of slots.
     """
     B, L = seq_idx.shape
     rows, positions = (seq_idx >= 0).nonzero(as_tuple=True)
@@ -329,7 +328,7 @@ def _lay_out_documents(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Ten
     opens[1:] = (rows[1:] == rows[:-1]) & (documents[1:] != documents[:-1])
     gap = width - 1
     slots = torch.arange(rows.numel(), device=rows.device) + gap * (rows + 1 + opens.cumsum(0))
-    # A row takes its tokens, its own first gap, and one gap for every further document.
+    # A row takes one slot per token, a first gap, and a gap for every further document.
     sizes = torch.full((B,), gap, device=rows.device).index_add_(0, rows, 1 + gap * opens)
     ends = sizes.cumsum(0)[:, None]
     offsets = torch.arange(gap, device=rows.device)
@@ -338,7 +337,7 @@ def _lay_out_documents(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _as_state(inputs: Tensor) -> Tensor:
-    """(B, K-1, D) inputs as a (B, D, K-1) state with memory of its own."""
+    """Return (B, K-1, D) inputs as a (B, D, K-1) state that shares no memory with them."""
     return inputs.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
@@ -381,19 +380,19 @@ def convolve_traced(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state of the convolution; arguments and results as in `causal_conv1d`.
+    """Return outputs and final state in a traced graph, with the arguments of `causal_conv1d`.
 
-    The real tokens of a row are moved to its left, so that the window of each is the K places up to it; in a window
-    what is of another document counts as zero.
+    The real tokens of a row are moved to its left, so that the window of each is the K places up to it. Tokens of other
+    documents count as zero.
     """
     batch, length, channels = x.shape
     reach = weight.shape[1] - 1
     past = x.new_zeros(batch, reach, channels) if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
     if seq_idx is None:
         line = torch.cat([past, x], dim=1)
-        return _convolve_line(line, None, length, weight, bias, activation), _state(line[:, length:])
+        return _convolve_line(line, None, length, weight, bias, activation), _as_state(line[:, length:])
     real = seq_idx >= 0
-    order = (~real).to(torch.int8).argsort(dim=1, stable=True)  # columns of the real tokens, then of the others
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)  # columns of real tokens, then of padding
     inputs = x.masked_fill(~real[..., None], 0).gather(1, order[..., None].expand(-1, -1, channels))
     document = seq_idx.long().gather(1, order)
     document = torch.cat([document[:, :1].expand(-1, reach), document], dim=1)
@@ -401,10 +400,10 @@ def convolve_traced(
     y = _convolve_line(line, document, length, weight, bias, activation)
     rank = (real.cumsum(1) - 1).clamp(min=0)
     y = y.gather(1, rank[..., None].expand(-1, -1, channels)).masked_fill(~real[..., None], 0)
-    place = real.sum(1, keepdim=True) + torch.arange(reach, device=x.device)  # the last real ones
+    place = real.sum(1, keepdim=True) + torch.arange(reach, device=x.device)  # places of the last real tokens
     kept = document.gather(1, place)
     state = line.gather(1, place[..., None].expand(-1, -1, channels))
-    return y, _state(state.where((kept == kept[:, -1:])[..., None], 0))
+    return y, _as_state(state.where((kept == kept[:, -1:])[..., None], 0))
 
 
 def _convolve_line(
@@ -415,7 +414,7 @@ def _convolve_line(
     bias: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """(B, L, D) of a (B, K-1+L, D) line, whose places are of the (B, K-1+L) documents."""
+    """Convolve a (B, K-1+L, D) line whose places belong to the (B, K-1+L) documents; returns (B, L, D)."""
     reach, sums = weight.shape[1] - 1, accumulator(line)
     taps = weight.to(sums)
     y = line[:, reach : reach + length].to(sums) * taps[:, reach]
@@ -427,9 +426,4 @@ def _convolve_line(
         y = y + part * taps[:, k]
     if bias is not None:
         y = y + bias.to(sums)
-    return (y if activation is None else F.silu(y)).to(line.dtype)
-
-
-def _state(last: Tensor) -> Tensor:
-    """(B, D, K-1) of the last (B, K-1, D) inputs."""
-    return last.transpose(1, 2).contiguous()
+    return _activate(y, activation).to(line.dtype)

@@ -1,12 +1,12 @@
-"""`causal_conv1d` and `causal_conv1d_step` in Triton: tables of documents, launches, the gradient and the kernels.
+"""`causal_conv1d` and `causal_conv1d_step` in Triton: tables for packed rows, launches, gradients and kernels.
 
 Symbols: B batch, L length, D channels, K convolution width; s_t the sum before the activation, ds its gradient.
 
-A tap's source is an integer: a token's position in the row, or -1 ... -(K-1) for an entry of the initial state, -1
-being its newest, or -K for nothing (a zero). Without documents tap j of token t has the source t - j. For packed and
-padded rows a table of (B, L+1, K) int32 holds the sources; it is small beside x, and one kernel serves both.
+The source of a tap is an integer: the position of a token in the row, or -1 ... -(K-1) for an entry of the initial
+state (-1 is the newest), or -K for zero. Without documents, tap j of token t has the source t - j. For packed and
+padded rows a (B, L+1, K) int32 table holds the sources; it is small compared with x, and one kernel serves both cases.
 
-A pointer that is None removes its part of a kernel at compile time.
+If a pointer is None, its part of a kernel is removed at compile time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.autograd.function import once_differentiable
 from ._triton import tl, triton
 from .triton_math import sigmoid, strides
 
-# The backward kernel evaluates K sums of K taps for a token, unrolled: 16 tiles for K = 4, 49 for K = 7.
+# The backward kernel evaluates K sums of K taps per token, unrolled: 16 tiles for K = 4, 49 for K = 7.
 WIDTHS = (2, 3, 4)
 
-# (tokens, channels, warps) of a program. The K taps of a tile overlap and come from the L1 cache. Backward holds some
-# ten float32 tiles at once: 8 elements of each per thread is what compiles without spilled registers for K = 4 with
-# documents and an initial state (16 elements did not, Triton 3.9, sm_80 and sm_90). Its 64 tokens keep the partial
-# sums of dweight at a sixth of the traffic of a bfloat16 x.
+# (tokens, channels, warps) per program. The K taps of a tile overlap and come from the L1 cache. The backward holds
+# about ten float32 tiles at once: with 8 elements of each per thread it compiles without spilled registers for K = 4
+# with documents and an initial state, with 16 it does not (Triton 3.9, sm_80 and sm_90). With 64 tokens, the partial
+# sums of dweight cause a sixth of the traffic of a bfloat16 x.
 _FORWARD_TILE = (32, 64, 4)
 _BACKWARD_TILE = (64, 32, 8)
-# (channels, warps) where a program holds one K-wide window per channel.
+# (channels, warps) of programs that hold one K-wide window per channel.
 _WINDOW_TILE = (128, 4)
 
 
@@ -42,7 +42,7 @@ def causal_conv1d_triton(
     seq_idx: Tensor | None,
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the outputs of `causal_conv1d` and its final state (None unless asked for), of checked arguments."""
+    """Run `causal_conv1d` on checked arguments; returns outputs and final state (None unless requested)."""
     y, state = _CausalConv1d.apply(  # pyright: ignore[reportGeneralTypeIssues]
         x, weight, bias, initial_state, seq_idx, activation == "silu", return_final_state
     )
@@ -52,17 +52,14 @@ def causal_conv1d_triton(
 def causal_conv1d_step_triton(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """`causal_conv1d_step` in one launch, without a gradient. Waits for nothing, so a CUDA graph can hold it."""
+    """Run `causal_conv1d_step` in one launch, without a gradient; a CUDA graph can capture it."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, channels = x.shape
     block, warps = _WINDOW_TILE
     with torch.cuda.device_of(x):
         step_kernel[(batch, triton.cdiv(channels, block))](
             *(x, state, weight, bias, y, channels),
-            *x.stride(),
-            *state.stride(),
-            *weight.stride(),
-            0 if bias is None else bias.stride(0),
+            *(*x.stride(), *state.stride(), *weight.stride(), *strides(1, bias)),
             WIDTH=weight.shape[1],
             WINDOW=triton.next_power_of_2(weight.shape[1]),
             SILU=activation == "silu",
@@ -73,26 +70,18 @@ def causal_conv1d_step_triton(
 
 
 class _CausalConv1d(torch.autograd.Function):
-    """y_t = act(s_t),  s_t = bias + sum_j w_j x_{t-j}; x_{-1}, x_{-2}, ... are the initial state from its end.
+    """y_t = act(s_t) with s_t = bias + sum_j w_j x_{t-j}; x_{-1}, x_{-2}, ... are the initial state in reverse order.
 
-    Backward, with ds_t = dy_t act'(s_t):  dx_t = sum_j w_j ds_{t+j} + what the final state passes on,
-    dw_j = sum_{b,t} ds_t x_{t-j},  dbias = sum_{b,t} ds_t. An entry of the initial state is a token before the row.
+    Backward, with ds_t = dy_t act'(s_t):  dx_t = sum_j w_j ds_{t+j} + the gradient through the final state,
+    dw_j = sum_{b,t} ds_t x_{t-j},  dbias = sum_{b,t} ds_t. Entries of the initial state count as tokens before the row.
 
-    s is computed again, at each of the K tokens that a token reaches: only the arguments are kept, and memory is
-    read and written once, against two passes more with ds in a buffer of its own.
+    Only the arguments are saved. The backward recomputes s at each of the K tokens that a token contributes to, which
+    avoids the two more passes over memory that a buffer for ds would take.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        initial_state: Tensor | None,
-        seq_idx: Tensor | None,
-        silu: bool,
-        return_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        x, weight, bias, initial_state, seq_idx, ctx.silu, return_final_state = arguments
         batch, length, channels = x.shape
         width = weight.shape[1]
         sources = None if seq_idx is None else _tap_sources(seq_idx, width)
@@ -102,12 +91,9 @@ class _CausalConv1d(torch.autograd.Function):
             tokens, block, warps = _FORWARD_TILE
             forward_kernel[(triton.cdiv(length, tokens), triton.cdiv(channels, block), batch)](
                 *(x, weight, bias, initial_state, sources, y, length, channels),
-                *x.stride(),
-                *weight.stride(),
-                0 if bias is None else bias.stride(0),
-                *strides(initial_state, 3),
+                *(*strides(3, x), *strides(2, weight), *strides(1, bias), *strides(3, initial_state)),
                 WIDTH=width,
-                SILU=silu,
+                SILU=ctx.silu,
                 BLOCK_L=tokens,
                 BLOCK_D=block,
                 num_warps=warps,
@@ -117,15 +103,13 @@ class _CausalConv1d(torch.autograd.Function):
                 block, warps = _WINDOW_TILE
                 final_state_kernel[(batch, triton.cdiv(channels, block))](
                     *(x, initial_state, sources, state, length, channels),
-                    *x.stride(),
-                    *strides(initial_state, 3),
+                    *strides(3, x, initial_state),
                     WIDTH=width,
                     WINDOW=triton.next_power_of_2(width),
                     BLOCK_D=block,
                     num_warps=warps,
                 )
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx, sources)
-        ctx.silu = silu
         ctx.set_materialize_grads(False)
         return y, state
 
@@ -141,7 +125,7 @@ class _CausalConv1d(torch.autograd.Function):
             dy = x.new_zeros(()).expand(x.shape)
         targets = None if seq_idx is None else _tap_targets(seq_idx, width)
         tokens, block, warps = _BACKWARD_TILE
-        halo = width - 1 if needs_initial else 0  # entries of the initial state go before the tokens
+        halo = width - 1 if needs_initial else 0  # entries of the initial state come before the tokens
         blocks = triton.cdiv(length + halo, tokens)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
         dinitial = torch.empty_like(initial_state, memory_format=torch.contiguous_format) if needs_initial else None
@@ -152,12 +136,7 @@ class _CausalConv1d(torch.autograd.Function):
             backward_kernel[(blocks, triton.cdiv(channels, block), batch)](
                 *(x, weight, bias, initial_state, sources, targets, dy, dstate, dx, dinitial, partial),
                 *(length, channels),
-                *x.stride(),
-                *weight.stride(),
-                0 if bias is None else bias.stride(0),
-                *strides(initial_state, 3),
-                *dy.stride(),
-                *strides(dstate, 3),
+                *(*strides(3, x), *strides(2, weight), *strides(1, bias), *strides(3, initial_state, dy, dstate)),
                 WIDTH=width,
                 HALO=halo,
                 SILU=ctx.silu,
@@ -167,7 +146,7 @@ class _CausalConv1d(torch.autograd.Function):
             )
         dweight = dbias = None
         if partial is not None:
-            total = partial.sum(0)  # one order, whatever the order in which programs end
+            total = partial.sum(0)  # the order of this sum is fixed
             if needs_weight:
                 dweight = total[:width].t().to(weight.dtype)
             if needs_bias and bias is not None:
@@ -176,12 +155,12 @@ class _CausalConv1d(torch.autograd.Function):
 
 
 def _real_tokens_first(seq_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Number the real tokens of each row, without waiting for the device.
+    """Number the real tokens of each row without waiting for the device.
 
     Returns:
         rank: (B, L) number of real tokens before each real token.
         count: (B, 1) number of real tokens.
-        order: (B, L) positions of the real tokens, in order, then those of the padding.
+        order: (B, L) positions of the real tokens in order, then of the padding.
         documents: (B, L) documents in that order.
     """
     real = seq_idx >= 0
@@ -194,10 +173,10 @@ def _real_tokens_first(seq_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _tap_sources(seq_idx: Tensor, width: int) -> Tensor:
-    """(B, L+1, K) int32 source of tap j of every token (module docstring), -K throughout for padding.
+    """Return the (B, L+1, K) int32 sources of the taps of every token (module docstring), -K for padding.
 
-    The last row is a token after the row, in the document of the row's last real token: its taps 1 ... K-1 are the
-    final state from its end.
+    The last entry stands for a token after the row, in the document of the row's last real token. Its taps 1 ... K-1
+    are the final state in reverse order.
     """
     seq_idx = seq_idx.long()
     rank, count, order, documents = _real_tokens_first(seq_idx)
@@ -206,7 +185,7 @@ def _tap_sources(seq_idx: Tensor, width: int) -> Tensor:
     real = torch.cat([seq_idx >= 0, torch.ones_like(last, dtype=torch.bool)], dim=1)[..., None]
     taps = torch.arange(width, device=seq_idx.device)
     source = torch.cat([rank, count], dim=1)[..., None] - taps  # as a rank
-    # Before the first real token there is the initial state, which is of that token's document.
+    # The initial state precedes the first real token and belongs to its document.
     nearest = source.clamp(0, seq_idx.shape[1] - 1).flatten(1)
     same = documents.gather(1, nearest).view_as(source) == own
     position = torch.where(source < 0, source, order.gather(1, nearest).view_as(source))
@@ -214,9 +193,10 @@ def _tap_sources(seq_idx: Tensor, width: int) -> Tensor:
 
 
 def _tap_targets(seq_idx: Tensor, width: int) -> Tensor:
-    """(B, K-1+L, K+1) int32 table of where each entry of the initial state, then each token, is read.
+    """Return a (B, K-1+L, K+1) int32 table of the readers of each entry of the initial state and of each token.
 
-    Column j < K: the position of the token whose tap j it is, or -1. Column K: its place in the final state, or -1.
+    Column j < K is the position of the token whose tap j reads the entry, or -1. Column K is the place of the entry in
+    the final state, or -1.
     """
     seq_idx = seq_idx.long()
     batch, length = seq_idx.shape
@@ -239,7 +219,7 @@ def _tap_targets(seq_idx: Tensor, width: int) -> Tensor:
 
 @triton.jit
 def _tap_source(sources_ptr, row, token, tap, inside, WIDTH: tl.constexpr):
-    """(BLOCK_L) sources of a tap; `row` is the first token's number in the table, -K outside."""
+    """Return the (BLOCK_L) sources of a tap, -K outside; `row` is the index of the row's first token in the table."""
     if sources_ptr is not None:
         entry = (row + token) * WIDTH + tap
         source = tl.load(sources_ptr + entry, mask=inside, other=-WIDTH)
@@ -252,7 +232,7 @@ def _tap_source(sources_ptr, row, token, tap, inside, WIDTH: tl.constexpr):
 def _tap_values(
     x_ptr, initial_ptr, source, d, inside_d, x_token, x_channel, initial_channel, initial_tap, WIDTH: tl.constexpr
 ):
-    """(BLOCK_L, BLOCK_D) float32 values at the sources; the pointers are those of the batch row."""
+    """Return the (BLOCK_L, BLOCK_D) float32 values at the sources; pointers are those of the batch row."""
     offset = source.to(tl.int64)[:, None] * x_token + d[None, :] * x_channel
     values = tl.load(x_ptr + offset, mask=(source >= 0)[:, None] & inside_d[None, :], other=0.0).to(tl.float32)
     if initial_ptr is not None:
@@ -265,7 +245,7 @@ def _tap_values(
 
 @triton.jit
 def _tap_weight(weight_ptr, d, inside_d, tap, weight_channel, weight_tap, WIDTH: tl.constexpr):
-    """(BLOCK_D) float32 weights that meet the input `tap` tokens back."""
+    """Return the (BLOCK_D) float32 weights of the input `tap` tokens back."""
     offset = d * weight_channel + (WIDTH - 1 - tap) * weight_tap
     return tl.load(weight_ptr + offset, mask=inside_d, other=0.0).to(tl.float32)
 
@@ -298,7 +278,7 @@ def forward_kernel(
         total += values * _tap_weight(weight_ptr, d, inside_d, tap, weight_channel, weight_tap, WIDTH)[None, :]
     if SILU:
         total *= sigmoid(total)
-    # A real token is its own newest tap; padding is nobody's.
+    # Tap 0 of a real token is the token itself; padding has no source.
     real = _tap_source(sources_ptr, b * (length + 1), t, 0, inside_t, WIDTH) >= 0
     total = tl.where(real[:, None], total, 0.0)
     offset = (b * length + t)[:, None] * channels + d[None, :]
@@ -314,13 +294,13 @@ def final_state_kernel(
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = tl.arange(0, WINDOW)  # in the state, oldest first
+    place = tl.arange(0, WINDOW)  # place in the state, oldest first
     inside_d = d < channels
     inside = place < WIDTH - 1
     x_ptr += b * x_batch
     if initial_ptr is not None:
         initial_ptr += b * initial_batch
-    tap = WIDTH - 1 - place  # of a token after the row
+    tap = WIDTH - 1 - place  # tap of a token after the row
     source = _tap_source(sources_ptr, b * (length + 1), length, tap, inside, WIDTH)
     values = _tap_values(
         x_ptr, initial_ptr, source, d, inside_d, x_token, x_channel, initial_channel, initial_tap, WIDTH
@@ -339,7 +319,7 @@ def backward_kernel(
     WIDTH: tl.constexpr, HALO: tl.constexpr, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L) - HALO  # negative: the initial state, as a source is
+    t = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L) - HALO  # negative: initial state, as for sources
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside_t = t < length
     inside_d = d < channels
@@ -350,7 +330,7 @@ def backward_kernel(
 
     gradient = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
     for tap in tl.static_range(WIDTH):
-        # Tap 0 is always needed: the sums over tokens are taken there, where the token that reads is t itself.
+        # Tap 0 is always needed: the sums over tokens are taken there, because the reading token is t itself.
         if tap == 0 or dx_ptr is not None or dinitial_ptr is not None:
             if targets_ptr is not None:
                 target = tl.load(targets_ptr + entry + tap, mask=inside_t, other=-1)
@@ -366,17 +346,9 @@ def backward_kernel(
                 for other in tl.static_range(WIDTH):
                     source = _tap_source(sources_ptr, b * (length + 1), target, other, read, WIDTH)
                     values = _tap_values(
-                        x_ptr,
-                        initial_ptr,
-                        source,
-                        d,
-                        inside_d,
-                        x_token,
-                        x_channel,
-                        initial_channel,
-                        initial_tap,
-                        WIDTH,
-                    )
+                        x_ptr, initial_ptr, source, d, inside_d,
+                        x_token, x_channel, initial_channel, initial_tap, WIDTH,
+                    )  # fmt: skip
                     w = _tap_weight(weight_ptr, d, inside_d, other, weight_channel, weight_tap, WIDTH)
                     s += values * w[None, :]
                 gate = sigmoid(s)
@@ -389,17 +361,9 @@ def backward_kernel(
                 for other in tl.static_range(WIDTH):
                     source = _tap_source(sources_ptr, b * (length + 1), target, other, read, WIDTH)
                     values = _tap_values(
-                        x_ptr,
-                        initial_ptr,
-                        source,
-                        d,
-                        inside_d,
-                        x_token,
-                        x_channel,
-                        initial_channel,
-                        initial_tap,
-                        WIDTH,
-                    )
+                        x_ptr, initial_ptr, source, d, inside_d,
+                        x_token, x_channel, initial_channel, initial_tap, WIDTH,
+                    )  # fmt: skip
                     tl.store(sums_ptr + (WIDTH - 1 - other) * channels, tl.sum(ds * values, axis=0), mask=inside_d)
                 tl.store(sums_ptr + WIDTH * channels, tl.sum(ds, axis=0), mask=inside_d)
 
@@ -430,7 +394,7 @@ def step_kernel(
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = tl.arange(0, WINDOW)[None, :].to(tl.int64)  # in the window, oldest first; the last of K is the token
+    place = tl.arange(0, WINDOW)[None, :].to(tl.int64)  # place in the window, oldest first; the last of K is the token
     inside_d = d < channels
     inside = inside_d[:, None]
     state_ptr += b * state_batch
@@ -445,7 +409,7 @@ def step_kernel(
     if SILU:
         total *= sigmoid(total)
     tl.store(y_ptr + b * channels + d, total.to(y_ptr.dtype.element_ty), mask=inside_d)
-    # Each entry moves to its neighbour's place, which another thread may not have read yet.
+    # Each entry moves to the place of its neighbour, which another thread may not have read yet.
     tl.debug_barrier()
     moved = inside & (place >= 1) & (place < WIDTH)
     tl.store(held - state_tap, window.to(state_ptr.dtype.element_ty), mask=moved)

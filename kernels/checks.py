@@ -1,12 +1,12 @@
-"""Checks of the arguments of ops, and the choice between their implementations.
+"""Validation of the ops' arguments, and the choice between their implementations.
 
-Every op has an argument `implementation`, with one contract (:func:`choose_implementation`):
+Every op has an argument `implementation` with the same contract (:func:`choose_implementation`):
 
-* "auto" runs Triton for CUDA tensors where Triton is installed and serves the call, and torch otherwise. No Triton
-  kernel takes float64; an op's docstring names what else its kernels do not serve. While a graph is traced, only the
-  two scans (`ssd`, `selective_scan`), whose kernels a graph can hold, run Triton.
-* "torch" runs torch, on any device.
-* "triton" runs Triton, or raises a ValueError that says why it cannot.
+* "auto" runs Triton if the tensors are on a CUDA device, Triton is installed and its kernels support the call, and
+  torch otherwise. No Triton kernel supports float64; the docstring of an op names its other limits. While a graph is
+  traced, only the two scans (`ssd`, `selective_scan`) run Triton, because only they are registered as operators.
+* "torch" runs torch on any device.
+* "triton" runs Triton, or raises a ValueError that states why it cannot.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from .tracing import host_reads, tracing
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """Return the dtype that sums over `x` are kept in: float32, or float64 for float64 inputs."""
+    """Return the dtype in which sums over `x` are accumulated: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Return a context in which products keep the dtypes that an op has chosen: autocast would round them."""
+    """Return a context that disables autocast, which would round the operands of products."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    """Return whether autograd records an operation on these tensors."""
+    """Return whether autograd would record an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def choose_implementation(
     implementation: str, name: str, x: Tensor, supports_triton: bool = True, traceable: bool = False
 ) -> str:
-    """Return the implementation that the op `name` runs, "triton" or "torch": the module docstring has the contract.
+    """Return the implementation to run, "triton" or "torch" (see the module docstring for the contract).
 
     Args:
         implementation: "auto", "triton" or "torch".
-        name: of the op, for the message.
-        x: a tensor of the call, whose device and dtype decide. Triton kernels sum in float32 and take no float64.
-        supports_triton: whether the op's Triton kernels serve this call.
-        traceable: whether a traced graph can hold them; if not, "auto" runs torch while a graph is traced.
+        name: name of the op, for the error message.
+        x: tensor of the call, whose device and dtype decide.
+        supports_triton: whether the op's Triton kernels support this call.
+        traceable: whether the kernels can be part of a traced graph; if not, "auto" runs torch during tracing.
 
     Raises:
         ValueError: if `implementation` is unknown, or is "triton" and cannot run.
@@ -54,26 +54,24 @@ def choose_implementation(
         served = x.is_cuda and supports_triton and HAS_TRITON and x.dtype != torch.float64
         return "triton" if served and (traceable or not tracing()) else "torch"
     if implementation != "triton":
-        raise ValueError(
-            f"implementation={implementation!r} is unknown for {name}; accepted: 'auto', 'torch', 'triton'"
-        )
+        raise ValueError(f"implementation of {name} must be 'auto', 'torch' or 'triton', got {implementation!r}")
     obstacle = None
     if not supports_triton:
         obstacle = "is not available for these arguments"
     elif not HAS_TRITON:
         obstacle = "needs Triton, which is not installed"
     elif x.dtype == torch.float64:
-        obstacle = "computes in float32 and takes no torch.float64"
+        obstacle = "computes in float32 and does not support torch.float64"
     elif not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
-        obstacle = f"takes CUDA tensors, got one on {x.device}"
+        obstacle = f"needs CUDA tensors, got one on {x.device}"
     if obstacle is not None:
-        raise ValueError(f"implementation='triton' of {name} {obstacle}; accepted: 'auto', 'torch'")
+        raise ValueError(f"implementation='triton' of {name} {obstacle}. Pass 'auto' or 'torch'.")
     return "triton"
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> None:
-    """Raise ValueError unless the sizes are as expected (None: any) and the dtype is floating point."""
-    fits = tensor.shape == shape  # nearly always; the next line would be noticeable in a decoding step
+    """Raise ValueError unless the tensor has the given shape (None matches any size) and a floating-point dtype."""
+    fits = tensor.shape == shape  # the common case, kept fast for decoding steps
     if not fits and tensor.dim() == len(shape):
         fits = all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
     if not fits:
@@ -84,13 +82,13 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbo
 
 
 def check_optional(name: str, tensor: Tensor | None, shape: tuple[int | None, ...], symbols: str) -> None:
-    """Do the same for an argument that may be None."""
+    """Run :func:`check_tensor` unless the tensor is None."""
     if tensor is not None:
         check_tensor(name, tensor, shape, symbols)
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless the named tensors are on the device of the first one."""
+    """Raise ValueError unless all tensors that are not None are on the device of the first one."""
     (x_name, x), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in others:
         if tensor.device != x.device:
@@ -98,31 +96,32 @@ def check_devices(**tensors: Tensor | None) -> None:
 
 
 def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], symbols: str) -> None:
-    """Raise ValueError unless the sizes are as expected and the dtype is an integer one."""
+    """Raise ValueError unless the tensor has the given shape and an integer dtype."""
     if tuple(tensor.shape) != shape:
         sizes = ", ".join(map(str, shape))
         raise ValueError(f"{name} must be {symbols} = ({sizes}), got shape {tuple(tensor.shape)}")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} must be of an integer dtype, got {tensor.dtype}")
+        raise ValueError(f"{name} must have an integer dtype, got {tensor.dtype}")
 
 
 def check_groups(name: str, groups: int, heads: int, noun: str = "heads") -> None:
-    """Raise ValueError unless the number of groups of a map divides the number of heads (`noun` is their name)."""
+    """Raise ValueError unless the number of groups of a tensor divides the number of heads (or of `noun`)."""
     if groups < 1 or heads % groups:
-        raise ValueError(f"{name}: the number of groups must divide the {heads} {noun}, got {groups}")
+        raise ValueError(f"{name} must have a number of groups that divides the {heads} {noun}, got {groups}")
 
 
 def check_seq_idx(seq_idx: Tensor | None, batch: int, length: int) -> None:
-    """Raise ValueError unless `seq_idx` is None, or (B, L), integer, and non-decreasing over each row's real tokens.
+    """Raise ValueError unless `seq_idx` is None or a (B, L) integer tensor that does not decrease over real tokens.
 
-    Values on a device are not read, which would synchronise with it, nor are those of a traced graph.
+    The order is checked on the CPU only: reading values of another device would wait for it, and a traced graph has
+    none.
     """
     if seq_idx is None:
         return
     check_integers("seq_idx", seq_idx, (batch, length), "(B, L)")
     if not host_reads(seq_idx):
         return
-    # Padding is negative, so it never raises the running maximum.
+    # Padding is negative, so it never increases the running maximum.
     highest = seq_idx.long().cummax(1).values
     wrong = ((seq_idx >= 0) & (seq_idx < highest)).nonzero().tolist()
     if wrong:
@@ -134,32 +133,30 @@ def check_seq_idx(seq_idx: Tensor | None, batch: int, length: int) -> None:
 
 
 def check_projection(name: str, weight: Tensor, shape: tuple[int | None, ...], symbols: str, **inputs: Tensor) -> None:
-    """Raise ValueError unless a weight has the shape and, except under autocast, the dtype of the one named input."""
+    """Raise ValueError unless a weight has the given shape and, except under autocast, the dtype of the named input."""
     check_tensor(name, weight, shape, symbols)
     ((x_name, x),) = inputs.items()
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"{name} must be of the dtype of {x_name}, {x.dtype}, got {weight.dtype}")
+        raise ValueError(f"{name} must have the dtype of {x_name}, {x.dtype}, got {weight.dtype}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, length: int) -> list[int]:
-    """Return the bounds of consecutive sequences, read on the host.
+    """Return the bounds of consecutive sequences as a list, which waits for the device.
 
     Raises:
-        ValueError: unless they are integers that start at 0, do not decrease and end at most at `length`.
+        ValueError: if the bounds are not integers, do not start at 0, decrease, or exceed `length`.
     """
     check_integers("cu_seqlens", cu_seqlens, (max(cu_seqlens.numel(), 1),), "(number of sequences + 1)")
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > length:
         raise ValueError(
-            f"cu_seqlens must start at 0, not decrease, and end at most at the number of tokens, {length}, got {bounds}"
+            f"cu_seqlens must start at 0, not decrease and not exceed the number of tokens, {length}, got {bounds}"
         )
     return bounds
 
 
-def of_no_rows(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None) -> Tensor:
-    """Return an op's (0, ...) result for an empty batch, connected to its inputs so that their gradients are zeros."""
-    nothing = next(tensor for tensor in inputs if tensor is not None).new_zeros(shape, dtype=dtype)
-    for tensor in inputs:
-        if tensor is not None and tensor.requires_grad:
-            nothing = nothing + tensor.sum().to(dtype)
-    return nothing
+def empty_batch(shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None) -> Tensor:
+    """Return an op's (0, ...) result for an empty batch, connected to the inputs so that they get zero gradients."""
+    given = [tensor for tensor in inputs if tensor is not None]
+    zero = sum(tensor.sum().to(dtype) for tensor in given if tensor.requires_grad)
+    return given[0].new_zeros(shape, dtype=dtype) + zero

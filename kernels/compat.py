@@ -1,11 +1,11 @@
-"""The interfaces of mamba_ssm 2.3 and causal-conv1d 1.7 over this project's ops, so that their callers run on them.
+"""Drop-in replacements for the functions of mamba_ssm 2.3 and causal-conv1d 1.7, built on the ops of this package.
 
-Names, argument order, layouts, defaults and results are theirs (state-spaces/mamba@e9594ce; causal-conv1d 1.7.0). What
-the ops add works here too: any channel count and stride, packed rows together with initial and final states, gradients
-of final states, CPU tensors. What they do not offer raises a ValueError that names the argument.
+Names, argument order, layouts, defaults and results are those of the originals (state-spaces/mamba@e9594ce;
+causal-conv1d 1.7.0). These versions also support any channel count and stride, packed rows together with initial and
+final states, gradients of final states, and CPU tensors. Unsupported arguments raise a ValueError that names them.
 
-Each import stands for a file of theirs. The two files of norms both have an `RMSNorm`: here, as in mamba_ssm's own
-modules, the gated ones are called `RMSNormGated` and `LayerNormGated`.
+Each import corresponds to a file of the originals. mamba_ssm has two files of norms that both define `RMSNorm`; as in
+its own modules, the gated classes are called `RMSNormGated` and `LayerNormGated` here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The interface of causal-conv1d 1.7 over :mod:`causal_conv1d`: channel first, (B, D, L).
+"""causal-conv1d 1.7's functions in its channel-first layout (B, D, L), built on :mod:`causal_conv1d`.
 
 Symbols: B batch, L length, D channels, K convolution width, S places of a convolution state, T tokens of all sequences.
 """
@@ -23,24 +23,24 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`~ssm_zoo.kernels.causal_conv1d.causal_conv1d` under causal-conv1d's name and channel-first layout.
+    """Run :func:`~ssm_zoo.kernels.causal_conv1d.causal_conv1d` under causal-conv1d's name and channel-first layout.
 
     Args:
         x: (B, D, L) inputs, of any strides.
         weight: (D, K) taps.
         bias: (D) bias.
         seq_idx: (B, L) document index of each token, which must not decrease along a row; negative for padding, where
-            the output is 0. Unlike there, it may be combined with final states.
+            the output is 0. Unlike in causal-conv1d, it may be combined with final states.
         initial_states: (B, D, K-1) inputs before the first token.
         return_final_states: also return the (B, D, K-1) last inputs.
-        final_states_out: (B, D, K-1) tensor that the final states are written to, with `return_final_states`.
-        activation: None, "silu" or "swish", which is the same.
+        final_states_out: (B, D, K-1) output tensor for the final states, with `return_final_states`.
+        activation: None, "silu" or "swish" (the same).
 
     Returns:
-        (B, D, L) outputs, and the final states if asked for.
+        (B, D, L) outputs, and the final states if requested.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument is invalid.
     """
     _check_tokens(x, 3, "(B, D, L)")
     check_tensor("weight", weight, (x.shape[1], None), "(D, K)")
@@ -76,23 +76,23 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """Convolve a few tokens and update `conv_state` in place. Without a gradient, as there.
+    """Convolve a few tokens and update `conv_state` in place, without a gradient.
 
     Args:
         x: (B, D) or (B, D, L) inputs.
-        conv_state: (B, D, S) last inputs, S >= K - 1, newest last; a ring with `cache_seqlens`; more rows than B with
-            `conv_state_indices`.
+        conv_state: (B, D, S) last inputs, S >= K - 1, newest last; a ring buffer with `cache_seqlens`; may have more
+            rows than B with `conv_state_indices`.
         weight: (D, K) taps.
         bias: (D) bias.
-        activation: None, "silu" or "swish", which is the same.
-        cache_seqlens: (B) tokens seen before, the place in the ring being their number modulo S.
-        conv_state_indices: (B) row of `conv_state` that belongs to each row of the batch, negative for padding.
+        activation: None, "silu" or "swish" (the same).
+        cache_seqlens: (B) number of tokens seen before; the place in the ring buffer is this number modulo S.
+        conv_state_indices: (B) row of `conv_state` for each row of the batch, negative for padding.
 
     Returns:
         (B, D) or (B, D, L) outputs, zero for padding.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if an argument is invalid.
     """
     _check_tokens(x, 2 if x.dim() == 2 else 3, "(B, D) or (B, D, L)")
     batch, channels = x.shape[:2]
@@ -102,14 +102,8 @@ def causal_conv1d_update(
     for name, indices in (("cache_seqlens", cache_seqlens), ("conv_state_indices", conv_state_indices)):
         if indices is not None:
             check_integers(name, indices, (batch,), "(B)")
-    check_devices(
-        x=x,
-        conv_state=conv_state,
-        weight=weight,
-        bias=bias,
-        cache_seqlens=cache_seqlens,
-        conv_state_indices=conv_state_indices,
-    )
+    check_devices(x=x, conv_state=conv_state, weight=weight, bias=bias)
+    check_devices(x=x, cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
     tokens = x[..., None] if x.dim() == 2 else x
     K, S = weight.shape[1], conv_state.shape[-1]
     if S < K - 1:
@@ -120,10 +114,10 @@ def causal_conv1d_update(
         kept = torch.cat([rows, tokens.to(rows.dtype)], dim=-1)[..., -S:]
     else:
         seen = cache_seqlens.long()[:, None]
-        last = (seen + torch.arange(1 - K, 0, device=x.device)) % S  # (B, K-1) places of the last inputs
+        last = (seen + torch.arange(1 - K, 0, device=x.device)) % S  # (B, K-1) places of the previous inputs
         before = rows.gather(2, last[:, None].expand(-1, rows.shape[1], -1))
         places = (seen + torch.arange(tokens.shape[-1], device=x.device)) % S
-        new = tokens.to(rows.dtype)[..., -S:]  # of more tokens than places the newest stay
+        new = tokens.to(rows.dtype)[..., -S:]  # if there are more tokens than places, keep the newest
         kept = rows.scatter(2, places[:, None, -S:].expand(-1, rows.shape[1], -1), new)
     activation = convolution_activation(activation)
     y = causal_conv1d(tokens.transpose(1, 2), weight, bias, activation=activation, initial_state=before.to(x.dtype))
@@ -138,21 +132,21 @@ def causal_conv1d_update(
 
 
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
-    """Return the last inputs of each of several sequences that follow each other, as convolution states.
+    """Return the convolution states (last inputs) of consecutive sequences.
 
-    Unlike there, gradients flow to `x`.
+    Unlike in causal-conv1d, gradients flow to `x`.
 
     Args:
         x: (T, D) inputs of all sequences.
-        cu_seqlens: (B + 1) integer bounds of the B sequences, starting at 0, not decreasing; tokens behind the last
-            bound belong to none.
-        state_len: S inputs that a state holds.
+        cu_seqlens: (B + 1) integer bounds of the B sequences, starting at 0, not decreasing; tokens after the last
+            bound belong to no sequence.
+        state_len: S inputs per state.
 
     Returns:
-        (B, D, S) states, newest last; zero where they would reach to before their sequence.
+        (B, D, S) states, newest last, zero before the start of a sequence.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument is invalid.
     """
     check_tensor("x", x, (None, None), "(T, D)")
     check_devices(x=x, cu_seqlens=cu_seqlens)
@@ -167,14 +161,14 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
 
 def _check_tokens(x: Tensor, axes: int, symbols: str) -> None:
-    """Check inputs whose third axis, if they have one, is that of the tokens."""
+    """Check inputs with or without a third axis of tokens."""
     check_tensor("x", x, (None,) * axes, symbols)
     if axes == 3 and x.shape[2] == 0:
         raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
 
 
 def convolution_activation(activation: str | None) -> str | None:
-    """Return the convolution's own name of an activation, of which causal-conv1d has two."""
+    """Translate causal-conv1d's name of an activation into that of :func:`causal_conv1d`."""
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
     return None if activation is None else "silu"

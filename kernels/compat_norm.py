@@ -1,9 +1,9 @@
-"""The interfaces of mamba_ssm 2.3 for norms of a residual sum (`ops.triton.layer_norm`) over :mod:`rms_norm`.
+"""mamba_ssm 2.3's norms of a residual sum (`ops.triton.layer_norm`), built on :mod:`rms_norm`.
 
 Symbols: D normalised width, O outputs; "..." stands for any axes.
 
-Sum, statistics and bias are float32 (float64 for float64 inputs). In half precision the rounding is that of
-:mod:`rms_norm`: the sum is rounded to the dtype of the residual before it is normalised.
+Sum, statistics and bias are float32 (float64 for float64 inputs). Half precision is rounded as in :mod:`rms_norm`: the
+sum is rounded to the dtype of the residual before it is normalised.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def layer_norm_fn(
         x: (..., D) inputs.
         weight: (D) scale.
         bias: (D) bias.
-        residual: (..., D) added; may be of a wider dtype.
-        x1: (..., D) second inputs; not together with `rowscale`.
+        residual: (..., D) residual stream; may have a wider dtype.
+        x1: (..., D) second inputs; cannot be combined with `rowscale`.
         weight1: (D) scale of a second norm of the same sum.
         bias1: (D) bias of the second norm.
         eps: added to the variance or mean square.
@@ -50,15 +50,15 @@ def layer_norm_fn(
         prenorm: also return the sum.
         residual_in_fp32: without a `residual`, make the sum float32; with one, it has the residual's dtype.
         is_rms_norm: divide by the root mean square, without subtracting the mean.
-        return_dropout_mask: also return what dropout kept.
+        return_dropout_mask: also return the dropout masks.
 
     Returns:
-        The (..., D) norm in the dtype of `x`. After it, if asked for: with `weight1` the second norm; with `prenorm`
-        the sum in the dtype of the residual; with `return_dropout_mask` two (..., D) masks, of `x` and of `x1`, true
-        where an element was kept and None where there was no dropout.
+        The (..., D) norm in the dtype of `x`; then, with `weight1`, the second norm; with `prenorm`, the sum in the
+        dtype of the residual; with `return_dropout_mask`, two (..., D) masks for `x` and `x1`, true for kept elements,
+        None without dropout.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument is invalid.
     """
     _check(x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale)
     sums = accumulator(x)
@@ -108,23 +108,10 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Any:
-    """Run :func:`layer_norm_fn` with `is_rms_norm`. Arguments, results and errors as there."""
-    return layer_norm_fn(
-        x,
-        weight,
-        bias,
-        residual,
-        x1,
-        weight1,
-        bias1,
-        eps,
-        dropout_p,
-        rowscale,
-        prenorm,
-        residual_in_fp32,
-        True,
-        return_dropout_mask,
-    )
+    """Run :func:`layer_norm_fn` with `is_rms_norm`; the other arguments, results and errors are the same."""
+    inputs = x, weight, bias, residual, x1, weight1, bias1
+    options = eps, dropout_p, rowscale, prenorm, residual_in_fp32
+    return layer_norm_fn(*inputs, *options, is_rms_norm=True, return_dropout_mask=return_dropout_mask)
 
 
 def layer_norm_linear_fn(
@@ -139,7 +126,7 @@ def layer_norm_linear_fn(
     residual_in_fp32: bool = False,
     is_rms_norm: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run :func:`layer_norm_fn` and project its result.
+    """Run :func:`layer_norm_fn` and project its output.
 
     Args:
         x: (..., D) inputs.
@@ -147,7 +134,7 @@ def layer_norm_linear_fn(
         norm_bias: (D) bias of the norm.
         linear_weight: (O, D) projection.
         linear_bias: (O) bias of the projection.
-        residual: (..., D) added; may be of a wider dtype.
+        residual: (..., D) residual stream; may have a wider dtype.
         eps: added to the variance or mean square.
         prenorm: also return the sum.
         residual_in_fp32: without a `residual`, make the sum float32.
@@ -157,7 +144,7 @@ def layer_norm_linear_fn(
         (..., O) outputs, and with `prenorm` the (..., D) sum in the dtype of the residual.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument is invalid.
     """
     check_rows(x)
     check_tensor("norm_weight", norm_weight, (x.shape[-1],), "(D)")
@@ -167,29 +154,21 @@ def layer_norm_linear_fn(
     check_devices(
         x=x, norm_weight=norm_weight, norm_bias=norm_bias, linear_weight=linear_weight, linear_bias=linear_bias
     )
-    normed, total = layer_norm_fn(
-        x,
-        norm_weight,
-        norm_bias,
-        residual,
-        eps=eps,
-        prenorm=True,
-        residual_in_fp32=residual_in_fp32,
-        is_rms_norm=is_rms_norm,
-    )
+    options = {"eps": eps, "residual_in_fp32": residual_in_fp32, "is_rms_norm": is_rms_norm}
+    normed, total = layer_norm_fn(x, norm_weight, norm_bias, residual, prenorm=True, **options)
     y = F.linear(normed, linear_weight, None if linear_bias is None else linear_bias.to(linear_weight.dtype))
     return (y, total) if prenorm else y
 
 
 class RMSNorm(nn.Module):
-    """:func:`rms_norm_fn` with a weight of its own, without a bias.
+    """Module of :func:`rms_norm_fn` with its own weight and without a bias.
 
     Args:
         hidden_size: D.
         eps: added to the mean square.
-        dropout_p: probability of dropping an element of the input while training.
-        device: of the weight.
-        dtype: of the weight.
+        dropout_p: probability of dropping an element of the input in training.
+        device: device of the weight.
+        dtype: dtype of the weight.
     """
 
     def __init__(
@@ -214,21 +193,14 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> Any:
-        """Normalise (..., D) inputs, or their sum with the residual; results as those of :func:`rms_norm_fn`."""
-        return rms_norm_fn(
-            x,
-            self.weight,
-            None,
-            residual=residual,
-            eps=self.eps,
-            dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
-            prenorm=prenorm,
-            residual_in_fp32=residual_in_fp32,
-        )
+        """Normalise (..., D) inputs, or their sum with the residual; returns the results of :func:`rms_norm_fn`."""
+        dropout = self.drop.p if self.drop is not None and self.training else 0.0
+        options = {"eps": self.eps, "dropout_p": dropout, "prenorm": prenorm, "residual_in_fp32": residual_in_fp32}
+        return rms_norm_fn(x, self.weight, None, residual, **options)
 
 
 def _normalise(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
-    """Normalise the (..., D) sum; the result is in its dtype, or in that of the statistics."""
+    """Normalise the (..., D) sum; returns the dtype of the sum or of the statistics."""
     sums = accumulator(total)
     if not is_rms_norm:
         offset = None if bias is None else bias.to(sums)
@@ -239,22 +211,14 @@ def _normalise(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float, i
 
 
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return the inputs after dropout, and the mask of what was kept."""
+    """Return the inputs after dropout, and the mask of kept elements."""
     kept = torch.rand_like(x) >= p
     return x.masked_fill(~kept, 0) / (1 - p), kept
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    x1: Tensor | None,
-    weight1: Tensor | None,
-    bias1: Tensor | None,
-    dropout_p: float,
-    rowscale: Tensor | None,
-) -> None:
+def _check(*arguments: Any) -> None:
+    """Check the tensors and `dropout_p` of :func:`layer_norm_fn`."""
+    x, weight, bias, residual, x1, weight1, bias1, dropout_p, rowscale = arguments
     check_rows(x)
     for name, tensor in (("residual", residual), ("x1", x1)):
         check_optional(name, tensor, tuple(x.shape), "(..., D)")

@@ -1,9 +1,9 @@
-"""The interfaces of mamba_ssm 2.3 for gated norms (`ops.triton.layernorm_gated`) over :mod:`rms_norm`.
+"""mamba_ssm 2.3's gated norms (`ops.triton.layernorm_gated`), built on :mod:`rms_norm`.
 
 Symbols: D width, S group size; "..." stands for any axes.
 
-Gate, statistics, weight and bias are applied in float32 (float64 for float64 inputs). In half precision, a norm without
-mean and bias has the rounding of :mod:`rms_norm`; the others are rounded once, at the end.
+Gate, statistics, weight and bias are applied in float32 (float64 for float64 inputs). In half precision, an RMS norm
+without bias is rounded as in :mod:`rms_norm`; other norms are rounded once at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def layernorm_fn(
     norm_before_gate: bool = True,
     is_rms_norm: bool = False,
 ) -> Tensor:
-    """Normalise groups of channels, with a gate before or after.
+    """Normalise groups of channels, with an optional gate before or after the norm.
 
     Args:
         x: (..., D) inputs.
@@ -34,15 +34,15 @@ def layernorm_fn(
         bias: (D) bias.
         z: (..., D) gate.
         eps: added to the variance or mean square.
-        group_size: S channels that are normalised together; divides D. None: all D.
-        norm_before_gate: return `norm(x) silu(z)`, otherwise `norm(x silu(z))`. Without `z` they are the same.
+        group_size: S channels that are normalised together, a divisor of D; D if None.
+        norm_before_gate: return `norm(x) silu(z)`, otherwise `norm(x silu(z))`; no effect without `z`.
         is_rms_norm: divide by the root mean square, without subtracting the mean.
 
     Returns:
-        (..., D) in the dtype of `x`.
+        (..., D) outputs in the dtype of `x`.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument is invalid.
     """
     size = check_norm(x, weight, z, group_size)
     check_optional("bias", bias, (x.shape[-1],), "(D)")
@@ -73,20 +73,20 @@ def rmsnorm_fn(
     group_size: int | None = None,
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """Run :func:`layernorm_fn` with `is_rms_norm`. Arguments, result and errors as there."""
+    """Run :func:`layernorm_fn` with `is_rms_norm`; the other arguments, result and errors are the same."""
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
 
 
 class LayerNorm(nn.Module):
-    """:func:`layernorm_fn` with a weight and a bias of its own.
+    """Module of :func:`layernorm_fn` with its own weight and bias.
 
     Args:
         hidden_size: D.
         eps: added to the variance.
-        group_size: S channels that are normalised together. None: all D.
+        group_size: S channels that are normalised together; D if None.
         norm_before_gate: apply the gate after the norm.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     is_rms_norm = False
@@ -121,6 +121,6 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(LayerNorm):
-    """:func:`rmsnorm_fn` with a weight of its own, without a bias. Arguments as :class:`LayerNorm`."""
+    """Module of :func:`rmsnorm_fn` with its own weight and without a bias; arguments of :class:`LayerNorm`."""
 
     is_rms_norm = True

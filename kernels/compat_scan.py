@@ -1,5 +1,5 @@
-"""The interfaces of mamba_ssm 2.3 for Mamba-1 (`ops.selective_scan_interface`) over :mod:`selective_scan`, and the one
-step of both Mambas (`ops.triton.selective_state_update`).
+"""mamba_ssm 2.3's functions for Mamba-1 (`ops.selective_scan_interface`), built on :mod:`selective_scan`, and its step
+for Mamba-1 and Mamba-2 (`ops.triton.selective_state_update`).
 
 Symbols: B batch, L length, D channels, N state size, G groups, H heads, P head width, K convolution width, R rank of
 the step sizes, O outputs.
@@ -35,16 +35,16 @@ def selective_scan_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run :func:`~ssm_zoo.kernels.selective_scan.selective_scan` under mamba_ssm's name and channel-first layout.
 
-    Unlike there, gradients also flow from the last state.
+    Unlike in mamba_ssm, gradients also flow from the last state.
 
     Args:
         u: (B, D, L) inputs.
         delta: (B, D, L) step sizes.
         A: (D, N) decay rates, real and negative.
-        B: (B, N, L) or (B, G, N, L) input maps, or (D, N) for maps that do not depend on the input. These cost as much
-            memory as G = D groups: B L D N numbers for the gradient.
-        C: as `B`, output maps. The two may have different forms; they have the same number of groups unless one of
-            them has a map for each channel.
+        B: (B, N, L) or (B, G, N, L) input maps, or (D, N) for constant maps. Constant maps take as much memory as G = D
+            groups: B L D N numbers for the gradient.
+        C: output maps in any of these forms. `B` and `C` must have equal numbers of groups, unless one of them has one
+            map per channel.
         D: (D) skip.
         z: (B, D, L) gate.
         delta_bias: (D) added to `delta`.
@@ -55,7 +55,7 @@ def selective_scan_fn(
         (B, D, L) outputs, and the last state if asked for.
 
     Raises:
-        ValueError: if an argument does not fit or is not offered.
+        ValueError: if an argument is invalid or unsupported.
     """
     check_tensor("u", u, (None, None, None), "(B, D, L)")
     batch, channels, length = u.shape
@@ -109,39 +109,38 @@ def mamba_inner_fn(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """Run all of a Mamba layer that follows its input projection: convolution, projections, scan, output projection.
+    """Run a Mamba layer after its input projection: convolution, projections, scan, output projection.
 
-    Unlike there, gradients also flow to the weights of the three norms.
+    Unlike in mamba_ssm, gradients also flow to the weights of the three norms.
 
     Args:
-        xz: (B, 2 D, L) projected inputs, then their gates.
-        conv1d_weight: (D, 1, K) taps of the convolution, which is followed by SiLU.
+        xz: (B, 2 D, L) projected inputs, followed by their gates.
+        conv1d_weight: (D, 1, K) taps of the convolution, whose activation is SiLU.
         conv1d_bias: (D) bias of the convolution.
-        x_proj_weight: (R + 2 N, D) projection to step sizes of low rank, input maps and output maps; without the N rows
-            of maps that are given.
+        x_proj_weight: (R + 2 N, D) projection to low-rank step sizes, input maps and output maps; N rows less for each
+            of `B` and `C` that is given.
         delta_proj_weight: (D, R) projection of the step sizes.
         out_proj_weight: (O, D) output projection.
-        out_proj_bias: (O) its bias.
+        out_proj_bias: (O) bias of the output projection.
         A: (D, N) decay rates, real and negative.
-        B: None for input maps that depend on the input, or maps as :func:`selective_scan_fn` takes them.
-        C: as `B`, output maps.
+        B: input maps in a form of :func:`selective_scan_fn`; None to compute them from the input.
+        C: output maps, likewise.
         D: (D) skip.
         delta_bias: (D) added to the step sizes.
         B_proj_bias: (N) added to the projected input maps; None if `B` is given.
         C_proj_bias: (N) added to the projected output maps; None if `C` is given.
         delta_softplus: apply softplus to the step sizes.
-        checkpoint_lvl: 0 or 1: what mamba_ssm computes again in the backward. It changes no result, and here the ops
-            choose what they keep.
-        b_rms_weight: (N) scale of a norm of the projected input maps, after their bias; None if `B` is given.
-        c_rms_weight: (N) scale of a norm of the projected output maps, after their bias; None if `C` is given.
-        dt_rms_weight: (D) scale of a norm of the projected step sizes.
+        checkpoint_lvl: 0 or 1. In mamba_ssm it selects what the backward recomputes; it has no effect here.
+        b_rms_weight: (N) scale of a norm applied to the projected input maps after their bias; None if `B` is given.
+        c_rms_weight: (N) scale of a norm applied to the projected output maps after their bias; None if `C` is given.
+        dt_rms_weight: (D) scale of a norm applied to the projected step sizes.
         b_c_dt_rms_eps: added to the mean squares of these norms.
 
     Returns:
         (B, L, O) outputs.
 
     Raises:
-        ValueError: if an argument does not fit or is not offered.
+        ValueError: if an argument is invalid or unsupported.
     """
     check_tensor("xz", xz, (None, None, None), "(B, 2 D, L)")
     batch, doubled, length = xz.shape
@@ -175,23 +174,14 @@ def mamba_inner_fn(
     for letter, given in (("B", B), ("C", C)):
         for name in (f"{letter}_proj_bias", f"{letter.lower()}_rms_weight"):
             if given is not None and vectors[name][0] is not None:
-                raise ValueError(f"{name} must be None if {letter} is given, since it belongs to the projected maps")
+                raise ValueError(f"{name} must be None if {letter} is given, got a tensor")
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl}")
     given_maps = [
         None if given is None else _map_by_token(name, given, batch, length, A) for name, given in (("B", B), ("C", C))
     ]
-    check_devices(
-        xz=xz,
-        conv1d_weight=conv1d_weight,
-        x_proj_weight=x_proj_weight,
-        delta_proj_weight=delta_proj_weight,
-        out_proj_weight=out_proj_weight,
-        A=A,
-        B=B,
-        C=C,
-        **{name: vector for name, (vector, _, _) in vectors.items()},
-    )
+    check_devices(xz=xz, conv1d_weight=conv1d_weight, x_proj_weight=x_proj_weight, delta_proj_weight=delta_proj_weight)
+    check_devices(xz=xz, out_proj_weight=out_proj_weight, A=A, B=B, C=C, **{name: v[0] for name, v in vectors.items()})
 
     x, z = xz.transpose(1, 2).split(channels, dim=-1)
     x = causal_conv1d(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
@@ -232,16 +222,15 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """One token of a selective scan, of Mamba-1 or Mamba-2; `state` is updated in place. Without a gradient.
+    """Run one token of Mamba-1's or Mamba-2's scan and update `state` in place, without a gradient.
 
-    Mamba-2's tensors have a head axis, Mamba-1's have none. Where step sizes, their bias and decay rates are expanded
-    over P and N (stride 0), as Mamba-2's callers pass them, this is one
-    :func:`~ssm_zoo.kernels.ssd.ssd_step`, otherwise one
+    Mamba-2's tensors have a head axis, Mamba-1's do not. If step sizes, their bias and decay rates are expanded over P
+    and N (stride 0), as callers of Mamba-2 pass them, this runs :func:`~ssm_zoo.kernels.ssd.ssd_step`, otherwise
     :func:`~ssm_zoo.kernels.selective_scan.selective_scan_step`.
 
     Args:
-        state: (B, [H,] P, N) states, of any floating dtype: computed in float32 (float64 kept); more rows than B with
-            `state_batch_indices`.
+        state: (B, [H,] P, N) states of any floating-point dtype, updated in float32 (float64 for float64 states); may
+            have more rows than B with `state_batch_indices`.
         x: (B, [H,] P) inputs.
         dt: (B, [H,] P) step sizes.
         A: ([H,] P, N) decay rates, negative.
@@ -251,17 +240,17 @@ def selective_state_update(
         z: (B, [H,] P) gate.
         dt_bias: ([H,] P) added to `dt`.
         dt_softplus: apply softplus to the step sizes.
-        state_batch_indices: (B) row of `state` that belongs to each row of the batch, negative for padding.
+        state_batch_indices: (B) row of `state` for each row of the batch, negative for padding.
 
     Returns:
         (B, [H,] P) outputs in the dtype of `x`, zero for padding.
 
     Raises:
-        ValueError: if a shape, dtype, device or group count does not fit.
+        ValueError: if a shape, dtype, device or group count is invalid.
     """
 
     def with_heads(name: str, tensor: Tensor, shape: tuple[int | None, ...], symbols: str) -> Tensor:
-        """Check the tensor, and add the head or group axis (of size 1) that it may lack."""
+        """Check the tensor, and add a head or group axis of size 1 if it lacks one."""
         axis = int(symbols.startswith("(B"))
         lacks = tensor.dim() == len(shape) - 1 and shape[axis] in (None, 1)
         check_tensor(name, tensor, shape[:axis] + shape[axis + 1 :] if lacks else shape, symbols)
@@ -289,33 +278,15 @@ def selective_state_update(
     if state.dtype != torch.float64:
         held = held.float()
     if not any((steps.stride(2), *rates.stride()[1:], 0 if bias is None else bias.stride(1))):
-        y = ssd_step(
-            held,
-            inputs,
-            steps[..., 0],
-            rates[:, 0, 0],
-            B,
-            C,
-            D=skip,
-            z=gate,
-            dt_bias=None if bias is None else bias[:, 0],
-            dt_softplus=dt_softplus,
-            dt_limit=(-math.inf, math.inf),
-        )
+        arguments = held, inputs, steps[..., 0], rates[:, 0, 0], B, C
+        bias, limits = None if bias is None else bias[:, 0], (-math.inf, math.inf)
+        y = ssd_step(*arguments, D=skip, z=gate, dt_bias=bias, dt_softplus=dt_softplus, dt_limit=limits)
     else:
         held = held.contiguous()  # heads and their width become one axis of channels
-        y = selective_scan_step(
-            held.flatten(1, 2),
-            inputs.flatten(1),
-            steps.flatten(1),
-            rates.flatten(0, 1),
-            B,
-            C,
-            D=None if skip is None else skip.flatten(),
-            z=None if gate is None else gate.flatten(1),
-            dt_bias=None if bias is None else bias.flatten(),
-            dt_softplus=dt_softplus,
-        ).unflatten(1, (H, P))
+        arguments = held.flatten(1, 2), inputs.flatten(1), steps.flatten(1), rates.flatten(0, 1), B, C
+        skip, bias = (None if vector is None else vector.flatten() for vector in (skip, bias))
+        gate = None if gate is None else gate.flatten(1)
+        y = selective_scan_step(*arguments, D=skip, z=gate, dt_bias=bias, dt_softplus=dt_softplus).unflatten(1, (H, P))
     if state_batch_indices is not None:
         write_rows(states, state_batch_indices, held.to(states.dtype))
         y = y.masked_fill((state_batch_indices < 0)[:, None, None], 0)
@@ -326,12 +297,12 @@ def selective_state_update(
 
 def _check_rates(A: Tensor, channels: int) -> None:
     if A.is_complex():
-        raise ValueError("A must be real, got a complex tensor; complex state spaces are not offered")
+        raise ValueError("A must be real, got a complex tensor. Complex state spaces are not supported.")
     check_tensor("A", A, (channels, None), "(D, N)")
 
 
 def _map_by_token(name: str, tensor: Tensor, batch: int, length: int, A: Tensor) -> Tensor:
-    """Return the (B, L, G, N) maps of one of the accepted forms; those that are constant get G = D, as a view."""
+    """Return maps of any accepted form as (B, L, G, N); constant maps become views with G = D."""
     symbols = "(D, N), (B, N, L) or (B, G, N, L)"
     if tensor.dim() == 2:
         check_tensor(name, tensor, tuple(A.shape), symbols)
@@ -343,7 +314,7 @@ def _map_by_token(name: str, tensor: Tensor, batch: int, length: int, A: Tensor)
 
 
 def _matching_maps(B: Tensor, C: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Return the (B, L, G, N) maps with the same number of groups, where one of them has one for each channel."""
+    """Return (B, L, G, N) maps with equal numbers of groups; those of one may be repeated to a map per channel."""
     if B.shape[2] == C.shape[2]:
         return B, C
     if channels not in (B.shape[2], C.shape[2]):

@@ -1,7 +1,7 @@
-"""The interfaces of mamba_ssm 2.3 for Mamba-2 (`ops.triton.ssd_combined`) over :mod:`ssd`.
+"""mamba_ssm 2.3's functions for Mamba-2 (`ops.triton.ssd_combined`), built on :mod:`ssd`.
 
 Symbols: B batch, L length, H heads, P head width, N state size, G groups, K convolution width, M width of the gated MLP
-beside the scan, S sequences, O outputs.
+parallel to the scan, S sequences, O outputs.
 """
 
 from __future__ import annotations
@@ -57,34 +57,34 @@ def mamba_chunk_scan_combined(
         A: (H) decay rates, negative.
         B: (B, L, G, N) input maps.
         C: (B, L, G, N) output maps.
-        chunk_size: tokens of a chunk; changes rounding and speed only.
+        chunk_size: tokens per chunk; affects rounding and speed only.
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
         dt_bias: (H) added to `dt`.
         initial_states: (B, H, P, N) states before the first token. They belong to the document of the first real token,
-            which in mamba_ssm has to have index 0.
+            which must have index 0 in mamba_ssm.
         seq_idx: (B, L) document index of each token, which must not decrease along a row; negative for padding, which
             is skipped.
-        cu_seqlens: (S + 1) integer bounds of the sequences of a single row, starting at 0; tokens behind the last bound
-            belong to none. `seq_idx`, which alone separates the sequences, has to agree with it and is required if
-            there are several.
+        cu_seqlens: (S + 1) integer bounds of the sequences of a single row, starting at 0; tokens after the last bound
+            belong to no sequence. Only `seq_idx` separates the sequences: it must agree with the bounds and is required
+            if there are several sequences.
         dt_softplus: apply softplus to the step sizes.
-        dt_limit: range that the step sizes are clamped to.
+        dt_limit: range to which the step sizes are clamped.
         return_final_states: also return the (B, H, P, N) final states.
-        return_varlen_states: also return the (S, H, P, N) final state of each sequence of `cu_seqlens`. Unlike there,
-            gradients flow from it.
-        state_dtype: dtype of the states between chunks; None or float32, since states are carried in float32.
+        return_varlen_states: also return the (S, H, P, N) final states of the sequences of `cu_seqlens`. Unlike in
+            mamba_ssm, gradients flow from them.
+        state_dtype: dtype of the states between chunks: None or float32, in which states are carried.
 
     Returns:
-        (B, L, H, P) outputs, and the final states and the sequences' states, in that order, if asked for.
+        (B, L, H, P) outputs; then, if requested, the final states and the states of the sequences.
 
     Raises:
-        ValueError: if an argument does not fit or is not offered.
+        ValueError: if an argument is invalid or unsupported.
     """
     _check_state_dtype(state_dtype)
     check_tensor("x", x, (None, None, None, None), "(B, L, H, P)")
     check_tensor("B", B, (None, None, None, None), "(B, L, G, N)")
-    if initial_states is not None:  # checked here because the op has another name for it
+    if initial_states is not None:  # checked here because the op calls it `initial_state`
         check_tensor("initial_states", initial_states, (x.shape[0], *x.shape[2:], B.shape[3]), "(B, H, P, N)")
         check_devices(x=x, initial_states=initial_states)
     bounds = None
@@ -93,22 +93,9 @@ def mamba_chunk_scan_combined(
         bounds = _sequences(cu_seqlens, seq_idx, x.shape[0], x.shape[1])
     elif return_varlen_states:
         raise ValueError("cu_seqlens must be given with return_varlen_states=True, got None")
-    result = ssd(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        initial_state=initial_states,
-        seq_idx=seq_idx,
-        return_final_state=return_final_states,
-        chunk_size=chunk_size,
-    )
+    options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "chunk_size": chunk_size}
+    options |= {"initial_state": initial_states, "seq_idx": seq_idx, "return_final_state": return_final_states}
+    result = ssd(x, dt, A, B, C, D=D, z=z, **options)
     if bounds is None or not return_varlen_states:
         return result
     steps = step_sizes(dt[0].to(accumulator(x)), dt_bias, dt_softplus, dt_limit)  # (L, H)
@@ -138,37 +125,37 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = True,
     state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Run all of a Mamba-2 layer that follows its input projection: convolution, scan, gated norm, output projection.
+    """Run a Mamba-2 layer after its input projection: convolution, scan, gated norm, output projection.
 
     Args:
         zxbcdt: (B, L, 2 M + 2 H P + 2 G N + H) projected inputs: MLP gate and MLP input, gate, convolved channels (scan
-            inputs, input maps, output maps), step sizes. M, the width of the MLP, is what the others leave, mostly 0.
+            inputs, input maps, output maps), step sizes. M, the width of the MLP, is the remainder and usually 0.
         conv1d_weight: (H P + 2 G N, K) taps.
         conv1d_bias: (H P + 2 G N) bias.
         dt_bias: (H) added to the step sizes before softplus.
         A: (H) decay rates, negative.
         D: (H) or (H, P) skip.
-        chunk_size: tokens of a chunk; changes rounding and speed only.
-        initial_states: (B, H, P, N) states before the first token. The convolution starts from zeros, as there.
+        chunk_size: tokens per chunk; affects rounding and speed only.
+        initial_states: (B, H, P, N) states before the first token. The convolution always starts from zeros.
         seq_idx: (B, L) document index of each token, as in :func:`mamba_chunk_scan_combined`.
-        dt_limit: range that the step sizes are clamped to, after softplus.
+        dt_limit: range to which the step sizes are clamped, after softplus.
         return_final_states: also return the (B, H, P, N) final states.
-        activation: of the convolution: None, "silu" or "swish", which is the same.
-        rmsnorm_weight: (H P) scale of the gated norm over the channels of each group; without it, the scan's outputs
-            are gated and not normalised.
+        activation: activation of the convolution: None, "silu" or "swish" (the same).
+        rmsnorm_weight: (H P) scale of the gated norm over the channels of each group. Without it, outputs of the scan
+            are gated but not normalised.
         rmsnorm_eps: added to the mean square.
-        outproj_weight: (O, M + H P) output projection; without it, its inputs are returned.
+        outproj_weight: (O, M + H P) output projection. Without it, its inputs are returned.
         outproj_bias: (O) bias of the output projection.
         headdim: P, required if `D` is (H).
         ngroups: G.
-        norm_before_gate: normalise the outputs and then gate them, rather than the other way round.
-        state_dtype: as in :func:`mamba_chunk_scan_combined`.
+        norm_before_gate: apply the norm before the gate instead of after it.
+        state_dtype: None or float32, as in :func:`mamba_chunk_scan_combined`.
 
     Returns:
-        (B, L, O) outputs, or (B, L, M + H P) without the output projection; and the final states if asked for.
+        (B, L, O) outputs, or (B, L, M + H P) without the output projection; and the final states if requested.
 
     Raises:
-        ValueError: if an argument does not fit or is not offered.
+        ValueError: if an argument is invalid or unsupported.
     """
     _check_state_dtype(state_dtype)
     check_tensor("zxbcdt", zxbcdt, (None, None, None), "(B, L, 2 M + 2 H P + 2 G N + H)")
@@ -208,41 +195,20 @@ def mamba_split_conv1d_scan_combined(
         if outproj_weight is None:
             raise ValueError("outproj_bias must be None if outproj_weight is None, got a tensor")
         check_tensor("outproj_bias", outproj_bias, (outproj_weight.shape[0],), "(O)")
-    check_devices(
-        zxbcdt=zxbcdt,
-        conv1d_weight=conv1d_weight,
-        conv1d_bias=conv1d_bias,
-        dt_bias=dt_bias,
-        A=A,
-        D=D,
-        initial_states=initial_states,
-        seq_idx=seq_idx,
-        rmsnorm_weight=rmsnorm_weight,
-        outproj_weight=outproj_weight,
-        outproj_bias=outproj_bias,
-    )
+    check_devices(zxbcdt=zxbcdt, conv1d_weight=conv1d_weight, conv1d_bias=conv1d_bias, dt_bias=dt_bias, A=A, D=D)
+    check_devices(zxbcdt=zxbcdt, initial_states=initial_states, seq_idx=seq_idx, rmsnorm_weight=rmsnorm_weight)
+    check_devices(zxbcdt=zxbcdt, outproj_weight=outproj_weight, outproj_bias=outproj_bias)
     mlp_gate, mlp, z, convolved, dt = zxbcdt.split([beside, beside, inner, channels, heads], dim=-1)
     convolved = causal_conv1d(
         convolved, conv1d_weight, conv1d_bias, activation=convolution_activation(activation), seq_idx=seq_idx
     )
     assert isinstance(convolved, Tensor)
     x, B, C = convolved.split([inner, ngroups * size, ngroups * size], dim=-1)
-    y, final = ssd(
-        x.unflatten(-1, (heads, width)),
-        dt,
-        A,
-        B.unflatten(-1, (ngroups, size)),
-        C.unflatten(-1, (ngroups, size)),
-        D=D,
-        z=z.unflatten(-1, (heads, width)) if rmsnorm_weight is None else None,
-        dt_bias=dt_bias,
-        dt_softplus=True,
-        dt_limit=dt_limit,
-        initial_state=initial_states,
-        seq_idx=seq_idx,
-        return_final_state=True,
-        chunk_size=chunk_size,
-    )
+    x, gate = (each.unflatten(-1, (heads, width)) for each in (x, z))
+    B, C = (each.unflatten(-1, (ngroups, size)) for each in (B, C))
+    options = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": dt_limit, "chunk_size": chunk_size}
+    options |= {"initial_state": initial_states, "seq_idx": seq_idx, "return_final_state": True}
+    y, final = ssd(x, dt, A, B, C, D=D, z=gate if rmsnorm_weight is None else None, **options)
     y = y.flatten(2)
     if rmsnorm_weight is not None:
         group_size = inner // ngroups
@@ -261,7 +227,7 @@ def _check_state_dtype(state_dtype: torch.dtype | None) -> None:
 
 
 def _sequences(cu_seqlens: Tensor, seq_idx: Tensor | None, batch: int, length: int) -> list[int]:
-    """Return the bounds in `cu_seqlens`, having checked that `seq_idx` separates just these sequences."""
+    """Check that `seq_idx` separates exactly the sequences of `cu_seqlens`, and return their bounds."""
     if batch != 1:
         raise ValueError(f"x must be a single row, (1, L, H, P), with cu_seqlens, got {batch} rows")
     bounds = check_cu_seqlens(cu_seqlens, length)
@@ -283,8 +249,10 @@ def _sequences(cu_seqlens: Tensor, seq_idx: Tensor | None, batch: int, length: i
 def _sequence_states(
     x: Tensor, steps: Tensor, A: Tensor, B: Tensor, initial_states: Tensor | None, bounds: list[int]
 ) -> Tensor:
-    """(S, H, P, N) the state at each sequence's end, of (L, H, P) inputs, (L, H) step sizes and (L, G, N) input maps:
-    sum_t exp(sum_{k > t} dt_k A) dt_t x_t (x) B_t."""
+    """Return the (S, H, P, N) final states of sequences: sum_t exp(sum_{k > t} dt_k A) dt_t x_t (x) B_t.
+
+    x is (L, H, P), the step sizes are (L, H) and B is (L, G, N).
+    """
     sums, groups = steps.dtype, B.shape[1]
     states = []
     with without_autocast(x):

@@ -1,23 +1,23 @@
-"""Mixing of positions: every token becomes a weighted sum of the tokens up to it, with weights that no input changes.
+"""Mixing of positions: every token becomes a weighted sum of the tokens up to it, with input-independent weights.
 
-Symbols: B batch, L length, H heads, P head width, N positions (or distances) that there are weights for; K places of a
-history. A "row" of weights holds those that one position gives to each position up to it.
+Symbols: B batch, L length, H heads, P head width, N positions (or distances) with weights, K places of a history. A row
+of weights holds the weights of one position for each position up to it.
 
     masked mixing     y_i = sum_{j <= i} W_ij x_j + b_i,     per head; W is (H, N, N)
     Toeplitz mixing   y_i = sum_{j <= i} w_{i-j} x_j + b_i,  per head; w is (H, N)
 
-Positions are absolute, so that a document has at most N of them. Only the lower triangle of W is used, and only it has
-a gradient. Weights that depend on the distance alone are a causal convolution as long as the row; the bias belongs to a
-position in both.
+Positions are absolute, so that a document has at most N tokens. Only the lower triangle of W is used and has a
+gradient. Toeplitz mixing is a causal convolution as long as the row. In both cases the bias belongs to a position.
 
-Sources: the masked mixer (arXiv 2409.01482), whose convolution with a kernel of one over the features is this product;
-its code is blbadger/maskedmixers@8f9515d. Toeplitz MLP mixers (arXiv 2605.06683).
+Sources: the masked mixer (arXiv 2409.01482; code blbadger/maskedmixers@8f9515d), whose convolution of kernel size 1
+over the features is this product; Toeplitz MLP mixers (arXiv 2605.06683).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ from .position_mix_triton import mix_step_triton, mix_triton
 from .recurrence import documents
 from .tracing import host_reads, tracing
 
-# Tokens from which on the torch path transforms. Measured on 1 CPU core, fp32, torch 2.13, B = H = 1, P = 1024,
-# milliseconds of processor time, forward / forward + backward, fastest of 3:
+# Fewest tokens for which the torch path uses Fourier transforms. Measured on 1 CPU core, fp32, torch 2.13, B = H = 1,
+# P = 1024, milliseconds of processor time, forward / forward + backward, fastest of 3:
 #     L                 768          1024         1536         2048         4096
 #     panels            16 / 48      26 / 74      48 / 138     80 / 253     300 / 930
 #     transforms        17 / 38      18 / 47      32 / 83      49 / 129     82 / 250
@@ -60,22 +60,22 @@ def masked_mix(
 
     Args:
         x: (B, L, H, P) inputs.
-        weight: (H, N, N) weights of a position (row) for the positions up to it, N >= L. Values above the
-            diagonal or beyond row L are ignored (even NaN), and their gradient is exactly zero.
-        bias: (H, N) added at each position.
-        residual: (B, L, H, P) the stream that the result is added to; e.g. float32 while `x` is bfloat16.
+        weight: (H, N, N) weights of each position (row) for the positions up to it, N >= L. Values above the diagonal
+            or beyond row L are ignored (even NaN), and their gradient is exactly zero.
+        bias: (H, N) bias of each position.
+        residual: (B, L, H, P) residual stream, to which the result is added; may have a wider dtype than `x`.
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens and negative at
-            padding. Every document is mixed separately, with positions counted from its first token, and padding is
-            left out: packed documents give the results of separate ones. L may then exceed N, but no document may.
+            padding. Documents are mixed separately, with positions counted from their first token, and padding is
+            skipped. L may then exceed N, but the length of a document may not.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none; at padding `residual`, or zero. Sums are
-        float32 (float64 for a float64 `x`) and rounded once. Triton multiplies in the dtype of `x`, to which it rounds
-        wider weights, and in the backward a wider gradient.
+        float32 (float64 for a float64 `x`) and rounded once. Triton multiplies in the dtype of `x`: it rounds wider
+        weights to it, and in the backward wider gradients.
 
     Raises:
-        ValueError: if a shape, dtype, device, `implementation` or the number of positions does not fit, or `seq_idx`
+        ValueError: if a shape, dtype, device, `implementation` or the number of positions is invalid, or `seq_idx`
             decreases along a row.
     """
     return _mix(_DENSE, "masked_mix", x, weight, bias, residual, seq_idx, implementation)
@@ -90,41 +90,29 @@ def masked_mix_step(
     residual: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """One token of :func:`masked_mix`, from the inputs so far: `y[b,h] = sum_{j<=p} weight[h,p,j] history[b,j,h]`.
+    """Run one token of :func:`masked_mix`: `y[b,h] = sum_{j<=p} weight[h,p,j] history[b,j,h] + bias[h,p] (+ residual)`.
 
-    Shapes depend on no value and nothing waits for a device, so that a CUDA graph can hold the step.
+    Shapes do not depend on values, and nothing waits for the device, so that a CUDA graph can capture the step.
 
     Args:
-        history: (B, K, H, P) inputs of each row in the order of their places. Places behind a row's newest one are
-            ignored (even NaN).
-        weight: (H, N, N) as in :func:`masked_mix`.
-        bias: (H, N) or None.
-        positions: (B) integer place p of each row's newest token, below K and N; its input is at `history[b, p]`.
-            Negative: the row has no token yet.
-        residual: (B, H, P) the stream that the result is added to.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve a call whose gradient is
-            recorded.
+        history: (B, K, H, P) inputs of each row so far, by place. Places after a row's newest one are ignored (even
+            NaN).
+        weight: (H, N, N) weights as in :func:`masked_mix`.
+        bias: (H, N) bias or None.
+        positions: (B) integer place p of each row's newest token, below K and N, whose input is `history[b, p]`;
+            negative for rows without tokens.
+        residual: (B, H, P) residual stream, to which the result is added.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support calls that autograd
+            records.
 
     Returns:
         (B, H, P) in the dtype of `residual`, or of `history` if there is none; zero, or the residual, for a row
-        without a token. On a device, where positions are not checked, NaN for a position that is too large.
+        without tokens. Positions on a device are not checked, and give NaN if they are too large.
 
     Raises:
-        ValueError: if a shape, dtype, device or `implementation` does not fit, or a position on the CPU is too large.
+        ValueError: if a shape, dtype, device or `implementation` is invalid, or a position on the CPU is too large.
     """
     return _step(_DENSE, "masked_mix_step", history, weight, bias, positions, residual, implementation)
-
-
-def masked_mix_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> Tensor:
-    """Compute :func:`masked_mix` by its definition: token by token, differentiated by autograd. Same arguments."""
-    return _reference(_DENSE, x, weight, bias, residual, seq_idx)
 
 
 def toeplitz_mix(
@@ -140,17 +128,17 @@ def toeplitz_mix(
 
     Args:
         x: (B, L, H, P) inputs.
-        weight: (H, N) weights by distance, N >= L; the gradient of those from L on is exactly zero.
-        bias: (H, N) added at each position.
-        residual: (B, L, H, P) the stream that the result is added to; e.g. float32 while `x` is bfloat16.
+        weight: (H, N) weights by distance, N >= L; the gradient for distances from L on is exactly zero.
+        bias: (H, N) bias of each position.
+        residual: (B, L, H, P) residual stream, to which the result is added; may have a wider dtype than `x`.
         seq_idx: (B, L) integer document of each token, as in :func:`masked_mix`.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
-        (B, L, H, P) as :func:`masked_mix`.
+        (B, L, H, P) as in :func:`masked_mix`.
 
     Raises:
-        ValueError: as :func:`masked_mix`.
+        ValueError: as in :func:`masked_mix`.
     """
     return _mix(_TOEPLITZ, "toeplitz_mix", x, weight, bias, residual, seq_idx, implementation)
 
@@ -164,41 +152,30 @@ def toeplitz_mix_step(
     residual: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """One token of :func:`toeplitz_mix`, from the inputs so far.
+    """Run one token of :func:`toeplitz_mix`.
+
+    Other arguments, result and errors are those of :func:`masked_mix_step`.
 
     Args:
-        weight: (H, N) weights by distance. The others are those of :func:`masked_mix_step`, and so are the result and
-            the errors.
+        weight: (H, N) weights by distance.
     """
     return _step(_TOEPLITZ, "toeplitz_mix_step", history, weight, bias, positions, residual, implementation)
 
 
-def toeplitz_mix_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-) -> Tensor:
-    """Compute :func:`toeplitz_mix` by its definition: token by token, differentiated by autograd. Same arguments."""
-    return _reference(_TOEPLITZ, x, weight, bias, residual, seq_idx)
-
-
 class _Kind(NamedTuple):
-    """How a mixture reads its weights."""
+    """Layout of the weights of a mixture, and the functions that read them."""
 
     shape: str
-    """of the weights, in symbols"""
+    """Shape of the weights in symbols."""
     row: Callable[[Tensor, int], Tensor]
-    """weights and a position i to its (H, i + 1) weights"""
+    """Return the (H, i + 1) weights of position i."""
     step: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """weights, (B, 1) positions and (K) places to (B, H, K) weights; those of later places are not used"""
+    """Return (B, H, K) weights for (B, 1) positions and (K) places; those of later places are unused."""
     matrix: Callable[[Tensor, Tensor, bool], Tensor]
-    """weights, the (B or 1, L) positions of tokens, and whether rows are packed, to (H, B or 1, L target, L source)
-    weights; those of later sources are not used"""
+    """Return (H, B or 1, L target, L source) weights for the (B or 1, L) positions of tokens, given whether rows are
+    packed; those of later sources are unused."""
     product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    """the torch path: (B, L, H, P) inputs, weights and bias to the mixture in the dtype of the sums"""
+    """Run the torch path on (B, L, H, P) inputs, weights and bias; returns the dtype of the sums."""
 
 
 def _dense_step(weight: Tensor, position: Tensor, place: Tensor) -> Tensor:
@@ -238,17 +215,9 @@ _TOEPLITZ = _Kind(
 )
 
 
-def _mix(
-    kind: _Kind,
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seq_idx: Tensor | None,
-    implementation: str,
-) -> Tensor:
-    """Run the op `name`."""
+def _mix(kind: _Kind, name: str, *arguments: Any) -> Tensor:
+    """Run the op called `name`."""
+    x, weight, bias, residual, seq_idx, implementation = arguments
     _check_mix(x, weight, kind.shape, bias, residual, seq_idx)
     implementation = choose_implementation(implementation, name, x)
     if tracing() and implementation == "torch":
@@ -265,7 +234,7 @@ def _mix(
 def _check_mix(
     x: Tensor, weight: Tensor, shape: str, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
 ) -> None:
-    """Raise ValueError unless the arguments fit; `shape` is the one of `weight` in symbols."""
+    """Raise ValueError unless the arguments are valid; `shape` is the shape of `weight` in symbols."""
     check_tensor("x", x, (None,) * 4, "(B, L, H, P)")
     B, L, H, P = x.shape
     if not (L and H and P):
@@ -281,7 +250,7 @@ def _check_mix(
 def _check_step(
     history: Tensor, weight: Tensor, shape: str, bias: Tensor | None, positions: Tensor, residual: Tensor | None
 ) -> None:
-    """Raise ValueError unless the arguments of a step fit; positions on a device are not checked."""
+    """Raise ValueError unless the arguments of a step are valid; positions on a device are not checked."""
     check_tensor("history", history, (None,) * 4, "(B, K, H, P)")
     B, K, H, P = history.shape
     if not (K and H and P):
@@ -294,8 +263,7 @@ def _check_step(
     check_devices(history=history, weight=weight, bias=bias, positions=positions, residual=residual)
     if host_reads(positions) and B and int(positions.max()) >= min(K, N):
         raise ValueError(
-            f"positions must be below K = {K}, the places of history, and N = {N}, those of weight, "
-            f"got {positions.tolist()}"
+            f"positions must be below the sizes of history, K = {K}, and weight, N = {N}, got {positions.tolist()}"
         )
 
 
@@ -316,13 +284,13 @@ def _by_document(
     seq_idx: Tensor | None,
     positions: int,
 ) -> Tensor:
-    """Apply `mix(x, residual)` to every document separately; raise ValueError if one is longer than `positions`."""
+    """Apply `mix(x, residual)` to each document; raises ValueError if one is longer than `positions`."""
     if seq_idx is None:
         return mix(x, residual)
     lines = _lines(seq_idx, positions)
     if lines.whole:
         return mix(x, residual)
-    if not lines.sizes:  # nothing but padding
+    if not lines.sizes:  # only padding
         return x.masked_fill(~lines.real[..., None, None], 0) if residual is None else residual.clone()
     tables = lines.lay_out(x)
     if residual is None:
@@ -335,7 +303,7 @@ def _by_document(
 def _traced(
     kind: _Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor:
-    """Mix in a traced graph (:mod:`tracing`): one product with an (L, L) matrix per head, and per row if packed."""
+    """Mix in a traced graph by a product with one (L, L) matrix per head, or per head and row if packed."""
     length, sums = x.shape[1], accumulator(x)
     column = torch.arange(length, device=x.device)
     seen = (column <= column[:, None])[None]
@@ -370,9 +338,15 @@ def _lines(seq_idx: Tensor, positions: int) -> DocumentLines:
 
 
 def _reference(
-    kind: _Kind, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seq_idx: Tensor | None
+    kind: _Kind,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """Mix token by token: the definition."""
+    """Mix token by token, as in the definition."""
     _check_mix(x, weight, kind.shape, bias, residual, seq_idx)
     if seq_idx is not None:
         _lines(seq_idx, weight.shape[-1])
@@ -396,17 +370,15 @@ def _reference(
     return _add_residual(torch.stack(rows) if rows else u, x.dtype, residual)
 
 
-def _step(
-    kind: _Kind,
-    name: str,
-    history: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    residual: Tensor | None,
-    implementation: str,
-) -> Tensor:
-    """Run the step `name`."""
+masked_mix_reference = partial(_reference, _DENSE)
+"""Compute :func:`masked_mix` by its definition, differentiated by autograd, with the same arguments."""
+toeplitz_mix_reference = partial(_reference, _TOEPLITZ)
+"""Compute :func:`toeplitz_mix` by its definition, differentiated by autograd, with the same arguments."""
+
+
+def _step(kind: _Kind, name: str, *arguments: Any) -> Tensor:
+    """Run the step called `name`."""
+    history, weight, bias, positions, residual, implementation = arguments
     _check_step(history, weight, kind.shape, bias, positions, residual)
     served = not recorded(history, weight, bias, residual)  # the kernel has no backward
     if choose_implementation(implementation, name, history, served) == "triton":
@@ -417,17 +389,17 @@ def _step(
     positions = positions.long()
     longest = min(K, limit)
     if host_reads(positions):
-        # What has been filled so far, which is short for most of a generation.
+        # The places filled so far, which are few for most of a generation.
         longest = max(int(positions.max()) + 1, 1) if B else 1
     history = history[:, :longest].to(sums)
     place = torch.arange(longest, device=history.device)
     here = positions[:, None]
     hidden = place > here
     if not host_reads(positions) or bool(hidden.any()):
-        # A slot that is still empty may hold anything, and zero times NaN is NaN.
+        # Empty slots may hold NaN, which zero weights would not remove.
         history = history.masked_fill(hidden[..., None, None], 0)
     weights = kind.step(weight, here.clamp(0, longest - 1), place).to(sums).masked_fill(hidden[:, None], 0)
-    # By head: as one product the heads' strides would make it copy the history.
+    # By head, because a single product would copy the history to change its strides.
     with without_autocast(history):
         y = torch.stack([torch.bmm(weights[:, h, None], history[:, :, h])[:, 0] for h in range(H)], dim=1)
     if bias is not None:

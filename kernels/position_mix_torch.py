@@ -1,17 +1,17 @@
 """The torch path of the mixing of positions: panels of weights, Fourier transforms, and packed documents as rows.
 
-Symbols: B batch, L length, H heads, P head width, N positions that there are weights for; T rows of a panel.
+Symbols: B batch, L length, H heads, P head width, N positions with weights, T rows of a panel.
 
-Panels: of the (L, L) weights of a head, each panel of T rows is multiplied up to the column of its last row: half of
-all products, and T / 2 more per row. No (L, L) copy with zeros above the diagonal is made, forward or backward.
+Panels: the (L, L) weights of a head are cut into panels of T rows, each multiplied up to the column of its last row.
+That is half of all products, plus T / 2 per row, without a copy of the weights with zeros above the diagonal.
 
 Fourier transforms serve `toeplitz_mix` on long rows. They have n >= 2 L - 1 points, so that nothing wraps around into
-the part that is used. Rounding errors of a transform are those of its largest term: an output may depend, in its last
-bits, on later tokens.
+the part that is used. The rounding error of a transform is relative to its largest term, so the last bits of an output
+may depend on later tokens.
 
-Packed documents become rows of their own, since positions count from a document's first token. D documents of T tokens
-or up to twice as many share a table, which therefore has at most twice as many places as there are tokens: in a single
-table, one long document among many short ones would make each of them as long as itself.
+Packed documents become separate rows, because positions count from the first token of a document. D documents whose
+lengths T differ by at most a factor of two share a table, so that padding at most doubles the number of tokens. In a
+single table, every document would be padded to the length of the longest.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.autograd.function import once_differentiable
 
 from .checks import accumulator, without_autocast
 
-# Rows of a panel for sequences shorter than _LONG; longer ones use twice as many.
+# Rows per panel of sequences shorter than _LONG; twice as many for longer ones.
 _PANEL, _LONG = 128, 1024
 
 
 class DenseWeights:
-    """A head's weights for positions, and their gradient, by panel.
+    """Panels of the weights of a head, and of their gradient.
 
     Args:
-        weight: (N, N).
+        weight: (N, N) weights.
         length: L.
     """
 
@@ -43,11 +43,11 @@ class DenseWeights:
         self.length = length
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Return the (T, last) weights of rows `first` to `last - 1` for the columns up to them."""
+        """Return the (T, last) weights of rows `first` to `last - 1`, zero above the diagonal."""
         return self.weight[first:last, :last].tril(first)
 
     def columns(self, first: int, last: int) -> Tensor:
-        """Return the transposed (T, L - first) weights of columns `first` to `last - 1` in rows from `first` on."""
+        """Return the transposed (T, L - first) weights of columns `first` to `last - 1`, rows from `first` on."""
         return self.weight[first : self.length, first:last].tril().T
 
     def sums(self, gradient: Tensor) -> Tensor:
@@ -55,20 +55,20 @@ class DenseWeights:
         return gradient
 
     def panel_of(self, sums: Tensor, first: int, last: int) -> Tensor:
-        """Return the view of the buffer that belongs to `rows(first, last)`."""
+        """Return the view of the buffer for the gradient of `rows(first, last)`."""
         return sums[first:last, :last]
 
     def finish(self, sums: Tensor, gradient: Tensor) -> None:
-        """Turn the accumulated panels, which include triangles above the diagonal, into the gradient of the weights."""
+        """Write the gradient of the weights, without the triangles above the diagonal that panels include."""
         for first, last in _panels(self.length):
             gradient[first:last, first:last].tril_()
 
 
 class ToeplitzWeights:
-    """A head's weights by distance, with the methods of :class:`DenseWeights`: all panels are views of the last one.
+    """Panels of the weights of a head by distance, as views of the last panel; methods of :class:`DenseWeights`.
 
     Args:
-        weight: (N) by distance.
+        weight: (N) weights by distance.
         length: L.
     """
 
@@ -78,7 +78,7 @@ class ToeplitzWeights:
         self.height = min(_height(length), length)
         self.width = -(-length // self.height) * self.height
         row = torch.arange(self.height, device=weight.device)[:, None]
-        # Of the last panel, whose last row has the distance 0 in the last column.
+        # Distances of the last panel, whose last row has distance 0 in the last column.
         distance = self.width - self.height + row - torch.arange(self.width, device=weight.device)
         outside = (distance < 0) | (distance >= length)
         self.panel = weight[distance.clamp(0, length - 1)].masked_fill_(outside, 0)
@@ -98,7 +98,7 @@ class ToeplitzWeights:
         return sums[: last - first, begin : begin + last]
 
     def finish(self, sums: Tensor, gradient: Tensor) -> None:
-        """Sum over diagonals, which become columns when every row is shifted by one more than the row above."""
+        """Sum over diagonals, which become columns if every row is shifted by one more than the previous one."""
         shifted = F.pad(sums, (self.height, 0)).flatten()
         by_column = F.pad(shifted, (0, self.height)).view(self.height, -1).sum(0)
         gradient[: self.length] = by_column[self.width - self.length + 1 : self.width + 1].flip(0)
@@ -111,27 +111,26 @@ def mix_panels(
 
     Args:
         x: (B, L, H, P) inputs.
-        weight: (H, N, N) or (H, N), N >= L.
-        bias: (H, N), None for none.
-        weights: the class that reads the weights of a head.
+        weight: (H, N, N) or (H, N) weights, N >= L.
+        bias: (H, N) bias or None.
+        weights: class that reads the weights of a head.
 
     Returns:
         (B, L, H, P) in float32, or float64 for float64 inputs.
     """
     with without_autocast(x):
-        y = _Panels.apply(x, weight, bias, weights)
-    assert isinstance(y, Tensor)  # `apply` is untyped
+        y: Any = _Panels.apply(x, weight, bias, weights)
     return y
 
 
 class _Panels(torch.autograd.Function):
-    """Saves its inputs only.
+    """Product with panels of weights; saves its inputs only.
 
     Backward: dx_j = sum_{i >= j} W_ij dy_i,  dW_ij = sum over rows and features of dy_i x_j for j <= i,
     db_i = sum of dy_i.
 
     Measured on 1 CPU core, fp32, torch 2.13, H = 1, P = 1024, milliseconds of processor time, forward / forward +
-    backward, fastest of 5; dense is one product with tril(W), made in the graph, and its gradient:
+    backward, fastest of 5; "dense" is a product with tril(W), computed in the graph, and its gradient:
         B, L              1, 512       8, 512       1, 1024      1, 2048
         dense             12 / 28      100 / 255    32 / 109     118 / 382
         panels of 64      6.7 / 22     53 / 187     25 / 74      85 / 297
@@ -188,7 +187,7 @@ class _Panels(torch.autograd.Function):
 
 
 def _panels(length: int) -> list[tuple[int, int]]:
-    """Return the first row of each panel and the row after its last."""
+    """Return the first row of each panel, and the row after its last."""
     height = _height(length)
     return [(first, min(first + height, length)) for first in range(0, length, height)]
 
@@ -197,8 +196,8 @@ def _height(length: int) -> int:
     return _PANEL if length < _LONG else 2 * _PANEL
 
 
-# Features that are transformed at once, whose spectra stay in the cache. As measured in `toeplitz_mix`, at L = 1024: 47
-# milliseconds forward + backward, with 256 features 53, with all 1024 of them 96.
+# Features per transform, so that spectra fit the cache. Measured as for `position_mix._TRANSFORM_FROM` at L = 1024,
+# forward and backward take 47 ms; with 256 features 53 ms, with all 1024 features 96 ms.
 _FEATURES = 64
 
 
@@ -207,19 +206,18 @@ def mix_fourier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: (B, L, H, P) inputs.
-        weight: (H, N) by distance, N >= L.
-        bias: (H, N), None for none.
+        weight: (H, N) weights by distance, N >= L.
+        bias: (H, N) bias or None.
 
     Returns:
         (B, L, H, P) in float32, or float64 for float64 inputs.
     """
-    y = _Fourier.apply(x, weight)
-    assert isinstance(y, Tensor)  # `apply` is untyped
+    y: Any = _Fourier.apply(x, weight)
     return y if bias is None else y + bias[:, : x.shape[1]].T[..., None].to(y.dtype)
 
 
 class _Fourier(torch.autograd.Function):
-    """y = F^-1(F(w) F(x)) for every feature and row. Saves its inputs only.
+    """y = F^-1(F(w) F(x)) for every feature and row; saves its inputs only.
 
     Backward: dx = F^-1(F(w)* F(dy)),  dw = F^-1(sum of F(x)* F(dy) over features and rows).
     """
@@ -258,7 +256,7 @@ class _Fourier(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> Iterator[tuple[int, int, slice]]:
-    """Yield row, head and features of the parts that are transformed at once."""
+    """Yield row, head and features of each transform."""
     B, _, H, P = x.shape
     for b in range(B):
         for h in range(H):
@@ -267,7 +265,7 @@ def _parts(x: Tensor) -> Iterator[tuple[int, int, slice]]:
 
 
 def _spectrum(weight: Tensor, x: Tensor) -> tuple[int, Tensor]:
-    """Return n, the smallest fit of 4, 5, 6 or 7 times a power of two, and the weights' (n / 2 + 1, H) spectrum."""
+    """Return n, the smallest sufficient 4, 5, 6 or 7 times a power of two, and the (n / 2 + 1, H) weight spectrum."""
     L = x.shape[1]
     step = 1 << max((2 * L - 1).bit_length() - 3, 1)
     points = -(-(2 * L - 1) // step) * step
@@ -275,7 +273,7 @@ def _spectrum(weight: Tensor, x: Tensor) -> tuple[int, Tensor]:
 
 
 def _transform(x: Tensor, points: int) -> Tensor:
-    """Return the (n / 2 + 1, C) spectrum of (L, C) values; never in half precision."""
+    """Return the (n / 2 + 1, C) spectrum of (L, C) values in float32 or float64."""
     return torch.fft.rfft(x.to(accumulator(x)), points, dim=0)
 
 
@@ -284,22 +282,22 @@ def _back(spectrum: Tensor, length: int, points: int) -> Tensor:
 
 
 class DocumentLines:
-    """The mapping between the tokens of packed rows and tables of one document per row.
+    """Mapping between the tokens of packed rows and tables with one document per row.
 
     Args:
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens; negative at padding.
 
     Attributes:
-        real: (B, L) tokens that belong to a document.
-        sizes: (D, T) of each table.
-        longest: tokens of the longest document, 0 if there is none.
-        whole: every row is one document, without padding.
+        real: (B, L) mask of tokens that belong to a document.
+        sizes: (D, T) size of each table.
+        longest: length of the longest document, 0 if there is none.
+        whole: whether every row is one document without padding.
     """
 
     def __init__(self, seq_idx: Tensor) -> None:
         self.shape = seq_idx.shape
         self.real = seq_idx >= 0
-        place = self.real.flatten().nonzero().squeeze(1)  # of the real tokens, in order
+        place = self.real.flatten().nonzero().squeeze(1)  # indices of the real tokens
         row = place // self.shape[1]
         document = seq_idx.flatten()[place].long()
         first = torch.ones_like(place, dtype=torch.bool)
@@ -308,7 +306,7 @@ class DocumentLines:
         length = torch.diff(start, append=start.new_tensor([place.shape[0]]))
         self.longest = max(length.tolist(), default=0)
         self.whole = len(place) == seq_idx.numel() and len(start) == len(seq_idx)
-        # 1, 2, 3 to 4, 5 to 8, ... tokens.
+        # Documents of 1, 2, 3 to 4, 5 to 8, ... tokens share a table.
         kind = torch.tensor([(n - 1).bit_length() for n in length.tolist()], dtype=torch.long, device=start.device)
         self.sizes: list[tuple[int, int]] = []
         parts = []
@@ -320,13 +318,13 @@ class DocumentLines:
             token = (start[mine, None] + offset).clamp(max=place.shape[0] - 1)
             parts.append(place[token].masked_fill(~inside, -1).flatten())
             self.sizes.append((len(mine), longest))
-        self._source = torch.cat(parts) if parts else place  # token of each place of the tables, -1 for none
+        self._source = torch.cat(parts) if parts else place  # token at each place of the tables, or -1
         held = (self._source >= 0).nonzero().squeeze(1)
-        self._target = torch.full_like(seq_idx.flatten(), -1, dtype=torch.long)  # place of each token, -1 for none
+        self._target = torch.full_like(seq_idx.flatten(), -1, dtype=torch.long)  # place of each token, or -1
         self._target[self._source[held]] = held
 
     def lay_out(self, x: Tensor) -> list[Tensor]:
-        """Return the (B, L, ...) tokens as tables of (D, T, ...) documents, with zeros behind a document's end."""
+        """Return the (B, L, ...) tokens as tables of (D, T, ...) documents, padded with zeros."""
         laid = _rearrange(x.flatten(0, 1), self._source, self._target)
         parts = laid.split([documents * longest for documents, longest in self.sizes])
         return [part.unflatten(0, size) for part, size in zip(parts, self.sizes, strict=True)]
@@ -338,14 +336,15 @@ class DocumentLines:
 
 
 def _rearrange(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    y = _Rearrange.apply(x, source, target)
-    assert isinstance(y, Tensor)  # `apply` is untyped
+    y: Any = _Rearrange.apply(x, source, target)
     return y
 
 
 class _Rearrange(torch.autograd.Function):
-    """y_i = x_source(i), or zero where that is negative. No element is taken twice, so the gradient is a gather too:
-    dx_j = dy_target(j), or zero. Autograd's own gradient would be a sum in no fixed order on a CUDA device.
+    """y_i = x_source(i), or zero for negative sources.
+
+    No element is read twice, so the gradient is also a gather: dx_j = dy_target(j), or zero. Autograd's own gradient
+    would sum in no fixed order on CUDA devices.
     """
 
     @staticmethod

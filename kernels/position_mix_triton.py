@@ -1,22 +1,22 @@
-"""The mixing of positions in Triton: launches, the gradient, the one-token update and the kernels.
+"""The mixing of positions in Triton: launches, gradients, the one-token step and the kernels.
 
-Symbols: B batch, L length, H heads, P head width, N positions that there are weights for; a column is a feature of a
-row of the batch, of which a head has B P; M rows, K places and C columns of a tile, T rows and columns of a tile of
-weights. In the step, K places of a history, S places of a share and C features of a tile.
+Symbols: B batch, L length, H heads, P head width, N positions with weights; a column is a feature of a row of the
+batch, so a head has B P columns; M rows, K places and C columns of a tile, T rows and columns of a tile of weights. In
+the step, K places of a history, S places of a share and C features of a tile.
 
 The mixture is a matrix product that visits the tiles of weights on and below the diagonal. Bias and residual are added
-before the one rounding. The gradient of the inputs is the product with the transpose. The gradient of the weights has
-few tiles and a long sum, over the features of all rows: shares of that sum are programs of their own, and a second
-launch adds them up in order. There are no atomics: two runs give the same bits.
+before the only rounding. The gradient of the inputs is the product with the transpose. The gradient of the weights has
+few tiles and long sums over the features of all rows: separate programs compute shares of these sums, and a second
+launch adds the shares in order. There are no atomics, so that two runs are bit-identical.
 
-Where a row has few features, a tile of columns takes those of several rows. The weights of a head are (N, N), or (N) by
-distance where TOEPLITZ: a tile then reads the same few numbers again and again, from the cache. Offsets are 64-bit up
-to a tile and 32-bit inside it, except for columns of several rows.
+If a row has few features, a tile of columns covers several rows. The weights of a head are (N, N), or (N) by distance
+if TOEPLITZ, in which case a tile reads the same few values repeatedly from the cache. Offsets are 64-bit up to a tile
+and 32-bit inside it, except for columns of several rows.
 
-The step reads the inputs so far once and does two operations on each, so its time is that of reading them. A program
-takes a share of the places and a tile of features; if the places make more than one share, a second launch adds the
-shares up. A place's share depends on the place alone, so a result depends neither on the batch nor on the room of the
-cache. Programs of shares behind a row's position return at once; positions are read by the device only.
+The step reads all inputs so far once and performs two operations on each, so it is limited by memory traffic. A program
+takes a share of the places and a tile of features; a second launch adds the shares if there are several. The share of a
+place depends on the place alone, so that a result depends neither on the batch nor on the size of the cache. Programs
+of shares after a row's position return at once; only the device reads positions.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ from torch.autograd.function import once_differentiable
 from ._triton import INTERPRETED, tl, triton
 from .triton_math import dot, narrow, strides, unit_stride
 
-# (M, C, K, warps, stages) of the mixtures and (T, C, warps, stages) of the weights' gradient, by bytes of an element.
+# (M, C, K, warps, stages) of the mixture and (T, C, warps, stages) of the weights' gradient, by bytes per element.
 # Compiled by Triton 3.9 they spill no registers on sm_80 and sm_90; shared memory is at most 144 KiB. No tile has been
 # timed on a device. float32 has no tensor cores at full precision, and its products take registers.
 _MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 2)}
 _WEIGHT_TILES = {2: (128, 64, 8, 3), 4: (64, 32, 8, 2)}
-# Tiles of columns that run together, those of all positions one after the other: so many programs at once read the same
-# weights, and the inputs of so few columns stay in the L2 cache until the last position has read them.
+# Tiles of columns that run together, for one position after the other. The programs of a group read the same weights at
+# once, and the inputs of so few columns stay in the L2 cache until the last position has read them.
 _GROUP = 8
-# Programs of the weights' gradient, at least, where the columns can be shared among as many: a few times the processors
-# of a device.
+# Fewest programs of the gradient of the weights, if there are enough columns: a few times the processors of a device.
 _PROGRAMS = 512
-# Rows of a tile that a program of the second launch takes.
+# Rows of a tile per program of the second launch.
 _ROWS = 8
 
 
@@ -50,23 +49,22 @@ def mix_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
     Args:
         x: (B, L, H, P) inputs, not float64.
-        weight: (H, N, N), or (H, N) by distance; N >= L.
-        bias: (H, N).
-        residual: (B, L, H, P) that the mixture is added to.
+        weight: (H, N, N) weights, or (H, N) by distance; N >= L.
+        bias: (H, N) bias or None.
+        residual: (B, L, H, P) tensor to which the mixture is added, or None.
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none.
     """
-    y = _Mix.apply(x, weight, bias, residual)
-    assert isinstance(y, Tensor)  # `apply` is untyped
+    y: Any = _Mix.apply(x, weight, bias, residual)
     return y
 
 
 class _Mix(torch.autograd.Function):
-    """Saves its inputs only.
+    """The Triton mixture; saves its inputs only.
 
     Backward: dx_j = sum_{i >= j} W_ij dy_i,  dW_ij = sum over rows and features of dy_i x_j for j <= i,
-    db_i = sum of dy_i; of weights by distance the sum of dW_ij over i - j.
+    db_i = sum of dy_i. The gradient of weights by distance is the sum of dW_ij with equal i - j.
     """
 
     @staticmethod
@@ -100,12 +98,12 @@ class _Mix(torch.autograd.Function):
 
 
 def _cut(size: int, length: int) -> int:
-    """Return a tile's size, reduced to what fills it; a product needs at least 16."""
+    """Return the size of a tile, reduced to a shorter length; a product needs at least 16."""
     return min(size, max(16, triton.next_power_of_2(length)))
 
 
 def _mix_tile(x: Tensor) -> tuple[int, int, int, int, int]:
-    """(M, C, K, warps, stages) for inputs, or their gradient, of this shape and dtype."""
+    """Return (M, C, K, warps, stages) for inputs, or their gradient, of this shape and dtype."""
     M, C, K, warps, stages = _MIX_TILES[x.dtype.itemsize]
     M = _cut(M, x.shape[1])
     return M, _cut(C, x.shape[0] * x.shape[3]), min(M, K), warps, stages
@@ -120,7 +118,7 @@ def _mix(
     sums: Tensor | None,
     transposed: bool,
 ) -> None:
-    """Write the mixtures of x (by the transpose if asked) to y, and sums over each tile's columns of x to `sums`."""
+    """Write the mixture of x to y, by the transposed weights if `transposed`, and column sums per tile to `sums`."""
     B, L, H, P = x.shape
     M, C, K, warps, stages = _mix_tile(y if transposed else x)
     tiles_m, tiles_c = triton.cdiv(L, M), triton.cdiv(B * P, C)
@@ -129,12 +127,9 @@ def _mix(
     with torch.cuda.device_of(x):
         mix_kernel[tiles_m * tiles_c, H](
             *(x, weight, bias, residual, y, sums, L, B * P, tiles_m, tiles_c),
-            *x.stride()[:3],
-            *strides(residual, 3)[:3],
-            *y.stride()[:3],
-            weight.stride(0),
+            *(*strides(3, x, residual, y), weight.stride(0)),
             *((by_column, by_row) if transposed else (by_row, by_column)),
-            0 if bias is None else bias.stride(0),
+            *strides(1, bias),
             WIDTH=P,
             PACKED=P % C != 0,
             TRANSPOSED=transposed,
@@ -163,8 +158,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         weight_products_kernel[programs, shares, H](
             *(x, dy, partial, L, B * P, tiles, tiles_c),
-            *x.stride()[:3],
-            *dy.stride()[:3],
+            *strides(3, x, dy),
             WIDTH=P,
             PACKED=P % C != 0,
             TOEPLITZ=toeplitz,
@@ -192,7 +186,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
 
 @triton.jit
 def _as(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """Convert an operand to the dtype of the product."""
+    """Convert an operand to the dtype of a product."""
     if values.dtype != dtype:
         values = narrow(values.to(tl.float32), dtype, EMULATE)
     return values
@@ -200,7 +194,7 @@ def _as(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _columns(tile, columns, row_stride, WIDTH: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr):
-    """Return a tile's column offsets, as a scalar and (C), and which columns exist; all of one row unless PACKED."""
+    """Return the column offsets of a tile as a scalar and (C), and a mask; the tile covers one row unless PACKED."""
     first = tile * C
     c = tl.arange(0, C)
     base = tl.zeros((), dtype=tl.int64)
@@ -222,17 +216,17 @@ def _weights(
     w_m, w_k,
     TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, DIAGONAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """(M, K) weights, of the tile at `weight_ptr` or from those by distance; the DIAGONAL may go through the tile.
+    """Return the (M, K) weights of a tile, from `weight_ptr` or by distance; DIAGONAL tiles may cross the diagonal.
 
-    Masks are as coarse as they can be: one that changes inside the 16 bytes that a thread loads would make it load
-    number by number. So what stands above the diagonal is loaded and dropped, except by distance, where nothing does.
+    Masks are as coarse as possible, because a mask that changes within the 16 bytes that a thread loads at once would
+    make it load single elements. Therefore weights above the diagonal are loaded and dropped, except by distance.
     """
     m, k = tl.arange(0, M), tl.arange(0, K)
     distance = (first_m - first_k) + m[:, None] - k[None, :]
     in_m, in_k = (first_m + m < length)[:, None], (first_k + k < length)[None, :]
     if TRANSPOSED:
         distance = -distance
-    # Off the diagonal, the others come before one that is inside.
+    # Off the diagonal, the other index is smaller than one that is inside.
     inside = in_k if TRANSPOSED else in_m
     if DIAGONAL:
         inside = in_m & in_k
@@ -245,21 +239,20 @@ def _weights(
 @triton.jit(do_not_specialize=["tiles_m", "tiles_c"])
 def mix_kernel(
     x_ptr, weight_ptr,
-    bias_ptr,  # or None, as the next one
-    residual_ptr, y_ptr,
-    sums_ptr,  # or None
+    bias_ptr,  # or None, like residual_ptr and sums_ptr
+    residual_ptr, y_ptr, sums_ptr,
     length, columns, tiles_m, tiles_c,
     x_row, x_token, x_head, residual_row, residual_token, residual_head, y_row, y_token, y_head, w_head, w_m, w_k,
     bias_head,
     WIDTH: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, M: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Mixtures, a tile of positions and of columns of a head to a program; TRANSPOSED: the gradient of the inputs.
+    """Compute a tile of positions and columns of a head of the mixture, or of its gradient by the inputs if TRANSPOSED.
 
-    That gradient is the same product with the weights' transpose, of the positions from each one on. On the way it sums
-    (H, tiles_c, L) gradients over a tile's columns, for the bias.
+    That gradient is the same product with the transposed weights, over the positions from each one on. It also writes
+    (H, tiles_c, L) sums of the gradient over the columns of a tile, for the bias.
 
-    Programs that run together share what they read: GROUP tiles of columns, for all positions, those with most to sum
+    Programs that run together share their inputs: they cover GROUP tiles of columns for all positions, longest sums
     first.
     """
     head = tl.program_id(1).to(tl.int64)
@@ -276,7 +269,7 @@ def mix_kernel(
     x_ptr += head * x_head + base
     weight_ptr += head * w_head
 
-    # The gradient of a float32 stream is multiplied in the dtype of the inputs.
+    # The gradient of a float32 residual stream is multiplied in the dtype of the inputs.
     operand = y_ptr.dtype.element_ty if TRANSPOSED else x_ptr.dtype.element_ty
     acc = tl.zeros((M, C), dtype=tl.float32)
     begin = first_m + M if TRANSPOSED else first_m * 0
@@ -319,6 +312,14 @@ def mix_kernel(
     tl.store(y_ptr + m[:, None] * y_token + offsets[None, :], y, mask=mask)
 
 
+@triton.jit
+def _tile_row(tile):
+    """Return the largest i with i (i + 1) / 2 <= tile; the steps correct the rounding of the root."""
+    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    return tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+
+
 @triton.jit(do_not_specialize=["tiles", "tiles_c"])
 def weight_products_kernel(
     x_ptr, dy_ptr, partial_ptr,
@@ -327,10 +328,10 @@ def weight_products_kernel(
     WIDTH: tl.constexpr, PACKED: tl.constexpr, TOEPLITZ: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of dy x^T on and below the diagonal, summed over a share of the columns: (shares, H, tiles, T, T).
+    """Compute the (shares, H, tiles, T, T) tiles of dy x^T on and below the diagonal, each over a share of columns.
 
-    A program has a tile, by rows (0, 0), (1, 0), (1, 1), (2, 0), ...; or, where TOEPLITZ, a diagonal of them and their
-    sum.
+    A program computes one tile in the order (0, 0), (1, 0), (1, 1), (2, 0), ..., or, if TOEPLITZ, the sum of a diagonal
+    of tiles.
     """
     tile, share = tl.program_id(0), tl.program_id(1)
     head = tl.program_id(2).to(tl.int64)
@@ -340,10 +341,7 @@ def weight_products_kernel(
         tile_j = tile * 0
         steps = (tiles - below) * tiles_c
     else:
-        # The largest i with i (i + 1) / 2 <= tile; the root is of a number that float32 may have rounded.
-        tile_i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-        tile_i = tl.where(tile_i * (tile_i + 1) // 2 > tile, tile_i - 1, tile_i)
-        tile_i = tl.where((tile_i + 1) * (tile_i + 2) // 2 <= tile, tile_i + 1, tile_i)
+        tile_i = _tile_row(tile)
         tile_j = tile - tile_i * (tile_i + 1) // 2
         below = tile_i - tile_j
         steps = tiles_c
@@ -377,12 +375,10 @@ def dense_gradient_kernel(
     w_head, w_row,
     T: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the shares of a tile; R of its rows to a program. Nothing is written above the diagonal."""
+    """Sum the shares of R rows of a tile. Nothing is written above the diagonal."""
     tile = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64)
-    tile_i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    tile_i = tl.where(tile_i * (tile_i + 1) // 2 > tile, tile_i - 1, tile_i)
-    tile_i = tl.where((tile_i + 1) * (tile_i + 2) // 2 <= tile, tile_i + 1, tile_i)
+    tile_i = _tile_row(tile)
     tile_j = tile - tile_i * (tile_i + 1) // 2
     r = tl.program_id(1) * R + tl.arange(0, R)
     t = tl.arange(0, T)
@@ -405,8 +401,8 @@ def toeplitz_gradient_kernel(
 ):  # fmt: skip
     """Sum T diagonals over the shares, R rows at a time.
 
-    A diagonal that begins at the first column of a tile ends in the next tile: of entry (a, b) the distance is
-    T tile + a - b, so distance T tile + s has the columns (a - s) mod T, in the next tile where a < s.
+    Entry (a, b) of a tile has the distance T tile + a - b. A diagonal therefore spans two tiles: distance T tile + s
+    has the columns (a - s) mod T, of the next tile if a < s.
     """
     tiles = tl.num_programs(0)
     tile = tl.program_id(0)
@@ -427,22 +423,22 @@ def toeplitz_gradient_kernel(
     tl.store(dweight_ptr + head * w_head + distance, values, mask=distance < length)
 
 
-# (S, places at a time, C). 16 bytes a thread of bfloat16, in 8 rows of 16 threads; a share is what a program reads in
-# the time that its launch takes, or so. Not timed on a device.
+# (S, places per iteration, C). A thread loads 16 bytes of bfloat16, in 8 rows of 16 threads. Reading a share takes
+# about as long as launching a program. Not timed on a device.
 _TILES = (256, 32, 128)
 
 
 def mix_step_triton(
     history: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """Mix one token on checked arguments, without a gradient; no argument is copied, whatever its strides.
+    """Mix one token on checked arguments of any strides, without a copy or a gradient.
 
     Args:
         history: (B, K, H, P) inputs by place, not float64.
-        weight: (H, N, N), or (H, N) by distance.
-        bias: (H, N).
-        positions: (B) place of the newest token; a negative one has none.
-        residual: (B, H, P) that the result is added to.
+        weight: (H, N, N) weights, or (H, N) by distance.
+        bias: (H, N) bias or None.
+        positions: (B) place of the newest token; negative for rows without tokens.
+        residual: (B, H, P) tensor to which the result is added, or None.
 
     Returns:
         (B, H, P) in the dtype of `residual`, or of `history` if there is none.
@@ -455,20 +451,14 @@ def mix_step_triton(
     shares = triton.cdiv(limit, share)
     partial = torch.empty((B, H, shares, P), dtype=torch.float32, device=history.device) if shares > 1 else None
     toeplitz = weight.dim() == 2
-    epilogue = (
-        *(bias, residual, y),
-        *strides(bias, 2),
-        *strides(residual, 3),
-    )
+    epilogue = (bias, residual, y, *strides(2, bias), *strides(3, residual))
     if not B:
         return y
     with torch.cuda.device_of(history):
         _step_kernel[triton.cdiv(P, C), shares, B * H](
             *(history, weight, positions, partial),
             *epilogue,
-            limit,
-            H,
-            *history.stride(),
+            *(limit, H, *history.stride()),
             *(weight.stride() if not toeplitz else (weight.stride(0), 0, weight.stride(1))),
             positions.stride(0),
             WIDTH=P,
@@ -481,10 +471,7 @@ def mix_step_triton(
         )
         if partial is not None:
             _sum_kernel[triton.cdiv(P, C), B * H](
-                positions,
-                partial,
-                *epilogue,
-                *(limit, H, shares, positions.stride(0)),
+                *(positions, partial, *epilogue, limit, H, shares, positions.stride(0)),
                 WIDTH=P,
                 S=share,
                 C=C,
@@ -502,7 +489,7 @@ def _finish(
     limit, row, head, heads, feature,
     WIDTH: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add bias and residual and write; NaN for a position that there are no weights or no inputs for."""
+    """Add bias and residual and store the result; NaN for positions without weights or inputs."""
     inside = feature < WIDTH
     if bias_ptr is not None:
         known = (position >= 0) & (position < limit)
@@ -518,7 +505,7 @@ def _finish(
 @triton.jit(do_not_specialize=["limit"])
 def _step_kernel(
     history_ptr, weight_ptr, positions_ptr,
-    partial_ptr,  # or None, as the next two
+    partial_ptr,  # or None, like bias_ptr and residual_ptr
     bias_ptr, residual_ptr, y_ptr,
     bias_head, bias_place, residual_row, residual_head, residual_feature,
     limit, heads,
@@ -526,7 +513,7 @@ def _step_kernel(
     WIDTH: tl.constexpr, TOEPLITZ: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the sum over a share of the places, or the result if there is only one share."""
+    """Compute the sum over a share of the places, or the result if there is a single share."""
     row = (tl.program_id(2) // heads).to(tl.int64)
     head = (tl.program_id(2) % heads).to(tl.int64)
     first = tl.program_id(1) * S
@@ -548,24 +535,10 @@ def _step_kernel(
     y = tl.sum(acc, 0)
     if partial_ptr is None:
         _finish(
-            y,
-            position,
-            bias_ptr,
-            residual_ptr,
-            y_ptr,
-            bias_head,
-            bias_place,
-            residual_row,
-            residual_head,
-            residual_feature,
-            limit,
-            row,
-            head,
-            heads,
-            feature,
-            WIDTH,
-            EMULATE,
-        )
+            y, position, bias_ptr, residual_ptr, y_ptr,
+            bias_head, bias_place, residual_row, residual_head, residual_feature,
+            limit, row, head, heads, feature, WIDTH, EMULATE,
+        )  # fmt: skip
     else:
         place = ((row * heads + head) * tl.num_programs(1) + tl.program_id(1)) * WIDTH + feature
         tl.store(partial_ptr + place, y, mask=feature < tl.where(first <= last, WIDTH, 0))
@@ -574,14 +547,14 @@ def _step_kernel(
 @triton.jit(do_not_specialize=["limit", "shares"])
 def _sum_kernel(
     positions_ptr, partial_ptr,
-    bias_ptr,  # or None, as the next one
+    bias_ptr,  # or None, like residual_ptr
     residual_ptr, y_ptr,
     bias_head, bias_place, residual_row, residual_head, residual_feature,
     limit, heads, shares,
     positions_row,
     WIDTH: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the shares up to the one of the position, and write the result."""
+    """Add the shares up to that of the position, and store the result."""
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     position = tl.load(positions_ptr + row * positions_row).to(tl.int64)
@@ -592,21 +565,7 @@ def _sum_kernel(
     for share in range(tl.cdiv(last + 1, S)):
         y += tl.load(partial_ptr + share * WIDTH, mask=feature < WIDTH, other=0.0)
     _finish(
-        y,
-        position,
-        bias_ptr,
-        residual_ptr,
-        y_ptr,
-        bias_head,
-        bias_place,
-        residual_row,
-        residual_head,
-        residual_feature,
-        limit,
-        row,
-        head,
-        heads,
-        feature,
-        WIDTH,
-        EMULATE,
-    )
+        y, position, bias_ptr, residual_ptr, y_ptr,
+        bias_head, bias_place, residual_row, residual_head, residual_feature,
+        limit, row, head, heads, feature, WIDTH, EMULATE,
+    )  # fmt: skip

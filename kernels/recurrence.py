@@ -1,4 +1,4 @@
-"""Parts of every linear recurrence: documents and padding, step sizes, one token's state update, skip and gate."""
+"""Parts that the linear recurrences share: documents and padding, step sizes, state update, skip and gate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .tracing import tracing
 
 
 def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, L) masks: the real tokens, and the first tokens of a row's second, third, ... document."""
+    """Return (B, L) masks of the real tokens, and of the first tokens of each document but the first of a row."""
     document = seq_idx.cummax(dim=1).values
     before = F.pad(document[:, :-1], (1, 0), value=-1)
     return seq_idx >= 0, (document != before) & (before >= 0)
 
 
 def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Set padding tokens to zero, so that their values (e.g. NaN) reach neither a state nor a gradient."""
+    """Set padding tokens to zero, so that their values (e.g. NaN) affect neither states nor gradients."""
     if seq_idx is None:
         return tensors
     padding = seq_idx < 0
@@ -35,7 +35,7 @@ def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
 def step_sizes(
     dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] | None = None
 ) -> Tensor:
-    """Return the step sizes that raw ones stand for: bias, softplus, limits, in the dtype of `dt`."""
+    """Apply bias, softplus and limits to raw step sizes, in the dtype of `dt`."""
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -46,25 +46,25 @@ def step_sizes(
 
 
 def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Update `state = decay state + u (x) B` in place, and return `y = state C`.
+    """Update `state = decay state + u (x) B` in place and return `y = state C`.
 
-    All rows of a group meet its maps in one matrix product, and the maps of a group are not repeated for its rows.
-    Products are written in place because autocast, which would round their operands, does not apply to such operations.
+    All rows of a group are multiplied by its maps in one matrix product, without repeating the maps. The products are
+    in-place operations because autocast does not apply to those and so does not round their operands.
 
     Args:
-        state: (B, ..., N) rows of states, of any strides: (B, H, P, N) heads of some width, or (B, D, N) channels.
+        state: (B, H, P, N) or (B, D, N) states, of any strides.
         decay: factors of the state, broadcastable to it.
-        u: (B, ...) inputs, in the dtype of the state.
-        B: (B, G, N) input maps; G divides the first size between, and the rows of a group follow each other.
+        u: (B, H, P) or (B, D) inputs, in the dtype of the state.
+        B: (B, G, N) input maps; G divides H or D, and the heads or channels of a group are neighbours.
         C: (B, G, N) output maps.
 
     Returns:
-        (B, ...) outputs in the dtype of the state.
+        (B, H, P) or (B, D) outputs in the dtype of the state.
     """
     size, batches = state.shape[-1], B.shape[0] * B.shape[1]
     held = state.contiguous()
     held.mul_(decay)
-    rows = math.prod(state.shape[1:-1]) // B.shape[1]  # of a group; an empty batch leaves no -1 to infer
+    rows = math.prod(state.shape[1:-1]) // B.shape[1]  # of a group; -1 could not be inferred for an empty batch
     matrix = held.view(batches, rows, size)
     inputs = u.reshape(batches, rows, 1)
     matrix.baddbmm_(inputs, B.to(state.dtype).reshape(batches, 1, size))
@@ -75,9 +75,9 @@ def update_state(state: Tensor, decay: Tensor, u: Tensor, B: Tensor, C: Tensor) 
 
 
 def write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
-    """Write each of the (B, ...) `rows` to its place in (R, ...) `states`, except those with a negative index.
+    """Write the (B, ...) `rows` to the given places of the (R, ...) `states`, skipping negative indices.
 
-    The device is not synchronised: a padding row repeats the write of another row, and if all rows are padding, the
+    This does not wait for the device: a padding row repeats the write of another row, and if all rows are padding, the
     first place is overwritten with its own content.
     """
     if len(indices) == 0:
@@ -89,9 +89,9 @@ def write_rows(states: Tensor, indices: Tensor, rows: Tensor) -> None:
 
 
 def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    """Return `(y + D x) silu(z)` in the dtype of x."""
+    """Return `(y + D x) silu(z)` in the dtype of x; D broadcasts to x."""
     if D is not None:
-        y = y + (D[:, None] if D.dim() == 1 else D).to(y.dtype) * x.to(y.dtype)
+        y = y + D.to(y.dtype) * x.to(y.dtype)
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     return y.to(x.dtype)

@@ -1,20 +1,20 @@
-"""Root-mean-square normalisation over the last dimension: grouped and gated, or of a residual sum.
+"""Root-mean-square normalisation over the last dimension, grouped and gated or of a residual sum.
 
 Symbols: D normalised width, S group size.
 
     rms_norm(x) = weight * x / sqrt(mean(x^2) + eps)          (Zhang and Sennrich 2019, eq. 4, with eps)
 
-Where the mean square of a row or group overflows, its outputs are NaN: division by infinity would give zeros, which
-would hide the overflow.
+If the mean square of a row or group overflows, its outputs are NaN. Division by infinity would give zeros and hide the
+overflow.
 
-The gate `z` is Mamba-2's: norm(x * silu(z)) * weight, or norm(x) * weight * silu(z) with `norm_before_gate`. The
-names are those of mamba_ssm's `RMSNormGated`.
+The gate `z` is that of Mamba-2: norm(x * silu(z)) * weight, or norm(x) * weight * silu(z) with `norm_before_gate`. The
+argument names are those of mamba_ssm's `RMSNormGated`.
 
-Rounding, for inputs in half precision, is that of the norms in transformers (LlamaRMSNorm, Mamba2RMSNorm,
-MambaRMSNormGated; Qwen3NextRMSNormGated with `norm_before_gate`): gate, statistics and division in float32, one
-rounding to the dtype of `x`, then the weight.
+Inputs in half precision are rounded like in the norms of transformers (LlamaRMSNorm, Mamba2RMSNorm, MambaRMSNormGated;
+Qwen3NextRMSNormGated with `norm_before_gate`): gate, statistics and division are computed in float32 and rounded once
+to the dtype of `x` before the multiplication by the weight.
 
-`add_rms_norm` is the addition to a residual stream and the norm that follows it in one pass.
+`add_rms_norm` combines the addition to a residual stream with the norm that follows it.
 """
 
 from __future__ import annotations
@@ -42,32 +42,31 @@ def rms_norm(
     norm_before_gate: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """Divide by the root mean square and scale, optionally gated and by groups of channels.
+    """Divide by the root mean square and scale, optionally with a gate and per group of channels.
 
     Args:
-        x: (..., D) inputs, floating point.
+        x: (..., D) inputs.
         weight: (D) scale.
         eps: added to the mean square.
-        z: (..., D) gate; `x` is multiplied by silu(z).
-        group_size: S channels that share one root mean square; divides D. None: all D.
+        z: (..., D) gate, applied as a factor silu(z).
+        group_size: S channels that share one root mean square, a divisor of D; D if None.
         norm_before_gate: apply the gate after the norm and the weight; by default it is applied to `x`.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve S > 16384.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support S > 16384.
 
     Returns:
-        (..., D), in the dtype of `x`; computed in float32 (float64 for float64 inputs).
+        (..., D) outputs in the dtype of `x`, computed in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: if a shape, a dtype, a device, `group_size` or `implementation` is not one of the above.
+        ValueError: if a shape, dtype, device, `group_size` or `implementation` is invalid.
     """
     group_size = check_norm(x, weight, z, group_size)
     if choose_implementation(implementation, "rms_norm", x, group_size <= WIDEST_GROUP) == "triton":
         return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
-    if tracing():  # what a compiler fuses, and differentiates as well as the function below does
+    if tracing():  # a compiler fuses the reference, and its gradient is as fast as the one below
         return rms_norm_reference(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)
     arguments = x, weight, None if norm_before_gate else z, eps, group_size
     if recorded(x, weight, z):
-        y = _RmsNorm.apply(*arguments)
-        assert isinstance(y, Tensor)  # `apply` is untyped
+        y: Any = _RmsNorm.apply(*arguments)
     else:
         y, _ = _normalise(*arguments)
     if z is not None and norm_before_gate:
@@ -81,24 +80,24 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Add to a residual stream and normalise the sum: `total = residual + x`, `normed = rms_norm(total, weight, eps)`.
 
-    Memory traffic of a token in bytes, if everything is bfloat16: separate add and norm read and write 10 D
-    forward, one launch of Triton 8 D (the sum is not read again); backward 12 D and 8 D (the norm's gradient is
-    neither written nor read again to add that of `total`). Whether that shows in the time of a model on a GPU has not
-    been measured. The torch path is the two operations.
+    In bfloat16, separate addition and norm read and write 10 D bytes per token in the forward and 12 D in the backward;
+    the Triton kernels 8 D and 8 D, because they do not read the sum again, nor write and read the norm's gradient to
+    add that of `total`. The effect on the time of a model on a GPU has not been measured. The torch path runs two
+    separate operations.
 
     Args:
-        x: (..., D) addend, floating point.
-        residual: (..., D) the stream; e.g. float32 while `x` is bfloat16.
+        x: (..., D) addend.
+        residual: (..., D) residual stream; may have a wider dtype than `x`.
         weight: (D) scale.
         eps: added to the mean square.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve D > 16384.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support D > 16384.
 
     Returns:
-        normed (..., D), computed from the rounded `total` as by `rms_norm` and, where `weight` is narrower than
-        `residual`, rounded once more to the dtype of `weight`; and total (..., D) in the dtype of `residual`.
+        normed: (..., D) `rms_norm` of the rounded `total`, rounded to the dtype of `weight` if that is narrower.
+        total: (..., D) sum in the dtype of `residual`.
 
     Raises:
-        ValueError: if a shape, a dtype, a device or `implementation` is not one of the above.
+        ValueError: if a shape, dtype, device or `implementation` is invalid.
     """
     dtype = _check_add(x, residual, weight)
     if choose_implementation(implementation, "add_rms_norm", residual, x.shape[-1] <= WIDEST_GROUP) == "triton":
@@ -108,7 +107,7 @@ def add_rms_norm(
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute `add_rms_norm` by its definition, differentiated by autograd. Same arguments and results."""
+    """Compute `add_rms_norm` by its definition, differentiated by autograd, with the same arguments."""
     dtype = _check_add(x, residual, weight)
     total = (residual + x).to(residual.dtype)
     return rms_norm_reference(total, weight, eps).to(dtype), total
@@ -123,7 +122,7 @@ def rms_norm_reference(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """Compute `rms_norm` by its definition, differentiated by autograd. Same arguments and result."""
+    """Compute `rms_norm` by its definition, differentiated by autograd, with the same arguments."""
     group_size = check_norm(x, weight, z, group_size)
     dtype = accumulator(x)
     u = x.to(dtype)
@@ -141,16 +140,16 @@ def rms_norm_reference(
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = weight * n,  n = r u,  r = (mean(u^2) + eps)^(-1/2),  u = x silu(z) or x; means over a group.
+    """y = weight * n with n = r u, r = (mean(u^2) + eps)^(-1/2) and u = x silu(z) or x; means are over a group.
 
     Backward, with dn = weight dy:  dweight = sum over rows of dy n,  du = r (dn - n mean(dn n)),
     dx = du silu(z),  dz = du x silu'(z).
 
-    Written out because autograd's own backward takes more than ten passes over memory. Measured on 1 CPU core,
+    The backward is written out because autograd's takes more than ten passes over memory. Measured on 1 CPU core,
     fp32, torch 2.13, (1, 1024, 1792), ms forward / forward + backward, fastest of 40:
         no gate:  the reference 1.0 / 5.7    F.rms_norm 1.1 / 13    this 1.1 / 2.8
         gated:    the reference 2.0 / 12     F.rms_norm 1.8 / 11    this 1.7 / 6.9
-    It saves only x, z and r. `F.rms_norm` also rounds half precision elsewhere (after the weight).
+    It saves only x, z and r. `F.rms_norm` also rounds half precision differently (after the weight).
     """
 
     @staticmethod
@@ -191,7 +190,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _normalise(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
-    """y and r of :class:`_RmsNorm`: (..., D), and (..., D/S, 1) or, of a single group, (..., 1)."""
+    """Return y and r of :class:`_RmsNorm`: (..., D), and (..., D/S, 1), or (..., 1) for a single group."""
     u = x.to(accumulator(x))
     if z is not None:
         u = F.silu(z.to(u.dtype)).mul_(u)

@@ -2,8 +2,8 @@
 
 Symbols: R rows (all dimensions but the last), D normalised width, S group size.
 
-A program holds whole groups: the statistics of a group never leave it, and x and z are read once. Rounding is that
-of the torch path: float32 up to the division, one rounding to the dtype of x, then the weight.
+A program holds whole groups, so that it reads x and z once and shares no statistics with other programs. Results are
+rounded like in the torch path: float32 up to the division, one rounding to the dtype of x, then the weight.
 """
 
 from __future__ import annotations
@@ -17,53 +17,44 @@ from torch.autograd.function import once_differentiable
 from ._triton import tl, triton
 from .triton_math import sigmoid, strides
 
-# A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, backward spills up to 220 bytes of registers per
-# thread at 8192 numbers and up to 420 at 16384; wider groups are left to torch.
+# A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, the backward spills up to 220 bytes of registers per
+# thread at 8192 elements and up to 420 at 16384; torch handles wider groups.
 WIDEST_GROUP = 16384
 
-# Rows that one program of the backward kernel sums dweight over, 32 by 32: enough that the partial sums are a
-# sixteenth of the traffic of a bfloat16 x, few enough that some thousand rows fill a GPU.
+# Rows over which a program of the backward kernel sums dweight: enough that the partial sums cause a sixteenth of the
+# traffic of a bfloat16 x, few enough that some thousand rows fill a GPU.
 _SUMMED_ROWS = 32
 
 
 def rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, z: Tensor | None, group_size: int, norm_before_gate: bool
 ) -> Tensor:
-    """Return the result of `rms_norm` on checked arguments; `group_size` is at most `WIDEST_GROUP`."""
-    y = _RmsNormTriton.apply(x, weight, z, eps, group_size, norm_before_gate)
-    assert isinstance(y, Tensor)  # `apply` is untyped
+    """Run `rms_norm` on checked arguments; `group_size` is at most `WIDEST_GROUP`."""
+    y: Any = _RmsNormTriton.apply(x, weight, z, eps, group_size, norm_before_gate)
     return y
 
 
 def add_rms_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the results of `add_rms_norm`, the norm in `dtype`, on checked arguments; D is at most `WIDEST_GROUP`."""
+    """Run `add_rms_norm` on checked arguments, with the norm in `dtype`; D is at most `WIDEST_GROUP`."""
     normed, total = _AddRmsNormTriton.apply(x, residual, weight, eps, dtype)  # type: ignore[misc]
     return normed, total
 
 
 class _RmsNormTriton(torch.autograd.Function):
-    """y = weight * n,  n = r u,  r = (mean(u^2) + eps)^(-1/2),  u = x silu(z); or u = x and y = weight n silu(z).
+    """y = weight * n with n = r u, r = (mean(u^2) + eps)^(-1/2) and u = x silu(z); or u = x and y = weight n silu(z).
 
-    Backward, with dn = weight dy (dy silu(z) if the norm is first):  dweight = sum over rows of dn n / weight,
-    du = r (dn - n mean(dn n)), and the gate by the product rule. Only x, z and r are kept.
+    Backward, with dn = weight dy (dy silu(z) if the norm comes first):  dweight = sum over rows of dn n / weight,
+    du = r (dn - n mean(dn n)), and the gate by the product rule. Only x, z and r are saved.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        z: Tensor | None,
-        eps: float,
-        group_size: int,
-        norm_before_gate: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x, weight, z, eps, group_size, ctx.norm_before_gate = arguments
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        r = _forward(x, weight, y, eps, group_size, z=z, norm_before_gate=norm_before_gate)
+        r = _forward(x, weight, y, eps, group_size, z=z, norm_before_gate=ctx.norm_before_gate)
         ctx.save_for_backward(x, weight, z, r)
-        ctx.norm_before_gate = norm_before_gate
         return y
 
     @staticmethod
@@ -79,10 +70,10 @@ class _RmsNormTriton(torch.autograd.Function):
 
 
 class _AddRmsNormTriton(torch.autograd.Function):
-    """total = residual + x, normed = weight n as above with u = total.
+    """total = residual + x; normed = weight n as above with u = total.
 
-    Backward: du, to which the gradient of `total` is added, is the gradient of x and of the residual, one tensor where
-    they have one dtype. Only total and r are kept.
+    Backward: the gradient of x and of the residual is du plus the gradient of `total`, one tensor if their dtypes are
+    equal. Only total and r are saved.
     """
 
     @staticmethod
@@ -104,7 +95,7 @@ class _AddRmsNormTriton(torch.autograd.Function):
         total, weight, r = ctx.saved_tensors
         needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
         x_dtype, dtype = ctx.dtypes
-        if dnormed is None:  # the norm was not used
+        if dnormed is None:  # the norm is unused
             return None if dtotal is None else dtotal.to(x_dtype), dtotal, None, None, None
         same = x_dtype == dtype
         dx = dresidual = None
@@ -129,7 +120,7 @@ def _forward(
     residual: Tensor | None = None,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Fill the contiguous `y`, and `total` if there is a residual; return (R, D / S) reciprocal root mean squares."""
+    """Fill the contiguous `y`, and `total` if a residual is given; return the (R, D / S) reciprocal roots r."""
     width = x.shape[-1]
     x_rows = x.reshape(-1, width)
     z_rows, residual_rows = (None if tensor is None else tensor.reshape(-1, width) for tensor in (z, residual))
@@ -139,10 +130,7 @@ def _forward(
     with torch.cuda.device_of(x):
         _forward_kernel[(triton.cdiv(rows, block_rows), groups)](
             *(x_rows, weight, z_rows, residual_rows, y, total, r, rows, group_size, eps),
-            *x_rows.stride(),
-            *weight.stride(),
-            *strides(z_rows, 2),
-            *strides(residual_rows, 2),
+            *(*strides(2, x_rows), *weight.stride(), *strides(2, z_rows, residual_rows)),
             NORM_FIRST=norm_before_gate,
             BLOCK_R=block_rows,
             BLOCK_S=block,
@@ -165,7 +153,7 @@ def _backward(
     dtotal: Tensor | None = None,
     dresidual: Tensor | None = None,
 ) -> Tensor | None:
-    """Fill the contiguous `dx`, `dz` and `dresidual` as far as they are given; return dweight if it is needed."""
+    """Fill those of the contiguous `dx`, `dz` and `dresidual` that are given; return dweight if it is needed."""
     width = x.shape[-1]
     x_rows, dy_rows = x.reshape(-1, width), dy.reshape(-1, width)
     z_rows, dtotal_rows = (None if tensor is None else tensor.reshape(-1, width) for tensor in (z, dtotal))
@@ -177,25 +165,21 @@ def _backward(
     with torch.cuda.device_of(x):
         _backward_kernel[(programs, groups)](
             *(x_rows, weight, z_rows, r, dy_rows, dtotal_rows, dx, dz, dresidual, partial, rows, group_size),
-            *x_rows.stride(),
-            *weight.stride(),
-            *strides(z_rows, 2),
-            *dy_rows.stride(),
-            *strides(dtotal_rows, 2),
+            *(*strides(2, x_rows), *weight.stride(), *strides(2, z_rows, dy_rows, dtotal_rows)),
             NORM_FIRST=norm_before_gate,
             ROWS=_SUMMED_ROWS,
             BLOCK_R=block_rows,
             BLOCK_S=block,
             num_warps=warps,
         )
-    # A fixed order of summation, whatever the order in which programs finish.
+    # The order of this sum is fixed.
     return None if partial is None else partial.sum(0).to(weight.dtype)
 
 
 def _tile(group_size: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile: 2048 numbers over 4 warps, 16 per thread, up to 32 rows of narrow groups.
+    """Return (rows, columns, warps) of a tile: 2048 elements for 4 warps, 16 per thread, and at most 32 rows.
 
-    Wider groups take one row and more warps, 32 at most, so that a thread has 16 numbers.
+    Wider groups take one row and more warps, at most 32, to keep 16 elements per thread.
     """
     block = triton.next_power_of_2(group_size)
     rows = min(max(2048 // block, 1), _SUMMED_ROWS)
@@ -205,9 +189,7 @@ def _tile(group_size: int) -> tuple[int, int, int]:
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr, weight_ptr, z_ptr, residual_ptr, y_ptr, total_ptr, r_ptr,
-    rows,
-    group_size,
-    eps,
+    rows, group_size, eps,
     x_row, x_column, weight_column, z_row, z_column, residual_row, residual_column,
     NORM_FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -233,10 +215,10 @@ def _forward_kernel(
         if not NORM_FIRST:
             u *= gate
     r = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps)  # (BLOCK_R)
-    r = tl.where(r > 0.0, r, float("nan"))  # 0 where the mean square overflowed
+    r = tl.where(r > 0.0, r, float("nan"))  # 0 if the mean square overflowed
     w = tl.load(weight_ptr + column * weight_column, mask=inside_s, other=0.0).to(tl.float32)
     n = u * r[:, None]
-    # Rounded to the dtype of what is normalised, than which y may be narrower.
+    # Rounded to the dtype of the normalised tensor; y may be narrower.
     n = n.to(y_ptr.dtype.element_ty) if residual_ptr is None else n.to(total_ptr.dtype.element_ty)
     y = (n.to(tl.float32) * w[None, :]).to(y_ptr.dtype.element_ty)
     if z_ptr is not None and NORM_FIRST:
@@ -248,8 +230,8 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     x_ptr, weight_ptr, z_ptr, r_ptr, dy_ptr, dtotal_ptr, dx_ptr, dz_ptr, dresidual_ptr, partial_ptr,
-    rows,
-    group_size, x_row, x_column, weight_column, z_row, z_column, dy_row, dy_column, dtotal_row, dtotal_column,
+    rows, group_size,
+    x_row, x_column, weight_column, z_row, z_column, dy_row, dy_column, dtotal_row, dtotal_column,
     NORM_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -260,7 +242,7 @@ def _backward_kernel(
     column = group * group_size + s
     inside_s = s < group_size
     w = tl.load(weight_ptr + column * weight_column, mask=inside_s, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_S,), dtype=tl.float32)  # of dweight, over the program's rows
+    total = tl.zeros((BLOCK_S,), dtype=tl.float32)  # dweight of the program's rows
     for start in range(0, ROWS, BLOCK_R):
         row = first + start + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & inside_s[None, :]
@@ -279,7 +261,7 @@ def _backward_kernel(
             z = tl.load(z_ptr + z_offset, mask=inside, other=0.0).to(tl.float32)
             smooth = sigmoid(z)
             gate = z * smooth
-            slope = smooth * (1.0 + z * (1.0 - smooth))  # of silu
+            slope = smooth * (1.0 + z * (1.0 - smooth))  # derivative of silu
             if NORM_FIRST:
                 n = x * r
                 dw = dy * gate * n

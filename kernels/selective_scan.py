@@ -1,21 +1,20 @@
-"""Selective scan (S6): the token mixer of Mamba-1, a linear recurrence with one decay per channel and state.
+"""Selective scan (S6): the token mixer of Mamba-1, a linear recurrence with a decay per channel and state.
 
 Symbols: B batch, L length, D channels, N state size, G groups, Q chunk length; x inputs, dt step sizes, A decay rates
 (negative), B and C input and output maps, h state (B, D, N), D skip, z gate.
 
-For every batch row, channel d and state n (channel d reads B and C of group d // (D / G)),
+The recurrence is, for every batch row, channel d and state n (channel d reads B and C of group d // (D / G)),
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,        y_t = sum_n C_t h_t + D x_t,
 
-with the exact exponential for the decay and Euler's rule for the input, as in every published checkpoint.
+with the exact exponential for the decay and Euler's rule for the input, as in all published checkpoints.
 
-Source: Gu and Dao, "Mamba" (arXiv 2312.00752), section 3 and appendix D (the states are never written for the whole
-length; the backward recomputes them).
+Source: Gu and Dao, "Mamba" (arXiv 2312.00752), section 3 and appendix D (states are not stored for the whole length but
+recomputed by the backward).
 
 `seq_idx`: (B, L) integer document index of each token of a packed row, non-decreasing over the real tokens. A negative
-value marks padding, which is skipped as if it were absent: it leaves the state alone and its output is 0. The initial
-state belongs to the document of the row's first real token; the final state is the one after the row's last real
-token.
+value marks padding, which does not change the state and has the output 0. The initial state belongs to the document of
+the row's first real token; the final state is the one after the row's last real token.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from .checks import (
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    of_no_rows,
+    empty_batch,
     without_autocast,
 )
-from .recurrence import blank_padding, documents, step_sizes, update_state
+from .recurrence import blank_padding, documents, skip_and_gate, step_sizes, update_state
 from .selective_scan_triton import selective_scan_step_triton, selective_scan_triton
 from .tracing import opaque, tracing
 
-# Numbers of states (rows x D x N) and of tokens that the torch path processes at a time: one token's operation is then
-# large enough to outweigh its call (a microsecond or two), a chunk's buffers stay in a CPU's caches, and memory is
-# bounded whatever the length. A shorter chunk saves more states: 4 N / _CHUNK bytes per token and channel.
+# Numbers of states (rows x D x N) and of tokens that the torch path processes at a time. The operations of a token are
+# then large enough to outweigh their calls (a microsecond or two each), a chunk's buffers fit the caches of a CPU, and
+# memory does not grow with the length except for saved states: 4 N / _CHUNK bytes per token and channel.
 _STATES = 32768
 _CHUNK = 32
 
@@ -65,7 +64,7 @@ def selective_scan(
     return_final_state: bool = False,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-1's scan: `h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t`, `y_t = sum_n C_t h_t + D x_t`.
+    """Run Mamba-1's scan: `h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t`, `y_t = sum_n C_t h_t + D x_t`.
 
     Args:
         x: (B, L, D) inputs, L >= 1.
@@ -84,22 +83,21 @@ def selective_scan(
 
     Returns:
         (B, L, D) outputs in the dtype of `x`; with `return_final_state` also the (B, D, N) final state in float32
-        (float64 for float64 inputs). Sums are accumulated in that precision.
+        (float64 for float64 inputs), in which sums are accumulated.
 
     Raises:
-        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` is invalid.
     """
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    real = first = None
-    if seq_idx is not None:
-        real, first = documents(seq_idx)
+    real, first = (None, None) if seq_idx is None else documents(seq_idx)
     implementation = choose_implementation(implementation, "selective_scan", x, traceable=True)
     if x.shape[0] == 0:
         inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-        y = of_no_rows(tuple(x.shape), x.dtype, *inputs)
-        return (y, of_no_rows((0, *A.shape), accumulator(x), *inputs)) if return_final_state else y
+        y = empty_batch(tuple(x.shape), x.dtype, *inputs)
+        return (y, empty_batch((0, *A.shape), accumulator(x), *inputs)) if return_final_state else y
     if implementation == "triton":
-        y, state = selective_scan_triton(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, real, first)
+        operands = x, dt, A, B, C, D, z, dt_bias, initial_state
+        y, state = selective_scan_triton(*operands, dt_softplus=dt_softplus, real=real, first=first)
         return (y, state) if return_final_state else y
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     sums = accumulator(x)
@@ -125,7 +123,7 @@ def selective_scan_step(
     dt_softplus: bool = False,
     implementation: str = "auto",
 ) -> Tensor:
-    """One token of :func:`selective_scan`; `state` is updated in place. Not differentiable.
+    """Run one token of :func:`selective_scan` and update `state` in place. Not differentiable.
 
     Args:
         state: (B, D, N) state, float32 (or float64).
@@ -138,14 +136,14 @@ def selective_scan_step(
         z: (B, D) gate.
         dt_bias: (D) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). The Triton step is one launch without a host
-            synchronisation, so that a CUDA graph can capture it.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). The Triton step is a single launch that
+            does not wait for the device, so that a CUDA graph can capture it.
 
     Returns:
         (B, D) output in the dtype of `x`.
 
     Raises:
-        ValueError: if a shape, dtype, device, group count or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count or `implementation` is invalid.
     """
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, state, None, one_token=True)
     if state.dtype not in (torch.float32, torch.float64):
@@ -156,7 +154,7 @@ def selective_scan_step(
         sums = state.dtype
         dt = step_sizes(dt.to(sums), dt_bias, dt_softplus)
         y = update_state(state, _decay(dt[..., None], A.to(sums)), dt * x.to(sums), B, C)
-        return _skip_and_gate(y, x, D, z)
+        return skip_and_gate(y, x, D, z)
 
 
 def selective_scan_reference(
@@ -174,11 +172,9 @@ def selective_scan_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute :func:`selective_scan` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
+    """Compute :func:`selective_scan` by its definition, a loop over time, with the same arguments."""
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
-    real = first = None
-    if seq_idx is not None:
-        real, first = documents(seq_idx)
+    real, first = (None, None) if seq_idx is None else documents(seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus)
     if real is not None:
@@ -194,55 +190,46 @@ def selective_scan_reference(
             state = state.masked_fill(first[:, t, None, None], 0)
         state = state + (dt[:, t] * x[:, t].to(dt.dtype))[..., None] * maps_in[:, t]
         outputs.append((state * maps_out[:, t]).sum(-1))
-    y = _skip_and_gate(torch.stack(outputs, dim=1), x, D, z)
+    y = skip_and_gate(torch.stack(outputs, dim=1), x, D, z)
     return (y, state) if return_final_state else y
 
 
 def _decay(dt: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the factor on the state, from broadcastable step sizes and rates. Another discretisation would change only
-    this function, as long as the gradient of the factor's logarithm is A for dt and dt for A."""
+    """Return the factors on the state from step sizes and rates that broadcast.
+
+    Another discretisation would change this function only, as long as the gradient of the factor's logarithm is A for
+    dt and dt for A.
+    """
     return torch.mul(dt, A, out=out).exp_()
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + B_t u_t, y_t = C_t h_t, with a_t = exp(dt_t A) and u_t = dt_t x_t: chunk after chunk, token
-    after token.
+    """The torch scan, a loop over chunks and their tokens.
+
+    h_t = a_t h_{t-1} + B_t u_t, y_t = C_t h_t, with a_t = exp(dt_t A) and u_t = dt_t x_t.
 
     Backward, with g_t the gradient at h_t:  g_t = C_t dy_t + a_{t+1} g_{t+1};  du_t = sum_n B_t g_t;
     dB_t = sum_d u_t g_t;  dC_t = sum_d dy_t h_t;  e_t = g_t a_t h_{t-1} is the gradient at dt_t A, hence
-    ddt_t = sum_n A e_t + x_t du_t and dA = sum_t dt_t e_t. The forward keeps the inputs and the state entering each
-    chunk; the backward recomputes the rest of a chunk from them, so that (Q, D, N) is the size of the largest
-    temporary tensor. Step sizes, skip and gate are computed per chunk too, while it is in the cache.
+    ddt_t = sum_n A e_t + x_t du_t and dA = sum_t dt_t e_t. The forward saves the inputs and the state entering each
+    chunk, and the backward recomputes the rest chunk by chunk, so that the largest temporary tensor is (Q, D, N). Step
+    sizes, skip and gate are also computed per chunk, while it is in the cache.
 
-    Within a chunk everything but the recurrence is one operation on all its tokens, and the recurrence is one
-    multiply-add per token, in place. States lie as (N, D): the inner loop then runs over D neighbours, for which x and
-    dt are vectors and B and C scalars. Forms with cumulative decays divide by products of decays and overflow.
+    Within a chunk the recurrence is an in-place multiply-add per token; everything else is one operation on all tokens.
+    States are stored as (N, D), so that the inner loop runs over D neighbours, for which x and dt are vectors and B and
+    C scalars. Forms with cumulative decays would divide by products of decays and overflow.
     Measured on one core of an AMD EPYC with 1 MiB of L2, fp32, torch 2.13, November 2026, B 1, L 1024, D 1536, N 16,
     forward, best of 9: a loop over tokens 33 ms with states as (D, N) and 30 as (N, D); a scan over pairs (a, h) in
     log Q rounds, Q = 16, 56 ms; this 25 ms. Forward and backward of this: 83 ms.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        state: Tensor,
-        dt_softplus: bool,
-        real: Tensor | None,
-        first: Tensor | None,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *operands, state, ctx.dt_softplus, real, first, grad_enabled = arguments
+        x = operands[0]
         with without_autocast(x):
             ctx.set_materialize_grads(False)
             keep = grad_enabled and any(ctx.needs_input_grad)
-            tokens = _Tokens(x, dt, A, B, C, D, z, dt_bias, dt_softplus, real, first, state.dtype)
+            tokens = _Tokens(*operands, ctx.dt_softplus, real, first, state.dtype)
             y, final = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
             y_tokens, (entering, leaving) = tokens.view(y), (tokens.view_state(state), tokens.view_state(final))
             saved = state.new_empty(len(tokens.chunks) if keep else 0, *entering.shape)
@@ -260,8 +247,7 @@ class _SelectiveScan(torch.autograd.Function):
                     y_tokens[part, rows] = out
                     states[0].copy_(states[length])
                 leaving[rows] = states[0]
-            ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, saved, real, first)
-            ctx.dt_softplus = dt_softplus
+            ctx.save_for_backward(*operands, saved, real, first)
         return y, final
 
     @staticmethod
@@ -283,7 +269,7 @@ class _SelectiveScan(torch.autograd.Function):
             dstates = tokens.view_state(dstate)
             for rows in tokens.blocks:
                 decay, states, slopes = (tokens.buffer(rows, extra) for extra in (0, 1, 0))
-                carry = dstates[rows].contiguous()  # a_{t+1} g_{t+1} of the chunk after
+                carry = dstates[rows].contiguous()  # a_{t+1} g_{t+1} of the next chunk
                 for index in range(len(tokens.chunks) - 1, -1, -1):
                     part = tokens.chunks[index]
                     states[0].copy_(saved[index, rows])
@@ -351,7 +337,7 @@ _traced_scan = opaque(
 
 
 class _Inputs(NamedTuple):
-    """The inputs of the recurrence for some tokens, (Q, rows, G, 1, D / G) in the dtype of the sums."""
+    """Inputs of the recurrence for the tokens of a chunk, (Q, rows, G, 1, D / G) in the dtype of the sums."""
 
     x: Tensor
     raw: Tensor
@@ -363,23 +349,10 @@ class _Inputs(NamedTuple):
 
 
 class _Tokens:
-    """The scan's operands, time first and channels last: (L, B, G, 1, D / G), maps (L, B, G, N, 1), mostly views."""
+    """Operands of the scan as (L, B, G, 1, D / G), and maps as (L, B, G, N, 1); mostly views."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        dt_softplus: bool,
-        real: Tensor | None,
-        first: Tensor | None,
-        sums: torch.dtype,
-    ) -> None:
+    def __init__(self, *arguments: Any) -> None:
+        x, dt, A, B, C, D, z, dt_bias, self.dt_softplus, real, first, sums = arguments
         batch, length, self.channels = x.shape
         self.groups, self.size = B.shape[2:]
         self.x, self.dt = self.view(x), self.view(dt)
@@ -389,7 +362,6 @@ class _Tokens:
         self.D, self.dt_bias = (
             None if vector is None else vector.to(sums).view(self.groups, 1, -1) for vector in (D, dt_bias)
         )
-        self.dt_softplus = dt_softplus
         self.real = None if real is None else real.t()[:, :, None, None, None]
         self.first = None if first is None else first.t()[:, :, None, None, None]
         self.starts = None if first is None else first.any(0).tolist()  # tokens at which a document starts in any row
@@ -399,21 +371,20 @@ class _Tokens:
         self.blocks = [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
     def view(self, tensor: Tensor) -> Tensor:
-        """(B, L, D) as (L, B, G, 1, D / G)."""
+        """Return a (B, L, D) tensor as (L, B, G, 1, D / G)."""
         return tensor.transpose(0, 1).unflatten(-1, (self.groups, 1, -1))
 
     def view_map(self, tensor: Tensor) -> Tensor:
-        """(B, L, G, N) as (L, B, G, N, 1)."""
+        """Return a (B, L, G, N) tensor as (L, B, G, N, 1)."""
         return tensor.transpose(0, 1)[..., None]
 
     def view_state(self, tensor: Tensor) -> Tensor:
-        """(B, D, N) as (B, G, N, D / G)."""
+        """Return a (B, D, N) tensor as (B, G, N, D / G)."""
         return tensor.unflatten(1, (self.groups, -1)).transpose(2, 3)
 
     def buffer(self, rows: slice, extra: int) -> Tensor:
-        """(Q + extra, rows, G, N, D / G) uninitialised."""
-        sizes = (rows.stop - rows.start, *self.A.shape)
-        return self.A.new_empty(self.chunk + extra, *sizes)
+        """Return an uninitialised (Q + extra, rows, G, N, D / G) tensor."""
+        return self.A.new_empty(self.chunk + extra, rows.stop - rows.start, *self.A.shape)
 
     def inputs(self, part: slice, rows: slice) -> _Inputs:
         x, raw = self.x[part, rows].to(self.A.dtype), self.dt[part, rows].to(self.A.dtype)
@@ -425,7 +396,7 @@ class _Tokens:
         return _Inputs(x, raw, steps, steps * x)
 
     def run(self, decay: Tensor, states: Tensor, part: slice, rows: slice, now: _Inputs) -> int:
-        """Fill a chunk's decays, and its states after `states[0]`. Returns its number of tokens."""
+        """Fill the decays of a chunk and its states after `states[0]`; return the number of its tokens."""
         length = part.stop - part.start
         a, h = decay[:length], states[: length + 1]
         _decay(now.steps, self.A, out=a)
@@ -438,33 +409,14 @@ class _Tokens:
         return length
 
     def outputs(self, states: Tensor, part: slice, rows: slice, now: _Inputs) -> Tensor:
-        """(Q, rows, G, 1, D / G) outputs of a chunk before the gate."""
+        """Return the (Q, rows, G, 1, D / G) outputs of a chunk before the gate."""
         y = self.C[part, rows].transpose(-1, -2) @ states[1 : part.stop - part.start + 1]
         return y if self.D is None else y.addcmul_(self.D, now.x)
 
 
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    if D is not None:
-        y = torch.addcmul(y, D.to(y.dtype), x.to(y.dtype))
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    return y.to(x.dtype)
-
-
-def _check_inputs(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    seq_idx: Tensor | None,
-    one_token: bool = False,
-) -> None:
-    """Check the arguments of a scan, or of one token: without L, and `state` has its name."""
+def _check_inputs(*arguments: Any, one_token: bool = False) -> None:
+    """Check the arguments of a scan, or of a step, which have no L axis and call the state `state`."""
+    x, dt, A, B, C, D, z, dt_bias, state, seq_idx = arguments
     lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
     check_tensor("x", x, (None,) * (3 - one_token), f"({lead}, D)")
     *rows, channels = x.shape
@@ -478,9 +430,7 @@ def _check_inputs(
     for name, vector in (("D", D), ("dt_bias", dt_bias)):
         check_optional(name, vector, (channels,), "(D)")
     check_optional("z", z, tuple(x.shape), f"({lead}, D)")
-    if state is not None:
-        check_tensor(state_name, state, (rows[0], *A.shape), "(B, D, N)")
+    check_optional(state_name, state, (rows[0], *A.shape), "(B, D, N)")
     named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
     check_devices(**named, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, rows[0], rows[1])
+    check_seq_idx(seq_idx, rows[0], rows[-1])

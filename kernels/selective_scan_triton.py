@@ -1,13 +1,13 @@
-"""Selective scan (S6) in Triton: forward, backward and the one-token update. Definitions in `selective_scan.py`.
+"""Selective scan (S6) in Triton: forward, backward and the one-token step, as defined in `selective_scan.py`.
 
 A program takes one batch row and one tile of channels of a group, keeps their (BLOCK_D, N) states in float32 registers
 and walks along L. Step size (bias, softplus), decay, skip and gate are computed in registers, so that the inputs are
-read once and the output is written once. In training, the forward also writes the state entering every span of tokens.
-The backward walks the spans from the end: it runs through a span once from the state entering it, stores the state
-before each chunk in a scratch tensor, and then takes the chunks from the last to the first, with a chunk's states in
-registers. dB and dC are sums over channels: every tile writes its part, and one reduction adds the parts in a fixed
-order, as for dA, dD and ddt_bias over batch rows. There are no atomics, so two runs are bit-identical. The backward is
-one launch per section of a row, so that the parts of a section, not of the whole row, take memory.
+read once and the output is written once. In training, the forward also stores the state entering every span of tokens.
+The backward walks over the spans from the end. It first runs forward through a span and stores the state before each
+chunk in a scratch tensor; then it takes the chunks from the last to the first, with a chunk's states in registers. dB
+and dC are sums over channels: every tile writes a partial sum, and a reduction adds these in a fixed order, as it does
+for dA, dD and ddt_bias over batch rows. There are no atomics, so that two runs are bit-identical. The backward has one
+launch per section of a row, which limits the memory for partial sums to those of a section.
 """
 
 from __future__ import annotations
@@ -20,39 +20,35 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
 from .tracing import opaque, tracing
-from .triton_math import softplus, unit_stride
+from .triton_math import softplus, strides, unit_stride
 
-# Tokens whose loads the forward issues together: the recurrence waits for memory once per so many tokens.
+# Tokens whose loads the forward issues together, so that the recurrence waits for memory once per chunk.
 _FORWARD_CHUNK = 8
-# Tokens whose states the backward holds in registers. For N = 16, Triton 3.9 compiles 4 to 248 registers per thread on
-# sm_90 and spills none of them; on sm_80 it spills 24 bytes, and with 8 tokens 200 bytes everywhere.
+# Tokens whose states the backward holds in registers. For N = 16 and 4 tokens, Triton 3.9 uses 248 registers per thread
+# on sm_90 without spilling, and spills 24 bytes on sm_80; with 8 tokens it spills 200 bytes on both.
 _BACKWARD_CHUNK = 4
-# Tokens between the states that the forward saves: 4 N / 32 bytes per token and channel, 2 for N = 16, where x, dt, z
-# and y in half precision have 8. The backward's scratch is 4 N _SPAN / _BACKWARD_CHUNK bytes per row and channel.
+# Tokens between the states that the forward saves. They take 4 N / 32 bytes per token and channel: 2 for N = 16,
+# while x, dt, z and y take 8 in half precision. The scratch tensor takes 4 N _SPAN / _BACKWARD_CHUNK bytes per
+# row and channel.
 _SPAN = 32
-# Spans of the shortest section of the backward (:meth:`_Call.spans_of_a_section`).
+# Fewest spans in a section of the backward (:meth:`_Call.spans_of_a_section`).
 _SHORTEST_SECTION = 4
-# States of a program: 4 per thread of 4 warps. 32 channels for N = 16; for other N as many as fit, between 4 (a 16-byte
-# row of float32) and 64. Chosen from the compiler's register counts; not measured on a device yet.
+# States per program: 4 per thread of 4 warps, i.e. 32 channels for N = 16; for other N as many as fit, between 4 (16
+# bytes of float32) and 64. Chosen by the compiler's register counts; not measured on a device yet.
 _STATES = 512
 _WARPS = 4
 
 
 def selective_scan_triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    real: Tensor | None,
-    first: Tensor | None,
+    *operands: Tensor | None, dt_softplus: bool, real: Tensor | None, first: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run the differentiable op on checked arguments; (B, L) `real` and `first` mark real tokens and documents' starts.
+    """Run the differentiable op on checked arguments.
+
+    Args:
+        operands: x, dt, A, B, C, D, z, dt_bias and initial state of `selective_scan`.
+        dt_softplus: apply softplus to `dt + dt_bias`.
+        real: (B, L) mask of real tokens; None if there is no padding and one document per row.
+        first: (B, L) mask of tokens at which a document starts, likewise.
 
     Returns:
         (B, L, D) outputs in the dtype of `x` and the (B, D, N) final state in float32.
@@ -61,24 +57,17 @@ def selective_scan_triton(
     if real is not None and first is not None:
         kinds = first.to(torch.int8).masked_fill_(~real, 2)
     scan = _traced_scan if tracing() else _SelectiveScanTriton.apply
-    return scan(  # type: ignore[return-value]
-        x, dt, A, B, C, D, z, dt_bias, initial_state, kinds, dt_softplus, torch.is_grad_enabled()
-    )
+    return scan(*operands, kinds, dt_softplus, torch.is_grad_enabled())  # type: ignore[return-value]
 
 
-def selective_scan_step_triton(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-) -> Tensor:
-    """One token: the forward kernel on a row of length 1 that reads and writes the same state. Returns (B, D)."""
+def selective_scan_step_triton(state: Tensor, *operands: Any) -> Tensor:
+    """Run the forward kernel on rows of one token, reading and writing the same state; returns (B, D) outputs.
+
+    Args:
+        state: (B, D, N) state.
+        operands: x, dt, A, B, C, D, z, dt_bias and dt_softplus of `selective_scan_step`.
+    """
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus = operands
     row = [None if tensor is None else tensor[:, None] for tensor in (x, dt, B, C, z)]
     held = state.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -91,7 +80,7 @@ def selective_scan_step_triton(
 
 
 class _SelectiveScanTriton(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + dt_t x_t B_t, y_t = silu(z_t) (C_t h_t + D x_t), with a_t = exp(dt_t A).
+    """The Triton scan: h_t = a_t h_{t-1} + dt_t x_t B_t, y_t = silu(z_t) (C_t h_t + D x_t), with a_t = exp(dt_t A).
 
     Backward, with p_t the gradient before the gate and g_t the one at h_t:  p_t = silu(z_t) dy_t;
     g_t = C_t p_t + a_{t+1} g_{t+1};  dx_t = D p_t + dt_t sum_n B_t g_t;  dB_t = sum_d dt_t x_t g_t;
@@ -100,44 +89,28 @@ class _SelectiveScanTriton(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        initial_state: Tensor | None,
-        kinds: Tensor | None,
-        dt_softplus: bool,
-        grad_enabled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        batch, length, channels = x.shape
-        call = _Call(x, dt, A, B, C, D, z, dt_bias, kinds, dt_softplus)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *operands, initial_state, kinds, ctx.dt_softplus, grad_enabled = arguments
+        x, _, A, *_ = operands
+        call = _Call(*operands, kinds, ctx.dt_softplus)
         initial = None if initial_state is None else initial_state.contiguous()
-        y = x.new_empty(batch, length, channels)
-        final = x.new_empty(batch, *A.shape, dtype=torch.float32)
+        y = x.new_empty(x.shape)
+        final = x.new_empty(call.batch, *A.shape, dtype=torch.float32)
         saved = None
         if grad_enabled and any(ctx.needs_input_grad):
-            saved = final.new_empty(batch, triton.cdiv(length, _SPAN), *A.shape)
+            saved = final.new_empty(call.batch, triton.cdiv(call.length, _SPAN), *A.shape)
         call.forward(initial, y, final, saved)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, kinds, saved)
-        ctx.dt_softplus = dt_softplus
+        ctx.save_for_backward(*operands, kinds, saved)
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, z, dt_bias, kinds, saved = ctx.saved_tensors
-        call = _Call(x, dt, A, B, C, D, z, dt_bias, kinds, ctx.dt_softplus)
+        *operands, saved = ctx.saved_tensors
         dy, dfinal = gradients
-        dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = call.backward(dy, dfinal, saved)
-        dstate = None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype)
-        return dx, ddt, dA, dB, dC, dD, dz, dbias, dstate, None, None, None
+        *found, dinitial = _Call(*operands, ctx.dt_softplus).backward(dy, dfinal, saved)
+        return *found, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None, None
 
 
 def _empty_results(x: Tensor, dt: Any, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -154,25 +127,13 @@ _traced_scan = opaque(
 
 
 class _Call:
-    """One call's operands as the kernels take them: last axis contiguous, the others by strides; and its grid."""
+    """Operands of a call in the layout of the kernels, whose last axis is contiguous; and the grid of programs."""
 
-    def __init__(
-        self,
-        x: Any,
-        dt: Any,
-        A: Tensor,
-        B: Any,
-        C: Any,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        kinds: Tensor | None,
-        dt_softplus: bool,
-    ) -> None:
+    def __init__(self, *arguments: Any) -> None:
+        x, dt, A, B, C, D, z, dt_bias, kinds, self.dt_softplus = arguments
         self.x, self.dt, self.B, self.C, self.z = map(unit_stride, (x, dt, B, C, z))
         self.A, self.kinds = A.contiguous(), None if kinds is None else kinds.contiguous()
         self.D, self.dt_bias = map(unit_stride, (D, dt_bias))
-        self.dt_softplus = dt_softplus
         self.batch, self.length, channels = x.shape
         groups, size = B.shape[2:]
         self.per_group = channels // groups
@@ -184,16 +145,14 @@ class _Call:
 
     def operands(self) -> tuple[Any, ...]:
         """Return the leading arguments of both kernels."""
-        z = self.x if self.z is None else self.z  # for its strides only
         return (
             *(self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.kinds),
             *(self.length, self.per_group, self.size, self.tiles, self.groups),
-            *(stride for tensor in (self.x, self.dt, z) for stride in tensor.stride()[:2]),
-            *(stride for tensor in (self.B, self.C) for stride in tensor.stride()[:3]),
+            *(*strides(2, self.x, self.dt, self.z), *strides(3, self.B, self.C)),
         )
 
     def forward(self, initial: Tensor | None, y: Tensor, final: Tensor, saved: Tensor | None) -> None:
-        """Write the (B, L, D) outputs, the final state and, if asked for, the state entering each span."""
+        """Write the (B, L, D) outputs, the final state and, if `saved` is given, the state entering each span."""
         forward_kernel[self.tiles * self.groups, self.batch](
             *self.operands(),
             *(initial, y, final, saved),
@@ -206,7 +165,7 @@ class _Call:
         )
 
     def backward(self, dy: Tensor, dfinal: Tensor, saved: Tensor) -> tuple[Any, ...]:
-        """Gradients of x, dt, A, B, C, D, z, dt_bias and of the initial state, each in its operand's dtype."""
+        """Return gradients of x, dt, A, B, C, D, z and dt_bias in their dtypes, and of the initial state in float32."""
         x, sizes = self.x, (self.batch, *self.A.shape)
         dx, ddt = (torch.empty(x.shape, dtype=tensor.dtype, device=x.device) for tensor in (x, self.dt))
         dz = None if self.z is None else torch.empty(x.shape, dtype=self.z.dtype, device=x.device)
@@ -242,32 +201,35 @@ class _Call:
         return dx, ddt, total(dA, self.A), dB, dC, total(dD, self.D), dz, total(dbias, self.dt_bias), dstate
 
     def spans_of_a_section(self) -> int:
-        """Return the number of spans that the backward processes at a time.
+        """Return the number of spans per section of the backward.
 
-        A section's parts of dB and dC, one per tile, take memory beside inputs, results and their gradients: they
-        get an eighth of what those take, but no section is shorter than `_SHORTEST_SECTION`. Sections cost only their
-        launches, since a row's tokens are processed in sequence anyway. The peak of forward and backward, over
-        inputs, outputs, gradients and saved states, is then 1.11 to 1.13 for N = 16 and 64, rows of 2048 and more;
-        rows shorter than 512 exceed 1.2, by 1.2 MB a row of 128 tokens for D = 1024.
+        The partial sums of dB and dC of a section, one per tile, take memory in addition to inputs, results and their
+        gradients. They may take an eighth of those, but no section is shorter than `_SHORTEST_SECTION`. Sections cost
+        only their launches, since the tokens of a row are processed in sequence anyway. The ratio of the peak memory of
+        forward and backward to the memory of inputs, outputs, gradients and saved states is then 1.11 to 1.13 for N =
+        16 and 64 and rows of at least 2048; it exceeds 1.2 for rows shorter than 512, by 1.2 MB per row of 128 tokens
+        for D = 1024.
         """
-        wide = (self.x, self.dt, self.x, self.z)  # y is like x
+        wide = (self.x, self.dt, self.x, self.z)  # y has the dtype of x
         sizes = [tensor.element_size() for tensor in wide if tensor is not None]
-        beside = 2 * sum(sizes) * self.per_group * self.groups  # bytes of a token, with the gradients
+        beside = 2 * sum(sizes) * self.per_group * self.groups  # bytes per token, including gradients
         parts = 2 * 4 * self.tiles * self.groups * self.size
         return max(triton.cdiv(self.length * beside, 8 * parts * _SPAN), _SHORTEST_SECTION)
 
 
 @triton.jit
 def _decay(dt, rates):
-    """Return the (BLOCK_D, BLOCK_N) factor on the state, from (BLOCK_D) step sizes and A log2(e). A different
-    discretisation would change only this function, as long as the gradient of the factor's logarithm is A for dt and dt
-    for A."""
+    """Return the (BLOCK_D, BLOCK_N) factors on the state from (BLOCK_D) step sizes and A log2(e).
+
+    Another discretisation would change this function only, as long as the gradient of the factor's logarithm is A for
+    dt and dt for A.
+    """
     return tl.exp2(dt[:, None] * rates)
 
 
 @triton.jit
 def _read_kind(kind_ptr, t, length):
-    """Return whether token t is real, and whether a document starts there."""
+    """Return whether token t is real and whether a document starts there."""
     live = t < length
     first = t < 0
     if kind_ptr is not None:
@@ -284,7 +246,7 @@ def _read_vector(ptr, offset, index, mask):
 
 @triton.jit
 def _read_step_size(dt_ptr, offset, d, mask, live, bias, SOFTPLUS: tl.constexpr):
-    """Return the argument of softplus, and the step size: 0 at padding and beyond the row's end (the state is kept)."""
+    """Return the argument of softplus, and the step size, which is 0 at padding and beyond the end of the row."""
     raw = _read_vector(dt_ptr, offset, d, mask) + bias
     if SOFTPLUS:
         return raw, tl.where(live, softplus(raw), 0.0)
@@ -299,7 +261,7 @@ def _advance(
 ):  # fmt: skip
     """Return the state after token t from the one before, the token's inputs, and masks for its other operands."""
     live, first = _read_kind(kind_ptr, t, length)
-    # A bound, not `on_d & live`: under the interpreter a vector and a scalar mask give an integer.
+    # Bounds instead of `on_d & live`, because the interpreter turns a vector and a scalar mask into an integer.
     mask_d, mask_n = inside < tl.where(live, per_group, 0), n < tl.where(live, size, 0)
     x = _read_vector(x_ptr, t * stride_x_l, d, mask_d)
     _, dt = _read_step_size(dt_ptr, t * stride_dt_l, d, mask_d, live, bias, SOFTPLUS)
@@ -363,7 +325,7 @@ def forward_kernel(
     start = row * 0  # an int64 zero
     for _ in range(0, chunks):
         if saved_ptr is not None:  # noqa: SIM102
-            if start % SPAN == 0:  # nested: the one above is decided when the kernel is compiled
+            if start % SPAN == 0:  # nested, because the outer condition is decided at compile time
                 tl.store(saved_ptr + (row * spans + start // SPAN) * channels * size + dn, h, mask=on_dn)
         for i in tl.static_range(CHUNK):
             t = start + i
@@ -390,14 +352,14 @@ def backward_kernel(
     length, per_group, size, tiles, groups,
     stride_x_b, stride_x_l, stride_dt_b, stride_dt_l, stride_z_b, stride_z_l,
     stride_b_b, stride_b_l, stride_b_g, stride_c_b, stride_c_l, stride_c_g,
-    first_span, span_count, section,  # the spans to go through, and the most tokens of so many
-    dy_ptr,  # (B, L, D), like all gradients contiguous
-    dleaving_ptr,  # (B, D, N), at the state after them
+    first_span, span_count, section,  # spans of this launch, and the most tokens of a section
+    dy_ptr,  # (B, L, D), contiguous like all gradients
+    dleaving_ptr,  # (B, D, N), gradient of the state after these spans
     saved_ptr,  # (B, spans, D, N)
     scratch_ptr,  # (B, SPAN / CHUNK, D, N)
     dx_ptr,  # (B, L, D)
     ddt_ptr,  # (B, L, D)
-    da_ptr,  # (B, D, N), like dd and dbias the sum so far
+    da_ptr,  # (B, D, N), accumulated over launches, like dd and dbias
     db_ptr,  # (tiles, B, section, G, N)
     dc_ptr,  # (tiles, B, section, G, N)
     dd_ptr,  # (B, D) or None
@@ -466,12 +428,12 @@ def backward_kernel(
                 )  # fmt: skip
             begin += CHUNK
             at += channels * size
-        tl.debug_barrier()  # a thread may read from the scratch what another one wrote
+        tl.debug_barrier()  # a thread may read scratch that another thread has written
         for _chunk in range(0, chunks):
             begin -= CHUNK
             at -= channels * size
             h = tl.load(at, mask=on_dn, other=0.0)
-            states = (h,)  # before the chunk's tokens, and after the last one
+            states = (h,)  # before each token of the chunk, and after the last one
             for i in tl.static_range(CHUNK):
                 t = begin + i
                 h, _x, _mask_d, _mask_n = _advance(
@@ -521,7 +483,7 @@ def backward_kernel(
                 at_token = part + (t - begin_section) * groups * size
                 tl.store(db_ptr + at_token + n, db, mask=within_n)
                 tl.store(dc_ptr + at_token + n, dc, mask=within_n)
-        tl.debug_barrier()  # nor does a thread write the next span's while another one still reads
+        tl.debug_barrier()  # all reads of the scratch end before the next span is written
     tl.store(dentering_ptr + row * channels * size + dn, carry, mask=on_dn)
     tl.store(da_ptr + row * channels * size + dn, da, mask=on_dn)
     if dd_ptr is not None:

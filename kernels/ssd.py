@@ -11,19 +11,19 @@ with a_t = dt_t A and u_t = dt_t x_t in Mamba-2 (:func:`ssd`), and a_t given dir
 Mamba-2, retention and gated linear attention (:func:`ssd_log_decay`).
 
 `seq_idx`: (B, L) integer document index of each token of a packed row, non-decreasing over the real tokens. A negative
-value marks padding, which is skipped as if it were absent. The initial state belongs to the document of the row's first
-real token; the final state is the one after the row's last real token.
+value marks padding, which has no effect. The initial state belongs to the document of the row's first real token; the
+final state is the one after the row's last real token.
 
-The torch path (:func:`ssd_scan_torch`) is a loop over chunks that carries the state, forward and backward. With S_i the
+The torch path (:func:`ssd_scan_torch`) loops over chunks and carries the state, forward and backward. With S_i the
 sum of a chunk's log-decays up to token i, T their total, h the state entering the chunk and
 M_ji = (B_j . C_i) exp(S_i - S_j) for j <= i (source by target),
 
     y_i = sum_j M_ji u_j + exp(S_i) h C_i,          h' = exp(T) h + sum_j exp(T - S_j) u_j (x) B_j.
 
-Memory traffic bounds such code on a CPU: the intermediate tensors of a chunk stay in the cache until they are used, all
-heads of a group meet the state in one matrix product (the state is held as (N, H/G P)), and no tensor is padded,
-transposed in memory or written twice. The backward keeps the inputs and the state entering each chunk, and recomputes
-the rest.
+On a CPU such code is limited by memory traffic. Therefore the intermediate tensors of a chunk are small enough for the
+cache, all heads of a group multiply the state in one matrix product (the state is stored as (N, H/G P)), and no tensor
+is padded, transposed in memory or written twice. The backward saves the inputs and the state entering each chunk, and
+recomputes the rest.
 
 Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6 (block decomposition of the semiseparable
 matrix) and listing 1.
@@ -32,6 +32,7 @@ matrix) and listing 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ from .checks import (
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    of_no_rows,
+    empty_batch,
     recorded,
     without_autocast,
 )
@@ -74,7 +75,7 @@ def ssd(
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba-2's scan: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
+    """Run Mamba-2's scan: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1.
@@ -86,25 +87,26 @@ def ssd(
         z: (B, L, H, P) gate: the output, skip included, is multiplied by `silu(z)`.
         dt_bias: (H) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
-        dt_limit: range that the step sizes are clamped to, after softplus.
+        dt_limit: range to which the step sizes are clamped, after softplus.
         initial_state: (B, H, P, N) state before the first token; zero if not given. Gradients flow to it.
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
-        chunk_size: tokens of a chunk; changes rounding and speed only.
+        chunk_size: tokens per chunk; affects rounding and speed only.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
         (B, L, H, P) outputs in the dtype of `x`; with `return_final_state` also the (B, H, P, N) final state in
-        float32 (float64 for float64 inputs). Sums are accumulated in that precision.
+        float32 (float64 for float64 inputs), in which sums are accumulated.
 
     Raises:
-        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` is invalid.
     """
-    check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    _check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd", x, traceable=True)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
-    y, state = _scan(x, dt, dt * A.to(dt.dtype), B, C, D, z, initial_state, seq_idx, chunk_size, implementation)
+    operands = x, dt, dt * A.to(dt.dtype), B, C, D, z, initial_state
+    y, state = _scan(operands, seq_idx, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -122,10 +124,10 @@ def ssd_log_decay(
     chunk_size: int | None = None,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """SSD with the decay given directly: `h_t = exp(log_decay_t) h_{t-1} + x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
+    """Run SSD with given decays: `h_t = exp(log_decay_t) h_{t-1} + x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
 
-    Discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (one constant per head) and linear attention (zero) have this
-    form.
+    Discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (a constant log-decay per head) and linear attention (zero
+    log-decay) have this form.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1.
@@ -137,20 +139,20 @@ def ssd_log_decay(
         initial_state: (B, H, P, N) state before the first token; zero if not given. Gradients flow to it.
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
-        chunk_size: tokens of a chunk; changes rounding and speed only.
+        chunk_size: tokens per chunk; affects rounding and speed only.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
-        As :func:`ssd`.
+        Same as :func:`ssd`.
 
     Raises:
-        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` is invalid.
     """
-    check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
+    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
-    log_decay = log_decay.to(accumulator(x))
-    y, state = _scan(x, None, log_decay, B, C, D, z, initial_state, seq_idx, chunk_size, implementation)
+    operands = x, None, log_decay.to(accumulator(x)), B, C, D, z, initial_state
+    y, state = _scan(operands, seq_idx, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -158,8 +160,8 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     """Return the mixing matrix of :func:`ssd_log_decay`: the hidden attention of a state-space layer.
 
     `M[i, j] = (C_i . B_j) exp(sum_{k=j+1..i} log_decay_k)` for j <= i of the same document, else 0, so that
-    `y_i = sum_j M[i, j] x_j`. For :func:`ssd`, `log_decay = dt A` and `x` is `dt x`. Quadratic in L: for inspection and
-    for matrix orientation (MOHAWK stage 1), not for inference.
+    `y_i = sum_j M[i, j] x_j`. For :func:`ssd`, `log_decay` is `dt A` and `x` is `dt x`. The cost is quadratic in L: use
+    it for inspection and for matrix orientation (MOHAWK stage 1), not for inference.
 
     Args:
         log_decay: (B, L, H) logarithm of the decay.
@@ -171,7 +173,7 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
         (B, H, L, L) matrix in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: if a shape, dtype, device, group count or `seq_idx` does not fit.
+        ValueError: if a shape, dtype, device, group count or `seq_idx` is invalid.
     """
     check_tensor("log_decay", log_decay, (None, None, None), "(B, L, H)")
     batch, length, heads = log_decay.shape
@@ -180,8 +182,8 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     sums = accumulator(log_decay)
     log_decay = log_decay.to(sums)
     real = None
+    check_seq_idx(seq_idx, batch, length)
     if seq_idx is not None:
-        check_seq_idx(seq_idx, batch, length)
         log_decay, real = _with_documents(log_decay, seq_idx)
     decay = decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
     scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
@@ -207,13 +209,13 @@ def ssd_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute :func:`ssd` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
-    check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
+    """Compute :func:`ssd` by its definition, a loop over time in float32 or float64, with the same arguments."""
+    _check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
     y, state = _loop(u, dt * A.to(dt.dtype), B, C, initial_state, seq_idx)
-    y = skip_and_gate(y, x, D, z)
+    y = skip_and_gate(y, x, _spread(D), z)
     return (y, state) if return_final_state else y
 
 
@@ -229,76 +231,65 @@ def ssd_log_decay_reference(
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute :func:`ssd_log_decay` by its definition, a loop over time in float32 (float64 kept). Same arguments."""
-    check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
+    """Compute :func:`ssd_log_decay` by its definition, a loop over time, with the same arguments."""
+    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     sums = accumulator(x)
     y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
-    y = skip_and_gate(y, x, D, z)
+    y = skip_and_gate(y, x, _spread(D), z)
     return (y, state) if return_final_state else y
 
 
 def _loop(
     u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence one token at a time. Returns (B, L, H, P) outputs and the (B, H, P, N) final state."""
+    """Run the recurrence token by token. Returns (B, L, H, P) outputs and the (B, H, P, N) final state."""
     batch, length, heads, width = u.shape
     repeats = heads // B.shape[2]
     B = B.to(u.dtype).repeat_interleave(repeats, dim=2)  # (B, L, H, N)
     C = C.to(u.dtype).repeat_interleave(repeats, dim=2)
     state = u.new_zeros(batch, heads, width, B.shape[-1]) if initial_state is None else initial_state.to(u.dtype)
-    if seq_idx is not None:
-        document = seq_idx.new_full((batch,), -1)  # of the last real token so far
+    real, first = (None, None) if seq_idx is None else documents(seq_idx)
     outputs = []
     for t in range(length):
-        decayed = log_decay[:, t, :, None, None].exp() * state
-        if seq_idx is None:
-            state = decayed + u[:, t, :, :, None] * B[:, t, :, None, :]
-        else:
-            real = seq_idx[:, t] >= 0
-            new_document = real & (document >= 0) & (seq_idx[:, t] != document)
-            kept = torch.where(new_document[:, None, None, None], torch.zeros_like(state), decayed)
-            stepped = kept + u[:, t, :, :, None] * B[:, t, :, None, :]
-            state = torch.where(real[:, None, None, None], stepped, state)
-            document = torch.where(real, seq_idx[:, t], document)
+        after = log_decay[:, t, :, None, None].exp() * state
+        if first is not None:
+            after = after.masked_fill(first[:, t, None, None, None], 0)
+        after = after + u[:, t, :, :, None] * B[:, t, :, None, :]
+        state = after if real is None else after.where(real[:, t, None, None, None], state)
         outputs.append((state * C[:, t, :, None, :]).sum(-1))
     return torch.stack(outputs, dim=1), state
 
 
 def _scan(
-    x: Tensor,
-    dt: Tensor | None,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    chunk_size: int | None,
-    implementation: str,
+    operands: tuple[Any, ...], seq_idx: Tensor | None, chunk_size: int | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs and final state by the chosen implementation."""
+    """Run the chosen implementation on the operands of :func:`ssd_scan_torch`; returns outputs and final state."""
+    x, scale, log_decay, B, *others = operands
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if x.shape[0] == 0:
-        inputs = (x, dt, log_decay, B, C, D, z, initial_state)
         state = (0, *x.shape[2:], B.shape[-1])
-        return of_no_rows(tuple(x.shape), x.dtype, *inputs), of_no_rows(state, log_decay.dtype, *inputs)
+        return empty_batch(tuple(x.shape), x.dtype, *operands), empty_batch(state, log_decay.dtype, *operands)
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
     scan = ssd_scan_triton if implementation == "triton" else ssd_scan_torch
-    return scan(x, dt, log_decay, B, C, D, z, initial_state, chunk_size)
+    return scan(x, scale, log_decay, B, *others, chunk_size=chunk_size)
 
 
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn documents and padding into decays: -inf at a document's first token, 0 at padding.
+    """Encode documents and padding in the decays: -inf at a document's first token, 0 at padding.
 
     Returns:
-        (B, L, H) decays and the (B, L) mask of the real tokens.
+        (B, L, H) decays, and the (B, L) mask of real tokens.
     """
     real, first = documents(seq_idx)
     return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
+
+
+def _spread(D: Tensor | None) -> Tensor | None:
+    """Return the (H) or (H, P) skip in a shape that broadcasts to (..., H, P)."""
+    return D[:, None] if D is not None and D.dim() == 1 else D
 
 
 def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) -> None:
@@ -307,21 +298,9 @@ def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) ->
     check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
 
 
-def check_inputs(
-    x: Tensor,
-    decay_name: str,
-    decay: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state: Tensor | None,
-    seq_idx: Tensor | None,
-    one_token: bool = False,
-) -> None:
-    """Check the arguments of a scan, or of one token: without L, and `state` has its name."""
+def _check_inputs(*arguments: Any, one_token: bool = False) -> None:
+    """Check the arguments of a scan, or of a step, which have no L axis and call the state `state`."""
+    x, decay_name, decay, A, B, C, D, z, dt_bias, state, seq_idx = arguments
     lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
     check_tensor("x", x, (None,) * (4 - one_token), f"({lead}, H, P)")
     *rows, heads, width = x.shape
@@ -334,16 +313,14 @@ def check_inputs(
     if D is not None:
         check_tensor("D", D, (heads,) if D.dim() == 1 else (heads, width), "(H) or (H, P)")
     check_optional("z", z, tuple(x.shape), f"({lead}, H, P)")
-    if state is not None:
-        check_tensor(state_name, state, (rows[0], heads, width, B.shape[-1]), "(B, H, P, N)")
+    check_optional(state_name, state, (rows[0], heads, width, B.shape[-1]), "(B, H, P, N)")
     named = {"x": x, decay_name: decay, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
     check_devices(**named, seq_idx=seq_idx)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, rows[0], rows[1])
+    check_seq_idx(seq_idx, rows[0], rows[-1])
 
 
-# Tokens of a chunk. The intra-chunk work grows with Q and the state work with P N / Q, so that Q near P and N is the
-# balance; 64 also keeps the (Q, Q) tiles of 24 heads and their state in a CPU core's L2 cache.
+# Tokens per chunk. The work inside chunks grows with Q and the work on states with P N / Q, so that Q near P and N is a
+# good balance; at 64 the (Q, Q) tiles of 24 heads and their state also fit the L2 cache of a CPU core.
 _CHUNK = 64
 
 
@@ -358,37 +335,35 @@ def ssd_scan_torch(
     initial_state: Tensor | None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`, differentiable.
+    """Compute `h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
 
-    Documents and padding are already in the arguments: log-decays of -inf and of 0, zeros in x, B, C and z.
+    Differentiable. The arguments encode documents and padding by log-decays of -inf and 0, and zeros in x, B, C and z.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1.
-        scale: (B, L, H) factors of the inputs in the dtype of `log_decay`, or None for one.
-        log_decay: (B, L, H) in the dtype of the sums, in [-inf, 0].
+        scale: (B, L, H) factors of the inputs in the dtype of `log_decay`; one if not given.
+        log_decay: (B, L, H) log-decays in the dtype of the sums, in [-inf, 0].
         B: (B, L, G, N) input maps; G divides H.
         C: (B, L, G, N) output maps.
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
         initial_state: (B, H, P, N) state before the first token; zero if not given.
-        chunk_size: tokens of a chunk.
+        chunk_size: tokens per chunk.
 
     Returns:
         (B, L, H, P) outputs in the dtype of x and the (B, H, P, N) final state in the dtype of the sums.
     """
-    if D is not None and D.dim() == 1:
-        D = D[:, None]
-    arguments = (x, scale, log_decay, B, C, D, z, initial_state)
+    operands = (x, scale, log_decay, B, C, _spread(D), z, initial_state)
     with without_autocast(x):
         if tracing():
-            return _traced_scan(*arguments, chunk_size or _CHUNK)
-        if recorded(*arguments):
-            return _Scan.apply(*arguments, chunk_size or _CHUNK)
-        return _forward(*arguments, chunk_size or _CHUNK, None)
+            return _traced_scan(*operands, chunk_size or _CHUNK)
+        if recorded(*operands):
+            return _Scan.apply(*operands, chunk_size or _CHUNK)
+        return _forward(operands, chunk_size or _CHUNK, None)
 
 
 class _Chunk(NamedTuple):
-    """Tensors of a chunk for forward and backward, in the dtype of the sums; R = H / G, i target, j source."""
+    """Tensors of a chunk in the dtype of the sums, for forward and backward; R = H / G, i target, j source."""
 
     x: Tensor
     """(B, Q, H, P)"""
@@ -399,9 +374,9 @@ class _Chunk(NamedTuple):
     C: Tensor
     """(B, G, Q, N)"""
     scores: Tensor
-    """(B, G, 1, Q j, Q i) products B_j . C_i, 0 for i < j"""
+    """(B, G, 1, Q j, Q i) products B_j . C_i, zero for i < j"""
     decay: Tensor
-    """(B, H, Q j, Q i) exp(S_i - S_j), meaningless for i < j"""
+    """(B, H, Q j, Q i) exp(S_i - S_j), arbitrary for i < j"""
     to_end: Tensor
     """(B, Q, H, 1) exp(T - S_j)"""
     from_start: Tensor
@@ -427,65 +402,54 @@ def _chunk(
 
 
 def _mixed(matrix: Tensor, values: Tensor) -> Tensor:
-    """(B, H, Q, Q) times (B, Q, H, P), as (B, Q, H, P)."""
+    """Multiply a (B, H, Q, Q) matrix by (B, Q, H, P) values; returns (B, Q, H, P)."""
     return (matrix @ values.transpose(1, 2)).transpose(1, 2)
 
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
-    """(B, Q, H, P) as (B, G, Q, R P); a view for one group."""
+    """Return (B, Q, H, P) values as (B, G, Q, R P); a view if G = 1."""
     return values.unflatten(2, (groups, -1)).transpose(1, 2).flatten(3)
 
 
 def _by_head(values: Tensor, heads: int) -> Tensor:
-    """(B, G, Q, R P) as (B, Q, H, P); a view for one group."""
+    """Return (B, G, Q, R P) values as (B, Q, H, P); a view if G = 1."""
     batch, groups, length, channels = values.shape
     width = channels * groups // heads
     return values.unflatten(3, (heads // groups, -1)).transpose(1, 2).reshape(batch, length, heads, width)
 
 
-def _held(state: Tensor, groups: int) -> Tensor:
-    """Copy a (B, H, P, N) state into the layout of the loops: (B, G, N, R, P)."""
+def _to_loop_layout(state: Tensor, groups: int) -> Tensor:
+    """Return a copy of a (B, H, P, N) state in the layout of the loops, (B, G, N, R, P)."""
     return state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).clone(memory_format=torch.contiguous_format)
 
 
-def _given(state: Tensor) -> Tensor:
-    """Return a (B, G, N, R, P) state in the layout of callers: (B, H, P, N)."""
+def _from_loop_layout(state: Tensor) -> Tensor:
+    """Return a (B, G, N, R, P) state of the loops as (B, H, P, N)."""
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
 class _Scan(torch.autograd.Function):
-    """Saves the inputs and the states entering the chunks.
+    """The torch scan; saves the inputs and the states entering the chunks.
 
     With g the gradient of the state leaving a chunk and dM_ji = dy_i . u_j:
     dC_i = sum_j dM_ji exp(S_i - S_j) B_j + exp(S_i) h^T dy_i, dB_j likewise with C_i and exp(T - S_j) g^T u_j, and
     du_j = sum_i M_ji dy_i + exp(T - S_j) g B_j.
 
-    d(log_decay)_k is the sum of all that passes from before k to k or later: dM_ji M_ji for j < k <= i, what the tokens
-    from k on read from h, what those before k leave in h', and exp(T) h . g. The shorter identity d(log_decay) =
-    reverse cumulative sum of (y . dy - u . du) is not used: there, everything that does not pass k is added and
-    subtracted again, so that its rounding swamps the gradient of a strong decay.
+    d(log_decay)_k sums every contribution that crosses token k: dM_ji M_ji for j < k <= i, the reads of h by tokens
+    from k on, the contributions of tokens before k to h', and exp(T) h . g. The shorter identity d(log_decay) = reverse
+    cumulative sum of (y . dy - u . du) is not used, because it adds and subtracts contributions that do not cross k,
+    and their rounding errors swamp the gradient of a strong decay.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        log_decay: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        initial_state: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *operands, ctx.chunk_size = arguments
+        x, _, log_decay, B, *_ = operands
         batch, length, heads, width = x.shape
-        chunks = -(-length // chunk_size)
+        chunks = -(-length // ctx.chunk_size)
         states = log_decay.new_empty(chunks, batch, B.shape[2], B.shape[3], heads // B.shape[2], width)
-        result = _forward(x, scale, log_decay, B, C, D, z, initial_state, chunk_size, states)
-        ctx.save_for_backward(x, scale, log_decay, B, C, D, z, initial_state, states)
-        ctx.chunk_size = chunk_size
-        return result
+        ctx.save_for_backward(*operands, states)
+        return _forward(operands, ctx.chunk_size, states)
 
     @staticmethod
     @once_differentiable
@@ -499,7 +463,7 @@ class _Scan(torch.autograd.Function):
         dscale = None if scale is None else torch.empty_like(scale)
         dD = None if D is None else x.new_zeros(x.shape[2:], dtype=sums)
         dz = None if z is None else torch.empty_like(z)
-        dstate = _held(dfinal_state.to(sums), groups)
+        dstate = _to_loop_layout(dfinal_state.to(sums), groups)
         for index in reversed(range(len(states))):
             part = slice(index * chunk_size, (index + 1) * chunk_size)
             state = states[index]
@@ -513,7 +477,7 @@ class _Scan(torch.autograd.Function):
                 dz[:, part] = dy_now * _outputs(now, state, D, mix) * slope
                 dy_now = dy_now * (gate * smooth)
 
-            # Through h, what is read from it and what is left in it; (B, Q, H, P) each.
+            # Gradients through h: of the reads from it and of the contributions to it, (B, Q, H, P) each.
             flat_state, flat_dstate = state.flatten(3), dstate.flatten(3)
             dread = dy_now * now.from_start
             read = (_by_head(now.C @ flat_state, heads) * dread).sum(-1)  # (B, Q, H)
@@ -527,7 +491,7 @@ class _Scan(torch.autograd.Function):
             flow = read.flip(1).cumsum(1).flip(1) + passed[:, None]
             flow[:, 1:] += (left * now.u).sum(-1).cumsum(1)[:, :-1]
 
-            # Inside the chunk.
+            # Gradients inside the chunk.
             du = left + _mixed(mix, dy_now)
             dmix = now.u.transpose(1, 2) @ dy_now.permute(0, 2, 3, 1)  # (B, H, Q j, Q i)
             flow[:, 1:] += _crossing(dmix * mix)
@@ -548,7 +512,7 @@ class _Scan(torch.autograd.Function):
             dx[:, part] = du
         if D is not None and dD is not None:
             dD = dD.sum_to_size(D.shape).to(D.dtype)
-        dinitial = None if initial_state is None else _given(dstate).to(initial_state.dtype)
+        dinitial = None if initial_state is None else _from_loop_layout(dstate).to(initial_state.dtype)
         return dx, dscale, dlog_decay, dB, dC, dD, dz, dinitial, None
 
 
@@ -566,26 +530,16 @@ _traced_scan = opaque(
 )
 
 
-def _forward(
-    x: Tensor,
-    scale: Tensor | None,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    chunk_size: int,
-    states: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Outputs and final state; the (c, B, G, N, R, P) states entering the chunks are written into `states`."""
+def _forward(operands: Sequence[Any], chunk_size: int, states: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return outputs and final state; store the (c, B, G, N, R, P) states entering the chunks in `states`, if given."""
+    x, scale, log_decay, B, C, D, z, initial_state = operands
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     sums = log_decay.dtype
     if initial_state is None:
         state = log_decay.new_zeros(batch, groups, size, heads // groups, width)
     else:
-        state = _held(initial_state.to(sums), groups)
+        state = _to_loop_layout(initial_state.to(sums), groups)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for index, start in enumerate(range(0, length, chunk_size)):
         part = slice(start, start + chunk_size)
@@ -596,22 +550,22 @@ def _forward(
         y[:, part] = out if z is None else out * F.silu(z[:, part].to(sums))
         state *= now.whole
         _add_product(state, now.B.transpose(-1, -2), _grouped(now.u * now.to_end, groups))
-    return y, _given(state)
+    return y, _from_loop_layout(state)
 
 
 def _add_product(state: Tensor, left: Tensor, right: Tensor) -> None:
-    """state += left right, for (B, G, N, R, P), (B, G, N, Q) and (B, G, Q, R P)."""
+    """Add the product of (B, G, N, Q) and (B, G, Q, R P) tensors to a (B, G, N, R, P) state in place."""
     state.flatten(3).flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
 
 
 def _mixing(now: _Chunk) -> Tensor:
-    """(B, H, Q j, Q i) the matrix M."""
+    """Return the (B, H, Q j, Q i) matrix M."""
     groups = now.B.shape[1]
     return (now.decay.unflatten(1, (groups, -1)) * now.scores).flatten(1, 2)
 
 
 def _outputs(now: _Chunk, state: Tensor, D: Tensor | None, mix: Tensor) -> Tensor:
-    """(B, Q, H, P) outputs before the gate; `state` is (B, G, N, R, P)."""
+    """Return (B, Q, H, P) outputs before the gate; `state` is (B, G, N, R, P)."""
     y = _by_head(now.C @ state.flatten(3), now.x.shape[2])
     y *= now.from_start
     y += _mixed(mix.transpose(-1, -2), now.u)
@@ -619,23 +573,23 @@ def _outputs(now: _Chunk, state: Tensor, D: Tensor | None, mix: Tensor) -> Tenso
 
 
 def _crossing(flow: Tensor) -> Tensor:
-    """(B, H, Q j, Q i) to (B, Q - 1, H): at k - 1 the sum over j < k <= i, of the terms that count only."""
+    """Return (B, Q - 1, H) sums over j < k <= i, at index k - 1, of (B, H, Q j, Q i) terms."""
     length = flow.shape[-1]
     ones = torch.ones(length, length, dtype=flow.dtype, device=flow.device).tril()
-    later = flow @ ones  # [j, k]: the sum over i >= k
+    later = flow @ ones  # [j, k] is the sum over i >= k
     return later.triu_(1).sum(-2)[..., 1:].transpose(1, 2)
 
 
 def decay_matrix(log_decay: Tensor) -> Tensor:
-    """(..., Q) to (..., Q source j, Q target i): exp of the sum of `log_decay` over k = j+1..i, 0 for i < j."""
+    """Return the (..., Q source j, Q target i) products of the decays from j+1 to i, zero for i < j."""
     return _decays(log_decay).triu()
 
 
 def _decays(log_decay: Tensor) -> Tensor:
-    """:func:`decay_matrix`, but with ones for i < j.
+    """Return :func:`decay_matrix`, but with ones for i < j.
 
-    Differences of cumulative sums, which in float64 lose nothing that float32 could hold. Each summand is clamped below
-    at a value whose exponential is zero (:func:`_exp`), so that sums are small, and a decay of -inf gives no NaN.
+    The exponents are differences of cumulative sums in float64, which are exact to float32 precision. Each summand is
+    clamped at a value whose exponential is flushed to zero (:func:`_exp`): sums stay small, and -inf gives no NaN.
     """
     sums = log_decay.double().clamp_min(2 * _smallest(log_decay.dtype)).cumsum(-1)
     difference = (sums[..., None, :] - sums[..., None]).to(log_decay.dtype)
@@ -643,9 +597,9 @@ def _decays(log_decay: Tensor) -> Tensor:
 
 
 def _exp(sums: Tensor) -> Tensor:
-    """Return exp, with zero for results below e^-80 (e^-700 in float64).
+    """Return exp(sums), with zero for results below e^-80 (e^-700 in float64).
 
-    Results far below are subnormal, and a CPU computes with those many times slower; strong decays make many of them.
+    Much smaller results would be subnormal, and strong decays produce many of those, which slow a CPU down.
     """
     return F.threshold(sums, _smallest(sums.dtype), -math.inf).exp_()
 
@@ -670,10 +624,10 @@ def ssd_step(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     implementation: str = "auto",
 ) -> Tensor:
-    """One token of :func:`ssd`; `state` is updated in place.
+    """Run one token of :func:`ssd` and update `state` in place.
 
-    The step does not synchronise with the device and keeps the state in place, so that a CUDA graph can capture it.
-    With Triton it is one launch, which reads views of a projection without a copy.
+    The step does not wait for the device, so that a CUDA graph can capture it. With Triton it is a single launch, which
+    reads views of a projection without a copy.
 
     Args:
         state: (B, H, P, N) state, float32 (or float64), of any strides.
@@ -686,23 +640,22 @@ def ssd_step(
         z: (B, H, P) gate.
         dt_bias: (H) added to `dt` first.
         dt_softplus: apply softplus to `dt + dt_bias`.
-        dt_limit: range that the step sizes are clamped to, after softplus.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve a call whose gradient is
-            recorded.
+        dt_limit: range to which the step sizes are clamped, after softplus.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support calls that
+            autograd records.
 
     Returns:
-        (B, H, P) output in the dtype of `x`. Sums are kept in the dtype of `state`.
+        (B, H, P) output in the dtype of `x`; sums are accumulated in the dtype of `state`.
 
     Raises:
-        ValueError: if a shape, dtype, device, group count or `implementation` does not fit.
+        ValueError: if a shape, dtype, device, group count or `implementation` is invalid.
     """
-    chosen = _choose(implementation, "ssd_step", state, x, "dt", dt, A, B, C, D, z, dt_bias)
-    if chosen == "triton":
+    if _choose(implementation, "ssd_step", state, x, "dt", dt, A, B, C, D, z, dt_bias) == "triton":
         return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
     dt = step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
     decay = (dt * A.to(state.dtype)).exp()[..., None, None]
     y = update_state(state, decay, x.to(state.dtype) * dt[..., None], B, C)
-    return skip_and_gate(y, x, D, z)
+    return skip_and_gate(y, x, _spread(D), z)
 
 
 def ssd_log_decay_step(
@@ -716,37 +669,25 @@ def ssd_log_decay_step(
     z: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """One token of :func:`ssd_log_decay`; `state` is updated in place.
+    """Run one token of :func:`ssd_log_decay` and update `state` in place.
+
+    Other arguments, result and errors are those of :func:`ssd_step`.
 
     Args:
-        log_decay: (B, H) logarithm of the decay, in [-inf, 0]. The others are those of :func:`ssd_step`, and so are
-            the result and the errors.
+        log_decay: (B, H) logarithm of the decay, in [-inf, 0].
     """
-    chosen = _choose(implementation, "ssd_log_decay_step", state, x, "log_decay", log_decay, None, B, C, D, z, None)
-    if chosen == "triton":
+    arguments = x, "log_decay", log_decay, None, B, C, D, z, None
+    if _choose(implementation, "ssd_log_decay_step", state, *arguments) == "triton":
         return ssd_step_triton(state, x, log_decay, None, B, C, D, z)
     decay = log_decay.to(state.dtype).exp()[..., None, None]
     y = update_state(state, decay, x.to(state.dtype), B, C)
-    return skip_and_gate(y, x, D, z)
+    return skip_and_gate(y, x, _spread(D), z)
 
 
-def _choose(
-    implementation: str,
-    name: str,
-    state: Tensor,
-    x: Tensor,
-    decay_name: str,
-    decay: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-) -> str:
-    """Check the arguments of a step, and return the implementation that runs it."""
-    check_inputs(x, decay_name, decay, A, B, C, D, z, dt_bias, state, None, one_token=True)
+def _choose(implementation: str, name: str, state: Tensor, *arguments: Any) -> str:
+    """Check the arguments of a step, those of :func:`_check_inputs` before `state`, and return the implementation."""
+    _check_inputs(*arguments, state, None, one_token=True)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
-    served = not recorded(state, x, decay, A, B, C, D, z, dt_bias)  # the kernel has no backward
-    return choose_implementation(implementation, name, state, served)
+    inputs = [each for each in arguments if isinstance(each, Tensor)]
+    return choose_implementation(implementation, name, state, not recorded(state, *inputs))  # no backward kernel

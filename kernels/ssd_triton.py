@@ -1,30 +1,27 @@
-"""Triton kernels of the SSD recurrence and of its one-token update, which :mod:`.ssd` runs on CUDA tensors.
+"""Triton kernels of the SSD recurrence and of its one-token step, which :mod:`.ssd` runs on CUDA tensors.
 
 Symbols: B batch, L length, H heads, P head width, N state size, G groups, Q chunk length, c chunks; D skip, z gate.
-With a_t the log-decay, s_t the scale of the input (the step size; 1 if there is none) and, inside a chunk, S_i the
-inclusive sum of its a_t, T the sum over the chunk and h the state entering it,
+With a_t the log-decay, s_t the scale of the input (the step size, or 1) and, inside a chunk, S_i the inclusive sum of
+a_t, T the sum over the chunk and h the state entering it,
 
     M_ij = (C_i . B_j) exp(S_i - S_j) s_j  for j <= i,
     y_i  = (sum_j M_ij x_j + exp(S_i) h C_i + D x_i) silu(z_i),      h' = exp(T) h + sum_j exp(T - S_j) s_j x_j (x) B_j.
 
-The forward takes two launches: one walks the chunks with the state in registers and stores the state entering each, the
-other computes the outputs of all chunks at once. The backward takes two again: the same walk from the end, over
-(dy silu(z), exp(S) C) in place of (x, exp(T - S) s B), gives the gradient of the state leaving each chunk; then one
-kernel per chunk recomputes M and the outputs before the gate. Neither a (Q, Q) matrix nor a sum of decays is written to
-memory, and nothing of the size of x but y, dx and dz. Everything is summed in a fixed order: there are no atomics.
+The forward has two launches: the first walks over the chunks with the state in registers and stores the state entering
+each, the second computes the outputs of all chunks in parallel. The backward also has two: the same walk from the end,
+over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving each chunk; then one
+program per chunk recomputes M and the outputs before the gate. No (Q, Q) matrix and no sum of decays is written to
+memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a fixed order.
 
-Two rules depend on the device's number of processors, so results may differ in rounding from device to device but not
-from run to run. A row that is long for its number of heads is walked in stretches (:func:`_stretches`), and the
-backward processes a row in sections (:func:`_sections`), whose temporary tensors are just large enough to fill the
-device.
+Two rules depend on the number of processors, so results may differ in rounding between devices, but not between runs.
+A row that is long for its number of heads is walked in stretches (:func:`_stretches`), and the backward processes a
+row in sections (:func:`_sections`), whose temporary tensors are just large enough to fill the device.
 
-Offsets are 64-bit up to a chunk's first token and a head, and 32-bit inside the tile from there, which leaves registers
-for the tiles.
+Offsets are 64-bit up to a chunk's first token and a head, and 32-bit inside a tile, which saves registers.
 
-The step does 5 operations on 8 bytes of state, so its time is that of moving the state to the registers and back: the
-state is read once and written once, in one launch. A program takes some rows of P of one head, with all of N; up to
-N = 128 a row stays inside a warp, so that its sum has one order whatever the tile, and a result does not depend on the
-batch that it is computed in.
+The step does 5 operations per 8 bytes of state, so it is limited by memory traffic: one launch reads and writes the
+state once. A program takes some rows of P of one head, with all of N. Up to N = 128 a row stays inside a warp, so that
+the order of its sum does not depend on the tile, nor a result on the batch.
 
 Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6.
 """
@@ -42,7 +39,7 @@ from ._triton import INTERPRETED, tl, triton
 from .tracing import opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
 
-# The device that an interpreted kernel assumes. With one processor, few tokens already make several sections.
+# The device that interpreted kernels assume. With one processor, a few tokens already make several sections.
 _INTERPRETED_PROCESSORS, _INTERPRETED_CAPABILITY = 1, 9
 
 
@@ -57,26 +54,26 @@ def ssd_scan_triton(
     initial_state: Tensor | None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`, differentiable.
+    """Compute `h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
 
-    Documents and padding are already in the arguments: log-decays of -inf and of 0, zeros in x, B, C and z.
+    Differentiable. The arguments encode documents and padding by log-decays of -inf and 0, and zeros in x, B, C and z.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1, not float64.
-        scale: (B, L, H) float32 factors of the inputs, or None for one.
-        log_decay: (B, L, H) float32, in [-inf, 0].
+        scale: (B, L, H) float32 factors of the inputs; one if not given.
+        log_decay: (B, L, H) float32 log-decays, in [-inf, 0].
         B: (B, L, G, N) input maps; G divides H.
         C: (B, L, G, N) output maps.
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
         initial_state: (B, H, P, N) state before the first token; zero if not given.
-        chunk_size: preferred chunk length, adjusted to a power of two from 16 to what fits (:func:`_tiles`).
+        chunk_size: preferred chunk length, rounded to a power of two between 16 and what fits (:func:`_tiles`).
 
     Returns:
         (B, L, H, P) outputs in the dtype of x and the (B, H, P, N) final state in float32.
     """
     dtype = x.dtype
-    if not x.dtype == B.dtype == C.dtype:  # a dot product takes two operands of one dtype
+    if not x.dtype == B.dtype == C.dtype:  # the operands of a dot product must have one dtype
         x, B, C = x.float(), B.float(), C.float()
     if D is not None:
         D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
@@ -88,56 +85,43 @@ def ssd_scan_triton(
 
 
 class _Scan(torch.autograd.Function):
-    """Saves the inputs and the states entering the chunks; decays, scores and M are recomputed.
+    """The Triton scan; saves the inputs and the states entering the chunks, and recomputes decays, scores and M.
 
     With g the gradient of the state leaving a chunk, o_i = dy_i silu(z_i) and dM_ij = (o_i . x_j) exp(S_i - S_j) s_j:
     dC_i = sum_j dM_ij B_j + exp(S_i) h^T o_i, dB_j = sum_i dM_ij C_i + exp(T - S_j) s_j g^T x_j,
     dx_j = sum_i M_ij o_i + exp(T - S_j) s_j g B_j + D o_j and
     ds_j = sum_i dM_ij / s_j (C_i . B_j) + exp(T - S_j) x_j . g B_j.
 
-    d(log_decay)_k is the sum of all that passes from before k to k or later: dM_ij (C_i . B_j) for j < k <= i, what
-    the tokens from k on read from h, what those before k leave in h', and exp(T) h . g. The shorter identity
-    d(log_decay) = reverse cumulative sum of (y . dy - u . du) is not used: there, everything that does not pass k is
-    added and subtracted again, so that its rounding swamps the gradient of a strong decay.
+    d(log_decay)_k sums every contribution that crosses token k: dM_ij (C_i . B_j) for j < k <= i, the reads of h by
+    tokens from k on, the contributions of tokens before k to h', and exp(T) h . g. `ssd._Scan` says why a shorter
+    identity is not used.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        log_decay: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        initial_state: Tensor | None,
-        chunk_size: int | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        x, scale, log_decay, B, C, D, z, initial_state, chunk_size = arguments
         x, B, C, z = map(unit_stride, (x, B, C, z))
         log_decay = log_decay.contiguous()
         scale = None if scale is None else scale.contiguous()
         chunk, _, _ = _tiles(x.shape[3], B.shape[3], x.dtype, chunk_size)
         chunks = triton.cdiv(x.shape[1], chunk)
         states = x.new_empty(x.shape[0], chunks, *x.shape[2:], B.shape[3])
+        operands = x, scale, log_decay, B, C, D, z, states
         with torch.cuda.device_of(x):
-            final_state = _walk(
-                x, None, scale, log_decay, B, initial_state, states, 0, chunks, chunk_size, reverse=False
-            )
-            y = _output(x, scale, log_decay, B, C, D, z, states, chunk_size)
-        ctx.save_for_backward(x, scale, log_decay, B, C, D, z, states)
+            end = _walk(x, None, scale, log_decay, B, initial_state, states, 0, chunks, chunk_size, reverse=False)
+            y = _output(*operands, chunk_size)
+        ctx.save_for_backward(*operands)
         ctx.chunk_size = chunk_size
         ctx.set_materialize_grads(False)
-        return y, final_state
+        return y, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, log_decay, B, C, D, z, states = ctx.saved_tensors
+        x = ctx.saved_tensors[0]
         outer = unit_stride(x.new_zeros(x.shape[3]).expand(x.shape) if dy is None else dy)
-        arguments = (x, scale, log_decay, B, C, D, z, states, outer, dfinal_state, ctx.chunk_size)
         with torch.cuda.device_of(x):
-            *gradients, dinitial_state = _gradients(*arguments)
+            *gradients, dinitial_state = _gradients(*ctx.saved_tensors, outer, dfinal_state, ctx.chunk_size)
         return *gradients, dinitial_state if ctx.needs_input_grad[7] else None, None
 
 
@@ -156,13 +140,13 @@ _traced_scan = opaque(
 
 
 def _tiles(width: int, size: int, dtype: torch.dtype, chunk_size: int | None) -> tuple[int, int, int]:
-    """Return the tile sizes (Q, BLOCK_P, BLOCK_N): powers of two of at least 16, as tl.dot requires.
+    """Return the tile sizes (Q, BLOCK_P, BLOCK_N), powers of two of at least 16, as tl.dot requires.
 
-    The whole state size is one tile. A chunk's B and C are in shared memory together with two (BLOCK_P, BLOCK_N)
-    states, and their gradients in registers, so Q and BLOCK_P shrink as N grows. Q = 64 balances the work
-    inside chunks (grows with Q) and on states (with P N / Q) at the usual P = 64, N = 64 to 128 in 16 bits. float32
-    has no tensor cores at full precision and twice the bytes. Chosen by the compiler's register and shared memory
-    counts for compute capabilities 8.0 and 9.0, not by timings.
+    One tile covers the whole state size. Shared memory holds a chunk's B and C and two (BLOCK_P, BLOCK_N) states, and
+    registers hold their gradients, so Q and BLOCK_P shrink as N grows. Q = 64 balances the work inside chunks (grows
+    with Q) and on states (with P N / Q) at the usual P = 64, N = 64 to 128 in 16 bits. float32 has no tensor cores at
+    full precision and twice the bytes. The sizes were chosen by the compiler's register and shared memory counts for
+    compute capabilities 8.0 and 9.0, not by timings.
     """
     block_n = max(16, triton.next_power_of_2(size))
     half = dtype.itemsize == 2
@@ -177,7 +161,7 @@ def _tiles(width: int, size: int, dtype: torch.dtype, chunk_size: int | None) ->
 
 
 def _device(tensor: Tensor) -> tuple[int, int]:
-    """Return the number of the device's processors and its major compute capability."""
+    """Return the number of processors of the device and its major compute capability."""
     if tensor.is_cuda:
         properties = torch.cuda.get_device_properties(tensor.device)
         return properties.multi_processor_count, properties.major
@@ -185,11 +169,11 @@ def _device(tensor: Tensor) -> tuple[int, int]:
 
 
 def _stretches(programs: int, chunks: int, processors: int) -> int:
-    """Return the number of stretches of a row that are walked in parallel, each by `programs` programs.
+    """Return the number of stretches of a row to walk in parallel, each by `programs` programs.
 
     Every stretch is walked twice, first for its own contribution and then from the state that it starts with, so two
-    stretches would gain nothing; from four on, the walk takes half the time or less. A processor runs two programs at
-    no loss, and a stretch of fewer than four chunks is mostly start-up.
+    stretches gain nothing, while four or more at least halve the time. A processor can run two programs at full speed,
+    and a stretch of fewer than four chunks is mostly start-up.
     """
     stretches = min(2 * processors // programs, chunks // 4)
     return stretches if stretches >= 4 else 1
@@ -198,15 +182,15 @@ def _stretches(programs: int, chunks: int, processors: int) -> int:
 def _sections(programs: int, chunks: int, processors: int) -> int:
     """Return the number of sections in which the backward processes rows whose chunks make `programs` programs.
 
-    The gradients of a section's states and its partial sums of dB and dC take memory beside inputs, results and saved
-    states. A program takes all registers of a processor (255 for each of 256 threads), so programs
-    come in rounds of one per processor. Four rounds keep the device busy from section to section; fewer than twelve are
-    divided by up to three, but a section keeps two, so that launches stay few. Not measured on a device yet.
+    The gradients of a section's states and its partial sums of dB and dC take memory in addition to inputs, results and
+    saved states. A program takes all registers of a processor (255 for each of 256 threads), so programs run in rounds
+    of one per processor. Four rounds per section keep the device busy. With fewer than twelve rounds there are up to
+    three sections of at least two rounds each, which limits the number of launches. Not measured on a device yet.
 
-    With 132 processors, P = 64, N = 128, 16 bits and one row, the peak of forward and backward, over inputs, outputs,
-    all their gradients and the saved states, is at most 1.2 from six rounds on (380 MB without a gate) and 1.28 with
-    four. Undivided, it is 1.6 with eight or four heads to a program, 85 MB above, and up to 2.6 with one, 42 MB above.
-    Rows are not separated: many of a few chunks each keep such a ratio.
+    With 132 processors, P = 64, N = 128, 16 bits and one row, the ratio of the peak memory of forward and backward to
+    the memory of inputs, outputs, all their gradients and the saved states is at most 1.2 from six rounds on (380 MB
+    without a gate) and 1.28 with four. In one section it would be 1.6 with eight or four heads per program (85 MB more)
+    and up to 2.6 with one (42 MB more). Sections do not separate rows, so many short rows keep such a ratio.
     """
     rounds = triton.cdiv(programs, processors)
     return min(max(triton.cdiv(rounds, 4), min(3, rounds // 2), 1), chunks)
@@ -225,13 +209,13 @@ def _walk(
     chunk_size: int | None,
     reverse: bool,
 ) -> Tensor:
-    """Walk over chunks `first` to `first + count`, or back from there if `reverse`.
+    """Walk over the chunks from `first` to `first + count`, backwards if `reverse`.
 
     Args:
-        value: (B, L, H, P), multiplied by `silu(z)` if there is a gate, and by `scale` if there is one.
-        key: (B, L, G, N).
-        start: (B, H, P, N) float32 state to start with, None for zero.
-        states: (B, c, H, P, N), c >= `count`: takes the states entering the chunks, or leaving them if `reverse`.
+        value: (B, L, H, P) values, multiplied by `silu(z)` and `scale` if these are given.
+        key: (B, L, G, N) maps into the state.
+        start: (B, H, P, N) float32 state to start with; zero if not given.
+        states: (B, c, H, P, N) output, c >= `count`: the states entering the chunks, or leaving them if `reverse`.
 
     Returns:
         (B, H, P, N) float32 state at the end of the walk.
@@ -239,7 +223,7 @@ def _walk(
     batch, length, heads, width = value.shape
     groups, size = key.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, key.dtype, chunk_size)
-    # Smaller state tiles than elsewhere: this launch has only B H (P / BLOCK_P) programs to fill the device with.
+    # State tiles are smaller than elsewhere, because this launch has only B H (P / BLOCK_P) programs.
     block_p = min(block_p, 32)
     tiles = triton.cdiv(width, block_p)
     processors, _ = _device(value)
@@ -248,24 +232,18 @@ def _walk(
     end = key.new_empty(batch, heads, width, size, dtype=torch.float32)
     summaries = passing = end
     if stretches > 1:
-        # Of every stretch but the last: what it leaves when it starts with nothing, and its whole decay.
+        # For every stretch but the last: the state that it leaves if it starts from zero, and its total decay.
         summaries = end.new_empty(batch, stretches - 1, heads, width, size)
         passing = end.new_empty(batch, stretches - 1, heads)
     for summary in (True, False) if stretches > 1 else (False,):
         walk_kernel[(tiles, heads, batch * (stretches - summary))](
-            *(value, value if z is None else z, key, log_decay, log_decay if scale is None else scale),
-            *(end if start is None else start.contiguous(), states, end, summaries, passing, length, first),
-            *(count, stretch, stretches, states.shape[1], heads, heads // groups),
-            *value.stride()[:3],
-            *(value if z is None else z).stride()[:3],
-            *key.stride()[:3],
+            *(value, z, key, log_decay, scale, None if start is None else start.contiguous(), states, end),
+            *(summaries, passing, length, first, count, stretch, stretches, states.shape[1], heads, heads // groups),
+            *strides(3, value, z, key),
             WIDTH=width,
             SIZE=size,
             REVERSE=reverse,
             SUMMARY=summary,
-            HAS_START=start is not None,
-            HAS_SCALE=scale is not None,
-            HAS_Z=z is not None,
             SPLIT=key.dtype != torch.float32,
             Q=chunk,
             BLOCK_P=block_p,
@@ -277,38 +255,21 @@ def _walk(
     return end
 
 
-def _output(
-    x: Tensor,
-    scale: Tensor | None,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    states: Tensor,
-    chunk_size: int | None,
-) -> Tensor:
-    """Return the (B, L, H, P) outputs, computing every chunk from the state entering it."""
+def _output(*operands: Any) -> Tensor:
+    """Return the (B, L, H, P) outputs, computed for every chunk from the state entering it."""
+    x, scale, log_decay, B, C, D, z, states, chunk_size = operands
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     _, capability = _device(x)
-    # Where the operands of a product do not stay in shared memory, they take the registers of wider tiles.
+    # Before compute capability 9, the operands of a product take registers, which leaves fewer for tiles.
     block_p = block_p if capability >= 9 else min(block_p, 32)
     y = x.new_empty(x.shape)
     output_kernel[(batch * states.shape[1] * heads,)](
-        *(x, log_decay, log_decay if scale is None else scale, B, C, x if D is None else D),
-        *(x if z is None else z, states, y, length, states.shape[1], heads, heads // groups),
-        *x.stride()[:3],
-        *B.stride()[:3],
-        *C.stride()[:3],
-        *strides(D, 2),
-        *(x if z is None else z).stride()[:3],
+        *(x, log_decay, scale, B, C, D, z, states, y, length, states.shape[1], heads, heads // groups),
+        *(*strides(3, x, B, C), *strides(2, D), *strides(3, z)),
         WIDTH=width,
         SIZE=size,
-        HAS_SCALE=scale is not None,
-        HAS_D=D is not None,
-        HAS_Z=z is not None,
         Q=chunk,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
@@ -319,36 +280,25 @@ def _output(
     return y
 
 
-def _gradients(
-    x: Tensor,
-    scale: Tensor | None,
-    log_decay: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dstate: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor | None, ...]:
+def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     """Return gradients of x, scale, log_decay, B, C, D, z and the initial state, section by section from the end."""
+    x, scale, log_decay, B, C, D, z, states, dy, dstate, chunk_size = operands
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     chunks = states.shape[1]
     processors, capability = _device(x)
-    # As there; and here dB and dC take registers too.
+    # As in `_output`; here dB and dC take registers too.
     block_p = min(block_p, 32 if x.dtype.itemsize == 2 and block_n <= 128 and capability >= 9 else 16)
-    # A program adds up dB and dC over some heads of a group, which saves that many recomputations of C B^T and as
-    # much memory for partial sums, as long as there are programs enough.
+    # A program sums dB and dC over several heads of a group, which saves recomputations of C B^T and memory for partial
+    # sums, as long as enough programs remain to fill the device.
     together = math.gcd(heads // groups, 8)
     while together > 1 and batch * chunks * heads // together < 2 * processors:
         together //= 2
     parts = heads // together
     sections = _sections(batch * chunks * parts, chunks, processors)
     capacity = triton.cdiv(chunks, sections)  # chunks of a section
-    # For compute capability 8.0, ptxas takes 32 registers for this kernel and spills the rest unless told the limit.
+    # For compute capability 8.0, ptxas gives this kernel 32 registers and spills the rest unless the limit is set.
     limit = {"maxnreg": 255} if capability < 9 else {}
     dx = x.new_empty(x.shape)
     dscale = None if scale is None else torch.empty_like(scale)
@@ -363,22 +313,12 @@ def _gradients(
         count = min(capacity, chunks - first)
         dstate = _walk(dy, z, None, log_decay, C, dstate, dstates, first, count, chunk_size, reverse=True)
         chunk_gradients_kernel[(batch * count * parts,)](
-            *(x, log_decay, log_decay if scale is None else scale, B, C, x if D is None else D),
-            *(x if z is None else z, states, dy, dstates, dx, dlog_decay),
-            *(dlog_decay if dscale is None else dscale, dB_parts, dC_parts, dx if dD is None else dD),
-            *(dx if dz is None else dz, length, chunks, first, count, capacity, heads, heads // groups),
-            *x.stride()[:3],
-            *B.stride()[:3],
-            *C.stride()[:3],
-            *strides(D, 2),
-            *(x if z is None else z).stride()[:3],
-            *dy.stride()[:3],
+            *(x, log_decay, scale, B, C, D, z, states, dy, dstates, dx, dlog_decay, dscale, dB_parts, dC_parts, dD, dz),
+            *(length, chunks, first, count, capacity, heads, heads // groups),
+            *(*strides(3, x, B, C), *strides(2, D), *strides(3, z, dy)),
             TOGETHER=together,
             WIDTH=width,
             SIZE=size,
-            HAS_SCALE=scale is not None,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
             Q=chunk,
             BLOCK_P=block_p,
             BLOCK_N=block_n,
@@ -396,12 +336,12 @@ def _gradients(
 
 @triton.jit
 def _decay_sums(log_decay_ptr, offsets, mask):
-    """Return inclusive sums, in two parts, of a chunk's log2-decays.
+    """Return the inclusive sums of a chunk's log2-decays in two parts.
 
-    A decay of less than 2^-256 is zero in float32, and so is every product with it; the bound makes -inf finite. The
-    first part sums multiples of 2^-9 up to 64 * 256, which float32 holds exactly; the second sums rests of at most
-    2^-10. So a difference of two sums is as good as the sum of the terms between: with one sum, at -4000, what a mild
-    decay adds would be lost.
+    A decay below 2^-256 is zero in float32, and so is every product with it; clamping to this bound makes -inf finite.
+    The first part sums multiples of 2^-9 up to 64 * 256, which float32 represents exactly; the second sums remainders
+    of at most 2^-10. A difference of two sums is therefore as accurate as the sum of the terms in between. In a single
+    sum near -4000 the contribution of a mild decay would be lost.
     """
     a = tl.load(log_decay_ptr + offsets, mask=mask, other=0.0) * 1.4426950408889634
     a = tl.where(a < -256.0, -256.0, a)  # keeps a NaN, unlike maximum
@@ -411,7 +351,7 @@ def _decay_sums(log_decay_ptr, offsets, mask):
 
 @triton.jit
 def _to_end(coarse, fine, rows, Q: tl.constexpr):
-    """Return the decays from each token to the chunk's end, and the one over the whole chunk."""
+    """Return the decays from each token to the chunk's end, and the decay over the whole chunk."""
     last = rows == Q - 1
     coarse_end = tl.sum(tl.where(last, coarse, 0.0), 0)
     fine_end = tl.sum(tl.where(last, fine, 0.0), 0)
@@ -420,7 +360,7 @@ def _to_end(coarse, fine, rows, Q: tl.constexpr):
 
 @triton.jit
 def _between(coarse, fine, rows, BY_SOURCE: tl.constexpr):
-    """Return (Q target, Q source) decays from tokens to later ones, zero above the diagonal; or the transpose."""
+    """Return the (Q target, Q source) decays, zero above the diagonal, or the transpose if BY_SOURCE."""
     sums = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     counts = rows[:, None] >= rows[None, :]
     if BY_SOURCE:
@@ -435,14 +375,13 @@ def walk_kernel(
     value_ptr, z_ptr, key_ptr, log_decay_ptr, scale_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
     length, first, count, stretch, stretches, capacity, heads, per_group,
     value_batch, value_token, value_head, z_batch, z_token, z_head, key_batch, key_token, key_group,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_Z: tl.constexpr, SPLIT: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr, SPLIT: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     walked = stretches
     if SUMMARY:
-        walked = stretches - 1  # no one starts where the last ends
+        walked = stretches - 1  # nothing starts where the last one ends
     batch = (tl.program_id(2) // walked).to(tl.int64)
     place = tl.program_id(2) % walked
     rows = tl.arange(0, Q)
@@ -453,7 +392,8 @@ def walk_kernel(
     in_state = in_n[:, None] & in_p[None, :]
     inside = n[:, None] + p[None, :] * SIZE  # (P, N) offsets in a head's state
     value_ptr += batch * value_batch + head * value_head
-    z_ptr += batch * z_batch + head * z_head
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + head * z_head
     key_ptr += batch * key_batch + (head // per_group) * key_group
     dtype = key_ptr.dtype.element_ty
 
@@ -462,7 +402,7 @@ def walk_kernel(
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
     decay = tl.full((), 1.0, dtype=tl.float32)
     if not SUMMARY:
-        if HAS_START:
+        if start_ptr is not None:
             state = tl.load(start_ptr + row_state + inside, mask=in_state, other=0.0)
         for before in range(place):
             at = passing + before * heads
@@ -483,13 +423,13 @@ def walk_kernel(
         weight, whole = _to_end(coarse, fine, rows, Q)
         if REVERSE:
             weight = tl.exp2(coarse + fine)
-        if HAS_SCALE:
+        if scale_ptr is not None:
             weight *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
         in_value = present[:, None] & in_p[None, :]
         value = tl.load(
             value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :], mask=in_value, other=0.0
         ).to(tl.float32)  # (Q, P)
-        if HAS_Z:
+        if z_ptr is not None:
             _, gate = load_gate(z_ptr + begin * z_token, rows[:, None] * z_token + p[None, :], in_value)
             value *= gate
         key = tl.load(
@@ -501,8 +441,8 @@ def walk_kernel(
         state *= whole
         decay *= whole
         if SPLIT:
-            # The state adds up a whole row. Two half-precision terms keep 16 or more bits of the weighted values,
-            # where rounding them once would leave 8: the final state is as good as float32 sums of the given inputs.
+            # The state accumulates a whole row. Two half-precision terms keep 16 or more bits of the weighted values,
+            # instead of 8, which makes the final state as accurate as float32 sums of the inputs.
             high = narrow(weighted, dtype, EMULATE)
             low = narrow(weighted - high.to(tl.float32), dtype, EMULATE)
             state = dot(tl.trans(key), high, state, EMULATE)
@@ -523,8 +463,8 @@ def output_kernel(
     length, chunks, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)  # neighbours are heads of one chunk, which read the same B and C
     head = program % heads
@@ -546,13 +486,15 @@ def output_kernel(
     scalars = first_row + head
     coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
     mix = dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows, False)  # (Q target, Q source)
-    if HAS_SCALE:
+    if scale_ptr is not None:
         mix *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)[None, :]
     mix = narrow(mix, dtype, EMULATE)
     from_start = tl.exp2(coarse + fine)[:, None]
     x_ptr += batch * x_batch + begin * x_token + head * x_head
-    D_ptr += head * D_head
-    z_ptr += batch * z_batch + begin * z_token + head * z_head
+    if D_ptr is not None:
+        D_ptr += head * D_head
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + begin * z_token + head * z_head
     y_ptr += scalars * WIDTH
     states_ptr += program * (WIDTH * SIZE)
     for first in range(0, WIDTH, BLOCK_P):
@@ -565,9 +507,9 @@ def output_kernel(
         x = tl.load(x_ptr + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
         y = dot(C, tl.trans(state), None, EMULATE) * from_start
         y = dot(mix, x, y, EMULATE)
-        if HAS_D:
+        if D_ptr is not None:
             y += x.to(tl.float32) * tl.load(D_ptr + p * D_width, mask=in_p, other=0.0)[None, :]
-        if HAS_Z:
+        if z_ptr is not None:
             _, gate = load_gate(z_ptr, rows[:, None] * z_token + p[None, :], in_x)
             y *= gate
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE)
@@ -581,8 +523,8 @@ def chunk_gradients_kernel(
     length, chunks, first, count, capacity, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head, dy_batch, dy_token, dy_head,
-    TOGETHER: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    TOGETHER: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     parts = heads // TOGETHER
@@ -603,14 +545,15 @@ def chunk_gradients_kernel(
     C_ptr += batch * C_batch + begin * C_token + group * C_group
     B = tl.load(B_ptr + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
     C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
-    # This kernel is short of registers. What is computed elementwise enters products on the right, by way of shared
-    # memory, where the left would have it a second time in the layout of an operand; and products are added up with a
-    # factor each, because one product that starts from another makes the compiler lay both out twice over the warps.
+    # This kernel is short of registers. Elementwise results are right operands of products, which go through shared
+    # memory; as left operands they would be in registers twice. Products are added with a factor each, because a
+    # product that starts from another one makes the compiler lay out both twice over the warps.
     scores = dot(B, tl.trans(C), None, EMULATE)  # (Q source, Q target)
     dB = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     dC = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
     x_ptr += batch * x_batch + begin * x_token
-    z_ptr += batch * z_batch + begin * z_token
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + begin * z_token
     dy_ptr += batch * dy_batch + begin * dy_token
     for place in range(TOGETHER):
         head = part * TOGETHER + place
@@ -619,14 +562,14 @@ def chunk_gradients_kernel(
         to_end, whole = _to_end(coarse, fine, rows, Q)
         from_start = tl.exp2(coarse + fine)
         scale = tl.full((Q,), 1.0, dtype=tl.float32)
-        if HAS_SCALE:
+        if scale_ptr is not None:
             scale = tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
         mix = narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
 
         dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
-        read = tl.zeros((Q,), dtype=tl.float32)  # by each token from the state entering
-        left = tl.zeros((Q,), dtype=tl.float32)  # by each token in the state leaving, without its scale
-        passed = tl.zeros((BLOCK_P,), dtype=tl.float32)  # from the one to the other
+        read = tl.zeros((Q,), dtype=tl.float32)  # reads of the entering state by each token
+        left = tl.zeros((Q,), dtype=tl.float32)  # contributions of each token to the leaving state, without scale
+        passed = tl.zeros((BLOCK_P,), dtype=tl.float32)  # contribution of the entering to the leaving state
         of_head = (batch * chunks + chunk) * heads + head
         state_ptr = states_ptr + of_head * (WIDTH * SIZE)
         dstate_ptr = dstates_ptr + ((batch * capacity + index) * heads + head) * (WIDTH * SIZE)
@@ -641,16 +584,16 @@ def chunk_gradients_kernel(
             dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
             state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
             carried = dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
-            if HAS_D:
+            if D_ptr is not None:
                 D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
-            through = dy.to(tl.float32)  # what reaches the output before the gate
-            if HAS_Z:
+            through = dy.to(tl.float32)  # gradient of the output before the gate
+            if z_ptr is not None:
                 smooth, gate = load_gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
                 slope = through * (smooth + gate * (1.0 - smooth))
                 dz = carried * slope
                 scaled = narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
                 dz += dot(tl.trans(mix), scaled, None, EMULATE) * slope
-                if HAS_D:
+                if D_ptr is not None:
                     dz += x.to(tl.float32) * D[None, :] * slope
                 tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
                 through *= gate
@@ -668,17 +611,17 @@ def chunk_gradients_kernel(
             dB = dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
 
             dx = dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
-            if HAS_D:
+            if D_ptr is not None:
                 dx += through * D[None, :]
                 skipped = tl.sum(through * x.to(tl.float32), 0)
                 tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
             tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=in_x)
 
-        # Loaded and summed again: kept, the decays between tokens would take up registers all along the loop.
+        # Loaded and summed again, because the decays between tokens would occupy registers throughout the loop.
         coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
         dmix *= _between(coarse, fine, rows, True)
         flow = dmix * scores
-        if HAS_SCALE:
+        if scale_ptr is not None:
             tl.store(dscale_ptr + scalars + rows * heads, tl.sum(flow, 1) + left, mask=present)
             dmix *= scale[:, None]
             flow *= scale[:, None]
@@ -687,7 +630,7 @@ def chunk_gradients_kernel(
         dC = dot(tl.trans(B), half, dC, EMULATE)
         dB = dot(tl.trans(C), tl.trans(half), dB, EMULATE)
 
-        # What passes from before k to k or later: from token to token, into the state leaving, from the one entering.
+        # Contributions that cross k: from token to token, to the leaving state, and from the entering state.
         flow = tl.cumsum(flow, 1, reverse=True) + left[:, None]
         crossing = tl.sum(tl.where(rows[:, None] < rows[None, :], flow, 0.0), 0)
         crossing += tl.cumsum(read, 0, reverse=True) + whole * tl.sum(passed, 0)
@@ -701,10 +644,9 @@ def chunk_gradients_kernel(
     tl.store(dC_ptr + partial + offsets, dC, mask=in_partial)
 
 
-# States of a program, and the number of programs from which on it is used. A warp takes 512 states, 16 for a thread:
-# four loads of 16 bytes, on their way at once. Small programs are for small batches, which the large ones would not
-# spread over 132 processors (H100, H200). Triton 3.9 compiles both without spilled registers, with 40 to 64 a thread
-# (80 where nothing is aligned), on sm_80 and sm_90; neither is measured on a device.
+# (states per program, fewest programs for which it is used). A warp takes 512 states, 16 per thread: four concurrent
+# loads of 16 bytes. Small programs spread small batches over 132 processors (H100, H200). Triton 3.9 compiles both for
+# sm_80 and sm_90 without spilled registers, with 40 to 64 per thread (80 if nothing is aligned); not timed on a device.
 _TILES = ((2048, 512), (512, 0))
 _STATES_OF_A_WARP = 512
 
@@ -722,12 +664,12 @@ def ssd_step_triton(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    """Run one token on checked arguments, without a gradient; `state` is updated in place.
+    """Run one token on checked arguments, without a gradient, and update `state` in place.
 
     Args:
-        state: (B, H, P, N) float32 state. Any strides, as for all arguments: none is copied.
+        state: (B, H, P, N) float32 state. All arguments may have any strides; none is copied.
         x: (B, H, P) input.
-        decay: (B, H) step sizes, or logarithms of the decay if there is no `A`.
+        decay: (B, H) step sizes, or log-decays if `A` is None.
         A: (H) decay rates, or None.
         B: (B, G, N) input map.
         C: (B, G, N) output map.
@@ -735,7 +677,7 @@ def ssd_step_triton(
         z: (B, H, P) gate.
         dt_bias: (H) added to the step sizes.
         dt_softplus: apply softplus to the step sizes.
-        dt_limit: range that the step sizes are clamped to.
+        dt_limit: range to which the step sizes are clamped.
 
     Returns:
         (B, H, P) output in the dtype of `x`.
@@ -748,15 +690,8 @@ def ssd_step_triton(
             *(state, x, decay, A, B, C, D, z, dt_bias, y),
             *(float(limit) for limit in dt_limit),
             heads // B.shape[1],
-            *state.stride(),
-            *x.stride(),
-            *decay.stride(),
-            *strides(A, 1),
-            *B.stride(),
-            *C.stride(),
-            *strides(D, 2),
-            *strides(z, 3),
-            *strides(dt_bias, 1),
+            *(*state.stride(), *x.stride(), *decay.stride(), *strides(1, A), *strides(3, B, C)),
+            *(*strides(2, D), *strides(3, z), *strides(1, dt_bias)),
             WIDTH=width,
             SIZE=size,
             SOFTPLUS=dt_softplus,
@@ -769,7 +704,7 @@ def ssd_step_triton(
 
 
 def _tile(heads: int, width: int, size: int) -> tuple[int, int, int]:
-    """Return (BLOCK_P, BLOCK_N, warps) for a number of heads, counted over all rows of the batch."""
+    """Return (BLOCK_P, BLOCK_N, warps) for the number of heads of all rows of the batch."""
     block_n = triton.next_power_of_2(size)
     block_p = 1
     for states, fewest in _TILES:
@@ -782,7 +717,7 @@ def _tile(heads: int, width: int, size: int) -> tuple[int, int, int]:
 @triton.jit
 def _step_kernel(
     state_ptr, x_ptr, decay_ptr,
-    a_ptr,  # None: the decays are given
+    a_ptr,  # or None if the decays are given
     b_ptr, c_ptr,
     d_ptr,  # or None, as the next two
     z_ptr, bias_ptr,

@@ -1,9 +1,9 @@
-"""Support for tracing a graph of the ops, by torch.compile, torch.export or torch.jit.trace.
+"""Support for tracing the ops by torch.compile, torch.export or torch.jit.trace.
 
-A traced graph is used for other values and lengths than those that it was traced with. Nothing may therefore depend on
-a value (a shortcut for a mask without padding, a check), and no Python loop on a length. Most torch paths have a second
-form for tracing, of a few dense operations that the compiler fuses and differentiates. The two scans have no fast one:
-:func:`opaque` turns each into an operator, which a graph holds as one node.
+A traced graph is reused for other values and lengths than those it was traced with. During tracing, therefore, no code
+may depend on a value (e.g. a check, or a shortcut for masks without padding), and no Python loop on a length. Most
+torch paths have a second form for tracing: a few dense operations that the compiler fuses and differentiates. For the
+two scans such a form would be slow, so :func:`opaque` registers each as an operator, a single node of the graph.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 
 def tracing() -> bool:
-    """Return whether a graph is being traced, so that nothing may depend on the values of tensors."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()  # what torch.jit.is_tracing asks
+    """Return whether a graph is being traced."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()  # the latter is torch.jit.is_tracing
 
 
 def host_reads(tensor: Tensor) -> bool:
-    """Return whether values can be read: without waiting for a device, and not while tracing."""
+    """Return whether values can be read without waiting for a device; false while a graph is traced."""
     return tensor.device.type == "cpu" and not tracing()
 
 
 class _Context:
-    """A substitute for the context of an autograd function that is called without autograd."""
+    """Context for an autograd function that is called without autograd."""
 
     def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
         self.needs_input_grad = needs_input_grad
@@ -37,25 +37,25 @@ class _Context:
         self.saved_tensors = tensors
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Do nothing: the operator's gradients are always there."""
+        """Do nothing: an operator always receives all gradients."""
 
 
 def opaque(
     function: type[torch.autograd.Function], name: str, arguments: str, fake: Callable[..., tuple[Tensor, Tensor]]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Register an autograd function of two results as an operator: a traced graph holds it as one node.
+    """Register an autograd function with two results as an operator, a single node of a traced graph.
 
-    The operator saves its inputs only. Its backward, an operator too, runs the forward again. Operators are named after
-    the module, so that the package and any number of exported copies of this file live in one process.
+    The operator saves its inputs only; its backward, also an operator, runs the forward again. Operators are named
+    after the module of `function`, so that the package and any number of exported copies can coexist in one process.
 
     Args:
-        function: computes the results, and with what it saves the gradients.
-        name: of the operator.
-        arguments: of `function.forward`, as in an operator's schema.
-        fake: given the arguments, returns empty contiguous results of the right shapes and dtypes.
+        function: autograd function.
+        name: name of the operator.
+        arguments: arguments of `function.forward` in the syntax of operator schemas.
+        fake: function that takes the arguments and returns empty contiguous results of the right shapes and dtypes.
 
     Returns:
-        A function of the same arguments that calls the operator.
+        Function of the same arguments that calls the operator.
     """
     qualified = f"{re.sub(r'[^0-9a-zA-Z_]', '_', function.__module__)}::{name}"
 

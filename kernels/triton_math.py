@@ -1,4 +1,4 @@
-"""Helpers of several ops' Triton files: strides of operands, and device functions."""
+"""Helpers that several Triton files share: strides of operands, and device functions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from ._triton import tl, triton
 
 
 def unit_stride(tensor: Any) -> Any:
-    """Return the tensor, copied unless its last dimension is dense (as it is in a slice of channels); None for None."""
+    """Return the tensor, copied only if its last dimension has a stride other than 1; None for None."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def strides(tensor: Tensor | None, dimensions: int) -> tuple[int, ...]:
-    """Return the tensor's strides, and 0 for the dimensions that follow (all, if there is no tensor)."""
-    found = () if tensor is None else tensor.stride()
-    return (*found, *[0] * (dimensions - len(found)))
+def strides(dimensions: int, *tensors: Tensor | None) -> list[int]:
+    """Return the strides of each tensor's leading dimensions in turn; zeros for missing dimensions and tensors."""
+    found = []
+    for tensor in tensors:
+        given = () if tensor is None else tensor.stride()[:dimensions]
+        found += [*given, *[0] * (dimensions - len(given))]
+    return found
 
 
 @triton.jit
@@ -27,7 +30,7 @@ def sigmoid(v):
 
 @triton.jit
 def softplus(v):
-    """Return log(1 + e^v) to full relative precision: the rounding error of 1 + e^v is divided out."""
+    """Return log(1 + e^v) to full relative precision by dividing out the rounding error of 1 + e^v."""
     power = tl.exp(tl.minimum(v, 20.0))
     above = 1.0 + power
     small = above == 1.0
@@ -37,17 +40,18 @@ def softplus(v):
 
 @triton.jit
 def load_gate(z_ptr, offsets, mask):
-    """Load z, and return its sigmoid and silu(z)."""
+    """Load z and return sigmoid(z) and silu(z)."""
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     smooth = tl.sigmoid(z)
     return smooth, z * smooth
 
 
-# Triton's interpreter keeps bfloat16 as bit patterns: it multiplies the patterns in a dot product, and it truncates a
-# float32 where a device rounds to the nearest. With EMULATE, the next two functions do there what compiled code does.
+# Triton's interpreter stores bfloat16 as bit patterns: a dot product multiplies the patterns as integers, and a
+# conversion from float32 truncates instead of rounding to nearest. EMULATE makes the next two functions behave like
+# compiled code under the interpreter.
 @triton.jit
 def dot(a, b, acc, EMULATE: tl.constexpr):
-    """Return acc + a b, summed in float32; float32 operands are not rounded to TF32."""
+    """Return acc + a b, accumulated in float32; float32 operands are not rounded to TF32."""
     if EMULATE:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -56,7 +60,7 @@ def dot(a, b, acc, EMULATE: tl.constexpr):
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """Round float32 values to the nearest of `dtype`, ties to even."""
+    """Round float32 values to `dtype`: to nearest, ties to even."""
     if EMULATE and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -1,22 +1,23 @@
-"""Sliding-window softmax attention of selected tokens, whose queries are gathered and whose keys are all in place.
+"""Sliding-window softmax attention of selected tokens: gathered queries over the keys of all tokens.
 
 Symbols: B batch, K columns of a row of keys, M selected tokens of all rows, H query heads, G key-value heads, P head
 width, w window.
 
-For selected token m, in row b at column c, and every head h of group g = h // (H / G),
+For a selected token m in row b at column c, and every head h of group g = h // (H / G),
 
-    o_m = sum_j softmax_j(scale q_m . k_j) v_j,  over the columns j of row b that m sees:
-    those that hold a token of its document at a place p_j with p_m - w < p_j <= p_m.
+    o_m = sum_j softmax_j(scale q_m . k_j) v_j
 
-Source: Taipan's selective attention (arXiv 2410.18572, eq. 4): softmax attention over a window, without
-positional embedding, for the tokens that a gate selects. The window counts the token itself, as in transformers'
-`sliding_window`. The caller gives the places as integers, so that keys can be left out (padding, empty slots of a
-cache, tokens that nobody may see) without moving the others. The number of selected tokens is not bounded.
+over the visible columns j of row b: those that hold a token of m's document at a place p_j with p_m - w < p_j <= p_m.
 
-The torch path takes T queries of a row at a time. They are sorted, so that such a block sees one range of S columns,
-the window and as many columns as lie between its first and its last query; the largest temporary tensor is a block's
-(H, T, S) scores. In a traced graph, where the number of selected tokens is unknown, :func:`attend_traced` computes all
-scores and masks those that a query does not see.
+Source: Taipan's selective attention (arXiv 2410.18572, eq. 4): softmax attention over a window, without positional
+embedding, for the tokens that a gate selects. The window includes the token itself, as in transformers'
+`sliding_window`. The caller passes the places as integers, so that keys can be excluded (padding, empty slots of a
+cache, hidden tokens) without moving the others. The number of selected tokens is not bounded.
+
+The torch path processes blocks of T queries of a row. Queries are sorted, so that a block sees one range of S columns:
+the window, and the columns between its first and last query. The largest temporary tensor is the (H, T, S) scores of a
+block. In a traced graph, where the number of selected tokens is unknown, :func:`attend_traced` computes all scores and
+masks invisible ones.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from .checks import (
     check_seq_idx,
     check_tensor,
     choose_implementation,
-    of_no_rows,
+    empty_batch,
     without_autocast,
 )
 from .window_attention_triton import WIDEST_HEAD, window_attention_triton
@@ -58,34 +59,34 @@ def window_attention(
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attention of selected tokens to the last `window` tokens of their row and document, themselves included.
+    """Attend from selected tokens to the last `window` tokens of their row and document, including themselves.
 
     Args:
         q: (M, H, P) queries of the selected tokens of all rows, M >= 0.
         k: (B, K, G, P) keys of every column of every row, K >= 1; G divides H.
         v: (B, K, G, P) values of every column.
-        window: w tokens that a query sees, itself included, at least 1.
-        index: (M) integer `row * K + column` of each query's own token, strictly increasing. Its key stands there.
-        positions: (B, K) integer place of each column among its row's tokens, increasing along a row with gaps
-            allowed; negative where a column holds no token (padding, an empty slot of a cache, a key that nobody may
-            see). The content of such a column reaches neither an output nor a gradient. None: the columns themselves.
-        seq_idx: (B, K) integer document of each column, non-decreasing over the real ones and negative at padding,
-            which holds no token either. A query sees its own document only. None: a row is one document.
+        window: w tokens that a query sees including itself, at least 1.
+        index: (M) integer `row * K + column` of each query's token, strictly increasing. Its key is in that column.
+        positions: (B, K) integer place of each column among its row's tokens, increasing along a row, possibly with
+            gaps; negative for columns without a token (padding, empty slots of a cache, hidden keys), whose content
+            affects neither outputs nor gradients. By default the index of the column.
+        seq_idx: (B, K) integer document of each column, non-decreasing over real tokens and negative at padding. A
+            query sees only its own document. By default each row is one document.
         scale: factor of the scores; P^(-1/2) if not given.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not serve P > 256.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support P > 256.
 
     Returns:
-        (M, H, P) in the dtype of `q`: zero for a query whose own column holds no token. Scores, softmax and sums are
+        (M, H, P) in the dtype of `q`, zero for queries whose own column holds no token. Scores, softmax and sums are
         float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: if a shape, dtype, device, group count or `implementation` does not fit, `window` is below 1,
+        ValueError: if a shape, dtype, device, group count or `implementation` is invalid, `window` is below 1,
             `index` does not increase within the rows, or `positions` or `seq_idx` decreases along a row.
     """
     _check(q, k, v, window, index, positions, seq_idx)
     implementation = choose_implementation(implementation, "window_attention", q, q.shape[2] <= WIDEST_HEAD)
     if k.shape[0] == 0:
-        return of_no_rows(tuple(q.shape), q.dtype, q, k, v)
+        return empty_batch(tuple(q.shape), q.dtype, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
@@ -111,18 +112,19 @@ def window_attention_matrix(
 ) -> Tensor:
     """Return the probabilities of :func:`window_attention`, from each selected token to each column of its row.
 
-    M x K numbers per head: for inspection (`output_attentions`), not for inference. Arguments as there.
+    The matrix takes M x K elements per head: use it for inspection (`output_attentions`), not for inference. The
+    arguments are those of :func:`window_attention`.
 
     Returns:
-        (M, H, K) in float32 (float64 for float64 inputs). A row sums to 1, or is zero for a query whose own column
-        holds no token.
+        (M, H, K) in float32 (float64 for float64 inputs). A row sums to 1, or is zero if the query's own column holds
+        no token.
 
     Raises:
-        ValueError: as :func:`window_attention`.
+        ValueError: as in :func:`window_attention`.
     """
     _check(q, k, k, window, index, positions, seq_idx)
     if k.shape[0] == 0:
-        return of_no_rows((*q.shape[:2], k.shape[1]), accumulator(q), q, k)
+        return empty_batch((*q.shape[:2], k.shape[1]), accumulator(q), q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
     K = k.shape[1]
@@ -151,7 +153,7 @@ def window_attention_reference(
     seq_idx: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute :func:`window_attention` by its definition, query by query, differentiated by autograd."""
+    """Compute :func:`window_attention` by its definition, query by query, with the same arguments."""
     _check(q, k, v, window, index, positions, seq_idx)
     M, H, P = q.shape
     B, K, G, _ = k.shape
@@ -159,7 +161,7 @@ def window_attention_reference(
     sums = accumulator(q)
     place = torch.arange(K, device=k.device).expand(B, K) if positions is None else positions
     document = torch.zeros_like(place) if seq_idx is None else seq_idx
-    nothing = q.to(sums).masked_fill(torch.ones_like(q, dtype=torch.bool), 0)  # zeros that are part of the graph
+    nothing = q.to(sums).masked_fill(torch.ones_like(q, dtype=torch.bool), 0)  # zeros in the autograd graph
     outputs = []
     for m in range(M):
         row, column = divmod(int(index[m]), K)
@@ -177,7 +179,7 @@ def window_attention_reference(
 
 
 def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """(N, H, K) probabilities that (N, H, P) queries give to (K, G, P) keys of their row, of which they see (N, K)."""
+    """Return (N, H, K) probabilities of (N, H, P) queries over the (K, G, P) keys of their row, masked by (N, K)."""
     sums = accumulator(q)
     queries = (q.to(sums) * scale).transpose(0, 1).reshape(k.shape[1], -1, q.shape[2])  # (G, H/G N, P)
     scores = (queries @ k.to(sums).permute(1, 2, 0)).view(q.shape[1], *seen.shape).transpose(0, 1)
@@ -188,7 +190,7 @@ def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, index: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """Run the torch path, for queries that all see at least themselves."""
+    """Run the torch path for queries that all see at least themselves."""
     B, K = k.shape[:2]
     with without_autocast(q):
         rows = index // K
@@ -205,10 +207,9 @@ def _visible(
     Places and documents increase along a row, so a query sees the real columns of one range.
 
     Returns:
-        starts: (M) first column of the range; non-decreasing over the queries of a row.
-        ends: (M) the column after the range, that after the query's own.
-        real: (B, K) whether a column holds a token, None where all do. A query in a column that does not sees nothing,
-            whatever its range.
+        starts: (M) first column of the range, non-decreasing over the queries of a row.
+        ends: (M) column after the range, i.e. after the query's own.
+        real: (B, K) mask of columns that hold a token, or None if all do. Queries in other columns see nothing.
     """
     B, K = k.shape[:2]
     column = index % K
@@ -218,7 +219,7 @@ def _visible(
     real = place >= 0
     if seq_idx is not None:
         real = real & (seq_idx >= 0)
-    # Running maxima: sorted, as searchsorted requires, and rising at real columns only.
+    # Running maxima are sorted, as searchsorted requires, and increase at real columns only.
     highest = place.masked_fill(~real, -1).cummax(1).values
     starts = torch.searchsorted(highest, highest - window, right=True)
     if seq_idx is not None:
@@ -228,13 +229,7 @@ def _visible(
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    window: int,
-    index: Tensor,
-    positions: Tensor | None,
-    seq_idx: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, window: int, index: Tensor, positions: Tensor | None, seq_idx: Tensor | None
 ) -> None:
     check_tensor("q", q, (None, None, None), "(M, H, P)")
     M, heads, width = q.shape
@@ -258,7 +253,7 @@ def _check(
 
 def _check_order(index: Tensor, columns: int, positions: Tensor | None) -> None:
     """Raise ValueError unless `index` increases strictly within the columns, and `positions` along each row."""
-    # The bounds are neighbours too, so that one comparison covers them; the device is synchronised once for all.
+    # The bounds join the sequence, so that one comparison covers everything and the device is waited for once.
     bounds = index.new_tensor([-1, columns])
     unordered = (torch.cat([bounds[:1], index]) >= torch.cat([index, bounds[1:]])).any()
     if positions is not None:
@@ -281,41 +276,40 @@ def _check_order(index: Tensor, columns: int, positions: Tensor | None) -> None:
     )
 
 
-# Largest number of queries of a block; and of its columns, as a multiple of those of its first query and as a minimum.
-# If few tokens are selected, the range of more of them would mostly be columns that only one of them sees.
+# Most queries per block, and most columns: a multiple of those of the first query, but not less than a minimum. If few
+# tokens are selected, most columns of a wider range would be visible to a single query.
 _BLOCK, _STRETCH, _NARROW = 32, 2, 256
 
 
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """Attend with queries that all see at least themselves, differentiably.
+    """Attend with queries that all see at least themselves; differentiable.
 
     Args:
         q: (M, H, P) queries.
         k, v: (B, K, G, P) keys and values.
-        scale: of the scores.
+        scale: factor of the scores.
         rows: (M) rows of the queries, non-decreasing.
         starts: (M) first column that a query sees, non-decreasing over the queries of a row.
-        ends: (M) column after the last that it sees, increasing over the queries of a row.
-        real: (B, K) columns that hold a token, None for all.
+        ends: (M) column after the last one that it sees, increasing over the queries of a row.
+        real: (B, K) mask of columns that hold a token, or None if all do.
 
     Returns:
         (M, H, P) in the dtype of q.
     """
-    o = _Blocks.apply(q, k, v, scale, rows, starts, ends, real)
-    assert isinstance(o, Tensor)  # `apply` is untyped
+    o: Any = _Blocks.apply(q, k, v, scale, rows, starts, ends, real)
     return o
 
 
 def attend_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """Attend with one query per row (M = B), as in decoding, all rows at once; arguments as above, any float dtype.
+    """Attend with one query per row (M = B), as in decoding; arguments of :func:`attend_blocks` in any float dtype.
 
-    Blocks would be one row each. Measured as in :class:`_Blocks`, without a gradient, H = 8, P = 64,
-    milliseconds of this / of blocks: B = 64 and K = 64 1.0 / 4.1, B = 8 and K = 2048 6.4 / 7.1. A batched matmul
-    copies the keys: 63 ms there.
+    Blocks would hold one row each. Measured as in :class:`_Blocks`, without a gradient, H = 8, P = 64, milliseconds of
+    this / of blocks: 1.0 / 4.1 for B = 64 and K = 64, 6.4 / 7.1 for B = 8 and K = 2048. In the latter case a batched
+    matmul, which copies the keys, takes 63 ms.
     """
     dtype = q.dtype
     if not q.dtype == k.dtype == v.dtype:
@@ -338,42 +332,32 @@ def attend_rows(
 
 
 class _Blocks(torch.autograd.Function):
-    """Saves its inputs only; scores and probabilities p are recomputed.
+    """The torch path by blocks; saves its inputs only and recomputes scores and probabilities p.
 
     Backward, with ds = p (do . v - sum_j p_j do . v_j):  dq = scale sum_j ds_j k_j,  dk_j = scale sum_m ds_mj q_m,
     dv_j = sum_m p_mj do_m.
 
     Measured on 1 CPU core, fp32, torch 2.13, B = 1, K = 4096, H = G = 8, P = 64, milliseconds of processor time,
-    forward / forward + backward, fastest of 3; SDPA and FlexAttention, which has no backward on the CPU and is not
-    compiled, compute all queries and mask all keys:
+    forward / forward + backward, fastest of 3. SDPA and FlexAttention (not compiled, without a backward on the CPU)
+    compute all queries over all keys with masks:
         window                       512            2048
         this, 15 % selected          19 / 62        46 / 157
         this, all selected           82 / 282       220 / 781
         SDPA, boolean mask           469 / 1468     465 / 1501
         FlexAttention                2746           2603
-    Blocks of 16 queries took 1.0 to 1.4 times as long, of 64 queries 0.9 to 1.2 times. SDPA in place of the products of
-    a block of 64 queries and 939 columns: 1.7 / 6.0 ms, these 1.5 / 5.0.
+    Blocks of 16 queries took 1.0 to 1.4 times as long, of 64 queries 0.9 to 1.2 times. For a block of 64 queries and
+    939 columns, SDPA took 1.7 / 6.0 ms, these products 1.5 / 5.0 ms.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        rows: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        real: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        q, k, v, ctx.scale, rows, starts, ends, real = arguments
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         for block in _blocks(rows, starts, ends):
-            queries = _by_group(q[block.queries], k.shape[2]) * scale
+            queries = _by_group(q[block.queries], k.shape[2]) * ctx.scale
             weights = _weights(queries, _range(k, block, real, queries.dtype), starts, ends, real, block)
             o[block.queries] = _by_query(weights @ _range(v, block, real, queries.dtype), q.shape[1])
         ctx.save_for_backward(q, k, v, rows, starts, ends, real)
-        ctx.scale = scale
         return o
 
     @staticmethod
@@ -401,10 +385,10 @@ class _Block:
     """T queries of a row, and the S columns that they see.
 
     Attributes:
-        row: the row.
-        queries: of all M.
-        columns: of the row.
-        shared: columns, counted from the first of `columns`, that are in the range of every query.
+        row: index of the row.
+        queries: range within all M queries.
+        columns: range within the columns of the row.
+        shared: columns in the range of every query, counted from the first of `columns`.
     """
 
     row: int
@@ -414,7 +398,7 @@ class _Block:
 
 
 def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
-    """Yield the blocks of every row's queries."""
+    """Yield the blocks of the queries of every row."""
     _, counts = rows.unique_consecutive(return_counts=True)
     first = 0
     row_of, lows, highs = rows.tolist(), starts.tolist(), ends.tolist()
@@ -430,18 +414,18 @@ def _blocks(rows: Tensor, starts: Tensor, ends: Tensor) -> Iterator[_Block]:
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """(T, H, P) to (G, H/G T, P), in the dtype of the computation."""
+    """Return (T, H, P) values as (G, H/G T, P), in the dtype of the computation."""
     by_head = x.to(accumulator(x)).transpose(0, 1)
     return by_head.reshape(groups, -1, x.shape[2])
 
 
 def _by_query(x: Tensor, heads: int) -> Tensor:
-    """(G, H/G T, P) to (T, H, P)."""
+    """Return (G, H/G T, P) values as (T, H, P)."""
     return x.reshape(heads, -1, x.shape[2]).transpose(0, 1)
 
 
 def _range(x: Tensor, block: _Block, real: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(G, S, P) keys or values of a block's range, with zeros where a column holds no token."""
+    """Return the (G, S, P) keys or values of a block, with zeros in columns without a token."""
     part = x[block.row, block.columns].to(dtype)
     if real is not None:
         part = part.masked_fill(~real[block.row, block.columns, None, None], 0)
@@ -449,7 +433,7 @@ def _range(x: Tensor, block: _Block, real: Tensor | None, dtype: torch.dtype) ->
 
 
 def _weights(queries: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None, block: _Block) -> Tensor:
-    """(G, H/G T, S) probabilities; only the ends of the range, where some queries see and some do not, need masks."""
+    """Return (G, H/G T, S) probabilities; masks are needed only at the ends of the range, outside of `shared`."""
     scores = queries @ keys.mT
     by_query = scores.unflatten(1, (-1, block.queries.stop - block.queries.start))
     column = torch.arange(block.columns.start, block.columns.stop, device=scores.device)
@@ -464,18 +448,18 @@ def _weights(queries: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, real: 
 def attend_traced(
     q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend with all tokens of a row to the last `window` ones.
+    """Attend from all tokens of a row to the last `window` ones in a traced graph.
 
     Args:
         q: (B, L, H, P) queries of the last L columns.
         k, v: (B, K, G, P) keys and values.
-        window: as in `window_attention`, and so are:
+        window: tokens that a query sees, as in :func:`window_attention`.
         positions: (B, K) place of each column, or None.
         seq_idx: (B, K) document of each column, or None.
 
     Returns:
-        (B, L, H, P) in the dtype of q, and the (B, H, L, K) probabilities in float32 (or float64); both are zero for a
-        query whose own column holds no token.
+        (B, L, H, P) outputs in the dtype of q, and (B, H, L, K) probabilities in float32 (or float64); both are zero
+        for queries whose own column holds no token.
     """
     length, columns, groups = q.shape[1], k.shape[1], k.shape[2]
     sums = accumulator(q)
@@ -490,13 +474,13 @@ def attend_traced(
         seen = seen & (seq_idx[:, columns - length :, None] == seq_idx[:, None])
     held = real[:, columns - length :, None]
     seen = (seen & held)[:, None]
-    # The content of a column without a token must not matter, even if it is NaN.
+    # Columns without a token may contain NaN.
     hidden = ~real[..., None, None]
     k, v = k.masked_fill(hidden, 0).to(sums), v.masked_fill(hidden, 0).to(sums)
     queries = q.masked_fill(~held[..., None], 0).to(sums).transpose(1, 2).unflatten(1, (groups, -1))
     with without_autocast(q):
         scores = queries @ k.permute(0, 2, 3, 1)[:, :, None] * (1 / math.sqrt(q.shape[-1]))  # (B, G, H/G, L, K)
-        # A row without anything to see is uniform before it is set to zero: a softmax of nothing would be NaN.
+        # A row that sees nothing is not masked before the softmax, which would give NaN, but set to zero after it.
         scores = scores.flatten(1, 2).masked_fill(~seen & seen.any(-1, keepdim=True), -math.inf)
         probabilities = scores.softmax(-1).masked_fill(~seen, 0)
         grouped = probabilities.unflatten(1, (groups, -1))

@@ -1,16 +1,16 @@
-"""`window_attention` in Triton: tables, launches, the gradient and the kernels.
+"""`window_attention` in Triton: tables, launches, gradients and kernels.
 
 Symbols: B batch, K columns, M selected tokens, H query heads, G key-value heads, P head width; T queries and S columns
-of a tile; s_mj = scale q_m . k_j, of which the kernels compute the logarithm to base 2: `factor` is scale log2(e).
+of a tile; scores s_mj = scale q_m . k_j, which the kernels compute to base 2: `factor` is scale log2(e).
 
-FlashAttention-2's scheme (arXiv 2307.08691) over ranges that come from tables. The queries of a row are sorted, so a
-tile of T of them sees one range of columns, a little longer than the window, and a tile of S columns is seen by one
-range of the row's queries. The forward loops over the first and keeps the softmax's denominators; the backward loops
-over the first for dq and over the second for dk and dv, and computes the weights again. Everything is summed in a fixed
-order: there are no atomics. The tables are made on the device, without a synchronisation.
+The kernels follow FlashAttention-2 (arXiv 2307.08691) over ranges that come from tables. The queries of a row are
+sorted, so that a tile of T queries sees one range of columns, slightly longer than the window, and a tile of S columns
+is visible to one range of queries. The forward loops over columns and saves the denominators of the softmax. The
+backward loops over columns for dq and over queries for dk and dv, and recomputes the weights. There are no atomics:
+every sum has a fixed order. The tables are computed on the device without waiting for it.
 
-A query sees the real columns from its start to before its end. One whose own column holds no token has the end 0: its
-values are not read. Offsets are 64-bit up to a tile and 32-bit inside it.
+A query sees the real columns from its start to its end, exclusive. Queries whose own column holds no token have the end
+0 and are not read. Offsets are 64-bit up to a tile and 32-bit inside it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
-from .triton_math import dot, narrow, unit_stride
+from .triton_math import dot, narrow, strides, unit_stride
 
-# (T, S, warps) of the programs that hold queries (forward, dq) and of those that hold keys and values (dk and dv), by
-# bytes of an element and head width up to. T is small because T selected tokens spread over a stretch of the row, all
-# of which is computed. Compiled by Triton 3.9 they spill at most 4 bytes of registers a thread on sm_90, and on sm_80
-# 72 at 2 bytes and P = 64, 36 at 4 bytes and P = 256; shared memory is at most 96 KiB. No tile has been timed on a
-# device. float32 has no tensor cores at full precision, and its products take registers.
+# (T, S, warps) of programs that hold queries (forward, dq) and of programs that hold keys and values (dk, dv), by bytes
+# per element and largest head width. T is small because T selected tokens are spread over a stretch of the row, all of
+# which is computed. Compiled by Triton 3.9 they spill at most 4 bytes of registers per thread on sm_90; on sm_80 they
+# spill 72 bytes for 2-byte elements and P = 64, and 36 for 4-byte elements and P = 256. Shared memory is at most 96
+# KiB. No tile has been timed on a device. float32 has no tensor cores at full precision; its products take registers.
 _TILES = {
     (2, 64): ((64, 64, 4), (64, 64, 4)),
     (2, 128): ((64, 64, 8), (32, 64, 8)),
@@ -42,59 +42,42 @@ WIDEST_HEAD = 256
 
 
 def window_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    index: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    real: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, index: Tensor, starts: Tensor, ends: Tensor, real: Tensor | None
 ) -> Tensor:
-    """Attention of each query to the real columns of its range, differentiable.
+    """Attend from each query to the real columns of its range; differentiable.
 
     Args:
         q: (M, H, P) queries, not float64.
         k, v: (B, K, G, P) keys and values.
-        scale: of the scores.
+        scale: factor of the scores.
         index: (M) `row * K + column` of the queries, increasing.
         starts: (M) first column of a query's range, non-decreasing over the queries of a row.
-        ends: (M) column after the last of the range, that after the query's own.
-        real: (B, K) columns that hold a token, None for all.
+        ends: (M) column after the range, i.e. after the query's own.
+        real: (B, K) mask of columns that hold a token, or None if all do.
 
     Returns:
-        (M, H, P) in the dtype of q; zero for a query whose own column is not real.
+        (M, H, P) in the dtype of q; zero for queries whose own column is not real.
     """
     dtype = q.dtype
-    if not q.dtype == k.dtype == v.dtype:  # a dot product takes two operands of one dtype
+    if not q.dtype == k.dtype == v.dtype:  # the operands of a dot product must have one dtype
         q, k, v = q.float(), k.float(), v.float()
     if real is not None:
         ends = ends.where(real.flatten()[index], 0)
-    o = _WindowAttention.apply(q, k, v, scale, index, starts, ends, real)
-    assert isinstance(o, Tensor)  # `apply` is untyped
+    o: Any = _WindowAttention.apply(q, k, v, scale, index, starts, ends, real)
     return o.to(dtype)
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Saves inputs, output and the denominators: lse_m = log2 sum_j 2^(s_mj log2(e)), s_mj = scale q_m . k_j.
+    """The Triton path; saves inputs, output and lse_m = log2 sum_j 2^(s_mj log2(e)) with s_mj = scale q_m . k_j.
 
     Backward, with p_mj = 2^(s_mj log2(e) - lse_m), delta_m = o_m . do_m and ds_mj = p_mj (do_m . v_j - delta_m):
     dq_m = scale sum_j ds_mj k_j,  dk_j = scale sum_m ds_mj q_m,  dv_j = sum_m p_mj do_m.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        index: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        real: Tensor | None,
-    ) -> Tensor:
-        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        q, k, v, ctx.scale, index, starts, ends, real = arguments
+        q, k, v = map(unit_stride, (q, k, v))
         o = q.new_empty(q.shape)
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         starts, ends = starts.int(), ends.int()
@@ -103,12 +86,11 @@ class _WindowAttention(torch.autograd.Function):
         if blocks.shape[0]:
             with torch.cuda.device_of(q):
                 forward_kernel[(blocks.shape[0], q.shape[1])](
-                    *(q, k, v, starts, ends, real, blocks, o, lse, scale * math.log2(math.e)),
+                    *(q, k, v, starts, ends, real, blocks, o, lse, ctx.scale * math.log2(math.e)),
                     *_sizes(q, k, v),
                     **over_queries,
                 )
         ctx.save_for_backward(q, k, v, index, starts, ends, real, blocks, o, lse)
-        ctx.scale = scale
         return o
 
     @staticmethod
@@ -122,62 +104,51 @@ class _WindowAttention(torch.autograd.Function):
         factor = ctx.scale * math.log2(math.e)
         over_queries, over_keys = _tiles(q)
         tiles = triton.cdiv(k.shape[1], over_keys["S"])
-        sizes, strides = _sizes(q, k, v), do.stride()[:2]
+        sizes = _sizes(q, k, v)
         with torch.cuda.device_of(q):
             if blocks.shape[0]:
                 query_gradients_kernel[(blocks.shape[0], q.shape[1])](
                     *(q, k, v, starts, ends, real, blocks, o, lse, do, dq, delta, ctx.scale, factor),
-                    *sizes,
-                    *strides,
+                    *(*sizes, *strides(2, do)),
                     **over_queries,
                 )
             key_gradients_kernel[(k.shape[0] * tiles, k.shape[2])](
                 *(q, k, v, starts, ends, real, _seers(index, starts, k, over_keys["S"]), lse, delta, do, dk),
                 *(dv, ctx.scale, factor, sizes[0], tiles),
-                *sizes[1:],
-                *strides,
+                *(*sizes[1:], *strides(2, do)),
                 **over_keys,
             )
         return dq, dk, dv, None, None, None, None, None
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    """Return the shapes and strides that the kernels take, in their order."""
+    """Return the sizes and strides that the kernels take, in their order."""
     heads = q.shape[1]
-    return k.shape[1], heads, heads // k.shape[2], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
+    return k.shape[1], heads, heads // k.shape[2], *strides(2, q), *strides(3, k, v)
 
 
 def _tiles(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """Return the constants of the launches over queries and of the launch over keys."""
     width = q.shape[2]
     block_p = max(16, triton.next_power_of_2(width))
-    over_queries, over_keys = (
-        {
-            "WIDTH": width,
-            "BLOCK_P": block_p,
-            "T": T,
-            "S": S,
-            "EMULATE": INTERPRETED,
-            "num_warps": warps,
-            "num_stages": 2,
-        }
-        for T, S, warps in _TILES[q.dtype.itemsize, max(64, block_p)]
-    )
+    shared = {"WIDTH": width, "BLOCK_P": block_p, "EMULATE": INTERPRETED, "num_stages": 2}
+    tiles = _TILES[q.dtype.itemsize, max(64, block_p)]
+    over_queries, over_keys = (shared | {"T": T, "S": S, "num_warps": warps} for T, S, warps in tiles)
     return over_queries, over_keys
 
 
 def _blocks(index: Tensor, k: Tensor, size: int) -> Tensor:
-    """Cut the queries of every row into blocks.
+    """Cut the queries of every row into blocks, without waiting for the device.
 
     Returns:
-        (blocks, 3) int64 row, first query and number of queries. There are as many as the row lengths could ask for,
-        so that the device need not be waited for; those that are too many have no queries.
+        (blocks, 3) int64 row, first query and number of queries. The number of blocks is an upper bound; surplus blocks
+        have no queries.
     """
     B, K = k.shape[:2]
     M = index.shape[0]
     most = (M + min(B, M) * (size - 1)) // size
-    bounds = torch.searchsorted(index, K * torch.arange(B + 1, device=index.device))  # (B+1) first queries of the rows
-    through = ((bounds.diff() + (size - 1)) // size).cumsum(0)  # (B) blocks up to a row's last
+    bounds = torch.searchsorted(index, K * torch.arange(B + 1, device=index.device))  # (B+1) first query of each row
+    through = ((bounds.diff() + (size - 1)) // size).cumsum(0)  # (B) number of blocks up to each row's last
     number = torch.arange(most, device=index.device)
     row = torch.searchsorted(through, number, right=True).clamp(max=B - 1)
     before = torch.cat([through.new_zeros(1), through])[row]
@@ -187,19 +158,19 @@ def _blocks(index: Tensor, k: Tensor, size: int) -> Tensor:
 
 
 def _seers(index: Tensor, starts: Tensor, k: Tensor, size: int) -> Tensor:
-    """(B, K / S, 2) int64 first query that may see some column of a tile, and the one after the last."""
+    """Return (B, K / S, 2) int64 first queries that may see a column of a tile, and the queries after the last."""
     B, K = k.shape[:2]
     rows = K * torch.arange(B, device=index.device)[:, None]
     edges = torch.arange(0, K, size, device=index.device)
     first = torch.searchsorted(index, rows + edges)
-    # Starts do not decrease along a row, and are below K: with the row before them they are sorted.
+    # Starts do not decrease along a row and are below K, so that they are sorted after adding the row's offset.
     last = torch.searchsorted(index - index % K + starts, rows + (edges + size).clamp(max=K))
     return torch.stack([first, last], dim=2)
 
 
 @triton.jit
 def _ranges(starts_ptr, ends_ptr, at, inside):
-    """(T) starts and ends of queries; an empty range for those outside."""
+    """Return the (T) starts and ends of queries, an empty range outside."""
     starts = tl.load(starts_ptr + at, mask=inside, other=0)
     ends = tl.load(ends_ptr + at, mask=inside, other=0)
     return starts, ends
@@ -207,7 +178,7 @@ def _ranges(starts_ptr, ends_ptr, at, inside):
 
 @triton.jit
 def _real(real_ptr, column, columns):
-    """(S) which columns hold a token; `real_ptr` is the row's."""
+    """Return the (S) mask of columns that hold a token; `real_ptr` points to the row."""
     held = column < columns
     if real_ptr is not None:
         held = held & (tl.load(real_ptr + column, mask=held, other=0) != 0)
@@ -216,7 +187,7 @@ def _real(real_ptr, column, columns):
 
 @triton.jit
 def _span(starts, ends):
-    """Return the first column that any of the queries sees, and the one after the last."""
+    """Return the first column that any of the queries sees, and the column after the last."""
     return tl.min(tl.where(ends > 0, starts, 2147483647), 0), tl.max(ends, 0)
 
 
@@ -227,7 +198,7 @@ def forward_kernel(
     q_query, q_head, k_row, k_column, k_group, v_row, v_column, v_group,
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and (M, H) log2 of the softmax's denominators, a block of a row's queries and a head to a program."""
+    """Compute outputs and the (M, H) log2 of softmax denominators; a program handles a block of queries and a head."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.load(blocks_ptr + 3 * tl.program_id(0))
     first = tl.load(blocks_ptr + 3 * tl.program_id(0) + 1)
@@ -258,7 +229,7 @@ def forward_kernel(
         seen = held[None, :] & (column[None, :] >= starts[:, None]) & (column[None, :] < ends[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         raised = tl.maximum(highest, tl.max(scores, 1))
-        # A query that has seen nothing yet: -inf less -inf would be NaN.
+        # For queries that have seen nothing yet, -inf minus -inf would be NaN.
         base = tl.where(raised == float("-inf"), 0.0, raised)
         weights = tl.exp2(scores - base[:, None])
         kept = tl.exp2(highest - base)
@@ -268,7 +239,7 @@ def forward_kernel(
         highest = raised
         k_ptr += S * k_column
         v_ptr += S * v_column
-    # That sees nothing: o is zero already.
+    # Queries that see nothing have zero outputs.
     total = tl.where(total == 0.0, 1.0, total)
     o /= total[:, None]
     place = first * heads + head
@@ -284,7 +255,7 @@ def query_gradients_kernel(
     q_query, q_head, k_row, k_column, k_group, v_row, v_column, v_group, do_query, do_head,
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """dq, and for the gradients of keys and values (M, H) delta = o . do; programs as of the forward kernel."""
+    """Compute dq, and (M, H) delta = o . do for the other gradients; programs handle a block of queries and a head."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.load(blocks_ptr + 3 * tl.program_id(0))
     first = tl.load(blocks_ptr + 3 * tl.program_id(0) + 1)
@@ -338,7 +309,7 @@ def key_gradients_kernel(
     q_query, q_head, k_row, k_column, k_group, v_row, v_column, v_group, do_query, do_head,
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, summed over the group's query heads; a tile of a row's columns and a group to a program."""
+    """Compute dk and dv, sums over the query heads of a group; a program handles a tile of columns and a group."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     at = (tl.program_id(0) % tiles) * S
     group = tl.program_id(1).to(tl.int64)

@@ -32,8 +32,8 @@ class ZooMambaConfig(PreTrainedConfig):
         time_step_floor: step sizes at initialisation are clamped to at least this.
         initializer_range: standard deviation of the embedding at initialisation; the paper's by default. Where the
             head is tied, it is the head's too, and matters in a short training of a small model: 3 M parameters, 80
-            steps of 512 tokens, rate 3e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.0125, 0.025,
-            0.05, 0.1, 0.2: 5.40, 5.34, 5.39, 6.00, 6.10.
+            steps of 512 tokens, rate 3e-3 (`benchmarks/claims/from_scratch.py`), held-out loss in nats for 0.0125,
+            0.025, 0.05, 0.1, 0.2: 5.40, 5.34, 5.39, 6.00, 6.10.
         num_attention_heads: 1, and nothing else: there are none, but peft's prompt learning divides by their number.
     """
 

@@ -36,8 +36,8 @@ class ZooMamba2Config(PreTrainedConfig):
             field whose name contains `init_range` for a single number.)
         initializer_range: standard deviation of the embedding at initialisation; the paper's by default. Where the
             head is tied, it is the head's too, and matters in a short training of a small model: 3 M parameters, 300
-            steps of 512 tokens, rate 6e-3 (`benchmarks/from_scratch.py`), held-out loss in nats for 0.025, 0.05, 0.1,
-            0.2: 4.82, 4.75, 4.63, 4.91.
+            steps of 512 tokens, rate 6e-3 (`benchmarks/claims/from_scratch.py`), held-out loss in nats for 0.025, 0.05,
+            0.1, 0.2: 4.82, 4.75, 4.63, 4.91.
     """
 
     model_type = "zoo_mamba2"

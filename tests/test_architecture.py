@@ -311,3 +311,16 @@ def test_a_hook_runs_these_tests_without_changing_the_repository_that_it_checks(
     done = subprocess.run(tests, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
     assert (common / "config").read_text() == before
+
+
+def test_every_python_file_that_docs_and_makefile_name_exists() -> None:
+    folders = ("docs", ".github", "examples", "benchmarks")
+    written = [*ROOT.glob("*.md"), *(path for name in folders for path in (ROOT / name).rglob("*"))]
+    written = [path for path in written if path.suffix in (".md", ".yml") and path.name != "CHANGELOG.md"]
+    tops = [path for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()]
+    files = ["/" + path.relative_to(ROOT).as_posix() for top in tops for path in top.rglob("*.py")]
+    # A name that no file is to have, and the file that a reader of docs/adding.md writes.
+    others = {"utils.py", "modeling/leaky.py"}
+    for path in (*written, ROOT / "Makefile", ROOT / "mkdocs.yml", ROOT / "pyproject.toml"):
+        for name in set(re.findall(r"(?:[\w-]+/)*\w+\.py\b", path.read_text(encoding="utf-8"))) - others:
+            assert any(file.endswith(f"/{name}") for file in files), f"{path.relative_to(ROOT)} names {name}"

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from circumstances import quartiles
 from kernel_bars import exponents, judge, report, summarise
 from kernel_cases import EAGER, FORWARD, HEADLINE, TRAINING, Case, our_run, prepare, small_cases
 from kernel_check import error_of, sampled
 from kernel_suite import describe
-from kernel_timing import Clock, quartiles
+from kernel_timing import Clock
 from roofline import Cost, chunk_state_bytes, cost
 
 CPU = torch.device("cpu")

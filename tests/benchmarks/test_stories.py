@@ -54,7 +54,7 @@ def test_the_last_tenth_of_the_stories_is_held_out_and_the_stream_marks_their_en
 def test_a_text_without_stories_is_refused(tmp_path: Path):
     path = tmp_path / "few.txt"
     path.write_text(END.join("abc"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"text: got few\.txt with 3 stories; accepted: at least 10"):
+    with pytest.raises(ValueError, match=r"text must hold at least 10 stories .* got 3 in few\.txt"):
         read_stories(path)
 
 

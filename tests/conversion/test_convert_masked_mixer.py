@@ -214,7 +214,7 @@ def test_a_retrieval_mixer_scores_as_is_published(tmp_path: Path) -> None:
 
 
 def test_what_the_keys_leave_open_is_said_in_the_report(tmp_path: Path) -> None:
-    line = "mixing: taken for row_repeat, by the authors' code; the keys are the same for others"
+    line = "mixing: assumed to be row_repeat, as in the authors' code; other kinds have the same keys"
     source = save(tmp_path / "theirs", tensors(STRUCTURED["row"]))
     assert line in convert(source, tmp_path / "ours").lines()
     assert line not in convert(source, tmp_path / "said", settings=("mixing=row_repeat",)).lines()

@@ -233,7 +233,7 @@ def test_last_inputs_of_sequences(size: int) -> None:
 
 @pytest.mark.parametrize("bounds", [[1, 4], [0, 5, 4], [0, 10]], ids=str)
 def test_bounds_out_of_place_are_refused(bounds: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"^cu_seqlens must start at 0, not decrease, and end at most"):
+    with pytest.raises(ValueError, match=r"^cu_seqlens must start at 0, not decrease and not exceed"):
         compat.causal_conv1d_varlen_states(torch.zeros(9, 4), torch.tensor(bounds), 3)
 
 

@@ -238,7 +238,9 @@ def test_wrong_rank(op: Op, name: str) -> None:
     tensor = op.arguments()[name]
     scalar = torch.zeros((), dtype=tensor.dtype)
     # x of a norm has any number of dimensions but none.
-    for wrong in (scalar,) if "norm" in op.op.__name__ and name == "x" else (scalar, tensor[None, None]):
+    for wrong in (
+        (scalar,) if "norm" in getattr(op.op, "__name__", "") and name == "x" else (scalar, tensor[None, None])
+    ):
         message = message_of(op, **{name: wrong})
         assert re.match(rf"{name} must be .*, got shape {re.escape(str(tuple(wrong.shape)))}$", message), message
 
@@ -259,10 +261,12 @@ def test_wrong_size(op: Op, name: str) -> None:
 @pytest.mark.parametrize(("op", "name"), CASES)
 def test_wrong_dtype(op: Op, name: str) -> None:
     tensor = op.arguments()[name]
-    accepted, wrong = ("of an integer dtype", torch.float32) if name in INTEGERS else ("floating point", torch.int64)
+    accepted, wrong = (
+        ("have an integer dtype", torch.float32) if name in INTEGERS else ("be floating point", torch.int64)
+    )
     for dtype in (torch.bool, wrong):
         message = message_of(op, **{name: tensor.to(dtype)})
-        assert message == f"{name} must be {accepted}, got {dtype}"
+        assert message == f"{name} must {accepted}, got {dtype}"
 
 
 @pytest.mark.parametrize(("op", "name"), CASES)
@@ -281,7 +285,9 @@ def test_wrong_group_count(key: str, groups: int) -> None:
     op = OPS[key]
     shape = [groups if letter == "G" else SIZES[letter] for letter in op.tensors["B"]]
     message = message_of(op, B=torch.zeros(shape), C=torch.zeros(shape))
-    assert re.match(rf"B: the number of groups must divide the 4 (heads|channels), got {groups}$", message), message
+    assert re.match(rf"B must have a number of groups that divides the 4 (heads|channels), got {groups}$", message), (
+        message
+    )
 
 
 @pytest.mark.parametrize("key", PACKED)
@@ -293,7 +299,7 @@ def test_documents_that_decrease(key: str) -> None:
 
 @pytest.mark.parametrize("key", IMPLEMENTED)
 def test_unknown_implementation(key: str) -> None:
-    message = f"implementation='cuda' is unknown for {key}; accepted: 'auto', 'torch', 'triton'"
+    message = f"implementation of {key} must be 'auto', 'torch' or 'triton', got 'cuda'"
     assert message_of(OPS[key], implementation="cuda") == message
 
 
@@ -301,8 +307,8 @@ def test_unknown_implementation(key: str) -> None:
 def test_triton_on_the_cpu(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "HAS_TRITON", True)
     monkeypatch.setattr(checks, "INTERPRETED", False)
-    obstacle = "takes CUDA tensors, got one on cpu"
-    message = f"implementation='triton' of {key} {obstacle}; accepted: 'auto', 'torch'"
+    obstacle = "needs CUDA tensors, got one on cpu"
+    message = f"implementation='triton' of {key} {obstacle}. Pass 'auto' or 'torch'."
     assert message_of(OPS[key], implementation="triton") == message
 
 
@@ -311,8 +317,8 @@ def test_triton_in_float64(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "HAS_TRITON", True)
     double = {name: value.double() for name, value in OPS[key].arguments().items() if isinstance(value, Tensor)}
     double = {name: value for name, value in double.items() if name not in INTEGERS}
-    obstacle = "computes in float32 and takes no torch.float64"
-    message = f"implementation='triton' of {key} {obstacle}; accepted: 'auto', 'torch'"
+    obstacle = "computes in float32 and does not support torch.float64"
+    message = f"implementation='triton' of {key} {obstacle}. Pass 'auto' or 'torch'."
     assert message_of(OPS[key], **double, implementation="triton") == message
 
 
@@ -349,7 +355,7 @@ ATTENTION = [key for key in OPS if key.startswith("window_attention")]
 def test_wrong_number_of_key_heads(key: str, groups: int) -> None:
     keys = torch.zeros(2, 5, groups, 3)
     values = {"v": keys} if "v" in OPS[key].tensors else {}
-    message = f"k: the number of groups must divide the 4 heads, got {groups}"
+    message = f"k must have a number of groups that divides the 4 heads, got {groups}"
     assert message_of(OPS[key], k=keys, **values) == message
 
 

@@ -139,7 +139,7 @@ def test_a_position_that_is_too_large(family: Family, places: int, position: int
     with pytest.raises(ValueError) as caught:
         family.step(values["x"], values["weight"], values["bias"], torch.tensor([0, position]))
     assert str(caught.value) == (
-        f"positions must be below K = {places}, the places of history, and N = 6, those of weight, got [0, {position}]"
+        f"positions must be below the sizes of history, K = {places}, and weight, N = 6, got [0, {position}]"
     )
 
 

@@ -277,13 +277,13 @@ def test_bad_input_raises(op: Callable[..., Tensor], change: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("implementation", "x", "message"),
     [
-        pytest.param("cuda", torch.zeros(2, 6), "accepted: 'auto', 'torch', 'triton'", id="unknown"),
-        pytest.param("triton", torch.zeros(2, 6).double(), "no torch.float64", id="float64", marks=NEEDS_TRITON),
+        pytest.param("cuda", torch.zeros(2, 6), " of rms_norm must be 'auto', 'torch' or 'triton', got", id="unknown"),
+        pytest.param("triton", torch.zeros(2, 6).double(), "support torch.float64", id="float64", marks=NEEDS_TRITON),
         pytest.param("triton", torch.zeros(1, 16385), "is not available for these arguments", id="wide-group"),
     ],
 )
 def test_missing_implementation_raises(implementation: str, x: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=f"implementation='{implementation}' .*{message}"):
+    with pytest.raises(ValueError, match=f"implementation.*{message}"):
         rms_norm(x, torch.zeros(x.shape[-1]), EPS, implementation=implementation)
 
 

@@ -29,7 +29,9 @@ from accelerate.state import AcceleratorState
 from families import ENCODERS, FAMILIES, VOCAB, draw_ids, make_config, perturb
 from peft import LoraConfig, get_peft_model
 from save_together import save_and_resume
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from train_distributed import BF16, sgd, shard_on_cpus, weights_of
 from transformers import AutoModel, Trainer, TrainingArguments
@@ -164,14 +166,31 @@ class CPUTrainer(Trainer):
         return super().compute_loss(model, inputs, *arguments, **options)
 
 
+class LossOf(nn.Module):
+    """A model whose forward is its loss."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        return loss_of(self.model, inputs)
+
+
 def train_alone(model: Any, rows: list[dict[str, Any]], way: Way) -> list[float]:
-    """Losses of two steps in this process, over all rows."""
+    """Losses of two steps in this process, over all rows.
+
+    FSDP's mixed precision rounds more than autocast, which leaves embeddings, norms and biases in float32: its forward
+    sees bfloat16 copies of all parameters. So it does here.
+    """
     batch = transformers.default_data_collator(rows)
-    optimizer, losses = sgd(model), []
+    optimizer, losses, loss_model = sgd(model), [], LossOf(model)
     for _ in range(2):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=BF16) if way.mixed else nullcontext():
-            loss = loss_of(model, batch)
+            copied = loss_model.named_parameters() if way.mixed and way.version else ()
+            copies = {key: parameter.to(BF16) for key, parameter in copied}
+            loss = functional_call(loss_model, copies, (batch,))
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
