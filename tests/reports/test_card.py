@@ -139,7 +139,8 @@ def test_the_numbers_are_those_of_the_report():
         assert cells[2] == ("—" if part["kind"] == "teacher" else f"{part['loss'] - teacher:+.4f}")
         assert cells[4] == ("—" if part["kl"] is None else f"{part['kl']:.4f}")
         assert cells[5] == ("—" if part["kl"] is None else f"{part['top1_agreement']:.1%}")
-        assert cells[6] == f"{part['trained_tokens']:,}"
+        assert cells[6] == ("—" if part.get("repeat_loss") is None else f"{part['repeat_loss']:.4f}")
+        assert cells[7] == f"{part['trained_tokens']:,}"
     assert table_after(text, "What it is") == [
         ["`full_attention`, softmax attention over the whole context", "0, 2, 4, 6, 8, 10", "6"],
         ["`discrete_mamba2`, discrete Mamba-2: a state-space layer without a step size", "1, 3, 5, 7, 9, 11", "6"],

@@ -233,7 +233,7 @@ def set_at(*place: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         ),
         pytest.param(
             set_at("evaluations", 2, "kind", to="begin"),
-            "report: `evaluations.2.kind` must be 'teacher', 'zeroed', 'start' or 'stage', got 'begin'",
+            "report: `evaluations.2.kind` must be 'teacher', 'zeroed', 'control', 'start' or 'stage', got 'begin'",
             id="unknown-kind",
         ),
         pytest.param(
