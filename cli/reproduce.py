@@ -1,6 +1,6 @@
 """`ssm-zoo reproduce`: train the model of a card again, and compare the numbers.
 
-A card in model_cards/ says in its front matter how its model is made and which numbers that gives:
+The front matter of a card in model_cards/ has the command that makes the model, and the numbers that it gives:
 
     reproduce:
       command: [train, mamba2-130m, OUTPUT, --train, 'builtin:wikitext2', ...]
@@ -32,7 +32,7 @@ class Number(SettingsBase):
     """One number of a card."""
 
     value: float
-    """What the card's run gave."""
+    """Value of the card's run."""
     tolerance: Annotated[float, Field(ge=0)]
     """Largest accepted difference."""
 
@@ -47,7 +47,7 @@ class Reproduction(SettingsBase):
 
 
 def cards() -> dict[str, Path]:
-    """Return the cards that say how their model is made, by name."""
+    """Return the cards with a command that makes their model, by name."""
     folder = Path(str(resources.files("ssm_zoo.model_cards")))
     found = sorted(folder.glob("*.md"))
     return {path.stem: path for path in found if "\nreproduce:\n" in path.read_text(encoding="utf-8")}
@@ -95,10 +95,10 @@ def reproduce(
 
 
 def read_recipe(card: Path) -> Reproduction:
-    """Read how the model of a card is made.
+    """Read the command and the numbers of a card.
 
     Raises:
-        ValueError: if the card's front matter does not say it.
+        ValueError: if the card's front matter has none.
     """
     from ..harness.text_files import front_matter
 
@@ -116,7 +116,7 @@ def number_at(report: dict[str, Any], path: str) -> float:
         try:
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, ValueError, TypeError):
-            raise ValueError(f"report.json has nothing at {path!r}, where the card has a number") from None
+            raise ValueError(f"report.json must have a number at {path!r}, as the card has, got nothing") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"report.json must have a number at {path!r}, got {value!r}")
     return float(value)

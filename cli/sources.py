@@ -1,4 +1,4 @@
-"""What the commands load: a folder, a run's folder, which stands for what the run has made, or a Hub id."""
+"""Find the model that a command loads: a folder, the result in the folder of a run, or a Hub id."""
 
 import os
 import re
@@ -9,7 +9,7 @@ _SECONDS = 60.0
 
 
 def model_source(source: str) -> str:
-    """Return what to load for a Hub id or a folder; see :func:`model_folder`.
+    """Return a Hub id unchanged, or the folder that :func:`model_folder` finds.
 
     Raises:
         ValueError: if it is neither, or the folder of an unfinished run.
@@ -43,14 +43,14 @@ def student_folder(run: Path) -> Path:
     """
     student = run / "student"
     if not (student / "config.json").is_file():
-        raise ValueError(f"{run} has no student/config.json; give the folder of a finished distillation")
+        raise ValueError(f"{run} has no student/config.json. Give the folder of a finished distillation.")
     return student
 
 
 def limit_waiting() -> None:
-    """Limit how long a request of huggingface_hub may wait for an answer; by itself it waits for ever.
+    """Set a timeout for the requests of huggingface_hub, which has none by default.
 
-    The limit is a minute, HF_HUB_DOWNLOAD_TIMEOUT if that is longer, or SSM_ZOO_HUB_TIMEOUT seconds.
+    It is a minute, HF_HUB_DOWNLOAD_TIMEOUT if that is longer, or SSM_ZOO_HUB_TIMEOUT seconds.
     """
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory

@@ -43,7 +43,7 @@ def train(values: dict[str, Any], output: Output, repo: PushToHub = None, privat
 
 
 def print_losses(report: dict[str, Any], output: Path, folder: Path) -> None:
-    """Print what a training as a language model has achieved, and where its results are."""
+    """Print the losses of a language model's training, and the paths of the results."""
     losses = [evaluation["loss"] for evaluation in report["evaluations"]]
     typer.echo(f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after")
     typer.echo(f"report: {output / 'report.json'}   {folder.name}: {folder}")

@@ -1,4 +1,4 @@
-"""A layer's attention as weights in one shape, whatever the layout of the model family that it comes from.
+"""The attention of a layer as weights in a common layout for all model families.
 
 Symbols: B batch, L length, D width, H query heads, KV key and value heads, P head width, R rotated channels.
 """
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
-    """Causal softmax attention of one layer, with the weights in one shape for all families.
+    """Causal softmax attention of one layer, with the weights in a common layout for all families.
 
-    The tensors are detached, and share the storage of those that the teacher has as they are. Head h reads key and
-    value head h // (H / KV). With R < P only the first R channels of a head are rotated, in halves (GPT-NeoX order).
+    The tensors are detached and share the teacher's storage where the layout allows it. Head h reads the key and value
+    head h // (H / KV). With R < P only the first R channels of a head are rotated, in halves (GPT-NeoX order).
 
     Attributes:
         q: (H*P, D) query weights, head by head.
@@ -76,7 +76,7 @@ class AttentionView:
         return heads.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=0).flatten(0, 1)
 
     def queries_keys(self, hidden: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they meet in the scores: with bias, rotated, keys repeated for the heads of a group.
+        """Compute the queries and keys of the scores: with bias, rotated, keys repeated for the heads of a group.
 
         Args:
             hidden: (B, L, D) output of the layer's input norm.
@@ -95,14 +95,14 @@ class AttentionView:
         return queries, keys.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Values (B, L, H, P), repeated for the heads of a group, of normed hidden states (B, L, D)."""
+        """Compute (B, L, H, P) values, repeated for the heads of a group, from (B, L, D) normed hidden states."""
         values = F.linear(hidden, self.v, self.v_bias).unflatten(-1, (self.num_key_value_heads, self.head_dim))
         return values.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
 
     def attention_matrix(
         self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Attention weights after the softmax.
+        """Compute the attention weights after the softmax.
 
         Args:
             hidden: (B, L, D) output of the layer's input norm.
@@ -111,7 +111,7 @@ class AttentionView:
                 addition to the causal mask.
 
         Returns:
-            (B, H, L, L) float32 (float64 for float64 input). Rows sum to 1; one that may look nowhere is 0.
+            (B, H, L, L) float32 (float64 for float64 input). Rows sum to 1; a row without any visible column is 0.
         """
         queries, keys = self.queries_keys(hidden, position_ids)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -121,7 +121,7 @@ class AttentionView:
         return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
 
     def head_outputs(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """What each head puts into the output projection, without an L x L matrix in memory where torch can.
+        """Compute the heads' inputs to the output projection, without an L x L matrix where torch supports it.
 
         Args:
             hidden: (B, L, D) output of the layer's input norm.
@@ -138,14 +138,14 @@ class AttentionView:
         else:
             visible = _visible(hidden, mask)
             outputs = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=self.scaling)
-            # torch leaves open what a row without any visible column gives.
+            # The result of torch for a row without any visible column is undefined.
             outputs = outputs.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
         return outputs.transpose(1, 2)
 
     def attention_output(
         self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Output of the whole attention module, (B, L, D); arguments as in `attention_matrix`."""
+        """Compute the (B, L, D) output of the whole attention module; arguments as in `attention_matrix`."""
         return F.linear(self.head_outputs(hidden, position_ids, mask).flatten(2), self.o, self.o_bias)
 
 

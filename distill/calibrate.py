@@ -1,20 +1,20 @@
-"""Closed-form start of a student's mixers from the teacher's statistics, before any training step.
+"""Closed-form initialisation of a student's mixers from the teacher's statistics, before any training step.
 
-Copied projections say nothing about decays, and an un-normalised state has another scale than softmax's averages: a
-student may start orders of magnitude away from its teacher. Two looks at a few thousand tokens mend both.
+Copied projections do not determine decays, and an un-normalised state has another scale than softmax's averages, so a
+student may start orders of magnitude away from its teacher. Two fits on a few thousand tokens correct both.
 
-1. Half-lives: for each head, of a few candidates the one whose mixing matrix, applied to the teacher's values, comes
-   closest to the attention's output, up to scale. (Closest as matrices would be another one: many heads rest on the
-   first token, whose value is next to nothing, and a matrix that never forgets fits that column best.)
-2. Output projection: the teacher's attention output is a linear function of what enters the student's `out_proj`, up to
-   an error. Its least-squares solution, one factor per head or the whole matrix shrunk towards the copied one, cannot
-   do worse on these tokens than saying nothing.
+1. Half-lives: each head gets the candidate whose mixing matrix, applied to the teacher's values, is closest to the
+   attention's output, up to scale. (Comparing the matrices themselves would choose badly: many heads attend to the
+   first token, whose value is almost zero, and a matrix without decay fits that column best.)
+2. Output projection: the teacher's attention output is approximately a linear function of the input of the student's
+   `out_proj`. The least-squares solution, with one factor per head or for the whole matrix (shrunk towards the copied
+   one), is on these tokens at least as good as an output of zero.
 
-A masked mixer has no decays: its weights become the teacher's average attention over the same tokens, before 2. A head
-whose attention does not depend on its input is one constant matrix, which is what a masked mixer learns. The average
-over a corpus is the constant that PAPA puts in a head's place (Hassid et al., "How Much Does Attention Actually
-Attend?", Findings of EMNLP 2022), there of encoders, here causal: row i is the average over the documents that have
-more than i tokens, and so sums to 1 as their rows do.
+A masked mixer has no decays: before step 2 its weights are set to the teacher's average attention over the same tokens.
+A head whose attention does not depend on its input is one constant matrix, which is what a masked mixer learns. PAPA
+replaces a head by the same average over a corpus (Hassid et al., "How Much Does Attention Actually Attend?", Findings
+of EMNLP 2022), for encoders; here it is causal: row i is the average over the documents with more than i tokens, and
+therefore sums to 1.
 
 Symbols: B batch, L length, D width, E inner width, H heads, P head width, N positions.
 """
@@ -31,7 +31,7 @@ from .recipe import StudentSpec
 from .student import student_mixer
 from .teacher import Teacher
 
-# Half-lives in tokens that a head may get; the last one hardly forgets.
+# Candidates for a head's half-life, in tokens; with the last one the state hardly decays.
 _HALF_LIVES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 # Ridge strength, as a share of the mean square of the inputs of `out_proj`.
 _RIDGE = 1e-2
@@ -39,7 +39,7 @@ _RIDGE = 1e-2
 
 @dataclass
 class _Moments:
-    """Second moments of what enters `out_proj` (E) and of the teacher's attention output (D), in float64."""
+    """Second moments of the inputs of `out_proj` (E) and the teacher's attention outputs (D), in float64."""
 
     inputs: Tensor  # (E, E)
     cross: Tensor  # (E, D)
@@ -55,14 +55,14 @@ def calibrate(
     batch_size: int = 4,
     progress: bool = True,
 ) -> None:
-    """Set half-lives, average attention and output projections of the converted layers as `spec` says, in place.
+    """Set half-lives, average attention and output projections of the converted layers, in place.
 
     Args:
         student: the student of :func:`~ssm_zoo.distill.student.build_student`.
         teacher: its teacher, in evaluation mode.
-        spec: `half_life` and `calibration` say what is done.
+        spec: student's part of the recipe; `half_life` and `calibration` select the steps.
         layers: converted layers.
-        windows: (N, L) int64 token windows, for masked mixing at least as long as it has positions.
+        windows: (N, L) int64 token windows; masked mixing needs at least as many tokens as positions.
         batch_size: windows in one forward.
         progress: show progress bars.
     """
@@ -74,7 +74,7 @@ def calibrate(
             student_mixer(student, layer).set_average_attention(matrix)  # pyright: ignore[reportCallIssue]
     state_space = _with(student, layers, "set_half_lives")
     if state_space and spec.half_life == "calibrated":
-        # A matrix per candidate: one window tells as much about a decay as many do.
+        # Few windows, since there is a matrix for every candidate and more windows hardly change the choice.
         _calibrate_half_lives(student, teacher, state_space, windows[: min(2, len(windows))])
     if spec.calibration != "none":
         fit_output_projections(
@@ -91,30 +91,29 @@ def average_attention(
     batch_size: int = 4,
     progress: bool = True,
 ) -> dict[int, Tensor]:
-    """Mean attention of each head between each pair of positions.
+    """Compute each head's mean attention between each pair of positions.
 
     Args:
-        teacher: in evaluation mode.
-        layers: layers of it, each once.
-        documents: (T) token ids each, of any lengths, the rows of a (documents, T) tensor say; a document counts with
-            its first N tokens.
-        positions: N.
-        batch_size: documents in one forward, filled up at their right.
+        teacher: the teacher, in evaluation mode.
+        layers: layers of the teacher, each once.
+        documents: (T) token ids of each document, of any lengths; only the first N tokens are used.
+        positions: number of positions, N.
+        batch_size: documents in one forward pass, padded on the right.
         progress: show a progress bar.
 
     Returns:
         For each layer (H, N, N) float32 on the teacher's device, zero above the diagonal; rows sum to 1.
 
     Raises:
-        ValueError: if no document reaches position N - 1, or an argument is out of range; nothing has run then.
+        ValueError: if no document has N tokens, or an argument is out of range. Nothing is computed in these cases.
     """
     if positions < 1 or batch_size < 1:
-        raise ValueError(f"positions and batch_size must be at least 1, got {positions} and {batch_size}")
+        raise ValueError(f"`positions` and `batch_size` must be at least 1, got {positions} and {batch_size}.")
     longest = max((len(document) for document in documents), default=0)
     if longest < positions:
         raise ValueError(
-            f"positions: got {positions}, but the longest of the {len(documents)} documents has {longest} tokens; "
-            "accepted: at most that"
+            f"`documents` must have one with at least `positions` = {positions} tokens, but the longest of "
+            f"{len(documents)} has {longest}."
         )
     device = teacher.model.device
     heads = {layer: teacher.attention(layer).num_heads for layer in layers}
@@ -136,7 +135,7 @@ def average_attention(
                 matrix = teacher.attention_matrix(layer, normed_input) * real[:, None, :, None]
                 sums[layer][:, :length, :length] += matrix.sum(0)
 
-        # Without a mask: a document's tokens look back, and its padding follows them.
+        # No mask is needed: attention is causal, and the padding follows the tokens.
         teacher.capture(ids, layers, ("normed_input",), on_layer=on_layer)
     return {layer: total / reached[:, None] for layer, total in sums.items()}
 
@@ -156,11 +155,11 @@ def fit_output_projections(
     Args:
         student: the student.
         teacher: its teacher, in evaluation mode.
-        layers: converted layers; those of attention are left alone.
+        layers: converted layers; attention layers are skipped.
         windows: (N, L) int64 token windows.
-        method: "head_scale", one factor per head, or "ridge", the whole matrix, shrunk towards the scaled one. A bias
-            stays as it is.
-        batch_size: windows in one forward.
+        method: "head_scale" (one factor per head) or "ridge" (the whole matrix, shrunk towards the scaled one). Biases
+            are unchanged.
+        batch_size: windows in one forward pass.
         progress: show a progress bar.
     """
     layers = _with(student, layers, "out_proj")
@@ -196,20 +195,20 @@ def fit_output_projections(
 
 
 def _with(student: ZooHybridForCausalLM, layers: Sequence[int], ability: str) -> list[int]:
-    """Those of the layers whose mixer has an attribute that says what it can do (`modeling/mixer.py`)."""
+    """Return the layers whose mixer has an attribute, i.e. supports an operation (`modeling/mixer.py`)."""
     return [layer for layer in layers if hasattr(student_mixer(student, layer), ability)]
 
 
 def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Tensor:
-    """The output projection with the best factor for each head's columns.
+    """Return the output projection with each head's columns scaled by the best factor.
 
-    Minimises `|| sum_h s_h W_h y_h - t ||^2` over s; the normal equations have one row and column per head.
+    The factors s minimise `|| sum_h s_h W_h y_h - t ||^2`; the normal equations have one row and column per head.
 
     Args:
         weight: (D, E) output projection W.
         inputs: (E, E) sum of `y y^T`.
         cross: (E, D) sum of `y t^T`.
-        heads: H, into which E is divided.
+        heads: number of heads, H, which divides E.
 
     Returns:
         (D, E) scaled projection.
@@ -223,10 +222,10 @@ def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Te
 
 
 def ridge(weight: Tensor, inputs: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """The least-squares output projection, shrunk towards `weight`.
+    """Return the least-squares output projection, shrunk towards `weight`.
 
     Args:
-        weight: (D, E) projection to stay near.
+        weight: (D, E) projection towards which the solution is shrunk.
         inputs: (E, E) sum of `y y^T`.
         cross: (E, D) sum of `y t^T`.
         strength: penalty on the squared distance, relative to the mean of the diagonal of `inputs`.
@@ -241,7 +240,7 @@ def ridge(weight: Tensor, inputs: Tensor, cross: Tensor, strength: float) -> Ten
 
 @torch.no_grad()
 def _entering_out_proj(student: ZooHybridForCausalLM, layer: int, normed_input: Tensor) -> Tensor:
-    """(B, L, E) what the mixer's output projection reads."""
+    """Return the (B, L, E) input of the mixer's output projection."""
     mixer = student_mixer(student, layer)
     seen: list[Tensor] = []
     handle = mixer.get_submodule("out_proj").register_forward_pre_hook(lambda _module, args: seen.append(args[0]))

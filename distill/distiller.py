@@ -1,4 +1,4 @@
-"""The training of one stage: the training loop of `training/`, with a distillation's objectives and optimiser."""
+"""Train one stage of a distillation: the training loop of `training/` with a recipe's objectives and optimiser."""
 
 import json
 import math
@@ -11,31 +11,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import Dataset, SequentialSampler, default_collate
 from transformers import ProgressCallback, TrainingArguments
 
 from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
-from ..training.trainer import Watch, ZooTrainer, gradient_checkpointing, loop_arguments
+from ..training.trainer import CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
 from .data import TokenWindows
 from .objectives import objective
 from .recipe import Recipe, StageSpec
 from .teacher import Teacher
 
 WEIGHTS, PROGRESS = "model.safetensors", "progress.json"
-"""What a checkpoint holds of the student and of what has been measured."""
+"""Names of the files in a checkpoint with the student's weights and the measurements."""
 
 
 class StudentInStage(nn.Module):
-    """A student under a stage's objective: called with token ids it gives the loss.
+    """A student with a stage's objective: its forward returns the loss of token ids.
 
-    What wraps a model to average or shard its gradients wraps this one, and sees every use of a weight.
+    Wrappers that average or shard gradients wrap this module, so that they see every use of a weight.
 
     Args:
-        student: what is trained.
-        stage: its objective.
-        teacher: whole in every process, and no part of this module.
+        student: the model to train.
+        stage: the stage with the objective.
+        teacher: the teacher, which is whole in every process and not part of this module.
         layers: converted layers.
     """
 
@@ -48,30 +48,30 @@ class StudentInStage(nn.Module):
         self._loss = objective(stage, student, teacher, layers)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """The loss of (B, L) token ids."""
+        """Return the loss of (B, L) token ids."""
         return self._loss(input_ids)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Have the student's blocks keep their inputs alone; the Trainer of transformers 5.23 or later calls this."""
+        """Enable gradient checkpointing of the student; the Trainer of transformers 5.23 or later calls this."""
         student: Any = self.student
         student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """As `activation_checkpointing_enable`; an older Trainer calls this."""
+        """Enable gradient checkpointing of the student; an older Trainer calls this."""
         self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
 @dataclass(frozen=True)
 class StageWindows(Dataset[dict[str, Tensor]]):
-    """The windows that a stage reads, in their order; none that the stages before it have read.
+    """The windows that a stage reads, in order, after those of the stages before it.
 
     Attributes:
         windows: the training text.
-        stages: of the recipe.
-        index: which stage.
-        seed: of the order.
+        stages: stages of the recipe.
+        index: index of the stage.
+        seed: seed of the order.
     """
 
     windows: TokenWindows
@@ -86,7 +86,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         stage = self.stages[self.index]
         read = sum(part.steps * part.batch_size * part.sequence_length for part in self.stages[: self.index])
-        # Steps of this stage's own size that cover what the stages before it read.
+        # Number of steps of this stage's size that cover the tokens read by the stages before it.
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
         return {"input_ids": self.windows.window(position, stage.sequence_length, self.seed)}
@@ -95,20 +95,20 @@ class StageWindows(Dataset[dict[str, Tensor]]):
 class Distiller(ZooTrainer):
     """Trains a student in one stage of a recipe.
 
-    A layer-wise objective has a problem for each layer: each one's gradient is clipped by itself, so that an outlier in
-    one does not take the step from the others.
+    A layer-wise objective is a separate problem for each layer: the gradient of each layer is clipped separately, so
+    that an outlier in one layer does not shrink the steps of the others.
 
     Args:
-        student: trained in place; with :attr:`sharding` a copy of it is.
+        student: student to train in place; a sharded one is copied.
         teacher: its teacher.
         layers: converted layers.
         windows: the training text.
-        recipe: what to do.
-        index: which stage of it.
+        recipe: the recipe.
+        index: index of the stage.
         output: folder of the run.
-        processes: how many share a batch.
-        device: where.
-        progress: is saved with every checkpoint, as it is then; of the kinds that JSON knows.
+        processes: number of processes that share a batch.
+        device: device of the training.
+        progress: measurements to save with every checkpoint, as values that JSON can represent.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Distiller(ZooTrainer):
         student.requires_grad_(False)
         for parameter in (*mixers.values(), *others.values()):
             parameter.requires_grad_(True)
-        whole = stage.objective == "logit_distillation"  # a layer by itself keeps little
+        whole = stage.objective == "logit_distillation"  # a single layer needs little memory
         super().__init__(
             model=StudentInStage(student, stage, teacher, layers),
             args=TrainingArguments(
@@ -146,8 +146,8 @@ class Distiller(ZooTrainer):
                 disable_tqdm=False,
             ),
             train_dataset=StageWindows(windows, recipe.stages, index, recipe.seed),
-            data_collator=_stack,
-            callbacks=[Watch(lambda _: {}, None)],
+            data_collator=default_collate,
+            callbacks=[CurveCallback()],
         )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(ProgressCallback)
@@ -176,7 +176,7 @@ class Distiller(ZooTrainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """In order: the data set has been shuffled."""
+        """Read the windows in order, since the data set is already shuffled."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(rows)
 
@@ -199,7 +199,7 @@ class Distiller(ZooTrainer):
         return norm
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """The gradient's norm, too, is the mean over the steps since the last point of the curve."""
+        """Also average the gradient norm over the steps since the last point of the curve."""
         if "loss" in logs:
             logs["grad_norm"] = sum(self._norms) / len(self._norms)
             self._norms = []
@@ -215,11 +215,11 @@ class Distiller(ZooTrainer):
             write_progress(Path(output_dir), weights, self._progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: the student has been put back to the checkpoint before there was a Trainer."""
+        """Load nothing: the student was restored from the checkpoint before the Trainer was created."""
 
 
 class StageProgress(ProgressCallback):
-    """A progress bar of a stage, with its loss."""
+    """Progress bar of a stage, with its loss."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -235,10 +235,6 @@ class StageProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
 
 
 def saved_parameters(student: ZooHybridForCausalLM, recipe: Recipe, layers: Sequence[int]) -> dict[str, Tensor]:
@@ -257,14 +253,14 @@ def write_progress(folder: Path, weights: dict[str, Tensor], progress: dict[str,
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Read what :func:`write_progress` wrote of the progress."""
+    """Read the measurements that :func:`write_progress` wrote."""
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
 
 
 def trained_parameters(
     student: ZooHybridForCausalLM, train: str, layers: Sequence[int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parameters that a stage trains, by name: those of the new mixers, and the others.
+    """Return the parameters that a stage trains, by name: those of the new mixers, and all others.
 
     Args:
         student: the student.
@@ -285,10 +281,10 @@ def trained_parameters(
 def make_optimizer(
     stage: StageSpec, mixers: dict[str, Tensor], others: dict[str, Tensor]
 ) -> tuple[torch.optim.AdamW, list[str]]:
-    """Make AdamW over a stage's parameters: decays, biases, norms and skips without weight decay.
+    """Create AdamW for a stage's parameters; decay rates, biases, norms and skips have no weight decay.
 
     Returns:
-        The optimiser, each of whose groups has its peak learning rate, and the parameters' names in its order.
+        The optimiser, with the peak learning rate in each group, and the parameters' names in its order.
     """
     groups, names = [], []
     for parameters, rate in ((mixers, stage.learning_rate), (others, stage.other_learning_rate or stage.learning_rate)):
@@ -307,7 +303,7 @@ def make_optimizer(
 
 
 def schedule_factor(stage: StageSpec, step: int) -> float:
-    """Return the learning rate of a step (from 0) over its peak: linear warm-up, then constant, cosine or WSD."""
+    """Return the learning rate of a step (from 0) as a share of its peak: warm-up, then constant, cosine or WSD."""
     steps, warm = stage.steps, _whole_steps(stage.warmup, stage.steps)
     if step < warm:
         return (step + 1) / warm
@@ -323,5 +319,5 @@ def schedule_factor(stage: StageSpec, step: int) -> float:
 
 
 def _whole_steps(share: float, steps: int) -> int:
-    """A share of the steps, rounded up; 0.07 of 100 steps is 7, although the product is 7.000000000000001."""
+    """Return a share of the steps, rounded up; 0.07 of 100 steps is 7, although the product is 7.000000000000001."""
     return math.ceil(share * steps - 1e-6)

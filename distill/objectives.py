@@ -1,14 +1,14 @@
-"""The training objectives: each turns a batch of token ids into the loss of a stage.
+"""The training objectives: each computes the loss of a stage from a batch of token ids.
 
-Targets are streamed: one forward of the teacher hands over each layer's activations when they come up, the student's
-layer runs forward and backward on them at once, and they are gone. One layer's activations are alive at a time, and
-nothing is stored (an epoch of hidden states would be terabytes, arXiv 2408.10189 stores none either).
+Targets are streamed: during one forward pass of the teacher, the student's layer runs forward and backward on each
+layer's activations as soon as they are computed. The activations of one layer are in memory at a time, and none are
+stored (the hidden states of an epoch would be terabytes; arXiv 2408.10189 does not store them either).
 
-So the gradients of a loss are computed while it is. The loss that is returned hands them out in its backward
-(`_Computed`), which is when what averages or shards gradients over processes expects them. For the same reason a
-student's layer is only used by calling its block, or the whole student by calling what holds it.
+The gradients are therefore computed together with the loss. The loss returns them in its backward pass (`_Computed`),
+where wrappers that average or shard gradients over processes expect them. For the same reason the student's weights are
+only used by calling a block, or the wrapped module that contains the whole student.
 
-Every loss is a mean over sequences, so that the parts of a batch add up.
+Every loss is a mean over sequences, so the losses of the parts of a batch can be averaged.
 
 Symbols: B batch, L length, D width, H heads, V vocabulary.
 """
@@ -26,25 +26,25 @@ from .recipe import StageSpec
 from .student import student_mixer
 from .teacher import Teacher
 
-# What a stage's loss is called where people see it.
+# Names of the losses in reports and plots.
 LOSS_NAMES = {
     "matrix_orientation": "Frobenius norm of the matrix error",
     "hidden_state_alignment": "relative squared error",
     "logit_distillation": "divergence (nats/token)",
 }
-# Bound on the float32 logits of one model alive at a time in `chunked_logit_loss`.
+# Bound on one model's float32 logits in memory at one time in `chunked_logit_loss`.
 _LOGITS_BYTES = 64 * 2**20
 
 
 def objective(
     stage: StageSpec, student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int]
 ) -> Callable[[Tensor], Tensor]:
-    """Return the function of a stage that takes (B, L) token ids and gives its loss, of which `backward` can be called.
+    """Return the function that computes a stage's loss, with gradients, from (B, L) token ids.
 
     Args:
-        stage: says which.
-        student: its mixers, or all of it, require gradients.
-        teacher: frozen, in evaluation mode.
+        stage: the stage.
+        student: the student, whose trained weights require gradients.
+        teacher: the teacher, frozen and in evaluation mode.
         layers: converted layers; the loss of a layer-wise objective is the mean over them.
     """
     if stage.objective == "matrix_orientation":
@@ -57,9 +57,9 @@ def objective(
 
 
 def matrix_orientation(student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> Tensor:
-    """MOHAWK's stage 1: each mixer's mixing matrix towards the attention matrix, on the teacher's hidden states.
+    """Compute MOHAWK's stage 1: the distance of mixing and attention matrices, on the teacher's hidden states.
 
-    One layer's (B, H, L, L) matrices are alive at a time.
+    The (B, H, L, L) matrices of one layer are in memory at a time.
     """
 
     def loss(layer: int, normed_input: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def matrix_orientation(student: ZooHybridForCausalLM, teacher: Teacher, layers: 
 def hidden_state_alignment(
     student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor, *, target: str
 ) -> Tensor:
-    """MOHAWK's stage 2: each mixer's (or block's) output towards the teacher's, on the teacher's hidden states."""
+    """Compute MOHAWK's stage 2: the distance of mixers' (or blocks') outputs, on the teacher's hidden states."""
 
     def of_mixer(layer: int, normed_input: Tensor, attention_output: Tensor) -> Tensor:
         output, *_ = student_mixer(student, layer)(normed_input, student.backbone.sequence_of(normed_input))
@@ -85,7 +85,7 @@ def hidden_state_alignment(
         forward: Any = type(student.backbone.layers[layer]).forward
         sequence = student.backbone.sequence_of(block_input)
         output, *_ = forward(student.backbone.layers[layer], block_input, sequence)
-        # What the block adds: the residual stream that both share would make any block look good.
+        # Without the residual stream, which both have in common and which would hide the differences.
         return alignment_loss(output - block_input, block_output - block_input)
 
     if target == "mixer_output":
@@ -96,7 +96,7 @@ def hidden_state_alignment(
 def logit_distillation(
     student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, *, kl: str, temperature: float, ce_weight: float
 ) -> Tensor:
-    """MOHAWK's stage 3: the whole student's predictions towards the teacher's."""
+    """Compute MOHAWK's stage 3: the divergence of the student's predictions from the teacher's."""
     with torch.no_grad():
         theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
     mine = student.backbone(ids, use_cache=False).last_hidden_state
@@ -120,7 +120,7 @@ def _mean_over_layers(
     what: Sequence[str],
     loss: Callable[..., Tensor],
 ) -> Tensor:
-    """The mean of a loss of each layer, given what one forward of the teacher captures."""
+    """Return the mean of the layers' losses on activations captured in one forward pass of the teacher."""
     losses: list[Tensor] = []
 
     def on_layer(layer: int, **captured: Tensor) -> None:
@@ -140,7 +140,7 @@ def _mean_over_layers(
 
 @contextmanager
 def _called_instead(block: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Within, calling a block calls a function: what shards a model gathers a block's weights when it is called."""
+    """Replace a block's forward by a function; sharded weights are gathered when the block is called."""
     before = block.__dict__.get("forward")
     block.forward = function
     try:
@@ -152,7 +152,7 @@ def _called_instead(block: nn.Module, function: Callable[..., Tensor]) -> Iterat
 
 
 class _Computed(torch.autograd.Function):
-    """A loss whose gradients are known; backward hands them out, once."""
+    """A loss with precomputed gradients, which its backward pass returns once."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *_tensors: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class _Computed(torch.autograd.Function):
 
 
 def _computed(loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """The loss, with its gradients with respect to some tensors; None of one that it does not depend on."""
+    """Attach gradients with respect to some tensors to a loss; None means that it does not depend on a tensor."""
     known = [(tensor, part) for tensor, part in zip(tensors, gradients, strict=True) if part is not None]
     return _Computed.apply(  # pyright: ignore[reportReturnType]
         loss.detach(), [part for _, part in known], *(tensor for tensor, _ in known)
@@ -174,7 +174,7 @@ def _computed(loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tenso
 
 
 def matrix_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over sequences and heads of the Frobenius norm of the difference (MOHAWK, arXiv 2408.10189, eq. 2).
+    """Return the mean over sequences and heads of the difference's Frobenius norm (MOHAWK, arXiv 2408.10189, eq. 2).
 
     Args:
         student: (B, H, L, L) mixing matrices.
@@ -184,9 +184,9 @@ def matrix_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over sequences of the squared error relative to the target's square: 1 for a student that says nothing.
+    """Return the mean over sequences of the squared error relative to the squared target; 1 for an output of zero.
 
-    MOHAWK's stage 2 takes the plain norm; relative to the target all layers count alike, whatever their scale.
+    MOHAWK's stage 2 uses the plain norm. With the relative error all layers have the same weight.
 
     Args:
         student: (B, L, D) outputs.
@@ -205,9 +205,9 @@ def logit_loss(
     temperature: float = 1.0,
     ce_weight: float = 0.0,
 ) -> Tensor:
-    """Sum over tokens of the divergence between two models' predictions, and of the cross-entropy if weighted in.
+    """Return the sum over tokens of the divergence of two models' predictions, mixed with the cross-entropy.
 
-    The divergence is multiplied by the squared temperature, which keeps its gradient's scale (Hinton et al.,
+    The divergence is multiplied by the squared temperature, which preserves the scale of its gradient (Hinton et al.,
     arXiv 1503.02531, section 2).
 
     Args:
@@ -216,7 +216,7 @@ def logit_loss(
         targets: (tokens) next tokens, -100 where there is none.
         kl: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
         temperature: divides both models' logits, positive.
-        ce_weight: share of the cross-entropy in [0, 1], the rest being the divergence.
+        ce_weight: weight of the cross-entropy in [0, 1]; that of the divergence is the rest.
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
@@ -239,12 +239,12 @@ def chunked_logit_loss(
     temperature: float = 1.0,
     ce_weight: float = 0.0,
 ) -> Tensor:
-    """:func:`logit_loss` per token, a few tokens' logits at a time: (B, L, V) never exists.
+    """Compute :func:`logit_loss` per token for a few tokens at a time, without (B, L, V) logits in memory.
 
     Args:
-        student_hidden: (B, L, D) what the student's head reads, with its graph.
+        student_hidden: (B, L, D) input of the student's head, with its graph.
         student_head: the student's head.
-        teacher_hidden: (B, L, D) what the teacher's head reads.
+        teacher_hidden: (B, L, D) input of the teacher's head.
         teacher_head: the teacher's head.
         input_ids: (B, L) tokens; the target of a position is the next one.
         kl: as in :func:`logit_loss`.
@@ -282,13 +282,13 @@ def chunked_logit_loss(
 
 @torch.no_grad()
 def layer_errors(student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> list[dict]:
-    """How far each converted layer is from the teacher's, on the teacher's hidden states.
+    """Measure the errors of each converted layer on the teacher's hidden states.
 
     Returns:
         For each layer a dictionary with "layer", "output_error" (`||y - t|| / ||t||` of the mixer's output),
-        "matrix_error" (the same of the mixing matrix, for each head) and "half_life" (tokens in which a head's state
-        halves, from its mean log-decay on these tokens; None where it does not decay). The last two are empty for
-        attention, the last one for masked mixing too.
+        "matrix_error" (the same for the mixing matrix of each head) and "half_life" (tokens after which a head's state
+        has halved, from its mean log-decay on these tokens; None without decay). The last two are empty for attention;
+        the last one is also empty for masked mixing.
     """
     rows: list[dict] = []
 

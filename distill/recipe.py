@@ -1,8 +1,8 @@
 """Distillation recipes: the description of a run as data, checked before anything is loaded.
 
-A recipe is a YAML file, or a preset that ships with the package. It names a teacher, a student, texts and a list of
+A recipe is a YAML file, or a preset that comes with the package. It names a teacher, a student, texts and a list of
 stages. It determines everything that a run computes, so its fingerprint identifies the run. Unknown keys are refused
-at every level: a misspelt key would otherwise be a setting that silently does nothing.
+at every level, since a misspelt key would otherwise be silently ignored.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .recipe_values import (
     whole_number,
 )
 
-# The mixers that can take the place of attention, and the fields of a student that mean something only for some.
+# The mixers that can replace attention, and the fields of a student that have an effect only with some of them.
 _STARTS = {kind: row.student for kind, row in TOKEN_MIXERS.items() if row.student is not None}
 _MIXERS_WITH: dict[str, tuple[str, ...]] = {
     option: tuple(kind for kind, start in _STARTS.items() if option in start.options)
@@ -52,29 +52,28 @@ _MIXERS_WITH: dict[str, tuple[str, ...]] = {
 
 
 class StudentSpec(SettingsBase):
-    """What replaces the teacher's attention, where, and what it starts from.
+    """The token mixer that replaces the teacher's attention, the layers that it replaces, and its initialisation.
 
     Attributes:
-        layers: which layers are converted; see `resolve_layers`.
-        mixer: the token mixer put there.
+        layers: layers to convert; see `resolve_layers`.
+        mixer: the new token mixer.
         conv_kernel: K, width of the short convolution, which starts as the identity.
-        feature_map: what B and C pass through before the state update. Only of `discrete_mamba2`.
-        normalize: divide by the row sums of the mixing matrix, as linear attention does. Only of
-            `discrete_mamba2`.
-        rotary: keep the teacher's rotary embedding on B and C. Only of `discrete_mamba2`.
-        sliding_window: tokens that a query sees, itself included. Only of `sliding_attention`.
-        window: tokens of the window of a bounded memory. Only of `bounded_attention`, like the next four.
-        sinks: first tokens that are always kept.
+        feature_map: function applied to B and C before the state update; only for `discrete_mamba2`.
+        normalize: divide by the row sums of the mixing matrix, as linear attention does; only for `discrete_mamba2`.
+        rotary: keep the teacher's rotary embedding on B and C; only for `discrete_mamba2`.
+        sliding_window: number of tokens that a query sees, including its own; only for `sliding_attention`.
+        window: number of tokens in the window of a bounded memory; this and the next four only for `bounded_attention`.
+        sinks: number of first tokens that are always kept.
         rows: keys and values that a key-value head keeps on average: window, sinks and slots.
-        slots: how the slots are divided: equally, or by what each head loses without them on `calibration_tokens`.
-        chunk_size: tokens after which the slots are chosen again.
-        positions: N, positions that there are weights for, which no text may exceed. They start as the teacher's
-            attention averaged over `calibration_tokens`. Only of `masked_mixing`.
-        half_life: "calibrated" (from the teacher's attention distances), or the shortest and longest half-life in
-            tokens, spread geometrically over the heads.
-        calibration: closed-form fit to the teacher's mixer outputs before training: nothing, one scale per head,
-            or a ridge regression of the output projection.
-        calibration_tokens: training tokens that "calibrated" half-lives, averages and the calibration look at.
+        slots: "equal" for all heads, or "calibrated" by what each head loses without them on training text.
+        chunk_size: number of tokens between two choices of what the slots hold.
+        positions: N, number of positions that have weights, which no text may exceed. The weights start as the
+            teacher's attention averaged over `calibration_tokens`. Only for `masked_mixing`.
+        half_life: "calibrated" (fitted to the teacher's attention), or the shortest and longest half-life in tokens,
+            spread geometrically over the heads.
+        calibration: closed-form fit to the teacher's mixer outputs before training: none, one scale per head, or a
+            ridge regression of the output projection.
+        calibration_tokens: number of training tokens for "calibrated" half-lives, averages and the calibration.
         copy_projections: start from the teacher's projections (q to C, k to B, v to x or in_proj, o to out_proj)
             instead of random ones.
     """
@@ -115,7 +114,7 @@ class DataSpec(SettingsBase):
     Attributes:
         train: sources of the training tokens, in order.
         heldout: sources of the evaluation tokens.
-        sequence_length: L of the windows of every stage and of the evaluation that does not name its own.
+        sequence_length: default of the stages' and the evaluation's `sequence_length`.
     """
 
     train: Sources
@@ -123,8 +122,8 @@ class DataSpec(SettingsBase):
     sequence_length: Length = 256
 
 
-# A field of a stage that means something only under some values of another field. Setting it elsewhere is refused,
-# since it would have no effect; `as_mapping` leaves it out there.
+# Fields of a stage that have an effect only with some values of another field. With other values they are refused, and
+# `as_mapping` leaves them out.
 _MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
     "target": ("objective", ("hidden_state_alignment",)),
     "refit": ("objective", ("matrix_orientation", "hidden_state_alignment")),
@@ -138,30 +137,30 @@ _MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class StageSpec(SettingsBase):
-    """One stage: an objective, what it trains, for how many tokens, and the optimiser (AdamW).
+    """One stage: its objective, the weights that it trains, its length and its optimiser (AdamW).
 
     Attributes:
-        name: unique in the recipe; names the stage in reports and checkpoints.
+        name: name of the stage in reports and checkpoints, unique in the recipe.
         objective: matrix orientation and hidden-state alignment are MOHAWK's stages 1 and 2 (arXiv 2408.10189),
             logit distillation is its stage 3.
-        train: the new mixers alone, all weights, or mixers and norms.
-        tokens: how many tokens the stage reads; the last step is a full one.
+        train: weights to train: the new mixers, the new mixers and the norms, or all.
+        tokens: number of tokens that the stage reads, rounded up to a whole step.
         sequence_length: L, tokens per sequence.
         batch_size: sequences per optimiser step, over all processes.
         learning_rate: peak learning rate of the mixers.
-        other_learning_rate: peak learning rate of what is trained besides them; None: the same.
-        schedule: "wsd" is warm-up, stable, linear decay; "constant" is a warm-up and nothing else.
+        other_learning_rate: peak learning rate of the other weights; None: the same.
+        schedule: learning rate after the warm-up: "cosine", "wsd" (stable, then linear decay) or "constant".
         warmup: share of the steps in which the learning rate rises linearly from 0.
-        decay: share of the steps in which "wsd" falls.
-        final_learning_rate_ratio: last learning rate over the peak.
+        decay: share of the steps in which the learning rate of "wsd" falls.
+        final_learning_rate_ratio: final learning rate as a share of the peak.
         weight_decay: decoupled weight decay.
-        betas: AdamW's.
-        max_grad_norm: the gradient is scaled down to this norm; in a layer-wise objective each layer's by itself.
-        target: what alignment compares, the mixer's output or the whole block's.
-        refit: closed-form fit of the output projections after the stage, as `student.calibration`.
+        betas: betas of AdamW.
+        max_grad_norm: maximum norm of the gradient; with a layer-wise objective, of each layer's gradient.
+        target: outputs that alignment compares, those of the mixer or of the whole block.
+        refit: closed-form fit of the output projections after the stage; values as for `student.calibration`.
         kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
-        temperature: divides both models' logits.
-        ce_weight: share of the next-token cross-entropy in the loss, the rest being the divergence.
+        temperature: divisor of both models' logits.
+        ce_weight: weight of the next-token cross-entropy in the loss; that of the divergence is the rest.
     """
 
     name: Identifier
@@ -207,15 +206,15 @@ class StageSpec(SettingsBase):
 
 
 class EvaluationSpec(SettingsBase):
-    """What is measured on the held-out text before the first and after every stage.
+    """The measurements on the held-out text before the first stage and after every stage.
 
     Attributes:
-        tokens: held-out tokens read, in whole windows.
-        sequence_length: L of these windows.
+        tokens: number of held-out tokens, in whole windows.
+        sequence_length: length of these windows, L.
         batch_size: sequences per forward pass.
-        repeat_distance: tokens between a passage of 96 tokens and its repetition, the loss on which measures recall.
-        prompts: texts that the student continues greedily, for the reader of the report.
-        max_new_tokens: length of these continuations.
+        repeat_distance: tokens between a passage of 96 tokens and its repetition; the loss there measures recall.
+        prompts: texts that the student continues greedily, for the report.
+        max_new_tokens: maximum length of these continuations.
     """
 
     tokens: Count = 16384
@@ -237,16 +236,16 @@ class Recipe(SettingsBase):
 
     Attributes:
         teacher: a folder, a Hub repository, or a .gguf file.
-        student: what is built.
-        data: what is read.
-        stages: what is trained, in order.
-        evaluation: what is measured.
-        seed: of new weights and of the order of the windows.
-        dtype: what the forward passes compute in; the trained weights are float32 in any case.
-        checkpoint_every: steps between two checkpoints; every stage also ends with one.
-        teacher_revision: branch, tag or commit of a Hub repository. A run keeps the commit.
-        gradient_checkpointing: in logit distillation recompute the blocks in the backward: less memory, more time.
-        report_to: trackers that get the curves, by transformers' names: "tensorboard", "trackio", "wandb" and others.
+        student: the student.
+        data: the texts.
+        stages: stages of the training, in order.
+        evaluation: the evaluation.
+        seed: seed of new weights and of the order of the windows.
+        dtype: data type of the forward passes; the trained weights are always float32.
+        checkpoint_every: steps between two checkpoints; there is also one at the end of every stage.
+        teacher_revision: branch, tag or commit of a Hub repository. A run always resumes with the same commit.
+        gradient_checkpointing: recompute the blocks in the backward pass of logit distillation: less memory, more time.
+        report_to: trackers that receive the curves, by transformers' names: "tensorboard", "trackio", "wandb", ….
     """
 
     teacher: Text
@@ -322,7 +321,7 @@ def _misplaced(field: str, value: Any, key: str, values: Sequence[str], actual: 
 
 
 def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
-    """Layer numbers that a recipe's `student.layers` means for a teacher of `num_layers` layers.
+    """Return the layer numbers of a recipe's `student.layers` for a teacher of `num_layers` layers.
 
     "odd" and "even" go by the number counted from 0. "every:N" takes the N-th layer of each run of N (N - 1,
     2N - 1, ...). "interleave:F" takes the share F of the layers (a decimal or a ratio such as 3/4, rounded to the
@@ -352,16 +351,16 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
     else:
         numbers = list(range(1 if kind == "odd" else 0, num_layers, 1 if kind == "all" else 2))
     if not numbers:
-        raise ValueError(f"layers: {spec!r} selects no layer of {num_layers}")
+        raise ValueError(f"`layers` must select at least one of {num_layers} layers, got {spec!r}.")
     if numbers[-1] >= num_layers:
-        raise ValueError(f"layers: got {spec!r}, but the last of {num_layers} layers is number {num_layers - 1}")
+        raise ValueError(f"`layers` must be from 0 to {num_layers - 1}, got {spec!r}.")
     return numbers
 
 
 def as_mapping(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-able values: every key that has an effect on the result, defaults included.
+    """Return the recipe as JSON-compatible values: every key that affects the result, including defaults.
 
-    A key that earlier versions did not know is there when it is given, so that their runs are recognised.
+    Keys that earlier versions did not have are left out at their defaults, so that the runs of these versions resume.
     """
     values = recipe.model_dump(mode="json", exclude={"report_to"})
     if not recipe.gradient_checkpointing:
@@ -375,25 +374,24 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML text that `load_recipe` reads back to an equal recipe."""
+    """Return the recipe as YAML text, which `load_recipe` reads back as an equal recipe."""
     return write_yaml(as_mapping(recipe))
 
 
 def preset_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Return the names of the recipes that come with the package."""
     files = resources.files("ssm_zoo.distill").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file or preset, lay it over the preset that it names, carry out overrides, check the result.
+    """Read a recipe file or preset, merge it with the preset that it is based on, apply overrides, and check it.
 
-    A recipe with the key `preset: NAME` takes over what the preset says wherever it says nothing itself; mappings
-    are merged key by key, lists are replaced. Relative paths in a recipe start at the working directory.
+    A recipe with the key `preset: NAME` is based on that preset: mappings are merged key by key, lists are replaced.
+    Relative paths in a recipe are relative to the working directory.
 
     Args:
-        recipe: name of a preset, or path of a YAML file. A text that is a preset's name means the preset; write
-            ./NAME for a file of that name.
+        recipe: name of a preset, or path of a YAML file. For a file with a preset's name write ./NAME.
         overrides: "dotted.key=YAML value", list items by index, e.g. "stages.1.learning_rate=1e-3".
 
     Returns:
@@ -416,7 +414,7 @@ def _read_file(path: str | Path) -> Any:
 
 
 def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, Any]:
-    """Lay a recipe over the preset that its key `preset` names, if it has one."""
+    """Merge a recipe with the preset that its key `preset` names, if it has one."""
     if not isinstance(values, dict):
         keys = ", ".join(Recipe.model_fields)
         raise ValueError(f"{source}: the top level must be a mapping with the keys {keys}, got {reprlib.repr(values)}")
@@ -436,8 +434,8 @@ def parse_recipe(values: Any, source: str = "recipe") -> Recipe:
     """Check a recipe given as nested dicts and lists.
 
     Args:
-        values: what a recipe file holds, after inheritance.
-        source: what to call it in an error.
+        values: content of a recipe file, merged with its preset.
+        source: name of the recipe, for errors.
 
     Raises:
         ValueError: naming each key that is unknown, missing or has a value that is not accepted.

@@ -47,17 +47,17 @@ __all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `plots/*.png`, `report.md` and, last, `report.json`, each so that it is never seen half-written.
+    """Write `plots/*.png`, `report.md` and, last, `report.json`; each file appears complete or not at all.
 
-    Plots of an earlier report in the folder that this one has no data for are removed. Numbers that are not finite
-    become null in `report.json`: JSON has no word for them.
+    Plots of an earlier report for which this report has no data are removed. Numbers that are not finite become null
+    in `report.json`, since JSON cannot represent them.
 
     Args:
-        folder: of the run; made if missing.
+        folder: folder of the run; created if missing.
         report: see `ssm_zoo.reports.distillation_report`.
 
     Raises:
-        ValueError: if a key of the report is missing or has a value that is not accepted; nothing is written then.
+        ValueError: if a key of the report is missing or has a wrong value. Nothing is written in this case.
     """
     checked = parse_report(report)
     folder = Path(folder)
@@ -74,7 +74,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:
-    """The evaluations of a report with the gap to the teacher, one row each, in their order.
+    """Return the evaluations of a report in order, one row each, with the gap to the teacher.
 
     Raises:
         ValueError: as `write_report`.
@@ -83,7 +83,7 @@ def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
-    """Print the table of evaluations, what each stage gained, and the recovered fraction.
+    """Print the table of evaluations, the gain of each stage, and the recovered fraction.
 
     Raises:
         ValueError: as `write_report`.
@@ -91,7 +91,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     checked = parse_report(report)
     evaluations = Table(title=Text(f"{checked.teacher.source} to {checked.student.model_type}"), title_justify="left")
     evaluations.add_column("model")
-    for heading in ("loss", "gap", "KL", "top-1", "repeat", "tokens", "seconds"):
+    for heading in ("loss", "gap", "KL", "top-1", "repeat", "tokens"):
         evaluations.add_column(heading, justify="right", no_wrap=True)
     for row in evaluation_rows(checked):
         cells = (
@@ -102,9 +102,8 @@ def print_table(report: dict[str, Any], console: Console) -> None:
             percent(row.top1_agreement),
             number(row.repeat_loss),
             count(row.trained_tokens),
-            seconds(row.trained_seconds),
         )
-        # As Text: a name in square brackets is not a style.
+        # As Text, since a name may have square brackets, which rich would take for a style.
         evaluations.add_row(*map(Text, cells))
     console.print(evaluations)
     for verdict in verdicts(checked):
@@ -114,7 +113,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
 
 
 def _markdown(report: Report, plots: Iterable[str]) -> str:
-    """The text of report.md."""
+    """Return the text of report.md."""
     student, data = report.student, report.data
     trained = sum(stage.tokens for stage in report.stages)
     duration = sum(stage.seconds for stage in report.stages)
@@ -126,7 +125,7 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         "## What was done",
         f"{count(len(student.layers))} of the {count(student.num_layers)} layers of {code(report.teacher.source)} "
         f"({code(report.teacher.model_type)}, {count(report.teacher.parameters)} parameters, licence "
-        f"{code(report.teacher.licence) if report.teacher.licence else 'not known'}) got another token mixer. The "
+        f"{code(report.teacher.licence) if report.teacher.licence else 'not known'}) have a new token mixer. The "
         f"student has {count(student.parameters)} parameters. Its stages read {count(trained)} tokens in "
         f"{seconds(duration)} seconds, out of a text of {count(data.train_tokens)} tokens "
         f"({_sources(data.train_sources)}); the held-out text has {count(data.heldout_tokens)} "
@@ -134,7 +133,7 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         layers_table(report),
         stages_table(report) if report.stages else "",
         "## Evaluations",
-        "On the held-out text. *Mixers zeroed* is the student whose converted mixers add nothing: the floor. "
+        "On the held-out text. *Mixers zeroed* is the student with the converted mixers' outputs set to zero: the floor. "
         "*Window + sinks* is the control that costs nothing: the teacher, whose converted layers see only the last "
         "tokens and the first four, in a cache of as many bytes as the student's. *Step 0* is the student before "
         "training. *Repeat loss* is the loss on a passage that was read before, at a distance "
@@ -151,14 +150,14 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         "## To repeat it",
         command_block(report),
         machine_table(report.model_dump()),
-        "The recipe that was run, with every default spelt out:",
+        "The recipe of the run, with all defaults:",
         recipe_block(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _layer_parts(report: Report, images: dict[str, str]) -> list[str]:
-    """Errors of the converted layers, before and after."""
+    """Return the section on the converted layers' errors before and after training."""
     measured = [part for part in report.students if part.layers]
     if not measured:
         return []
@@ -180,10 +179,9 @@ def _layer_parts(report: Report, images: dict[str, str]) -> list[str]:
         rows.append((str(layer), *outputs, _mean(present[0].matrix_error), _mean(present[-1].matrix_error), spread))
     return [
         "## Layers",
-        "Relative errors of each converted mixer on the teacher's hidden states: of its output, "
-        "`||y - t|| / ||t||`, and of its mixing matrix, the mean over the heads. 1 is as far off as no output at "
-        "all. The half-life, median (shortest to longest head) at the end, is the number of tokens in which a "
-        "head's state halves.",
+        "Relative errors of each converted mixer on the teacher's hidden states: of its output, `||y - t|| / ||t||`, "
+        "and of its mixing matrix, the mean over the heads. An output of zero has the error 1. The half-life is the "
+        "number of tokens after which a head's state has halved; at the end, median (shortest to longest head).",
         table(header, rows),
         images.get("layers.png", ""),
         images.get("heads.png", ""),
@@ -216,7 +214,7 @@ def _sources(sources: list[str]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The value with null for every float in it that is not finite."""
+    """Return the value with None in place of every float that is not finite."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

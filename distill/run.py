@@ -1,15 +1,13 @@
-"""A whole distillation run: from a recipe to a folder with a student that loads anywhere, and a report.
+"""Run a distillation: from a recipe to a folder with a student that loads anywhere, and a report.
 
-The output folder holds `run.json` and `recipe.yaml` (what the run is), `checkpoints/` while it trains, and at the end
-`student/` (a self-contained Hub folder with card), `report.json`, `report.md` and `plots/`. Starting the same recipe on
-the same folder goes on where it stopped.
+The output folder contains `run.json` and `recipe.yaml` (the description of the run) and `checkpoints/`; at the end also
+`student/` (a self-contained Hub folder with a card), `report.json`, `report.md` and `plots/`. A run with the same
+recipe in the same folder resumes where it stopped.
 """
 
 import resource
-import shutil
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,18 +27,17 @@ from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.published import decoration
 from ..harness.run_folder import check_output_folder, claimed_folders_end
-from ..harness.whole_files import new_folder, write_text_whole
+from ..harness.whole_files import write_text_whole
 from ..modeling import ZooHybridForCausalLM
 from ..modeling.token_mixers import TOKEN_MIXERS
 from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
 from ..training.checkpoints import last_checkpoint, place, save_checkpoint
-from ..training.report import public_sources
+from ..training.report import public_sources, write_folder
 from ..training.sharding import sharded_by
-from ..training.trainer import CHECKPOINTS, check_trackers, curve_of, processes, train_or_load
+from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
 from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
@@ -60,7 +57,7 @@ _REMEDY = "Lower learning_rate, or choose dtype float32."
 
 @dataclass
 class _Progress:
-    """What a run has measured so far: saved with every checkpoint."""
+    """Measurements of a run so far, which are saved with every checkpoint."""
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -73,7 +70,7 @@ class _Run:
     recipe: Recipe
     output: Path
     state: PartialState
-    commit: str | None  # of a teacher on the Hub
+    commit: str | None  # revision of a teacher on the Hub
     teacher: Teacher
     student: ZooHybridForCausalLM
     layers: list[int]
@@ -91,31 +88,29 @@ class _Run:
         return self.state.device
 
     def compute(self) -> Any:
-        """Context of every forward outside of a stage, where the Trainer sees to it: autocast to the recipe's dtype."""
-        if self.recipe.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """Return the context of forward passes outside of a stage; within a stage the Trainer does this."""
+        return computing(self.recipe.dtype, self.device)
 
 
 @claimed_folders_end()
 def distill(
     recipe: Recipe, output: str | Path, *, command: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Carry out a recipe, or go on with it.
+    """Run or resume a recipe.
 
     Args:
-        recipe: what to do.
-        output: a new or empty folder, or the folder of an earlier start of the same recipe.
-        command: what was typed, for the report; the command line of this process if not given.
-        trust_remote_code: run the code that the teacher brings, e.g. of its tokenizer.
+        recipe: the recipe.
+        output: a new or empty folder, or the folder of an unfinished run of the same recipe.
+        command: command line for the report; None: the command line of this process.
+        trust_remote_code: run code that comes with the teacher, e.g. of its tokenizer.
 
     Returns:
         The report, as in `report.json`.
 
     Raises:
-        ValueError: if the recipe, the teacher, the texts and the folder do not fit together; nothing is written then.
-            Also if the teacher has changed since the run was started, none of the run's checkpoints is whole, or
-            training gives numbers that are not finite; then no result is written.
+        ValueError: if the recipe, the teacher, the texts and the folder do not fit together (nothing is written in this
+            case); if the teacher has changed since the run was started, all of the run's checkpoints are damaged, or
+            numbers are not finite (no result is written in these cases).
     """
     check_trackers(recipe.report_to)
     state = processes()
@@ -123,30 +118,30 @@ def distill(
         start = TOKEN_MIXERS[recipe.student.mixer].student
         if stage.objective == "matrix_orientation" and start is not None and start.is_attention:
             raise ValueError(
-                f"stages.{index}.objective: got 'matrix_orientation' for the mixer {recipe.student.mixer!r}, which is "
-                "attention already; accepted: 'hidden_state_alignment', 'logit_distillation'"
+                f"`stages.{index}.objective` must be 'hidden_state_alignment' or 'logit_distillation' for the mixer "
+                f"{recipe.student.mixer!r}, which is attention already, got 'matrix_orientation'."
             )
         if sharded_by() == "DeepSpeed" and stage.objective != "logit_distillation":
             raise ValueError(
-                f"stages.{index}.objective: got {stage.objective!r}, which clips each layer's gradient by itself, as "
-                "DeepSpeed cannot; accepted with it: 'logit_distillation'. FSDP2 shares out the weights of all stages"
+                f"`stages.{index}.objective` must be 'logit_distillation' under DeepSpeed, which cannot clip each "
+                f"layer's gradient separately, got {stage.objective!r}. FSDP2 supports all objectives."
             )
         if stage.batch_size % state.num_processes:
             raise ValueError(
-                f"stages.{index}.batch_size: got {stage.batch_size}; accepted: a multiple of the "
-                f"{state.num_processes} processes"
+                f"`stages.{index}.batch_size` must be a multiple of the {state.num_processes} processes, got "
+                f"{stage.batch_size}."
             )
     if state.is_main_process:
         check_output_folder(output)
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
-    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    # Read now: the source may be gone when the training ends.
     origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
     if found is None:
         _first_evaluations(run)
     else:
-        _go_back_to(run, found)
+        _restore(run, found)
     first, step = (0, 0) if found is None else place(found)
     for index in range(first, len(recipe.stages)):
         _train_stage(run, index, found if index == first and step > 0 else None)
@@ -167,12 +162,12 @@ def _refuse_old_checkpoints(output: Path) -> None:
         )
 
 
-def _go_back_to(run: _Run, found: Path) -> None:
-    """Put the student and the measurements back to where a checkpoint was saved."""
+def _restore(run: _Run, found: Path) -> None:
+    """Restore the student and the measurements from a checkpoint."""
     saved = read_progress(found)
     for split, here in _fingerprints(run).items():
         if saved["data"][split] != here:
-            raise ValueError(f"data.{split}: not the texts that {found} was made with; give the same texts")
+            raise ValueError(f"data.{split}: the texts have changed since {found} was saved. Give the same texts.")
     weights = load_file(found / WEIGHTS)
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
@@ -186,13 +181,13 @@ def _fingerprints(run: _Run) -> dict[str, str]:
 
 
 def _saved_progress(run: _Run) -> dict[str, Any]:
-    """What every checkpoint holds beside weights and optimiser."""
+    """Return the content of a checkpoint besides weights and optimiser."""
     run.progress.peak_memory_bytes = _peak_memory(run.progress.peak_memory_bytes)
     return {"data": _fingerprints(run), "measured": asdict(run.progress)}
 
 
 def _peak_memory(before: int) -> int:
-    """Most memory that this process, or an earlier start of the run, had resident, in bytes."""
+    """Return the peak resident memory of this process and of earlier starts of the run, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
@@ -238,15 +233,9 @@ def _sources(recipe: Recipe, split: str) -> list[str]:
 
 
 def _write_results(run: _Run, report: dict[str, Any]) -> None:
-    """The report, and the student as a folder that appears whole."""
+    """Write the report and the student's folder."""
     write_report(run.output, report)
-    with new_folder(run.output / "student", overwrite=True) as folder:
-        run.student.save_pretrained(folder)
-        run.teacher.tokenizer.save_pretrained(folder)
-        with decoration("the plots in the student's folder"):
-            shutil.copytree(run.output / "plots", folder / "plots")
-        with decoration("the model card"):
-            write_card(folder, report)
+    write_folder(run.output, "student", run.student.save_pretrained, write_card, report, run.teacher.tokenizer)
 
 
 def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
@@ -267,11 +256,11 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     for index, prompt in enumerate(recipe.evaluation.prompts):
         tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
         if not tokens:
-            raise ValueError(f"evaluation.prompts.{index}: got {prompt!r}; accepted: a text of at least one token")
+            raise ValueError(f"`evaluation.prompts.{index}` must be a text of at least one token, got {prompt!r}.")
         if TOKEN_MIXERS[recipe.student.mixer].bounded and tokens > most:
             raise ValueError(
-                f"evaluation.prompts.{index}: got {tokens} tokens; accepted: at most {most}, student.positions less "
-                "evaluation.max_new_tokens"
+                f"`evaluation.prompts.{index}` must have at most {most} tokens (student.positions minus "
+                f"evaluation.max_new_tokens), got {tokens}."
             )
     if main:
         claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
@@ -290,7 +279,7 @@ def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> No
 
 
 def _calibration_length(recipe: Recipe) -> int:
-    """Tokens of a calibration window: a mixer of so many positions has to see all of them."""
+    """Return the tokens of a calibration window: all positions of a mixer that has a maximum, or the usual length."""
     bounded = TOKEN_MIXERS[recipe.student.mixer].bounded
     return recipe.student.positions if bounded else recipe.data.sequence_length
 
@@ -298,7 +287,7 @@ def _calibration_length(recipe: Recipe) -> int:
 def _calibration_windows(run: _Run) -> Tensor:
     length = _calibration_length(run.recipe)
     count = max(run.recipe.student.calibration_tokens // length, 1)
-    # Windows of a seed of their own: training starts with others.
+    # With another seed than the training, which therefore starts with other windows.
     return run.train.batch(0, count, length, run.recipe.seed + 1)
 
 
@@ -333,7 +322,7 @@ def _divide_slots(run: _Run) -> None:
 
 
 def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = None) -> None:
-    """Measure a model on the held-out text, in the recipe's dtype and on the main process, and note it."""
+    """Measure a model on the held-out text, in the recipe's dtype and on the main process, and record the results."""
     started = time.monotonic()
     row: dict[str, Any] = {"name": name, "kind": kind}
     if run.main:
@@ -347,7 +336,7 @@ def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = N
 
 
 def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
-    """Scores, continuations of the recipe's prompts, and the errors of the converted layers."""
+    """Return scores, continuations of the recipe's prompts, and the errors of the converted layers."""
     spec = run.recipe.evaluation
     windows = run.heldout.windows(spec.sequence_length)[: max(spec.tokens // spec.sequence_length, 1)]
     teacher = None if kind == "teacher" else run.teacher.model
@@ -364,7 +353,7 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
         ids = windows[:_LAYER_WINDOWS].to(run.device)
         row["layers"] = layer_errors(run.student, run.teacher, run.layers, ids)
     row = finite(row)
-    # Before training a student may say nothing sensible; the teacher and a trained student have to.
+    # Only a student before training may have a loss that is not finite.
     lost = [key for key in ("loss", "kl") if row[key] is None and scored.get(key) is not None]
     if lost and kind in ("teacher", "stage"):
         who = "the teacher" if kind == "teacher" else "the trained student"
@@ -438,12 +427,12 @@ def _stage_entry(stage: StageSpec, history: list[dict[str, Any]], seconds: float
 
 
 def read_report(output: str | Path) -> dict[str, Any]:
-    """The report of a finished run.
+    """Return the report of a finished run.
 
     Raises:
-        ValueError: if the folder holds none.
+        ValueError: if the folder has none.
     """
     path = Path(output) / "report.json"
     if not path.is_file():
-        raise ValueError(f"{output} holds no report.json: not a distillation run, or not finished")
+        raise ValueError(f"{output} has no report.json. Give the folder of a finished distillation.")
     return read_json_object(path)

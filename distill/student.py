@@ -1,9 +1,9 @@
-"""From a Transformer to its student: the teacher converted to `zoo_hybrid`, the token mixer of chosen layers replaced.
+"""Build a student from a Transformer: convert it to `zoo_hybrid`, and replace the token mixer of chosen layers.
 
-With identity convolution, open gate and copied projections a discrete Mamba-2 mixer starts as linear attention with the
-teacher's queries, keys and values and a decay: un-normalised with the identity feature map (MOHAWK's mixer,
-arXiv 2408.10189), or with softplus features and rows that sum to 1. A masked mixer starts with its values and, by
-calibration, its average attention (`calibrate.py`).
+With an identity convolution, an open gate and copied projections, a discrete Mamba-2 mixer starts as linear attention
+with decay and the teacher's queries, keys and values: un-normalised with the identity feature map (MOHAWK's mixer,
+arXiv 2408.10189), or with softplus features and rows that sum to 1. A masked mixer starts with the teacher's values and
+average attention (`calibrate.py`).
 
 Symbols: D width, H heads, KV key and value heads, P head width.
 """
@@ -26,20 +26,19 @@ from .teacher import Teacher
 
 # First tokens that the control keeps, and tokens by which its window moves: the fewer, the more of it is in use.
 _SINKS, _CONTROL_CHUNK = 4, 4
-# A half-life for heads whose recipe says "calibrated", before calibration has looked at the teacher.
+# Shortest and longest half-life with half_life "calibrated", before the calibration.
 _UNCALIBRATED = (4.0, 64.0)
 
 
 def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *, seed: int = 0) -> ZooHybridForCausalLM:
-    """Build a student with the token mixers of `layers` replaced as `spec` says; everything else is copied.
+    """Build a student with new token mixers in some layers; everything else is copied from the teacher.
 
     Args:
         teacher: the teacher.
-        spec: the student's part of a recipe. `calibrate` applies `calibration`, "calibrated" half-lives and the
-            averages that masked mixing starts from; until then heads have half-lives of 4 to 64 tokens, or random
-            weights.
-        layers: the layers whose mixer is replaced; with none the student computes what the teacher does.
-        seed: of what is not copied.
+        spec: the student's part of a recipe. `calibration`, "calibrated" half-lives and the averages of masked mixing
+            are set later by `calibrate`; until then heads have half-lives of 4 to 64 tokens, or random weights.
+        layers: the layers whose mixer is replaced; without any the student computes the teacher's logits.
+        seed: seed of the weights that are not copied.
 
     Returns:
         The student in float32, in evaluation mode, on the teacher's device.
@@ -52,7 +51,7 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
         torch.manual_seed(seed)
         student = ZooHybridForCausalLM(config)
     chosen = tuple(f"backbone.layers.{layer}.mixer." for layer in layers)
-    replaced = () if _taking(spec).is_attention else chosen
+    replaced = () if _replacement(spec).is_attention else chosen
     tensors = {name: each.load() for name, each in teacher.zoo_tensors.items() if not name.startswith(replaced)}
     result = student.load_state_dict(tensors, strict=False)
     missing = [name for name in own_tensors(student) if name in result.missing_keys and not name.startswith(chosen)]
@@ -126,9 +125,9 @@ def cache_bytes(model: PreTrainedModel, layers: Sequence[int], length: int) -> i
 
 @contextmanager
 def zeroed_mixers(student: ZooHybridForCausalLM, layers: Sequence[int]) -> Iterator[None]:
-    """Let the mixers of `layers` add nothing to the residual stream: the floor of every comparison."""
+    """Set the outputs of the mixers of `layers` to zero: the floor of every comparison."""
     handles = [
-        # Not a product with 0: an untrained mixer's output may be infinite.
+        # Zeros and not a product with 0, since the output of an untrained mixer may be infinite.
         student_mixer(student, layer).register_forward_hook(
             lambda _module, _args, out: (torch.zeros_like(out[0]), *out[1:])
         )
@@ -141,21 +140,21 @@ def zeroed_mixers(student: ZooHybridForCausalLM, layers: Sequence[int]) -> Itera
             handle.remove()
 
 
-def _taking(spec: StudentSpec) -> FromAttention:
-    """Return how the recipe's mixer takes the place of attention."""
+def _replacement(spec: StudentSpec) -> FromAttention:
+    """Return how the recipe's mixer replaces attention."""
     row = TOKEN_MIXERS[spec.mixer].student
-    assert row is not None  # the recipe has no other
+    assert row is not None  # recipes accept no other mixer
     return row
 
 
 def _student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
-    """Return the teacher's configuration with other mixers in some layers, and what they need."""
+    """Return the teacher's configuration with the new mixers in some layers and the settings of these mixers."""
     mixers = ["full_attention"] * teacher.num_layers
     for layer in layers:
         if not 0 <= layer < teacher.num_layers:
             raise ValueError(f"layers must be from 0 to {teacher.num_layers - 1}, got {layer}.")
         mixers[layer] = spec.mixer
-    replaced = _taking(spec).keys(teacher.zoo_config, spec) if layers else {}
+    replaced = _replacement(spec).keys(teacher.zoo_config, spec) if layers else {}
     values: dict[str, Any] = {**copy.deepcopy(teacher.zoo_config.to_dict()), "mixer_types": mixers, **replaced}
     if "full_attention" not in mixers:
         del values["full_attention"]

@@ -1,9 +1,9 @@
-"""The Transformer that a student is distilled from: loading it, reading its attention, streaming its activations.
+"""The Transformer that a student is distilled from: load it, read its attention, and stream its activations.
 
-A :class:`Teacher` is made once and handed to all that need it. A teacher's family is a checkpoint format in
-`conversion/formats/`, whose rules say where its norms and its attention are, and give the weights of a layer's
-attention in one shape, an `AttentionView`. `Teacher.capture` runs one forward and hands each layer's activations to a
-callback as they come up. Nothing is kept: stored targets would cost L x D numbers for every layer and row.
+A :class:`Teacher` is created once for a run. Its family is a checkpoint format in `conversion/formats/`, whose rules
+locate its norms and attention and convert the weights of a layer's attention to a common layout, `AttentionView`.
+`Teacher.capture` runs one forward pass and passes each layer's activations to a callback as soon as they are computed.
+They are not stored, which would take L x D numbers for every layer and row.
 
 Symbols: B batch, L length, D width, H heads, P head width.
 """
@@ -23,23 +23,23 @@ from ..conversion.rules import LazyTensor, lazy
 from .attention_view import AttentionView
 from .fetch import check_place, is_gguf, load_gguf
 
-# What `Teacher.capture` can hand over for a layer, in the order in which a forward produces it.
+# Activations of a layer that `Teacher.capture` can pass on, in the order in which a forward pass computes them.
 CAPTURES = ("block_input", "normed_input", "attention_output", "block_output")
 
 
 class Teacher:
     """A model that a student is distilled from.
 
-    Its checkpoint format says what `zoo_hybrid` with full attention it is, and by which keys: nothing else here knows
-    the family. Formats, rules and configuration are looked up once.
+    Its checkpoint format maps configuration and keys to a `zoo_hybrid` with full attention; no other code depends on
+    the family.
 
     Args:
-        model: a model of transformers with its language-model head, full attention in every block.
-        tokenizer: the model's; None where no text is read.
+        model: a model of transformers with a language-model head and full attention in every block.
+        tokenizer: the model's tokenizer; None if no text is read.
 
     Raises:
-        ValueError: if no format knows such teachers, the model has no language-model head, or `zoo_hybrid` cannot
-            express its configuration.
+        ValueError: if there is no format for such a teacher, the model has no language-model head, or `zoo_hybrid`
+            cannot express its configuration.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -65,7 +65,7 @@ class Teacher:
 
     @property
     def zoo_tensors(self) -> dict[str, LazyTensor]:
-        """The model's tensors by the keys of `zoo_hybrid`, without a head that is the embedding."""
+        """The model's tensors by the keys of `zoo_hybrid`, without a head that is tied to the embedding."""
         return self.mapper.to_ours({key: lazy(tensor) for key, tensor in self.model.state_dict().items()})
 
     @property
@@ -86,7 +86,7 @@ class Teacher:
         return self._module(layer, "mixer.o_proj.weight", 2)
 
     def _module(self, layer: int, key: str, levels: int) -> nn.Module:
-        """Return the module that is so many levels above the tensor which a block has under one of our keys.
+        """Return the module some levels above a tensor of a block, which is given by the zoo's key.
 
         Raises:
             ValueError: if there is no such block.
@@ -94,13 +94,13 @@ class Teacher:
         return self.model.get_submodule(self.mapper.theirs_of(self._prefix(layer) + key).rsplit(".", levels)[0])
 
     def _prefix(self, layer: int) -> str:
-        """Return what our keys of a block begin with."""
+        """Return the prefix of the zoo's keys of a block."""
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be from 0 to {self.num_layers - 1}, got {layer}.")
         return f"backbone.layers.{layer}."
 
     def attention(self, layer: int) -> AttentionView:
-        """Return the layer's attention as weights in the common shape."""
+        """Return the layer's attention as weights in the common layout."""
         tensors, mixer, config = self.zoo_tensors, self._prefix(layer) + "mixer.", self.zoo_config
         weights = {name: tensors[f"{mixer}{name}_proj.weight"].load() for name in "qkvo"}
         biases = {name: tensors.get(f"{mixer}{name}_proj.bias") for name in "qkvo"}
@@ -118,20 +118,8 @@ class Teacher:
     def attention_matrix(
         self, layer: int, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Attention weights (B, H, L, L) of one layer, see `AttentionView.attention_matrix`."""
+        """Compute the (B, H, L, L) attention weights of one layer; see `AttentionView.attention_matrix`."""
         return self.attention(layer).attention_matrix(hidden, position_ids, mask)
-
-    def head_outputs(
-        self, layer: int, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Outputs (B, L, H, P) of one layer's heads, see `AttentionView.head_outputs`."""
-        return self.attention(layer).head_outputs(hidden, position_ids, mask)
-
-    def attention_output(
-        self, layer: int, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Output (B, L, D) of one layer's attention, see `AttentionView.attention_output`."""
-        return self.attention(layer).attention_output(hidden, position_ids, mask)
 
     def capture(
         self,
@@ -144,11 +132,11 @@ class Teacher:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Any:
-        """Run the model once and hand over activations of the chosen layers, each layer's as soon as they are there.
+        """Run the model once and pass each chosen layer's activations to a callback as soon as they are computed.
 
-        The callback runs inside the teacher's forward, with gradients enabled, so that it can run a student layer and
-        its backward. The tensors it gets carry no graph, may be used in one, and are not kept here after it returns;
-        it must not change them in place. An error that it raises ends the forward and reaches the caller.
+        The callback runs within the teacher's forward pass, with gradients enabled, so that it can run a student's
+        layer forward and backward. The tensors have no graph, can be used in one, and are released when the callback
+        returns. It must not change them in place. An error in the callback ends the forward pass and is raised here.
 
         Args:
             input_ids: (B, L) integer token ids.
@@ -156,16 +144,16 @@ class Teacher:
             what: names out of `CAPTURES`: "block_input" (B, L, D) residual stream before the layer, "normed_input"
                 (B, L, D) what its attention reads, "attention_output" (B, L, D) what its attention adds to the stream,
                 "block_output" (B, L, D) the stream after the layer.
-            on_layer: called as `on_layer(layer, **tensors)` with the names of `what` as keywords.
-            stop_after_last: end the forward after the last chosen layer's callback, without later layers and the head.
+            on_layer: callback, called as `on_layer(layer, **tensors)` with the names of `what` as keywords.
+            stop_after_last: end the forward pass after the last callback, without later layers and the head.
             attention_mask: (B, L) mask for padding, as the model takes it.
             position_ids: (B, L) positions, as the model takes them.
 
         Returns:
-            None if the forward was ended early, otherwise the model's output with its logits.
+            None if the forward pass was ended early, otherwise the model's output with its logits.
 
         Raises:
-            ValueError: if an argument is none of the above; nothing has run then.
+            ValueError: if an argument is not as described. Nothing is computed in this case.
         """
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(
@@ -222,16 +210,16 @@ def load_teacher(
 ) -> Teacher:
     """Load a causal language model and its tokenizer as a teacher: frozen and in evaluation mode.
 
-    Only safetensors and GGUF weights are read. All of the model's weights must be there and finite.
+    Only safetensors and GGUF weights are read. They must be complete and finite.
 
     Args:
         source: a folder, a Hub id, or the path of a .gguf file.
         dtype: dtype of the weights.
         revision: branch, tag or commit of a Hub id.
-        trust_remote_code: run the code that the source brings, e.g. of its tokenizer.
+        trust_remote_code: run code that comes with the source, e.g. of its tokenizer.
 
     Raises:
-        ValueError: if the source cannot be loaded, or its model is no :class:`Teacher`; the message says why.
+        ValueError: if the source cannot be loaded, or its model cannot be a :class:`Teacher`.
     """
     check_place(source, revision)
     if is_gguf(source):
@@ -256,11 +244,11 @@ def load_teacher(
 
 
 class _ForwardStoppedError(Exception):
-    """Leaves the teacher's forward once everything asked for has been handed over."""
+    """Ends the teacher's forward pass after the last callback."""
 
 
 def _input_hook(receive: Callable[[int, str, Any], None], layer: int) -> Callable[..., None]:
-    """A forward pre-hook that passes the block's hidden states on."""
+    """Return a forward pre-hook that passes on the block's input."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         receive(layer, "block_input", args[0] if args else kwargs["hidden_states"])
@@ -269,7 +257,7 @@ def _input_hook(receive: Callable[[int, str, Any], None], layer: int) -> Callabl
 
 
 def _output_hook(receive: Callable[[int, str, Any], None], layer: int, name: str) -> Callable[..., None]:
-    """A forward hook that passes the module's output on under a name."""
+    """Return a forward hook that passes on the module's output under a name."""
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         receive(layer, name, output)

@@ -62,6 +62,13 @@ def rms_norm(
     group_size = check_norm(x, weight, z, group_size)
     if choose_implementation(implementation, "rms_norm", x, group_size <= WIDEST_GROUP) == "triton":
         return rms_norm_triton(x, weight, eps, z, group_size, norm_before_gate)
+    return _in_torch(x, weight, eps, z, group_size, norm_before_gate)
+
+
+def _in_torch(
+    x: Tensor, weight: Tensor, eps: float, z: Tensor | None, group_size: int, norm_before_gate: bool
+) -> Tensor:
+    """Run the torch path of `rms_norm`, whose arguments are checked."""
     if tracing():  # a compiler fuses the reference, and its gradient is as fast as the one below
         return rms_norm_reference(x, weight, eps, z=z, group_size=group_size, norm_before_gate=norm_before_gate)
     arguments = x, weight, None if norm_before_gate else z, eps, group_size
@@ -103,7 +110,7 @@ def add_rms_norm(
     if choose_implementation(implementation, "add_rms_norm", residual, x.shape[-1] <= WIDEST_GROUP) == "triton":
         return add_rms_norm_triton(x, residual, weight, eps, dtype)
     total = (residual + x).to(residual.dtype)
-    return rms_norm(total, weight, eps, implementation="torch").to(dtype), total
+    return _in_torch(total, weight, eps, None, x.shape[-1], False).to(dtype), total
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -214,6 +221,18 @@ def check_rows(x: Tensor) -> int:
 
 def check_norm(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | None) -> int:
     """Check the arguments of a norm and return the group size."""
+    # The usual call, of which a step of decoding has hundreds.
+    if (
+        z is None
+        and group_size is None
+        and weight.dim() == 1
+        and weight.numel()
+        and weight.shape == x.shape[-1:]
+        and x.is_floating_point()
+        and weight.is_floating_point()
+        and x.device == weight.device
+    ):
+        return x.shape[-1]
     D = check_rows(x)
     check_tensor("weight", weight, (D,), "(D)")
     check_optional("z", z, tuple(x.shape), "(..., D)")
@@ -228,6 +247,7 @@ def check_norm(x: Tensor, weight: Tensor, z: Tensor | None, group_size: int | No
 def _check_add(x: Tensor, residual: Tensor, weight: Tensor) -> torch.dtype:
     """Check the arguments of `add_rms_norm` and return the dtype of its first result."""
     check_norm(x, weight, None, None)
-    check_tensor("residual", residual, tuple(x.shape), "(..., D)")
-    check_devices(x=x, residual=residual)
+    if residual.shape != x.shape or not residual.is_floating_point() or residual.device != x.device:
+        check_tensor("residual", residual, tuple(x.shape), "(..., D)")
+        check_devices(x=x, residual=residual)
     return weight.dtype if weight.dtype.itemsize < residual.dtype.itemsize else residual.dtype

@@ -321,14 +321,13 @@ def attend_rows(
         hidden = ~real[..., None, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     o = F.scaled_dot_product_attention(
-        q[:, :, None],
+        q.unflatten(1, (k.shape[2], -1)),  # the heads of a group as if they were queries: they share their keys
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=seen[:, None, None],
         scale=scale,
-        enable_gqa=k.shape[2] != q.shape[1],
     )
-    return o.squeeze(2).to(dtype)
+    return o.flatten(1, 2).to(dtype)
 
 
 class _Blocks(torch.autograd.Function):

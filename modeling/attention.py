@@ -1,21 +1,21 @@
 """Softmax attention with rotary positions and grouped key-value heads, full or over a sliding window.
 
-Symbols: B batch, L new tokens, M key columns, D width, H heads.
+Symbols: B batch, L new tokens, D width, H heads.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..kernels.tracing import tracing
 from .cache import layer_of
 from .layers import ShortConvolution, init_short_convolution, rotate
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, is_single_step
+from .softmax_attention import softmax_attention
 from .token_layout import Sequence
 
 
@@ -40,6 +40,9 @@ class Attention(nn.Module):
         self.stays = window is None and config.layer_types[layer_idx] != "full_attention"
         self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
         self.head_dim = int(config.head_dim or 0)
+        # By the names that transformers' attention functions look for.
+        self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
@@ -67,43 +70,40 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv1d is not None:
             q, k, v = self._convolved(self.conv1d, (q, k, v), sequence, layer_of(past_key_values, self.layer_idx))
-        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q, k, v = q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
         assert sequence.rotary is not None
-        cos, sin = (table[:, None] for table in sequence.rotary)
+        cos, sin = sequence.rotary
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        key_positions = None
-        if self.window is None:
-            if past_key_values is not None and self.stays:
-                k, v = layer_of(past_key_values, self.layer_idx).update(k, v)
-            elif past_key_values is not None:
-                if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
-                    past_key_values.layers[self.layer_idx].prefetch()
-                k, v = past_key_values.update(k, v, self.layer_idx)
-            mask = sequence.full_mask(k.shape[2])
-        else:
-            query_positions = None
-            cache = layer_of(past_key_values, self.layer_idx)
-            if cache is not None:
-                k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
-            mask = sequence.window_mask(self.window, query_positions, key_positions)
-        repeats = self.num_heads // self.num_kv_heads
-        if repeats > 1:  # by 1 it would copy them all the same
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        scale = self.head_dim**-0.5
-        attention = None
-        if output_attentions or self.config._attn_implementation == "eager":
-            attention = _attention_matrix(q, k, mask, scale)
-            y = attention.to(v.dtype) @ v
-        else:
-            causal = mask is None
-            if q.shape[2] == 1:  # not as one expression: in a traced graph that is no bool, but a symbol
-                causal = False
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-        if output_attentions and attention is not None and past_key_values is not None:
+        query_positions = key_positions = None
+        cache = layer_of(past_key_values, self.layer_idx)
+        if cache is not None and self.window is not None:
+            k, v, key_positions, query_positions = cache.update(k, v, window=self.window, real=sequence.real)
+        elif cache is not None and self.stays:
+            k, v = cache.update(k, v)
+        elif past_key_values is not None:
+            if past_key_values.offloading:  # transformers may have fetched a recurrent layer, taking it for this
+                past_key_values.layers[self.layer_idx].prefetch()
+            k, v = past_key_values.update(k, v, self.layer_idx)
+            if not tracing():  # the columns of a static cache that are still empty
+                columns = sequence.past + q.shape[2]
+                if k.shape[2] > columns:
+                    k, v = k[:, :, :columns], v[:, :, :columns]
+        y, attention = softmax_attention(
+            self,
+            q,
+            k,
+            v,
+            sequence,
+            window=self.window,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            output_attentions=output_attentions,
+        )
+        if attention is not None and cache is not None:
             attention = sequence.over_columns(attention, key_positions)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), attention if output_attentions else None
+        return self.o_proj(y.flatten(2)), attention
 
     @staticmethod
     def _convolved(
@@ -117,15 +117,6 @@ class Attention(nn.Module):
         if cache is not None:
             cache.conv_state = state
         return x.split([part.shape[-1] for part in parts], dim=-1)
-
-
-def _attention_matrix(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(B, H, L, M) softmax in float32; causal where `mask` is None."""
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if mask is None:
-        length, keys = scores.shape[-2:]
-        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-    return scores.masked_fill(~mask, -math.inf).softmax(-1)
 
 
 @strict

@@ -74,6 +74,7 @@ class ZooHybridPreTrainedModel(ZooPreTrainedModel):
     config: ZooHybridConfig
     config_class = ZooHybridConfig
     _no_split_modules = ["HybridBlock"]
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
 
 class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):

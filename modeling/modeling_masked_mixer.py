@@ -150,6 +150,7 @@ class MaskedMixerPreTrainedModel(ZooPreTrainedModel):
     config: MaskedMixerConfig
     config_class = MaskedMixerConfig
     _no_split_modules = ["MaskedMixerBlock"]
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

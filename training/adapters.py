@@ -1,4 +1,4 @@
-"""Base models of the zoo with peft's adapters on their projections, which of them learn, and merged again."""
+"""Load a base model of the zoo, put peft's adapters on its projections, check that they learn, and merge them."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -33,33 +33,33 @@ Finetuning = TypeVar("Finetuning", bound=FinetuningSettings)
 
 
 def pinned(settings: Finetuning, output: Path) -> Finetuning:
-    """The settings with a Hub model's revision as a commit, see `ssm_zoo.harness.fingerprint.pinned_revision`.
+    """Return the settings with a Hub model's revision pinned to a commit (`harness.fingerprint.pinned_revision`).
 
     Raises:
-        ValueError: if there is a revision of a folder.
+        ValueError: if a revision is given for a folder.
     """
     commit = pinned_revision(settings.model, settings.revision, output, "model")
     return settings.model_copy(update={"revision": commit})
 
 
 def load_tokenizer(settings: LanguageModelSettings) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer."""
+    """Load the base model's tokenizer."""
     return load_tokenizer_from(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
 
 
 def load_base(settings: LanguageModelSettings) -> ZooForCausalLM:
-    """The base model, by the package's own class.
+    """Load the base model with the package's own class.
 
-    Its weights are float32 where they are trained or computing is in float32; otherwise, under adapters, they keep the
-    checkpoint's dtype, or have 4 bits.
+    The weights are float32 if they are trained or if the run computes in float32. Otherwise (under adapters) they keep
+    the checkpoint's dtype, or are quantised to 4 bits.
 
     Raises:
-        ValueError: if it is no causal language model of the zoo, weights are missing, or 4 bits are asked for where
-            they are not to be had.
+        ValueError: if it is not a causal language model of the zoo, weights are missing, or 4 bits are requested but
+            not available on this machine.
     """
     if settings.load_in_4bit:
         _check_4bit()
-    compute = compute_dtype(settings)
+    compute = compute_dtype(settings.dtype)
     master = settings.method == "full" or compute == torch.float32
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -79,13 +79,13 @@ def load_base(settings: LanguageModelSettings) -> ZooForCausalLM:
 
 
 def _load(settings: LanguageModelSettings, **options: Any) -> ZooForCausalLM:
-    # The package's own class or none: code that the source brings would not be used.
+    # Only the package's own classes: code that comes with the checkpoint is never used.
     config = load_config(settings.model, revision=settings.revision)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if not (isinstance(kind, type) and issubclass(kind, ZooForCausalLM)):
         raise ValueError(
-            f"model: {settings.model} is of model_type {config.model_type!r}; accepted: a causal language model of the "
-            "zoo"
+            f"`model` must be a causal language model of the zoo, got {settings.model} of model_type "
+            f"{config.model_type!r}. Convert it first with `ssm-zoo convert`."
         )
     model = load_model(settings.model, AutoModelForCausalLM, config=config, revision=settings.revision, **options)
     assert isinstance(model, ZooForCausalLM)
@@ -94,32 +94,32 @@ def _load(settings: LanguageModelSettings, **options: Any) -> ZooForCausalLM:
 
 def _check_4bit() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit: needs the package bitsandbytes, which is not installed")
+        raise ValueError("`load_in_4bit` needs the package bitsandbytes, which is not installed.")
     if not torch.cuda.is_available():
-        raise ValueError("load_in_4bit: needs a CUDA device; there is none")
+        raise ValueError("`load_in_4bit` needs a CUDA device, and there is none.")
 
 
 def add_adapters(model: ZooPreTrainedModel, settings: FinetuningSettings, task_type: str = "CAUSAL_LM") -> PeftModel:
-    """The model with adapters on the layers that the settings name; all else is frozen.
+    """Put adapters on the layers that the settings name, and freeze all other weights.
 
-    Adapters are float32. The initial A are drawn from torch's generator; B is zero, so that nothing changes yet.
+    Adapters are float32. A is drawn from torch's random generator and B is zero, so the output is unchanged at first.
 
     Args:
-        model: to put adapters into.
-        settings: which.
-        task_type: what peft calls what the model does.
+        model: the base model.
+        settings: the targets, rank and other options of the adapters.
+        task_type: peft's name for the task.
 
     Raises:
-        ValueError: if a name is not that of a linear layer.
+        ValueError: if a target is not the name of a linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = sorted({name.rpartition(".")[2] for name in linear})
     if settings.target_modules != ALL_LINEAR:
         for target in settings.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in linear):
-                raise ValueError(f"target_modules: got {target!r}; accepted: {', '.join(names)}")
+                raise ValueError(f"`target_modules` must be among {', '.join(names)}, got {target!r}.")
             if target == "lm_head" and model.config.tie_word_embeddings:
-                raise ValueError("target_modules: got 'lm_head', whose weight is the embeddings' too; accepted: others")
+                raise ValueError("`target_modules` must not name 'lm_head', whose weight is tied to the embedding.")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
@@ -135,42 +135,44 @@ def add_adapters(model: ZooPreTrainedModel, settings: FinetuningSettings, task_t
 
 
 def merged(settings: LanguageModelSettings, adapter: Path) -> ZooForCausalLM:
-    """A plain model that computes what the base model with a saved adapter does, in the dtype of the checkpoint.
+    """Load the base model in the checkpoint's dtype and merge a saved adapter into its weights.
 
-    The base is loaded anew, so that an adapter that was trained over 4 bits goes into the weights themselves.
+    The base is loaded again because an adapter trained over 4-bit weights is merged into the original ones.
     """
     return put_adapter(_load(settings, dtype="auto"), adapter).merge_and_unload()
 
 
-# Small enough to leave the model what it is, far above what float32 loses.
-_PROBE = 1e-2
+# Standard deviation of the B of a probe: small enough to change the model little, far above float32's rounding.
+_PROBE_STD = 1e-2
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
 
 def adapter_coverage(
     model: PeftModel, batch: Mapping[str, Tensor], compute_loss: Callable[[], Tensor] | None = None
 ) -> dict[str, Any]:
-    """Look at every adapter's gradient for a batch, with B drawn at random for that one backward.
+    """Compute every adapter's gradient on a batch, to find adapters that cannot learn.
 
-    An adapter adds scale * B A x to a layer's output. Where a model uses a layer's weight and not the layer, or
-    detaches what comes out, the adapter is trained in vain: nothing says so, and the loss falls by the others. Its
-    gradient does say so. A fresh adapter has B = 0, and then A has no gradient by itself; hence the random B.
+    An adapter adds scale * B A x to a layer's output. If a model reads a layer's weight without calling the layer, or
+    detaches its output, the adapter never learns, and the falling loss hides it. Its gradient shows it. A new adapter
+    has B = 0, which makes the gradient of A zero, so B is drawn at random for this one backward pass.
 
-    In training mode, since a model may compute differently there. Weights, gradients, modes and random numbers are
-    afterwards as they were, the gradients gone.
+    The model is in training mode during the pass. Weights, modes and random states are restored afterwards, and
+    gradients are cleared.
 
     Args:
-        model: with adapters, on its device.
-        batch: arguments of its forward, with labels, on the same device.
-        compute_loss: gives the loss, where the model itself gives none for the batch.
+        model: model with adapters, on its device.
+        batch: arguments of its forward, including labels, on the same device.
+        compute_loss: returns the loss, for a model that does not return one for the batch.
 
     Returns:
         "adapters": for each its "module", "kind" (the last part of that name), "rank", "parameters", "gradients" (the
-        norm for each of its weights, None where it got none) and "dead" (whether one of them is none, zero or not
-        finite); "dead": the names of those; "without_adapter": linear layers without one, with the reason "head" or
-        "not a target"; "trainable_parameters" and "parameters" of the whole model.
+        norm for each of its weights, None if it received none) and "dead" (whether a gradient is missing, zero or not
+        finite); "dead": the names of the dead adapters; "without_adapter": linear layers that have none, with the
+        reason "head" or "not a target"; "trainable_parameters" and "parameters" of the whole model.
     """
-    layers, adapter = _adapted_layers(model), model.active_adapters[0]
+    modules = dict(model.get_base_model().named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    adapter = model.active_adapters[0]
     weights = {name: _weights(layer, adapter) for name, layer in layers.items()}
     outer = [
         parameter
@@ -186,7 +188,7 @@ def adapter_coverage(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             with torch.no_grad():
                 for parameter in outer:
-                    parameter.normal_(std=_PROBE, generator=generator)
+                    parameter.normal_(std=_PROBE_STD, generator=generator)
             model.train()
             model.zero_grad()
             loss = model(**batch).loss if compute_loss is None else compute_loss()
@@ -205,33 +207,19 @@ def adapter_coverage(
         "dead": [entry["module"] for entry in adapters if entry["dead"]],
         "without_adapter": [
             {"module": name, "reason": "head" if module is head else "not a target"}
-            for name, module in model.get_base_model().named_modules()
-            if isinstance(module, nn.Linear) and not any(_within(name, carrier) for carrier in layers)
+            for name, module in modules.items()
+            # A wrapped layer and its adapter's own matrices are below the layer that carries the adapter.
+            if isinstance(module, nn.Linear) and not any(f"{name}.".startswith(f"{carrier}.") for carrier in layers)
         ],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
-def _adapted_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    found = model.get_base_model().named_modules()
-    return {name: module for name, module in found if isinstance(module, LoraLayer)}
-
-
-def _within(name: str, carrier: str) -> bool:
-    """Whether a module is a part of a layer with an adapter: that layer itself, and the two of the adapter."""
-    return name == carrier or name.startswith(f"{carrier}.")
-
-
 def _weights(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
-    """The layer's trained tensors by what they are."""
-    found = {}
-    for part in _PARTS:
-        holder = getattr(layer, part, {})
-        if adapter in holder:
-            held = holder[adapter]
-            found[part] = held if isinstance(held, nn.Parameter) else held.weight
-    return found
+    """Return the weights of a layer's adapter by the names in `_PARTS`."""
+    found = {part: getattr(layer, part)[adapter] for part in _PARTS if adapter in getattr(layer, part, {})}
+    return {part: each if isinstance(each, nn.Parameter) else each.weight for part, each in found.items()}
 
 
 def _entry(name: str, parts: dict[str, nn.Parameter]) -> dict[str, Any]:
@@ -249,9 +237,9 @@ def _entry(name: str, parts: dict[str, nn.Parameter]) -> dict[str, Any]:
 
 
 def print_coverage(coverage: Mapping[str, Any], console: Console) -> None:
-    """Print a row for every kind of projection, then the dead adapters and the layers without one by name.
+    """Print a row for every kind of projection, then the names of dead adapters and of layers without an adapter.
 
-    |dA| and |dB| are norms of gradients: the smallest among the adapters of the row.
+    |dA| and |dB| are the smallest norms of the gradients of A and B among the adapters of a row.
     """
     table = Table(title="Adapters", title_justify="left")
     table.add_column("projection")
@@ -269,7 +257,7 @@ def print_coverage(coverage: Mapping[str, Any], console: Console) -> None:
     trained, total = coverage["trainable_parameters"], coverage["parameters"]
     console.print(Text(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"))
     for name in coverage["dead"]:
-        console.print(Text(f"dead adapter: {name} gets no gradient and will not learn", style="bold red"))
+        console.print(Text(f"dead adapter: {name} receives no gradient and will not learn", style="bold red"))
     bare: dict[str, list[str]] = {}
     for entry in coverage["without_adapter"]:
         bare.setdefault(entry["reason"], []).append(entry["module"])

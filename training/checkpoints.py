@@ -1,9 +1,9 @@
-"""Checkpoints of every training: whole or not there, and independent of how many processes share the weights.
+"""Checkpoints of every training: complete or absent, and independent of how many processes share the weights.
 
-transformers' Trainer writes a checkpoint's files one by one under its name. Here they are written under a temporary
-name, listed with their SHA-256, forced to the disk and renamed: a folder with a checkpoint's name was whole once.
-Whether it still is, is checked before a run goes on from it. An old one is removed only after newer ones have been
-proven whole.
+transformers' Trainer writes a checkpoint's files one by one under its final name. Here they are written under a
+temporary name, listed with their SHA-256, flushed to the disk and renamed, so a folder with a checkpoint's name was
+complete once. A run checks the hashes before it resumes from a checkpoint, and removes an old checkpoint only after
+newer ones have been verified.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from ..harness.whole_files import TEMPORARY, flush
 from .sharding import Sharding, clip_gradients
 
 KEPT = 2
-"""Checkpoints that stay, proven whole."""
+"""Number of verified checkpoints that are kept."""
 
 _SAVING = f"{TEMPORARY}saving"
 _REMOVED = f"{TEMPORARY}removed"
-# Numbers in the order in which they count, the last one the optimiser steps done. ".replaced": the older of two
-# checkpoints of one step, until the newer one has taken its name.
+# Numbers, the most significant first; the last one is the number of optimiser steps. ".replaced" marks the older of two
+# checkpoints of the same step until the newer one has taken its name.
 _NAME = re.compile(r"checkpoint-(\d+(?:-\d+)*)(\.replaced)?")
 
-# A mixin: at run time the class that it is mixed into is the Trainer.
+# CheckedTrainer is a mixin: at run time the class that it is mixed into is the Trainer.
 _Base = Trainer if TYPE_CHECKING else object
 
 
 class CheckedTrainer(_Base):
-    """Makes a Trainer stop at numbers that are not finite, save checkpoints as said above, and shard its model.
+    """Mixin for a Trainer: stops at numbers that are not finite, saves verified checkpoints, and shards the model.
 
-    A checkpoint holds whole weights and a whole optimiser, whatever the number of processes and whether FSDP shards
-    them: any other number can go on from it. (DeepSpeed saves its optimiser in parts, for as many processes.)
+    A checkpoint holds the whole weights and the whole optimiser state for any number of processes, with FSDP or
+    without, so a run can resume with another number. (DeepSpeed saves its optimiser state in one part per process.)
     """
 
     stage_name = ""
-    """Put before the message about a number that is not finite."""
+    """Prefix of the error about a number that is not finite."""
 
     _loss_of_step: Tensor | None = None
     _saving = False
@@ -56,11 +56,11 @@ class CheckedTrainer(_Base):
         self.sharding = Sharding(self)
 
     def checkpoint_name(self) -> str:
-        """The name of a checkpoint that is saved now."""
+        """Return the name of a checkpoint that is saved at this step."""
         return f"checkpoint-{self.state.global_step}"
 
     def whole_model(self) -> Any:
-        """The trained model with all of its weights in this process; of a sharded model a copy."""
+        """Return the trained model with all weights in this process; for a sharded model, a copy."""
         return self.sharding.whole_model()
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
@@ -74,14 +74,14 @@ class CheckedTrainer(_Base):
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As the Trainer's, which calls it before the optimiser's step: bad gradients never reach the weights."""
+        """Check loss and gradient norm. The Trainer calls this before the optimiser's step, so the weights are safe."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss, self._loss_of_step = self._loss_of_step, None
         measured = {"loss": loss, "gradient norm": norm}
         for name, value in measured.items():
             if value is not None and not math.isfinite(float(value)):
                 step = self.state.global_step + 1
-                raise ValueError(f"{self.stage_name}the {name} is {float(value)} at step {step}; lower learning_rate")
+                raise ValueError(f"{self.stage_name}the {name} is {float(value)} at step {step}. Lower learning_rate.")
         return norm
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -89,7 +89,7 @@ class CheckedTrainer(_Base):
         Sharding.choose(self)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; of a sharded model all weights, gathered."""
+        """Save the model; the weights of a sharded model are gathered first."""
         if not self.sharding.active:
             super().save_model(output_dir, _internal_call)
             return
@@ -99,8 +99,8 @@ class CheckedTrainer(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is not None:
-            return  # it is sharded by now, and was loaded before (see `train_or_load`)
-        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False  # the weights there are whole
+            return  # it is already sharded, and `train_or_load` loaded the weights before that
+        sharded, self.is_fsdp_enabled = self.is_fsdp_enabled, False  # the saved weights are not sharded
         try:
             super()._load_from_checkpoint(resume_from_checkpoint)
         finally:
@@ -146,25 +146,25 @@ class CheckedTrainer(_Base):
 
 
 def save_checkpoint(folder: Path, name: str, write: Callable[[Path], object], *, keep: int = KEPT) -> Path:
-    """Write a checkpoint, then remove all but the newest that are proven whole.
+    """Write a checkpoint, then remove all checkpoints but the newest verified ones.
 
-    One process at a time may save into a folder.
+    Only one process at a time may save into a folder.
 
     Args:
-        folder: where checkpoints go; made if missing.
-        name: "checkpoint-" and numbers with hyphens between them, which say what is newer.
-        write: is given an empty folder to write the files into.
-        keep: checkpoints that stay, 1 or more.
+        folder: folder of the checkpoints; created if missing.
+        name: "checkpoint-" and numbers separated by hyphens; greater numbers are newer.
+        write: writes the files into the empty folder that it is given.
+        keep: number of checkpoints to keep, at least 1.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        ValueError: if the folder holds a whole checkpoint that is newer, which the run should have gone on from;
-            nothing is written then.
+        ValueError: if the folder already holds a newer complete checkpoint, from which the run should have resumed.
+            Nothing is written in that case.
     """
     if keep < 1:
-        raise ValueError(f"keep: got {keep}; accepted: 1 or more")
+        raise ValueError(f"`keep` must be at least 1, got {keep}.")
     _start(folder, name)
     made = folder / _SAVING / name
     made.mkdir(parents=True)
@@ -176,22 +176,22 @@ def save_checkpoint(folder: Path, name: str, write: Callable[[Path], object], *,
 
 
 def _start(folder: Path, name: str) -> None:
-    """Check that a checkpoint may be saved, and make room for it."""
+    """Check that a checkpoint may be saved, and remove the leftovers of killed saves."""
     if _NAME.fullmatch(name) is None:
-        raise ValueError(f"name: got {name!r}; accepted: 'checkpoint-' and numbers with hyphens between them")
+        raise ValueError(f"`name` must be 'checkpoint-' and numbers separated by hyphens, got {name!r}.")
     for path in _checkpoints(folder):
         if place(path) > place(folder / name) and damage(path) is None:
-            raise ValueError(f"step: {name} is to be saved, but {path} is newer; go on from it instead")
+            raise ValueError(f"Cannot save {name}: {path} is newer. Resume from it instead.")
     _sweep(folder)
 
 
 def _finish(made: Path, target: Path, keep: int) -> Path:
-    """Give what has been written the checkpoint's name, and remove what is no longer kept."""
+    """Rename a finished folder to the checkpoint's name, and remove old checkpoints."""
     for path in (*made.rglob("*"), made):
         flush(path)
     write_manifest(made)
     if target.exists():
-        # A folder cannot replace another in one go. Until it has, the old one is found under its second name.
+        # A folder cannot replace another atomically. In between, the old one is found under its second name.
         replaced = target.with_name(f"{target.name}.replaced")
         if replaced.exists():
             _remove(replaced)
@@ -204,47 +204,47 @@ def _finish(made: Path, target: Path, keep: int) -> Path:
 
 
 def last_checkpoint(folder: Path, *, main: bool) -> Path | None:
-    """Return the newest checkpoint that is whole, for a run to go on from, and remove what a killed save left.
+    """Return the newest complete checkpoint for a run to resume from, and remove the leftovers of killed saves.
 
     Args:
-        folder: where checkpoints are saved; may be missing.
-        main: whether this process is the one that removes, and that prints a line that names the checkpoint, and one
-            for every damaged checkpoint that is passed over.
+        folder: folder of the checkpoints; may be missing.
+        main: whether this process removes files and prints the name of the checkpoint and of every damaged one that is
+            skipped.
 
     Returns:
-        None if there are no checkpoints.
+        The checkpoint's folder, or None if there are no checkpoints.
 
     Raises:
-        ValueError: if there are checkpoints and none is whole.
+        ValueError: if there are checkpoints and all are damaged.
     """
     if main:
         _sweep(folder)
-    say = tqdm.write if main else lambda _text: None
-    found = newest_whole(_checkpoints(folder), lambda path: damage(path) or path, say)
+    report = tqdm.write if main else lambda _text: None
+    found = newest_whole(_checkpoints(folder), lambda path: damage(path) or path, report)
     if found is not None:
-        say(f"going on from {found.name}: step {steps_done(found)}")
+        report(f"resuming from {found.name}: step {steps_done(found)}")
         not_newer = [path for path in _checkpoints(folder) if place(path) <= place(found)]
         if main and len(not_newer) > KEPT:
-            _prune(not_newer, KEPT, found)  # which a kill has kept the last save from
+            _prune(not_newer, KEPT, found)  # the last save may have been killed before this
     return found
 
 
 def place(checkpoint: Path) -> tuple[int, ...]:
-    """Return the numbers in the name of a checkpoint; the later one's are greater."""
+    """Return the numbers in a checkpoint's name, which order checkpoints by age."""
     match = _NAME.fullmatch(checkpoint.name)
     return tuple(map(int, match[1].split("-"))) if match else ()
 
 
 def steps_done(checkpoint: Path) -> int:
-    """Return the number of optimiser steps that the name of a checkpoint gives."""
+    """Return the number of optimiser steps in a checkpoint's name."""
     return place(checkpoint)[-1]
 
 
 def check_numbers(value: Any, name: str) -> None:
-    """Check that every number in what a run has measured is finite.
+    """Check that every number in a run's measurements is finite.
 
     Raises:
-        ValueError: with the key of the first that is not.
+        ValueError: naming the key of the first number that is not.
     """
     if isinstance(value, dict):
         for key, part in value.items():
@@ -253,26 +253,26 @@ def check_numbers(value: Any, name: str) -> None:
         for index, part in enumerate(value):
             check_numbers(part, f"{name}.{index}")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}: the model computes numbers that are not finite; lower learning_rate")
+        raise ValueError(f"{name} is {value}: the model computes numbers that are not finite. Lower learning_rate.")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, newest first, a replaced one after the one that replaced it."""
+    """Return the checkpoints, newest first; a replaced one follows the one that replaced it."""
     paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(paths, key=lambda path: (place(path), not path.name.endswith(".replaced")), reverse=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a save left that was killed."""
+    """Remove the leftovers of killed saves."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _prune(checkpoints: list[Path], keep: int, proven: Path) -> None:
-    """Remove all checkpoints, newest first, but those of the newest `keep` steps that are proven whole."""
+def _prune(checkpoints: list[Path], keep: int, verified: Path) -> None:
+    """Remove all checkpoints (newest first) but the complete ones of the newest `keep` steps."""
     kept: set[tuple[int, ...]] = set()
     for path in checkpoints:
-        whole = len(kept) < keep and (path == proven or damage(path) is None)
+        whole = len(kept) < keep and (path == verified or damage(path) is None)
         if whole and place(path) not in kept:
             kept.add(place(path))
         else:
@@ -280,7 +280,7 @@ def _prune(checkpoints: list[Path], keep: int, proven: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint so that half of it is never seen under its name."""
+    """Delete a checkpoint; a partly deleted folder never has a checkpoint's name."""
     doomed = path.with_name(_REMOVED)
     os.replace(path, doomed)
     shutil.rmtree(doomed)

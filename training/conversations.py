@@ -1,9 +1,9 @@
-"""Conversations and prompts with completions, of which only the answers are learnt.
+"""Conversations, and prompts with completions, for training with a loss on the answers only.
 
-A row with `messages` is a conversation, [{"role": "user", "content": "…"}, …], that the tokenizer's chat template turns
-into text; every message of the role "assistant" is learnt. A row with `prompt` and `completion` holds two texts that
-follow each other, or two lists of messages; the completion is learnt. A token is learnt if its last character is the
-answer's; the label of every other one is -100.
+A row with `messages` is a conversation, [{"role": "user", "content": "…"}, …], which the tokenizer's chat template
+turns into text; the answers are the messages of the role "assistant". A row with `prompt` and `completion` has two
+consecutive texts, or two lists of messages; the answer is the completion. A token has a label if its last character is
+part of an answer. All other labels are -100.
 """
 
 import re
@@ -21,7 +21,7 @@ from .packing import IGNORED, Document
 from .sources import DATA_SETS, DATASETS, ROW_FILES, read_rows, text_at
 
 Messages = list[dict[str, Any]]
-# A template that says itself what the model generates.
+# Found in a template that marks what the model generates.
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _ASSISTANT = "assistant"
 
@@ -31,8 +31,8 @@ class Example:
     """A checked row.
 
     Attributes:
-        place: where it is, for an error.
-        prompt: what the answer follows; None for a conversation, whose answers are the assistant's messages.
+        place: source and row number, for errors.
+        prompt: prompt of the answer; None for a conversation, where the answers are the assistant's messages.
         completion: the answer, or the whole conversation.
     """
 
@@ -42,50 +42,46 @@ class Example:
 
 
 def read_examples(sources: Sequence[str], field: str, kind: str) -> list[Example]:
-    """Read the rows of some sources, in order.
+    """Read the rows of several sources, in order.
 
     Args:
-        sources: as those of `ssm_zoo.training.sources.read_rows`.
-        field: what to call the sources in an error.
-        kind: "messages" or "prompt_completion", what the rows hold.
+        sources: sources that `ssm_zoo.training.sources.read_rows` accepts.
+        field: name of the setting, for errors.
+        kind: content of the rows, "messages" or "prompt_completion".
 
     Raises:
-        ValueError: with source, row and field of the first mistake.
+        ValueError: naming source, row and field of the first mistake.
     """
     examples = []
     for source in sources:
         found = list(examples_of(source, field, kind))
         if not found:
-            raise ValueError(f"{field}: {source!r} holds no rows")
+            raise ValueError(f"{field}: {source!r} has no rows.")
         examples += found
     return examples
 
 
 def examples_of(source: str, field: str, kind: str) -> Iterator[Example]:
-    """Yield the rows of one source; arguments and errors are those of :func:`read_examples`."""
+    """Yield the rows of one source; arguments and errors as for :func:`read_examples`."""
     if not source.startswith(DATASETS) and Path(source).suffix not in ROW_FILES:
-        raise ValueError(f"{field}: got {source!r} for {kind!r}; accepted: a .jsonl or .parquet file, {DATA_SETS}")
+        raise ValueError(
+            f"`{field}` must be a .jsonl or .parquet file, {DATA_SETS}, with examples {kind!r}, got {source!r}."
+        )
     return (example_of(row, place, kind) for place, row in read_rows(source, field))
 
 
 def example_of(row: Mapping[str, Any], place: str, kind: str) -> Example:
-    """Check a row; arguments and errors are those of :func:`read_examples`."""
-    return _conversation(row, place) if kind == "messages" else _prompt_and_completion(row, place)
-
-
-def _conversation(row: Mapping[str, Any], place: str) -> Example:
-    messages = _messages(row, "messages", place)
-    if not any(message["role"] == _ASSISTANT for message in messages):
-        raise ValueError(f"{place}: `messages` must hold a message of the role {_ASSISTANT!r} to learn from.")
-    return Example(place, None, messages)
-
-
-def _prompt_and_completion(row: Mapping[str, Any], place: str) -> Example:
+    """Check a row; arguments and errors as for :func:`read_examples`."""
+    if kind == "messages":
+        messages = _messages(row, "messages", place)
+        if not any(message["role"] == _ASSISTANT for message in messages):
+            raise ValueError(f"{place}: `messages` must have a message of the role {_ASSISTANT!r} to learn from.")
+        return Example(place, None, messages)
     if isinstance(row.get("prompt"), list):
         return Example(place, _messages(row, "prompt", place), _messages(row, "completion", place))
     prompt, completion = (text_at(row, key, place) for key in ("prompt", "completion"))
     if not completion:
-        raise ValueError(f"{place}: `completion` must be a text that is not empty, got ''.")
+        raise ValueError(f"{place}: `completion` must not be empty.")
     return Example(place, prompt, completion)
 
 
@@ -94,12 +90,12 @@ def _messages(row: Mapping[str, Any], key: str, place: str) -> Messages:
     if key not in row:
         raise ValueError(f"{place}: `{key}` is missing; the row has {', '.join(map(repr, row)) or 'no field'}.")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{place}: `{key}` must be a list of messages that is not empty, got {messages!r:.80}.")
+        raise ValueError(f"{place}: `{key}` must be a non-empty list of messages, got {messages!r:.80}.")
     kept = []
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ValueError(f"{place}: `{key}.{index}` must be an object, got {message!r:.80}.")
-        # A parquet file has null where another message has a field.
+        # In a parquet file, a field that only other messages have is null.
         message = {name: value for name, value in message.items() if value is not None}
         for name in ("role", "content"):
             if name not in message and not (name == "content" and "tool_calls" in message):
@@ -115,38 +111,38 @@ def encode_examples(
 ) -> list[Document]:
     """Encode rows as documents with labels.
 
-    A conversation gets the tokens of the chat template and no others. A prompt and a completion of texts get what the
-    tokenizer adds to a text, and an end-of-text token, which is learnt, if the tokenizer has one.
+    A conversation consists of the tokens of the chat template. A prompt and completion given as texts are encoded with
+    the tokenizer's special tokens; if the tokenizer has an end-of-text token, it is added and has a label.
 
     Args:
         examples: the rows.
-        tokenizer: the model's, a fast one.
+        tokenizer: the model's tokenizer, which must be a fast one.
         progress: show a progress bar.
 
     Returns:
         (length,) int32 ids and labels for every row.
 
     Raises:
-        ValueError: if the tokenizer is slow, has no chat template where one is needed, or its template does not work
-            with a row.
+        ValueError: if the tokenizer is slow, has no chat template although a row needs one, or its template does not
+            work with a row.
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"model: its tokenizer is a slow one ({type(tokenizer).__name__}), which does not say which token stands "
-            "for which characters. Give a model with a tokenizer.json to learn answers alone."
+            f"model: the tokenizer ({type(tokenizer).__name__}) is a slow one, which cannot map tokens to characters. "
+            "Use a model with a tokenizer.json to train on answers only."
         )
     encoded = []
     for example in tqdm(examples, desc="tokenising", unit="row", disable=not progress):
         ids, learnt = _encode(example, tokenizer)
         row, mask = torch.tensor(ids, dtype=torch.int32), torch.tensor(learnt, dtype=torch.bool)
         if not mask[1:].any():
-            raise ValueError(f"{example.place}: no token of an answer is left to learn after tokenising.")
+            raise ValueError(f"{example.place}: the answers have no token to learn from.")
         encoded.append((row, row.masked_fill(~mask, IGNORED)))
     return encoded
 
 
 def _encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Token ids of a row, and which of them are learnt."""
+    """Return the token ids of a row, and for each whether it has a label."""
     if isinstance(example.completion, str):
         assert isinstance(example.prompt, str)
         text = example.prompt + example.completion
@@ -157,23 +153,19 @@ def _encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
                 ids, learnt = [*ids, end], [*learnt, True]
             learnt[-1] = True  # the tokenizer may have added it itself
         return ids, learnt
-    _check_template(example, tokenizer)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"model: the tokenizer has no chat template, which {example.place} needs. Save the tokenizer with one, or "
+            "write the rows as `prompt` and `completion` texts."
+        )
     if example.prompt is None and _GENERATION.search(tokenizer.get_chat_template()):
         return _encode_marked(example, tokenizer)
     whole, spans = _answers(example, tokenizer)
     return _encode_spans(whole, spans, tokenizer, special=False)
 
 
-def _check_template(example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"model: its tokenizer has no chat template, which {example.place} needs. Save the tokenizer with one, or "
-            "write the rows as `prompt` and `completion` texts."
-        )
-
-
 def _encode_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Encode with a template that marks what is generated."""
+    """Encode a conversation with a template that marks what the model generates."""
     try:
         encoded: Any = tokenizer.apply_chat_template(
             example.completion,  # pyright: ignore[reportArgumentType]
@@ -187,7 +179,7 @@ def _encode_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where the answers are in it: from what a model is asked with to their end."""
+    """Return the text of a conversation and the span of each answer, from the generation prompt to the answer's end."""
 
     def render(messages: Messages, *, asking: bool) -> str:
         try:
@@ -208,8 +200,8 @@ def _answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
         if not (until.startswith(before) and whole.startswith(until)):
             name = "prompt" if isinstance(prompt, list) else f"messages.{first}"
             raise ValueError(
-                f"{example.place}: `{name}`: the tokenizer's chat template writes a message differently once others "
-                "follow, so where the answer begins and ends is unknown. Mark answers in the template with "
+                f"{example.place}: `{name}`: the tokenizer's chat template renders a message differently if others "
+                "follow it, so the span of the answer is unknown. Mark answers in the template with "
                 "{% generation %} … {% endgeneration %}, or give one row for each answer."
             )
         spans.append((len(before), len(until)))
@@ -223,10 +215,10 @@ def _refused(example: Example, error: TemplateError) -> ValueError:
 def _encode_spans(
     text: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, *, special: bool
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a text, and whether the last character of each token lies in a span."""
+    """Return the token ids of a text, and for each whether its last character lies in a span."""
     inside = bytearray(len(text))
     for start, end in spans:
         inside[start:end] = b"\1" * (end - start)
     encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    # A token that the tokenizer has added stands at (0, 0).
+    # A special token that the tokenizer added has the offsets (0, 0).
     return encoded["input_ids"], [end > 0 and bool(inside[end - 1]) for _, end in encoded["offset_mapping"]]

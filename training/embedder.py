@@ -1,4 +1,4 @@
-"""A whole finetuning of an embedder: from settings and pairs of texts to a folder that sentence-transformers loads.
+"""Finetune an embedder: from settings and pairs of texts to a folder that sentence-transformers loads.
 
     from ssm_zoo.training.embedder import finetune_embedder
     from ssm_zoo.training.embedder_settings import parse_embedder_settings
@@ -6,24 +6,25 @@
     settings = parse_embedder_settings({"model": "runs/lm/model", "train": ["pairs.jsonl"], "heldout": ["test.jsonl"]})
     report = finetune_embedder(settings, "runs/embedder")
 
-The output folder holds `run.json` (what the run is), `coverage.json` (which adapters learn), `before.json` (retrieval
-before training), `checkpoints/` (the Trainer's), and at the end `model/`, with adapters in its weights, `report.json`
-and `plots/loss.png`. Starting the same settings on the same folder goes on at the last whole checkpoint.
+The output folder contains `run.json` (the description of the run), `coverage.json` (gradients of the adapters),
+`before.json` (retrieval before training) and `checkpoints/`; at the end also `model/`, with adapters merged into the
+weights, `report.json` and `plots/loss.png`. A run with the same settings in the same folder resumes from the last
+complete checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from rich.console import Console
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import MODEL_MAPPING, set_seed
@@ -34,18 +35,25 @@ from ..evaluation.retrieval import RetrievalData, chance_levels, embedder_scores
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.published import decoration
-from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none, write_json
-from ..harness.whole_files import new_folder
+from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..modeling.backbone import ZooModel
 from ..modeling.selective_attention import SelectiveAttention
 from ..reports.embedder_card import write_embedder_card
 from ..reports.training_plots import write_embedder_plot
-from .adapters import adapter_coverage, add_adapters, pinned, print_coverage
+from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs, read_pairs
-from .report import public_sources, report_head
+from .report import (
+    base_report,
+    measured_coverage,
+    measured_once,
+    public_sources,
+    report_head,
+    write_folder,
+    write_plots,
+)
+from .texts import check_ids
 from .trainer import check_trackers, compute_dtype, computing, processes
 
 if TYPE_CHECKING:
@@ -57,14 +65,14 @@ _FIELDS = ("train", "heldout")
 
 @dataclass
 class EmbedderRun:
-    """What a finetuning of an embedder works with.
+    """State of an embedder's finetuning.
 
     Attributes:
-        settings: what to do.
-        output: the folder of the run.
-        embedder: on its device.
-        pairs: for "train" and "heldout".
-        lengths: for "train" and "heldout" what :func:`_lengths` says.
+        settings: settings of the run.
+        output: folder of the run.
+        embedder: the embedder, on its device.
+        pairs: pairs for "train" and "heldout".
+        lengths: result of :func:`_lengths` for "train" and "heldout".
         state: accelerate's view of the processes.
     """
 
@@ -77,12 +85,12 @@ class EmbedderRun:
 
     @property
     def model(self) -> Any:
-        """The model inside the embedder."""
+        """Model inside the embedder."""
         return backbone_of(self.embedder)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole training. Batches are full, hence what is left of an epoch is not trained on."""
+        """Optimiser steps of the whole training. All batches are full: the remaining pairs of an epoch are skipped."""
         settings = self.settings
         batches = len(self.pairs["train"]) // (settings.batch_size * self.state.num_processes)
         return settings.steps or math.ceil(settings.epochs * batches)
@@ -95,20 +103,10 @@ class EmbedderRun:
     def pool(self) -> int:
         return min(self.settings.pool_size, self.heldout.largest_pool)
 
-    def before(self) -> dict[str, Any]:
-        """Retrieval before training, in `before.json`: that of the first start, if it has measured it."""
-        found = read_json_or_none(self.output / "before.json")
-        self.state.wait_for_everyone()  # all have looked before the first one writes
-        if found is None:
-            found = self.evaluate("before", self.embedder)
-            if self.state.is_main_process:
-                write_json(self.output / "before.json", found)
-        return found
-
     def evaluate(self, name: str, embedder: SentenceTransformer) -> dict[str, Any]:
-        """What `evaluate_retrieval` says of an embedder, under a name."""
+        """Return an embedder's results of `evaluate_retrieval`, with a name for the report."""
         settings, data = self.settings, self.heldout
-        with computing(settings, embedder.device):
+        with computing(settings.dtype, embedder.device):
             scores = embedder_scores(embedder, data, batch_size=settings.mini_batch_size or settings.batch_size)
         measured = evaluate_retrieval(data, scores, pools=[self.pool], seed=settings.seed)
         check_numbers(measured, name)
@@ -119,7 +117,7 @@ class EmbedderRun:
 
 
 def heldout_retrieval(pairs: Pairs) -> RetrievalData:
-    """Every anchor once as a query, every positive and negative once as a document."""
+    """Return retrieval data with every anchor once as a query, and every positive and negative once as a document."""
     documents = {text: f"d{index}" for index, text in enumerate(pairs.documents)}
     queries = {text: f"q{index}" for index, text in enumerate(dict.fromkeys(pairs.anchors))}
     relevant: dict[str, set[str]] = {identity: set() for identity in queries.values()}
@@ -134,19 +132,19 @@ def heldout_retrieval(pairs: Pairs) -> RetrievalData:
 
 @claimed_folders_end()
 def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[str, Any]:
-    """Carry out a finetuning, or go on with it.
+    """Run or resume the finetuning of an embedder.
 
     Args:
-        settings: what to do.
-        output: a new or empty folder, or the folder of an earlier start with the same settings.
+        settings: settings of the run.
+        output: a new or empty folder, or the folder of an unfinished run with the same settings.
 
     Returns:
-        The report, as in `report.json`. Retrieval after training is measured on what is saved.
+        The report, as in `report.json`. Retrieval after training is measured with the saved weights.
 
     Raises:
-        ValueError: if sentence-transformers is not installed, or settings, model, pairs and folder do not fit together,
-            before anything is written; if the base model has changed since the run was started; or if the loss, the
-            gradient, a weight or an embedding is not finite.
+        ValueError: if sentence-transformers is not installed, or settings, model, pairs and folder do not fit together
+            (nothing is written in these cases); if the base model has changed since the run was started; or if the
+            loss, the gradient, a weight or an embedding is not finite.
     """
     require_sentence_transformers()
     from .embedder_trainer import check_batches, train_embedder, training_rows
@@ -167,10 +165,10 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
         check_output_folder(output)
     check_batches(rows, settings, state.num_processes)
     run = _prepare(pinned(settings, Path(output)), Path(output), pairs, state)
-    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    # Read now: the source may be gone when the training ends.
     origin = provenance(settings.model, run.settings.revision)
-    coverage = _coverage(run)
-    before = run.before()
+    coverage = measured_coverage(run, lambda: _coverage(run))
+    before = measured_once(run, "before", lambda: run.evaluate("before", run.embedder))
     history = train_embedder(
         run.embedder, rows, run.settings, run.steps, run.output, run.embedder.device, state.num_processes
     )
@@ -187,7 +185,7 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
 def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], state: PartialState) -> EmbedderRun:
     """Load and check everything, then claim the folder."""
     if heldout_retrieval(pairs["heldout"]).largest_pool < 2:
-        raise ValueError("heldout: some anchor belongs to every text there is; accepted: texts that are not its own")
+        raise ValueError("`heldout` must have, for every anchor, a text that does not belong to it; add other pairs.")
     embedder = load_embedder_to_train(settings)
     lengths = {field: _lengths(embedder, pairs[field], settings, field) for field in _FIELDS}
     set_seed(settings.seed)
@@ -205,10 +203,13 @@ def _prepare(settings: EmbedderSettings, output: Path, pairs: dict[str, Pairs], 
 
 
 def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSettings, field: str) -> dict[str, Any]:
-    """Mean "tokens" of a text with its prompt, and the share that is "cut", for "anchors" and "documents".
+    """Return the mean number of "tokens" per text (with its prompt) and the share of texts that are "cut".
+
+    Returns:
+        These two numbers for "anchors" and "documents".
 
     Raises:
-        ValueError: if a text has no tokens, or the model has no embedding for one.
+        ValueError: if a text has no tokens, or the model has no embedding for a token.
     """
     tokenizer: Any = embedder.tokenizer
     vocabulary, found = backbone_of(embedder).config.vocab_size, {}
@@ -220,12 +221,8 @@ def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSett
         encoded = tokenizer([prompt + text for text in given], truncation=False, verbose=False)["input_ids"]
         for text, ids in zip(given, encoded, strict=True):
             if not ids:
-                raise ValueError(f"{field}: the model's tokenizer has no token for the text {text!r}")
-            if max(ids) >= vocabulary:
-                raise ValueError(
-                    f"model: its tokenizer gave the id {max(ids)}, but its vocab_size is {vocabulary}; the tokenizer "
-                    "and the model do not belong together"
-                )
+                raise ValueError(f"{field}: the model's tokenizer has no token for the text {text!r}.")
+        check_ids(map(max, encoded), vocabulary)
         counts = [len(ids) for ids in encoded]
         cut = sum(count > settings.max_tokens for count in counts) / len(counts)
         found[kind] = {"tokens": sum(counts) / len(counts), "cut": cut}
@@ -233,43 +230,25 @@ def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSett
 
 
 def _check_choices(model: nn.Module, settings: EmbedderSettings) -> None:
-    chooses = any(isinstance(module, SelectiveAttention) for module in model.modules())
-    if chooses and settings.mini_batch_size is not None:
+    selects = any(isinstance(module, SelectiveAttention) for module in model.modules())
+    if selects and settings.mini_batch_size is not None:
         raise ValueError(
-            f"mini_batch_size: got {settings.mini_batch_size}; accepted with a model that chooses tokens: none, since "
-            "its auxiliary loss is of whole batches"
+            "`mini_batch_size` must be left out for a model with selective attention, whose auxiliary loss needs whole "
+            f"batches, got {settings.mini_batch_size}."
         )
 
 
-def _coverage(run: EmbedderRun) -> dict[str, Any] | None:
-    """Which adapters learn, printed; as the first start found it, if it has. None without adapters."""
-    if not isinstance(run.model, PeftModel):
-        return None
-    coverage = read_json_or_none(run.output / "coverage.json")
-    run.state.wait_for_everyone()  # all have looked before the first one writes
-    if coverage is None:
-        from .embedder_trainer import infonce
+def _coverage(run: EmbedderRun) -> dict[str, Any]:
+    """Compute the coverage of the adapters on the first pairs."""
+    from .embedder_trainer import infonce
 
-        settings, embedder = run.settings, run.embedder
-        first: Any = {name: texts[: min(settings.batch_size, 4)] for name, texts in run.pairs["train"].columns.items()}
-        features = [embedder.preprocess(texts) for texts in first.values()]
-        batches = [
-            {
-                key: value.to(embedder.device) if isinstance(value, torch.Tensor) else value
-                for key, value in part.items()
-            }
-            for part in features
-        ]
-        loss = infonce(embedder, settings.model_copy(update={"mini_batch_size": None}), 1)
-        with computing(settings, embedder.device):
-            coverage = adapter_coverage(
-                run.model, {"input_ids": batches[0]["input_ids"]}, lambda: loss(batches, torch.empty(0))
-            )
-        if run.state.is_main_process:
-            write_json(run.output / "coverage.json", coverage)
-    if run.state.is_main_process:
-        print_coverage(coverage, Console())
-    return coverage
+    settings, embedder = run.settings, run.embedder
+    first: Any = [texts[: min(settings.batch_size, 4)] for texts in run.pairs["train"].columns.values()]
+    batches = [send_to_device(embedder.preprocess(texts), embedder.device) for texts in first]
+    loss = infonce(embedder, settings.model_copy(update={"mini_batch_size": None}), 1)
+    with computing(settings.dtype, embedder.device):
+        ids = {"input_ids": batches[0]["input_ids"]}
+        return adapter_coverage(run.model, ids, lambda: loss(batches, torch.empty(0)))
 
 
 def _report(
@@ -280,19 +259,11 @@ def _report(
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
     settings, data = run.settings, run.heldout
-    source, licence = origin
     config = run.model.config
     head = report_head(run, KIND, command_line(sys.argv[1:]), "peft", "sentence-transformers")
-    named = {"model": source, "learning_rate": settings.peak_learning_rate}
     return {
         **head,
-        "settings": {"model": source} | head["settings"] | named,
-        "base": {
-            "source": source,
-            "revision": settings.revision,
-            "model_type": config.model_type,
-            "licence": licence,
-        },
+        **base_report(settings, head, config.model_type, origin),
         "embedding": {"size": config.hidden_size, "pooling": settings.pooling, "max_tokens": settings.max_tokens},
         "coverage": coverage,
         "data": {
@@ -315,37 +286,30 @@ def _report(
 
 
 def _write_results(run: EmbedderRun, report: dict[str, Any], finished: SentenceTransformer) -> None:
-    """The plot, the embedder as a folder that appears whole, and the report."""
-    plots = run.output / "plots"
-    with decoration("the plot"):
-        plots.mkdir(exist_ok=True)
-        write_embedder_plot(report, plots / "loss.png")
-    with new_folder(run.output / "model", overwrite=True) as folder:
-        finished.save_pretrained(str(folder), create_model_card=False)
-        with decoration("the plot in the model's folder"):
-            shutil.copytree(plots, folder / "plots")
-        with decoration("the model card"):
-            write_embedder_card(folder, report)
+    """Write the plot, the folder of the embedder, which appears complete or not at all, and the report."""
+    write_plots(run.output, report, write_embedder_plot)
+    save = partial(finished.save_pretrained, create_model_card=False)
+    write_folder(run.output, "model", save, write_embedder_card, report)
     write_json(run.output / "report.json", report)
 
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-_TASK = "FEATURE_EXTRACTION"
-
-
 def load_embedder_to_train(settings: EmbedderSettings) -> SentenceTransformer:
-    """The base model, by the package's own class and without its head, with a pooling; on the CPU.
+    """Load the base model with the package's own class, without its head and with a pooling, on the CPU.
 
-    Its weights are float32 where they are trained or computing is in float32; otherwise, under adapters, they keep the
-    checkpoint's dtype.
+    The weights are float32 if they are trained or if the run computes in float32. Otherwise (under adapters) they keep
+    the checkpoint's dtype.
 
     Raises:
-        ValueError: if it is no model of the zoo, or weights are missing.
+        ValueError: if it is not a model of the zoo, or weights are missing.
     """
-    _check_backbone(settings)
-    master = settings.method == "full" or compute_dtype(settings) == torch.float32
+    config = load_config(settings.model, revision=settings.revision)
+    kind = MODEL_MAPPING.get(type(config), None)
+    if not (isinstance(kind, type) and issubclass(kind, ZooModel)):
+        raise ValueError(
+            f"`model` must be a model of the zoo, got {settings.model} of model_type {config.model_type!r}. Convert it "
+            "first with `ssm-zoo convert`."
+        )
+    master = settings.method == "full" or compute_dtype(settings.dtype) == torch.float32
     return _make(settings, "cpu", torch.float32 if master else "auto")
 
 
@@ -363,15 +327,8 @@ def _make(settings: EmbedderSettings, device: str | torch.device, dtype: torch.d
     )
 
 
-def _check_backbone(settings: EmbedderSettings) -> None:
-    config = load_config(settings.model, revision=settings.revision)
-    kind = MODEL_MAPPING.get(type(config), None)
-    if not (isinstance(kind, type) and issubclass(kind, ZooModel)):
-        raise ValueError(f"model: {settings.model} is of model_type {config.model_type!r}; accepted: one of the zoo")
-
-
 def backbone_of(embedder: SentenceTransformer) -> ZooModel | PeftModel:
-    """The model inside, or the one with adapters around it."""
+    """Return the model inside an embedder, with its adapters if it has any."""
     transformer: Any = embedder[0]
     return transformer.model
 
@@ -379,13 +336,13 @@ def backbone_of(embedder: SentenceTransformer) -> ZooModel | PeftModel:
 def adapt(embedder: SentenceTransformer, settings: EmbedderSettings) -> None:
     """Put adapters into an embedder; see `ssm_zoo.training.adapters.add_adapters`."""
     transformer: Any = embedder[0]
-    transformer.model = add_adapters(transformer.model, settings, _TASK)
+    transformer.model = add_adapters(transformer.model, settings, "FEATURE_EXTRACTION")
 
 
 def finished_embedder(embedder: SentenceTransformer, settings: EmbedderSettings) -> SentenceTransformer:
-    """What is saved of a trained embedder: itself, or the base model, read anew, with the adapters in its weights.
+    """Return the embedder to save: the trained one, or the reloaded base model with the adapters merged.
 
-    These are in the dtype of the checkpoint.
+    Merged weights have the checkpoint's dtype.
     """
     trained = backbone_of(embedder)
     if not isinstance(trained, PeftModel):

@@ -21,11 +21,11 @@ class EmbedderSettings(FinetuningSettings):
     learning_rates = {"lora": 2e-4, "full": 1e-4}
 
     train: Annotated[Sources, Option(metavar="PAIRS")]
-    """Pairs to train on: .jsonl, .csv, .tsv or datasets:PATH,SPLIT; may be repeated."""
+    """Pairs to train on: .jsonl, .parquet, .csv, .tsv or datasets:PATH,SPLIT; may be repeated."""
     heldout: Annotated[Sources, Option(metavar="PAIRS")]
     """Pairs on which retrieval is measured before and after training; may be repeated."""
     batch_size: Count = 32
-    """Pairs in one step, in each process. The other pairs are an anchor's negatives: more pairs, more negatives."""
+    """Pairs in one step, in each process. The texts of the other pairs are the negatives of an anchor."""
     learning_rate: Annotated[Positive | None, Option(default="2e-4 for adapters, 1e-4 for all weights")] = None
     """Peak learning rate."""
     anchor: Annotated[Text, Option(metavar="COLUMN")] = "anchor"

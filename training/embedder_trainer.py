@@ -1,6 +1,6 @@
-"""The training of an embedder: sentence-transformers' Trainer with InfoNCE, its curve and its checkpoints.
+"""Train an embedder with InfoNCE on sentence-transformers' Trainer: curve and checkpoints.
 
-Starting the same run on the same folder goes on at the last whole checkpoint, to the same bits.
+A resumed run continues from the last complete checkpoint and gives the same weights, bit for bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,15 @@ from ..modeling.backbone import ZooModel
 from .checkpoints import CheckedTrainer, last_checkpoint
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs
-from .trainer import CHECKPOINTS, SelectionMeans, Watch, curve_of, decayed_parameters, train_or_load, trainer_arguments
+from .trainer import (
+    CHECKPOINTS,
+    CurveCallback,
+    SelectionMeans,
+    curve_of,
+    decayed_parameters,
+    train_or_load,
+    trainer_arguments,
+)
 
 _TRAINED = "trained.safetensors"
 
@@ -37,8 +45,8 @@ _TRAINED = "trained.safetensors"
 class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
     """sentence-transformers' Trainer, with the zoo's rule of weight decay and its auxiliary loss.
 
-    A checkpoint holds what is trained and nothing else of the model, since the base is where it was. The curve's loss
-    is InfoNCE alone.
+    A checkpoint contains only the trained weights, since the base model is unchanged. The curve's loss is InfoNCE
+    alone.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -60,7 +68,7 @@ class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
             self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """None: it would look for models and data sets on the Hub."""
+        """Add no callback: it would look for models and data sets on the Hub."""
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameters(model)
@@ -71,7 +79,7 @@ class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
         self._penalties = []
         loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)  # pyright: ignore[reportArgumentType]
         if self._penalties:
-            # Of the columns that are embedded one by one each has its own.
+            # The columns are embedded one by one, each with its own auxiliary loss.
             penalty = torch.stack(self._penalties).mean().to(loss.device, loss.dtype)
             loss = loss + penalty
             self._auxiliary += penalty.detach()
@@ -105,7 +113,7 @@ class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
 
 @contextmanager
 def _noting(model: ZooModel, note: Callable[[ZooModel, Any], None]) -> Iterator[None]:
-    """Tell of every forward for a while. A hook would not do: sentence-transformers calls `forward` itself."""
+    """Call `note` after every forward pass. A hook does not work: sentence-transformers calls `forward` directly."""
     forward: Any = model.forward
 
     @wraps(forward)
@@ -122,11 +130,11 @@ def _noting(model: ZooModel, note: Callable[[ZooModel, Any], None]) -> Iterator[
 
 
 def infonce(embedder: SentenceTransformer, settings: EmbedderSettings, processes: int) -> nn.Module:
-    """The loss: minus the logarithm of exp(s+ / t), divided by the sum of exp(s / t) over the documents of a batch.
+    """Return the loss, the mean of -log(exp(s+ / t) / sum of exp(s / t) over the documents of a batch).
 
     s is the cosine of an anchor and a document, s+ that of its positive, t the temperature (arXiv 1807.03748, eq. 4,
     with cosines). The documents are the positives and hard negatives of all pairs, in all processes. With `symmetric`
-    the mean of this and of the same with the anchors as what a positive searches.
+    it is the mean of this loss and the one in which each positive searches for its anchor.
     """
     options: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": processes > 1}
     if settings.symmetric:
@@ -142,18 +150,18 @@ def training_rows(pairs: Pairs) -> Dataset:
 
 
 def check_batches(rows: Dataset, settings: EmbedderSettings, processes: int) -> None:
-    """Raise a ValueError if not one batch can be made in which no text is there twice."""
+    """Raise a ValueError if there is no batch in which all texts differ."""
     in_a_step = settings.batch_size * processes
     if len(rows) < in_a_step:
         raise ValueError(
-            f"batch_size: got {settings.batch_size} in {processes} processes with {len(rows)} pairs to "
-            f"train on; accepted: at most {len(rows) // processes}"
+            f"`batch_size` must be at most {len(rows) // processes} for {len(rows)} pairs in {processes} processes, "
+            f"got {settings.batch_size}."
         )
     sampler = NoDuplicatesBatchSampler(rows, settings.batch_size, drop_last=True, generator=torch.Generator())
     if next(iter(sampler), None) is None:
         raise ValueError(
-            f"batch_size: got {settings.batch_size}, but the texts of train repeat so often that no batch without a "
-            "text that is there twice has so many pairs; accepted: less"
+            f"`batch_size` must be smaller, got {settings.batch_size}: the texts of `train` repeat so often that no "
+            "batch of this size has only different texts."
         )
 
 
@@ -190,13 +198,13 @@ def train_embedder(
         args=SentenceTransformerTrainingArguments(
             **trainer_arguments(settings, steps, output, device),
             prompts={name: prompt for name, prompt in prompts.items() if prompt},
-            # A text that is there twice would be its own negative; a smaller last batch would have fewer of them.
+            # A repeated text would be its own negative, and a smaller last batch would have fewer negatives.
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             dataloader_drop_last=True,
         ),
         train_dataset=rows,
         loss=infonce(embedder, settings, processes),
-        callbacks=[Watch(lambda _: {}, None)],
+        callbacks=[CurveCallback()],
     )
     found = last_checkpoint(output / CHECKPOINTS, main=trainer.is_world_process_zero())
     _, history = train_or_load(trainer, found, steps)

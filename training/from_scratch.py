@@ -1,4 +1,4 @@
-"""A whole training from scratch: from a configuration and text to a model's folder and a report.
+"""Train a language model from scratch: from a configuration and text to a model's folder and a report.
 
     from ssm_zoo.training.from_scratch import train_from_scratch
     from ssm_zoo.training.from_scratch_settings import parse_from_scratch
@@ -6,9 +6,9 @@
     settings = parse_from_scratch({"config": "mamba-130m", "tokenizer": "bytes", "train": [...], "heldout": [...]})
     report = train_from_scratch(settings, "runs/mine")
 
-The output folder holds `run.json` (what the run is), `before.json` (the loss before training), `checkpoints/` (the
-Trainer's), and at the end `model/`, `report.json` and `plots/loss.png`. Starting the same settings on the same folder
-goes on at the last whole checkpoint.
+The output folder contains `run.json` (the description of the run), `before.json` (the loss before training) and
+`checkpoints/`; at the end also `model/`, `report.json` and `plots/loss.png`. A run with the same settings in the same
+folder resumes from the last complete checkpoint.
 """
 
 import shlex
@@ -32,7 +32,7 @@ from .new_model import (
     load_vocabulary,
     resolve_configuration,
 )
-from .report import common_report, write_folder, write_plots
+from .report import common_report, measured_once, write_folder, write_plots
 from .texts import make_rows, read_texts
 from .trainer import TrainingRun, check_trackers, optimiser_steps, processes, train
 
@@ -43,37 +43,38 @@ KIND = "ssm-zoo training from scratch"
 def train_from_scratch(
     settings: FromScratchSettings, output: str | Path, *, command: str | None = None
 ) -> dict[str, Any]:
-    """Carry out a training from scratch, or go on with it.
+    """Run or resume a training from scratch.
 
     Args:
-        settings: what to do.
-        output: a new or empty folder, or the folder of an earlier start with the same settings.
-        command: what was typed, for the report; the Python command line of this process if not given.
+        settings: settings of the run.
+        output: a new or empty folder, or the folder of an unfinished run with the same settings.
+        command: command line for the report; None: the Python command line of this process.
 
     Returns:
         The report, as in `report.json`.
 
     Raises:
-        ValueError: if settings, configuration, tokenizer, texts and folder do not fit together, before anything is
-            written; if the tokenizer, or a configuration on the Hub, has changed since the run was started; or if the
-            loss, the gradient or a weight is not finite.
+        ValueError: if settings, configuration, tokenizer, texts and folder do not fit together (nothing is written in
+            this case); if the tokenizer, or a configuration on the Hub, has changed since the run was started; or if
+            the loss, the gradient or a weight is not finite.
     """
     run = _prepare(settings, Path(output))
-    before = run.before()
+    before = measured_once(run, "before", lambda: run.evaluate("before"))
     history, on_the_way = train(run, settings.evaluate_every)
     after = run.evaluate("after")
     evaluations = [{**before, "step": 0}, *on_the_way, {**after, "step": run.steps}]
     report = _report(run, command or _python_command(), evaluations, history)
     if run.state.is_main_process:
-        write_plots(run, report)
-        write_folder(run, "model", run.model.save_pretrained, write_from_scratch_card, report)
+        write_plots(run.output, report)
+        save = run.model.save_pretrained
+        write_folder(run.output, "model", save, write_from_scratch_card, report, run.tokenizer)
         write_json(run.output / "report.json", report)
     run.state.wait_for_everyone()
     return report
 
 
 def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScratchSettings]:
-    """Make and check everything, then claim the folder."""
+    """Create and check everything, then claim the folder."""
     check_trackers(settings.report_to)
     state = processes()
     if state.is_main_process:
@@ -87,7 +88,7 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     )
     config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
-    # A warm-up that is too long is an error, now rather than when the training begins.
+    # Raises an error now, rather than when the training begins, if the warm-up is too long.
     settings.warmup_steps(optimiser_steps(settings, rows.length, state.num_processes))
     set_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -97,7 +98,7 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
             key: value for key, value in settings.identity.items() if key not in ("config", "revision", "overrides")
         }
         recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
-        # Of a model whose sizes are taken the recipe holds the whole configuration.
+        # The recipe has the whole configuration, so a local configuration needs no fingerprint.
         sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}
         if settings.revision is not None:
             assert isinstance(settings.config, str)
@@ -124,23 +125,23 @@ def _report(
 ) -> dict[str, Any]:
     settings, config = run.settings, run.model.config
     report = common_report(run, KIND, command, evaluations, history)
-    named = {
+    public = {
         "config": _public(settings.config) if isinstance(settings.config, str) else settings.config,
         "overrides": settings.overrides,
         "tokenizer": settings.tokenizer and _public(settings.tokenizer),
     }
     return {
         **report,
-        # What is trained first, and no path of this machine.
-        "settings": named | report["settings"] | named,
+        # The public names come first, and replace the paths on this machine.
+        "settings": public | report["settings"] | public,
         "model": {"model_type": config.model_type, "config": changed_keys(config)},
-        "tokenizer": {"source": named["tokenizer"], "entries": entries_of(run.tokenizer)},
+        "tokenizer": {"source": public["tokenizer"], "entries": entries_of(run.tokenizer)},
         "tokens": history[-1]["tokens"],
     }
 
 
 def _public(source: str) -> str:
-    """What a file, a folder or a Hub id is called where this machine is not known."""
+    """Return the last name of a file or folder, or a Hub id unchanged."""
     return Path(source).resolve().name if Path(source).exists() else source
 
 

@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "final_learning_rate": 1e-5,
         "warmup": 2000,
-        # The paper does not give them; these are the defaults of torch's AdamW.
+        # The paper does not give the betas; these are the defaults of torch's AdamW.
         "betas": [0.9, 0.999],
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def number(text: str) -> int | float | str:
-    """Return a whole number, a number with a point, or the text itself, for the settings to refuse."""
+    """Return a text as an int or float, or unchanged if it is no number; the settings then refuse it."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -86,7 +86,7 @@ class FromScratchSettings(TrainingSettings):
         accept("a whole number of steps, or a share from 0.0 to 0.5", _warmup),
         Option(metavar="N|SHARE", parse=number, default="mamba 0.05, taipan 2000"),
     ]
-    """Number or share of the steps in which the learning rate rises from 0."""
+    """Number of steps, or share of all steps, in which the learning rate rises from 0."""
     betas: Annotated[
         list[Annotated[float, Field(ge=0, lt=1)]],
         Field(min_length=2, max_length=2),
@@ -110,7 +110,7 @@ class FromScratchSettings(TrainingSettings):
             problem = f"or `train_tokenizer` must be given, and not both, got {self.tokenizer!r}"
             raise refused("tokenizer", f"{problem} and {self.train_tokenizer!r}")
         if self.train_tokenizer is not None and self.streamed:
-            problem = "has no effect where the training text is a stream: give `tokenizer` instead"
+            problem = "cannot be used with a streamed training text: give `tokenizer` instead"
             raise refused("train_tokenizer", f"{problem}, got {self.train_tokenizer}")
         if self.final_learning_rate > self.learning_rate:
             raise wrong("final_learning_rate", self.final_learning_rate, f"at most the peak, {self.learning_rate}")
@@ -120,7 +120,7 @@ class FromScratchSettings(TrainingSettings):
         """Return the number of warm-up steps.
 
         Args:
-            steps: of the run.
+            steps: optimiser steps of the run.
 
         Raises:
             ValueError: if the run is not longer than its warm-up.
@@ -137,7 +137,7 @@ class FromScratchSettings(TrainingSettings):
         return {
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine_with_min_lr",
-            # As a share of the peak: what DeepSpeed makes of an optimiser does not know its peak any more.
+            # As a share of the peak, since DeepSpeed's optimiser does not have the peak learning rate.
             "lr_scheduler_kwargs": {"min_lr_rate": self.final_learning_rate / self.learning_rate},
             "warmup_steps": self.warmup_steps(steps),
             "adam_beta1": self.betas[0],

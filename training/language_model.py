@@ -1,29 +1,28 @@
-"""A whole finetuning of a language model: from settings to a folder with an adapter or a model, and a report.
+"""Finetune a language model: from settings to a folder with an adapter or a model, and a report.
 
-The output folder holds `run.json` (what the run is), `coverage.json` (which adapters learn), `before.json` (the loss
-before training), `checkpoints/` (the Trainer's), and at the end `adapter/`, `model/` if all weights were trained or the
-adapter was merged, `report.json` and `plots/loss.png`. Starting the same settings on the same folder goes on at the
-last whole checkpoint.
+The output folder contains `run.json` (the description of the run), `coverage.json` (gradients of the adapters),
+`before.json` (the loss before training) and `checkpoints/`; at the end also `adapter/`, `model/` if all weights were
+trained or the adapter was merged, `report.json` and `plots/loss.png`. A run with the same settings in the same folder
+resumes from the last complete checkpoint.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import set_seed
 
 from ..conversion.load_model import check_finite
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none, write_json
+from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..reports.training_card import write_card
-from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned, print_coverage
-from .report import common_report, write_folder, write_plots
+from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned
+from .report import base_report, common_report, measured_coverage, measured_once, write_folder, write_plots
 from .settings import LanguageModelSettings
 from .texts import make_rows, read_texts_or_examples
 from .trainer import TrainingRun, check_trackers, processes, train
@@ -35,27 +34,27 @@ KIND = "ssm-zoo finetuning of a language model"
 def finetune_language_model(
     settings: LanguageModelSettings, output: str | Path, *, merge: bool = False
 ) -> dict[str, Any]:
-    """Carry out a finetuning, or go on with it.
+    """Run or resume the finetuning of a language model.
 
     Args:
-        settings: what to do.
-        output: a new or empty folder, or the folder of an earlier start with the same settings.
+        settings: settings of the run.
+        output: a new or empty folder, or the folder of an unfinished run with the same settings.
         merge: also write the model with the adapter merged into its weights, as a self-contained folder.
 
     Returns:
         The report, as in `report.json`.
 
     Raises:
-        ValueError: if settings, model, texts and folder do not fit together, before anything is written; if the base
-            model has changed since the run was started; or if the loss, the gradient or a weight is not finite.
+        ValueError: if settings, model, texts and folder do not fit together (nothing is written in this case); if the
+            base model has changed since the run was started; or if the loss, the gradient or a weight is not finite.
     """
     if merge and settings.method == "full":
-        raise ValueError("merge: got True; accepted: False with method 'full', which leaves nothing to merge")
+        raise ValueError("`merge` must be False with method 'full', which trains no adapter, got True.")
     run = _prepare(pinned(settings, Path(output)), Path(output))
-    # Now, since a training that has ended should depend on nothing that may have gone meanwhile.
+    # Read now: the source may be gone when the training ends.
     origin = provenance(settings.model, run.settings.revision)
-    coverage = _coverage(run)
-    before = run.before()
+    coverage = measured_coverage(run, lambda: _coverage(run))
+    before = measured_once(run, "before", lambda: run.evaluate("before"))
     history, _ = train(run)
     after = run.evaluate("after")
     report = _report(run, origin, [{**before, "step": 0}, {**after, "step": run.steps}], coverage, history)
@@ -85,22 +84,13 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
     return TrainingRun(settings, output, tokenizer, trained, rows, state)
 
 
-def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any] | None:
-    """Which adapters learn, printed; as the first start found it, if it has. None without adapters."""
-    if not isinstance(run.model, PeftModel):
-        return None
-    coverage = read_json_or_none(run.output / "coverage.json")
-    run.state.wait_for_everyone()  # all have looked before the first one writes
-    if coverage is None:
-        rows = run.rows.first(run.settings.batch_size)
-        batch = {key: tensor.to(run.device) for key, tensor in run.collator(rows).items()}
-        with run.compute():
-            coverage = adapter_coverage(run.model, batch)
-        if run.state.is_main_process:
-            write_json(run.output / "coverage.json", coverage)
-    if run.state.is_main_process:
-        print_coverage(coverage, Console())
-    return coverage
+def _coverage(run: TrainingRun[LanguageModelSettings]) -> dict[str, Any]:
+    """Compute the coverage of the adapters on the first rows."""
+    assert isinstance(run.model, PeftModel)
+    rows = run.rows.first(run.settings.batch_size)
+    batch = {key: tensor.to(run.device) for key, tensor in run.collator(rows).items()}
+    with run.compute():
+        return adapter_coverage(run.model, batch)
 
 
 def _report(
@@ -110,38 +100,28 @@ def _report(
     coverage: Mapping[str, Any] | None,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    settings = run.settings
-    source, licence = origin
     base: Any = run.model.get_base_model() if isinstance(run.model, PeftModel) else run.model
     report = common_report(run, KIND, command_line(sys.argv[1:]), evaluations, history, "peft")
-    named = {"model": source, "learning_rate": settings.peak_learning_rate}
-    return {
-        **report,
-        "settings": {"model": source} | report["settings"] | named,
-        "base": {
-            "source": source,
-            "revision": settings.revision,
-            "model_type": base.config.model_type,
-            "licence": licence,
-        },
-        "coverage": coverage,
-    }
+    return {**report, **base_report(run.settings, report, base.config.model_type, origin), "coverage": coverage}
 
 
 def _write_results(run: TrainingRun[LanguageModelSettings], report: dict[str, Any], merge: bool) -> None:
-    """The report, and the adapter and the model as folders that appear whole."""
-    write_plots(run, report)
+    """Write the plots, the folders of the adapter and the model, and the report."""
+
+    def write(name: str, save: Callable[[str], object]) -> None:
+        write_folder(run.output, name, save, write_card, report, run.tokenizer)
+
+    write_plots(run.output, report)
     if isinstance(run.model, PeftModel):
         if Path(run.settings.model).is_dir():
-            # peft would name the folder, and so the machine; the bare name might be that of somebody's repository.
+            # peft would record the path on this machine; the bare name might be that of a repository on the Hub.
             for adapter in run.model.peft_config.values():
                 adapter.base_model_name_or_path = f"{report['base']['source']} (a local folder)"
-        save = partial(run.model.save_pretrained, save_embedding_layers=False)
-        write_folder(run, "adapter", save, write_card, report)
+        write("adapter", partial(run.model.save_pretrained, save_embedding_layers=False))
     if merge:
         whole = merged(run.settings, run.output / "adapter")
         check_finite(whole, "the merged model", "Its dtype is too narrow: merge the adapter in float32.")
-        write_folder(run, "model", whole.save_pretrained, write_card, report)
+        write("model", whole.save_pretrained)
     elif not isinstance(run.model, PeftModel):
-        write_folder(run, "model", run.model.save_pretrained, write_card, report)
+        write("model", run.model.save_pretrained)
     write_json(run.output / "report.json", report)

@@ -1,4 +1,4 @@
-"""A model that is trained from scratch: its configuration and its tokenizer (one that exists, the bytes, or learnt)."""
+"""Configuration and tokenizer of a model that is trained from scratch."""
 
 import dataclasses
 import difflib
@@ -28,7 +28,7 @@ from ..modeling.heads import ZooForCausalLM
 from ..modeling.presets import PRESETS
 
 _SUFFIXES = (".yaml", ".yml", ".json")
-# Rows of the embedding are padded to it, so that they divide well, as in Mamba's checkpoints.
+# The number of rows of the embedding is rounded up to a multiple of this, as in Mamba's checkpoints.
 _MULTIPLE = 8
 
 
@@ -39,35 +39,35 @@ def resolve_configuration(
     *,
     revision: str | None = None,
 ) -> PreTrainedConfig:
-    """The configuration of a new causal language model.
+    """Return the configuration of a new causal language model.
 
     Args:
-        source: what to take the sizes from: a preset of `ssm_zoo.modeling.presets`; a .yaml or .json file, or a
-            mapping, of `model_type` and configuration keys; or a folder or Hub id of a model of the zoo.
-        overrides: "key=YAML value" assignments that replace keys, also `vocab_size`.
-        tokenizer: the model's. A `vocab_size` that nobody gave is its number of entries, rounded up to a multiple of 8;
-            that of a model is given, that of a preset is not. The special ids are its own.
+        source: source of the sizes: a preset of `ssm_zoo.modeling.presets`; a .yaml or .json file, or a mapping, with
+            `model_type` and configuration keys; or a folder or Hub id of a model of the zoo.
+        overrides: "key=YAML value" assignments that replace keys, including `vocab_size`.
+        tokenizer: the model's tokenizer, which defines the special ids. Without a `vocab_size` (presets have none) the
+            vocabulary is its number of entries, rounded up to a multiple of 8.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        ValueError: if there is no such source, it is not of the zoo, a key is unknown or its value not accepted, or the
-            vocabulary is too small for the tokenizer.
+        ValueError: if there is no such source, it is not of the zoo, a key or value is wrong, or the vocabulary is too
+            small for the tokenizer.
     """
     values = override(_read(source, revision), overrides)
     if not isinstance(values.get("model_type"), str):
-        raise ValueError(f"config: model_type: got {values.get('model_type')!r}; accepted: {', '.join(_model_types())}")
+        raise _wrong_model_type(values.get("model_type"))
     kind = _configuration_class(values.pop("model_type"))
     accepted = configuration_keys(kind)
     for key in values:
         if key not in accepted:
             close = difflib.get_close_matches(str(key), accepted, n=3) or accepted
-            raise ValueError(f"config: {kind.model_type} has no key {key!r}; accepted: {', '.join(close)}")
+            raise ValueError(f"config: {kind.model_type} has no key {key!r}. Did you mean {' or '.join(close)}?")
     check_config(values, "config")
     values["vocab_size"] = _vocab_size(values.get("vocab_size"), entries_of(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         own, given = getattr(tokenizer, name), values.get(name)
         if given is not None and given != own:
-            raise ValueError(f"config: {name}: got {given!r}; accepted: none, or the tokenizer's, {own!r}")
+            raise ValueError(f"config: `{name}` must be left out or the tokenizer's, {own!r}, got {given!r}.")
         values[name] = own
     try:
         return kind(**values)
@@ -91,19 +91,19 @@ def configuration_commit(source: str | Mapping[str, Any], revision: str | None, 
 
 
 def _is_here(source: str) -> bool:
-    """Whether a source is a preset, or of a file or folder."""
+    """Return whether a source is a preset, a file or a folder."""
     return source in PRESETS or Path(source).suffix in _SUFFIXES or Path(source).is_dir()
 
 
 def configuration_keys(kind: type[PreTrainedConfig]) -> list[str]:
-    """The keys that are a family's own, in their order; not those that transformers gives every model."""
+    """Return the keys of a family's configuration in order, without those that transformers gives every model."""
     general = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     more = kind.more_keys() if hasattr(kind, "more_keys") else []  # pyright: ignore[reportAttributeAccessIssue]
     return [*(field.name for field in dataclasses.fields(kind) if field.name not in general), *more]
 
 
 def changed_keys(config: PreTrainedConfig) -> dict[str, Any]:
-    """`model_type`, and the keys that differ from the family's defaults: a `source` of the same configuration."""
+    """Return `model_type` and the keys that differ from the family's defaults: a `source` of the same configuration."""
     defaults = {field.name: _as_list(field.default) for field in dataclasses.fields(type(config))}
     keys = {key: _as_list(getattr(config, key)) for key in configuration_keys(type(config)) if key in defaults}
     nested = config.changed_settings() if hasattr(config, "changed_settings") else {}
@@ -111,12 +111,12 @@ def changed_keys(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _as_list(value: Any) -> Any:
-    """A tuple as JSON would have it."""
+    """Return a list for a tuple, as in JSON, and other values unchanged."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _read(source: str | Mapping[str, Any], revision: str | None) -> dict[str, Any]:
-    """`model_type` and the keys that are given."""
+    """Return `model_type` and the keys that a source gives."""
     if isinstance(source, Mapping):
         return dict(source)
     if source in PRESETS:
@@ -129,19 +129,19 @@ def _read(source: str | Mapping[str, Any], revision: str | None) -> dict[str, An
             raise ValueError(f"config: there is no file {source!r}")
         values = read_yaml(read_text_file(path, "config"), source)
         if not isinstance(values, dict):
-            raise ValueError(f"config: {source!r} holds {type(values).__name__}; accepted: a mapping of keys to values")
+            raise ValueError(f"config: {source!r} must have a mapping of keys to values, got {type(values).__name__}.")
         return values
     return _read_model(source, revision)
 
 
 def _read_model(source: str, revision: str | None) -> dict[str, Any]:
-    """The keys of a checkpoint's configuration, without what its tokenizer decided besides the vocabulary's size."""
+    """Return the keys of a checkpoint's configuration, without the special ids of its tokenizer."""
     if not Path(source).is_dir() and not _is_hub_id(source):
         close = difflib.get_close_matches(source, PRESETS, n=1)
-        suggestion = f"; did you mean {close[0]!r}?" if close else ""
+        suggestion = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"config: got {source!r}; accepted: a preset ({', '.join(PRESETS)}), a .yaml or .json file, a folder of a "
-            f"model, or a Hub id OWNER/NAME{suggestion}"
+            f"`config` must be a preset ({', '.join(PRESETS)}), a .yaml or .json file, a folder of a model, or a Hub "
+            f"id OWNER/NAME, got {source!r}.{suggestion}"
         )
     config = load_config(source, field="config", revision=revision)
     kind = _configuration_class(config.model_type)
@@ -161,7 +161,7 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _configuration_class(model_type: str) -> type[PreTrainedConfig]:
-    """The class of a family of the zoo that has a causal language model."""
+    """Return the configuration class of a family of the zoo that has a causal language model."""
     try:
         kind = CONFIG_MAPPING[model_type]
     except KeyError:
@@ -169,12 +169,16 @@ def _configuration_class(model_type: str) -> type[PreTrainedConfig]:
     else:
         model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     if not (isinstance(model, type) and issubclass(model, ZooForCausalLM)):
-        raise ValueError(f"config: model_type: got {model_type!r}; accepted: {', '.join(_model_types())}")
+        raise _wrong_model_type(model_type)
     return kind
 
 
+def _wrong_model_type(model_type: Any) -> ValueError:
+    return ValueError(f"config: `model_type` must be one of {', '.join(_model_types())}, got {model_type!r}.")
+
+
 def _model_types() -> list[str]:
-    """The families of the zoo that have a causal language model."""
+    """Return the families of the zoo that have a causal language model."""
     exported = [getattr(modeling, name) for name in modeling.__all__]
     kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, PreTrainedConfig)]
     return sorted(kind.model_type for kind in kinds if MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) is not None)
@@ -185,7 +189,7 @@ def _vocab_size(given: Any, entries: int) -> int:
         return -(-entries // _MULTIPLE) * _MULTIPLE
     if not isinstance(given, int) or isinstance(given, bool) or given < entries:
         raise ValueError(
-            f"config: vocab_size: got {given!r}; accepted: {entries} or more, as many as the tokenizer has"
+            f"config: `vocab_size` must be at least {entries}, the number of entries of the tokenizer, got {given!r}."
         )
     return given
 
@@ -197,12 +201,12 @@ END_OF_TEXT = "<|endoftext|>"
 def load_vocabulary(
     source: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub id; of "bytes" the one whose tokens are the 256 bytes.
+    """Load the tokenizer of a folder or Hub id, or the one for "bytes", whose tokens are the 256 bytes.
 
     Args:
         source: folder, Hub id or "bytes".
         revision: branch, tag or commit, for a Hub id.
-        trust_remote_code: run the code that the source brings.
+        trust_remote_code: run code that comes with the source.
     """
     if source == BYTES:
         return byte_tokenizer()
@@ -210,12 +214,12 @@ def load_vocabulary(
 
 
 def learn_vocabulary(documents: Sequence[str], entries: int, *, progress: bool) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE as GPT-2's: no text is unknown to it. The same texts give the same tokenizer.
+    """Learn a byte-level BPE like GPT-2's, which can encode any text. The same texts give the same tokenizer.
 
     Args:
         documents: the texts.
-        entries: of the vocabulary, 257 or more: the end of a text, the bytes, and what is merged of them. There are
-            fewer if the texts have no more pairs to merge.
+        entries: maximum size of the vocabulary, at least 257: the end-of-text token, the bytes and the merges. It is
+            smaller if the texts have no more pairs to merge.
         progress: show a progress bar.
     """
     backend = Tokenizer(models.BPE())
@@ -232,5 +236,5 @@ def learn_vocabulary(documents: Sequence[str], entries: int, *, progress: bool) 
 
 
 def entries_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that a model needs for a tokenizer: its largest id and one. The ids may have gaps."""
+    """Return the number of embedding rows that a tokenizer needs: its largest id plus one. The ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -1,7 +1,7 @@
 """Documents of different lengths in rows without padding between them (PackMamba, arXiv 2408.03865).
 
-A packed row computes what its documents compute one by one: the models start anew wherever `seq_idx` changes, and the
-first token of a document is never a target. A batch holds, with B rows of L tokens,
+A packed row gives the same results as its documents one by one: the models reset their state wherever `seq_idx`
+changes, and the first token of a document is never a target. A batch of B rows with L tokens has
 
     input_ids     (B, L) token ids
     labels        (B, L) the same ids, -100 at the first token of each document and at padding
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 IGNORED = -100
-"""The label without a loss."""
+"""Label of a token that is not a target."""
 
 Row = dict[str, Tensor]
 Document = tuple[Tensor, Tensor]
@@ -45,7 +45,7 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
         ValueError: if an item is longer than a bin.
     """
     if any(not 0 <= length <= capacity for length in lengths):
-        raise ValueError(f"lengths: got {min(lengths)} to {max(lengths)}; accepted: 0 to {capacity}")
+        raise ValueError(f"`lengths` must be from 0 to {capacity}, got {min(lengths)} to {max(lengths)}.")
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     # Node i has the children 2 i and 2 i + 1; the leaves are the room in the bins, which are all there from the start.
     room = [capacity] * (2 * leaves)
@@ -64,16 +64,16 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Packs the documents of a batch: a `data_collator` for transformers' Trainer, whose items are documents.
+    """Collator for transformers' Trainer that packs the documents of a batch.
 
     An item is a mapping with "input_ids" and, if not every token is a target, "labels", both (length,) lists or
-    tensors. Other entries are left out, so it does not matter whether the Trainer removes unused columns. Items
-    without a token are passed over.
+    tensors. Other entries are ignored, so it does not matter whether the Trainer removes unused columns. Items without
+    tokens are skipped.
 
     Attributes:
-        budget: tokens of a row, 2 or more: documents are packed into as many rows as first-fit-decreasing needs, and
-            longer ones are cut. None: one row of all documents, without any padding.
-        pad_token_id: what stands in the room that is left; it has no influence.
+        budget: tokens of a row, at least 2: documents are packed into as many rows as first-fit-decreasing needs, and
+            longer ones are cut. None: one row with all documents and no padding.
+        pad_token_id: token of the padding, which has no effect on the results.
 
     Raises:
         ValueError: if `budget` is below 2, an item's labels are not as long as its ids, or no item has a token.
@@ -89,7 +89,7 @@ class PackingCollator:
         """(B, L) tensors as described in this file; L is the budget, or the number of tokens."""
         documents = [document for document in map(_document, items) if len(document[0])]
         if not documents:
-            raise ValueError(f"items: got {len(items)} without a token; accepted: at least one token")
+            raise ValueError(f"`items` must have at least one token, got {len(items)} items without tokens.")
         if self.budget is None:
             return pad_rows([_row(documents)], None, self.pad_token_id)
         pieces = [piece for document in documents for piece in _pieces(document, self.budget)]
@@ -97,21 +97,21 @@ class PackingCollator:
 
 
 class PackedDocuments(Dataset):
-    """Documents packed ahead into rows: a `train_dataset` whose items are rows, to be stacked by :class:`RowCollator`.
+    """Dataset of rows packed in advance, for :class:`RowCollator`.
 
-    Packing all documents at once wastes less than packing batch by batch, and the number of rows, hence of steps, is
-    known. The Trainer's sampler draws the order of the rows from its seed and goes on in it when it resumes. A row's
-    documents are of similar lengths, so a step should read several rows.
+    Packing all documents at once wastes less space than packing batch by batch, and the number of rows, and so of
+    steps, is known. The Trainer's sampler shuffles the rows by its seed and resumes in that order. The documents of a
+    row have similar lengths, so a step should read several rows.
 
     Args:
-        documents: (length,) integer token ids of each, or ids and labels if not every token is a target. What has no
-            target, documents of one token and pieces of longer ones, is passed over.
-        budget: most tokens of a row, 2 or more. Longer documents are cut.
-        packing: False puts every document, or piece of one, into a row of its own.
+        documents: (length,) integer token ids of each, or ids and labels if not every token is a target. Documents and
+            pieces without a target are skipped.
+        budget: maximum number of tokens of a row, at least 2. Longer documents are cut.
+        packing: False puts every document, or piece of a document, into its own row.
 
     Attributes:
-        tokens: in all rows together.
-        targets: tokens that are predicted.
+        tokens: number of tokens in all rows.
+        targets: number of tokens that are predicted.
 
     Raises:
         ValueError: if `budget` is below 2, or nothing is left to predict.
@@ -124,7 +124,7 @@ class PackedDocuments(Dataset):
         targets = [int((labels[1:] != IGNORED).sum()) for _, labels in pieces]
         pieces = [piece for piece, number in zip(pieces, targets, strict=True) if number]
         if not pieces:
-            raise ValueError(f"documents: got {len(documents)}, none of two tokens or more; accepted: at least one")
+            raise ValueError(f"One of the documents must have two tokens or more, got {len(documents)} shorter ones.")
         self._rows = _pack(pieces, budget) if packing else [[piece] for piece in pieces]
         self.tokens = sum(len(ids) for row in self._rows for ids, _ in row)
         self.targets = sum(targets)
@@ -139,10 +139,10 @@ class PackedDocuments(Dataset):
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Stacks rows of :class:`PackedDocuments`, padded to the longest of them.
+    """Collator that stacks rows of :class:`PackedDocuments`, padded to the longest of them.
 
     Attributes:
-        pad_token_id: what stands at padding; it has no influence.
+        pad_token_id: token of the padding, which has no effect on the results.
     """
 
     pad_token_id: int = 0
@@ -153,7 +153,7 @@ class RowCollator:
 
 
 def pad_rows(rows: Sequence[Row], length: int | None, pad_token_id: int) -> Row:
-    """(B, L) tensors of rows padded on the right to `length`, or to the longest of them."""
+    """Return (B, L) tensors of rows padded on the right to `length`, or to the longest of them."""
     fill = {"input_ids": pad_token_id, "labels": IGNORED, "seq_idx": -1, "position_ids": 0}
     length = max(len(row["input_ids"]) for row in rows) if length is None else length
     return {
@@ -164,7 +164,7 @@ def pad_rows(rows: Sequence[Row], length: int | None, pad_token_id: int) -> Row:
 
 def _check_budget(budget: int | None) -> None:
     if budget is not None and budget < 2:
-        raise ValueError(f"budget: got {budget}; accepted: 2 or more (a token and its successor)")
+        raise ValueError(f"`budget` must be at least 2 (a token and its successor), got {budget}.")
 
 
 def _document(item: Mapping[str, Any]) -> Document:
@@ -172,13 +172,13 @@ def _document(item: Mapping[str, Any]) -> Document:
     labels = torch.as_tensor(item["labels"]) if "labels" in item else ids
     if ids.dim() != 1 or ids.shape != labels.shape:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)} for ids of shape {tuple(ids.shape)}; accepted: equal"
+            f"`labels` must have the (length,) shape of `input_ids`, got {tuple(labels.shape)} for {tuple(ids.shape)}."
         )
     return ids, labels
 
 
 def _pieces(document: Document, budget: int) -> list[Document]:
-    """The document in pieces of at most `budget` tokens that overlap by one."""
+    """Cut a document into pieces of at most `budget` tokens that overlap by one."""
     ids, labels = document
     starts = range(0, max(len(ids) - 1, 1), budget - 1)
     return [(ids[start : start + budget], labels[start : start + budget]) for start in starts]
@@ -191,7 +191,7 @@ def _pack(pieces: Sequence[Document], budget: int) -> list[list[Document]]:
 
 
 def _row(documents: Sequence[Document]) -> Row:
-    """(length,) tensors of documents one after the other."""
+    """Concatenate documents into the (length,) tensors of a row."""
     lengths = torch.tensor([len(ids) for ids, _ in documents])
     position = torch.cat([torch.arange(len(ids)) for ids, _ in documents])
     return {

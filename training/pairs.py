@@ -11,17 +11,15 @@ from typing import Any
 from ..harness.text_files import read_text_file
 from .sources import DATA_SETS, DATASETS, ROW_FILES, read_rows
 
-_ACCEPTED = f"a .jsonl, .parquet, .csv or .tsv file, {DATA_SETS}"
-
 
 @dataclass(frozen=True)
 class Pairs:
     """Texts by column, row by row.
 
     Attributes:
-        anchors: to search with.
-        positives: what they should find.
-        negatives: for each column of hard negatives what the anchors should not find.
+        anchors: texts to search with.
+        positives: the text that each anchor should find.
+        negatives: columns of hard negatives, texts that the anchors should not find.
     """
 
     anchors: list[str]
@@ -39,11 +37,11 @@ class Pairs:
 
     @property
     def documents(self) -> list[str]:
-        """What can be found: every positive and negative once, in order."""
+        """Every positive and negative once, in order."""
         return list(dict.fromkeys(text for texts in (self.positives, *self.negatives) for text in texts))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the texts and of their places, in hexadecimal."""
+        """Return the SHA-256 of the texts and their order, in hexadecimal."""
         digest = hashlib.sha256()
         for texts in self.columns.values():
             for text in texts:
@@ -67,10 +65,10 @@ def read_pairs(
         sources: UTF-8 files, or data sets that `datasets.load_dataset` finds, "datasets:PATH,SPLIT" or
             "datasets:PATH,CONFIG,SPLIT". `.jsonl`: a JSON object a line; `.parquet`; `.csv`: a header and
             rows, quoted where they need it; `.tsv`: a header and rows, tabs between the texts and no quoting.
-        field: what to call the sources in an error.
+        field: name of the setting, for errors.
         anchor: column of the texts to search with.
-        positive: column of what they should find.
-        negatives: columns of what they should not find.
+        positive: column of the texts that they should find.
+        negatives: columns of the texts that they should not find.
 
     Raises:
         ValueError: naming the first source that is missing or malformed, lacks a column, or has an empty text in one.
@@ -85,10 +83,10 @@ def read_pairs(
                 text = row[column]
                 if not isinstance(text, str) or not text.strip():
                     given = "nothing" if text is None or text == "" else repr(text)
-                    raise ValueError(f"{place}: {column!r} holds {given}; accepted: a text")
+                    raise ValueError(f"{place}: `{column}` must be a text that is not empty, got {given}.")
                 kept.append(text)
         if not found:
-            raise ValueError(f"{field}: {source!r} holds no pairs")
+            raise ValueError(f"{field}: {source!r} has no pairs.")
     return Pairs(texts[0], texts[1], texts[2:])
 
 
@@ -101,7 +99,7 @@ def _rows(source: str, field: str, columns: Sequence[str]) -> Iterator[tuple[str
             yield place, row
         return
     if suffix not in (".csv", ".tsv"):
-        raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
+        raise ValueError(f"`{field}` must be a .jsonl, .parquet, .csv or .tsv file, or {DATA_SETS}, got {source!r}.")
     text, name = read_text_file(source, field), f"{field}: {source!r}"
     quoting: dict[str, Any] = {"strict": True} if suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(io.StringIO(text, newline=""), **quoting)
@@ -112,7 +110,7 @@ def _rows(source: str, field: str, columns: Sequence[str]) -> Iterator[tuple[str
                 header = cells
                 _check_columns(columns, header, name)
             elif len(cells) not in (0, len(header)):
-                raise ValueError(f"{name}, line {reader.line_num}: got {len(cells)} texts; accepted: {len(header)}")
+                raise ValueError(f"{name}, line {reader.line_num} must have {len(header)} texts, got {len(cells)}.")
             elif cells:
                 yield f"{name}, line {reader.line_num}", dict(zip(header, cells, strict=True))
     except csv.Error as error:

@@ -13,7 +13,7 @@ from ..harness.settings import Option, SettingsBase, accept, check, refused
 from .sources import split_weight
 
 Utf8 = Field(pattern="")
-"""Constraint of a text: pydantic reads it and refuses what UTF-8 cannot hold."""
+"""Constraint of a text: makes pydantic refuse characters that UTF-8 cannot encode."""
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -22,7 +22,7 @@ Sources = Annotated[list[Text], Field(min_length=1)]
 
 
 def names(text: str) -> list[str]:
-    """Return the names in a text that separates them by commas; none for an empty text."""
+    """Split a text at its commas; an empty text has no names."""
     return text.split(",") if text else []
 
 
@@ -35,9 +35,9 @@ class RunSettings(SettingsBase):
     """The settings that every training has."""
 
     train: Annotated[Sources, Option(metavar="TEXT")]
-    """What to train on; may be repeated."""
+    """Training data; may be repeated."""
     heldout: Annotated[Sources, Option(metavar="TEXT")]
-    """What to measure on, before and after training; may be repeated."""
+    """Data for the measurements before and after training; may be repeated."""
     batch_size: Count = 4
     """Rows in one forward pass, in each process."""
     epochs: Positive = 1.0
@@ -57,12 +57,12 @@ class RunSettings(SettingsBase):
     trust_remote_code: bool = False
     """Run the Python code that a model or tokenizer brings along. Read it first; models of the zoo need none."""
     report_to: Annotated[list[Text], Option(metavar="TRACKER")] = []
-    """Tracker that gets the curve while it grows, by the name that transformers has for it: tensorboard (in
-    `tensorboard/` of the run's folder), trackio, wandb; may be repeated."""
+    """Tracker that receives the curve during training, by transformers' name: tensorboard (writes to `tensorboard/` in
+    the run's folder), trackio, wandb; may be repeated."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run computes, by which its folder is recognised: everything but where it reports to."""
+        """The settings that identify a run: all that affect its results."""
         return self.model_dump(mode="json", exclude={"report_to"})
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ class RunSettings(SettingsBase):
         """Return the arguments of transformers' `TrainingArguments` for optimiser and schedule.
 
         Args:
-            steps: of the run.
+            steps: optimiser steps of the run.
         """
         raise NotImplementedError
 
@@ -92,8 +92,8 @@ class TrainingSettings(RunSettings):
     text_field: Annotated[Text, Option(metavar="NAME")] = "text"
     """Field of .jsonl files, .parquet files and data sets that holds the text."""
     streaming: bool = False
-    """Read the training text while training, again and again, instead of before it; needs --steps. SOURCE@WEIGHT for
-    every --train, e.g. a.txt@0.7 and b.jsonl@0.3, mixes the sources and streams too."""
+    """Read the training text during training instead of before it, from the beginning again when it ends; needs
+    --steps. A weight for every --train, e.g. a.txt@0.7 and b.jsonl@0.3, mixes the sources and also streams them."""
     packing: Annotated[bool, Option(negative=True)] = True
     """Put several documents into a row, or give each a padded row of its own."""
     row_tokens: Annotated[int, Field(ge=2)] = 1024
@@ -103,19 +103,19 @@ class TrainingSettings(RunSettings):
 
     @property
     def mixture(self) -> list[tuple[str, float | None]]:
-        """The training sources and their weights, which are None where none are given."""
+        """The training sources, each with its weight or None."""
         return [split_weight(source) for source in self.train]
 
     @property
     def streamed(self) -> bool:
-        """Whether the training text is read while training."""
+        """Whether the training text is read during training."""
         return self.streaming or any(weight is not None for _, weight in self.mixture)
 
     @property
     def identity(self) -> dict[str, Any]:
         values = super().identity
         if not self.streaming:
-            del values["streaming"]  # which the runs of earlier versions do not have
+            del values["streaming"]  # runs of earlier versions do not have this key
         return values
 
     @model_validator(mode="after")
@@ -127,7 +127,7 @@ class TrainingSettings(RunSettings):
         if any(weighted) and not all(weighted):
             raise refused("train", f"must give a weight to every source or to none, got {self.train!r}")
         if self.streamed and self.steps is None:
-            raise refused("steps", "must be given where the training text is a stream, which has no end, got None")
+            raise refused("steps", "must be given for a streamed training text, which has no end, got None")
         return self
 
 
@@ -138,7 +138,7 @@ class FinetuningSettings(RunSettings):
     """The settings of every finetuning of a model."""
 
     learning_rates: ClassVar[dict[str, float]]
-    """Learning rate by method, where none is given."""
+    """Default learning rate by method."""
 
     model: Annotated[Text, Option(argument=True, metavar="MODEL")]
     """Folder or Hub id of a zoo model with its tokenizer, or folder of a run."""
@@ -203,8 +203,8 @@ class LanguageModelSettings(FinetuningSettings, TrainingSettings):
     learning_rates = {"lora": 2e-4, "full": 5e-5}
 
     examples: Literal["text", "messages", "prompt_completion"] = "text"
-    """What the rows of files and data sets hold: text; messages, a conversation for the tokenizer's chat template; or
-    prompt_completion, a prompt and a completion. Of the last two only the answers are learnt."""
+    """Content of the rows of files and data sets: text; messages, a conversation for the tokenizer's chat template; or
+    prompt_completion, a prompt and its completion. For the last two the loss is on the answers only."""
     learning_rate: Annotated[Positive | None, Option(default="2e-4 for adapters, 5e-5 for all weights")] = None
     """Peak learning rate."""
     load_in_4bit: bool = False
@@ -214,7 +214,7 @@ class LanguageModelSettings(FinetuningSettings, TrainingSettings):
     def identity(self) -> dict[str, Any]:
         values = super().identity
         if self.examples == "text":
-            del values["examples"]  # which the runs of earlier versions do not have
+            del values["examples"]  # runs of earlier versions do not have this key
         return values
 
     @model_validator(mode="after")

@@ -1,7 +1,6 @@
-"""A model whose weights are shared out over processes, by FSDP2 or DeepSpeed: what one process needs of all of it.
+"""Gather and distribute the weights and optimiser state of a model that FSDP2 or DeepSpeed shards over processes.
 
-What does the sharding, and how, is accelerate's business (`accelerate launch --config_file ...`); examples are in
-`examples/launch/`.
+accelerate does the sharding (`accelerate launch --config_file ...`; examples are in `examples/launch/`).
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def sharded_by() -> str | None:
-    """Return what `accelerate launch` was told to share weights out by: "FSDP", "DeepSpeed" or nothing.
+    """Return how `accelerate launch` is configured to shard weights: "FSDP", "DeepSpeed" or None.
 
     Raises:
-        ValueError: if it is FSDP of version 1, which has one dtype and one requires_grad for a whole block.
+        ValueError: for FSDP of version 1, which needs one dtype and one requires_grad for a whole block.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         version = os.environ.get("FSDP_VERSION", "1")
         if version != "2":
-            raise ValueError(f"accelerate: fsdp_version: got {version}; accepted: 2")
+            raise ValueError(f"accelerate: `fsdp_version` must be 2, got {version}.")
         return "FSDP"
     return "DeepSpeed" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
 
 
 class Sharding:
-    """How a Trainer's model is sharded, and the way back to whole tensors.
+    """The sharding of a Trainer's model, with methods that gather whole tensors.
 
-    Methods that gather have to be called in all processes at once.
+    Methods that gather must be called in all processes at once.
 
     Args:
-        trainer: with its model, which is not sharded yet.
+        trainer: a Trainer whose model is not sharded yet.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -48,8 +47,8 @@ class Sharding:
         self.deepspeed = bool(trainer.is_deepspeed_enabled)
         if self.active and trainer.is_world_process_zero():
             how = "FSDP2" if self.fsdp else "DeepSpeed"
-            tqdm.write(f"the weights are shared out over {trainer.accelerator.num_processes} processes by {how}")
-        # Sharding turns the model's own tensors into parts, in place, and there is no way back.
+            tqdm.write(f"the weights are sharded over {trainer.accelerator.num_processes} processes by {how}")
+        # Sharding replaces the model's tensors in place, and cannot be undone.
         self._copy: Any = copy.deepcopy(trainer.model).to("cpu") if self.active else None
 
     @property
@@ -59,7 +58,7 @@ class Sharding:
 
     @staticmethod
     def choose(trainer: Any) -> None:
-        """Let a Trainer shard on CPUs too if FSDP was asked for: accelerate would replicate there without a word."""
+        """Make a Trainer shard on CPUs if FSDP is configured: accelerate would silently replicate the model there."""
         state = trainer.accelerator.state
         asked = parse_flag_from_env("ACCELERATE_USE_FSDP") and state.distributed_type == DistributedType.MULTI_CPU
         if asked:
@@ -70,14 +69,14 @@ class Sharding:
             trainer.is_fsdp_enabled = True
 
     def whole_state(self) -> dict[str, Tensor]:
-        """All weights by name, on the CPU; in float32 where that is what is trained."""
+        """Gather all weights by name, on the CPU; trained weights are float32."""
         model = self._trainer.accelerator.unwrap_model(self._trainer.model_wrapped)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         gathered: dict[int, Tensor] = {}
         state = {}
         for name, tensor in model.state_dict().items():
             owner = parameters.get(name, tensor)
-            if id(owner) not in gathered:  # tied weights once
+            if id(owner) not in gathered:  # tied weights are gathered once
                 gathered[id(owner)] = self._gather(owner)
             state[name] = gathered[id(owner)]
         return state
@@ -95,16 +94,16 @@ class Sharding:
         return whole.detach().cpu()
 
     def whole_model(self) -> Any:
-        """The Trainer's model, or, if it is sharded, a copy with its weights."""
+        """Return the Trainer's model or, if it is sharded, a copy with the gathered weights."""
         if not self.active:
             return self._trainer.model
         self._copy.load_state_dict(self.whole_state())
         if self.deepspeed:
-            unset_hf_deepspeed_config()  # else what is loaded from now on would be shared out, too
+            unset_hf_deepspeed_config()  # otherwise models that are loaded later would be sharded, too
         return self._copy.to(self._trainer.args.device)
 
     def whole_optimizer(self) -> dict[str, Any]:
-        """The optimiser's state as it would be without FSDP, on the CPU."""
+        """Gather the optimiser's state, as it would be without FSDP, on the CPU."""
         state = self._trainer.optimizer.state_dict()
         moments = {
             index: {key: _whole(value) if isinstance(value, Tensor) else value for key, value in parts.items()}
@@ -124,7 +123,7 @@ class Sharding:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients of some parameters, sharded or not, down to a norm, in place, and return what it was."""
+    """Scale the gradients of parameters, sharded or not, down to a norm, in place; return the norm before."""
     chosen = [parameter for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in chosen if parameter.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -137,7 +136,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _part_like(value: Any, parameter: Tensor) -> Any:
-    """This process's part of a moment of a sharded parameter; another value as it is."""
+    """Return this process's part of a moment of a sharded parameter, or another value unchanged."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

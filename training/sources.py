@@ -39,7 +39,7 @@ def split_weight(source: str) -> tuple[str, float | None]:
 
 
 def read_rows(source: str, field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the rows of a source, each after the words that say in an error where it is.
+    """Yield the rows of a source, each with its place (source and number) for errors.
 
     Args:
         source: a `.jsonl` file (a JSON object a line), a `.parquet` file, or a data set that `datasets.load_dataset`
@@ -95,7 +95,7 @@ def load_data_set(source: str, field: str, *, streaming: bool = False) -> Any:
 
     path, *configuration = source.removeprefix(DATASETS).split(",")
     if not path or len(configuration) not in (1, 2):
-        raise ValueError(f"{field}: got {source!r}; accepted: {DATA_SETS}")
+        raise ValueError(f"`{field}` must be {DATA_SETS}, got {source!r}.")
     *name, split = configuration
     if Path(path).exists():
         datasets_config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a data set that is here already needs no server
@@ -118,7 +118,7 @@ def builtin_text(source: str, part: str, field: str) -> str:
     available = sorted(folder.name for folder in texts.iterdir() if folder.joinpath(f"{part}.txt").is_file())
     if name not in available:
         accepted = ", ".join(f"{BUILTIN}{folder}" for folder in available)
-        raise ValueError(f"{field}: got {source!r}; accepted: {accepted}, or the path of a text file")
+        raise ValueError(f"`{field}` must be {accepted} or the path of a text file, got {source!r}.")
     return texts.joinpath(name, f"{part}.txt").read_text(encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
-"""Training text that is read while a model trains: endless, mixed of weighted sources, with a position to go on from.
+"""Training text that is read during training: endless, mixed from weighted sources, with a position to resume from.
 
-The `datasets` library reads and mixes the sources. Documents are taken from it in windows of `WINDOW` rows; a window is
-packed by itself and its rows come in a random order that depends on the seed and the window's number alone. So a
-position is where the window began in the sources, and how many of its rows have been read.
+The `datasets` library reads and mixes the sources. Documents are read in windows of about `WINDOW` rows. Each window is
+packed separately, and its rows are shuffled by the seed and the window's number alone. A position is therefore the
+start of a window in the sources, and the number of its rows that have been read.
 """
 
 import hashlib
@@ -21,21 +21,21 @@ from .packing import Document, PackedDocuments, Row
 from .sources import DATASETS, load_data_set
 
 WINDOW = 64
-"""Rows of a window: what is packed together, and how far a row may move from its place in the text."""
+"""Rows of a window, within which documents are packed and rows are shuffled."""
 
 Read = Callable[[str], Iterator[tuple[str, str]]]
-"""Documents of a source that is no data set, each as a text after where it is."""
+"""Reader of a file or built-in text: yields the place (for errors) and the text of every document."""
 
 
 def mixed(sources: Sequence[tuple[str, float | None]], read: Read, take: Callable[[Any, str], str], seed: int) -> Any:
     """Return one pass over some sources as an `IterableDataset` of "place" and "text".
 
     Args:
-        sources: each with its weight, the share of the documents that are drawn from it, or all without: then they
-            follow one another. Those that end begin again until all have ended.
-        read: reads a source.
-        take: makes a text of a row of a data set and its place.
-        seed: of the mixture.
+        sources: sources with weights, the probabilities with which documents are drawn; a source that ends starts again
+            until all have ended. Without weights the sources follow one another.
+        read: reads a source that is not a data set.
+        take: returns the text of a data set's row, given the row and its place.
+        seed: seed of the mixture.
     """
     import datasets
 
@@ -61,15 +61,15 @@ def _rows(source: str, read: Read) -> Iterator[dict[str, str]]:
 
 
 class TextStream(IterableDataset[Row]):
-    """Rows without end, to be stacked by `RowCollator`.
+    """Endless rows for `RowCollator`.
 
     Args:
-        passes: makes the documents of a pass over the sources, from its number: an `IterableDataset` of the `datasets`
-            library with a "text" and its "place".
-        encode: makes tokens of a text and its place.
-        budget: most tokens of a row, 2 or more.
-        packing: False puts every document, or piece of one, into a row of its own.
-        seed: of the order of the rows.
+        passes: returns the documents of a pass over the sources, given its number: an `IterableDataset` of the
+            `datasets` library with a "text" and its "place".
+        encode: tokenises a text, given the text and its place.
+        budget: maximum number of tokens of a row, at least 2.
+        packing: False puts every document, or piece of a document, into its own row.
+        seed: seed of the order of the rows.
     """
 
     def __init__(
@@ -86,29 +86,29 @@ class TextStream(IterableDataset[Row]):
         self._windows: deque[dict[str, Any]] = deque()
 
     def __iter__(self) -> Iterator[Row]:
-        """Go through the rows from the position, which is the beginning until it is set."""
+        """Yield the rows from the position, by default from the beginning."""
         self._windows.clear()
         for position, rows in self._read(self._start):
             self._windows.append(position)
             yield from rows[max(self._start["row"] - position["first"], 0) :]
 
     def first(self, count: int) -> list[Row]:
-        """Return the first rows of the text, wherever the position is."""
+        """Return the first rows of the text, independently of the position."""
         rows = (row for _, window in self._read({"pass": 0, "source": None, "window": 0, "first": 0}) for row in window)
         return list(islice(rows, count))
 
     def position(self, row: int) -> dict[str, Any]:
-        """Return the position before a row, of the kinds that JSON knows.
+        """Return the position before a row, as values that JSON can represent.
 
         Args:
-            row: the number of rows before it, from the beginning of the text; no less than in an earlier call.
+            row: number of the row from the beginning of the text, not smaller than in an earlier call.
         """
         while len(self._windows) > 1 and self._windows[1]["first"] <= row:
             self._windows.popleft()
         return {**(self._windows[0] if self._windows else self._start), "row": row}
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Begin at a position that :meth:`position` gave."""
+        """Set the position to one that :meth:`position` returned."""
         self._start = position
 
     def fingerprint(self, sources: Sequence[str]) -> str:
@@ -122,7 +122,7 @@ class TextStream(IterableDataset[Row]):
         return digest.hexdigest()
 
     def _read(self, start: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-        """Yield windows, each after the position where it begins."""
+        """Yield the position and the rows of every window."""
         number, window, first = start["pass"], start["window"], start["first"]
         data, source = self._passes(number), start["source"]
         if source is not None:
@@ -135,7 +135,7 @@ class TextStream(IterableDataset[Row]):
                 document = next(documents, None)
                 if document is None:
                     if not found:
-                        raise ValueError("train: the sources hold no text")
+                        raise ValueError("train: the sources have no text.")
                     number += 1
                     data = self._passes(number)
                     documents, found = iter(data), False
@@ -147,16 +147,11 @@ class TextStream(IterableDataset[Row]):
                 taken.append(encoded)
                 tokens += max(len(encoded if isinstance(encoded, Tensor) else encoded[0]), 1)
             rows = PackedDocuments(taken, self._budget, packing=self._packing)
-            # Of use only once something has been read: before, it is that of the beginning.
-            source = _copy(data.state_dict())
+            # Through JSON: a copy that later reading does not change, as a checkpoint stores it.
+            source = json.loads(json.dumps(data.state_dict()))
             # A hash, because seeds that differ by one can start similar streams in simple generators.
             digest = hashlib.sha256(f"{self._seed}/{window}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             order = torch.randperm(len(rows), generator=generator).tolist()
             yield position, [rows[index] for index in order]
             window, first = window + 1, first + len(rows)
-
-
-def _copy(state: dict[str, Any]) -> dict[str, Any]:
-    """A state that changes no more, as a checkpoint holds it."""
-    return json.loads(json.dumps(state))

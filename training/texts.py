@@ -1,8 +1,8 @@
-"""Texts of the user to documents of token ids, and to the rows of a training."""
+"""Read the texts of a training, tokenise them, and pack them into rows."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,11 @@ from .settings import LanguageModelSettings, TrainingSettings
 from .sources import BUILTIN, DATA_SETS, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
 from .stream import TextStream, mixed
 
-_ACCEPTED = f"a .txt, .jsonl or .parquet file, {DATA_SETS}, or 'builtin:NAME'"
-
 
 def read_documents(
     sources: Sequence[str], field: str, *, separator: str | None = None, text_field: str = "text"
 ) -> list[str]:
-    """Read the documents of some sources, in order; those of nothing but white space are passed over.
+    """Read the documents of several sources, in order; documents of white space only are skipped.
 
     Args:
         sources: UTF-8 text files (`.txt`: one document, or several with a separator between them), `.jsonl` files (a
@@ -43,7 +41,7 @@ def read_documents(
     for source in sources:
         found = [text for text in _read(source, field, separator, text_field) if text.strip()]
         if not found:
-            raise ValueError(f"{field}: {source!r} holds no text")
+            raise ValueError(f"{field}: {source!r} has no text.")
         documents += found
     return documents
 
@@ -56,19 +54,21 @@ def _read(source: str, field: str, separator: str | None, text_field: str) -> It
     elif Path(source).suffix == ".txt":
         text = read_text_file(source, field).replace("\r\n", "\n")
     else:
-        raise ValueError(f"{field}: got {source!r}; accepted: {_ACCEPTED}")
+        raise ValueError(
+            f"`{field}` must be a .txt, .jsonl or .parquet file, {DATA_SETS}, or 'builtin:NAME', got {source!r}."
+        )
     return iter([text] if separator is None else text.split(separator))
 
 
 def encode(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, progress: bool = True
 ) -> list[Tensor]:
-    """Token ids of documents, each as the tokenizer encodes a prompt, with an end-of-text token if it has one.
+    """Encode documents as the tokenizer encodes a prompt, with an end-of-text token if the tokenizer has one.
 
     Args:
         documents: the texts.
-        tokenizer: the model's.
-        vocab_size: of the model.
+        tokenizer: the model's tokenizer.
+        vocab_size: size of the model's vocabulary.
         progress: show a progress bar.
 
     Returns:
@@ -80,26 +80,27 @@ def encode(
     end = tokenizer.eos_token_id
     encoded = []
     for text in tqdm(documents, desc="tokenising", unit="document", disable=not progress):
-        # verbose: off, since a document may be longer than what the model reads at once.
+        # Not verbose: a document may be longer than the model's context.
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
         if isinstance(end, int) and ids[-1:] != [end]:
             ids = [*ids, end]
         encoded.append(torch.tensor(ids, dtype=torch.int32))
-    _check_ids(encoded, vocab_size)
+    check_ids((int(ids.max()) for ids in encoded if len(ids)), vocab_size)
     return encoded
 
 
-def _check_ids(documents: Sequence[Tensor], vocab_size: int) -> None:
-    largest = max((int(ids.max()) for ids in documents if len(ids)), default=0)
+def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+    """Raise a ValueError if a model has no embedding for a token id."""
+    largest = max(ids, default=0)
     if largest >= vocab_size:
         raise ValueError(
-            f"model: its tokenizer gave the id {largest}, but its vocab_size is {vocab_size}; the tokenizer and the "
-            "model do not belong together"
+            f"model: the tokenizer's ids must be below the model's vocab_size, {vocab_size}, got {largest}. Use the "
+            "tokenizer that belongs to the model."
         )
 
 
 def fingerprint(documents: Sequence[Tensor | Document]) -> str:
-    """Return the SHA-256 of the ids, of labels of their own, and of where the documents end, in hexadecimal."""
+    """Return the SHA-256 of the ids, the labels (if there are any) and the lengths of documents, in hexadecimal."""
     digest = hashlib.sha256()
     for document in documents:
         for part in (document,) if isinstance(document, Tensor) else document:
@@ -118,8 +119,8 @@ class TextRows:
     Attributes:
         train: to train on.
         heldout: to measure the loss on.
-        documents: number of documents, for "train" and "heldout"; None of a stream.
-        fingerprints: SHA-256 of the tokens, of a stream as `TextStream.fingerprint`,, for "train" and "heldout".
+        documents: number of documents for "train" and "heldout"; None for a stream.
+        fingerprints: SHA-256 of the tokens for "train" and "heldout"; `TextStream.fingerprint` for a stream.
     """
 
     train: PackedDocuments | TextStream
@@ -144,10 +145,7 @@ Examples = dict[str, list[Example]]
 
 
 def read_texts(settings: TrainingSettings) -> Texts:
-    """Read the documents, for "train" and "heldout"; errors as `ssm_zoo.training.texts.read_documents`.
-
-    A stream has none yet.
-    """
+    """Read the documents for "train" and "heldout" as :func:`read_documents` does; a stream is not read yet."""
     return {
         field: read_documents(
             getattr(settings, field), field, separator=settings.separator, text_field=settings.text_field
@@ -162,7 +160,7 @@ def _is_stream(settings: TrainingSettings, field: str) -> bool:
 
 
 def read_texts_or_examples(settings: LanguageModelSettings) -> Texts | Examples:
-    """Read the documents, or the rows whose answers are learnt, for "train" and "heldout"."""
+    """Read the documents, or the rows with answers, for "train" and "heldout"."""
     if settings.examples == "text":
         return read_texts(settings)
     return {
@@ -180,13 +178,13 @@ def make_rows(
     *,
     progress: bool,
 ) -> TextRows:
-    """Tokenise and pack.
+    """Tokenise and pack the texts.
 
     Args:
-        texts: the documents or rows, for "train" and "heldout".
-        settings: say how long rows are.
-        tokenizer: the model's.
-        vocab_size: of the model.
+        texts: documents or rows for "train" and "heldout".
+        settings: settings of the run, e.g. the length of rows.
+        tokenizer: the model's tokenizer.
+        vocab_size: size of the model's vocabulary.
         progress: show a progress bar.
 
     Raises:
@@ -229,7 +227,7 @@ def _stream(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, voca
 
 
 def _documents(source: str, *, kind: str, separator: str | None, text_field: str) -> Iterator[tuple[str, str]]:
-    """Documents of a file or built-in text, one after the other, each as a text after where it is."""
+    """Yield the place and the text of every document of a file or built-in text."""
     found = False
     if kind == "text":
         texts = ((f"train: {source!r}", text) for text in _read(source, "train", separator, text_field))
@@ -239,11 +237,11 @@ def _documents(source: str, *, kind: str, separator: str | None, text_field: str
         found = found or bool(text.strip())
         yield place, text
     if not found:
-        raise ValueError(f"train: {source!r} holds no text")
+        raise ValueError(f"train: {source!r} has no text.")
 
 
 def _take(row: Mapping[str, Any], place: str, *, kind: str, text_field: str) -> str:
-    """The document in a row, as a text."""
+    """Return the document of a row as a text."""
     return text_at(row, text_field, place) if kind == "text" else _json(example_of(row, place, kind))
 
 
@@ -263,5 +261,5 @@ def _encode(
         texts = [document for document in documents if isinstance(document, str)]
         return encode(texts, tokenizer, vocab_size, progress=progress)
     encoded = encode_examples(examples, tokenizer, progress=progress)
-    _check_ids([ids for ids, _ in encoded], vocab_size)
+    check_ids((int(ids.max()) for ids, _ in encoded), vocab_size)
     return encoded

@@ -1,6 +1,6 @@
-"""The one training loop, transformers' Trainer: what all runs share, and language models on packed rows.
+"""The training loop, which is transformers' Trainer: parts that all runs share, and language models on packed rows.
 
-Starting the same run on the same folder goes on at the Trainer's last whole checkpoint, to the same bits.
+A resumed run continues from the last complete checkpoint and gives the same weights, bit for bit.
 """
 
 import math
@@ -40,23 +40,23 @@ from .stream import TextStream
 from .texts import TextRows
 
 HISTORY = 200
-"""Points of a curve that are kept, whatever its length."""
+"""Maximum number of points of a curve."""
 _STATE = "trainer_state.json"
 CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints."""
+"""Name of the folder with a run's checkpoints."""
 STREAM = "stream.json"
-"""File of a checkpoint with the position of a stream."""
-# The position of a stream is set, rather than reached by reading; and it is the same in every process.
+"""Name of the file in a checkpoint with the position in a stream."""
+# A resumed run sets the position in a stream instead of reading up to it. It is the same in every process.
 _STREAMED = {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}}
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
 
 
 class SelectionMeans:
-    """Means, over several forwards, of what a model with selective layers says of itself.
+    """Means of the auxiliary outputs of a model with selective layers, over several forward passes.
 
-    Such a model (Taipan, arXiv 2410.18572) gives beside its logits `aux_loss`, a scalar that is in its `loss` while
-    training (`add_aux_loss` of `modeling/outputs.py`), and `selection_rate`, the share of the tokens that each
-    selective layer selects. Other models give neither, and nothing here has an effect then.
+    The outputs of such a model (Taipan, arXiv 2410.18572) have an `aux_loss`, a scalar that is part of the training
+    `loss` (`add_aux_loss` of `modeling/outputs.py`), and a `selection_rate`, the share of tokens that each selective
+    layer selects. For other models this class has no effect.
     """
 
     def __init__(self) -> None:
@@ -64,11 +64,11 @@ class SelectionMeans:
         self._weight = 0.0
 
     def add(self, outputs: Any, weight: float = 1.0) -> None:
-        """Count a forward.
+        """Add the outputs of a forward pass.
 
         Args:
-            outputs: of the model; `aux_loss` is () and `selection_rate` (layers,), or a tuple of () for each.
-            weight: of this forward in the mean.
+            outputs: outputs of the model; `aux_loss` is () and `selection_rate` (layers,) or a tuple of ().
+            weight: weight of this pass in the mean.
         """
         self._weight += weight
         for name in ("aux_loss", "selection_rate"):
@@ -79,14 +79,14 @@ class SelectionMeans:
                 self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def take(self, reduce: Callable[[Tensor], Any] = lambda tensor: tensor) -> dict[str, Any]:
-        """The means, and begin anew.
+        """Return the means and start again from zero.
 
         Args:
-            reduce: takes the mean of a tensor over the processes.
+            reduce: computes the mean of a tensor over the processes.
 
         Returns:
-            "aux_loss", a number, and "selection_rate", a list with one in [0, 1] for each selective layer, as far as
-            the model gave them.
+            "aux_loss", a number, and "selection_rate", a list of numbers in [0, 1], one for each selective layer; empty
+            for a model without such layers.
         """
         means = {name: reduce(total / self._weight).tolist() for name, total in self._sums.items()}
         self._sums, self._weight = {}, 0.0
@@ -95,14 +95,14 @@ class SelectionMeans:
 
 @dataclass
 class TrainingRun(Generic[Settings]):
-    """What a training works with.
+    """State of a training of a language model.
 
     Attributes:
-        settings: what to do.
-        output: the folder of the run.
-        tokenizer: the model's.
-        model: on its device.
-        rows: the texts.
+        settings: settings of the run.
+        output: folder of the run.
+        tokenizer: the model's tokenizer.
+        model: the model, on its device.
+        rows: the tokenised texts.
         state: accelerate's view of the processes.
     """
 
@@ -129,21 +129,11 @@ class TrainingRun(Generic[Settings]):
         return optimiser_steps(self.settings, self.rows.length, self.state.num_processes)
 
     def compute(self) -> Any:
-        """Context of every forward and backward."""
-        return computing(self.settings, self.device)
-
-    def before(self) -> dict[str, Any]:
-        """The held-out loss before training, in `before.json`: that of the first start, if it has measured it."""
-        found = read_json_or_none(self.output / "before.json")
-        self.state.wait_for_everyone()  # all have looked before the first one writes
-        if found is None:
-            found = self.evaluate("before")
-            if self.state.is_main_process:
-                write_json(self.output / "before.json", found)
-        return found
+        """Return the context of every forward and backward pass."""
+        return computing(self.settings.dtype, self.device)
 
     def evaluate(self, name: str) -> dict[str, Any]:
-        """The held-out loss under a name; see :func:`heldout_loss`."""
+        """Return the results of :func:`heldout_loss`, with a name for the report."""
         with self.compute():
             measured = heldout_loss(self.model, self.rows.heldout, self.collator, self.settings.batch_size)
         check_numbers(measured, name)
@@ -153,10 +143,10 @@ class TrainingRun(Generic[Settings]):
 
 
 def processes() -> PartialState:
-    """accelerate's view of the processes that were started.
+    """Return accelerate's view of the processes.
 
     Raises:
-        ValueError: if it does not see all of them, or is to shard in a way that does not work.
+        ValueError: if accelerate does not see all processes, or is configured for an unsupported kind of sharding.
     """
     sharded_by()
     # Unlike Accelerator, PartialState does not read the variable by itself.
@@ -166,36 +156,36 @@ def processes() -> PartialState:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that everything that a run is to report to is known and installed.
+    """Check that the trackers of a run are known and installed.
 
     Raises:
         ValueError: naming the first that is not.
     """
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            raise ValueError(f"report_to: got {name!r}; accepted: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+            raise ValueError(f"`report_to` must be among {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, got {name!r}.")
         if name not in get_available_reporting_integrations():
-            raise ValueError(f"report_to: {name!r} is not installed; install it, or leave it out")
+            raise ValueError(f"`report_to`: {name!r} is not installed. Install it, or leave it out.")
 
 
-def compute_dtype(settings: RunSettings) -> torch.dtype:
-    """What forward and backward compute in: `settings.dtype`, where "auto" goes by the device."""
-    if settings.dtype == "auto":
+def compute_dtype(dtype: str) -> torch.dtype:
+    """Return the dtype of the forward and backward passes; "auto" depends on the device."""
+    if dtype == "auto":
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    return getattr(torch, settings.dtype)
+    return getattr(torch, dtype)
 
 
-def computing(settings: RunSettings, device: torch.device) -> Any:
-    """Context of every forward and backward of a run on a device."""
-    dtype = compute_dtype(settings)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+def computing(dtype: str, device: torch.device) -> Any:
+    """Return the context of every forward and backward pass of a run: autocast, unless it computes in float32."""
+    chosen = compute_dtype(dtype)
+    return nullcontext() if chosen == torch.float32 else torch.autocast(device.type, dtype=chosen)
 
 
 def optimiser_steps(settings: TrainingSettings, rows: int | None, processes: int) -> int:
-    """Optimiser steps of a training on so many rows: `settings.steps`, or as many as its epochs take.
+    """Return the number of optimiser steps: `settings.steps`, or the steps of `settings.epochs` over the rows.
 
-    A stream has no number of rows, and its settings have `steps`.
+    `rows` is None for a stream, whose settings always have `steps`.
     """
     if settings.steps is not None:
         return settings.steps
@@ -205,21 +195,21 @@ def optimiser_steps(settings: TrainingSettings, rows: int | None, processes: int
 
 
 def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator, batch_size: int) -> dict[str, Any]:
-    """Mean language-modelling loss over all predictions of some rows, in evaluation mode.
+    """Compute the mean language-modelling loss over all predictions of some rows, in evaluation mode.
 
     Args:
         model: a causal language model, or one with adapters.
         rows: the packed documents.
-        collator: stacks rows.
-        batch_size: rows in one forward.
+        collator: collator of the rows.
+        batch_size: rows in one forward pass.
 
     Returns:
-        "loss" in nats a token, "perplexity", its exponential (None where that is no float), and "tokens", the number of
-        predictions; of a model with selective layers what `SelectionMeans` gives, over the tokens.
+        "loss" in nats per token, "perplexity", its exponential (None if that overflows), and "tokens", the number of
+        predictions; for a model with selective layers also the means of `SelectionMeans` over the tokens.
     """
     training, total, selection = model.training, 0.0, SelectionMeans()
     device = next(model.parameters()).device
-    # A generator of its own: in the middle of a training, the model's random numbers go on as if nothing had been.
+    # With its own generator, so that an evaluation does not change the random numbers of a training.
     batches: Any = DataLoader(
         rows,  # pyright: ignore[reportArgumentType]
         batch_size=batch_size,
@@ -230,7 +220,7 @@ def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator,
     with torch.no_grad():
         for batch in batches:
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
-            # The sum over the targets, divided by 1.
+            # With this argument the loss is the sum over the targets.
             outputs = model(**batch, num_items_in_batch=1)
             total += float(outputs.loss.double())
             selection.add(outputs, weight=int((batch["seq_idx"] >= 0).sum()))
@@ -241,37 +231,40 @@ def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator,
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
-    """Names of the matrices, the masked mixers' stacks of them too: not norms, biases (a masked mixer has one for each
-    head and position) and convolutions, and not the SSMs' decay rates, of which Mamba-1 has a matrix."""
+    """Return the names of the parameters with weight decay: matrices, and the masked mixers' stacks of matrices.
+
+    Norms, convolutions, biases (a masked mixer's bias has an entry for each head and position) and the SSMs' decay
+    rates (a matrix in Mamba-1) have no weight decay.
+    """
     matrices = [name for name, p in model.named_parameters() if p.dim() == 2 or (p.dim() == 3 and p.shape[1] > 1)]
     return [name for name in matrices if not name.endswith(("A_log", ".bias"))]
 
 
 class ZooTrainer(CheckedTrainer, Trainer):
-    """The Trainer of every training here: transformers', with checked checkpoints and the zoo's weight decay."""
+    """transformers' Trainer with verified checkpoints and the zoo's weight decay."""
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameters(model)
 
 
 class LanguageModelTrainer(ZooTrainer):
-    """Trains a language model on packed rows, with a curve that says more.
+    """Trainer of a language model on packed rows, which adds "tokens", "aux_loss" and "selection_rate" to the curve.
 
-    The curve's loss is the language model's alone; "tokens" are those that have been predicted since the run began, by
-    all processes; "aux_loss" and "selection_rate" are means over the steps since the last point.
+    The curve's loss excludes the auxiliary loss. "tokens" counts the predictions of all processes since the run began;
+    "aux_loss" and "selection_rate" are means over the steps since the last point.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         model: Any = self.model
         self._config: PreTrainedConfig = model.config
-        self.first_row = self.first_step = 0  # of a stream, where this start of the run began
+        self.first_row = self.first_step = 0  # position in a stream at which this start of the run began
         self._selection = SelectionMeans()
         self._predicted = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
+        self._auxiliary = torch.zeros((), device=self.args.device)  # auxiliary part of the loss since the last point
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's; a stream is read by every process, and its loader takes no number from the model's."""
+        """Return the Trainer's loader, or one for a stream: it does not draw from the model's random numbers."""
         if not isinstance(self.train_dataset, TextStream):
             return super().get_train_dataloader()
         rows: Any = DataLoader(
@@ -284,15 +277,15 @@ class LanguageModelTrainer(ZooTrainer):
         return self.accelerator.prepare(rows)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's; with the position of a stream, whatever has been read ahead of it."""
+        """Also save the position in a stream, without the rows that were read ahead."""
         super()._save_optimizer_and_scheduler(output_dir)
         if isinstance(self.train_dataset, TextStream) and self.args.should_save:
             in_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             row = self.first_row + (self.state.global_step - self.first_step) * in_a_step
             write_json(Path(output_dir) / STREAM, self.train_dataset.position(row))
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Set a stream to its position in a checkpoint."""
+    def restore_stream(self, checkpoint: Path) -> None:
+        """Set a stream to the position that a checkpoint has."""
         if isinstance(self.train_dataset, TextStream):
             position = read_json_object(checkpoint / STREAM)
             self.train_dataset.go_to(position)
@@ -301,7 +294,7 @@ class LanguageModelTrainer(ZooTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As the Trainer's; a model adds the auxiliary loss in shares, which in a step of several forwards make one."""
+        """Compute the Trainer's loss and record the auxiliary part of it, which each forward pass of a step shares."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         targets = inputs["labels"][:, 1:]
         self._predicted += (targets != IGNORED).sum()
@@ -311,7 +304,7 @@ class LanguageModelTrainer(ZooTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add to a point of the curve what the Trainer does not know."""
+        """Add the values of this class to a point of the curve."""
         if "loss" in logs:
             measured = self._selection.take(partial(self.accelerator.reduce, reduction="mean"))
             last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
@@ -325,15 +318,15 @@ class LanguageModelTrainer(ZooTrainer):
         super().log(logs, start_time)
 
 
-class Watch(TrainerCallback):
-    """Adds the seconds of training so far to every point of the curve, and measures the held-out loss on the way.
+class CurveCallback(TrainerCallback):
+    """Adds the seconds of training to every point of the curve, and measures the held-out loss during training.
 
     Args:
-        evaluate: measures the held-out loss.
-        every: steps from one such measurement to the next; None: none. The last step has none.
+        evaluate: measures the held-out loss; None: it is not measured.
+        every: steps between two measurements; there is none at the last step.
     """
 
-    def __init__(self, evaluate: Callable[[str], dict[str, Any]], every: int | None) -> None:
+    def __init__(self, evaluate: Callable[[str], dict[str, Any]] | None = None, every: int | None = None) -> None:
         self._evaluate, self._every = evaluate, every
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -342,9 +335,9 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        if self._every is not None and step % self._every == 0 and step < state.max_steps:
+        if self._evaluate and self._every and step % self._every == 0 and step < state.max_steps:
             begun = time.monotonic()
-            # In the Trainer's history, which is saved with its checkpoints.
+            # The Trainer saves its history with every checkpoint.
             state.log_history.append({"step": step, "evaluation": self._evaluate(f"step {step}")})
             self._started += time.monotonic() - begun
 
@@ -358,14 +351,14 @@ class Watch(TrainerCallback):
 def train(
     run: TrainingRun[Any], evaluate_every: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train, from the last whole checkpoint if there is one.
+    """Train a language model, from the last complete checkpoint if there is one.
 
     Args:
         run: the run; its model is trained in place.
-        evaluate_every: steps from one held-out loss to the next on the way; None: none.
+        evaluate_every: steps between two held-out losses during training; None: there are none.
 
     Returns:
-        The points of the curve, and the held-out losses on the way, each with its "step".
+        The points of the curve, and the held-out losses during training, each with its "step".
 
     Raises:
         ValueError: if the loss is not finite.
@@ -381,12 +374,12 @@ def train(
         ),
         train_dataset=run.rows.train,
         data_collator=run.collator,
-        callbacks=[Watch(run.evaluate, evaluate_every)],
+        callbacks=[CurveCallback(run.evaluate, evaluate_every)],
     )
-    config.use_cache = use_cache  # the Trainer turns it off for good, and the model would be saved like that
+    config.use_cache = use_cache  # the Trainer turns it off, and the model would be saved that way
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.state.is_main_process)
     if found is not None:
-        trainer.go_on_from(found)
+        trainer.restore_stream(found)
     run.model, points = train_or_load(trainer, found, run.steps)
     run.model.config.use_cache = use_cache
     return curve_of(points), [
@@ -395,12 +388,12 @@ def train(
 
 
 def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: torch.device) -> dict[str, Any]:
-    """Arguments of transformers' `TrainingArguments` for a run of so many steps, with checkpoints in its folder."""
+    """Return the arguments of transformers' `TrainingArguments` for a run with its number of optimiser steps."""
     return {
         **loop_arguments(steps, output, device, settings.checkpoint_every, settings.report_to),
         "per_device_train_batch_size": settings.batch_size,
         **settings.optimisation(steps),
-        "bf16": compute_dtype(settings) == torch.bfloat16,
+        "bf16": compute_dtype(settings.dtype) == torch.bfloat16,
         **(gradient_checkpointing() if settings.gradient_checkpointing else {}),
         "seed": settings.seed,
         "data_seed": settings.seed,
@@ -410,14 +403,14 @@ def trainer_arguments(settings: RunSettings, steps: int, output: Path, device: t
 def loop_arguments(
     steps: int, output: Path, device: torch.device, checkpoint_every: int, report_to: Sequence[str]
 ) -> dict[str, Any]:
-    """Arguments of transformers' `TrainingArguments` that do not depend on what is trained.
+    """Return the arguments of transformers' `TrainingArguments` that all trainings share.
 
     Args:
         steps: optimiser steps of the whole training.
         output: folder of the run.
-        device: where it is trained.
-        checkpoint_every: steps from one checkpoint to the next.
-        report_to: trackers that are told of every point of the curve, as transformers calls them.
+        device: device of the training.
+        checkpoint_every: steps between two checkpoints.
+        report_to: trackers that receive the points of the curve, by transformers' names.
     """
     if "tensorboard" in report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
@@ -428,7 +421,7 @@ def loop_arguments(
         "logging_steps": every,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
-        # At a point of the curve, since the Trainer forgets the loss since the last one.
+        # Checkpoints are saved at points of the curve: the Trainer does not save the loss since the last point.
         "save_steps": math.ceil(checkpoint_every / every) * every,
         "report_to": list(report_to),
         "use_cpu": device.type == "cpu",
@@ -439,15 +432,15 @@ def loop_arguments(
 def train_or_load(
     trainer: ZooTrainer | CheckedTrainer, found: Path | None, steps: int
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """Train to a number of steps, from a checkpoint if there is one.
+    """Train for a number of steps, or load the result if a checkpoint already has it.
 
     Args:
-        trainer: made with :func:`loop_arguments`; its model is trained in place.
-        found: the last whole checkpoint.
-        steps: of the whole training.
+        trainer: trainer made with :func:`loop_arguments`; its model is trained in place.
+        found: the last complete checkpoint, or None.
+        steps: optimiser steps of the whole training.
 
     Returns:
-        The trained model, all of it in every process, and the Trainer's history.
+        The trained model, whole in every process, and the Trainer's history.
 
     Raises:
         ValueError: if the loss, the gradient or the trained weights are not finite.
@@ -457,7 +450,7 @@ def train_or_load(
     if found is None or steps_done(found) < steps:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
         history = trainer.state.log_history
-    else:  # the Trainer would do one step more
+    else:  # the Trainer would do one more step
         history = read_json_or_none(found / _STATE)["log_history"]
     model = trainer.whole_model()
     check_finite(model, f"{trainer.stage_name}the trained model", "Lower learning_rate.")
@@ -465,12 +458,12 @@ def train_or_load(
 
 
 def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points of the curve in the Trainer's history."""
+    """Return the points of the curve in the Trainer's history."""
     return [{key: point[key] for key in _POINT if key in point} for point in history if "loss" in point]
 
 
 def gradient_checkpointing() -> dict[str, Any]:
-    """The Trainer's arguments that turn it on: transformers 5.23 gave them another name and warns of the old one."""
+    """Return the Trainer's arguments for gradient checkpointing, which transformers 5.23 renamed."""
     new = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -296,7 +296,7 @@ def test_unfinished_run_has_no_student(ssm_zoo: Callable[..., Result], tmp_path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for command in (["card"], ["push", REPO], ["export", "out"], ["generate", "abc"]):
-        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "give the folder of a finished distillation")
+        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "Give the folder of a finished distillation")
 
 
 @pytest.fixture

@@ -124,13 +124,13 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
         pytest.param(
             ["--method", "full", "--rank", "3"], "`rank` has no effect with method 'full', .*, got 3", id="full"
         ),
-        pytest.param(["--method", "full", "--merge"], "merge: got True; accepted: False", id="merge-full"),
+        pytest.param(["--method", "full", "--merge"], "`merge` must be False with method 'full'", id="merge-full"),
         pytest.param(["--train", "nope.txt"], "train: there is no file 'nope.txt'", id="text"),
         pytest.param(["--private"], "--private has no effect without --push-to-hub", id="private"),
         pytest.param(["--push-to-hub", "me/model", "--merge"], "there is no Hugging Face token", id="token"),
         pytest.param(["--push-to-hub", "a b", "--merge"], "Repo id must use alphanumeric", id="repository"),
         pytest.param(["--revision", "v1"], "`revision` must be left out for the folder zoo, got 'v1'", id="revision"),
-        pytest.param(["--load-in-4bit"], "load_in_4bit: needs", id="4-bit"),
+        pytest.param(["--load-in-4bit"], "`load_in_4bit` needs", id="4-bit"),
     ],
 )
 def test_a_mistake_ends_in_one_line(

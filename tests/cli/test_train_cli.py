@@ -135,8 +135,12 @@ def test_a_warmup_is_steps_or_a_share(ssm_zoo: Callable[..., Result], tmp_path: 
             "`batch_size` must be at least 1, got 0; `seed` must be at least 0, got -1",
             id="two",
         ),
-        pytest.param(["--set", "states=3"], "config: zoo_mamba2 has no key 'states'; accepted: .*state_size", id="key"),
-        pytest.param(["--set", "vocab_size=8"], "config: vocab_size: got 8; accepted: 256 or more", id="vocabulary"),
+        pytest.param(
+            ["--set", "states=3"], "config: zoo_mamba2 has no key 'states'. Did you mean .*state_size", id="key"
+        ),
+        pytest.param(
+            ["--set", "vocab_size=8"], "config: `vocab_size` must be at least 256, .*, got 8", id="vocabulary"
+        ),
         pytest.param(
             ["--train-tokenizer", "300"], "`tokenizer` or .* and not both, got 'bytes' and 300", id="tokenizers"
         ),

@@ -12,17 +12,22 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import torch
+from tqdm.std import tqdm
 
 from ssm_zoo.distill import run
 from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.recipe import Recipe, load_recipe
 from ssm_zoo.distill.teacher import load_teacher
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would block the others.
+tqdm.set_lock(threading.RLock())
 
 START, TRAINING, RESULTS = (function.__code__ for function in (run._prepare, Distiller.compute_loss, run._report))
 

@@ -71,10 +71,10 @@ def test_documents_are_cut_at_the_last_position_and_may_be_rows_of_a_tensor() ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": 12}, "positions: got 12, but the longest of the 6 documents has 11 tokens; accepted: at most"),
-        ({"positions": 0}, "positions and batch_size must be at least 1, got 0 and 4"),
-        ({"positions": 3, "batch_size": 0}, "positions and batch_size must be at least 1, got 3 and 0"),
-        ({"positions": 3, "documents": []}, "the longest of the 0 documents has 0 tokens"),
+        ({"positions": 12}, "at least `positions` = 12 tokens, but the longest of 6 has 11"),
+        ({"positions": 0}, "`positions` and `batch_size` must be at least 1, got 0 and 4"),
+        ({"positions": 3, "batch_size": 0}, "`positions` and `batch_size` must be at least 1, got 3 and 0"),
+        ({"positions": 3, "documents": []}, "the longest of 0 has 0"),
     ],
 )
 def test_a_wrong_argument_is_refused(options: dict[str, Any], message: str) -> None:

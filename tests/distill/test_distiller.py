@@ -86,11 +86,11 @@ def test_clipping_is_torchs() -> None:
     [
         pytest.param(
             {"ACCELERATE_USE_DEEPSPEED": "true"},
-            r"stages\.0\.objective: got 'matrix_orientation', which clips each layer's .* DeepSpeed cannot",
+            r"`stages.0.objective` must be 'logit_distillation' under DeepSpeed, .*, got 'matrix_orientation'",
             id="DeepSpeed",
         ),
-        pytest.param({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: got 1; accepted: 2", id="FSDP"),
-        pytest.param({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: got 1", id="FSDP 1"),
+        pytest.param({"ACCELERATE_USE_FSDP": "true"}, "`fsdp_version` must be 2, got 1", id="FSDP"),
+        pytest.param({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp_version` must be 2", id="FSDP 1"),
     ],
 )
 def test_what_cannot_share_out_the_weights_is_refused_before_anything_is_written(

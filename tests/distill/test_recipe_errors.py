@@ -317,15 +317,20 @@ def test_a_name_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "num_layers", "message"),
     [
-        pytest.param([0, 3], 3, r"got \[0, 3\], but the last of 3 layers is number 2", id="out-of-range"),
+        pytest.param([0, 3], 3, r"`layers` must be from 0 to 2, got \[0, 3\]", id="out-of-range"),
         pytest.param([-1], 3, r"^`layers` must be a list of distinct .*, got \[-1\]$", id="negative"),
         pytest.param([1, 1], 3, r"^`layers` must be a list of distinct .*, got \[1, 1\]$", id="twice"),
         pytest.param([], 3, r"^`layers` must be a list of distinct .*, got \[\]$", id="empty-list"),
         pytest.param([True], 3, r"^`layers` must be a list of distinct .*, got \[True\]$", id="bool"),
         pytest.param([1.0], 3, r"^`layers` must be a list of distinct .*, got \[1.0\]$", id="float"),
-        pytest.param("odd", 1, "'odd' selects no layer of 1", id="none-odd"),
-        pytest.param("every:4", 3, "'every:4' selects no layer of 3", id="none-every"),
-        pytest.param("interleave:0.1", 3, "'interleave:0.1' selects no layer of 3", id="none-interleaved"),
+        pytest.param("odd", 1, "`layers` must select at least one of 1 layers, got 'odd'", id="none-odd"),
+        pytest.param("every:4", 3, "`layers` must select at least one of 3 layers, got 'every:4'", id="none-every"),
+        pytest.param(
+            "interleave:0.1",
+            3,
+            "`layers` must select at least one of 3 layers, got 'interleave:0.1'",
+            id="none-interleaved",
+        ),
         pytest.param("interleave:0", 3, "^`layers` must be a list of distinct .*, got 'interleave:0'$", id="share-0"),
         pytest.param(
             "interleave:1.5", 3, "^`layers` must be a list of distinct .*, got 'interleave:1.5'$", id="share-above-1"
@@ -337,7 +342,7 @@ def test_a_name_that_is_neither_file_nor_preset(tmp_path: Path) -> None:
         pytest.param("every:-2", 3, "^`layers` must be a list of distinct .*, got 'every:-2'$", id="every-negative"),
         pytest.param("every:²", 3, "^`layers` must be a list of distinct .*, got 'every:²'$", id="every-superscript"),
         pytest.param("thirds", 3, "^`layers` must be a list of distinct .*, got 'thirds'$", id="unknown"),
-        pytest.param("all", 0, "'all' selects no layer of 0", id="no-layers"),
+        pytest.param("all", 0, "`layers` must select at least one of 0 layers, got 'all'", id="no-layers"),
     ],
 )
 def test_resolve_layers_refuses(spec: Any, num_layers: int, message: str) -> None:

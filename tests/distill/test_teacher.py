@@ -88,8 +88,8 @@ def assert_rebuilt(model, records, rows=None, **options):
         hidden = record["hidden"]
         rows = torch.ones(hidden.shape[:2], dtype=torch.bool) if rows is None else rows
         matrix = adapter.attention_matrix(layer, hidden, **options)
-        heads = adapter.head_outputs(layer, hidden, **options)
-        output = adapter.attention_output(layer, hidden, **options)
+        heads = adapter.attention(layer).head_outputs(hidden, **options)
+        output = adapter.attention(layer).attention_output(hidden, **options)
         assert heads.shape == (*hidden.shape[:2], 4, adapter.zoo_config.head_dim)
         close = {"rtol": 1e-5, "atol": 1e-5}
         torch.testing.assert_close(matrix.transpose(1, 2)[rows], record["matrix"].transpose(1, 2)[rows], **close)

@@ -51,8 +51,9 @@ def test_the_table_of_evaluations_holds_the_numbers_of_the_report(tmp_path: Path
                 f"{part['kl']:.4f}",
                 f"{part['top1_agreement']:.1%}",
             ]
-        assert cells[6] == f"{part['trained_tokens']:,}"
-    assert [cells[7] for cells in rows] == ["0", "0", "0", "120", "371", "682"]  # 120.5, + 250.25, + 310.75
+        assert cells[6] == ("—" if part["kind"] == "zeroed" else f"{part['repeat_loss']:.4f}")
+        assert cells[7] == f"{part['trained_tokens']:,}"
+    assert [cells[8] for cells in rows] == ["0", "0", "0", "120", "371", "682"]  # 120.5, + 250.25, + 310.75
 
 
 def test_rows_for_programs_are_not_rounded():
@@ -304,7 +305,7 @@ def test_texts_from_outside_stay_texts(tmp_path: Path):
     ]
     assert "\x1b" not in text
     # No name adds a column or ends a row.
-    assert [len(cells) for cells in table_after(text, "Evaluations")] == [8] * 6
+    assert [len(cells) for cells in table_after(text, "Evaluations")] == [9] * 6
     assert [len(cells) for cells in table_after(text, "What was done")] == [3, 3, 3]
     fences = [token.content for token in MarkdownIt().parse(text) if token.type == "fence"]
     assert HOSTILE.replace("\x1b", "\N{REPLACEMENT CHARACTER}") + "\n" in fences
@@ -372,8 +373,8 @@ def test_the_table_fits_a_terminal_and_names_are_no_styles():
         "+0.3259",
         "0.1012",
         "81.2%",
+        "0.9304",
         "204,800",
-        "682",
     ]
     assert "[red]end did not improve on the one before" in text.replace("\n", " ")
     assert "Recovered fraction (L0 - LS) / (L0 - LT) = 93.5%" in " ".join(text.split())

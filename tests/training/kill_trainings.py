@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ from typing import Any
 import torch
 from kill_savers import CALLS, die, fork, survives
 from tiny_trainings import TRAININGS, Training, weights
+from tqdm.std import tqdm
 
 from ssm_zoo.harness.checkpoint_manifest import damage
 from ssm_zoo.training.checkpoints import CheckedTrainer, steps_done
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would block the others.
+tqdm.set_lock(threading.RLock())
 
 RUN = Path("run")
 CHECKPOINTS = RUN / "checkpoints"
@@ -123,7 +128,7 @@ def kill(training: Training, before: Path) -> list[tuple[int, int]]:
         """Check that the run goes on to what it would have been, and leaves nothing besides."""
         here = newest()
         lived, said = start(training)
-        assert lived and f"going on from checkpoint-{here}: step {here}" in said, said
+        assert lived and f"resuming from checkpoint-{here}: step {here}" in said, said
         ours, theirs = weights("run", training), weights("whole", training)
         assert ours.keys() == theirs.keys() != set()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -140,7 +145,7 @@ def kill(training: Training, before: Path) -> list[tuple[int, int]]:
     for death in (die_in_the_optimiser, *deaths):
         here = newest()
         lived, said = start(training, death)
-        assert not lived and f"going on from checkpoint-{here}: step {here}" in said, said
+        assert not lived and f"resuming from checkpoint-{here}: step {here}" in said, said
         found.append((here, newest()))
         if newest() != here:
             end()

@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     # Going on from there writes over the damaged one, and what is kept is whole.
     again = save(tmp_path, 2, content=3.0)
     assert newest(tmp_path) == again and load_file(again / FILE)["w"].tolist() == [3.0] * 8
-    assert capsys.readouterr().out == "going on from checkpoint-2: step 2\n"
+    assert capsys.readouterr().out == "resuming from checkpoint-2: step 2\n"
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
     damage(first)
     damage(again)
@@ -220,7 +220,7 @@ def test_there_may_be_none(tmp_path: Path) -> None:
 
 def test_an_earlier_step_than_what_is_there_is_refused(tmp_path: Path) -> None:
     later = save(tmp_path, 1, 5)
-    with pytest.raises(ValueError, match=r"checkpoint-0-9 is to be saved, but .*checkpoint-1-5 is newer"):
+    with pytest.raises(ValueError, match=r"Cannot save checkpoint-0-9: .*checkpoint-1-5 is newer"):
         save(tmp_path, 0, 9)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-1-5"]
     flip_a_bit(later)
@@ -230,9 +230,9 @@ def test_an_earlier_step_than_what_is_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model", "checkpoint", "checkpoint-", "checkpoint-1.5", "checkpoint-1-x"])
 def test_a_name_that_says_no_order_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"name: got '{name}'; accepted: 'checkpoint-' and numbers"):
+    with pytest.raises(ValueError, match=rf"`name` must be 'checkpoint-' and numbers .*, got '{name}'"):
         save_checkpoint(tmp_path / "run", name, lambda folder: None)
-    with pytest.raises(ValueError, match="keep: got 0; accepted: 1 or more"):
+    with pytest.raises(ValueError, match="`keep` must be at least 1, got 0"):
         save(tmp_path / "run", 1, keep=0)
     assert not (tmp_path / "run").exists()
 

@@ -204,23 +204,30 @@ def test_a_local_file_is_read_without_the_network(folder: Path, monkeypatch: pyt
 
 MISTAKES: list[Any] = [
     pytest.param("messages", {"text": "a"}, "`messages` is missing; the row has 'text'", id="no-messages"),
-    pytest.param("messages", {"messages": "a"}, "`messages` must be a list of messages .*, got 'a'", id="no-list"),
-    pytest.param("messages", {"messages": []}, r"`messages` must be a list of messages .*, got \[\]", id="empty"),
+    pytest.param(
+        "messages", {"messages": "a"}, "`messages` must be a non-empty list of messages, got 'a'", id="no-list"
+    ),
+    pytest.param(
+        "messages", {"messages": []}, r"`messages` must be a non-empty list of messages, got \[\]", id="empty"
+    ),
     pytest.param("messages", {"messages": ["a"]}, "`messages.0` must be an object, got 'a'", id="no-object"),
     pytest.param("messages", {"messages": [{"role": "user"}]}, "`messages.0.content` is missing", id="no-content"),
     pytest.param(
         "messages", {"messages": [{"role": "user", "content": 5}]}, "`messages.0.content` must be a text, got 5", id="5"
     ),
     pytest.param(
-        "messages", {"messages": turns("a")}, "`messages` must hold a message of the role 'assistant'", id="no-answer"
+        "messages", {"messages": turns("a")}, "`messages` must have a message of the role 'assistant'", id="no-answer"
     ),
     pytest.param("prompt_completion", {"prompt": "a"}, "`completion` is missing; the row has 'prompt'", id="half"),
     pytest.param("prompt_completion", {"prompt": 1, "completion": "a"}, "`prompt` must be a text, got 1", id="number"),
     pytest.param(
-        "prompt_completion", {"prompt": "a", "completion": ""}, "`completion` must be .* not empty", id="nothing"
+        "prompt_completion", {"prompt": "a", "completion": ""}, "`completion` must not be empty", id="nothing"
     ),
     pytest.param(
-        "prompt_completion", {"prompt": turns("a"), "completion": "b"}, "`completion` must be a list", id="mixed"
+        "prompt_completion",
+        {"prompt": turns("a"), "completion": "b"},
+        "`completion` must be a non-empty list",
+        id="mixed",
     ),
 ]
 RIGHT = {"messages": ROWS[0], "prompt_completion": {"prompt": "a", "completion": "b"}}
@@ -245,8 +252,8 @@ def test_a_mistake_is_named_with_its_file_row_and_field(
 def test_what_a_tokenizer_or_its_template_cannot_do_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = examples(tmp_path, "messages", ROWS[0])
     for template, message in (
-        (None, "model: its tokenizer has no chat template, which train: '.*', line 1 needs"),
-        (FORGETFUL, "line 1: `messages.1`: the tokenizer's chat template writes a message differently"),
+        (None, "model: the tokenizer has no chat template, which train: '.*', line 1 needs"),
+        (FORGETFUL, "line 1: `messages.1`: the tokenizer's chat template renders a message differently"),
         ("{{ raise_exception('no') }}", "line 1: the tokenizer's chat template does not accept the messages: no"),
     ):
         tokenizer.chat_template = template
@@ -255,13 +262,15 @@ def test_what_a_tokenizer_or_its_template_cannot_do_is_said(tmp_path: Path, toke
 
 
 def test_sources_and_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train: got 'a\.txt' for 'messages'; accepted: a \.jsonl or \.parquet file"):
+    with pytest.raises(
+        ValueError, match=r"`train` must be a \.jsonl or \.parquet file, .* with examples 'messages', got 'a\.txt'"
+    ):
         read_examples(["a.txt"], "train", "messages")
     (tmp_path / "bad.parquet").write_bytes(b"nothing of the sort")
     with pytest.raises(ValueError, match=r"train: '.*bad\.parquet' cannot be read as parquet"):
         read_examples([str(tmp_path / "bad.parquet")], "train", "messages")
     (tmp_path / "latin.jsonl").write_bytes(b'\xef\xbb\xbf{"messages": 1}\n' + '"caf\u00e9"\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.jsonl', line 1: `messages` must be a list"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl', line 1: `messages` must be a non-empty list"):
         read_examples([str(tmp_path / "latin.jsonl")], "train", "messages")
     with pytest.raises(ValueError, match=r"train: '.*latin\.jsonl' is not UTF-8 text \(byte 23: "):
         list(read_json_lines_of(tmp_path / "latin.jsonl", "train"))

@@ -261,13 +261,15 @@ def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path
     assert runs[3.0]["grad_norm"] != pytest.approx(runs[0.0]["grad_norm"], rel=1e-4)
     assert runs[3.0]["aux_loss"] > 0 and len(runs[3.0]["selection_rate"]) == 2
     values = embedder_values(folder, method="full", mini_batch_size=2) | {"model": str(tmp_path / "model-3.0")}
-    with pytest.raises(ValueError, match="mini_batch_size: got 2; accepted with a model that chooses tokens: none"):
+    with pytest.raises(
+        ValueError, match=r"`mini_batch_size` must be left out for a model with selective attention, .*, got 2"
+    ):
         finetune_embedder(parse_embedder_settings(values), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+. Lower learning_rate"):
         finetune_embedder(parse_embedder_settings(embedder_values(folder, learning_rate=1e30)), tmp_path / "run")
     assert not (tmp_path / "run" / "report.json").exists()
 
@@ -419,18 +421,18 @@ MISTAKES = [
     pytest.param({"text_field": "x"}, "^`text_field` is unknown", id="unknown"),
     pytest.param({"anchor": "query"}, "train.jsonl', line 1 has no column 'query'; it has 'anchor', 'pos", id="column"),
     pytest.param({"heldout": ["nope.csv"]}, "heldout: there is no file 'nope.csv'", id="no-file"),
-    pytest.param(
-        {"batch_size": 31}, "batch_size: got 31 in 1 processes with 30 pairs .*; accepted: at most 30", id="few"
-    ),
-    pytest.param({"train": ["same.jsonl"]}, "batch_size: got 5, but the texts of train repeat so often", id="repeated"),
-    pytest.param({"heldout": ["one.jsonl"]}, "heldout: some anchor belongs to every text there is", id="one-held-out"),
+    pytest.param({"batch_size": 31}, "`batch_size` must be at most 30 for 30 pairs in 1 processes, got 31", id="few"),
+    pytest.param({"train": ["same.jsonl"]}, "`batch_size` must be smaller, got 5: the texts of `train`", id="repeated"),
+    pytest.param({"heldout": ["one.jsonl"]}, "`heldout` must have, for every anchor, a text that", id="one-held-out"),
     pytest.param(
         {"heldout": ["digits.jsonl", "one.jsonl"]}, "heldout: .* has no token for the text 'é'", id="no-token"
     ),
-    pytest.param({"model": "llama"}, "model_type 'llama'; accepted: one of the zoo", id="llama"),
+    pytest.param(
+        {"model": "llama"}, "`model` must be a model of the zoo, got .*llama of model_type 'llama'", id="llama"
+    ),
     pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: norm_f.weight", id="weight-missing"),
-    pytest.param({"model": "small"}, r"model: its tokenizer gave the id \d+, but its vocab_size is 5", id="vocabulary"),
-    pytest.param({"target_modules": ["nope"]}, "target_modules: got 'nope'; accepted: down_proj, ", id="target"),
+    pytest.param({"model": "small"}, r"model: .* below the model's vocab_size, 5, got \d+", id="vocabulary"),
+    pytest.param({"target_modules": ["nope"]}, "`target_modules` must be among down_proj, .*, got 'nope'", id="target"),
     pytest.param({"revision": "v1"}, "`revision` must be left out for the folder .*all-four, got 'v1'", id="revision"),
 ]
 

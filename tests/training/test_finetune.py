@@ -222,7 +222,7 @@ def test_weight_decay_is_of_projections_mixing_weights_and_embeddings_alone(name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+; lower learning_rate"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+. Lower learning_rate"):
         finetune_language_model(parse_settings(values(folder, learning_rate=1e30)), tmp_path / "run")
     assert not (tmp_path / "run" / "report.json").exists()
 
@@ -267,7 +267,7 @@ def test_documents_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_documents([source], "train", text_field="body") == ["one", "two"]
     with pytest.raises(ValueError, match=r"train: 'datasets:.*', row 1: `id` must be a text, got 1"):
         read_documents([source], "train", text_field="id")
-    with pytest.raises(ValueError, match=r"heldout: got 'datasets:x'; accepted: 'datasets:PATH,SPLIT'"):
+    with pytest.raises(ValueError, match=r"`heldout` must be 'datasets:PATH,SPLIT' .*, got 'datasets:x'"):
         read_documents(["datasets:x"], "heldout")
 
 
@@ -294,18 +294,24 @@ MISTAKES: list[Any] = [
     pytest.param({"method": "full"}, "^`rank` has no effect with method 'full', .*, got 4$", id="full-rank"),
     pytest.param({"ranks": 4}, "^`ranks` is unknown .*; did you mean 'rank'", id="unknown"),
     pytest.param({"rank": 0, "seed": -1}, r"^`rank` must be [^\n]*, got 0\n`seed` must be [^\n]*, got -1$", id="two"),
-    pytest.param({"target_modules": ["nope"]}, "target_modules: got 'nope'; accepted: down_proj, ", id="target"),
-    pytest.param({"target_modules": ["conv1d"]}, "target_modules: got 'conv1d'; accepted: ", id="convolution"),
+    pytest.param({"target_modules": ["nope"]}, "`target_modules` must be among down_proj, .*, got 'nope'", id="target"),
+    pytest.param({"target_modules": ["conv1d"]}, "`target_modules` must be among .*, got 'conv1d'", id="convolution"),
     pytest.param({"train": ["nope.txt"]}, "train: there is no file 'nope.txt'", id="missing-file"),
-    pytest.param({"train": ["nope.csv"]}, "train: got 'nope.csv'; accepted: a .txt, .jsonl or .parquet file", id="csv"),
+    pytest.param(
+        {"train": ["nope.csv"]}, "`train` must be a .txt, .jsonl or .parquet file, .*, got 'nope.csv'", id="csv"
+    ),
     pytest.param({"heldout": ["bad.jsonl"]}, "heldout: 'bad.jsonl', line 2: `text` is missing", id="jsonl"),
     pytest.param({"heldout": ["torn.jsonl"]}, "heldout: 'torn.jsonl', line 1 must be JSON: ", id="not-json"),
     pytest.param({"heldout": ["latin.txt"]}, r"heldout: 'latin.txt' is not UTF-8 text \(byte 3", id="latin"),
-    pytest.param({"heldout": ["empty.txt"]}, "heldout: 'empty.txt' holds no text", id="empty"),
-    pytest.param({"model": "llama"}, "model_type 'llama'; accepted: a causal language model of the zoo", id="llama"),
+    pytest.param({"heldout": ["empty.txt"]}, "heldout: 'empty.txt' has no text", id="empty"),
+    pytest.param(
+        {"model": "llama"},
+        "`model` must be a causal language model of the zoo, got .*llama of model_type 'llama'",
+        id="llama",
+    ),
     pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: backbone.norm_f", id="weight-missing"),
-    pytest.param({"model": "small"}, r"model: its tokenizer gave the id \d+, but its vocab_size is 28", id="tokenizer"),
-    pytest.param({"load_in_4bit": True}, "load_in_4bit: needs", id="4-bit"),
+    pytest.param({"model": "small"}, r"model: .* below the model's vocab_size, 28, got \d+", id="tokenizer"),
+    pytest.param({"load_in_4bit": True}, "`load_in_4bit` needs", id="4-bit"),
 ]
 
 
@@ -341,7 +347,7 @@ def test_a_mistake_is_named_and_nothing_is_written(
 
 def test_merging_needs_an_adapter(folder: Path, tmp_path: Path) -> None:
     settings = {key: value for key, value in values(folder, method="full").items() if key not in ("rank", "dropout")}
-    with pytest.raises(ValueError, match="merge: got True; accepted: False with method 'full'"):
+    with pytest.raises(ValueError, match="`merge` must be False with method 'full'"):
         finetune_language_model(parse_settings(settings), tmp_path / "run", merge=True)
     assert not (tmp_path / "run").exists()
 
@@ -349,5 +355,5 @@ def test_merging_needs_an_adapter(folder: Path, tmp_path: Path) -> None:
 def test_an_adapter_on_a_tied_head_is_refused(folder: Path, tmp_path: Path) -> None:
     """Merged, it would change the embeddings too."""
     changed = values(folder, model=str(folder / "mamba2"), target_modules=["lm_head"])
-    with pytest.raises(ValueError, match="target_modules: got 'lm_head', whose weight is the embeddings' too"):
+    with pytest.raises(ValueError, match="`target_modules` must not name 'lm_head', whose weight is tied"):
         finetune_language_model(parse_settings(changed), tmp_path / "run")

@@ -107,7 +107,7 @@ def test_a_dead_adapter_is_found_by_name(wrapper: type[nn.Module]) -> None:
     assert not any(entry["gradients"].values())
     printed = io.StringIO()
     print_coverage(coverage, Console(file=printed, width=120))
-    assert f"dead adapter: {dead} gets no gradient" in printed.getvalue()
+    assert f"dead adapter: {dead} receives no gradient" in printed.getvalue()
 
 
 def test_layers_without_an_adapter_are_named() -> None:

@@ -61,7 +61,7 @@ def test_bins_are_those_of_first_fit_decreasing(number: int) -> None:
 
 @pytest.mark.parametrize("lengths", [[3, 21], [-1, 3]])
 def test_an_item_must_fit_into_a_bin(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"lengths: got -?\d+ to \d+; accepted: 0 to 20"):
+    with pytest.raises(ValueError, match=r"`lengths` must be from 0 to 20, got -?\d+ to \d+"):
         first_fit_decreasing(lengths, 20)
 
 
@@ -143,11 +143,11 @@ def test_documents_are_packed_ahead(packing: bool) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PackingCollator(1), "budget: got 1; accepted: 2 or more"),
-        (lambda: PackedDocuments(documents(), 0), "budget: got 0; accepted: 2 or more"),
-        (lambda: PackedDocuments(documents([1, 1]), 8), "documents: got 2, none of two tokens or more"),
-        (lambda: PackingCollator()([{"input_ids": []}]), "items: got 1 without a token"),
-        (lambda: PackingCollator()([{"input_ids": [1, 2], "labels": [1]}]), r"labels: got shape \(1,\) for ids"),
+        (lambda: PackingCollator(1), "`budget` must be at least 2 .*, got 1"),
+        (lambda: PackedDocuments(documents(), 0), "`budget` must be at least 2 .*, got 0"),
+        (lambda: PackedDocuments(documents([1, 1]), 8), "must have two tokens or more, got 2 shorter"),
+        (lambda: PackingCollator()([{"input_ids": []}]), "`items` must have at least one token, got 1 items"),
+        (lambda: PackingCollator()([{"input_ids": [1, 2], "labels": [1]}]), r"`labels` must have .*, got \(1,\) for"),
     ],
     ids=["collator", "documents", "nothing-to-predict", "no-token", "labels"],
 )

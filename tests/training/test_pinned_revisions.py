@@ -109,7 +109,7 @@ def test_a_run_goes_on_with_its_commit_after_the_branch_has_moved(
     assert first != second
     refused = " ".join(found[name]["refused"].split())
     assert f"was started from commit {first} of tester/{source}, got {second}" in refused
-    assert "going on from checkpoint-" in found[name]["said"]
+    assert "resuming from checkpoint-" in found[name]["said"]
     report = found[name]["report"]
     base = report["base"] if "base" in report else report.get("teacher", {})
     assert base.get("revision", first) == first

@@ -1,4 +1,4 @@
-"""Weights shared out over two processes train as one process does, and either goes on where the other stopped."""
+"""Weights sharded over two processes train as one process does, and either goes on where the other stopped."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def launch(folder: Path, jobs: list[str]) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("the weights are shared out over 2 processes by FSDP2") >= 12
+    assert done.stdout.count("the weights are sharded over 2 processes by FSDP2") >= 12
 
 
 def curves(report: dict[str, Any]) -> list[list[dict[str, Any]]]:

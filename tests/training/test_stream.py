@@ -204,7 +204,7 @@ def test_processes_share_a_stream(folder: Path, tmp_path: Path, monkeypatch: pyt
     [
         (["a.txt@0.7", "b.jsonl"], {}, "^`train` must give a weight to every source or to none, got "),
         (["a.txt@0"], {}, "^`train` must give a weight above 0, got 'a.txt@0'$"),
-        (["a.txt@1"], {"steps": None}, "^`steps` must be given where the training text is a stream"),
+        (["a.txt@1"], {"steps": None}, "^`steps` must be given for a streamed training text"),
         (
             ["odd@2"],
             {},
@@ -223,13 +223,13 @@ def test_mixtures_that_are_unclear_are_refused(
 
 def test_what_a_stream_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
     given = {"config": "mamba2-130m", "train": ["a.txt@1"], "heldout": ["b.txt"], "steps": 5, "train_tokenizer": 300}
-    with pytest.raises(ValueError, match=r"^`train_tokenizer` has no effect where the training text is a stream"):
+    with pytest.raises(ValueError, match=r"^`train_tokenizer` cannot be used with a streamed training text"):
         parse_from_scratch(given)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     for name, message in (
         ("none.txt", "train: there is no file '.*none.txt'"),
-        ("empty.txt", "train: '.*empty.txt' holds no text"),
+        ("empty.txt", "train: '.*empty.txt' has no text"),
         ("bad.jsonl", r"train: '.*bad\.jsonl', line 1: `text` must be a text, got 1"),
     ):
         settings = parse_settings(values(folder, f"{tmp_path / name}@1", str(folder / "a.txt") + "@1"))

@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_passed_over_to_the_same_weights(
     DAMAGES[damage](checkpoints / "checkpoint-4", work.saved)
     work.start()
     said = capsys.readouterr().out
-    assert "checkpoint-4 is damaged" in said and "going on from checkpoint-2: step 2" in said
+    assert "checkpoint-4 is damaged" in said and "resuming from checkpoint-2: step 2" in said
     ours, theirs = weights("run", work), weights("whole", work)
     assert ours.keys() == theirs.keys() != set()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -97,7 +97,7 @@ def test_what_a_killed_save_left_goes_at_the_next_start(
     after = {path.name for path in tmp_path.iterdir()}
     assert after == ({f"checkpoint-{step}" for step in (4, 6, 8)} if main else before)
     said = capsys.readouterr().out
-    assert ("checkpoint-8 is damaged" in said and "going on from checkpoint-6: step 6" in said) == main
+    assert ("checkpoint-8 is damaged" in said and "resuming from checkpoint-6: step 6" in said) == main
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(
     """Also in the last step, after which no loss would tell."""
     shutil.rmtree("run")
     stop_in(step, monkeypatch, spoil_gradient)
-    with pytest.raises(ValueError, match=rf"the gradient norm is (inf|nan) at step {step}; lower learning_rate"):
+    with pytest.raises(ValueError, match=rf"the gradient norm is (inf|nan) at step {step}. Lower learning_rate"):
         work.start()
     assert not Path("run", "report.json").exists() and not Path("run", work.result).exists()
 
