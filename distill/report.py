@@ -133,9 +133,9 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         layers_table(report),
         stages_table(report) if report.stages else "",
         "## Evaluations",
-        "On the held-out text. *Mixers zeroed* is the student with the converted mixers' outputs set to zero: the floor. "
-        "*Window + sinks* is the control that costs nothing: the teacher, whose converted layers see only the last "
-        "tokens and the first four, in a cache of as many bytes as the student's. *Step 0* is the student before "
+        "On the held-out text. *Mixers zeroed* is the student with the converted mixers' outputs set to zero: the "
+        "floor. *Window + sinks* is the control that costs nothing: the teacher, whose converted layers see only the "
+        "last tokens and the first four, in a cache of as many bytes as the student's. *Step 0* is the student before "
         "training. *Repeat loss* is the loss on a passage that was read before, at a distance "
         f"{_distance(report)}. Tokens and seconds are those of training, over all stages so far.",
         evaluations_table(report),

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, empty_batch, without_autocast
-from .tracing import opaque, tracing
+from .tracing import host_reads, opaque, tracing
 
 
 class BoundedMemory(NamedTuple):
@@ -339,11 +339,6 @@ class _Plan:
             self._find_documents(seq_idx.long())
         self.start = torch.zeros_like(self.count)
         if state is not None:
-            if self.documents != batch or not torch.equal(self.last, rows):
-                raise ValueError(
-                    "seq_idx: a row that continues a memory must hold one document, got "
-                    f"{self.documents} documents in {batch} rows"
-                )
             near = state[:, self.capacity[0] : self.capacity[0] + window, -1]
             self.start = near.amax(1).long() + 1
         self.present = torch.arange(self.tokens.shape[1], device=device) < self.count[:, None]  # (R, T)
@@ -361,7 +356,10 @@ class _Plan:
         row, column = real.nonzero(as_tuple=True)
         token = row * length + column
         named = row * (seq_idx.max() + 2) + seq_idx[row, column]
-        if self.held:  # rows without new tokens have a memory to return
+        if self.held:  # a row is one document, and one without new tokens has a memory to return
+            lowest = seq_idx.masked_fill(~real, torch.iinfo(seq_idx.dtype).max).amin(1)
+            if host_reads(seq_idx) and bool((seq_idx.amax(1) > lowest).any()):
+                raise ValueError("seq_idx must hold one document in each row that continues a memory, got more")
             named = row
             self.documents = batch
             self.count = torch.bincount(row, minlength=batch)

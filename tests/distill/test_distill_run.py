@@ -23,10 +23,8 @@ from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.distill import run
 from ssm_zoo.distill.data import TokenWindows, tokenize
 from ssm_zoo.distill.distiller import schedule_factor
-from ssm_zoo.distill.recipe import StudentSpec, load_recipe, parse_recipe
+from ssm_zoo.distill.recipe import load_recipe, parse_recipe
 from ssm_zoo.distill.run import distill, read_report
-from ssm_zoo.distill.student import build_control, build_student, cache_bytes
-from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling import ZooHybridForCausalLM
 from ssm_zoo.reports.distillation_report import parse_report
@@ -330,34 +328,6 @@ def test_other_mixers_run_too(student: dict[str, Any], first: int, place: Path) 
     assert report["student"]["mixer_types"] == ["full_attention", student["mixer"]] * 2
     assert (place / student["mixer"] / "student" / "model.safetensors").is_file()
     assert student["mixer"] != "masked_mixing" or rows["step 0"]["loss"] < rows["mixers zeroed"]["loss"]
-
-
-def test_a_run_that_goes_on_keeps_the_division_of_its_slots(place: Path) -> None:
-    values = recipe_values(place)
-    values |= {"student": {"layers": "odd", **OTHERS[-1][0]}, "stages": STAGES[2:]}
-    folder = place / "slots"
-    first = distill(parse_recipe(values), folder)
-    config, student = (folder / "student" / name for name in ("config.json", "model.safetensors"))
-    slots, trained = json.loads(config.read_text())["bounded_attention"]["slots"], student.read_bytes()
-    heads = trained_teacher().config.num_key_value_heads
-    assert [len(numbers) for numbers in slots] == [0, heads, 0, heads]
-    assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * 2 * heads
-    assert len({number for numbers in slots for number in numbers}) > 1
-    shutil.rmtree(folder / "student")
-    assert measured(distill(parse_recipe(values), folder)) == measured(first)
-    assert json.loads(config.read_text())["bounded_attention"]["slots"] == slots
-    assert student.read_bytes() == trained
-
-
-def test_the_control_has_as_many_bytes_as_the_student(place: Path) -> None:
-    teacher = Teacher(trained_teacher())
-    spec = StudentSpec(mixer="discrete_mamba2", layers=[1])
-    student = build_student(teacher, spec, [1])
-    control = build_control(teacher, student, [1], 64)
-    row = 2 * 4 * int(teacher.zoo_config.num_key_value_heads) * int(teacher.zoo_config.head_dim)
-    spent, allowed = (cache_bytes(model, [1], 64) for model in (control, student))
-    scores = spent // row * 4 * int(teacher.zoo_config.num_key_value_heads)
-    assert allowed - row < spent - scores <= allowed
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place: Path) -> None:

@@ -197,7 +197,8 @@ def paths_of(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str |
 
 def test_every_missing_key_is_named_in_one_line():
     places = paths_of(example_report())
-    assert len(places) == 60
+    assert len(places) == 61
+    places = [place for place in places if place[-1] != "repeat_loss"]  # reports of before it was measured
     for place in places:
         report = example_report()
         parent: Any = report
@@ -378,3 +379,19 @@ def test_the_table_fits_a_terminal_and_names_are_no_styles():
     ]
     assert "[red]end did not improve on the one before" in text.replace("\n", " ")
     assert "Recovered fraction (L0 - LS) / (L0 - LT) = 93.5%" in " ".join(text.split())
+
+
+def test_reports_of_before_the_control_and_the_repeated_passage_are_read_and_newer_ones_show_both(tmp_path: Path):
+    report = example_report()
+    for part in report["evaluations"]:
+        del part["repeat_loss"]
+    write_report(tmp_path / "old", report)
+    assert {cells[6] for cells in table_after((tmp_path / "old" / "report.md").read_text(), "Evaluations")} == {"—"}
+
+    report = example_report()
+    control = {**report["evaluations"][2], "name": "window + sinks", "kind": "control", "kl": 0.125, "layers": []}
+    report["evaluations"].insert(2, control)
+    write_report(tmp_path / "new", report)
+    rows = table_after((tmp_path / "new" / "report.md").read_text(), "Evaluations")
+    assert [cells[0] for cells in rows[1:4]] == ["`mixers zeroed`", "`window + sinks`", "`step 0`"]
+    assert (rows[2][4], rows[2][6]) == ("0.1250", f"{control['repeat_loss']:.4f}")
