@@ -38,6 +38,7 @@ from .recipe_values import (
     Sources,
     Text,
     Warmup,
+    Whole,
     layers,
     whole_number,
 )
@@ -61,6 +62,11 @@ class StudentSpec(SettingsBase):
         normalize: divide by the row sums of the mixing matrix, as linear attention does; only for `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C; only for `discrete_mamba2`.
         sliding_window: number of tokens that a query sees, including its own; only for `sliding_attention`.
+        window: number of tokens in the window of a bounded memory; this and the next four only for `bounded_attention`.
+        sinks: number of first tokens that are always kept.
+        rows: keys and values that a key-value head keeps on average: window, sinks and slots.
+        slots: "equal" for all heads, or "calibrated" by what each head loses without them on training text.
+        chunk_size: number of tokens between two choices of what the slots hold.
         positions: N, number of positions that have weights, which no text may exceed. The weights start as the
             teacher's attention averaged over `calibration_tokens`. Only for `masked_mixing`.
         half_life: "calibrated" (fitted to the teacher's attention), or the shortest and longest half-life in tokens,
@@ -79,6 +85,11 @@ class StudentSpec(SettingsBase):
     normalize: bool = False
     rotary: bool = False
     sliding_window: Count = 256
+    window: Count = 32
+    sinks: Whole = 4
+    rows: Count = 96
+    slots: Literal["equal", "calibrated"] = "calibrated"
+    chunk_size: Count = 16
     positions: Count = 256
     half_life: HalfLife = "calibrated"
     calibration: Literal["none", "head_scale", "ridge"] = "none"
@@ -201,6 +212,7 @@ class EvaluationSpec(SettingsBase):
         tokens: number of held-out tokens, in whole windows.
         sequence_length: length of these windows, L.
         batch_size: sequences per forward pass.
+        repeat_distance: tokens between a passage of 96 tokens and its repetition; the loss there measures recall.
         prompts: texts that the student continues greedily, for the report.
         max_new_tokens: maximum length of these continuations.
     """
@@ -208,6 +220,7 @@ class EvaluationSpec(SettingsBase):
     tokens: Count = 16384
     sequence_length: Length = 256
     batch_size: Count = 4
+    repeat_distance: Count = 416
     prompts: list[str] = []
     max_new_tokens: Count = 32
 

@@ -97,6 +97,7 @@ Identifier = Annotated[str, accept("lower-case letters, digits and underscores",
 Sources = Annotated[str | list[str], accept("a path, 'builtin:NAME', or a list of them, not empty", _sources)]
 Seed = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
 Count = Annotated[int, accept("a whole number of 1 or more", whole_number(1))]
+Whole = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
 Length = Annotated[int, accept("a whole number of 2 or more (a token and its successor)", whole_number(2))]
 ConvKernel = Annotated[int, accept("a whole number from 2 to 8", whole_number(2, 8))]
 Positive = Annotated[float, accept("a number above 0", _number(0, above=True))]

@@ -91,7 +91,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     checked = parse_report(report)
     evaluations = Table(title=Text(f"{checked.teacher.source} to {checked.student.model_type}"), title_justify="left")
     evaluations.add_column("model")
-    for heading in ("loss", "gap", "KL", "top-1", "tokens", "seconds"):
+    for heading in ("loss", "gap", "KL", "top-1", "repeat", "tokens"):
         evaluations.add_column(heading, justify="right", no_wrap=True)
     for row in evaluation_rows(checked):
         cells = (
@@ -100,8 +100,8 @@ def print_table(report: dict[str, Any], console: Console) -> None:
             number(row.gap, sign=True),
             number(row.kl),
             percent(row.top1_agreement),
+            number(row.repeat_loss),
             count(row.trained_tokens),
-            seconds(row.trained_seconds),
         )
         # As Text, since a name may have square brackets, which rich would take for a style.
         evaluations.add_row(*map(Text, cells))
@@ -134,8 +134,10 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         stages_table(report) if report.stages else "",
         "## Evaluations",
         "On the held-out text. *Mixers zeroed* is the student with the converted mixers' outputs set to zero: the "
-        "floor. *Step 0* is the student before training. Tokens and seconds are those of training, over all stages so "
-        "far.",
+        "floor. *Window + sinks* is the control that costs nothing: the teacher, whose converted layers see only the "
+        "last tokens and the first four, in a cache of as many bytes as the student's. *Step 0* is the student before "
+        "training. *Repeat loss* is the loss on a passage that was read before, at a distance "
+        f"{_distance(report)}. Tokens and seconds are those of training, over all stages so far.",
         evaluations_table(report),
         images.get("heldout.png", ""),
         "## Did every stage help?",
@@ -200,6 +202,11 @@ def _when(name: str, kind: str) -> str:
 def _mean(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     return short(sum(known) / len(known)) if known else MISSING
+
+
+def _distance(report: Report) -> str:
+    distance = report.recipe.get("evaluation", {}).get("repeat_distance")
+    return "beyond the window" if distance is None else f"of {count(distance)} tokens"
 
 
 def _sources(sources: list[str]) -> str:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
-from ..evaluation.language_modeling import evaluate_language_model, generation_sample
+from ..evaluation.language_modeling import evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
@@ -45,7 +45,8 @@ from .fetch import teacher_commit
 from .objectives import LOSS_NAMES, layer_errors
 from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
 from .report import finite, write_report
-from .student import build_student, zeroed_mixers
+from .slots import LENGTH, WINDOWS, divide_slots
+from .student import build_control, build_student, set_slots, zeroed_mixers
 from .teacher import Teacher, load_teacher
 
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
@@ -60,6 +61,7 @@ class _Progress:
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    slots: list[list[int]] | None = None  # of a bounded memory, once they are divided
     peak_memory_bytes: int = 0
 
 
@@ -170,6 +172,8 @@ def _restore(run: _Run, found: Path) -> None:
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
     run.progress = _Progress(**saved["measured"])
+    if run.progress.slots is not None:
+        set_slots(run.student, run.progress.slots)
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
@@ -288,15 +292,33 @@ def _calibration_windows(run: _Run) -> Tensor:
 
 
 def _first_evaluations(run: _Run) -> None:
-    """Evaluate the teacher, the floor (the converted mixers' outputs set to zero) and the student before training."""
+    """Evaluate the teacher, the floor (zeroed mixers), the control that costs nothing, and the untrained student."""
     _evaluate(run, "teacher", "teacher", model=run.teacher.model)
     with zeroed_mixers(run.student, run.layers):
         _evaluate(run, "mixers zeroed", "zeroed")
+    _divide_slots(run)
+    control = build_control(run.teacher, run.student, run.layers, run.recipe.evaluation.sequence_length)
+    _evaluate(run, "window + sinks", "control", model=control)
+    del control
     with run.compute():
         windows = _calibration_windows(run)
         calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
     check_finite(run.student, "the calibrated student", "Choose dtype float32, or calibration: none.")
     _evaluate(run, "step 0", "start")
+
+
+def _divide_slots(run: _Run) -> None:
+    """Divide the slots of a bounded memory among the heads, where the recipe asks for it."""
+    spec = run.recipe.student
+    if spec.mixer != "bounded_attention" or spec.slots != "calibrated":
+        return
+    length = min(LENGTH, len(run.train))
+    count = min(WINDOWS, run.train.count(length))
+    windows = run.train.batch(0, count, length, run.recipe.seed + 1)
+    settings = run.student.config.settings_of("bounded_attention")
+    with run.compute():
+        run.progress.slots = divide_slots(run.teacher, run.layers, settings, spec.rows, windows, progress=run.main)
+    set_slots(run.student, run.progress.slots)
 
 
 def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = None) -> None:
@@ -320,6 +342,9 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     teacher = None if kind == "teacher" else run.teacher.model
     scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
     row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
+    row["repeat_loss"] = None
+    if kind != "zeroed" and not TOKEN_MIXERS[run.recipe.student.mixer].bounded:
+        row["repeat_loss"] = repeat_loss(model, run.heldout.windows(1)[:, 0], spec.repeat_distance)
     row["samples"] = []
     if kind != "zeroed" and spec.prompts:
         row["samples"] = generation_sample(model, run.teacher.tokenizer, spec.prompts, spec.max_new_tokens)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..conversion.formats.format import own_tensors
 from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
@@ -23,6 +24,8 @@ from ..modeling.token_mixers import TOKEN_MIXERS
 from .recipe import StudentSpec
 from .teacher import Teacher
 
+# First tokens that the control keeps, and tokens by which its window moves: the fewer, the more of it is in use.
+_SINKS, _CONTROL_CHUNK = 4, 4
 # Shortest and longest half-life with half_life "calibrated", before the calibration.
 _UNCALIBRATED = (4.0, 64.0)
 
@@ -68,6 +71,56 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
 def student_mixer(student: ZooHybridForCausalLM, layer: int) -> nn.Module:
     """Return the token mixer of a layer."""
     return student.backbone.layers[layer].get_submodule("mixer")
+
+
+def set_slots(student: ZooHybridForCausalLM, slots: list[list[int]]) -> None:
+    """Give the heads of a bounded memory their numbers of slots, see `BoundedAttentionSettings`."""
+    student.config.bounded_attention["slots"] = slots
+    settings = student.config.settings_of("bounded_attention")
+    settings.check(student.config)
+    for layer, numbers in enumerate(slots):
+        if numbers:
+            student_mixer(student, layer).settings = settings  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def build_control(
+    teacher: Teacher, student: ZooHybridForCausalLM, layers: Sequence[int], length: int
+) -> ZooHybridForCausalLM:
+    """Build the control arm of a student, which costs nothing: window and sinks in place of its mixers, untrained.
+
+    Args:
+        teacher: the teacher.
+        student: the student that it is compared with.
+        layers: converted layers.
+        length: tokens after which both caches have as many bytes in these layers, on average and rounded down.
+
+    Returns:
+        The teacher with attention to the last tokens and the first ones in `layers`.
+    """
+    config = teacher.zoo_config
+    row = 2 * int(config.num_key_value_heads or 0) * int(config.head_dim or 0) * torch.float32.itemsize
+    rows = max(cache_bytes(student, layers, length) // (row * len(layers)), 1)
+    sinks = min(_SINKS, rows - 1)
+    window = rows - sinks
+    spec = StudentSpec(
+        mixer="bounded_attention",
+        window=window,
+        sinks=sinks,
+        rows=rows,
+        slots="equal",
+        chunk_size=min(_CONTROL_CHUNK, window),
+    )
+    return build_student(teacher, spec, layers)
+
+
+@torch.no_grad()
+def cache_bytes(model: PreTrainedModel, layers: Sequence[int], length: int) -> int:
+    """Return the bytes of the cache of some layers after `length` tokens of one text, with 4 bytes a number."""
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    parts = [vars(cache.layers[layer]).values() for layer in layers]
+    floats = [value for part in parts for value in part if isinstance(value, Tensor) and value.is_floating_point()]
+    return sum(value.numel() for value in floats) * torch.float32.itemsize
 
 
 @contextmanager

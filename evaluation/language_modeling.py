@@ -17,13 +17,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .hidden_states import evaluating, head_input, head_of
 
-__all__ = ["evaluate_language_model", "generation_sample", "repeated_share"]
+__all__ = ["evaluate_language_model", "generation_sample", "repeat_loss", "repeated_share"]
 
 # Bound on the logits in memory at one time, the teacher's included. Full logits of SmolLM2 (V = 49,152) would take
 # several times 0.2 GB in float32 for every 1,024 tokens.
 LOGITS_BYTES = 64 * 2**20
 # In memory together: logits and log-probabilities of student and teacher, and a mask.
 LOGITS_COPIES = 5
+# Tokens of the passage that :func:`repeat_loss` repeats, and those of its repetition that are not scored.
+_PASSAGE, _CUE = 96, 8
 
 
 def evaluate_language_model(
@@ -92,6 +94,36 @@ def evaluate_language_model(
     if teacher is not None:
         names[2:2] = ["teacher_loss", "teacher_perplexity", "kl", "top1_agreement"]
     return {name: found[name] for name in names}
+
+
+def repeat_loss(model: PreTrainedModel, ids: Tensor, distance: int, *, texts: int = 3) -> float | None:
+    """Return the loss on a passage that the model has read before, which shows whether it recalls it.
+
+    A text is 96 tokens, the `distance` tokens that follow them, and the 96 tokens again. The first 8 of these only say
+    what is to be recalled; the loss is the mean over the other 88.
+
+    Args:
+        model: a causal language model.
+        ids: (tokens) int64 token ids.
+        distance: tokens between the passage and its repetition, positive.
+        texts: number of texts, spread evenly over `ids`.
+
+    Returns:
+        Nats per token, or None if `ids` has fewer than 96 + distance tokens.
+    """
+    length = _PASSAGE + distance
+    if len(ids) < length:
+        return None
+    starts = [index * (len(ids) - length) // max(texts - 1, 1) for index in range(texts)]
+    total = 0.0
+    with evaluating(model), torch.no_grad():
+        for start in starts:
+            text = ids[start : start + length]
+            text = torch.cat([text, text[:_PASSAGE]])[None].to(model.device)
+            states = head_input(model, input_ids=text)[:, -_PASSAGE + _CUE - 1 : -1]
+            logits = _logits(model, states.flatten(0, 1))
+            total += float(torch.nn.functional.cross_entropy(logits, text[0, -_PASSAGE + _CUE :]))
+    return total / texts
 
 
 def generation_sample(

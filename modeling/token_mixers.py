@@ -5,6 +5,7 @@ row here: an import line and an entry.
 """
 
 from .attention import FULL_ATTENTION, SLIDING_ATTENTION
+from .bounded_memory import BOUNDED_ATTENTION
 from .discrete_mamba2 import DISCRETE_MAMBA2
 from .masked_mixing import MASKED_MIXING
 from .mixer import TokenMixer
@@ -15,6 +16,7 @@ from .selective_attention import SELECTIVE_ATTENTION
 TOKEN_MIXERS: dict[str, TokenMixer] = {
     "full_attention": FULL_ATTENTION,
     "sliding_attention": SLIDING_ATTENTION,
+    "bounded_attention": BOUNDED_ATTENTION,
     "selective_attention": SELECTIVE_ATTENTION,
     "mamba": MAMBA,
     "discrete_mamba2": DISCRETE_MAMBA2,

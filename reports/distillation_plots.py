@@ -25,7 +25,7 @@ from .markdown import number, percent, short
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 _SERIES = (_ORANGE, _BLUE, _GREEN, "#D55E00", "#CC79A7", "#56B4E9")
-_BARS = {"zeroed": _GREY, "start": _ORANGE, "stage": _BLUE}
+_BARS = {"zeroed": _GREY, "control": _GREEN, "start": _ORANGE, "stage": _BLUE}
 _TITLE, _LABEL, _TICK = 12, 11, 10
 # Ratio of the largest to the smallest value from which an axis is logarithmic.
 _LOG_RATIO = 10.0

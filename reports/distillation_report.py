@@ -56,12 +56,14 @@ class Evaluation(_Part):
 
     Attributes:
         name: the stage's name after a stage.
-        kind: "teacher"; "zeroed", the student with its new mixers silenced; "start", the student before training; or
-            "stage", the student after a stage.
+        kind: "teacher"; "zeroed", the student with its new mixers silenced; "control", attention to a window and sinks
+            of as many bytes in their place, untrained (older reports have none); "start", the student before training;
+            or "stage", the student after a stage.
         loss: nats per token.
         perplexity: exponential of the loss.
         kl: mean of KL(teacher || student), nats per token.
         top1_agreement: share of tokens, in [0, 1], for which student and teacher have the same likeliest prediction.
+        repeat_loss: nats per token on a passage that stood `evaluation.repeat_distance` tokens before.
         tokens: number of scored predictions.
         trained_tokens: training tokens read until then, over all stages.
         seconds: duration of the evaluation.
@@ -70,11 +72,12 @@ class Evaluation(_Part):
     """
 
     name: str
-    kind: Literal["teacher", "zeroed", "start", "stage"]
+    kind: Literal["teacher", "zeroed", "control", "start", "stage"]
     loss: Measured
     perplexity: Measured
     kl: Measured
     top1_agreement: Measured
+    repeat_loss: Measured = None
     tokens: int
     trained_tokens: int
     seconds: float

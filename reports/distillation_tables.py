@@ -52,6 +52,7 @@ def evaluations_table(report: Report) -> str:
         "Perplexity",
         "KL (nats/token)",
         "Top-1 agreement",
+        "Repeat loss",
         "Tokens so far",
         "Seconds so far",
     )
@@ -63,6 +64,7 @@ def evaluations_table(report: Report) -> str:
             short(row.perplexity),
             number(row.kl),
             percent(row.top1_agreement),
+            number(row.repeat_loss),
             count(row.trained_tokens),
             seconds(row.trained_seconds),
         )

@@ -159,12 +159,13 @@ def test_the_report_tells_the_whole_run(finished: Path) -> None:
     assert [(row["name"], row["kind"]) for row in report["evaluations"]] == [
         ("teacher", "teacher"),
         ("mixers zeroed", "zeroed"),
+        ("window + sinks", "control"),
         ("step 0", "start"),
         ("matrices", "stage"),
         ("outputs", "stage"),
         ("logits", "stage"),
     ]
-    assert [row["trained_tokens"] for row in report["evaluations"]] == [0, 0, 0, 1024, 2304, 3840]
+    assert [row["trained_tokens"] for row in report["evaluations"]] == [0, 0, 0, 0, 1024, 2304, 3840]
     stages = load_recipe(finished / "recipe.yaml").stages
     for row, stage, steps in zip(report["stages"], stages, STEPS, strict=True):
         assert (row["name"], row["objective"], row["steps"]) == (stage.name, stage.objective, steps)
@@ -313,6 +314,7 @@ OTHERS: list[tuple[dict[str, Any], int]] = [
     ({"mixer": "mamba2", "half_life": [2, 32]}, 1),
     ({"mixer": "sliding_attention"}, 2),
     ({"mixer": "masked_mixing", "positions": 40, "calibration": "ridge"}, 0),
+    ({"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}, 2),
 ]
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from ssm_zoo.evaluation import language_modeling
-from ssm_zoo.evaluation.language_modeling import evaluate_language_model, generation_sample, repeated_share
+from ssm_zoo.evaluation.language_modeling import evaluate_language_model, generation_sample, repeat_loss, repeated_share
 
 WORDS = [f"w{index}" for index in range(VOCAB)]
 
@@ -351,3 +351,16 @@ def test_bad_prompts_are_refused(prompts, count, message):
 )
 def test_repeated_share(tokens, n, share):
     assert repeated_share(tokens, n) == pytest.approx(share)
+
+
+def test_the_repeat_loss_is_that_of_the_repetition_of_a_passage() -> None:
+    model = tiny_llama(0)
+    ids = torch.randint(0, VOCAB, (400,), generator=torch.Generator().manual_seed(1))
+    expected = 0.0
+    for start in (0, 122, 244):  # 400 - 96 - 60 = 244
+        text = torch.cat([ids[start : start + 156], ids[start : start + 96]])
+        with torch.no_grad():
+            logits = model(text[None]).logits[0, -89:-1].double()
+        expected += float(torch.nn.functional.cross_entropy(logits, text[-88:])) / 3
+    assert repeat_loss(model, ids, 60) == pytest.approx(expected, rel=1e-5)
+    assert repeat_loss(model, ids[:155], 60) is None

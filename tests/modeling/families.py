@@ -134,6 +134,12 @@ FAMILIES: dict[str, Family] = {
         ssm_rotary=True,
         tie_word_embeddings=True,
     ),
+    "bounded-attention": _hybrid(
+        "bounded_attention",
+        "discrete_mamba2",
+        "bounded_attention",
+        bounded_attention={"window": 5, "sinks": 1, "slots": [[3, 0], [], [2, 2]], "chunk_size": 3, "score_decay": 0.9},
+    ),
     "jamba": _hybrid(
         "mamba",
         "full_attention",

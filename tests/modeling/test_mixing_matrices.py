@@ -9,6 +9,7 @@ from families import FAMILIES, draw_ids, make_model
 from torch import Tensor, nn
 
 from ssm_zoo.modeling.attention import Attention
+from ssm_zoo.modeling.bounded_memory import BoundedAttention
 from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
@@ -81,14 +82,14 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
     def mixed(values: Tensor) -> Tensor:
         return torch.einsum("bhls,bshp->blhp", matrix, values).flatten(2)
 
-    if isinstance(mixer, (Attention, SelectiveAttention)):
+    if isinstance(mixer, (Attention, BoundedAttention, SelectiveAttention)):
         values = mixer.v_proj(hidden_states)
         if isinstance(mixer, Attention) and mixer.conv1d is not None:
             parts = [mixer.q_proj(hidden_states), mixer.k_proj(hidden_states), values]
             values = mixer.conv1d(torch.cat(parts, dim=-1), seq_idx=seq_idx)[0][..., -values.shape[-1] :]
         values = values.unflatten(-1, (mixer.num_kv_heads, mixer.head_dim))
         output = mixer.o_proj(mixed(values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=2)))
-        if isinstance(mixer, Attention):
+        if not isinstance(mixer, SelectiveAttention):
             return output
         selected = matrix.any(-1).any(1)  # the rows of the others are zero
         return output * share_of(mixer, hidden_states, selected)[..., None]
@@ -148,12 +149,22 @@ def test_the_matrix_is_causal_and_keeps_documents_and_padding_apart(model: Any, 
             reachable &= selected[:, None]
             if mixer.key_source == "selected":
                 reachable &= selected[None]
-        assert ((matrix[0, :, real] != 0) == reachable[real]).all()
+        seen = matrix[0, :, real] != 0
+        if isinstance(mixer, BoundedAttention):  # of what is reachable, the window and the slots
+            settings = mixer.settings
+            places = torch.tensor([int(allowed[t, :t].sum()) for t in range(LENGTH)])[real]
+            capacity = torch.tensor(settings.slots_of(mixer.layer_idx, mixer.num_kv_heads)) + settings.sinks
+            most = capacity.repeat_interleave(mixer.num_heads // mixer.num_kv_heads) + settings.window
+            assert (seen <= reachable[real]).all()
+            assert (seen.sum(-1) <= most[:, None]).all()
+            assert (seen.sum(-1) == places + 1)[:, places < settings.window - settings.chunk_size + 1].all()
+            continue
+        assert (seen == reachable[real]).all()
 
 
 def test_rows_of_softmax_attention_sum_to_one(model: Any) -> None:
     for mixer, _, _, matrix in run(model):
-        if isinstance(mixer, (Attention, SelectiveAttention)):
+        if isinstance(mixer, (Attention, BoundedAttention, SelectiveAttention)):
             sums = torch.ones(1, mixer.num_heads, LENGTH)
             if isinstance(mixer, SelectiveAttention):
                 sums = sums * matrix.any(-1)
@@ -182,7 +193,7 @@ def test_the_recurrence_alone_is_asked_for_its_matrix(model: Any) -> None:
 def test_decays_are_those_of_the_matrix(model: Any) -> None:
     """`log_decay` against the matrix of ones as maps: its entry (i, i - 1) is one token's decay."""
     for mixer, inputs, _, _ in run(model):
-        if isinstance(mixer, (Attention, MambaMixer, PositionMixer, SelectiveAttention)):
+        if isinstance(mixer, (Attention, BoundedAttention, MambaMixer, PositionMixer, SelectiveAttention)):
             continue
         with torch.no_grad():
             log_decay = mixer.log_decay(inputs)

@@ -139,7 +139,8 @@ def test_the_numbers_are_those_of_the_report():
         assert cells[2] == ("—" if part["kind"] == "teacher" else f"{part['loss'] - teacher:+.4f}")
         assert cells[4] == ("—" if part["kl"] is None else f"{part['kl']:.4f}")
         assert cells[5] == ("—" if part["kl"] is None else f"{part['top1_agreement']:.1%}")
-        assert cells[6] == f"{part['trained_tokens']:,}"
+        assert cells[6] == ("—" if part["kind"] == "zeroed" else f"{part['repeat_loss']:.4f}")
+        assert cells[7] == f"{part['trained_tokens']:,}"
     assert table_after(text, "What it is") == [
         ["`full_attention`, softmax attention over the whole context", "0, 2, 4, 6, 8, 10", "6"],
         ["`discrete_mamba2`, discrete Mamba-2: a state-space layer without a step size", "1, 3, 5, 7, 9, 11", "6"],
@@ -215,7 +216,7 @@ def test_texts_from_outside_stay_texts():
     assert HOSTILE.replace("\x1b", "\N{REPLACEMENT CHARACTER}") in text
     assert card.data.license == "other"
     assert card.data.get("base_model") is None
-    assert [len(cells) for cells in table_after(text, "Results")] == [8] * 6
+    assert [len(cells) for cells in table_after(text, "Results")] == [9] * 6
 
 
 def test_no_path_of_the_machine_is_published():

@@ -51,8 +51,9 @@ def test_the_table_of_evaluations_holds_the_numbers_of_the_report(tmp_path: Path
                 f"{part['kl']:.4f}",
                 f"{part['top1_agreement']:.1%}",
             ]
-        assert cells[6] == f"{part['trained_tokens']:,}"
-    assert [cells[7] for cells in rows] == ["0", "0", "0", "120", "371", "682"]  # 120.5, + 250.25, + 310.75
+        assert cells[6] == ("—" if part["kind"] == "zeroed" else f"{part['repeat_loss']:.4f}")
+        assert cells[7] == f"{part['trained_tokens']:,}"
+    assert [cells[8] for cells in rows] == ["0", "0", "0", "120", "371", "682"]  # 120.5, + 250.25, + 310.75
 
 
 def test_rows_for_programs_are_not_rounded():
@@ -196,7 +197,8 @@ def paths_of(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str |
 
 def test_every_missing_key_is_named_in_one_line():
     places = paths_of(example_report())
-    assert len(places) == 60
+    assert len(places) == 61
+    places = [place for place in places if place[-1] != "repeat_loss"]  # reports of before it was measured
     for place in places:
         report = example_report()
         parent: Any = report
@@ -233,7 +235,7 @@ def set_at(*place: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         ),
         pytest.param(
             set_at("evaluations", 2, "kind", to="begin"),
-            "report: `evaluations.2.kind` must be 'teacher', 'zeroed', 'start' or 'stage', got 'begin'",
+            "report: `evaluations.2.kind` must be 'teacher', 'zeroed', 'control', 'start' or 'stage', got 'begin'",
             id="unknown-kind",
         ),
         pytest.param(
@@ -304,7 +306,7 @@ def test_texts_from_outside_stay_texts(tmp_path: Path):
     ]
     assert "\x1b" not in text
     # No name adds a column or ends a row.
-    assert [len(cells) for cells in table_after(text, "Evaluations")] == [8] * 6
+    assert [len(cells) for cells in table_after(text, "Evaluations")] == [9] * 6
     assert [len(cells) for cells in table_after(text, "What was done")] == [3, 3, 3]
     fences = [token.content for token in MarkdownIt().parse(text) if token.type == "fence"]
     assert HOSTILE.replace("\x1b", "\N{REPLACEMENT CHARACTER}") + "\n" in fences
@@ -372,8 +374,24 @@ def test_the_table_fits_a_terminal_and_names_are_no_styles():
         "+0.3259",
         "0.1012",
         "81.2%",
+        "0.9304",
         "204,800",
-        "682",
     ]
     assert "[red]end did not improve on the one before" in text.replace("\n", " ")
     assert "Recovered fraction (L0 - LS) / (L0 - LT) = 93.5%" in " ".join(text.split())
+
+
+def test_reports_of_before_the_control_and_the_repeated_passage_are_read_and_newer_ones_show_both(tmp_path: Path):
+    report = example_report()
+    for part in report["evaluations"]:
+        del part["repeat_loss"]
+    write_report(tmp_path / "old", report)
+    assert {cells[6] for cells in table_after((tmp_path / "old" / "report.md").read_text(), "Evaluations")} == {"—"}
+
+    report = example_report()
+    control = {**report["evaluations"][2], "name": "window + sinks", "kind": "control", "kl": 0.125, "layers": []}
+    report["evaluations"].insert(2, control)
+    write_report(tmp_path / "new", report)
+    rows = table_after((tmp_path / "new" / "report.md").read_text(), "Evaluations")
+    assert [cells[0] for cells in rows[1:4]] == ["`mixers zeroed`", "`window + sinks`", "`step 0`"]
+    assert (rows[2][4], rows[2][6]) == ("0.1250", f"{control['repeat_loss']:.4f}")

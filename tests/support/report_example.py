@@ -147,6 +147,7 @@ def _evaluation(
         "perplexity": math.exp(loss),
         "kl": kl,
         "top1_agreement": agreement,
+        "repeat_loss": None if kind == "zeroed" else loss / 4,
         "tokens": 16_320,
         "trained_tokens": tokens,
         "seconds": 11.5 + index,

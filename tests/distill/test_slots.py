@@ -1,0 +1,111 @@
+"""The slots of a bounded memory go to the heads that lose most without them."""
+
+import json
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from teachers import save_teacher, small_text, text_windows, trained_teacher
+
+from ssm_zoo.distill.recipe import StudentSpec, parse_recipe
+from ssm_zoo.distill.run import distill
+from ssm_zoo.distill.slots import allocate, divide_slots, slot_errors
+from ssm_zoo.distill.student import build_control, build_student, cache_bytes
+from ssm_zoo.distill.teacher import Teacher
+from ssm_zoo.modeling.bounded_memory import BoundedAttentionSettings
+
+SETTINGS = BoundedAttentionSettings(window=4, sinks=1, slots=0, chunk_size=2)
+WINDOWS = text_windows(40, 48)[:2]
+
+
+def test_concave_errors_are_divided_as_well_as_can_be() -> None:
+    candidates = [0, 1, 2, 3]
+    errors = torch.tensor([[4.0, 2.0, 1.0, 0.5], [9.0, 3.0, 1.0, 0.0], [1.0, 0.9, 0.8, 0.7]])
+    for budget in range(10):
+        chosen = allocate(errors, candidates, budget)
+        assert sum(chosen) <= budget
+        reached = sum(errors[head, number] for head, number in enumerate(chosen))
+        others = [numbers for numbers in product(candidates, repeat=3) if sum(numbers) <= budget]
+        assert reached == min(sum(errors[head, number] for head, number in enumerate(each)) for each in others)
+
+
+def test_a_step_over_a_plateau_is_taken_where_it_pays() -> None:
+    errors = torch.tensor([[4.0, 4.0, 0.0], [3.0, 2.0, 1.0]])
+    assert allocate(errors, [0, 8, 16], 16) == [16, 0]
+    assert allocate(errors, [0, 8, 16], 8) == [0, 8]
+    assert allocate(errors, [0, 8, 16], 7) == [0, 0]
+
+
+def test_a_slot_that_makes_it_worse_is_not_given() -> None:
+    assert allocate(torch.tensor([[1.0, 2.0], [1.0, 1.0]]), [0, 4], 100) == [0, 0]
+
+
+def test_the_error_is_zero_where_the_memory_holds_everything() -> None:
+    teacher = Teacher(trained_teacher())
+    errors = slot_errors(teacher, [0, 2], SETTINGS, [0, 8, 48], WINDOWS, progress=False)
+    heads = teacher.zoo_config.num_key_value_heads
+    assert errors.shape == (2, heads, 3)
+    assert (errors[..., 0] > errors[..., 1]).all() and (errors[..., 1] > errors[..., 2]).all()
+    assert errors[..., 2] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_division_stays_within_its_rows() -> None:
+    teacher = Teacher(trained_teacher())
+    heads = int(teacher.zoo_config.num_key_value_heads or 0)
+    slots = divide_slots(teacher, [2, 0], SETTINGS, 12, WINDOWS, progress=False)
+    assert [len(numbers) for numbers in slots] == [heads, 0, heads, *[0] * (teacher.num_layers - 3)]
+    assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * heads * 2
+
+
+def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher", trained_teacher())
+    for name, sentences in (("train", 300), ("heldout", 40)):
+        (tmp_path / f"{name}.txt").write_text(small_text(sentences, seed=sentences), encoding="utf-8")
+    memory = {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}
+    stage = {"name": "logits", "objective": "logit_distillation", "tokens": 256, "batch_size": 2}
+    recipe = parse_recipe(
+        {
+            "teacher": str(tmp_path / "teacher"),
+            "student": {"layers": "odd", **memory},
+            "data": {
+                "train": str(tmp_path / "train.txt"),
+                "heldout": str(tmp_path / "heldout.txt"),
+                "sequence_length": 32,
+            },
+            "stages": [{**stage, "learning_rate": 1e-4}],
+            "evaluation": {"tokens": 128, "repeat_distance": 64},
+        }
+    )
+    folder = tmp_path / "run"
+    first = scores(distill(recipe, folder))
+    config, student = (folder / "student" / name for name in ("config.json", "model.safetensors"))
+    slots, trained = json.loads(config.read_text())["bounded_attention"]["slots"], student.read_bytes()
+    heads = int(trained_teacher().config.num_key_value_heads)
+    assert [len(numbers) for numbers in slots] == [0, heads, 0, heads]
+    assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * 2 * heads
+    assert len({number for numbers in slots for number in numbers}) > 1
+    assert [kind for kind, *_ in first] == ["teacher", "zeroed", "control", "start", "stage"]
+    assert [repeat is None for *_, repeat in first] == [False, True, False, False, False]
+    shutil.rmtree(folder / "student")
+    assert scores(distill(recipe, folder)) == first
+    assert json.loads(config.read_text())["bounded_attention"]["slots"] == slots
+    assert student.read_bytes() == trained
+
+
+def scores(report: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(row["kind"], row["loss"], row["kl"], row["repeat_loss"]) for row in report["evaluations"]]
+
+
+def test_the_control_has_as_many_bytes_as_the_student() -> None:
+    teacher = Teacher(trained_teacher())
+    student = build_student(teacher, StudentSpec(mixer="discrete_mamba2", layers=[1]), [1])
+    control = build_control(teacher, student, [1], 64)
+    heads = int(teacher.zoo_config.num_key_value_heads or 0)
+    row = 2 * 4 * heads * int(teacher.zoo_config.head_dim or 0)
+    settings = control.config.settings_of("bounded_attention")
+    assert settings.slots == 0 and settings.window + settings.sinks == cache_bytes(student, [1], 64) // row
+    scores_of_rows = 4 * heads * (settings.window + settings.sinks)
+    assert cache_bytes(control, [1], 64) - scores_of_rows == row * (settings.window + settings.sinks)

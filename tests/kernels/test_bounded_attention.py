@@ -1,0 +1,198 @@
+"""Attention over a bounded memory against its definition: whole, in parts, by steps, packed, and its gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_zoo.kernels.bounded_attention import (
+    BoundedMemory,
+    bounded_attention,
+    bounded_attention_matrix,
+    bounded_attention_reference,
+    bounded_attention_step,
+)
+
+OPTIONS = [
+    pytest.param({"window": 1, "slots": [0, 0], "chunk_size": 1}, id="itself"),
+    pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4}, id="ragged"),
+    pytest.param({"window": 8, "slots": [2, 2], "chunk_size": 3, "decay": 0.9}, id="decay"),
+    pytest.param({"window": 4, "slots": [0, 1], "sinks": 5, "chunk_size": 4, "decay": 0.95}, id="sinks-before-slots"),
+    pytest.param({"window": 32, "slots": [8, 8], "sinks": 4, "chunk_size": 16}, id="as-in-models"),
+]
+SEQ_IDX = torch.tensor([[-1, -1, *[0] * 7, *[3] * 11, *[-1] * 17], [*[0] * 34, -1, 1, 1]])
+
+
+def draw(batch: int, length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """(B, L, 4, 6) queries, and keys and values of 2 heads."""
+    generator = torch.Generator().manual_seed(100 * batch + length)
+    return [
+        torch.randn(batch, length, heads, 6, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+
+
+def in_parts(inputs: list[Tensor], lengths: list[int], options: dict[str, Any]) -> tuple[Tensor, BoundedMemory]:
+    memory, outputs, start = None, [], 0
+    for length in lengths:
+        part = [tensor[:, start : start + length] for tensor in inputs]
+        output, memory = bounded_attention(*part, initial_state=memory, **options)
+        outputs.append(output)
+        start += length
+    assert memory is not None
+    return torch.cat(outputs, dim=1), memory
+
+
+@pytest.mark.parametrize("length", [1, 5, 23, 37])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_outputs_and_gradients_are_those_of_the_definition(options: dict[str, Any], length: int) -> None:
+    inputs = draw(2, length)
+    expected = bounded_attention_reference(*inputs, **options)
+    cotangent = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(7))
+    gradients = torch.autograd.grad(expected, inputs, cotangent)
+    parts = [[length], [1] * length] if length < 23 else [[length], [1] * length, [7, 1, 1, length - 9]]
+    for lengths in parts:
+        output, _ = in_parts(inputs, lengths, options)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        for found, wanted in zip(torch.autograd.grad(output, inputs, cotangent), gradients, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_documents_and_padding_stay_apart(options: dict[str, Any]) -> None:
+    inputs = draw(2, 37)
+    for tensor in inputs:
+        tensor.data[SEQ_IDX < 0] = torch.nan
+    clean = [tensor.detach().nan_to_num().requires_grad_() for tensor in inputs]
+    output, memory = bounded_attention(*inputs, seq_idx=SEQ_IDX, **options)
+    expected = bounded_attention_reference(*clean, seq_idx=SEQ_IDX, **options)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(output.sum(), inputs)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected.sum(), clean), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+    alone = [tensor.detach()[:1, 9:20] for tensor in clean]  # the last document of the first row
+    for mine, its in zip(memory, bounded_attention(*alone, **options)[1], strict=True):
+        torch.testing.assert_close(mine[:1], its)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_matrix_has_the_weights(options: dict[str, Any]) -> None:
+    q, k, v = draw(2, 37)
+    values = v.repeat_interleave(2, dim=2)
+    matrix = bounded_attention_matrix(q, k, v, **options)
+    output, _ = bounded_attention(q, k, v, **options)
+    torch.testing.assert_close(torch.einsum("bhlm,bmhp->blhp", matrix, values), output, rtol=0, atol=1e-12)
+    most = torch.tensor(options["slots"]).repeat_interleave(2) + options.get("sinks", 0) + options["window"]
+    assert ((matrix > 0).sum(-1) <= most[:, None]).all()
+
+
+@pytest.mark.parametrize("start", [1, 7, 13])
+@pytest.mark.parametrize("options", OPTIONS)
+@torch.no_grad()
+def test_steps_go_on_from_a_prompt_and_leave_the_same_memory(options: dict[str, Any], start: int) -> None:
+    inputs = draw(2, 60)
+    expected, whole = bounded_attention(*inputs, **options)
+    _, memory = bounded_attention(*[tensor[:, :start] for tensor in inputs], **options)
+    for t in range(start, 60):
+        output = bounded_attention_step(*[tensor[:, t] for tensor in inputs], memory, **options)
+        torch.testing.assert_close(output, expected[:, t], rtol=0, atol=1e-12)
+    first = 0
+    for slots in options["slots"]:
+        rows = slice(first, first + slots + options.get("sinks", 0) + options["window"])
+        first = rows.stop
+        order, its = memory.positions[:, rows].argsort(1), whole.positions[:, rows].argsort(1)
+        assert torch.equal(memory.positions[:, rows].gather(1, order), whole.positions[:, rows].gather(1, its))
+        for mine, other in ((memory.keys, whole.keys), (memory.values, whole.values)):
+            wide = [index[..., None].expand(-1, -1, 6) for index in (order, its)]
+            torch.testing.assert_close(mine[:, rows].gather(1, wide[0]), other[:, rows].gather(1, wide[1]))
+
+
+def test_rows_of_different_lengths_step_together() -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    with torch.no_grad():
+        inputs = draw(2, 30)
+        lengths = (9, 14)
+        memories = [
+            bounded_attention(*[tensor[row : row + 1, :length] for tensor in inputs], **options)[1]
+            for row, length in enumerate(lengths)
+        ]
+        memory = BoundedMemory(*[torch.cat(parts) for parts in zip(*memories, strict=True)])
+        expected = bounded_attention(*inputs, **options)[0]
+        for step in range(15):
+            now = [torch.stack([tensor[row, length + step] for row, length in enumerate(lengths)]) for tensor in inputs]
+            output = bounded_attention_step(*now, memory, **options)
+            wanted = torch.stack([expected[row, length + step] for row, length in enumerate(lengths)])
+            torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
+
+
+def test_attention_is_exact_while_the_memory_holds_everything() -> None:
+    q, k, v = draw(2, 40)
+    output, _ = bounded_attention(q, k, v, window=8, slots=[32, 40], chunk_size=4)
+    heads = [tensor.transpose(1, 2) for tensor in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
+    exact = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(output, exact, rtol=0, atol=1e-12)
+
+
+def test_what_was_attended_most_stays() -> None:
+    """One early key that all queries look for is kept by one slot through 500 others, behind a window of 4."""
+    generator = torch.Generator().manual_seed(0)
+    k = 0.1 * torch.randn(1, 500, 1, 6, generator=generator)
+    k[:, 3] = torch.tensor([9.0, 0, 0, 0, 0, 0])
+    q = torch.tensor([1.0, 0, 0, 0, 0, 0]).expand(1, 500, 1, 6)
+    v = torch.nn.functional.normalize(torch.randn(1, 500, 1, 6, generator=generator), dim=-1)
+    _, memory = bounded_attention(q, k, v, window=4, slots=[1], chunk_size=2)
+    assert memory.positions[0, 0] == 3
+    torch.testing.assert_close(memory.keys[0, 0], k[0, 3, 0])
+
+
+def test_the_memory_does_not_grow() -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    shapes = {tuple(bounded_attention(*draw(1, length), **options)[1].keys.shape) for length in (1, 10, 200)}
+    assert shapes == {(1, 3 + 5 + 2 * (2 + 6), 6)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_dtype_and_sums_in_float32(dtype: torch.dtype) -> None:
+    options = OPTIONS[-1].values[0]
+    assert isinstance(options, dict)
+    inputs = draw(1, 64, dtype)
+    output, memory = bounded_attention(*inputs, **options)
+    assert output.dtype == memory.keys.dtype == memory.values.dtype == dtype and memory.scores.dtype == torch.float32
+    exact = bounded_attention(*[tensor.detach().float() for tensor in inputs], **options)[0]
+    torch.testing.assert_close(output.float(), exact, rtol=2**-7, atol=2**-8)
+
+
+def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
+    inputs = draw(0, 5)
+    output, memory = bounded_attention(*inputs, window=4, slots=[1, 2], chunk_size=2)
+    assert output.shape == (0, 5, 4, 6) and memory.keys.shape == (0, 11, 6)
+    assert [gradient.shape for gradient in torch.autograd.grad(output.sum(), inputs)] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 3}, "window must be at least 4, got 3"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"sinks": -1}, "sinks must be at least 0, got -1"),
+        ({"slots": [1]}, "slots must be 2 numbers of at least 0, one for each key-value head, got \\[1\\]"),
+        ({"slots": [1, -1]}, "slots must be 2 numbers"),
+        ({"decay": 0.0}, "decay must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_wrong_arguments_raise(change: dict[str, Any], message: str) -> None:
+    options = {"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4} | change
+    with pytest.raises(ValueError, match=message):
+        bounded_attention(*draw(1, 9), **options)
+
+
+def test_two_documents_cannot_continue_one_memory() -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    _, memory = bounded_attention(*draw(1, 9), **options)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1]])
+    with pytest.raises(ValueError, match="seq_idx must hold one document in each row"):
+        bounded_attention(*draw(1, 5), initial_state=memory, seq_idx=seq_idx, **options)
