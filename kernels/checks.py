@@ -4,7 +4,7 @@ Every op has an argument `implementation` with the same contract (:func:`choose_
 
 * "auto" runs Triton if the tensors are on a CUDA device, Triton is installed and its kernels support the call, and
   torch otherwise. No Triton kernel supports float64; the docstring of an op names its other limits. While a graph is
-  traced, only the two scans (`ssd`, `selective_scan`) run Triton, because only they are registered as operators.
+  traced, only ops that are registered as operators (`traceable`) run Triton.
 * "torch" runs torch on any device.
 * "triton" runs Triton, or raises a ValueError that states why it cannot.
 """
