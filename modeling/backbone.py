@@ -113,7 +113,7 @@ class ZooModel(ZooPreTrainedModel):
             cache: transformers' later name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators is read, and `cache_params`, the name of
                 the cache in transformers' Mamba classes; the others that are accepted are the loss's, or say nothing
-                new (`input_checks.py`).
+                new (`token_layout.py`).
 
         Raises:
             ValueError: if the arguments contradict each other.

@@ -70,7 +70,7 @@ class MaskedMixerConfig(PreTrainedConfig):
             padding is mixed like any token, as checkpoints that were trained so need it; there is no cache and no
             packing then.
         context_overflow: what `generate` does where the context is full: "error", or "window": it drops the first half
-            of the context and encodes the rest anew (`window_generation.py`).
+            of the context and encodes the rest again (`modeling_masked_mixer.py`).
         initializer_range: standard deviation of the embedding at initialisation; linear layers have their own.
     """
 

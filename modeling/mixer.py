@@ -6,6 +6,7 @@ its (B, L, 2) scores and (B, L) decisions. What else it can do, it says by havin
 
 | attribute | meaning |
 |---|---|
+| `num_heads` | H, heads of the mixing matrix; calibration and half-lives go by it |
 | `initialise()` | sets the first values of its parameters, after its linear layers have transformers' |
 | `float32_parameters` | names of the parameters that stay in float32 |
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
@@ -61,7 +62,9 @@ class FromAttention:
     Attributes:
         keys: from the teacher's configuration and the student's part of a recipe the keys of `ZooHybridConfig` that the
             kind needs; raises ValueError where the teacher's sizes do not fit.
-        options: fields of the student's part of a recipe that mean something for this kind.
+        options: fields of the student's part of a recipe that mean something for this kind, `StudentSpec` in
+            `distill/recipe.py`. Three of them need something of the mixer: "half_life" `set_half_lives` and
+            `hidden_attention`, "calibration" `num_heads` and `out_proj`, "copy_projections" `start_from`.
         is_attention: whether the mixer takes the parameters of the attention layer as they are.
     """
 

@@ -225,7 +225,7 @@ class MaskedMixerForMaskedLM(MaskedMixerPreTrainedModel, ZooForMaskedLM):
             self.loss_type = MaskedMixerForCausalLM.loss_name
 
     def _get_name(self) -> str:
-        """The name of the class, by which transformers' Trainer knows whether labels are shifted (`class_names.py`)."""
+        """The name of the class, by which transformers' Trainer knows whether labels are shifted (`heads.py`)."""
         return _NEXT_TOKEN if self.config.lookahead == 2 else type(self).__name__
 
 
