@@ -123,7 +123,7 @@ def _as_recorded(output: Path, config: PreTrainedConfig, sources: dict[str, dict
     earlier = marker.get("recipe") if isinstance(marker, dict) and marker.get("kind") == KIND else None
     if not isinstance(earlier, dict):
         return keys
-    recorded = earlier.get("config")
+    recorded: Any = earlier.get("config")
     there = recorded_configuration(recorded)
     if there is not None and changed_keys(there) == keys:
         if "config" not in earlier.get("sources", {}):

@@ -18,7 +18,6 @@ from families import make_config, make_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_checkpoints import save_llama, save_tokenizer
-from tiny_trainings import stop_in
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -207,37 +206,6 @@ def test_a_run_of_another_configuration_is_refused(folder: Path, run: Path) -> N
     with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
         train_from_scratch(parse_from_scratch({**changed, "seed": 1}), run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-
-
-def record(run: Path, change: dict[str, Any]) -> None:
-    """Write other values into the recipe of a run, as an earlier version had them."""
-    marker = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(marker | {"recipe": marker["recipe"] | change}))
-
-
-def test_a_run_whose_configuration_an_earlier_version_recorded_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = parse_from_scratch(values(folder, config=HYBRID, steps=4, checkpoint_every=2, evaluate_every=None))
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train_from_scratch(settings, whole)
-    with monkeypatch.context() as patch:
-        stop_in(4, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train_from_scratch(settings, stopped)
-    config = json.loads((stopped / "run.json").read_text())["recipe"]["config"]
-    nested = config.pop("mamba2")
-    flat = {**config, "mamba_head_dim": nested["head_dim"], "state_size": nested["state_size"]}
-    record(stopped, {"config": flat})
-    before = (stopped / "run.json").read_bytes()
-    train_from_scratch(settings, stopped)
-    assert (stopped / "run.json").read_bytes() == before
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (stopped, whole))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    for wrong in ({**flat, "state_size": 16}, {**flat, "no_such_key": 1}, {**flat, "model_type": "zoo_gone"}):
-        record(stopped, {"config": wrong})
-        with pytest.raises(ValueError, match="Finish the run with the version that began it"):
-            train_from_scratch(settings, stopped)
 
 
 @pytest.mark.parametrize(
