@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..harness.fingerprint import claim_run, fingerprint, pinned_revision
 from ..harness.published import public_argument
-from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
+from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none, write_json
 from ..reports.from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
 from .new_model import (
@@ -30,6 +30,7 @@ from .new_model import (
     entries_of,
     learn_vocabulary,
     load_vocabulary,
+    recorded_configuration,
     resolve_configuration,
 )
 from .report import common_report, measured_once, write_folder, write_plots
@@ -97,15 +98,44 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
         given = {
             key: value for key, value in settings.identity.items() if key not in ("config", "revision", "overrides")
         }
-        recipe = {**given, "config": changed_keys(config), "data": rows.fingerprints}
+        recipe = {**given, "data": rows.fingerprints}
         # The recipe has the whole configuration, so a local configuration needs no fingerprint.
         sources = {} if source is None else {"tokenizer": fingerprint(source, commit, ["tokenizer"])}
         if settings.revision is not None:
             assert isinstance(settings.config, str)
             sources["config"] = fingerprint(settings.config, settings.revision)
+        recipe["config"] = _as_recorded(output, config, sources)
         claim_run(output, recipe, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, model, rows, state)
+
+
+def _as_recorded(output: Path, config: PreTrainedConfig, sources: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """The configuration's keys, in the form in which a run of an earlier version recorded them if it is this one.
+
+    Such a run did not record the commit of a configuration on the Hub, which is then left out of `sources`: what the
+    commit decides, the whole configuration, is compared.
+
+    Raises:
+        ValueError: if a run of an earlier version recorded another configuration.
+    """
+    keys = changed_keys(config)
+    marker = read_json_or_none(output / "run.json")
+    earlier = marker.get("recipe") if isinstance(marker, dict) and marker.get("kind") == KIND else None
+    if not isinstance(earlier, dict):
+        return keys
+    recorded: Any = earlier.get("config")
+    there = recorded_configuration(recorded)
+    if there is not None and changed_keys(there) == keys:
+        if "config" not in earlier.get("sources", {}):
+            sources.pop("config", None)
+        return recorded
+    if there is None or changed_keys(there) != recorded:
+        raise ValueError(
+            f"output folder: {output} holds a run of an earlier version with another configuration, or with one that "
+            "this version cannot read. Finish the run with the version that began it, or give another folder."
+        )
+    return keys
 
 
 def _tokenizer(

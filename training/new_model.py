@@ -110,6 +110,19 @@ def changed_keys(config: PreTrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **{key: v for key, v in keys.items() if v != defaults[key]}, **nested}
 
 
+def recorded_configuration(recorded: Any) -> PreTrainedConfig | None:
+    """The configuration that `changed_keys` of any version wrote; None if this version cannot read it."""
+    if not isinstance(recorded, dict):
+        return None
+    try:
+        kind = _configuration_class(recorded.get("model_type", ""))
+        keys = {key: value for key, value in recorded.items() if key != "model_type"}
+        # A configuration takes keys that it does not know, and makes nothing of them.
+        return kind(**keys) if keys.keys() <= set(configuration_keys(kind)) else None
+    except (StrictDataclassError, TypeError, ValueError):
+        return None
+
+
 def _as_list(value: Any) -> Any:
     """Return a list for a tuple, as in JSON, and other values unchanged."""
     return list(value) if isinstance(value, tuple) else value

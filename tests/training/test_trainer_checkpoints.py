@@ -20,6 +20,8 @@ from tiny_trainings import HOW, TRAININGS, Training, flip, stop_in, weights
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
 from ssm_zoo.training.checkpoints import last_checkpoint
 
+SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
+
 
 @pytest.fixture(scope="module", params=TRAININGS)
 def killed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Training]:
@@ -102,14 +104,17 @@ def test_what_a_killed_save_left_goes_at_the_next_start(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills processes as POSIX has them")
-@pytest.mark.parametrize("killed", ["lm"], indirect=True)
+@pytest.mark.parametrize(
+    "killed", ["lm", *(pytest.param(name, marks=SWEEP) for name in ("train", "embed"))], indirect=True
+)
 @pytest.mark.usefixtures("work")
-def test_a_saver_killed_at_any_moment_costs_no_bit() -> None:
-    """Of one training: the saver is the same for all."""
+def test_a_saver_killed_at_any_moment_costs_no_bit(request: pytest.FixtureRequest) -> None:
+    """Of one training, the saver being the same for all; a sweep does the others."""
+    name = request.node.callspec.params["killed"]
     script = Path(__file__).with_name("kill_trainings.py")
     folders = (str(Path(__file__).parents[1] / name) for name in ("support", "modeling", "distill"))
     path = {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(script), ".", "lm"]
+    command = [sys.executable, str(script), ".", name]
     done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     deaths = json.loads(done.stdout.splitlines()[-1])
