@@ -6,6 +6,7 @@ also returns its (B, L, 2) scores and (B, L) decisions. These attributes are opt
 
 | attribute | meaning |
 |---|---|
+| `num_heads` | H, heads of the mixing matrix; calibration and half-lives go by it |
 | `initialise()` | sets the first values of its parameters, after its linear layers have transformers' |
 | `float32_parameters` | names of the parameters that are kept in float32 |
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
@@ -61,7 +62,9 @@ class FromAttention:
     Attributes:
         keys: maps the teacher's configuration and the student's part of a recipe to the keys of `ZooHybridConfig` that
             the kind needs; raises ValueError where the teacher's sizes do not fit.
-        options: fields of the student's part of a recipe that apply to this kind.
+        options: fields of the student's part of a recipe (`StudentSpec` in `distill/recipe.py`) that apply to it. Three
+            of them need something of the mixer: "half_life" `set_half_lives` and `hidden_attention`, "calibration"
+            `num_heads` and `out_proj`, "copy_projections" `start_from`.
         is_attention: whether the mixer takes over the parameters of the attention layer unchanged.
     """
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 repository, revision = "{repository}", "main"
 model = AutoModelForCausalLM.from_pretrained(repository, revision=revision, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)"""
+tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision, trust_remote_code=True)"""
 LOADED_ALONE = "With torch and transformers alone; the code of the model is in this repository."
 _HUB_LICENCES = """
 afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0

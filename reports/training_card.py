@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base, repository, revision = "{base}", "{repository}", "main"
 model = AutoModelForCausalLM.from_pretrained(base{base_revision}, trust_remote_code=True)
 model = PeftModel.from_pretrained(model, repository, revision=revision)
-tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision)"""
+tokenizer = AutoTokenizer.from_pretrained(repository, revision=revision, trust_remote_code=True)"""
 
 
 def write_card(folder: Path, report: dict[str, Any], repo_id: str | None = None) -> None:

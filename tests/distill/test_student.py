@@ -20,6 +20,7 @@ from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
+from ssm_zoo.modeling.token_mixers import TOKEN_MIXERS
 from tolerances import TOLERANCES
 
 RTOL, ATOL = TOLERANCES[torch.float32]
@@ -181,6 +182,20 @@ def test_step_0_is_linear_attention_with_a_decay(
     # What was not asked for would show: the expected outputs differ by far more than the tolerance.
     other = linear_attention(teacher, layer, hidden, half_lives[::-1], rotary=not rotary, softplus=softplus)
     assert (other - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in TOKEN_MIXERS.items() if row.student is not None])
+def test_a_mixer_has_what_the_options_of_its_row_need(kind: str) -> None:
+    """`FromAttention.options` in `modeling/mixer.py`."""
+    needs = {
+        "half_life": ("set_half_lives", "hidden_attention", "num_heads"),
+        "calibration": ("num_heads", "out_proj"),
+        "copy_projections": ("start_from",),
+    }
+    mixer = student_mixer(build_student(Teacher(make_teacher()), StudentSpec(mixer=kind), [1]), 1)  # pyright: ignore[reportArgumentType]
+    row = TOKEN_MIXERS[kind].student
+    assert row is not None
+    assert [name for option in row.options for name in needs.get(option, ()) if not hasattr(mixer, name)] == []
 
 
 def test_uncalibrated_half_lives_are_4_to_64_tokens() -> None:
