@@ -70,8 +70,7 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv1d is not None:
             q, k, v = self._convolved(self.conv1d, (q, k, v), sequence, layer_of(past_key_values, self.layer_idx))
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        q, k, v = q.view(shape).transpose(1, 2), k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         assert sequence.rotary is not None
         cos, sin = sequence.rotary
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
