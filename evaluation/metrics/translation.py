@@ -1,12 +1,15 @@
 """Metrics of translations: BLEU and chrF by sacrebleu, and the share of names that are kept."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Value
 
 from .metric import ZooMetric, require_package
 
+# Names of the frequencies of an entity in the training text, and the least and the most pairs that have it.
+_FREQUENCIES = (("unseen", 0, 0), ("regular", 1, 15), ("frequent", 16, math.inf))
 # One reference or several for every text.
 _TEXTS = [
     {"predictions": Value("string"), "references": [Value("string")]},
@@ -69,13 +72,35 @@ class EntityRecall(ZooMetric):
 
     Inputs: `predictions`, texts; `references`, for every text the list of entities that it should contain, e.g. the
     names that source and reference have in common. Texts without entities do not count.
+
+    With `training_counts` also the recall and the number of the entities that the training text has not at all
+    ("entity_recall_unseen", "entities_unseen"), 1 to 15 times ("regular") and 16 times or more ("frequent"), as in
+    arXiv 2407.05489. The recall of no entities is NaN.
     """
 
     INPUTS = {"predictions": Value("string"), "references": [Value("string")]}
 
+    def __init__(self, *, training_counts: Mapping[str, int] | None = None, **options: Any) -> None:
+        """Create an empty metric.
+
+        Args:
+            training_counts: for each entity the number of training pairs that have it on both sides; one that is not
+                named has none.
+            **options: see :class:`ZooMetric`.
+        """
+        self.training_counts = training_counts
+        super().__init__(**options)
+
     def _compute(self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         pairs = zip(predictions, references, strict=True)
-        found = [entity in text for text, entities in pairs for entity in entities]
+        found = [(entity, entity in text) for text, entities in pairs for entity in entities]
         if not found:
             raise ValueError("`references` must name at least one entity, got none in any text")
-        return {"entity_recall": sum(found) / len(found), "entities": len(found)}
+        result = {"entity_recall": sum(kept for _, kept in found) / len(found), "entities": len(found)}
+        if self.training_counts is not None:
+            counted = [(self.training_counts.get(entity, 0), kept) for entity, kept in found]
+            for name, least, most in _FREQUENCIES:
+                kept = [each for count, each in counted if least <= count <= most]
+                result[f"entity_recall_{name}"] = sum(kept) / len(kept) if kept else math.nan
+                result[f"entities_{name}"] = len(kept)
+        return result

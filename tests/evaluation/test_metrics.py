@@ -195,6 +195,24 @@ def test_entity_recall_is_the_share_of_entities_in_the_texts() -> None:
         EntityRecall().compute(predictions=["x"], references=[[]])
 
 
+def test_entity_recall_by_frequency_in_the_training_text() -> None:
+    entities = [["cat"], ["Ann Lee", "Bergen", "Oslo"], ["Nothing", "Nothing at all"]]
+    counts = {"cat": 16, "Ann Lee": 15, "Bergen": 1, "Oslo": 40, "Nothing": 0}
+    found = EntityRecall(training_counts=counts).compute(predictions=TEXTS, references=entities)
+    assert found == {
+        "entity_recall": 4 / 6,
+        "entities": 6,
+        "entity_recall_unseen": 0.5,  # "Nothing", and "Nothing at all", which the counts do not name
+        "entities_unseen": 2,
+        "entity_recall_regular": 0.5,
+        "entities_regular": 2,
+        "entity_recall_frequent": 1.0,
+        "entities_frequent": 2,
+    }
+    few = EntityRecall(training_counts={}).compute(predictions=["x"], references=[["x"]])
+    assert math.isnan(few["entity_recall_frequent"]) and few["entities_frequent"] == 0
+
+
 # Everywhere
 
 
@@ -210,20 +228,51 @@ def test_one_process_writes_no_file_and_asks_no_hub(tmp_path: Path) -> None:
     assert not (tmp_path / "evaluate" / "metrics").exists()
 
 
-def compute_share(folder: str, process: int) -> dict[str, float]:
-    """Add every second row in one of two processes."""
-    metric = against_a_teacher(num_process=2, process_id=process, experiment_id="shares", cache_dir=folder, timeout=60)
-    return metric.compute(**{name: value[process::2] for name, value in predictions().items()})
+def of_texts(**options: Any) -> Any:
+    metrics: Any = [BLEU(**options), ChrF(**options)]
+    return evaluate.combine(metrics)
 
 
+ENTITIES = [["cat", "dog"], ["Ann Lee", "Bergen"], ["Nothing"]]
+RANKED = {"predictions": [["a", "b", "c"], ["c", "a"], ["b"]], "references": [["b"], ["b", "c"], ["b"]]}
+METRICS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "teacher": (against_a_teacher, predictions()),
+    "translations": (of_texts, {"predictions": TEXTS, "references": TRANSLATIONS}),
+    "entities": (
+        lambda **options: EntityRecall(training_counts={"cat": 20, "Bergen": 1}, **options),
+        {"predictions": TEXTS, "references": ENTITIES},
+    ),
+    "rankings": (lambda **options: Ranking(("ndcg@10", "mrr@10", "recall@2"), **options), RANKED),
+}
+
+
+def compute_shares(folder: str, process: int, names: list[str]) -> dict[str, dict[str, float]]:
+    """Add every second row in one of two processes, of two rows and one."""
+    found = {}
+    for name in names:
+        make, inputs = METRICS[name]
+        metric = make(num_process=2, process_id=process, experiment_id=name, cache_dir=folder, timeout=60)
+        found[name] = metric.compute(**{key: value[process::2] for key, value in inputs.items()})
+    return found
+
+
+@needs_ir_measures
+@needs_sacrebleu
 def test_the_first_of_two_processes_computes_over_the_shares_of_both(tmp_path: Path) -> None:
     line = [sys.executable, __file__, str(tmp_path)]
-    others = [subprocess.Popen([*line, str(process)], stdout=subprocess.PIPE, text=True) for process in (0, 1)]
+    others = [
+        subprocess.Popen([*line, str(process), *METRICS], stdout=subprocess.PIPE, text=True) for process in (0, 1)
+    ]
     first, second = (json.loads(process.communicate(timeout=120)[0]) for process in others)
     assert [process.returncode for process in others] == [0, 0]
-    assert second == {}
-    assert first == pytest.approx(against_a_teacher().compute(**predictions()), rel=1e-6)
+    assert second == {name: {} for name in METRICS}
+    for name, (make, inputs) in METRICS.items():
+        alone = make().compute(**inputs)
+        assert first[name].keys() == alone.keys()
+        for key, value in alone.items():
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-6, nan_ok=True)
+            assert first[name][key] == expected, (name, key)
 
 
 if __name__ == "__main__":
-    print(json.dumps(compute_share(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(compute_shares(sys.argv[1], int(sys.argv[2]), sys.argv[3:])))

@@ -16,6 +16,7 @@ from families import make_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_tokenizer
 from tiny_trainings import HOW, TRAININGS, Training, flip, stop_in, weights
+from transformers import PreTrainedModel
 
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
 from ssm_zoo.training.checkpoints import last_checkpoint
@@ -70,6 +71,35 @@ def test_a_damaged_checkpoint_is_passed_over_to_the_same_weights(
     said = capsys.readouterr().out
     assert "checkpoint-4 is damaged" in said and "resuming from checkpoint-2: step 2" in said
     ours, theirs = weights("run", work), weights("whole", work)
+    assert ours.keys() == theirs.keys() != set()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_damaged_second_shard_is_passed_over_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, save = TRAININGS["train"], PreTrainedModel.save_pretrained
+    monkeypatch.chdir(tmp_path)
+    make_model("mamba2-full").save_pretrained("zoo")
+    save_tokenizer(Path("zoo"))
+    Path("text.txt").write_text("abc def ghi " * 20)
+    training.start()
+    Path("run").rename("whole")
+    shards = {"max_shard_size": "8KB"}
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", lambda self, *a, **options: save(self, *a, **options | shards)
+    )
+    with monkeypatch.context() as patch:
+        stop_in(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            training.start()
+    second = sorted(Path("run", "checkpoints", "checkpoint-4").glob("model-*.safetensors"))[1]
+    flip(second)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    training.start()
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in said and "resuming from checkpoint-2: step 2" in said
+    ours, theirs = weights("run", training), weights("whole", training)
     assert ours.keys() == theirs.keys() != set()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
