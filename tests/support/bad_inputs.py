@@ -415,7 +415,7 @@ _OTHERS = [
     Case("demo-into-a-file", DEMO.replace(" out ", " text.txt "), r"text\.txt must be .*, got a file"),
     Case("demo-under-a-file", DEMO.replace(" out ", " text.txt/out "), r"text\.txt/out cannot be made"),
     Case("demo-into-a-full-folder", DEMO.replace(" out ", " beir "), "beir must be .*, got one that is not empty"),
-    Case("demo-onto-a-link", DEMO, "out must be .*, got a link to nothing", lambda root: (root / "out").symlink_to("nowhere")),
+    Case("demo-onto-a-link", DEMO, "out must be .* link to nothing", lambda root: (root / "out").symlink_to("nowhere")),
     Case("demo-no-teacher", f"{DEMO} --teacher ./nope", r"teacher: .*\./nope"),
     Case("demo-no-teacher-in-a-folder", f"{DEMO} --teacher beir", r"teacher: .*beir has no config\.json"),
     Case("demo-a-teacher-and-a-cache", f"{DEMO} --teacher llama --cache kept", "--cache"),
