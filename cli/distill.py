@@ -30,7 +30,8 @@ def distill(
     """
     from ..distill.recipe import load_recipe
 
-    checked = load_recipe(recipe, overrides or ())
+    notes: list[str] = []
+    checked = load_recipe(recipe, overrides or (), notes.append)
     from rich.console import Console
 
     from ..distill.report import print_table
@@ -39,6 +40,8 @@ def distill(
 
     limit_waiting()
     state = processes()
+    for note in notes if state.is_main_process else ():
+        typer.echo(note)
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
     report = run(checked, output, command=command, trust_remote_code=trust_remote_code)
     if state.is_main_process:

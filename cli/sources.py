@@ -27,12 +27,19 @@ def model_folder(folder: Path) -> Path:
     """Return the student of a distillation's folder, the model of a training's, and any other folder itself.
 
     Raises:
-        ValueError: if it is the folder of an unfinished run.
+        ValueError: if it is the folder of a run that has not finished, or has trained only an adapter.
     """
-    is_run = (folder / "run.json").is_file() and not (folder / "config.json").exists()
-    if is_run and (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    return student_folder(folder) if is_run else folder
+    if not (folder / "run.json").is_file() or (folder / "config.json").exists():
+        return folder
+    for name in ("model", "student"):
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} has an adapter but no model. Give {folder / 'adapter'}, or repeat the command of the run with "
+            "--merge."
+        )
+    raise ValueError(f"{folder} has neither model/ nor student/. Give the folder of a finished run.")
 
 
 def student_folder(run: Path) -> Path:

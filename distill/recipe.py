@@ -8,7 +8,7 @@ at every level, since a misspelt key would otherwise be silently ignored.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -45,8 +45,8 @@ from .recipe_values import (
 
 # The mixers that can replace attention, and the fields of a student that have an effect only with some of them.
 _STARTS = {kind: row.student for kind, row in TOKEN_MIXERS.items() if row.student is not None}
-_MIXERS_WITH: dict[str, tuple[str, ...]] = {
-    option: tuple(kind for kind, start in _STARTS.items() if option in start.options)
+_MIXERS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    option: ("mixer", tuple(kind for kind, start in _STARTS.items() if option in start.options))
     for option in dict.fromkeys(option for start in _STARTS.values() for option in start.options)
 }
 
@@ -98,10 +98,10 @@ class StudentSpec(SettingsBase):
 
     @model_validator(mode="after")
     def _refuse_what_the_mixer_lacks(self) -> StudentSpec:
-        for field, mixers in _MIXERS_WITH.items():
+        for field, (key, mixers) in _MIXERS_WITH.items():
             default = type(self).model_fields[field].default
             if self.mixer not in mixers and getattr(self, field) != default:
-                raise _misplaced(field, getattr(self, field), "mixer", mixers, self.mixer)
+                raise _misplaced(field, getattr(self, field), key, mixers, self.mixer)
         return self
 
 
@@ -373,6 +373,24 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def as_recorded(recipe: Recipe, recorded: Any) -> dict[str, Any]:
+    """Return the recipe as a run recorded it if it is the same, otherwise as :func:`as_mapping` does.
+
+    Args:
+        recipe: the recipe.
+        recorded: "recipe" in the run's `run.json`, if there is one. An earlier version recorded fewer keys.
+    """
+    if isinstance(recorded, dict):
+        found = {key: value for key, value in recorded.items() if key != "sources"}
+        try:
+            same = as_mapping(parse_recipe(found)) == as_mapping(recipe)
+        except ValueError:
+            same = False
+        if same:
+            return found
+    return as_mapping(recipe)
+
+
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML text, which `load_recipe` reads back as an equal recipe."""
     return write_yaml(as_mapping(recipe))
@@ -384,15 +402,17 @@ def preset_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), report: Callable[[str], object] = print) -> Recipe:
     """Read a recipe file or preset, merge it with the preset that it is based on, apply overrides, and check it.
 
     A recipe with the key `preset: NAME` is based on that preset: mappings are merged key by key, lists are replaced.
-    Relative paths in a recipe are relative to the working directory.
+    Values of the preset that have no effect with the user's values, such as another mixer, are left out. Relative paths
+    in a recipe are relative to the working directory.
 
     Args:
         recipe: name of a preset, or path of a YAML file. For a file with a preset's name write ./NAME.
         overrides: "dotted.key=YAML value", list items by index, e.g. "stages.1.learning_rate=1e-3".
+        report: receives a sentence if values of the preset are left out.
 
     Returns:
         The checked recipe.
@@ -404,7 +424,13 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values, source = {"preset": recipe}, f"preset {recipe}"
     else:
         values, source = _read_file(recipe), f"recipe {recipe}"
-    return parse_recipe(override(_inherit(values, source, ()), overrides), source)
+    whole = override(_inherit(values, source, ()), overrides)
+    unused = _inherited_without_effect(whole, values, overrides)
+    checked = parse_recipe(whole, source)
+    if unused:
+        names = ", ".join(f"{place}.{field}" for place, field in unused)
+        report(f"preset {values['preset']}: left out {names}, which have no effect with the other values given")
+    return checked
 
 
 def _read_file(path: str | Path) -> Any:
@@ -428,6 +454,39 @@ def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, An
     preset, file = f"preset {name}", resources.files("ssm_zoo.distill").joinpath("presets", f"{name}.yaml")
     inherited = _inherit(read_yaml(file.read_text(encoding="utf-8"), preset), preset, (*visited, name))
     return merge(inherited, own)
+
+
+def _inherited_without_effect(
+    whole: dict[str, Any], own: dict[str, Any], overrides: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Remove from a recipe the values of its preset that have no effect with the values that a user gave.
+
+    Args:
+        whole: the recipe merged with its preset, after the overrides; changed in place.
+        own: the recipe without its preset.
+        overrides: the overrides.
+
+    Returns:
+        What was removed: "student" or "stages.N", and the field.
+    """
+    if "preset" not in own:
+        return []
+    student, stages, mine = whole.get("student"), whole.get("stages"), own.get("student")
+    places = [("student", StudentSpec, student, _MIXERS_WITH, mine if isinstance(mine, dict) else {})]
+    if isinstance(stages, list) and "stages" not in own:  # a list is replaced as a whole
+        places += [(f"stages.{index}", StageSpec, stage, _MEANINGFUL_UNDER, {}) for index, stage in enumerate(stages)]
+    given = [text.partition("=")[0].strip() for text in overrides]
+    removed = []
+    for place, kind, values, table, written in places:
+        for field, (key, options) in table.items():
+            if not isinstance(values, dict) or field not in values or field in written:
+                continue
+            chosen = values.get(key, kind.model_fields[key].default)
+            named = any(f"{place}.{field}.".startswith(f"{override}.") for override in given)
+            if chosen not in options and not named:
+                del values[field]
+                removed.append((place, field))
+    return removed
 
 
 def parse_recipe(values: Any, source: str = "recipe") -> Recipe:

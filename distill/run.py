@@ -27,7 +27,7 @@ from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.run_folder import check_output_folder, claimed_folders_end
+from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none
 from ..harness.whole_files import write_text_whole
 from ..modeling import ZooHybridForCausalLM
 from ..modeling.token_mixers import TOKEN_MIXERS
@@ -43,7 +43,7 @@ from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .fetch import teacher_commit
 from .objectives import LOSS_NAMES, layer_errors
-from .recipe import Recipe, StageSpec, as_mapping, dump, resolve_layers
+from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
 from .student import build_control, build_student, set_slots, zeroed_mixers
@@ -156,9 +156,11 @@ def distill(
 def _refuse_old_checkpoints(output: Path) -> None:
     old = next((path for path in (output / CHECKPOINTS).glob("checkpoint-*/state.json")), None)
     if old is not None:
+        remedy = "Finish the run with that version, or give another folder to start again."
+        if (output / "report.json").is_file():
+            remedy = f"The run has finished: use {output / 'student'}, or give another folder to start again."
         raise ValueError(
-            f"output folder: {old.parent} was written by an earlier version of ssm-zoo, in another format. Finish the "
-            "run with that version, or give another folder to start again."
+            f"output folder: {old.parent} was written by an earlier version of ssm-zoo, in another format. {remedy}"
         )
 
 
@@ -263,7 +265,9 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
                 f"evaluation.max_new_tokens), got {tokens}."
             )
     if main:
-        claim_run(output, as_mapping(recipe), {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
+        marker = read_json_or_none(output / "run.json")
+        same = as_recorded(recipe, marker.get("recipe") if isinstance(marker, dict) else None)
+        claim_run(output, same, {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
         write_text_whole(output / "recipe.yaml", dump(recipe))
     state.wait_for_everyone()
     return _Run(

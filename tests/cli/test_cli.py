@@ -17,7 +17,7 @@ import torch
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import save_zoo_checkpoint
+from tiny_checkpoints import save_tokenizer, save_zoo_checkpoint
 from typer.testing import CliRunner, Result
 
 from ssm_zoo.cli.distill import distill_command
@@ -296,7 +296,17 @@ def test_unfinished_run_has_no_student(ssm_zoo: Callable[..., Result], tmp_path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for command in (["card"], ["push", REPO], ["export", "out"], ["generate", "abc"]):
-        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "Give the folder of a finished distillation")
+        fails(ssm_zoo(command[0], tmp_path / "run", *command[1:]), "Give the folder of a finished (distillation|run)")
+
+
+def test_a_run_with_only_an_adapter_has_no_model(ssm_zoo: Callable[..., Result], tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    save_tokenizer(adapter)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base (a local folder)"}))
+    fails(ssm_zoo("generate", tmp_path / "run", "abc"), "has an adapter but no model. Give .*adapter, or .* --merge")
+    fails(ssm_zoo("generate", adapter, "abc"), "must be the folder or Hub id of the base model, got 'base .*--merge")
 
 
 @pytest.fixture

@@ -132,6 +132,31 @@ def test_a_run_that_does_not_say_what_it_began_with_is_refused() -> None:
     assert nothing_is_made() and json.loads(path.read_text()) == marker
 
 
+# What versions before bounded attention did not record.
+NEWER = {"student": ("window", "sinks", "rows", "slots", "chunk_size"), "evaluation": ("repeat_distance",)}
+
+
+@pytest.mark.parametrize("left", ["nothing", "a checkpoint"])
+@pytest.mark.usefixtures("work")
+def test_a_run_whose_recipe_lacks_newer_keys_goes_on(left: str) -> None:
+    path = Path("run", "run.json")
+    marker = json.loads(path.read_text())
+    for part, keys in NEWER.items():
+        for key in keys:
+            del marker["recipe"][part][key]
+    if left == "nothing":
+        shutil.rmtree(Path("run", "checkpoints"))
+    for wrong in ({"seed": 1}, {"no_such_key": 1}):
+        path.write_text(json.dumps(marker | {"recipe": marker["recipe"] | wrong}))
+        with pytest.raises(ValueError, match=rf"holds a run of another recipe .*{next(iter(wrong))}"):
+            start()
+    path.write_text(json.dumps(marker))
+    start()
+    assert json.loads(path.read_text()) == marker
+    ours, theirs = (load_file(Path(run, "student", "model.safetensors")) for run in ("run", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize("step", [3, STEPS])
 @pytest.mark.usefixtures("work")
 def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,39 @@ def test_a_recipe_lies_over_its_preset_key_by_key(tmp_path: Path) -> None:
     assert [stage.name for stage in replaced.stages] == ["only"]
 
 
+GIVEN = ["teacher=t", "data.train=a", "data.heldout=b"]
+
+
+def test_values_of_a_preset_without_effect_under_the_users_values_are_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    windowed = load_recipe("zoo", [*GIVEN, "student.mixer=sliding_attention"], said.append)
+    assert windowed.student == StudentSpec(layers="odd", mixer="sliding_attention", calibration_tokens=16384)
+    assert said == [
+        "preset zoo: left out student.feature_map, student.normalize, student.rotary, "
+        "student.half_life, student.calibration, which have no effect with the other values given"
+    ]
+    own = "preset: mohawk\nteacher: t\ndata: {train: a, heldout: b}\nstudent: {mixer: masked_mixing, positions: 2048}\n"
+    said.clear()
+    masked = load_recipe(write(tmp_path, own), ["stages.0.schedule=cosine"], said.append)
+    assert masked.student.copy_projections is False and masked.student.half_life == "calibrated"
+    (sentence,) = said
+    assert "student.half_life, stages.0.decay," in sentence and "copy_projections" not in sentence
+    said.clear()
+    for name in preset_names():
+        load_recipe(name, GIVEN, said.append)
+    assert said == []
+
+
+def test_a_users_value_without_effect_is_refused_under_a_preset_too(tmp_path: Path) -> None:
+    other = "student.mixer=mamba2"
+    for wrong in ("student.rotary=true", "student={mixer: mamba2, rotary: true}", "stages.0.kl=reverse"):
+        with pytest.raises(ValueError, match=r"`(student.rotary|stages.0.kl)` has no effect with"):
+            load_recipe("zoo", [*GIVEN, other, wrong], list[str]().append)
+    own = "preset: zoo\nteacher: t\ndata: {train: a, heldout: b}\nstudent: {mixer: mamba2, normalize: true}\n"
+    with pytest.raises(ValueError, match=r"`student\.normalize` has no effect with mixer 'mamba2'"):
+        load_recipe(write(tmp_path, own))
+
+
 def test_mohawk_is_the_papers_recipe() -> None:
     assert "mohawk" in preset_names()
     recipe = load_recipe("mohawk", ["teacher=t", "data.train=a", "data.heldout=b"])
