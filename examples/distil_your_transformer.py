@@ -57,7 +57,7 @@ def main() -> None:
 
     # The student is an ordinary Hub folder with its own code: this part needs torch and transformers only.
     student = options.output / "student"
-    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(student, trust_remote_code=True)
     inputs = tokenizer("The largest city in the north of England is", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]))

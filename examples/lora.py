@@ -29,7 +29,7 @@ def main() -> None:
         options.model, options.steps = save_tiny_model(options.output.parent / "tiny-model"), 20
 
     # The package is installed, so the zoo's own classes are used and no code of the checkpoint has to be run.
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=False)
 
     # "all-linear" reaches every projection of every family, because each is called as a module.

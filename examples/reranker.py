@@ -39,7 +39,7 @@ def main() -> None:
 
     # The score is read at the last real token, so both texts of a pair have to end with a token of their own. Most
     # tokenizers of causal models add none: say so here. With the document first, the query is read with it in mind.
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

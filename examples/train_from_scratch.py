@@ -49,7 +49,7 @@ def main() -> None:
 
     # The model is an ordinary Hub folder with its own code: this part needs torch and transformers only.
     folder = options.output / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer("The game was released in", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=24, do_sample=True)[0]))

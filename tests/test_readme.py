@@ -143,6 +143,37 @@ def test_commands_named_in_the_text_exist(page: Path) -> None:
                 command = command.commands[word]
 
 
+LOADING = re.compile(
+    r"\b(?:Auto(?:Model\w*|Tokenizer|Config)\.from_pretrained|SentenceTransformer|CrossEncoder|pipeline)"
+    r"\((?P<arguments>[^()]*(?:\([^()]*\)[^()]*)*)\)"
+)
+# What examples load that is no folder of the zoo, and so brings no code.
+NOT_THE_ZOO = {"options.tokenizer", "theirs"}
+
+
+def test_what_loads_a_folder_of_the_zoo_says_whether_its_code_may_run() -> None:
+    """Without the package, even the tokenizer of such a folder asks on the terminal before it loads.
+
+    With it, the package's own classes are used, and scripts that import the package may say False.
+    """
+    cards = [*(ROOT / "reports").glob("*.py"), *(ROOT / "model_cards").glob("*.md")]
+    found = 0
+    for page in [*PAGES, *cards, *(ROOT / "examples").glob("*.py")]:
+        text = page.read_text(encoding="utf-8")
+        registered = page.suffix == ".py" and re.search(r"^(from|import) (ssm_zoo|tiny_inputs)\b", text, re.MULTILINE)
+        for call in LOADING.finditer(text):
+            source, *_ = arguments = [part.strip() for part in call["arguments"].split(",")]
+            if (
+                source in NOT_THE_ZOO or not source or source.startswith("modules=")
+            ):  # modules have options of their own
+                continue
+            found += 1
+            trust = next((part for part in arguments if part.startswith("trust_remote_code=")), "")
+            accepted = {"True", "trust", "False"} if registered else {"True"}
+            assert trust.partition("=")[2] in accepted, f"{page.relative_to(ROOT)}: {call[0]}"
+    assert found >= 20
+
+
 def test_readme_is_short_and_its_links_and_pictures_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= README_LINES
