@@ -9,7 +9,7 @@ import typer
 
 from ..harness.processes import command_line
 from ..harness.text_files import check_text
-from .options import Revision, Seed, TrustRemoteCode
+from .options import Dtype, Revision, Seed, TrustRemoteCode
 from .sources import model_source
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
@@ -130,10 +130,7 @@ def lm_eval(
             "--max-length", help="Tokens of a text at most; by default those of the model or tokenizer, or else 2,048."
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Data type of the weights; auto is the checkpoint's own."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,

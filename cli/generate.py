@@ -2,12 +2,12 @@
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..harness.text_files import check_text
-from .options import Revision, TrustRemoteCode
+from .options import Dtype, Revision, TrustRemoteCode
 from .sources import model_source
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to each prompt.")] = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Data type of the weights; auto is the checkpoint's own."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

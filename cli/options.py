@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -23,6 +23,10 @@ Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REVISION", help="Branch, tag or commit, for a Hub id.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything that is drawn at random.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Data type of the weights; auto is the checkpoint's own."),
+]
 Output = Annotated[
     Path, typer.Argument(metavar="OUTPUT", help="Folder of the run. A run with the same settings is resumed.")
 ]

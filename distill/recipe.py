@@ -373,22 +373,18 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def as_recorded(recipe: Recipe, recorded: Any) -> dict[str, Any]:
+def as_recorded(recipe: Recipe, recorded: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe as a run recorded it if it is the same, otherwise as :func:`as_mapping` does.
 
     Args:
         recipe: the recipe.
-        recorded: "recipe" in the run's `run.json`, if there is one. An earlier version recorded fewer keys.
+        recorded: the run's recipe in `run.json`, empty for a new run. An earlier version recorded fewer keys.
     """
-    if isinstance(recorded, dict):
-        found = {key: value for key, value in recorded.items() if key != "sources"}
-        try:
-            same = as_mapping(parse_recipe(found)) == as_mapping(recipe)
-        except ValueError:
-            same = False
-        if same:
-            return found
-    return as_mapping(recipe)
+    found, here = {key: value for key, value in recorded.items() if key != "sources"}, as_mapping(recipe)
+    try:
+        return found if as_mapping(parse_recipe(found)) == here else here
+    except ValueError:  # no recipe of this version
+        return here
 
 
 def dump(recipe: Recipe) -> str:

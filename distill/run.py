@@ -27,7 +27,7 @@ from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
-from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none
+from ..harness.run_folder import check_output_folder, claimed_folders_end, recorded_recipe
 from ..harness.whole_files import write_text_whole
 from ..modeling import ZooHybridForCausalLM
 from ..modeling.token_mixers import TOKEN_MIXERS
@@ -265,9 +265,8 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
                 f"evaluation.max_new_tokens), got {tokens}."
             )
     if main:
-        marker = read_json_or_none(output / "run.json")
-        same = as_recorded(recipe, marker.get("recipe") if isinstance(marker, dict) else None)
-        claim_run(output, same, {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
+        recorded = as_recorded(recipe, recorded_recipe(output, _KIND))
+        claim_run(output, recorded, {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
         write_text_whole(output / "recipe.yaml", dump(recipe))
     state.wait_for_everyone()
     return _Run(

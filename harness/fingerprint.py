@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .run_folder import claim_output_folder, read_json_or_none
+from .run_folder import claim_output_folder, recorded_recipe
 
 __all__ = ["claim_run", "fingerprint", "pinned_revision", "sha256_of"]
 
@@ -116,9 +116,9 @@ def claim_run(
     Raises:
         ValueError: as `claim_output_folder`, and if a source has changed since the run was started.
     """
-    marker = read_json_or_none(output / "run.json")
-    if isinstance(marker, dict) and marker.get("kind") == kind and isinstance(marker.get("recipe"), dict):
-        earlier = marker["recipe"].get("sources")
+    recorded = recorded_recipe(output, kind)
+    if recorded:
+        earlier: Any = recorded.get("sources")
         if sources and not isinstance(earlier, dict):
             raise ValueError(
                 f"output folder: {output} holds a run of an earlier version, which did not record its weights. Finish "
@@ -146,7 +146,5 @@ def _check_source(name: str, there: Mapping[str, str], here: Mapping[str, str], 
 
 
 def _sources_of(output: Path) -> dict[str, Any]:
-    marker = read_json_or_none(output / "run.json")
-    recipe = marker.get("recipe") if isinstance(marker, dict) else None
-    sources = recipe.get("sources") if isinstance(recipe, dict) else None
+    sources = recorded_recipe(output).get("sources")
     return sources if isinstance(sources, dict) else {}

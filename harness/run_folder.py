@@ -24,7 +24,14 @@ try:
 except ImportError:  # Windows, where no folder is locked
     fcntl = None
 
-__all__ = ["check_output_folder", "claim_output_folder", "claimed_folders_end", "read_json_or_none", "write_json"]
+__all__ = [
+    "check_output_folder",
+    "claim_output_folder",
+    "claimed_folders_end",
+    "read_json_or_none",
+    "recorded_recipe",
+    "write_json",
+]
 
 _FORMAT = 1
 _MARKER = "run.json"
@@ -191,6 +198,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """
     path = Path(path)
     write_text_whole(path, json_text(value, path.name) + "\n")
+
+
+def recorded_recipe(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """Return the recipe that the run in a folder recorded; empty if there is no run, or one of another kind."""
+    marker = read_json_or_none(path / _MARKER)
+    if not isinstance(marker, dict) or kind not in (None, marker.get("kind")):
+        return {}
+    recipe = marker.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def read_json_or_none(path: Path) -> Any:

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.tracing import tracing
 from .cache import layer_of
-from .layers import ShortConvolution, init_short_convolution, rotate
+from .layers import GroupedAttention, ShortConvolution, init_short_convolution, rotate
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, is_single_step
 from .softmax_attention import softmax_attention
 from .token_layout import Sequence
 
 
-class Attention(nn.Module):
+class Attention(GroupedAttention):
     """Softmax attention with rotary positions and grouped key-value heads.
 
     Args:
@@ -38,16 +38,10 @@ class Attention(nn.Module):
         self.window = window
         # Where the block has another mixer too, one layer of the cache serves both, and never leaves the device.
         self.stays = window is None and config.layer_types[layer_idx] != "full_attention"
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
-        self.head_dim = int(config.head_dim or 0)
+        self.add_projections(config, config.attention_bias)
         # By the names that transformers' attention functions look for.
         self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
         self.scaling, self.is_causal = self.head_dim**-0.5, True
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
         self.conv1d = None
         if conv_kernel:
             assert window is None

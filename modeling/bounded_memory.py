@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..kernels.bounded_attention import (
@@ -22,12 +22,12 @@ from ..kernels.bounded_attention import (
 )
 from ..kernels.tracing import tracing
 from .cache import ZooLayer, layer_of
-from .layers import rotate
+from .layers import GroupedAttention, rotate
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation, is_single_step
 from .token_layout import Sequence
 
 
-class BoundedAttention(nn.Module):
+class BoundedAttention(GroupedAttention):
     """Softmax attention over a window, sinks and slots.
 
     Args:
@@ -39,14 +39,8 @@ class BoundedAttention(nn.Module):
     def __init__(self, config: Any, settings: "BoundedAttentionSettings", layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
-        self.head_dim = int(config.head_dim or 0)
         self.settings = settings
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.add_projections(config, config.attention_bias)
 
     def forward(
         self,

@@ -176,17 +176,34 @@ class ShortConvolution(nn.Conv1d):
         return y, state
 
 
+class GroupedAttention(nn.Module):
+    """The sizes and projections of attention whose key-value heads each serve a group of query heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def add_projections(self, config: Any, bias: bool) -> None:
+        """Create q_proj, k_proj, v_proj and o_proj, in this order, with the sizes of the model's configuration."""
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
+        self.head_dim, width = int(config.head_dim or 0), config.hidden_size
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+
+
 def init_short_convolution(convolution: ShortConvolution) -> None:
     """Initialise weight and bias with PyTorch's default, U(+-1 / sqrt(K))."""
-    bound = convolution.kernel_size[0] ** -0.5
-    init.uniform_(convolution.weight, -bound, bound)
-    if convolution.bias is not None:
-        init.uniform_(convolution.bias, -bound, bound)
+    _init_uniform(convolution, convolution.kernel_size[0] ** -0.5)
 
 
 def init_linear(layer: nn.Linear) -> None:
     """Initialise weight and bias of a linear layer with PyTorch's default, U(+-1 / sqrt(fan in))."""
-    bound = layer.in_features**-0.5
+    _init_uniform(layer, layer.in_features**-0.5)
+
+
+def _init_uniform(layer: nn.Linear | ShortConvolution, bound: float) -> None:
     init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:
         init.uniform_(layer.bias, -bound, bound)

@@ -34,14 +34,14 @@ from transformers.cache_utils import Cache
 from ..kernels.tracing import tracing
 from ..kernels.window_attention import attend_traced, window_attention, window_attention_matrix
 from .cache import layer_of
-from .layers import rotate
+from .layers import GroupedAttention, rotate
 from .mixer import MixerSettings, TokenMixer
 from .token_layout import Sequence
 
 KEY_SOURCES = ("all", "selected")
 
 
-class SelectiveAttention(nn.Module):
+class SelectiveAttention(GroupedAttention):
     """Sliding-window attention for the tokens that a gate selects; other tokens are unchanged.
 
     `config` has the sizes of the heads, `settings` the keys of :class:`SelectiveAttentionSettings`.
@@ -52,14 +52,8 @@ class SelectiveAttention(nn.Module):
         self.layer_idx = layer_idx
         self.window, self.tau = settings.sliding_window, settings.gumbel_tau
         self.key_source, self.dense_training = settings.sal_key_source, settings.sal_dense_training
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
-        self.head_dim = int(config.head_dim or 0)
-        width = config.hidden_size
-        self.gate = nn.Linear(width, 2)
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.gate = nn.Linear(config.hidden_size, 2)
+        self.add_projections(config, bias)
 
     def forward(
         self,

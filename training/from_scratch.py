@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from ..harness.fingerprint import claim_run, fingerprint, pinned_revision
 from ..harness.published import public_argument
-from ..harness.run_folder import check_output_folder, claimed_folders_end, read_json_or_none, write_json
+from ..harness.run_folder import check_output_folder, claimed_folders_end, recorded_recipe, write_json
 from ..reports.from_scratch_card import write_from_scratch_card
 from .from_scratch_settings import FromScratchSettings
 from .new_model import (
@@ -120,9 +120,8 @@ def _as_recorded(output: Path, config: PreTrainedConfig, sources: dict[str, dict
         ValueError: if a run of an earlier version recorded another configuration.
     """
     keys = changed_keys(config)
-    marker = read_json_or_none(output / "run.json")
-    earlier = marker.get("recipe") if isinstance(marker, dict) and marker.get("kind") == KIND else None
-    if not isinstance(earlier, dict):
+    earlier = recorded_recipe(output, KIND)
+    if not earlier:
         return keys
     recorded: Any = earlier.get("config")
     there = recorded_configuration(recorded)

@@ -35,18 +35,17 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive, quartiles
+from circumstances import RESULTS, positive, quartiles
 from from_scratch_training import VOCABULARY
 from length_models import ARMS, HYBRID, MAMBA2, TAIPAN, TRANSFORMER, make, parameters
 from matplotlib.figure import Figure
-from result_file import ResultFile
+from result_file import open_results
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -229,9 +228,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"decode-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/decode.py", arguments))
+    file = open_results(options, "claims/decode.py", arguments)
     contexts = sorted(set(options.contexts))
     length = contexts[-1] + WARM_UP + options.steps
     ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
@@ -246,8 +243,8 @@ def main(arguments: list[str]) -> None:
             milliseconds, held = 1e3 * row["seconds"]["median"], row["bytes"] / 2**20
             print(f"{point.context:7} {point.arm:12} {point.way:20} {milliseconds:8.2f} ms {held:8.2f} MiB")
     wanted = [file.find(dataclasses.asdict(point)) for point in points]
-    draw([row for row in wanted if row is not None], path.with_suffix(".png"))
-    print(f"wrote {path}")
+    draw([row for row in wanted if row is not None], file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -37,10 +36,10 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_plot import OURS, PEER, draw
 from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, tokens
-from result_file import ResultFile, search
+from result_file import ResultFile, open_results, search
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
@@ -212,16 +211,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"from_scratch-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/from_scratch.py", arguments))
+    file = open_results(options, "claims/from_scratch.py", arguments)
     file.drop(lambda row: row["purpose"] == "summary" and row["family"] in options.family)
     comparison = Comparison(file, tokens(), options)
     summaries = [comparison.family(family) for family in options.family]
     for summary in summaries:
         print(json.dumps(file.add(summary), indent=1))
-    draw(file.rows, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    draw(file.rows, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,11 +26,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances
 
 import matplotlib
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_training import Trainer
 from recall_arms import parameters
 from recall_task import Task, assess, draw, recall_loss
-from result_file import ResultFile
+from result_file import open_results
 from tqdm import tqdm
 
 from ssm_zoo.modeling import TaipanConfig, TaipanForCausalLM
@@ -136,9 +135,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     for capacity in options.capacities:
         make(capacity, options.weight, 0)  # before anything is written: what a configuration refuses is an error
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"gate_learning-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/gate_learning.py", arguments))
+    file = open_results(options, "claims/gate_learning.py", arguments)
     file.drop(lambda row: "summary" in row)
     found = {
         capacity: [
@@ -152,8 +149,8 @@ def main(arguments: list[str]) -> None:
     }
     for capacity, rows in found.items():
         print(json.dumps(file.add(summary_of(capacity, rows)), indent=1))
-    plot(found, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    plot(found, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

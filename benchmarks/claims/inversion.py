@@ -28,7 +28,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
@@ -37,11 +36,11 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_training import Trainer, batches, held_out_loss, windows_of
 from inversion_plot import draw
 from mixer_arms import LLAMA, MAMBA2, MIXER, equal_sizes, make
-from result_file import ResultFile, search
+from result_file import ResultFile, open_results, search
 from stories_text import ids_of, learn_tokenizer, read_stories
 from torch import Tensor
 from tqdm import tqdm
@@ -214,13 +213,11 @@ def main(arguments: list[str]) -> None:
     half = len(stories.held_out) // 2
     encode = partial(ids_of, tokenizer)
     data = Data(encode(stories.train), encode(stories.held_out[:half]), encode(stories.held_out[half:]))
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"inversion-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/inversion.py", arguments), options.minutes)
+    file = open_results(options, "claims/inversion.py", arguments)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, data, options).compare()), indent=1))
-    draw(file.rows, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    draw(file.rows, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

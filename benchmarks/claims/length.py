@@ -24,7 +24,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -34,12 +33,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances
 
 import torch
 import torch.nn.functional as F
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, tokens
 from length_evaluation import evaluate, windows_of
 from length_models import ARMS, make, parameters
 from length_plot import draw
-from result_file import ResultFile, search
+from result_file import ResultFile, open_results, search
 from torch import Tensor
 from tqdm import tqdm
 
@@ -193,17 +192,15 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--multiples must begin with 1 and each divide the last, got {options.multiples}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"length-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/length.py", arguments))
+    file = open_results(options, "claims/length.py", arguments)
     file.drop(lambda row: row["purpose"] == "summary" and row["arm"] in options.arm)
     data = split(tokens(), options.judge, options.windows, options.multiples)
     comparison = Comparison(file, data, options)
     for arm in options.arm:
         summary = file.add(comparison.arm(arm))
         print(json.dumps({key: summary[key] for key in ("arm", "rate", "held_out", "change")}, indent=1), flush=True)
-        draw(file.rows, path.with_suffix(".png"))
-    print(f"wrote {path}")
+        draw(file.rows, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

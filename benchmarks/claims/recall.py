@@ -25,7 +25,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -34,12 +33,12 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_training import Trainer
 from recall_arms import ARMS, Sizes, make, parameters
 from recall_plot import draw_curves
 from recall_task import Task, assess, draw, recall_loss
-from result_file import ResultFile, search
+from result_file import ResultFile, open_results, search
 from tqdm import tqdm
 
 # What a run is for.
@@ -215,13 +214,11 @@ def main(arguments: list[str]) -> None:
         size = dataclasses.replace(size, models=dataclasses.replace(size.models, state=state, large_state=large))
     for arm in options.arms:
         make(arm, size.models, options.range, 0)  # before anything is written: sizes that do not fit are an error
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"recall-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/recall.py", arguments))
+    file = open_results(options, "claims/recall.py", arguments)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, size, options).summary()), indent=1))
-    draw_curves(file.rows, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    draw_curves(file.rows, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

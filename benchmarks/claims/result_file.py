@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from circumstances import write_rows
+from circumstances import circumstances, write_rows
 
 
 class ResultFile:
@@ -51,6 +53,20 @@ class ResultFile:
     def drop(self, stale: Callable[[dict[str, Any]], bool]) -> None:
         """Drop rows that have to be computed again, e.g. summaries; the file changes with the next row."""
         self.rows = [row for row in self.rows if not stale(row)]
+
+
+def open_results(options: argparse.Namespace, script: str, arguments: list[str], *packages: str) -> ResultFile:
+    """Return the result file that a command line continues (`options.resume`), or a new one in `options.output`.
+
+    Args:
+        options: the parsed command line; may have `minutes`.
+        script: path of the script from benchmarks/.
+        arguments: the command line.
+        *packages: distributions to name in every row beside the usual ones.
+    """
+    now = datetime.now(UTC)
+    path = options.resume or options.output / f"{Path(script).stem}-{now:%Y%m%dT%H%M%SZ}.jsonl"
+    return ResultFile(path, circumstances(now, script, arguments, packages), getattr(options, "minutes", None))
 
 
 def search(

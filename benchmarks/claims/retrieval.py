@@ -32,7 +32,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
@@ -41,10 +40,10 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_training import Trainer, batches, held_out_loss
 from mixer_arms import LLAMA, MAMBA2, MIXER, equal_sizes, make
-from result_file import ResultFile, search
+from result_file import ResultFile, open_results, search
 from retrieval_plot import draw
 from retrieval_texts import Task, beir_task, stories_task, write_pairs
 from stories_text import END, ids_of, learn_tokenizer, read_stories
@@ -257,15 +256,12 @@ def main(arguments: list[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data = read_data(options.text, options.beir, options.vocabulary)
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"retrieval-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    packages = ("sentence-transformers", "bm25s")
-    file = ResultFile(path, circumstances(now, "claims/retrieval.py", arguments, packages), options.minutes)
+    file = open_results(options, "claims/retrieval.py", arguments, "sentence-transformers", "bm25s")
     file.drop(lambda row: row["purpose"] == "summary")
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(file.add(Comparison(file, data, options, Path(folder)).compare()), indent=1))
-    draw(file.rows, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    draw(file.rows, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

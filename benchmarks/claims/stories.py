@@ -30,7 +30,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -38,10 +37,10 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
 from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out_loss, loss_of
 from mixer_arms import ARMS, GPT, HYBRID, LLAMA, MAMBA2, MIXER, Sizes, make
-from result_file import ResultFile, search
+from result_file import ResultFile, open_results, search
 from stories_plot import draw
 from stories_text import ids_of, learn_tokenizer, read_stories
 from torch import Tensor, nn
@@ -259,13 +258,11 @@ def main(arguments: list[str]) -> None:
     stories = read_stories(options.text)
     tokenizer = learn_tokenizer(stories.train)
     data = ids_of(tokenizer, stories.train), ids_of(tokenizer, stories.held_out)
-    now = datetime.now(UTC)
-    path = options.resume or options.output / f"stories-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    file = ResultFile(path, circumstances(now, "claims/stories.py", arguments), options.minutes)
+    file = open_results(options, "claims/stories.py", arguments)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, data, options).compare()), indent=1))
-    draw(file.rows, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    draw(file.rows, file.path.with_suffix(".png"))
+    print(f"wrote {file.path}")
 
 
 if __name__ == "__main__":

@@ -99,32 +99,27 @@ def _rules(config: PreTrainedConfig) -> list[Rule]:
     ]
 
 
-MAMBA = transformers_format(
+_format = partial(transformers_format, rules=_rules, former_keys=_FORMER_KEYS)
+MAMBA = _format(
     MambaForCausalLM,
     zoo_class=ZooMambaForCausalLM,
     read=partial(_read, config_class=MambaConfig),
     zoo_config=_zoo_config,
     config=_config,
-    rules=_rules,
     writes=lambda config: config.mixer_rms_eps is None,
-    former_keys=_FORMER_KEYS,
 )
-FALCON_MAMBA = transformers_format(
+FALCON_MAMBA = _format(
     FalconMambaForCausalLM,
     zoo_class=ZooMambaForCausalLM,
     read=partial(_read, config_class=FalconMambaConfig),
     zoo_config=_zoo_config,
     config=_falcon_config,
-    rules=_rules,
     writes=lambda config: config.mixer_rms_eps is not None,
-    former_keys=_FORMER_KEYS,
 )
-MAMBA2 = transformers_format(
+MAMBA2 = _format(
     Mamba2ForCausalLM,
     zoo_class=ZooMamba2ForCausalLM,
     read=partial(_read, config_class=Mamba2Config),
     zoo_config=_zoo_config2,
     config=_config2,
-    rules=_rules,
-    former_keys=_FORMER_KEYS,
 )
