@@ -56,7 +56,7 @@ def extend_cache(cache: Cache, tokens: int) -> None:
     """
     for index, layer in enumerate(cache.layers):
         state = vars(layer)
-        if state.get("history") is not None or not layer.is_initialized:
+        if state.get("history") is not None or not state["is_initialized"]:
             raise ValueError(f"`cache` must hold keys and values or states in layer {index}, got {layer}")
         keys = state.get("keys")
         if keys is not None and keys.ndim == 4 and keys.shape[2]:  # (B, H, tokens, P); a bounded memory has (B, N, P)

@@ -9,6 +9,7 @@ Symbols: N pairs, R lists, Q queries of a list.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,23 +76,26 @@ def key_value_recall(
         seed: seed of keys, values and queries.
 
     Returns:
-        A dictionary for each number of pairs and each distance for which the filler is long enough: "pairs",
-        "distance", "queries", "accuracy" (share of queries, in [0, 1]) and "chance" (1 / pairs).
+        A dictionary for each number of pairs for which the vocabulary has enough words, and each distance for which
+        the filler is long enough: "pairs", "distance", "queries", "accuracy" (share of queries, in [0, 1]) and
+        "chance" (1 / pairs).
 
     Raises:
-        ValueError: if an argument is not as described, or the vocabulary has too few words for the pairs.
+        ValueError: if an argument is not as described.
     """
     if any(distance < 0 for distance in distances):
         raise ValueError(f"`distances` must be at least 0, got {list(distances)}")
     rows: list[dict[str, Any]] = []
     with evaluating(model), torch.no_grad():
         for number in pairs:
+            if len(_words(tokenizer, number)[0]) < 2 * number:
+                continue
             drawn = draw_lists(tokenizer, number, queries=queries, avoid=filler, seed=seed)
             longest = len(filler) // len(drawn.lists)
             if limit is not None:
                 longest = min(longest, limit - drawn.lists.shape[1] - drawn.queries.shape[2])
             wanted = sorted(distance for distance in set(distances) if distance <= longest)
-            right = _right_answers(model, drawn, filler, wanted)
+            right = _right_answers(model, drawn, filler, wanted) if wanted else {}
             asked = drawn.answers.numel()
             rows += [
                 {
@@ -129,15 +133,16 @@ def draw_lists(
     for field, value, least in (("pairs", pairs, 2), ("queries", queries, 1)):
         if value < least:
             raise ValueError(f"`{field}` must be at least {least}, got {value}")
-    separators = [_plain_ids(tokenizer, text) for text in (":", "\n")]
-    words = word_tokens(tokenizer, 2 * pairs, exclude=[token for part in separators for token in part])
+    words, colon, line_break = _words(tokenizer, pairs)
+    if len(words) < 2 * pairs:
+        raise ValueError(f"`pairs` must be at most {len(words) // 2} with this vocabulary, got {pairs}")
     other = words[~torch.isin(words, avoid.cpu())] if avoid is not None else words
     words = other if len(other) >= 2 * pairs else words
-    colon, line_break = (torch.tensor(part, dtype=torch.long) for part in separators)
     of_each = min(pairs, queries)
     lists, values, asked, answers = [], [], [], []
     for index in range(-(-queries // of_each)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + 1_009 * pairs + index)
+        digest = hashlib.sha256(f"{seed}/{pairs}/{index}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         keys, own = words[torch.randperm(len(words), generator=generator)[: 2 * pairs]].chunk(2)
         lines = [torch.cat([key[None], colon, value[None], line_break]) for key, value in zip(keys, own, strict=True)]
         chosen = torch.randperm(pairs, generator=generator)[:of_each]
@@ -157,21 +162,19 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, least: int, exclude: Sequenc
         tokenizer: the tokenizer.
         least: number of tokens that are needed.
         exclude: ids that are left out.
-
-    Raises:
-        ValueError: if there are fewer than `least` tokens.
     """
     left_out = {*tokenizer.all_special_ids, *exclude}
     vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if number not in left_out}
     words = sorted(number for token, number in vocabulary.items() if _WORD.fullmatch(token))
     found = words if len(words) >= least else sorted(vocabulary.values())
-    if len(found) < least:
-        raise ValueError(f"`tokenizer` must have at least {least} tokens for keys and values, got {len(found)}")
     return torch.tensor(found, dtype=torch.long)
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+def _words(tokenizer: PreTrainedTokenizerBase, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the words for lists of so many pairs, and the tokens of a colon and of a line break."""
+    colon, line_break = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (":", "\n"))
+    words = word_tokens(tokenizer, 2 * pairs, exclude=[*colon, *line_break])
+    return words, torch.tensor(colon, dtype=torch.long), torch.tensor(line_break, dtype=torch.long)
 
 
 def _right_answers(

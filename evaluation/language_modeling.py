@@ -25,7 +25,7 @@ LOGITS_BYTES = 64 * 2**20
 # In memory together: logits and log-probabilities of student and teacher, and a mask.
 LOGITS_COPIES = 5
 # Tokens of the passage that :func:`repeat_loss` repeats, and those of its repetition that are not scored.
-_PASSAGE, _CUE = 96, 8
+PASSAGE, _CUE = 96, 8
 
 
 def evaluate_language_model(
@@ -108,7 +108,7 @@ def repeat_loss(model: PreTrainedModel, ids: Tensor, distance: int, *, texts: in
     Returns:
         Nats per token, or None if `ids` has fewer than 96 + distance tokens.
     """
-    length = _PASSAGE + distance
+    length = PASSAGE + distance
     if len(ids) < length:
         return None
     starts = [index * (len(ids) - length) // max(texts - 1, 1) for index in range(texts)]
@@ -116,10 +116,10 @@ def repeat_loss(model: PreTrainedModel, ids: Tensor, distance: int, *, texts: in
     with evaluating(model), torch.no_grad():
         for start in starts:
             text = ids[start : start + length]
-            text = torch.cat([text, text[:_PASSAGE]])[None].to(model.device)
-            states = head_input(model, input_ids=text)[:, -_PASSAGE + _CUE - 1 : -1]
+            text = torch.cat([text, text[:PASSAGE]])[None].to(model.device)
+            states = head_input(model, input_ids=text)[:, -PASSAGE + _CUE - 1 : -1]
             logits = logits_of(model, states.flatten(0, 1))
-            total += float(torch.nn.functional.cross_entropy(logits, text[0, -_PASSAGE + _CUE :]))
+            total += float(torch.nn.functional.cross_entropy(logits, text[0, -PASSAGE + _CUE :]))
     return total / texts
 
 
@@ -140,8 +140,9 @@ def generation_sample(
         max_new_tokens: maximum number of tokens to generate for a prompt, positive.
 
     Returns:
-        For each prompt a dictionary with "prompt", "completion" (the new text, without special tokens) and
-        "repetition" (share of repeated 4-grams among the new tokens, see `repeated_share`).
+        For each prompt a dictionary with "prompt", "completion" (the new text, without special tokens), "tokens" (ids
+        of the new tokens before the end token) and "repetition" (share of repeated 4-grams among them, see
+        `repeated_share`).
 
     Raises:
         ValueError: if a prompt has no tokens, or an argument is not as described.
@@ -179,6 +180,7 @@ def generation_sample(
                 {
                     "prompt": prompt,
                     "completion": tokenizer.decode(new, skip_special_tokens=True),
+                    "tokens": new,
                     "repetition": repeated_share(new),
                 }
             )
