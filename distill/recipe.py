@@ -24,9 +24,12 @@ from ..modeling.token_mixers import TOKEN_MIXERS
 from .recipe_values import (
     LAYERS_ACCEPTED,
     Betas,
+    Context,
+    Contexts,
     ConvKernel,
     Count,
     Decay,
+    Distances,
     HalfLife,
     Identifier,
     Layers,
@@ -205,8 +208,12 @@ class StageSpec(SettingsBase):
         return self
 
 
+# Fields of the comparison at the end, which have no effect without it. `as_mapping` leaves them out at their defaults.
+_OF_THE_COMPARISON = ("long_length", "repeat_distances", "context_lengths", "prefill_limit")
+
+
 class EvaluationSpec(SettingsBase):
-    """The measurements on the held-out text before the first stage and after every stage.
+    """The measurements on the held-out text before the first stage and after every stage, and those at the end.
 
     Attributes:
         tokens: number of held-out tokens, in whole windows.
@@ -215,6 +222,14 @@ class EvaluationSpec(SettingsBase):
         repeat_distance: tokens between a passage of 96 tokens and its repetition; the loss there measures recall.
         prompts: texts that the student continues greedily, for the report.
         max_new_tokens: maximum length of these continuations.
+        final: compare teacher, control and student once more after the last stage: loss by position, repeat loss,
+            key-value recall, continuations, speed and cache. The next four fields have an effect only with it.
+        long_length: tokens of the few windows for the loss by position; None: eight times `data.sequence_length`. A
+            shorter held-out text is one window.
+        repeat_distances: distances of the repeat loss, in tokens.
+        context_lengths: contexts at which decoding is timed and the cache is counted, in tokens.
+        prefill_limit: longest of these contexts that is read; for longer ones the cache is filled, see
+            `measure_decoding`.
     """
 
     tokens: Count = 16384
@@ -223,12 +238,28 @@ class EvaluationSpec(SettingsBase):
     repeat_distance: Count = 416
     prompts: list[str] = []
     max_new_tokens: Count = 32
+    final: bool = True
+    long_length: Length | None = None
+    repeat_distances: Distances = [416, 1500]
+    context_lengths: Contexts = [512, 2048]
+    prefill_limit: Context = 2048
 
     @model_validator(mode="after")
     def _refuse_less_than_a_window(self) -> EvaluationSpec:
         if self.tokens < self.sequence_length:
             raise wrong("tokens", self.tokens, f"at least sequence_length = {self.sequence_length}")
         return self
+
+    @model_validator(mode="after")
+    def _refuse_settings_of_a_comparison_that_is_not_made(self) -> EvaluationSpec:
+        for field in _OF_THE_COMPARISON:
+            if not self.final and self.differs(field):
+                raise _misplaced(field, getattr(self, field), "final", (True,), False)
+        return self
+
+    def differs(self, field: str) -> bool:
+        """Return whether a field has another value than its default."""
+        return getattr(self, field) != type(self).model_fields[field].default
 
 
 class Recipe(SettingsBase):
@@ -291,11 +322,14 @@ class Recipe(SettingsBase):
         if TOKEN_MIXERS[self.student.mixer].bounded:
             lengths = {f"stages.{index}.": stage.sequence_length for index, stage in enumerate(self.stages)}
             lengths |= {"data.": self.data.sequence_length, "evaluation.": self.evaluation.sequence_length}
+            lengths = {f"{place}sequence_length": length for place, length in lengths.items()}
+            # Defaults are measured as far as there are positions.
+            for field in filter(self.evaluation.differs, ("long_length", "context_lengths")):
+                value = getattr(self.evaluation, field)
+                lengths[f"evaluation.{field}"] = value if isinstance(value, int) else max(value, default=0)
             for place, length in lengths.items():
                 if length > self.student.positions:
-                    raise wrong(
-                        f"{place}sequence_length", length, f"at most student.positions = {self.student.positions}"
-                    )
+                    raise wrong(place, length, f"at most student.positions = {self.student.positions}")
         return self
 
     @model_validator(mode="after")
@@ -315,7 +349,7 @@ class Recipe(SettingsBase):
         return self
 
 
-def _misplaced(field: str, value: Any, key: str, values: Sequence[str], actual: str) -> PydanticCustomError:
+def _misplaced(field: str, value: Any, key: str, values: Sequence[Any], actual: Any) -> PydanticCustomError:
     options = " or ".join(map(repr, values))
     return refused(field, f"has no effect with {key} {actual!r}, only with {key} {options}. Remove it (got {value!r}).")
 
@@ -367,6 +401,9 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
         del values["gradient_checkpointing"]
     if recipe.teacher_revision is None:
         del values["teacher_revision"]
+    for field in ("final", *_OF_THE_COMPARISON):
+        if not recipe.evaluation.differs(field):
+            del values["evaluation"][field]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
         for field in stage.meaningless:
             del mapping[field]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
+from ..evaluation.decoding import LEAST_CONTEXT
 from ..harness.settings import accept
 
 LAYERS_ACCEPTED = (
@@ -92,6 +93,20 @@ def _fraction(text: str) -> Fraction | None:
     return fraction if 0 < fraction <= 1 else None
 
 
+def _distinct(low: int) -> Callable[[Any], list[int] | None]:
+    """Convert to a list of different ints of at least `low`, which may be empty."""
+
+    def convert(value: Any) -> list[int] | None:
+        if not isinstance(value, list | tuple):
+            return None
+        numbers = [whole_number(low)(item) for item in value]
+        if None in numbers or len(set(numbers)) < len(numbers):
+            return None
+        return [number for number in numbers if number is not None]
+
+    return convert
+
+
 Text = Annotated[str, accept("a text that is not empty", _text)]
 Identifier = Annotated[str, accept("lower-case letters, digits and underscores", _identifier)]
 Sources = Annotated[str | list[str], accept("a path, 'builtin:NAME', or a list of them, not empty", _sources)]
@@ -99,6 +114,11 @@ Seed = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
 Count = Annotated[int, accept("a whole number of 1 or more", whole_number(1))]
 Whole = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
 Length = Annotated[int, accept("a whole number of 2 or more (a token and its successor)", whole_number(2))]
+Distances = Annotated[list[int], accept("a list of different whole numbers of 1 or more", _distinct(1))]
+Contexts = Annotated[
+    list[int], accept(f"a list of different whole numbers of {LEAST_CONTEXT} or more", _distinct(LEAST_CONTEXT))
+]
+Context = Annotated[int, accept(f"a whole number of {LEAST_CONTEXT} or more", whole_number(LEAST_CONTEXT))]
 ConvKernel = Annotated[int, accept("a whole number from 2 to 8", whole_number(2, 8))]
 Positive = Annotated[float, accept("a number above 0", _number(0, above=True))]
 NonNegative = Annotated[float, accept("a number of 0 or more", _number(0))]

@@ -20,8 +20,9 @@ from ..harness.published import decoration
 from ..harness.run_folder import write_json
 from ..harness.whole_files import write_text_whole, write_whole
 from ..reports.card_parts import machine_table
+from ..reports.comparison_tables import comparison_names, comparison_rows, comparison_section
 from ..reports.distillation_plots import draw
-from ..reports.distillation_report import Report, parse_report
+from ..reports.distillation_report import Comparison, Report, parse_report
 from ..reports.distillation_tables import (
     PLOT_CAPTIONS,
     command_block,
@@ -83,7 +84,7 @@ def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:
-    """Print the table of evaluations, the gain of each stage, and the recovered fraction.
+    """Print the table of evaluations, the comparison at the end, the gain of each stage, and the recovered fraction.
 
     Raises:
         ValueError: as `write_report`.
@@ -106,10 +107,23 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         # As Text, since a name may have square brackets, which rich would take for a style.
         evaluations.add_row(*map(Text, cells))
     console.print(evaluations)
+    if checked.comparison is not None:
+        console.print(_comparison_table(checked.comparison))
     for verdict in verdicts(checked):
         console.print(Text(f"{verdict.stage} {verdict.sentence}", style="" if verdict.improved else "bold yellow"))
     console.print(Text(summary_sentence(checked)))
     console.print(Text(recovered_sentence(checked)))
+
+
+def _comparison_table(comparison: Comparison) -> Table:
+    """Return the table of teacher, control and student for the terminal."""
+    found = Table()
+    found.add_column("at the end")
+    for name in comparison_names(comparison):
+        found.add_column(Text(name), justify="right")
+    for label, cells in comparison_rows(comparison):
+        found.add_row(*map(Text, (label, *cells)))
+    return found
 
 
 def _markdown(report: Report, plots: Iterable[str]) -> str:
@@ -143,6 +157,7 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         "## Did every stage help?",
         verdict_list(report),
         images.get("losses.png", ""),
+        *_comparison_parts(report, images),
         *_layer_parts(report, images),
         *_sample_parts(report),
         "## Limits",
@@ -154,6 +169,14 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         recipe_block(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _comparison_parts(report: Report, images: dict[str, str]) -> list[str]:
+    """Return the section on teacher, control and student side by side."""
+    if report.comparison is None:
+        return []
+    heading = "## Beside teacher and control"
+    return [heading, images.get("comparison.png", ""), comparison_section(report.comparison)]
 
 
 def _layer_parts(report: Report, images: dict[str, str]) -> list[str]:

@@ -39,6 +39,7 @@ from ..training.report import public_sources, write_folder
 from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
+from .comparison import Comparison, compare
 from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .fetch import teacher_commit
@@ -52,6 +53,7 @@ from .teacher import Teacher, load_teacher
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
 _LAYER_WINDOWS = 2
 _KIND = "ssm-zoo distillation run"
+_CONTROL = "window + sinks"
 _REMEDY = "Lower learning_rate, or choose dtype float32."
 
 
@@ -61,6 +63,7 @@ class _Progress:
 
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    comparison: dict[str, Any] | None = None  # of teacher, control and student, at the end
     slots: list[list[int]] | None = None  # of a bounded memory, once they are divided
     peak_memory_bytes: int = 0
 
@@ -146,6 +149,7 @@ def distill(
     for index in range(first, len(recipe.stages)):
         _train_stage(run, index, found if index == first and step > 0 else None)
     check_finite(run.student, "the trained student", _REMEDY)
+    _compare(run)
     report = _report(run, origin, command or command_line(sys.argv[1:]))
     if run.main:
         _write_results(run, report)
@@ -224,6 +228,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         },
         "evaluations": run.progress.evaluations,
         "stages": run.progress.stages,
+        "comparison": run.progress.comparison,
         "processes": run.state.num_processes,
         "peak_memory_bytes": _peak_memory(run.progress.peak_memory_bytes),
     }
@@ -300,14 +305,16 @@ def _first_evaluations(run: _Run) -> None:
     with zeroed_mixers(run.student, run.layers):
         _evaluate(run, "mixers zeroed", "zeroed")
     _divide_slots(run)
-    control = build_control(run.teacher, run.student, run.layers, run.recipe.evaluation.sequence_length)
-    _evaluate(run, "window + sinks", "control", model=control)
-    del control
+    _evaluate(run, _CONTROL, "control", model=_control(run))
     with run.compute():
         windows = _calibration_windows(run)
         calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
     check_finite(run.student, "the calibrated student", "Choose dtype float32, or calibration: none.")
     _evaluate(run, "step 0", "start")
+
+
+def _control(run: _Run) -> ZooHybridForCausalLM:
+    return build_control(run.teacher, run.student, run.layers, run.recipe.evaluation.sequence_length)
 
 
 def _divide_slots(run: _Run) -> None:
@@ -399,15 +406,46 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
         seconds += time.monotonic() - started
     run.progress.stages.append(_stage_entry(stage, history, seconds))
     _evaluate(run, stage.name, "stage")
+    _save(run, index + 1)
+
+
+def _save(run: _Run, stages: int) -> None:
+    """Save a checkpoint after a number of whole stages."""
     if run.main:
         weights = saved_parameters(run.student, run.recipe, run.layers)
         progress = _saved_progress(run)
         save_checkpoint(
             run.output / CHECKPOINTS,
-            f"checkpoint-{index + 1}-0",  # the start of the next stage
+            f"checkpoint-{stages}-0",  # the start of the next stage
             lambda folder: write_progress(folder, weights, progress),
         )
     run.state.wait_for_everyone()
+
+
+def _compare(run: _Run) -> None:
+    """Compare teacher, control and trained student on the main process, unless it is done, and record the results."""
+    recipe = run.recipe
+    if not recipe.evaluation.final or run.progress.comparison is not None:
+        return
+    if run.main:
+        models = {"teacher": run.teacher.model, "control": _control(run), "stage": run.student}
+        # Of the last stage. A run of an earlier version may lack the control.
+        rows: dict[str, Any] = {"control": {"name": _CONTROL, "repeat_loss": None, "samples": []}}
+        rows |= {row["kind"]: row for row in run.progress.evaluations if row["kind"] in models}
+        comparison = Comparison(
+            models=models,
+            evaluations={kind: rows[kind] for kind in models},
+            tokenizer=run.teacher.tokenizer,
+            heldout=run.heldout.windows(1)[:, 0],
+            spec=recipe.evaluation,
+            sequence_length=recipe.data.sequence_length,
+            positions=recipe.student.positions if TOKEN_MIXERS[recipe.student.mixer].bounded else None,
+            compute=run.compute,
+            seed=recipe.seed,
+        )
+        run.progress.comparison = finite(compare(comparison))
+        tqdm.write(f"teacher, control and student side by side ({sum(comparison.seconds.values()):.0f} s)")
+    _save(run, len(recipe.stages))
 
 
 def _stage_entry(stage: StageSpec, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

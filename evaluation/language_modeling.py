@@ -25,7 +25,7 @@ LOGITS_BYTES = 64 * 2**20
 # In memory together: logits and log-probabilities of student and teacher, and a mask.
 LOGITS_COPIES = 5
 # Tokens of the passage that :func:`repeat_loss` repeats, and those of its repetition that are not scored.
-_PASSAGE, _CUE = 96, 8
+PASSAGE, _CUE = 96, 8
 
 
 def evaluate_language_model(
@@ -64,9 +64,7 @@ def evaluate_language_model(
 
     from .metrics import DistillationGap, KLDivergence, Perplexity, Top1Agreement
 
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        shape = tuple(windows.shape)
-        raise ValueError(f"`windows` must be int64 (N, L) with N >= 1 and L >= 2, got {windows.dtype} of shape {shape}")
+    check_windows(windows)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
     device = torch.device(device) if device is not None else model.device
@@ -78,15 +76,14 @@ def evaluate_language_model(
     metrics: Any = Perplexity() if teacher is None else evaluate.combine(compared)
     # no_grad and not inference_mode: a rotary embedding that grows with the length keeps what it computes here.
     with evaluating(*models), torch.no_grad():
-        sizes = [_checked_vocabulary(scored, windows, device) for scored in models]
+        sizes = [checked_vocabulary(scored, windows, device) for scored in models]
         if len(set(sizes)) > 1:
             raise ValueError(f"`teacher` must have the model's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
         for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", leave=False, disable=not progress):
             ids = batch.to(device)
             states = [head_input(scored, input_ids=ids)[:, :-1].flatten(0, 1) for scored in models]
             targets = ids[:, 1:].flatten()
-            width = torch.promote_types(states[0].dtype, torch.float32).itemsize
-            tokens = max(1, LOGITS_BYTES // (LOGITS_COPIES * sizes[0] * width))
+            tokens = predictions_at_once(states[0], sizes[0])
             for labels, *inputs in zip(*(part.split(tokens) for part in (targets, *states)), strict=True):
                 _add(metrics, models, inputs, labels)
     found = metrics.compute()
@@ -111,7 +108,7 @@ def repeat_loss(model: PreTrainedModel, ids: Tensor, distance: int, *, texts: in
     Returns:
         Nats per token, or None if `ids` has fewer than 96 + distance tokens.
     """
-    length = _PASSAGE + distance
+    length = PASSAGE + distance
     if len(ids) < length:
         return None
     starts = [index * (len(ids) - length) // max(texts - 1, 1) for index in range(texts)]
@@ -119,10 +116,10 @@ def repeat_loss(model: PreTrainedModel, ids: Tensor, distance: int, *, texts: in
     with evaluating(model), torch.no_grad():
         for start in starts:
             text = ids[start : start + length]
-            text = torch.cat([text, text[:_PASSAGE]])[None].to(model.device)
-            states = head_input(model, input_ids=text)[:, -_PASSAGE + _CUE - 1 : -1]
-            logits = _logits(model, states.flatten(0, 1))
-            total += float(torch.nn.functional.cross_entropy(logits, text[0, -_PASSAGE + _CUE :]))
+            text = torch.cat([text, text[:PASSAGE]])[None].to(model.device)
+            states = head_input(model, input_ids=text)[:, -PASSAGE + _CUE - 1 : -1]
+            logits = logits_of(model, states.flatten(0, 1))
+            total += float(torch.nn.functional.cross_entropy(logits, text[0, -PASSAGE + _CUE :]))
     return total / texts
 
 
@@ -143,8 +140,9 @@ def generation_sample(
         max_new_tokens: maximum number of tokens to generate for a prompt, positive.
 
     Returns:
-        For each prompt a dictionary with "prompt", "completion" (the new text, without special tokens) and
-        "repetition" (share of repeated 4-grams among the new tokens, see `repeated_share`).
+        For each prompt a dictionary with "prompt", "completion" (the new text, without special tokens), "tokens" (ids
+        of the new tokens before the end token) and "repetition" (share of repeated 4-grams among them, see
+        `repeated_share`).
 
     Raises:
         ValueError: if a prompt has no tokens, or an argument is not as described.
@@ -182,6 +180,7 @@ def generation_sample(
                 {
                     "prompt": prompt,
                     "completion": tokenizer.decode(new, skip_special_tokens=True),
+                    "tokens": new,
                     "repetition": repeated_share(new),
                 }
             )
@@ -204,20 +203,33 @@ def _add(metrics: Any, models: Sequence[PreTrainedModel], states: Sequence[Tenso
 
     In a function of its own, so that the logits are freed before the next ones are computed.
     """
-    logits = [_logits(scored, inputs) for scored, inputs in zip(models, states, strict=True)]
+    logits = [logits_of(scored, inputs) for scored, inputs in zip(models, states, strict=True)]
     if len(models) == 1:
         metrics.add_batch(predictions=logits[0], references=targets)
     else:
         metrics.add_batch(predictions=logits[0], references=logits[1], labels=targets)
 
 
-def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Return (T, V) logits, at least in float32."""
+def check_windows(windows: Tensor) -> None:
+    """Raise a ValueError unless the windows are int64 (N, L) with something to predict."""
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        shape = tuple(windows.shape)
+        raise ValueError(f"`windows` must be int64 (N, L) with N >= 1 and L >= 2, got {windows.dtype} of shape {shape}")
+
+
+def predictions_at_once(states: Tensor, vocabulary: int) -> int:
+    """Return the number of predictions whose logits fit into `LOGITS_BYTES`, from the input of the output head."""
+    width = torch.promote_types(states.dtype, torch.float32).itemsize
+    return max(1, LOGITS_BYTES // (LOGITS_COPIES * vocabulary * width))
+
+
+def logits_of(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Return (T, V) logits, at least in float32, from the (T, D) input of the output head."""
     return head_of(model)(states).to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _checked_vocabulary(model: PreTrainedModel, windows: Tensor, device: torch.device) -> int:
-    """Return the size of a model's vocabulary, after checking that its logits are the output of its head.
+def checked_vocabulary(model: PreTrainedModel, windows: Tensor, device: torch.device) -> int:
+    """Return the size of a model's vocabulary, after checking the windows and that its logits are its head's output.
 
     Raises:
         ValueError: if a token id is outside the vocabulary, or the logits are changed later (soft-capped, scaled).

@@ -23,6 +23,7 @@ TINY = [
     "stages.2.tokens=4096",
     "stages.2.learning_rate=3.0e-3",
     "evaluation.tokens=1024",
+    "evaluation.final=false",
 ]
 
 

@@ -20,6 +20,7 @@ from ..harness.published import without_folders
 from ..harness.whole_files import write_text_whole
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .card_parts import base_model, licence_fields, licence_sentences, linked_source, machine_table
+from .comparison_tables import comparison_section
 from .distillation_report import Report, parse_report
 from .distillation_tables import (
     PLOT_CAPTIONS,
@@ -126,6 +127,7 @@ def _sections(report: Report, repo_id: str | None, plots: Sequence[str]) -> dict
         "stages": stages_table(report) if report.stages else "No stage was trained.",
         "verdicts": verdict_list(report),
         "evaluations": evaluations_table(report),
+        "comparison": "" if report.comparison is None else comparison_section(report.comparison),
         "plots": "\n\n".join(plot_image(path) for path in plots),
         "samples": samples_section([report.evaluation("teacher"), report.students[-1]]),
         "limits": limits_list(report),

@@ -1,7 +1,6 @@
 """The figures of a distillation report: training curves, held-out scores, and errors by layer and by head.
 
-Figures are matplotlib `Figure` objects that render with Agg. pyplot is not used, since it keeps figures and a backend
-for the whole process.
+Figures are drawn as `ssm_zoo.reports.plot_style` says.
 """
 
 from __future__ import annotations
@@ -14,19 +13,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .comparison_plot import draw_comparison
 from .distillation_report import Evaluation, LayerErrors, Report
 from .markdown import number, percent, short
+from .plot_style import BLUE, GREEN, GREY, LABEL, ORANGE, TICK, TITLE, label_axes, new_figure, plain_ticks
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
-_SERIES = (_ORANGE, _BLUE, _GREEN, "#D55E00", "#CC79A7", "#56B4E9")
-_BARS = {"zeroed": _GREY, "control": _GREEN, "start": _ORANGE, "stage": _BLUE}
-_TITLE, _LABEL, _TICK = 12, 11, 10
+_SERIES = (ORANGE, BLUE, GREEN, "#D55E00", "#CC79A7", "#56B4E9")
+_BARS = {"zeroed": GREY, "control": GREEN, "start": ORANGE, "stage": BLUE}
 # Ratio of the largest to the smallest value from which an axis is logarithmic.
 _LOG_RATIO = 10.0
 # Most cells of a heat map that have room for their numbers.
@@ -36,11 +33,12 @@ _ANNOTATED_CELLS = 72
 def draw(report: Report) -> dict[str, Figure]:
     """Return all figures for which the report has data, by file name.
 
-    "heldout.png" always exists; "losses.png" needs a training curve, "layers.png" and "heads.png" need an evaluation
-    with errors of layers and of heads.
+    "heldout.png" always exists; "losses.png" needs a training curve, "comparison.png" the comparison at the end,
+    "layers.png" and "heads.png" an evaluation with errors of layers and of heads.
     """
     figures = {"losses.png": _losses(report), "heldout.png": _heldout(report)}
     figures |= {"layers.png": _layers(report), "heads.png": _heads(report)}
+    figures["comparison.png"] = None if report.comparison is None else draw_comparison(report.comparison)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -51,20 +49,22 @@ def _losses(report: Report) -> Figure | None:
         return None
     columns = min(3, len(stages))
     rows = math.ceil(len(stages) / columns)
-    figure = _figure(max(4.6 * columns, 6.0), 3.6 * rows)
+    figure = new_figure(max(4.6 * columns, 6.0), 3.6 * rows)
     for index, stage in enumerate(stages):
         axes = figure.add_subplot(rows, columns, index + 1)
         points = [(point.step, point.loss) for point in stage.history if point.loss is not None]
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, color=_BLUE, linewidth=1.6, marker="o" if len(points) < 30 else None, markersize=3.5)
+        axes.plot(steps, losses, color=BLUE, linewidth=1.6, marker="o" if len(points) < 30 else None, markersize=3.5)
         if _wide(losses):
             axes.set_yscale("log")
-            _plain_ticks(axes.yaxis, losses)
+            plain_ticks(axes.yaxis, losses)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(alpha=0.3)
-        _label(axes, f"{stage.name}\n{stage.objective.replace('_', ' ')}, {stage.tokens:,} tokens", "optimiser step")
-        axes.set_ylabel(fill(stage.loss_name, 30), fontsize=_LABEL, parse_math=False)
-    figure.suptitle("Training loss", fontsize=_TITLE)
+        label_axes(
+            axes, f"{stage.name}\n{stage.objective.replace('_', ' ')}, {stage.tokens:,} tokens", "optimiser step"
+        )
+        axes.set_ylabel(fill(stage.loss_name, 30), fontsize=LABEL, parse_math=False)
+    figure.suptitle("Training loss", fontsize=TITLE)
     return figure
 
 
@@ -72,11 +72,11 @@ def _heldout(report: Report) -> Figure:
     """Draw bars of loss, KL and top-1 agreement for all evaluations but the teacher's, whose loss is a line."""
     teacher = report.evaluation("teacher").loss
     rows = [part for part in report.evaluations if part.kind != "teacher"]
-    figure = _figure(13.0, 1.9 + 0.48 * len(rows))
+    figure = new_figure(13.0, 1.9 + 0.48 * len(rows))
     losses, divergences, agreements = figure.subplots(1, 3, sharey=True)
     if teacher is None:
         _bars(losses, rows, [part.loss for part in rows], number)
-        _label(losses, "Held-out loss", "nats per token, lower is better")
+        label_axes(losses, "Held-out loss", "nats per token, lower is better")
     else:
         _bars(
             losses,
@@ -87,15 +87,15 @@ def _heldout(report: Report) -> Figure:
         )
         losses.axvline(teacher, color="black", linestyle="--", linewidth=1.4)
         explained = f"nats per token, lower is better\ndashed: teacher, {number(teacher)}; in brackets: gap to it"
-        _label(losses, "Held-out loss", explained)
+        label_axes(losses, "Held-out loss", explained)
     _bars(divergences, rows, [part.kl for part in rows], number)
-    _label(divergences, "KL(teacher || student)", "nats per token, lower is better")
+    label_axes(divergences, "KL(teacher || student)", "nats per token, lower is better")
     _bars(agreements, rows, [part.top1_agreement for part in rows], percent)
-    _label(agreements, "Top-1 agreement with the teacher", "share of tokens, higher is better")
+    label_axes(agreements, "Top-1 agreement with the teacher", "share of tokens, higher is better")
     agreements.set_xlim(0.0, 1.25)
     agreements.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
     agreements.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
-    losses.set_yticks(range(len(rows)), labels=[_title(part) for part in rows], fontsize=_LABEL, parse_math=False)
+    losses.set_yticks(range(len(rows)), labels=[_title(part) for part in rows], fontsize=LABEL, parse_math=False)
     losses.invert_yaxis()
     return figure
 
@@ -105,7 +105,7 @@ def _layers(report: Report) -> Figure | None:
     parts = [part for part in report.students if any(row.output_error is not None for row in part.layers)]
     if not parts:
         return None
-    figure = _figure(9.0, 4.6)
+    figure = new_figure(9.0, 4.6)
     axes = figure.add_subplot()
     values: list[float] = []
     for index, part in enumerate(parts):
@@ -122,17 +122,17 @@ def _layers(report: Report) -> Figure | None:
             color=_SERIES[index % len(_SERIES)],
             linestyle=("-", "--", ":")[index // len(_SERIES) % 3],
         )
-    axes.axhline(1.0, color=_GREY, linewidth=1.0, linestyle=":", label="error of an output of zeros")
+    axes.axhline(1.0, color=GREY, linewidth=1.0, linestyle=":", label="error of an output of zeros")
     if _wide(values):
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis, values)
+        plain_ticks(axes.yaxis, values)
     else:
         axes.set_ylim(bottom=0.0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    _label(axes, "Output error of the converted mixers, on the teacher's hidden states", "layer")
-    axes.set_ylabel("relative error ||y - t|| / ||t||", fontsize=_LABEL)
-    legend = figure.legend(loc="outside right upper", fontsize=_TICK, frameon=False)
+    label_axes(axes, "Output error of the converted mixers, on the teacher's hidden states", "layer")
+    axes.set_ylabel("relative error ||y - t|| / ||t||", fontsize=LABEL)
+    legend = figure.legend(loc="outside right upper", fontsize=TICK, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
@@ -149,7 +149,7 @@ def _heads(report: Report) -> Figure | None:
     if finite.size == 0:
         return None
     rows, columns = (max(grid.shape[axis] for _, grid in grids) for axis in (0, 1))
-    figure = _figure(2.6 + len(shown) * min(max(0.42 * columns, 3.4), 7.0), min(max(1.9 + 0.3 * rows, 3.6), 11.0))
+    figure = new_figure(2.6 + len(shown) * min(max(0.42 * columns, 3.4), 7.0), min(max(1.9 + 0.3 * rows, 3.6), 11.0))
     norm = _color_scale(finite)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     image = None
@@ -158,28 +158,18 @@ def _heads(report: Report) -> Figure | None:
         image = axes.imshow(np.ma.masked_invalid(grid), cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
         step = math.ceil(len(layers) / 32)
         axes.set_yticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
-        axes.set_ylabel("layer", fontsize=_LABEL)
+        axes.set_ylabel("layer", fontsize=LABEL)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-        _label(axes, _title(part), "head")
+        label_axes(axes, _title(part), "head")
         if grid.size <= _ANNOTATED_CELLS:
             _annotate(axes, grid, norm)
     assert image is not None
     bar = figure.colorbar(image, ax=list(panels), shrink=0.95)
-    bar.set_label("relative error of the mixing matrix\n||M - A|| / ||A||, lower is better", fontsize=_LABEL)
-    bar.ax.tick_params(labelsize=_TICK)
+    bar.set_label("relative error of the mixing matrix\n||M - A|| / ||A||, lower is better", fontsize=LABEL)
+    bar.ax.tick_params(labelsize=TICK)
     if isinstance(norm, LogNorm):
-        _plain_ticks(bar.ax.yaxis, [float(finite.min()), float(finite.max())])
+        plain_ticks(bar.ax.yaxis, [float(finite.min()), float(finite.max())])
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=140, layout="constrained")
-
-
-def _label(axes: Axes, title: str, horizontal: str) -> None:
-    axes.set_title(title, fontsize=_TITLE, parse_math=False)
-    axes.set_xlabel(horizontal, fontsize=_LABEL)
-    axes.tick_params(labelsize=_TICK)
 
 
 def _title(part: Evaluation) -> str:
@@ -189,14 +179,6 @@ def _title(part: Evaluation) -> str:
 def _wide(values: Sequence[float]) -> bool:
     """Return whether the values are positive and span more than a linear axis can show."""
     return min(values) > 0 and max(values) / min(values) >= _LOG_RATIO
-
-
-def _plain_ticks(axis: Axis, values: Sequence[float]) -> None:
-    """Label a logarithmic axis with plain numbers, several per decade if there are few decades."""
-    decades = math.log10(max(values) / min(values))
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
-    axis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e5 else f"{value:.0e}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _bars(
@@ -217,7 +199,7 @@ def _bars(
     longest = max((value for value in values if value is not None), default=0.0) or 1.0
     for place, value in enumerate(values):
         shown = "no finite value" if value is None else text(value)
-        axes.text((value or 0.0) + 0.015 * longest, place, shown, va="center", fontsize=_TICK)
+        axes.text((value or 0.0) + 0.015 * longest, place, shown, va="center", fontsize=TICK)
     axes.set_xlim(0.0, room * longest)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

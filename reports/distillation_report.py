@@ -27,11 +27,13 @@ class Sample(_Part):
     Attributes:
         prompt: text that the model was given.
         completion: text that the model wrote.
+        tokens: ids of that text; None in older reports.
         repetition: share of the 4-grams of the completion that occurred in it before, in [0, 1].
     """
 
     prompt: str
     completion: str
+    tokens: list[int] | None = None
     repetition: float
 
 
@@ -83,6 +85,135 @@ class Evaluation(_Part):
     seconds: float
     samples: list[Sample]
     layers: list[LayerErrors]
+
+
+class PositionBin(_Part):
+    """Scores of the tokens at positions from `start` to `end` (excluded) of long windows.
+
+    Attributes:
+        start: first position, from 0.
+        end: position after the last one.
+        tokens: number of scored predictions.
+        loss: nats per token.
+        kl: mean of KL(teacher || model), nats per token; None for the teacher.
+        top1_agreement: share of tokens with the teacher's likeliest prediction; None for the teacher.
+    """
+
+    start: int
+    end: int
+    tokens: int
+    loss: Measured
+    kl: Measured
+    top1_agreement: Measured
+
+
+class RepeatLoss(_Part):
+    """Loss, in nats per token, on a passage that stood `distance` tokens before."""
+
+    distance: int
+    loss: Measured
+
+
+class Recall(_Part):
+    """Recall of values by their keys.
+
+    Attributes:
+        pairs: pairs of key and value in a list.
+        distance: tokens between the list and the query.
+        queries: number of queries.
+        accuracy: share of queries with the right value, in [0, 1].
+        chance: accuracy of a random one of the list's values.
+    """
+
+    pairs: int
+    distance: int
+    queries: int
+    accuracy: float
+    chance: float
+
+
+class Continuations(_Part):
+    """Agreement of the greedy continuations of the recipe's prompts with the teacher's.
+
+    Attributes:
+        tokens: number of tokens compared.
+        agreement: share of them that are equal at their place, in [0, 1].
+        common_prefix: mean number of equal tokens at the beginning.
+        repetition: mean share of repeated 4-grams, in [0, 1].
+    """
+
+    tokens: int
+    agreement: float
+    common_prefix: float
+    repetition: float
+
+
+class Decoding(_Part):
+    """Speed and cache at a context.
+
+    Attributes:
+        context: tokens in the cache.
+        prefilled: whether the context was read; otherwise the cache was filled with repetitions.
+        decode_seconds: median wall time of a step of one token.
+        decode_cpu_seconds: its CPU time, over all threads.
+        prefill_seconds: wall time per token of reading the context in chunks; None if it was not read.
+        prefill_cpu_seconds: its CPU time.
+        cache_bytes: bytes that the cache holds.
+    """
+
+    context: int
+    prefilled: bool
+    decode_seconds: Annotated[float, Field(gt=0)]
+    decode_cpu_seconds: float
+    prefill_seconds: float | None
+    prefill_cpu_seconds: float | None
+    cache_bytes: int
+
+
+class Compared(_Part):
+    """One of the three models of a comparison: the teacher, the control, or the student after the last stage."""
+
+    name: str
+    kind: Literal["teacher", "control", "stage"]
+    by_position: list[PositionBin]
+    repeat: list[RepeatLoss]
+    recall: list[Recall]
+    continuations: Continuations | None
+    decoding: list[Decoding]
+
+
+class Comparison(_Part):
+    """Teacher, control and trained student side by side, measured once at the end; `seconds` of each part."""
+
+    models: list[Compared]
+    seconds: dict[str, float]
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_side_by_side(self) -> Comparison:
+        kinds = [model.kind for model in self.models]
+        if kinds != ["teacher", "control", "stage"]:
+            raise refused("models", f"must be of the kinds 'teacher', 'control' and 'stage', got {kinds}")
+        teacher = _places(self.models[0])
+        for index, model in enumerate(self.models):
+            for part, places in _places(model).items():
+                if places != teacher[part]:
+                    raise refused(f"models.{index}.{part}", f"must be at the teacher's {teacher[part]}, got {places}")
+        return self
+
+    @property
+    def teacher(self) -> Compared:
+        """The teacher."""
+        return self.models[0]
+
+
+def _places(model: Compared) -> dict[str, list[Any]]:
+    """Return where a model was measured, for each part."""
+    return {
+        "by_position": [(row.start, row.end) for row in model.by_position],
+        "repeat": [row.distance for row in model.repeat],
+        "recall": [(row.pairs, row.distance) for row in model.recall],
+        "decoding": [row.context for row in model.decoding],
+    }
 
 
 class Point(_Part):
@@ -144,7 +275,8 @@ class Hardware(_Part):
 
 
 class Report(_Part):
-    """A whole run. `recipe` is the recipe as `ssm_zoo.distill.recipe.as_mapping` returns it."""
+    """A whole run. `recipe` is the recipe as `ssm_zoo.distill.recipe.as_mapping` returns it; `comparison` is None in
+    older reports and where the recipe asks for none."""
 
     format: Literal[1]
     kind: Literal["distillation"]
@@ -158,6 +290,7 @@ class Report(_Part):
     data: Data
     evaluations: list[Evaluation]
     stages: list[Stage]
+    comparison: Comparison | None = None
     processes: Annotated[int, Field(ge=1)]
     peak_memory_bytes: Annotated[int, Field(ge=0)]
 

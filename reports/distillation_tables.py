@@ -20,6 +20,7 @@ from .results import evaluation_rows, layer_groups, limits, stage_setting, verdi
 
 # The plots of a report, in the order in which they are shown.
 PLOT_CAPTIONS = {
+    "comparison.png": "Teacher, control and student: loss and KL by position, repeat loss, recall, decoding and cache",
     "heldout.png": "Held-out loss, KL divergence and top-1 agreement of every evaluation",
     "losses.png": "Training loss of every stage",
     "layers.png": "Relative output error of every converted layer",

@@ -44,6 +44,14 @@ def gibibytes(value: int | None) -> str:
     return MISSING if value is None else f"{value / 2**30:.1f} GiB"
 
 
+def binary_size(value: int) -> str:
+    """Format bytes in the largest binary unit of which there is at least one, with three significant digits."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{short(value / size)} {unit}"
+    return f"{value} bytes"
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Format ascending integers, with runs of three or more joined: "0, 2, 4-7"."""
     runs: list[list[int]] = []

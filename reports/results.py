@@ -130,7 +130,12 @@ def limits(report: Report) -> list[str]:
     lengths = [stage_setting(report, stage.name, "sequence_length") for stage in report.stages]
     known = [length for length in lengths if isinstance(length, int)]
     if known:
-        found.append(f"Trained on sequences of up to {count(max(known))} tokens. Longer contexts were not tested.")
+        text = f"Trained on sequences of up to {count(max(known))} tokens."
+        bins = [] if report.comparison is None else report.comparison.teacher.by_position
+        if bins and bins[-1].end > max(known):
+            found.append(f"{text} Its loss was measured on texts of up to {count(bins[-1].end)}.")
+        else:
+            found.append(f"{text} Longer contexts were not tested.")
     found.append(
         "It inherits the teacher's biases and mistakes. Nothing was done to remove them, and whatever alignment "
         "the teacher had may have weakened."

@@ -7,9 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..harness.whole_files import write_whole
+from .plot_style import BLUE, ORANGE
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers.
-_BLUE, _ORANGE = "#0072B2", "#E69F00"
 _MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "recall@10", "accuracy@1": "first is right"}
 
 
@@ -48,7 +47,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _draw_curve(axes: Axes, report: dict[str, Any]) -> None:
     points = report["history"]
-    axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=_BLUE, linewidth=1.4, label="training")
+    axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=BLUE, linewidth=1.4, label="training")
 
 
 def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
@@ -58,7 +57,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     label = f"held out: {losses[0]:.3f} before, {losses[-1]:.3f} after"
     # Two points are not joined by a line.
     line = "-" if len(losses) > 2 else ""
-    axes.plot([e["step"] for e in measured], losses, color=_ORANGE, marker="o", linestyle=line, label=label)
+    axes.plot([e["step"] for e in measured], losses, color=ORANGE, marker="o", linestyle=line, label=label)
     axes.set_ylabel("loss (nats per token)")
 
 
@@ -74,7 +73,7 @@ def _draw_retrieval(axes: Axes, report: dict[str, Any]) -> None:
     chance, width = report["chance"], 0.38
     size = chance["pools"][0]["size"]
     names = [*_MEASURES.values(), f"right among {size}"]
-    for shift, evaluation, color in zip((-0.5, 0.5), report["evaluations"], (_ORANGE, _BLUE), strict=True):
+    for shift, evaluation, color in zip((-0.5, 0.5), report["evaluations"], (ORANGE, BLUE), strict=True):
         pool = evaluation["pools"][0]
         values = [*(evaluation[key] for key in _MEASURES), pool["accuracy"]]
         places = [place + shift * width for place in range(len(values))]

@@ -51,6 +51,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from ssm_zoo.evaluation.decoding import extend_cache, held_bytes
 from ssm_zoo.modeling.cache import restore, snapshot
 
 # Steps of each side before those that are timed, and steps of a turn.
@@ -79,13 +80,6 @@ class Point:
     chunk: int
     prefill: int
     steps: int
-
-
-def held_bytes(cache: Cache) -> int:
-    """Return bytes of the storages behind every tensor of every layer of a cache, each storage once."""
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
 
 
 def full_layers(model: PreTrainedModel) -> list[int]:
@@ -135,13 +129,8 @@ class Side:
         for begin in range(self.tokens, end, chunk):
             self.step(ids[:, begin : min(begin + chunk, end)], self.cache)
         self.read += end - self.tokens
-        missing = ids.shape[1] - end
-        for index, layer in enumerate(self.cache.layers if missing else []):
-            if index in full:
-                column = torch.arange(missing) % layer.keys.shape[2]
-                layer.update(layer.keys[:, :, column], layer.values[:, :, column])
-            else:
-                layer.skip(missing)
+        if end < ids.shape[1]:
+            extend_cache(self.cache, ids.shape[1] - end)
         self.tokens = ids.shape[1]
 
     def ready(self, steps: int) -> Cache:

@@ -53,7 +53,7 @@ class Perplexity(LogitMetric):
 
     def _per_token(self, predictions: Tensor, references: Any, **_: Any) -> dict[str, Tensor]:
         tokens = _tokens(references, predictions, "references")
-        return {"predictions": _losses(predictions, tokens), "references": tokens}
+        return {"predictions": token_losses(predictions, tokens), "references": tokens}
 
     def _compute(self, *, predictions: Sequence[float], references: Sequence[int]) -> dict[str, float]:
         loss = _mean(predictions)
@@ -72,8 +72,8 @@ class DistillationGap(LogitMetric):
     def _per_token(self, predictions: Tensor, references: Any, *, labels: Any, **_: Any) -> dict[str, Tensor]:
         teacher, tokens = _teacher_rows(references, predictions), _tokens(labels, predictions, "labels")
         return {
-            "predictions": _losses(predictions, tokens),
-            "references": _losses(teacher, tokens),
+            "predictions": token_losses(predictions, tokens),
+            "references": token_losses(teacher, tokens),
             "labels": tokens,
         }
 
@@ -100,13 +100,7 @@ class KLDivergence(LogitMetric):
     INPUTS = {"predictions": Value("float64"), "references": Value("float64")}
 
     def _per_token(self, predictions: Tensor, references: Any, **_: Any) -> dict[str, Tensor]:
-        student = predictions.log_softmax(-1)
-        teacher = _teacher_rows(references, predictions).log_softmax(-1)
-        # In place, since V is large: the sum of p (log p - log q), where 0 log 0 is 0.
-        torch.sub(teacher, student, out=student)
-        teacher.exp_()
-        divergence = student.masked_fill_(teacher == 0, 0.0).mul_(teacher).sum(-1)
-        del student
+        divergence, teacher = token_divergences(predictions, _teacher_rows(references, predictions))
         return {"predictions": divergence, "references": torch.special.entr(teacher).sum(-1)}
 
     def _compute(self, *, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
@@ -156,9 +150,18 @@ def _tokens(tokens: Any, logits: Tensor, field: str) -> Tensor:
     return tokens
 
 
-def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return (T,) negative log-likelihoods of the tokens."""
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return (T,) negative log-likelihoods of the tokens, from (T, V) logits."""
     return torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+
+
+def token_divergences(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (T,) divergences KL(teacher || student) and the teacher's (T, V) probabilities, from (T, V) logits."""
+    difference, p = student.log_softmax(-1), teacher.log_softmax(-1)
+    # In place, since V is large: the sum of p (log p - log q), where 0 log 0 is 0.
+    torch.sub(p, difference, out=difference)
+    p.exp_()
+    return difference.masked_fill_(p == 0, 0.0).mul_(p).sum(-1), p
 
 
 def _mean(values: Sequence[float]) -> float:

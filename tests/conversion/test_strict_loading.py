@@ -29,7 +29,7 @@ student: {layers: odd, half_life: [1, 8]}
 data: {train: text.txt, heldout: text.txt, sequence_length: 16}
 stages:
 - {name: align, objective: hidden_state_alignment, tokens: 64, batch_size: 2, learning_rate: 1.0e-3}
-evaluation: {tokens: 64, prompts: [abc], max_new_tokens: 4}
+evaluation: {tokens: 64, prompts: [abc], max_new_tokens: 4, final: false}
 """
 TEXTS = ["--train", "text.txt", "--heldout", "text.txt", "--row-tokens", "32", "--steps", "1"]
 PAIRS = ["--train", "pairs.jsonl", "--heldout", "pairs.jsonl", "--batch-size", "3", "--steps", "1", "--rank", "2"]

@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {
             "learning_rate": 1e-3,
         }
     ],
-    "evaluation": {"tokens": 64, "prompts": []},
+    "evaluation": {"tokens": 64, "prompts": [], "final": False},
     "checkpoint_every": 2,
 }
 

@@ -83,7 +83,7 @@ def recipe_values(folder: Path) -> dict[str, Any]:
             "sequence_length": 32,
         },
         "stages": copy.deepcopy(STAGES),
-        "evaluation": {"tokens": 640, "prompts": ["Ada sees the"], "max_new_tokens": 8},
+        "evaluation": {"tokens": 640, "prompts": ["Ada sees the"], "max_new_tokens": 8, "final": False},
         "checkpoint_every": 2,
     }
 

@@ -30,7 +30,7 @@ def distill(objective: str, output: str = "run", **changes: Any) -> dict[str, An
         "student": {"layers": "all", "half_life": [1, 8]},
         "data": {"train": "text.txt", "heldout": "text.txt", "sequence_length": 16},
         "stages": [{**stage, "max_grad_norm": BOUND}],
-        "evaluation": {"tokens": 32, "prompts": []},
+        "evaluation": {"tokens": 32, "prompts": [], "final": False},
         **changes,
     }
     return run.distill(parse_recipe(recipe), output)

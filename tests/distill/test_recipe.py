@@ -201,6 +201,11 @@ def test_every_preset_is_whole_but_for_teacher_and_texts(name: str) -> None:
         pytest.param(["student.mixer=sliding_attention"], id="other-mixer"),
         pytest.param(["stages.0.schedule=constant", "stages.0.learning_rate=1e-7"], id="constant"),
         pytest.param(["evaluation.prompts=['a\\nb', '']", "dtype=bfloat16"], id="prompts"),
+        pytest.param(["evaluation.final=false"], id="no-comparison"),
+        pytest.param(
+            ["evaluation.long_length=512", "evaluation.repeat_distances=[]", "evaluation.context_lengths=[64, 4096]"],
+            id="comparison",
+        ),
     ],
 )
 def test_dump_round_trips(tmp_path: Path, overrides: list[str]) -> None:
@@ -285,6 +290,11 @@ def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_pat
     """So that the folder of an earlier version's run is recognised."""
     plain = load_recipe(write(tmp_path))
     assert not {"gradient_checkpointing", "report_to"} & as_mapping(plain).keys()
+    older = {"tokens", "sequence_length", "batch_size", "repeat_distance", "prompts", "max_new_tokens"}
+    assert as_mapping(plain)["evaluation"].keys() == older
+    spelt_out = ["evaluation.final=true", "evaluation.repeat_distances=[416, 1500]", "evaluation.prefill_limit=2048"]
+    assert fingerprint(load_recipe(write(tmp_path), spelt_out)) == fingerprint(plain)
+    assert as_mapping(load_recipe(write(tmp_path), ["evaluation.final=false"]))["evaluation"]["final"] is False
     reporting = load_recipe(write(tmp_path), ["report_to=[tensorboard]"])
     assert reporting.report_to == ["tensorboard"] and fingerprint(reporting) == fingerprint(plain)
     assert as_mapping(load_recipe(write(tmp_path), ["gradient_checkpointing=true"]))["gradient_checkpointing"] is True

@@ -155,6 +155,25 @@ REFUSED = [
         ["`evaluation.tokens` must be at least sequence_length = 64", ", got 63"],
         id="less-than-a-window",
     ),
+    pytest.param(
+        ["evaluation.final=false", "evaluation.context_lengths=[64]"],
+        ["`evaluation.context_lengths` has no effect with final False, only with final True", "(got [64])"],
+        id="setting-of-a-comparison-that-is-not-made",
+    ),
+    pytest.param(
+        ["evaluation.context_lengths=[512, 31]"],
+        ["`evaluation.context_lengths` must be a list of different whole numbers of 32 or more", ", got [512, 31]"],
+        id="short-context",
+    ),
+    pytest.param(
+        ["evaluation.repeat_distances=[64, 64]"],
+        ["`evaluation.repeat_distances` must be a list of different whole numbers of 1 or more", ", got [64, 64]"],
+        id="distance-twice",
+    ),
+    pytest.param(
+        ["evaluation.repeat_distances=64"], ["`evaluation.repeat_distances` must be a list", ", got 64"], id="distance"
+    ),
+    pytest.param(["evaluation.prefill_limit=8"], ["`evaluation.prefill_limit` must be", ", got 8"], id="prefill-limit"),
     pytest.param(["dtype=float16"], ["`dtype` must be 'float32' or 'bfloat16'", ", got 'float16'"], id="dtype"),
     pytest.param(["seed=-1"], ["`seed` must be a whole number of 0 or more", ", got -1"], id="seed"),
     pytest.param(["checkpoint_every=0"], ["`checkpoint_every` must be", ", got 0"], id="checkpoint-every"),

@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
                 "sequence_length": 32,
             },
             "stages": [{**stage, "learning_rate": 1e-4}],
-            "evaluation": {"tokens": 128, "repeat_distance": 64},
+            "evaluation": {"tokens": 128, "repeat_distance": 64, "final": False},
         }
     )
     folder = tmp_path / "run"

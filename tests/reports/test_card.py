@@ -12,6 +12,7 @@ import jinja2
 import jinja2.meta
 import pytest
 import torch
+from comparison_example import example_comparison
 from huggingface_hub import EvalResult, ModelCard
 from report_example import HOSTILE, example_report, hostile_report, markup, table_after
 from teachers import small_tokenizer
@@ -243,7 +244,7 @@ def test_every_hole_of_the_template_is_filled(monkeypatch: pytest.MonkeyPatch):
         return ModelCard("---\nlicense: mit\n---\n")
 
     monkeypatch.setattr(ModelCard, "from_template", from_template)
-    render_card(example_report(), plots=["plots/heldout.png"])
+    render_card({**example_report(), "comparison": example_comparison()}, plots=["plots/heldout.png"])
     assert given.keys() == holes
     assert all(given.values())
 

@@ -31,7 +31,7 @@ student: {layers: odd, half_life: [1, 8]}
 data: {train: text.txt, heldout: text.txt, sequence_length: 16}
 stages:
 - {name: align, objective: hidden_state_alignment, tokens: 64, batch_size: 2, learning_rate: 1.0e-3}
-evaluation: {tokens: 64, prompts: [abc], max_new_tokens: 4}
+evaluation: {tokens: 64, prompts: [abc], max_new_tokens: 4, final: false}
 """
 MODEL = "model_type: zoo_mamba2\nhidden_size: 16\nnum_hidden_layers: 1\nhead_dim: 8\nstate_size: 8\n"
 

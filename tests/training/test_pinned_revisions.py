@@ -27,7 +27,7 @@ student: {{layers: odd, half_life: [1, 8]}}
 data: {{train: text.txt, heldout: text.txt, sequence_length: 16}}
 stages:
 - {{name: align, objective: hidden_state_alignment, tokens: {STEPS * 32}, batch_size: 2, learning_rate: 1.0e-3}}
-evaluation: {{tokens: 64, prompts: []}}
+evaluation: {{tokens: 64, prompts: [], final: false}}
 checkpoint_every: 2
 """
 

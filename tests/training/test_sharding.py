@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
         {"name": "outputs", "objective": "hidden_state_alignment", "tokens": 128},
         {"name": "logits", "objective": "logit_distillation", "train": "all", "tokens": 256},
     ],
-    "evaluation": {"tokens": 64, "prompts": []},
+    "evaluation": {"tokens": 64, "prompts": [], "final": False},
     "checkpoint_every": 2,
 }
 

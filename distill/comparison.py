@@ -1,0 +1,150 @@
+"""Compare teacher, control and trained student once, at the end of a run: how far each of them sees, and at what cost.
+
+The evaluations after every stage are short. This one is made for three models only: loss and divergence by position up
+to several times the training length, repeat loss at several distances, key-value recall, agreement of the greedy
+continuations with the teacher's, seconds of a decode step, and bytes of the cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation.by_position import evaluate_by_position
+from ..evaluation.continuations import compare_continuations
+from ..evaluation.decoding import LEAST_CONTEXT, measure_decoding
+from ..evaluation.key_value_recall import key_value_recall
+from ..evaluation.language_modeling import PASSAGE, repeat_loss
+from .recipe import EvaluationSpec
+
+# Windows of the loss by position, at most.
+_WINDOWS = 4
+_TEACHER = "teacher"
+
+
+@dataclass
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        models: teacher, control and student, by the kinds of their evaluations: "teacher", "control" and "stage".
+        evaluations: the last evaluation of each kind, as in the report.
+        tokenizer: the teacher's tokenizer.
+        heldout: (tokens) held-out ids.
+        spec: the recipe's part on the evaluation.
+        sequence_length: training length, `data.sequence_length`.
+        positions: largest number of tokens that the student reads; None: any.
+        compute: makes the context of a forward in the recipe's dtype.
+        seed: seed of the lists of keys and values.
+        seconds: duration of each part, filled in by :func:`compare`.
+    """
+
+    models: Mapping[str, PreTrainedModel]
+    evaluations: Mapping[str, Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerBase
+    heldout: Tensor
+    spec: EvaluationSpec
+    sequence_length: int
+    positions: int | None
+    compute: Callable[[], AbstractContextManager[Any]]
+    seed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Record the duration of a part."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = time.monotonic() - started
+
+
+def compare(comparison: Comparison) -> dict[str, Any]:
+    """Measure everything, and return it as it stands in the report.
+
+    All but the speed is measured in the recipe's dtype. The speed is that of the dtype of the weights, float32, since
+    autocast converts weights at every step.
+
+    Returns:
+        "models": for each model a dictionary with its "name", its "kind" and its measurements; "seconds" of each part.
+        Lengths beyond the student's positions, and those for which the held-out text is too short, are left out.
+    """
+    with comparison.compute():
+        parts = {
+            "by_position": _by_position(comparison),
+            "repeat": _repeat(comparison),
+            "recall": _recall(comparison),
+            "continuations": _continuations(comparison),
+        }
+    parts["decoding"] = _decoding(comparison)
+    models = [
+        {"name": row["name"], "kind": kind, **{part: found[kind] for part, found in parts.items()}}
+        for kind, row in comparison.evaluations.items()
+    ]
+    return {"models": models, "seconds": comparison.seconds}
+
+
+def _fits(comparison: Comparison, tokens: int) -> bool:
+    """Return whether the student can read so many tokens."""
+    return comparison.positions is None or tokens <= comparison.positions
+
+
+def _by_position(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """Return the loss by position, in as many windows as the held-out text has, up to four."""
+    length = min(comparison.spec.long_length or 8 * comparison.sequence_length, len(comparison.heldout))
+    if comparison.positions is not None:
+        length = min(length, comparison.positions)
+    count = min(_WINDOWS, len(comparison.heldout) // length)
+    windows = comparison.heldout[: count * length].view(count, length)
+    with comparison.timed("by_position"):
+        return evaluate_by_position(comparison.models, windows, teacher=_TEACHER)
+
+
+def _repeat(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    """Return the repeat losses; that at the distance of the evaluations is known."""
+    spec = comparison.spec
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in comparison.models}
+    with comparison.timed("repeat"):
+        for distance in sorted(spec.repeat_distances):
+            if not _fits(comparison, 2 * PASSAGE + distance) or len(comparison.heldout) < PASSAGE + distance:
+                continue
+            for kind, model in comparison.models.items():
+                loss = comparison.evaluations[kind]["repeat_loss"] if distance == spec.repeat_distance else None
+                if loss is None:
+                    loss = repeat_loss(model, comparison.heldout, distance)
+                found[kind].append({"distance": distance, "loss": loss})
+    return found
+
+
+def _recall(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    with comparison.timed("recall"):
+        return {
+            kind: key_value_recall(
+                model, comparison.tokenizer, comparison.heldout, limit=comparison.positions, seed=comparison.seed
+            )
+            for kind, model in comparison.models.items()
+        }
+
+
+def _continuations(comparison: Comparison) -> dict[str, dict[str, float] | None]:
+    """Return the agreement of the evaluations' continuations; None for a run that began before they had tokens."""
+    samples = {kind: row["samples"] for kind, row in comparison.evaluations.items()}
+    if not all(found and all("tokens" in sample for sample in found) for found in samples.values()):
+        return dict.fromkeys(samples)
+    return {kind: compare_continuations(found, samples[_TEACHER]) for kind, found in samples.items()}
+
+
+def _decoding(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
+    contexts = [context for context in comparison.spec.context_lengths if _fits(comparison, context)]
+    limit = comparison.spec.prefill_limit
+    if comparison.positions is not None:
+        limit = max(limit, LEAST_CONTEXT, *contexts, 0)  # all inputs of a mixer with positions must be read
+    if not contexts:
+        return {kind: [] for kind in comparison.models}
+    with comparison.timed("decoding"):
+        return measure_decoding(comparison.models, contexts, prefill_limit=limit, seed=comparison.seed)
