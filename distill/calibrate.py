@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from ..modeling import ZooHybridForCausalLM
 from .healing import heal
-from .least_squares import Moments, ridge, scale_heads
+from .least_squares import Moments, add_moments, ridge, scale_heads
 from .recipe import StudentSpec
 from .student import output_projection, student_mixer
 from .teacher import Teacher
@@ -69,7 +69,9 @@ def calibrate(
     if state_space and spec.half_life == "calibrated":
         # Few windows, since there is a matrix for every candidate and more windows hardly change the choice.
         _calibrate_half_lives(student, teacher, state_space, windows[: min(2, len(windows))])
-    if spec.calibration != "none":
+    if spec.calibration == "sequential":
+        heal(student, teacher, layers, windows, gates=True, batch_size=batch_size, progress=progress)
+    elif spec.calibration != "none":
         fit_output_projections(
             student, teacher, layers, windows, spec.calibration, batch_size=batch_size, progress=progress
         )
@@ -170,8 +172,7 @@ def fit_output_projections(
         bias = projections[layer].bias
         if isinstance(bias, Tensor):
             target = target - bias.detach()
-        found = Moments.of(entering, target)
-        moments[layer] = moments[layer] + found if layer in moments else found
+        add_moments(moments, layer, Moments.of(entering, target))
 
     for batch in tqdm(windows.split(batch_size), desc="fit", unit="batch", disable=not progress, leave=False):
         ids = batch.to(teacher.model.device)

@@ -5,6 +5,7 @@ several layers are converted, a layer reads the errors of those before it, and n
 residual streams of both models advance together, one block at a time, and a converted layer is solved when the streams
 have reached it:
 
+0. Before the training, the gates of a mixer that has them (`gates.py`).
 1. The output projection W of the mixer minimises `|| W y - (r - x) ||^2`, where x is the student's stream before the
    mixer, y what enters the projection when the mixer reads that stream, and r the teacher's stream after its attention.
    The target contains the errors of all earlier layers, so that each layer corrects them as far as it can.
@@ -30,7 +31,8 @@ from tqdm.auto import tqdm
 
 from ..conversion.formats.format import empty_model
 from ..modeling import ZooHybridForCausalLM
-from .least_squares import Moments, cross_validated_ridge
+from .gates import fit_gates
+from .least_squares import Moments, add_moments, cross_validated_ridge
 from .student import output_projection, student_mixer
 from .teacher import Teacher
 
@@ -45,6 +47,7 @@ def heal(
     layers: Sequence[int],
     windows: Tensor,
     *,
+    gates: bool = False,
     batch_size: int = 4,
     progress: bool = True,
 ) -> None:
@@ -55,6 +58,7 @@ def heal(
         teacher: its teacher.
         layers: converted layers.
         windows: (N, L) int64 token windows, at least two.
+        gates: fit the gates of mixers that have them (`gates.py`), which must be open.
         batch_size: windows in one forward pass.
         progress: show a progress bar.
 
@@ -75,7 +79,12 @@ def heal(
     theirs = [original.embeddings(ids).float() for ids in (*fitted, *chosen)]
     for layer in tqdm(range(max(layers) + 1), desc="heal", unit="layer", disable=not progress, leave=False):
         block, other = student.backbone.layers[layer], original.layers[layer].to(theirs[0])
-
+        if gates and layer in projections and hasattr(student_mixer(student, layer), "set_gates"):
+            normed = [block.get_submodule("input_layernorm")(hidden) for hidden in mine]
+            outputs = _entering(projections[layer], partial(_mixed, block, student), mine)
+            targets = _entering(other.mixer.o_proj, partial(_mixed, other, student), theirs)
+            fit_gates(student_mixer(student, layer), normed, outputs, targets, len(fitted))
+            del normed, outputs, targets
         _advance(theirs, partial(_mixed, other, student))
         if layer in projections:
             heads = int(student_mixer(student, layer).num_heads)  # pyright: ignore[reportArgumentType]
@@ -123,6 +132,18 @@ def _advance(streams: list[Tensor], half: Callable[[Tensor], Tensor]) -> None:
         streams[index] = hidden + half(hidden)
 
 
+def _entering(projection: nn.Module, half: Callable[[Tensor], Tensor], streams: list[Tensor]) -> list[Tensor]:
+    """Return what enters the projection with which half a block ends, for each batch of streams."""
+    entering: list[Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
+    try:
+        for hidden in streams:
+            half(hidden)
+    finally:
+        handle.remove()
+    return entering
+
+
 def _solve(
     projection: nn.Module,
     half: Callable[[Tensor], Tensor],
@@ -142,21 +163,14 @@ def _solve(
         heads: number of heads whose scales are fitted, if any.
     """
     weight, bias = projection.get_parameter("weight"), projection.bias
-    entering: list[Tensor] = []
-    sums: dict[bool, Moments] = {}
-    handle = projection.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
-    try:
-        for index, (hidden, wanted) in enumerate(zip(mine, theirs, strict=True)):
-            half(hidden)
-            target = wanted - hidden
-            if isinstance(bias, Tensor):
-                target = target - bias
-            scale = wanted.square().mean(-1, keepdim=True).rsqrt()
-            found = Moments.of((entering[-1] * scale).flatten(0, 1), (target * scale).flatten(0, 1))
-            part = index < fitted
-            sums[part] = sums[part] + found if part in sums else found
-    finally:
-        handle.remove()
+    entering, sums = _entering(projection, half, mine), dict[bool, Moments]()
+    for index, (inputs, hidden, wanted) in enumerate(zip(entering, mine, theirs, strict=True)):
+        target = wanted - hidden
+        if isinstance(bias, Tensor):
+            target = target - bias
+        scale = wanted.square().mean(-1, keepdim=True).rsqrt()
+        found = Moments.of((inputs * scale).flatten(0, 1), (target * scale).flatten(0, 1))
+        add_moments(sums, index < fitted, found)
     weight.copy_(cross_validated_ridge(weight, sums[True], sums[False], heads))
     for index, inputs in enumerate(entering):
         mine[index] = mine[index] + projection(inputs)

@@ -4,6 +4,7 @@ Symbols: N rows, E inputs, D outputs, H heads, P head width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Moments:
     def error(self, weight: Tensor) -> float:
         """Return the sum of `|| W y - t ||^2` over the rows, for a (D, E) float64 projection W."""
         return float(((weight @ self.inputs) * weight).sum() - 2 * (weight * self.cross.T).sum() + self.square)
+
+
+def add_moments(sums: dict[Any, Moments], key: Any, moments: Moments) -> None:
+    """Add moments to the sum under a key."""
+    sums[key] = sums[key] + moments if key in sums else moments
 
 
 def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Tensor:

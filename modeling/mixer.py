@@ -12,6 +12,7 @@ also returns its (B, L, 2) scores and (B, L) decisions. These attributes are opt
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
 | `start_from(view)` | copies an attention layer's projections, an `AttentionView` of `distill/teacher.py` |
 | `set_half_lives(half_lives)` | gives each of `num_heads` heads a half-life in tokens, (H) |
+| `set_gates(weight, bias)` | gives each head the gate `1 + bias + weight @ hidden`, (H, D) and (H) |
 | `set_average_attention(matrix)` | takes the (H, N, N) mean attention of a layer for its weights |
 | `out_proj` or `o_proj` | the linear layer over `num_heads` heads with which it ends, which calibration may fit |
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from teachers import draw_ids, make_qwen2, make_teacher, text_windows, trained_teacher
 from torch import Tensor, nn
 
 from ssm_zoo.distill.calibrate import calibrate, fit_output_projections
+from ssm_zoo.distill.gates import fit_gates
 from ssm_zoo.distill.healing import heal
 from ssm_zoo.distill.least_squares import Moments, cross_validated_ridge
 from ssm_zoo.distill.recipe import StudentSpec
@@ -16,6 +18,7 @@ from ssm_zoo.distill.student import build_student, student_mixer
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling import ZooHybridForCausalLM
+from ssm_zoo.modeling.discrete_mamba2 import OPEN_GATE
 
 MIXERS: dict[str, dict[str, Any]] = {
     "discrete": {},
@@ -128,15 +131,17 @@ def test_healing_is_deterministic_and_counts_windows_alike_whatever_the_batches(
         torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_healing_changes_two_projections_of_converted_layers_alone_and_not_the_teacher() -> None:
+def test_healing_changes_converted_layers_alone_and_not_the_teacher() -> None:
     teacher, windows, layers = make_teacher(), draw_ids(6, 16), [1, 2]
     weights = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     spec = StudentSpec(half_life=(2.0, 8.0))
     before = build_student(Teacher(teacher), spec, layers).state_dict()
     after = calibrated(teacher, layers, windows, half_life=(2.0, 8.0), calibration="sequential").state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    parts = ("mixer.out_proj.weight", "mlp.down_proj.weight")
-    assert changed == {f"backbone.layers.{layer}.{part}" for layer in layers for part in parts}
+    blocks = [f"backbone.layers.{layer}." for layer in layers]
+    always, gates = ("mixer.out_proj.weight", "mlp.down_proj.weight"), ("mixer.in_proj.weight", "mixer.z_bias")
+    assert {block + always[0] for block in blocks} <= changed
+    assert changed <= {block + part for block in blocks for part in (*always, *gates)}
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
 
@@ -170,3 +175,39 @@ def test_biases_stay_as_they_are() -> None:
     ridge = calibrated(teacher, [1], windows, half_life=(2.0, 8.0), calibration="ridge")
     others = draw_ids(6, 16, seed=1)
     assert stream_error(student, teacher, others) < stream_error(ridge, teacher, others)
+
+
+def test_a_gate_turns_heads_off_where_the_teacher_does() -> None:
+    heads, width = 6, 8
+    student = build_student(Teacher(make_teacher()), StudentSpec(half_life=(2.0, 8.0)), [1])
+    mixer: Any = student_mixer(student, 1)
+    normed = [draw(2, 30, 48, seed=seed) for seed in range(8)]
+    outputs = [draw(2, 30, heads * width, seed=10 + seed) for seed in range(8)]
+    weight, scales = 0.02 * draw(heads, 48, seed=20), torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0])
+    gates = [(1 + hidden @ weight.T) * scales for hidden in normed]
+    targets = [
+        (output.unflatten(-1, (heads, width)) * gate[..., None]).flatten(-2)
+        for output, gate in zip(outputs, gates, strict=True)
+    ]
+    # The last head would have to turn its sign round, which a gate cannot do.
+    targets = [torch.cat([target[..., :-width], -target[..., -width:]], -1) for target in targets]
+    before = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
+    fit_gates(mixer, normed, outputs, targets, 6)
+    start, inner = mixer.split[0], heads * width
+    rows = mixer.in_proj.weight[start : start + inner].detach().unflatten(0, (heads, width))
+    for head in range(heads - 1):
+        torch.testing.assert_close(rows[head], weight[head].expand(width, -1), rtol=0.05, atol=2e-3)
+    torch.testing.assert_close(
+        mixer.z_bias[:-width].detach(), torch.full((inner - width,), OPEN_GATE), atol=0.05, rtol=0
+    )
+    assert torch.equal(rows[-1], torch.zeros(width, 48))
+    # The gate itself, and nothing else in the mixer, has changed.
+    gate = F.silu(normed[0] @ rows[:, 0].T + mixer.z_bias.detach()[::width])
+    wanted = 1 + normed[0] @ weight.T
+    assert (gate - wanted)[..., :-1].abs().max() < 0.1
+    for name, tensor in mixer.state_dict().items():
+        if name == "in_proj.weight":
+            assert torch.equal(tensor[:start], before[name][:start])
+            assert torch.equal(tensor[start + inner :], before[name][start + inner :])
+        elif name != "z_bias":
+            assert torch.equal(tensor, before[name]), name
