@@ -20,29 +20,22 @@ Symbols: B batch, L length, D width, E inner width, H heads, P head width, N pos
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modeling import ZooHybridForCausalLM
+from .healing import heal
+from .least_squares import Moments, add_moments, ridge, scale_heads
 from .recipe import StudentSpec
-from .student import student_mixer
+from .student import output_projection, student_mixer
 from .teacher import Teacher
 
 # Candidates for a head's half-life, in tokens; with the last one the state hardly decays.
 _HALF_LIVES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 # Ridge strength, as a share of the mean square of the inputs of `out_proj`.
 _RIDGE = 1e-2
-
-
-@dataclass
-class _Moments:
-    """Second moments of the inputs of `out_proj` (E) and the teacher's attention outputs (D), in float64."""
-
-    inputs: Tensor  # (E, E)
-    cross: Tensor  # (E, D)
 
 
 def calibrate(
@@ -76,7 +69,9 @@ def calibrate(
     if state_space and spec.half_life == "calibrated":
         # Few windows, since there is a matrix for every candidate and more windows hardly change the choice.
         _calibrate_half_lives(student, teacher, state_space, windows[: min(2, len(windows))])
-    if spec.calibration != "none":
+    if spec.calibration == "sequential":
+        heal(student, teacher, layers, windows, gates=True, batch_size=batch_size, progress=progress)
+    elif spec.calibration != "none":
         fit_output_projections(
             student, teacher, layers, windows, spec.calibration, batch_size=batch_size, progress=progress
         )
@@ -155,38 +150,36 @@ def fit_output_projections(
     Args:
         student: the student.
         teacher: its teacher, in evaluation mode.
-        layers: converted layers; attention layers are skipped.
-        windows: (N, L) int64 token windows.
-        method: "head_scale" (one factor per head) or "ridge" (the whole matrix, shrunk towards the scaled one). Biases
-            are unchanged.
+        layers: converted layers.
+        windows: (N, L) int64 token windows; for "sequential" at least two.
+        method: "head_scale" (one factor per head), "ridge" (the whole matrix, shrunk towards the scaled one), both on
+            the teacher's activations, or "sequential" (`healing.py`, on the student's). Biases are unchanged.
         batch_size: windows in one forward pass.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: if a mixer has no output projection. Nothing is changed in this case.
     """
-    layers = _with(student, layers, "out_proj")
-    moments: dict[int, _Moments] = {}
+    if method == "sequential":
+        heal(student, teacher, layers, windows, batch_size=batch_size, progress=progress)
+        return
+    projections = {layer: output_projection(student, layer) for layer in layers}
+    moments: dict[int, Moments] = {}
 
     def on_layer(layer: int, normed_input: Tensor, attention_output: Tensor) -> None:
-        entering = _entering_out_proj(student, layer, normed_input).flatten(0, 1).float()
+        entering = _entering_out_proj(student, layer, normed_input).flatten(0, 1)
         target = attention_output.flatten(0, 1).float()
-        bias = student_mixer(student, layer).get_submodule("out_proj").bias
+        bias = projections[layer].bias
         if isinstance(bias, Tensor):
             target = target - bias.detach()
-        with torch.autocast(entering.device.type, enabled=False):  # a batch in float32, the sum in float64
-            inputs, cross = (entering.T @ entering).double(), (entering.T @ target).double()
-        if layer in moments:
-            moments[layer].inputs += inputs
-            moments[layer].cross += cross
-        else:
-            moments[layer] = _Moments(inputs, cross)
+        add_moments(moments, layer, Moments.of(entering, target))
 
     for batch in tqdm(windows.split(batch_size), desc="fit", unit="batch", disable=not progress, leave=False):
         ids = batch.to(teacher.model.device)
-        if layers:
-            teacher.capture(ids, layers, ("normed_input", "attention_output"), on_layer=on_layer)
+        teacher.capture(ids, layers, ("normed_input", "attention_output"), on_layer=on_layer)
     for layer, moment in moments.items():
-        mixer = student_mixer(student, layer)
-        weight = mixer.get_submodule("out_proj").get_parameter("weight")
-        heads = int(mixer.num_heads)  # pyright: ignore[reportArgumentType]
+        weight = projections[layer].weight
+        heads = int(student_mixer(student, layer).num_heads)  # pyright: ignore[reportArgumentType]
         fitted = scale_heads(weight.detach().double(), moment.inputs, moment.cross, heads)
         if method == "ridge":
             fitted = ridge(fitted, moment.inputs, moment.cross, _RIDGE)
@@ -199,51 +192,13 @@ def _with(student: ZooHybridForCausalLM, layers: Sequence[int], ability: str) ->
     return [layer for layer in layers if hasattr(student_mixer(student, layer), ability)]
 
 
-def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Tensor:
-    """Return the output projection with each head's columns scaled by the best factor.
-
-    The factors s minimise `|| sum_h s_h W_h y_h - t ||^2`; the normal equations have one row and column per head.
-
-    Args:
-        weight: (D, E) output projection W.
-        inputs: (E, E) sum of `y y^T`.
-        cross: (E, D) sum of `y t^T`.
-        heads: number of heads, H, which divides E.
-
-    Returns:
-        (D, E) scaled projection.
-    """
-    columns = weight.unflatten(1, (heads, -1))  # (D, H, P)
-    blocks = inputs.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # (H, P, H, P)
-    normal = torch.einsum("dhp,hpgq,dgq->hg", columns, blocks, columns)
-    right = torch.einsum("dhp,hpd->h", columns, cross.unflatten(0, (heads, -1)))
-    normal = normal + torch.eye(heads, dtype=normal.dtype, device=normal.device) * normal.diagonal().mean() * 1e-6
-    return (columns * torch.linalg.solve(normal, right)[None, :, None]).flatten(1)
-
-
-def ridge(weight: Tensor, inputs: Tensor, cross: Tensor, strength: float) -> Tensor:
-    """Return the least-squares output projection, shrunk towards `weight`.
-
-    Args:
-        weight: (D, E) projection towards which the solution is shrunk.
-        inputs: (E, E) sum of `y y^T`.
-        cross: (E, D) sum of `y t^T`.
-        strength: penalty on the squared distance, relative to the mean of the diagonal of `inputs`.
-
-    Returns:
-        (D, E) projection.
-    """
-    penalty = strength * inputs.diagonal().mean()
-    regular = inputs + penalty * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
-    return torch.linalg.solve(regular, cross + penalty * weight.T).T
-
-
 @torch.no_grad()
 def _entering_out_proj(student: ZooHybridForCausalLM, layer: int, normed_input: Tensor) -> Tensor:
     """Return the (B, L, E) input of the mixer's output projection."""
     mixer = student_mixer(student, layer)
     seen: list[Tensor] = []
-    handle = mixer.get_submodule("out_proj").register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    projection = output_projection(student, layer)
+    handle = projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
         mixer(normed_input.float(), student.backbone.sequence_of(normed_input))
     finally:

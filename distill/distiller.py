@@ -19,6 +19,7 @@ from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
 from ..training.trainer import CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
 from .data import TokenWindows
+from .healing import healed_parameters
 from .objectives import objective
 from .recipe import Recipe, StageSpec
 from .teacher import Teacher
@@ -243,6 +244,8 @@ def saved_parameters(student: ZooHybridForCausalLM, recipe: Recipe, layers: Sequ
     for stage in recipe.stages:
         mixers, others = trained_parameters(student, stage.train, layers)
         saved |= mixers | others
+    if recipe.is_healed:
+        saved |= healed_parameters(student, layers)
     return saved
 
 

@@ -74,8 +74,9 @@ class StudentSpec(SettingsBase):
             teacher's attention averaged over `calibration_tokens`. Only for `masked_mixing`.
         half_life: "calibrated" (fitted to the teacher's attention), or the shortest and longest half-life in tokens,
             spread geometrically over the heads.
-        calibration: closed-form fit to the teacher's mixer outputs before training: none, one scale per head, or a
-            ridge regression of the output projection.
+        calibration: closed-form fit before training: "none"; to the teacher's mixer outputs "head_scale", one factor
+            per head, or "ridge", a regression of the output projection; "sequential", layer by layer on the activations
+            of the partly converted student, the output projection and the MLP's down projection.
         calibration_tokens: number of training tokens for "calibrated" half-lives, averages and the calibration.
         copy_projections: start from the teacher's projections (q to C, k to B, v to x or in_proj, o to out_proj)
             instead of random ones.
@@ -95,7 +96,7 @@ class StudentSpec(SettingsBase):
     chunk_size: Count = 16
     positions: Count = 256
     half_life: HalfLife = "calibrated"
-    calibration: Literal["none", "head_scale", "ridge"] = "none"
+    calibration: Literal["none", "head_scale", "ridge", "sequential"] = "none"
     calibration_tokens: Count = 8192
     copy_projections: bool = True
 
@@ -160,7 +161,7 @@ class StageSpec(SettingsBase):
         betas: betas of AdamW.
         max_grad_norm: maximum norm of the gradient; with a layer-wise objective, of each layer's gradient.
         target: outputs that alignment compares, those of the mixer or of the whole block.
-        refit: closed-form fit of the output projections after the stage; values as for `student.calibration`.
+        refit: closed-form fit after the stage; values as for `student.calibration`.
         kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
         temperature: divisor of both models' logits.
         ce_weight: weight of the next-token cross-entropy in the loss; that of the divergence is the rest.
@@ -182,7 +183,7 @@ class StageSpec(SettingsBase):
     betas: Betas = (0.9, 0.95)
     max_grad_norm: Positive = 1.0
     target: Literal["mixer_output", "block_output"] = "mixer_output"
-    refit: Literal["none", "head_scale", "ridge"] = "none"
+    refit: Literal["none", "head_scale", "ridge", "sequential"] = "none"
     kl: Literal["forward", "reverse"] = "forward"
     temperature: Positive = 1.0
     ce_weight: Share = 0.0
@@ -291,6 +292,16 @@ class Recipe(SettingsBase):
     gradient_checkpointing: bool = False
     report_to: list[Text] = []
 
+    @property
+    def calibration_length(self) -> int:
+        """Tokens of a calibration window: all positions of a mixer that has a maximum, or the usual length."""
+        return self.student.positions if TOKEN_MIXERS[self.student.mixer].bounded else self.data.sequence_length
+
+    @property
+    def is_healed(self) -> bool:
+        """Whether a calibration or refit is sequential, which also changes MLPs."""
+        return "sequential" in (self.student.calibration, *(stage.refit for stage in self.stages))
+
     @model_validator(mode="before")
     @classmethod
     def _pass_on_sequence_length(cls, values: Any) -> Any:
@@ -330,6 +341,14 @@ class Recipe(SettingsBase):
             for place, length in lengths.items():
                 if length > self.student.positions:
                     raise wrong(place, length, f"at most student.positions = {self.student.positions}")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_healing_without_held_out_windows(self) -> Recipe:
+        least = 2 * self.calibration_length
+        if self.is_healed and self.student.calibration_tokens < least:
+            accepted = f"at least {least}, two windows of which one is held out, for a sequential calibration or refit"
+            raise wrong("student.calibration_tokens", self.student.calibration_tokens, accepted)
         return self
 
     @model_validator(mode="after")

@@ -258,7 +258,7 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
     windows = {split: TokenWindows(tokenize(text, tokenizer, progress=main)) for split, text in texts.items()}
     _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
-    for length in sorted({_calibration_length(recipe), *(stage.sequence_length for stage in recipe.stages)}):
+    for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
         _check_length(windows["train"], "data.train", length)
     for index, prompt in enumerate(recipe.evaluation.prompts):
         tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
@@ -286,14 +286,8 @@ def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> No
         raise ValueError(f"{field}: {error}") from None
 
 
-def _calibration_length(recipe: Recipe) -> int:
-    """Return the tokens of a calibration window: all positions of a mixer that has a maximum, or the usual length."""
-    bounded = TOKEN_MIXERS[recipe.student.mixer].bounded
-    return recipe.student.positions if bounded else recipe.data.sequence_length
-
-
 def _calibration_windows(run: _Run) -> Tensor:
-    length = _calibration_length(run.recipe)
+    length = run.recipe.calibration_length
     count = max(run.recipe.student.calibration_tokens // length, 1)
     # With another seed than the training, which therefore starts with other windows.
     return run.train.batch(0, count, length, run.recipe.seed + 1)

@@ -73,6 +73,23 @@ def student_mixer(student: ZooHybridForCausalLM, layer: int) -> nn.Module:
     return student.backbone.layers[layer].get_submodule("mixer")
 
 
+def output_projection(student: ZooHybridForCausalLM, layer: int) -> nn.Linear:
+    """Return the linear layer with which the token mixer of a layer ends.
+
+    Raises:
+        ValueError: if the mixer has none.
+    """
+    mixer = student_mixer(student, layer)
+    for name in ("out_proj", "o_proj"):
+        projection = getattr(mixer, name, None)
+        if isinstance(projection, nn.Linear):
+            return projection
+    raise ValueError(
+        f"calibration must be 'none' for layer {layer}: its mixer, a {type(mixer).__name__}, has no output projection "
+        "that could be fitted."
+    )
+
+
 def set_slots(student: ZooHybridForCausalLM, slots: list[list[int]]) -> None:
     """Give the heads of a bounded memory their numbers of slots, see `BoundedAttentionSettings`."""
     student.config.bounded_attention["slots"] = slots

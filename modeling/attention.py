@@ -157,7 +157,7 @@ SLIDING_ATTENTION = TokenMixer(
     cache_layer="zoo_window",
     student=FromAttention(
         lambda teacher, spec: {"sliding_attention": {"sliding_window": spec.sliding_window}},
-        ("sliding_window",),
+        ("sliding_window", "calibration"),
         is_attention=True,
     ),
     flat={"sliding_window": "sliding_window"},

@@ -197,6 +197,8 @@ BOUNDED_ATTENTION = TokenMixer(
     settings=BoundedAttentionSettings,
     cache_layer="zoo_bounded",
     student=FromAttention(
-        _bounded_attention_keys, ("window", "sinks", "rows", "slots", "chunk_size"), is_attention=True
+        _bounded_attention_keys,
+        ("window", "sinks", "rows", "slots", "chunk_size", "calibration"),
+        is_attention=True,
     ),
 )

@@ -121,6 +121,17 @@ class DiscreteMamba2Mixer(nn.Module):
 
     @distillation
     @torch.no_grad()
+    def set_gates(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the gate of each head to about `1 + bias + weight @ hidden`, for a weight (H, D) and a bias (H).
+
+        Where silu is 1 its slope is 1, too; far below, the gate closes.
+        """
+        start, inner = self.split[0], self.split[1]
+        self.in_proj.weight[start : start + inner] = weight.repeat_interleave(self.head_dim, 0).to(self.in_proj.weight)
+        self.z_bias.copy_(OPEN_GATE + bias.repeat_interleave(self.head_dim))
+
+    @distillation
+    @torch.no_grad()
     def start_from(self, view: Any) -> None:
         """Start from an attention layer, see `start_from_attention`. With softplus features, queries are not scaled
         down: larger arguments give sharper features. The gate remains open."""

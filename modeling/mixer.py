@@ -12,8 +12,9 @@ also returns its (B, L, 2) scores and (B, L) decisions. These attributes are opt
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
 | `start_from(view)` | copies an attention layer's projections, an `AttentionView` of `distill/teacher.py` |
 | `set_half_lives(half_lives)` | gives each of `num_heads` heads a half-life in tokens, (H) |
+| `set_gates(weight, bias)` | gives each head the gate `1 + bias + weight @ hidden`, (H, D) and (H) |
 | `set_average_attention(matrix)` | takes the (H, N, N) mean attention of a layer for its weights |
-| `out_proj` | a linear layer over `num_heads` heads, which calibration may fit |
+| `out_proj` or `o_proj` | the linear layer over `num_heads` heads with which it ends, which calibration may fit |
 
 Decay rates, step sizes and skips act over the whole length of a text, and their updates are small: with the 8 bits of
 bfloat16 an update below 0.4 % of a value is lost. They are therefore float32 in every model that is made with
@@ -64,7 +65,7 @@ class FromAttention:
             the kind needs; raises ValueError where the teacher's sizes do not fit.
         options: fields of the student's part of a recipe (`StudentSpec` in `distill/recipe.py`) that apply to it. Three
             of them need something of the mixer: "half_life" `set_half_lives` and `hidden_attention`, "calibration"
-            `num_heads` and `out_proj`, "copy_projections" `start_from`.
+            `num_heads` and `out_proj` or `o_proj`, "copy_projections" `start_from`.
         is_attention: whether the mixer takes over the parameters of the attention layer unchanged.
     """
 

@@ -270,7 +270,6 @@ def test_a_mixer_setting_without_effect_is_refused(mixer: str, field: str, value
     [
         pytest.param("discrete_mamba2", "sliding_window", 64, id="window-of-a-state-space-layer"),
         pytest.param("sliding_attention", "half_life", [2, 32], id="half-life-of-attention"),
-        pytest.param("sliding_attention", "calibration", "ridge", id="calibration-of-attention"),
         pytest.param("sliding_attention", "conv_kernel", 3, id="convolution-of-attention"),
         pytest.param("sliding_attention", "copy_projections", False, id="random-attention"),
         pytest.param("masked_mixing", "half_life", [2, 32], id="half-life-of-masked-mixing"),
@@ -281,6 +280,30 @@ def test_a_setting_of_the_other_kind_of_mixer_is_refused(mixer: str, field: str,
     parse_recipe(values(student={"mixer": other, field: value}))
     with pytest.raises(ValueError, match=rf"`student\.{field}` has no effect .* only with mixer '"):
         parse_recipe(values(student={"mixer": mixer, field: value}))
+
+
+@pytest.mark.parametrize("mixer", ["sliding_attention", "bounded_attention", "masked_mixing", "mamba2"])
+def test_every_output_projection_can_be_calibrated(mixer: str) -> None:
+    for calibration in ("head_scale", "ridge", "sequential"):
+        recipe = parse_recipe(values(student={"mixer": mixer, "calibration": calibration}))
+        assert recipe.student.calibration == calibration
+        assert recipe.is_healed == (calibration == "sequential")
+
+
+def test_healing_needs_a_window_to_fit_and_one_to_hold_out() -> None:
+    data = {**values()["data"], "sequence_length": 64}
+    stage = {**values()["stages"][0], "objective": "hidden_state_alignment"}
+    calibrated = {"calibration": "sequential", "calibration_tokens": 127}
+    error = r"`student\.calibration_tokens` must be at least 128, two windows .* sequential .*, got 127"
+    with pytest.raises(ValueError, match=error):
+        parse_recipe(values(student=calibrated, data=data))
+    with pytest.raises(ValueError, match=error):
+        stages = [{**stage, "refit": "sequential"}]
+        parse_recipe(values(student={"calibration_tokens": 127}, data=data, stages=stages))
+    parse_recipe(values(student={**calibrated, "calibration_tokens": 128}, data=data))
+    parse_recipe(values(student={**calibrated, "calibration": "ridge"}, data=data))
+    with pytest.raises(ValueError, match=r"`student\.calibration_tokens` must be at least 512"):
+        parse_recipe(values(student={**calibrated, "mixer": "masked_mixing", "positions": 256}, data=data))
 
 
 def test_masked_mixing_has_weights_for_every_text() -> None:
