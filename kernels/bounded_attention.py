@@ -59,7 +59,7 @@ def bounded_attention(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
@@ -74,7 +74,8 @@ def bounded_attention(
         slots: for each key-value head its number of slots besides the sinks, at least 0.
         sinks: s first positions of a document that are never evicted.
         chunk_size: C, at least 1.
-        decay: factor per token on the attention that scores are made of, above 0 and at most 1.
+        decay: factor per token on the attention that scores are made of, above 0 and at most 1: one, or one for each
+            key-value head.
         scale: factor of the scores of the softmax; P^(-1/2) if not given.
         initial_state: memory to go on from; rows must then hold one document each.
         seq_idx: (B, L) document index, non-decreasing, negative at padding. None: each row is one document.
@@ -91,7 +92,7 @@ def bounded_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     state = None if initial_state is None else _packed(initial_state, sums)
-    options = (window, sinks, slots, chunk_size, decay, scale)
+    options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale)
     if q.shape[0] == 0:
         rows = sum(slots) + len(slots) * (sinks + window)
         o = empty_batch(tuple(q.shape), q.dtype, q, k, v)
@@ -115,7 +116,7 @@ def bounded_attention_step(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
 ) -> Tensor:
     """Run :func:`bounded_attention` for one more token of each row, updating its memory in place, without gradients.
@@ -145,9 +146,8 @@ def bounded_attention_step(
         memory.keys[index], memory.values[index] = k[:, head].to(memory.keys), v[:, head].to(memory.values)
         memory.positions[index], memory.scores[index] = now, 0.0
     hidden = memory.positions < oldest.clamp(min=0)[:, None] * near
-    if decay < 1:
-        memory.scores.mul_(decay ** ((now % chunk_size == 0) * chunk_size).to(sums)[:, None])
-    fading = 1.0 if decay == 1 else decay ** (chunk_size - 1 - now % chunk_size).to(sums)[:, None]
+    decays = _per_head(decay, slots)
+    begun, rest = ((now % chunk_size == 0) * chunk_size).to(sums), (chunk_size - 1 - now % chunk_size).to(sums)
     with without_autocast(q):
         for head, start in enumerate(places):
             rows = slice(start - capacity[head], start + window)
@@ -156,7 +156,11 @@ def bounded_attention_step(
             scores = (q[:, heads].to(sums) * scale) @ keys.mT
             weights = scores.masked_fill_(hidden[:, None, rows], -math.inf).softmax(-1)
             out[:, heads] = (weights @ values).to(q.dtype)
-            memory.scores[:, rows] += weights.sum(1) * fading
+            received = weights.sum(1)
+            if decays[head] < 1:
+                memory.scores[:, rows] *= decays[head] ** begun[:, None]
+                received = received * decays[head] ** rest[:, None]
+            memory.scores[:, rows] += received
     complete = now % chunk_size == chunk_size - 1
     if not complete.is_cpu or bool(complete.any()):
         _evict(memory, places, window, capacity, sinks, oldest, chunk_size, complete)
@@ -209,7 +213,7 @@ def bounded_attention_matrix(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
@@ -234,7 +238,7 @@ def bounded_attention_matrix(
     matrix = torch.zeros(B * L, H, columns, dtype=sums, device=q.device)
     with without_autocast(q):
         for group in _groups(plan, q, k, v, state, scale):
-            for step in group.run(decay):
+            for step in group.run(_per_head(decay, slots)):
                 place = (step.positions + plan.offset[:, None, None]).clamp(min=0)[:, :, None, None]
                 rows = torch.zeros(*step.weights.shape[:-1], columns, dtype=sums, device=q.device)
                 rows.scatter_add_(-1, place.expand_as(step.weights), step.weights)
@@ -255,7 +259,7 @@ def bounded_attention_reference(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
@@ -273,12 +277,12 @@ def bounded_attention_reference(
             for head, capacity in enumerate(slots):
                 keys, values = k[row, tokens, head].to(sums), v[row, tokens, head].to(sums)
                 kept: list[int] = []
-                received = [0.0] * len(tokens)
+                received, fade = [0.0] * len(tokens), _per_head(decay, slots)[head]
                 for t, token in enumerate(tokens):
                     chunk = t // chunk_size
                     oldest = (chunk + 1) * chunk_size - window
                     seen = kept + list(range(max(oldest, 0), t + 1))
-                    received = [decay * value for value in received]
+                    received = [fade * value for value in received]
                     heads = slice(head * groups, (head + 1) * groups)
                     weights = (q[row, token, heads].to(sums) @ keys[seen].T * scale).softmax(-1)
                     out[token] = torch.cat(
@@ -294,6 +298,11 @@ def bounded_attention_reference(
                         kept = sorted(first + others[: capacity + sinks - len(first)])
         outputs.append(torch.stack(out))
     return torch.stack(outputs).to(q.dtype)
+
+
+def _per_head(decay: float | list[float], slots: list[int]) -> list[float]:
+    """Return the decay of each key-value head."""
+    return decay if isinstance(decay, list) else [decay] * len(slots)
 
 
 def _packed(memory: BoundedMemory, dtype: torch.dtype) -> Tensor:
@@ -477,10 +486,11 @@ class _Group:
         scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
         return scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0), keys, values
 
-    def run(self, decay: float) -> Iterator[_Step]:
+    def run(self, decay: list[float]) -> Iterator[_Step]:
         """Run the chunks in order, choosing what the slots hold in the next."""
         plan, heads = self.plan, len(self.heads)
-        fading = decay ** torch.arange(plan.chunk - 1, -1, -1, device=self.keys.device, dtype=self.keys.dtype)
+        fade = self.keys.new_tensor([decay[head] for head in self.heads])[:, None]  # (h, 1)
+        fading = fade ** torch.arange(plan.chunk - 1, -1, -1, device=self.keys.device)  # (h, C)
         for chunk in range(plan.chunks):
             base, near, relative = plan.near(chunk)
             near_index = self.near_index(near, relative)
@@ -490,10 +500,10 @@ class _Group:
             valid = plan.valid[:, chunk * plan.chunk : (chunk + 1) * plan.chunk]
             first = base - plan.start
             yield _Step(first, valid, positions, index, weights)
-            if decay < 1:  # once per chunk, in the call that has its first token
+            if min(decay) < 1:  # once per chunk, in the call that has its first token
                 begun = (first >= 0) & (first < plan.count)
-                self.scores = torch.where(begun[:, None, None], self.scores * decay**plan.chunk, self.scores)
-            received = (weights.sum(2) * fading[:, None]).sum(2)
+                self.scores = torch.where(begun[:, None, None], self.scores * fade**plan.chunk, self.scores)
+            received = (weights.sum(2) * fading[..., None]).sum(2)
             self.scores = self.scores.scatter_add(2, index, received)
             if self.slots:
                 self._choose(base, near[:, : plan.chunk], near_index[:, :, : plan.chunk])
@@ -541,7 +551,7 @@ class _Bounded(torch.autograd.Function):
         sinks: int,
         slots: list[int],
         chunk_size: int,
-        decay: float,
+        decay: list[float],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         B, L, H, P = q.shape
@@ -654,7 +664,7 @@ def _empty_results(
     sinks: int,
     slots: list[int],
     chunk_size: int,
-    decay: float,
+    decay: list[float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     rows = sum(slots) + len(slots) * (sinks + window)
@@ -665,7 +675,7 @@ _traced = opaque(
     _Bounded,
     "bounded_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? state, Tensor? seq_idx, int window, int sinks, int[] slots, int chunk_size, "
-    "float decay, float scale",
+    "float[] decay, float scale",
     _empty_results,
 )
 
@@ -678,7 +688,7 @@ def _check(
     slots: list[int],
     sinks: int,
     chunk_size: int,
-    decay: float,
+    decay: float | list[float],
     initial_state: BoundedMemory | None,
     seq_idx: Tensor | None,
 ) -> None:
@@ -693,8 +703,10 @@ def _check(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if len(slots) != k.shape[2] or min(slots) < 0:
         raise ValueError(f"slots must be {k.shape[2]} numbers of at least 0, one for each key-value head, got {slots}")
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
+    if len(_per_head(decay, slots)) != len(slots) or not all(0 < each <= 1 for each in _per_head(decay, slots)):
+        raise ValueError(
+            f"decay must be above 0 and at most 1, one or one for each of {len(slots)} key-value heads, got {decay}"
+        )
     if initial_state is not None:
         rows = sum(slots) + len(slots) * (sinks + window)
         check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")
