@@ -311,12 +311,13 @@ def _first_evaluations(run: _Run) -> None:
 def _divide_slots(run: _Run) -> None:
     """Divide the slots of a bounded memory among the heads, where the recipe asks for it."""
     spec = run.recipe.student
-    if spec.mixer != "bounded_attention" or spec.slots != "calibrated":
+    start = TOKEN_MIXERS[spec.mixer].student
+    if start is None or "slots" not in start.options or spec.slots != "calibrated":
         return
     length = min(LENGTH, len(run.train))
     count = min(WINDOWS, run.train.count(length))
     windows = run.train.batch(0, count, length, run.recipe.seed + 1)
-    settings = run.student.config.settings_of("bounded_attention")
+    settings = run.student.config.settings_of(spec.mixer)
     with run.compute():
         slots, decays = divide_slots(run.teacher, run.layers, settings, spec.rows, windows, progress=run.main)
     run.progress.slots, run.progress.decays = slots, decays

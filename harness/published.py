@@ -1,4 +1,4 @@
-"""What a run publishes: texts without the folders of the machine, and parts of a result that it can do without."""
+"""Text that is safe to publish, without folders of the machine, and parts of a result that may fail."""
 
 import re
 import shlex

@@ -33,7 +33,7 @@ from .tracing import host_reads, opaque, tracing
 
 
 class BoundedMemory(NamedTuple):
-    """What a document's past is reduced to: the rows of each key-value head in turn.
+    """The rows of keys and values that are left of a document's past, for each key-value head in turn.
 
     A head's rows are its S slots, in any order, and the last w positions, position p in row S + p % w.
 
@@ -458,7 +458,6 @@ class _Group:
             self.keys, self.values = torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2)
             self.scores = torch.cat([scores[..., 0], self.scores], dim=2)
             self.slot_positions = positions[:, :, : self.slots, 0].long()
-        self.norms = self.values.norm(dim=-1)
         self.slot_index = torch.zeros_like(self.slot_positions)
         if state is not None:
             self.slot_index = torch.arange(self.slots, device=q.device).expand_as(self.slot_positions)
@@ -489,6 +488,7 @@ class _Group:
     def run(self, decay: list[float]) -> Iterator[_Step]:
         """Run the chunks in order, choosing what the slots hold in the next."""
         plan, heads = self.plan, len(self.heads)
+        norms = self.values.norm(dim=-1)
         fade = self.keys.new_tensor([decay[head] for head in self.heads])[:, None]  # (h, 1)
         fading = fade ** torch.arange(plan.chunk - 1, -1, -1, device=self.keys.device)  # (h, C)
         for chunk in range(plan.chunks):
@@ -506,15 +506,14 @@ class _Group:
             received = (weights.sum(2) * fading[..., None]).sum(2)
             self.scores = self.scores.scatter_add(2, index, received)
             if self.slots:
-                self._choose(base, near[:, : plan.chunk], near_index[:, :, : plan.chunk])
+                self._choose(self.scores * norms, base, near[:, : plan.chunk], near_index[:, :, : plan.chunk])
 
-    def _choose(self, base: Tensor, leaving: Tensor, leaving_index: Tensor) -> None:
+    def _choose(self, rank: Tensor, base: Tensor, leaving: Tensor, leaving_index: Tensor) -> None:
         """Let the (R, C) positions that leave the window compete for the slots, where the chunk is complete."""
         plan = self.plan
         index = torch.cat([self.slot_index, leaving_index], dim=2)
         positions = torch.cat([self.slot_positions, leaving[:, None].expand(-1, len(self.heads), -1)], dim=2)
-        rank = (self.scores * self.norms).gather(2, index)
-        rank = rank.masked_fill(positions < plan.sinks, math.inf).masked_fill(positions < 0, -math.inf)
+        rank = rank.gather(2, index).masked_fill(positions < plan.sinks, math.inf).masked_fill(positions < 0, -math.inf)
         best = rank.topk(self.slots, dim=-1).indices
         complete = (base + plan.chunk <= plan.start + plan.count)[:, None, None]
         self.slot_index = torch.where(complete, index.gather(2, best), self.slot_index)

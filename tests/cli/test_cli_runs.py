@@ -101,7 +101,9 @@ def test_card_is_written_anew(run: Path) -> None:
     assert ssm_zoo("card", run, "--repo-id", "me/my-student") == f"{card}\n"
     assert 'repository, revision = "me/my-student"' in card.read_text()
     written = card.read_text()
-    assert "repo_id: got 'me/my student'" in ssm_zoo("card", run, "--repo-id", "me/my student", status=2)
+    assert "repo_id must be a Hub id ORGANISATION/NAME, got 'me/my student'" in ssm_zoo(
+        "card", run, "--repo-id", "me/my student", status=2
+    )
     assert card.read_text() == written
 
 
@@ -260,7 +262,7 @@ def test_export_that_is_not_the_package_is_found_out(
     (folder / file).write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
         verify_export(folder, trust_remote_code=True)
-    with pytest.raises(ValueError, match=f"code that is not this ssm-zoo's: {file}; export it anew"):
+    with pytest.raises(ValueError, match=f"code that is not of this version of ssm-zoo: {file}. Export it again"):
         verify_export(folder)
 
 

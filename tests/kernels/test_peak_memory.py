@@ -100,7 +100,9 @@ def test_kernels_of_the_selective_scan(
     def op(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         *gate, A, D, bias = rest
         z = gate[0] if gate else None
-        return selective_scan_triton.selective_scan_triton(x, dt, A, B, C, D, z, bias, True, None, None, None)
+        return selective_scan_triton.selective_scan_triton(
+            x, dt, A, B, C, D, z, bias, None, dt_softplus=True, real=None, first=None
+        )
 
     peak, needed = peak_of_gradients(op, inputs)
     states = 4 * batch * -(-length // selective_scan_triton._SPAN) * channels * size

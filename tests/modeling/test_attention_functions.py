@@ -37,7 +37,7 @@ def attend_by_documents(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
 ) -> tuple[Tensor, None]:
-    """What a flash-attention kernel is given by transformers: documents, or the real columns of each row."""
+    """Return what transformers gives to a flash-attention kernel: documents, or the real columns of each row."""
     assert module.is_causal and dropout == 0
     batch, heads, length, _ = q.shape
     y = q.new_zeros(batch, length, heads, v.shape[-1])
