@@ -143,7 +143,7 @@ FAMILIES: dict[str, Family] = {
             "sinks": 1,
             "slots": [[3, 0], [], [2, 2]],
             "chunk_size": 3,
-            "score_decay": DECAYS,
+            "score_decay": [[1.0, 0.5], [], [0.9, 0.7]],
         },
     ),
     "jamba": _hybrid(
