@@ -241,7 +241,8 @@ def bounded_attention_matrix(
         for heads in group_heads(plan, members):
             chunks = Chunks(plan, heads, q, k, v, state, scale)
             with torch.no_grad():
-                chunks.run(_per_head(decay, slots))
+                for _ in chunks.run(_per_head(decay, slots)):
+                    pass
             of_head = torch.tensor(heads, device=q.device)
             for part, index, weights, _ in chunks.blocks():
                 place = chunks.positions_of(index) + plan.offset[:, None, None]  # (m, R, h, S' + w)
@@ -347,7 +348,8 @@ class _Bounded(torch.autograd.Function):
         with without_autocast(q):
             for heads in group_heads(plan, members):
                 chunks = Chunks(plan, heads, q, k, v, state, scale)
-                plan.put(out, heads, chunks.run(decay))
+                for part, outputs in chunks.run(decay):
+                    plan.put(out, heads, part, outputs)
                 memory, rows = chunks.memory()
                 present = plan.last >= 0
                 for number, head in enumerate(heads):
@@ -375,8 +377,9 @@ class _Bounded(torch.autograd.Function):
             for number, (heads, used) in enumerate(ctx.groups):
                 chunks = Chunks(plan, heads, q, k, v, state, scale)
                 chunks.seen, chunks.used = seen[2 * number], used
-                dqueries, dlines = chunks.backward(plan.align(do, heads, chunks.lines.dtype))
-                plan.put(dq, heads, dqueries.mul_(scale))
+                dlines = torch.zeros_like(chunks.lines)
+                for part, dqueries in chunks.backward(plan.align(do, heads, dlines.dtype), dlines):
+                    plan.put(dq, heads, part, dqueries.mul_(scale))
                 rows = seen[2 * number + 1]
                 for index, head in enumerate(heads):
                     dmemory = dlines.new_zeros(plan.documents, rows.shape[2], 2 * P)

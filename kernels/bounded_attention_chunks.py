@@ -15,6 +15,7 @@ and with them the backward computes many chunks at once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ from .checks import accumulator
 from .tracing import host_reads
 
 _PADDING = 20_000  # scores of a chunk that may be computed in vain to save a loop over chunks
-_BLOCK = 2**20  # numbers of keys and values that the backward gathers at once
+_BLOCK = 2**19  # numbers of keys and values that the backward gathers at once
 
 
 class Plan:
@@ -107,29 +108,40 @@ class Plan:
 
     def align(self, x: Tensor, heads: list[int], dtype: torch.dtype) -> Tensor:
         """(B, L, KV, J, P) to (n, R, h, J, C, P), zero where there is no token."""
-        x = x[:, :, _index(heads)]
-        grid = x.new_zeros(self.documents, self.chunks * self.chunk, *x.shape[2:], dtype=dtype)
+        J, P = x.shape[3:]
+        shape = self.chunks, self.documents, len(heads), J, self.chunk, P
+        aligned = torch.empty(shape, dtype=dtype, device=x.device) if self.whole else x.new_zeros(shape, dtype=dtype)
+        grid = aligned.permute(1, 0, 4, 2, 3, 5)  # (R, n, C, h, J, P)
         if self.whole:
-            grid[:, : self.length] = x
+            full, rest = divmod(self.length, self.chunk)
+            x = x[:, :, _index(heads)]
+            grid[:, :full] = x[:, : full * self.chunk].unflatten(1, (full, self.chunk))
+            grid[:, full:] = 0
+            grid[:, full:, :rest] = x[:, None, full * self.chunk :]
         else:
-            grid[self.document, self.place] = x.flatten(0, 1)[self.token].to(dtype)
-        return grid.unflatten(1, (self.chunks, self.chunk)).permute(1, 0, 3, 4, 2, 5).contiguous()
+            place = self.document, self.place // self.chunk, self.place % self.chunk
+            grid[place] = x.flatten(0, 1)[self.token][:, _index(heads)].to(dtype)
+        return aligned
 
-    def put(self, out: Tensor, heads: list[int], aligned: Tensor) -> None:
-        """Write the (n, R, h, J, C, P) results to their tokens in (B, L, KV, J, P)."""
-        self._write(out, heads, aligned.permute(1, 0, 4, 2, 3, 5).flatten(1, 2), 0)
+    def put(self, out: Tensor, heads: list[int], part: slice, aligned: Tensor) -> None:
+        """Write the (m, R, h, J, C, P) results of the chunks of `part` to their tokens in (B, L, KV, J, P)."""
+        grid = aligned.permute(1, 0, 4, 2, 3, 5).flatten(1, 2).to(out.dtype)
+        begin, end = part.start * self.chunk, part.stop * self.chunk
+        if self.whole:
+            out[:, begin:end, _index(heads)] = grid[:, : self.length - begin]
+        else:
+            here = (self.place >= begin) & (self.place < end)
+            of_head = torch.tensor(heads, device=out.device)
+            out.flatten(0, 1)[self.token[here, None], of_head] = grid[self.document[here], self.place[here] - begin]
 
     def put_lines(self, out: Tensor, heads: list[int], lines: Tensor) -> None:
         """Write the (R, h, w + n C, P) lines of new tokens to (B, L, KV, P)."""
-        self._write(out, heads, lines.transpose(1, 2), self.window)
-
-    def _write(self, out: Tensor, heads: list[int], grid: Tensor, begin: int) -> None:
+        grid = lines.transpose(1, 2)[:, self.window :].to(out.dtype)
         if self.whole:
-            found = grid[:, begin : begin + self.length].to(out.dtype)
-            out[:, :, _index(heads)] = found
+            out[:, :, _index(heads)] = grid[:, : self.length]
         else:
             of_head = torch.tensor(heads, device=out.device)
-            out.flatten(0, 1)[self.token[:, None], of_head] = grid[self.document, begin + self.place].to(out.dtype)
+            out.flatten(0, 1)[self.token[:, None], of_head] = grid[self.document, self.place]
 
     def rows(self, head: int) -> slice:
         """The rows of a head in the memory."""
@@ -165,7 +177,7 @@ class Chunks:
         self.old = 0 if state is None else self.slots
         self.width = width = q.shape[-1]
         sums = accumulator(q)
-        self.queries = plan.align(q.unflatten(2, (k.shape[2], -1)), heads, sums) * scale
+        self.queries = plan.align(q.unflatten(2, (k.shape[2], -1)), heads, sums).mul_(scale)
         length = self.old + plan.window + plan.chunks * plan.chunk
         self.lines = q.new_zeros(plan.documents, len(heads), length, 2 * width, dtype=sums)
         begin, by_position = self.old + plan.window, self.lines.transpose(1, 2)
@@ -177,6 +189,7 @@ class Chunks:
                 by_position[plan.document, begin + plan.place, :, part] = x.flatten(0, 1)[plan.token].to(sums)
         self.positions = plan.first[:, None] + torch.arange(length - self.old, device=q.device)
         self.scores = self.lines.new_zeros(self.lines.shape[:3])
+        self.used: list[int] = []
         self.slot_positions = self.positions.new_full((plan.documents, len(heads), self.old), -1)
         if state is not None:
             held = torch.stack([plan.widen(state[:, plan.rows(head)], head, self.slots) for head in heads], dim=1)
@@ -205,82 +218,54 @@ class Chunks:
         position = newest[:, None] - (newest[:, None] - row) % self.plan.window
         return self.old + position - self.plan.first[:, None], position
 
-    def run(self, decay: list[float]) -> Tensor:
-        """Run the chunks in order, choosing what the slots hold; return the outputs, in the shape of the queries."""
-        plan, width, C = self.plan, self.width, self.plan.chunk
-        n, R, h, J, _, P = self.queries.shape
+    def run(self, decay: list[float]) -> Iterator[tuple[slice, Tensor]]:
+        """Run the chunks in order, choosing what the slots hold; yield the (m, R, h, J, C, P) outputs of m chunks."""
+        plan, width = self.plan, self.width
+        n, R, h, J, C, P = self.queries.shape
         G, w = R * h, plan.window
         lines, scores = self.lines.flatten(0, 1), self.scores.flatten(0, 1)
         queries = self.queries.view(n, G, J * C, P)
-        near, log_sums = self._near(lines, queries)
         fading, fades = self._fading([decay[head] for head in self.heads])
-        shares = near.new_ones(n, G, J * C, 1)  # of the window in each query's attention
-        outputs = torch.zeros_like(queries)
-        marks = self._marks()
-        # The pool: all its rows are used from the start with a memory to go on from, otherwise as they are needed.
-        most = self.slots + C if self.slots else 0
-        used = most if self.old else 0
-        if not self.old:
-            most = min(most, (n + 1) * C)
-        pool, pool_marks = self._pool(lines, marks, most)
-        score, norm, keep, bias = pool_marks[:4]
-        by_row, marks_by_row = pool.flatten(0, 1), pool_marks.flatten(1, 2)
-        begin = torch.arange(G, device=pool.device)[:, None] * most
-        free = (
-            begin + torch.arange(most - C if self.old else 0, most if self.old else C, device=pool.device)
-        ).flatten()
-        seen = pool.new_full((n, 2, G, most), -math.inf)
-        self.used = []
-        for chunk in range(n):
-            self.used.append(used)
-            rows = slice(self.old + (chunk + 1) * C, self.old + (chunk + 1) * C + w)
-            share, received = shares[chunk], scores[:, rows]
-            if used:
-                seen[chunk, :, :, :used] = pool_marks[3:, :, :used]
-                products = torch.bmm(queries[chunk], pool[:, :used, :width].mT).add_(bias[:, None, :used])
-                weights = torch.cat([products, log_sums[chunk]], dim=-1).softmax(-1)
-                share.copy_(weights[..., used:])
-                weights = weights[..., :used]
-                torch.bmm(weights, pool[:, :used, width:], out=outputs[chunk])
+        self.pool = pool = _Pool(self)
+        seen = lines.new_full((n, 2, G, pool.rows), -math.inf)
+        windows = self._windows(lines)
+        step = max(1, _BLOCK // (max(G, 1) * (J * C * P + w * 2 * P)))
+        for first in range(0, n, step):
+            part = slice(first, min(first + step, n))
+            near, log_sums = self._near(part, windows)
+            shares = torch.ones_like(log_sums)  # of the window in each query's attention
+            outputs = queries.new_zeros(len(near), G, J * C, P)
+            for chunk in range(part.start, part.stop):
+                share, used = shares[chunk - first], pool.used
+                self.used.append(used)
+                if used:
+                    seen[chunk, :, :, :used] = pool.marks[3:, :, :used]
+                    products = torch.bmm(queries[chunk], pool.keys[:, :used].mT).add_(pool.bias[:, None, :used])
+                    weights = torch.cat([products, log_sums[chunk - first]], dim=-1).softmax(-1)
+                    share.copy_(weights[..., used:])
+                    weights = weights[..., :used]
+                    torch.bmm(weights, pool.values[:, :used], out=outputs[chunk - first])
+                    if fades is not None:
+                        pool.scores.mul_(fades[chunk])
+                    pool.scores[:, :used].add_(torch.bmm(fading[chunk], weights)[:, 0])
+                begin = self.old + (chunk + 1) * C
+                received = scores[:, begin : begin + w]
                 if fades is not None:
-                    score *= fades[chunk]
-                score[:, :used].add_(torch.bmm(fading[chunk], weights)[:, 0])
-            if fades is not None:
-                received *= fades[chunk]
-            received += torch.bmm(fading[chunk] * share.mT, near[chunk])[:, 0]
-            if most and (self.old or (chunk + 2) * C > w):
-                leaving = slice(rows.start, rows.start + C)
-                marks[0, :, leaving] = scores[:, leaving]
-                by_row.index_copy_(0, free, lines[:, leaving].flatten(0, 1))
-                marks_by_row.index_copy_(1, free, marks[:, :, leaving].flatten(1, 2))
-                used = min(used + C, most) if used else min(2 * C, most)
-                rank = torch.addcmul(keep[:, :used], score[:, :used], norm[:, :used])
-                free = (rank.topk(C, largest=False, sorted=False).indices + begin).flatten()
-                bias.view(-1).index_fill_(0, free, -math.inf)
+                    received.mul_(fades[chunk])
+                received.add_(torch.bmm(fading[chunk] * share.mT, near[chunk - first])[:, 0])
+                if pool.rows and (self.old or (chunk + 2) * C > w):
+                    pool.choose(slice(begin, begin + C))
+            outputs.flatten(0, 1).baddbmm_(near.mul_(shares).flatten(0, 1), windows[part, ..., width:].flatten(0, 1))
+            yield part, outputs.view(-1, R, h, J, C, P)
         self.seen = seen[:, 1].masked_fill(seen[:, 0] < 0, -1).int()
-        self.pool = pool_marks
-        values = self._windows(lines)[..., width:]
-        outputs.flatten(0, 1).baddbmm_((near * shares).flatten(0, 1), values.flatten(0, 1))
-        return outputs.view_as(self.queries)
-
-    def _pool(self, lines: Tensor, marks: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Return (G, rows, 2 P) keys and values, and (5, G, rows) marks, of a pool with the slots of the memory."""
-        G, old, capacity = lines.shape[0], self.old, torch.tensor(self.plan.capacity, device=lines.device)
-        pool, pool_marks = lines.new_zeros(G, rows, 2 * self.width), marks.new_zeros(5, G, rows)
-        pool_marks[2:4] = -math.inf
-        pool[:, :old], pool_marks[:, :, :old] = lines[:, :old], marks[:, :, :old]
-        # Rows beyond those of a head with fewer slots than the others never become free, and are not seen.
-        row, begin = torch.arange(rows, device=lines.device), 0 if old else self.plan.chunk
-        beyond = (row >= begin + capacity[self.heads, None]) & (row < begin + self.slots)
-        pool_marks[2].masked_fill_(beyond.repeat(self.plan.documents, 1), math.inf)
-        return pool, pool_marks
 
     def _windows(self, lines: Tensor) -> Tensor:
         """(G, lines, 2 P) to (n, G, w, 2 P) keys and values of the windows of all chunks."""
         plan = self.plan
         return lines[:, self.old + plan.chunk :].unfold(1, plan.window, plan.chunk).permute(1, 0, 3, 2)
 
-    def _near_bias(self) -> Tensor:
+    @functools.cached_property
+    def near_bias(self) -> Tensor:
         """(n, R, C, w) 0 where a query sees a position of the window, and minus infinity elsewhere."""
         plan = self.plan
         query, column = (torch.arange(number, device=plan.start.device) for number in (plan.chunk, plan.window))
@@ -288,18 +273,18 @@ class Chunks:
         begun = (self.positions >= 0)[:, plan.chunk :].unfold(1, plan.window, plan.chunk).transpose(0, 1)
         return torch.where(causal & begun[:, :, None], 0.0, -math.inf).to(self.lines.dtype)
 
-    def _near(self, lines: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the (n, G, J C, w) softmax over the window, and (n, G, J C, 1) logarithms of its sums."""
-        n, R, h, J, C, _ = self.queries.shape
-        keys = self._windows(lines)[..., : self.width]
-        scores = (queries.flatten(0, 1) @ keys.flatten(0, 1).mT).view(n, R, h, J, C, -1)
-        scores += self._near_bias()[:, :, None, None]
+    def _near(self, part: slice, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (m, G, J C, w) softmax over the windows of m chunks, and (m, G, J C, 1) logarithms of its sums."""
+        m, (_, R, h, J, C, P) = part.stop - part.start, self.queries.shape
+        keys = windows[part, ..., : self.width].flatten(0, 1)
+        scores = torch.bmm(self.queries[part].view(m * R * h, J * C, P), keys.mT).view(m, R, h, J, C, -1)
+        scores += self.near_bias[part, :, None, None]
         # A query beyond its document may see nothing; its result is not used, but must be finite.
         top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
         scores = scores.sub_(top).exp_()
         total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         scores /= total
-        return scores.view(n, R * h, J * C, -1), top.add_(total.log_()).view(n, R * h, J * C, 1)
+        return scores.view(m, R * h, J * C, -1), top.add_(total.log_()).view(m, R * h, J * C, 1)
 
     def _fading(self, decay: list[float]) -> tuple[Tensor, Tensor | None]:
         """Return (n, G, 1, J C) factors of the attention that a query gives, and (n, G, 1) of that given before."""
@@ -317,7 +302,7 @@ class Chunks:
         begun = valid[:, :, :1]  # once per chunk, in the call that has its first token
         return factors, torch.where(begun, fade**C, 1.0).reshape(n, R * h, 1)
 
-    def _marks(self) -> Tensor:
+    def marks(self) -> Tensor:
         """(5, G, lines) what the choice asks of each line.
 
         Its score, the norm of its value, what is added to their product (infinity if it always stays, minus infinity
@@ -343,7 +328,7 @@ class Chunks:
             (R, h, S + w, 2 P + 2) keys, values, scores and positions, and (R, h, S + w) lines, negative for none.
         """
         plan, shape = self.plan, self.scores.shape[:2]
-        scores, _, _, bias, source = self.pool.unflatten(1, shape)
+        scores, _, _, bias, source = self.pool.marks.unflatten(1, shape)
         hidden = bias < 0
         order = hidden.byte().argsort(dim=2, stable=True)[:, :, : self.slots]
         slots = source.long().masked_fill(hidden, -1).gather(2, order)
@@ -373,7 +358,7 @@ class Chunks:
         n, R, h, J, C, _ = self.queries.shape
         lines, G, w = self.lines.flatten(0, 2), R * h, plan.window
         hidden = torch.finfo(lines.dtype).min  # not infinity: a query beyond its document may see nothing
-        near_bias = self._near_bias().clamp(min=hidden)
+        near_bias = self.near_bias.clamp(min=hidden)
         step = max(1, _BLOCK // (max(G, 1) * (self.seen.shape[2] + w) * 2 * width))
         column = torch.arange(w, device=lines.device) + self.old + C
         head = torch.arange(G, device=lines.device)[:, None] * self.lines.shape[2]
@@ -390,23 +375,65 @@ class Chunks:
             scores[..., S:] += near_bias[part, :, None, None]
             yield part, index, scores.softmax(-1).view(m * G, J * C, S + w), table
 
-    def backward(self, outer: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of the queries and of the lines from those of the outputs."""
+    def backward(self, outer: Tensor, dlines: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Add the gradients of the lines to `dlines`; yield the (m, R, h, J, C, P) gradients of the queries."""
         width, G = self.width, self.scores.shape[0] * self.scores.shape[1]
-        dqueries, dlines = torch.empty_like(outer), torch.zeros_like(self.lines)
         by_line = dlines.flatten(0, 2)
         head = torch.arange(G, device=outer.device)[:, None] * self.lines.shape[2]
         for part, index, weights, table in self.blocks():
-            queries, cotangent = (x[part].view(len(table), weights.shape[1], width) for x in (self.queries, outer))
+            shape = len(table), weights.shape[1], width
+            queries, cotangent = self.queries[part].view(shape), outer[part].view(shape)
             dtable = torch.empty_like(table)
             dtable[..., width:] = torch.bmm(weights.mT, cotangent)
-            dweights = torch.bmm(cotangent, table[..., width:].mT)
-            dweights *= weights
+            dweights = torch.bmm(cotangent, table[..., width:].mT).mul_(weights)
             dscores = dweights.sub_(weights.mul_(dweights.sum(-1, keepdim=True)))
             dtable[..., :width] = torch.bmm(dscores.mT, queries)
-            dqueries[part] = torch.bmm(dscores, table[..., :width]).view_as(dqueries[part])
             by_line.index_add_(0, (index.clamp(min=0) + head).flatten(), dtable.flatten(0, 1))
-        return dqueries, dlines
+            yield part, torch.bmm(dscores, table[..., :width]).view_as(self.queries[part])
+
+
+class _Pool:
+    """The rows of the slots, and C rows that are free.
+
+    Attributes:
+        rows: their number.
+        used: those of them that may hold a line: all with a memory to go on from, otherwise as many as are needed.
+        keys, values: (G, rows, P).
+        scores, bias: (G, rows), as in the marks.
+        marks: (5, G, rows) marks of the lines (:meth:`Chunks.marks`); the bias hides the rows that are free.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        plan, old, C = chunks.plan, chunks.old, chunks.plan.chunk
+        self.table, self.table_marks, self.table_scores = chunks.lines.flatten(0, 1), chunks.marks(), chunks.scores
+        G, device = len(self.table), self.table.device
+        self.chunk, self.rows = C, chunks.slots + C if chunks.slots else 0
+        if not old:
+            self.rows = min(self.rows, (plan.chunks + 1) * C)
+        self.used = self.rows if old else 0
+        self.lines = self.table.new_zeros(G, self.rows, 2 * chunks.width)
+        self.marks = self.table.new_zeros(5, G, self.rows)
+        self.marks[2:4] = -math.inf
+        self.lines[:, :old], self.marks[:, :, :old] = self.table[:, :old], self.table_marks[:, :, :old]
+        # Rows beyond those of a head with fewer slots than the others never become free, and are not seen.
+        row, first = torch.arange(self.rows, device=device), 0 if old else C
+        capacity = torch.tensor([plan.capacity[head] for head in chunks.heads], device=device)
+        beyond = (row >= first + capacity[:, None]) & (row < first + chunks.slots)
+        self.marks[2].masked_fill_(beyond.repeat(plan.documents, 1), math.inf)
+        self.keys, self.values = self.lines[..., : chunks.width], self.lines[..., chunks.width :]
+        self.scores, self.norms, self.always, self.bias = (self.marks[number] for number in range(4))
+        self.begin = torch.arange(G, device=device)[:, None] * self.rows
+        self.free = (self.begin + row[old : old + C]).flatten()
+
+    def choose(self, leaving: slice) -> None:
+        """Let the C lines that leave the window compete for the slots; those that lose are free from then on."""
+        self.table_marks[0, :, leaving] = self.table_scores.flatten(0, 1)[:, leaving]
+        self.lines.flatten(0, 1).index_copy_(0, self.free, self.table[:, leaving].flatten(0, 1))
+        self.marks.flatten(1, 2).index_copy_(1, self.free, self.table_marks[:, :, leaving].flatten(1, 2))
+        self.used = used = min(self.used + self.chunk, self.rows) if self.used else min(2 * self.chunk, self.rows)
+        rank = torch.addcmul(self.always[:, :used], self.scores[:, :used], self.norms[:, :used])
+        self.free = (rank.topk(self.chunk, largest=False, sorted=False).indices + self.begin).flatten()
+        self.bias.view(-1).index_fill_(0, self.free, -math.inf)
 
 
 def group_heads(plan: Plan, members: int) -> list[list[int]]:
