@@ -132,38 +132,28 @@ def bounded_attention_step(
         (B, H, P) in the dtype of `q`.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    sums, members = accumulator(q), q.shape[1] // len(slots)
-    near = _near_rows(tuple(slots), sinks, window, q.device)
-    now = memory.positions.amax(1) + 1  # (B)
-    row = torch.arange(q.shape[0], device=q.device)
-    oldest = (now // chunk_size + 1) * chunk_size - window
-    out = torch.empty_like(q)
+    sums, decays = accumulator(q), tuple(_per_head(decay, slots))
     capacity = [number + sinks for number in slots]
-    places = [sum(capacity[: head + 1]) + head * window for head in range(len(slots))]  # first row of each window
-    place = now % window
-    for head, start in enumerate(places):
-        index = row, start + place
-        memory.keys[index], memory.values[index] = k[:, head].to(memory.keys), v[:, head].to(memory.values)
-        memory.positions[index], memory.scores[index] = now, 0.0
-    hidden = memory.positions < oldest.clamp(min=0)[:, None] * near
-    decays = _per_head(decay, slots)
-    begun, rest = ((now % chunk_size == 0) * chunk_size).to(sums), (chunk_size - 1 - now % chunk_size).to(sums)
+    rows = _rows(tuple(slots), sinks, window, chunk_size, decays, q.shape[1], sums, q.device)
+    now = memory.positions.amax(1) + 1  # (B)
+    age, oldest = now % chunk_size, (now // chunk_size + 1) * chunk_size - window
+    index = torch.arange(q.shape[0], device=q.device)[:, None], rows.windows + (now % window)[:, None]
+    memory.keys[index], memory.values[index] = k.to(memory.keys.dtype), v.to(memory.values.dtype)
+    memory.positions[index], memory.scores[index] = now[:, None], 0.0
+    hidden = memory.positions < oldest.clamp(min=0)[:, None] * rows.near
     with without_autocast(q):
-        for head, start in enumerate(places):
-            rows = slice(start - capacity[head], start + window)
-            heads = slice(head * members, (head + 1) * members)
-            keys, values = memory.keys[:, rows].to(sums), memory.values[:, rows].to(sums)
-            scores = (q[:, heads].to(sums) * scale) @ keys.mT
-            weights = scores.masked_fill_(hidden[:, None, rows], -math.inf).softmax(-1)
-            out[:, heads] = (weights @ values).to(q.dtype)
-            received = weights.sum(1)
-            if decays[head] < 1:
-                memory.scores[:, rows] *= decays[head] ** begun[:, None]
-                received = received * decays[head] ** rest[:, None]
-            memory.scores[:, rows] += received
-    complete = now % chunk_size == chunk_size - 1
+        # All heads with all rows in one product, although each has its own rows: it is shorter than a loop over heads.
+        bias = rows.others.masked_fill(hidden[:, None], -math.inf)
+        weights = torch.baddbmm(bias, q.to(sums) * scale, memory.keys.to(sums).mT).softmax(-1)
+        out = torch.bmm(weights, memory.values.to(sums)).to(q.dtype)
+        received = weights.detach().sum(1)
+    if min(decays) < 1:
+        memory.scores.mul_(rows.begun[age])
+        received *= rows.rest[age]
+    memory.scores.add_(received)
+    complete = age == chunk_size - 1
     if not complete.is_cpu or bool(complete.any()):
-        _evict(memory, places, window, capacity, sinks, oldest, chunk_size, complete)
+        _evict(memory, rows.places, window, capacity, sinks, oldest, chunk_size, complete)
     return out
 
 
@@ -197,11 +187,49 @@ def _evict(
         memory.positions[:, start - number : start] = torch.where(found | ~complete[:, None], chosen, -1)
 
 
+class _Rows(NamedTuple):
+    """What a step knows of the rows of the memory.
+
+    Attributes:
+        places: first row of the window of each key-value head.
+        windows: the same, (KV).
+        near: (N) 1 at rows of a window, 0 at slots.
+        others: (H, N) minus infinity at the rows of other heads, 0 at a head's own.
+        begun: (C, N) factor of the scores at the i-th token of a chunk.
+        rest: (C, N) factor of the attention that this token gives.
+    """
+
+    places: list[int]
+    windows: Tensor
+    near: Tensor
+    others: Tensor
+    begun: Tensor
+    rest: Tensor
+
+
 @functools.lru_cache(maxsize=1024)
-def _near_rows(slots: tuple[int, ...], sinks: int, window: int, device: torch.device) -> Tensor:
-    """(N) 1 at rows of the window, 0 at slots."""
-    rows = [row for number in slots for row in [0] * (number + sinks) + [1] * window]
-    return torch.tensor(rows, device=device)
+def _rows(
+    slots: tuple[int, ...],
+    sinks: int,
+    window: int,
+    chunk_size: int,
+    decays: tuple[float, ...],
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Rows:
+    with torch.inference_mode(False):  # a later call may record gradients
+        sizes = torch.tensor([number + sinks + window for number in slots], device=device)
+        places = [sum(slots[: head + 1]) + (head + 1) * sinks + head * window for head in range(len(slots))]
+        owner = torch.arange(len(slots), device=device).repeat_interleave(sizes)
+        near = torch.cat([torch.arange(size) >= size - window for size in sizes.tolist()]).long().to(device)
+        head = torch.arange(heads, device=device) // (heads // len(slots))
+        others = torch.zeros(heads, len(owner), dtype=dtype, device=device)
+        others.masked_fill_(head[:, None] != owner, -math.inf)
+        decay = torch.tensor(decays, dtype=dtype, device=device)[owner]
+        age = torch.arange(chunk_size, device=device)[:, None]
+        begun = torch.where(age == 0, decay**chunk_size, 1.0)
+        return _Rows(places, torch.tensor(places, device=device), near, others, begun, decay ** (chunk_size - 1 - age))
 
 
 def bounded_attention_matrix(
@@ -272,7 +300,10 @@ def bounded_attention_reference(
     seq_idx: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`bounded_attention` by its definition, token by token, differentiated by autograd."""
+    _check(q, k, v, window, slots, sinks, chunk_size, decay, None, seq_idx)
     B, L, H, P = q.shape
+    if B == 0:
+        return empty_batch(tuple(q.shape), q.dtype, q, k, v)
     groups = H // k.shape[2]
     scale = 1 / math.sqrt(P) if scale is None else scale
     sums = accumulator(q)

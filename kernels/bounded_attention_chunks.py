@@ -223,10 +223,10 @@ class Chunks:
         plan, width = self.plan, self.width
         n, R, h, J, C, P = self.queries.shape
         G, w = R * h, plan.window
-        lines, scores = self.lines.flatten(0, 1), self.scores.flatten(0, 1)
-        queries = self.queries.view(n, G, J * C, P)
+        lines, queries = self.lines.flatten(0, 1), self.queries.view(n, G, J * C, P)
         fading, fades = self._fading([decay[head] for head in self.heads])
         self.pool = pool = _Pool(self)
+        scores = pool.table_marks[0]
         seen = lines.new_full((n, 2, G, pool.rows), -math.inf)
         windows = self._windows(lines)
         step = max(1, _BLOCK // (max(G, 1) * (J * C * P + w * 2 * P)))
@@ -316,8 +316,8 @@ class Chunks:
         positions = torch.cat([self.slot_positions, near[:, None].expand(-1, h, -1)], dim=2)
         marks = self.lines.new_zeros(5, R, h, length)
         marks[0], marks[1] = self.scores, self.lines[..., self.width :].norm(dim=-1)
-        marks[2] = marks[2].masked_fill_(positions < plan.sinks, math.inf).masked_fill_(positions < 0, -math.inf)
-        marks[3] = marks[3].masked_fill_(positions < 0, -math.inf)
+        marks[2].masked_fill_(positions < plan.sinks, math.inf)
+        marks[2:4].masked_fill_(positions < 0, -math.inf)
         marks[4] = torch.arange(length, device=positions.device)
         return marks.flatten(1, 2)
 
@@ -329,6 +329,7 @@ class Chunks:
         """
         plan, shape = self.plan, self.scores.shape[:2]
         scores, _, _, bias, source = self.pool.marks.unflatten(1, shape)
+        line_scores = self.pool.table_marks[0].unflatten(0, shape)
         hidden = bias < 0
         order = hidden.byte().argsort(dim=2, stable=True)[:, :, : self.slots]
         slots = source.long().masked_fill(hidden, -1).gather(2, order)
@@ -340,7 +341,7 @@ class Chunks:
         place = index.clamp(min=0)
         parts = [
             self.lines.gather(2, place[..., None].expand(-1, -1, -1, 2 * self.width)),
-            torch.cat([scores, self.scores.gather(2, place[:, :, self.slots :])], dim=2)[..., None],
+            torch.cat([scores, line_scores.gather(2, place[:, :, self.slots :])], dim=2)[..., None],
             self.positions_of(index.flatten(0, 1)[None])[0, ..., None].to(self.lines.dtype),
         ]
         memory = torch.cat(parts, dim=-1).masked_fill_((index < 0)[..., None], 0)
@@ -405,7 +406,7 @@ class _Pool:
 
     def __init__(self, chunks: Chunks) -> None:
         plan, old, C = chunks.plan, chunks.old, chunks.plan.chunk
-        self.table, self.table_marks, self.table_scores = chunks.lines.flatten(0, 1), chunks.marks(), chunks.scores
+        self.table, self.table_marks = chunks.lines.flatten(0, 1), chunks.marks()
         G, device = len(self.table), self.table.device
         self.chunk, self.rows = C, chunks.slots + C if chunks.slots else 0
         if not old:
@@ -427,7 +428,6 @@ class _Pool:
 
     def choose(self, leaving: slice) -> None:
         """Let the C lines that leave the window compete for the slots; those that lose are free from then on."""
-        self.table_marks[0, :, leaving] = self.table_scores.flatten(0, 1)[:, leaving]
         self.lines.flatten(0, 1).index_copy_(0, self.free, self.table[:, leaving].flatten(0, 1))
         self.marks.flatten(1, 2).index_copy_(1, self.free, self.table_marks[:, :, leaving].flatten(1, 2))
         self.used = used = min(self.used + self.chunk, self.rows) if self.used else min(2 * self.chunk, self.rows)
