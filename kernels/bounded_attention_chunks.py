@@ -165,8 +165,8 @@ class Chunks:
     Attributes:
         queries: (n, R, h, J, C, P), scaled.
         lines: (R, h, old + w + n C, 2 P) keys and values; `old` is S with a memory to go on from, else 0.
-        used: for each chunk the rows of the pool that it sees. Set by :meth:`run`, as the next.
-        seen: (n, G, rows of the pool) line in each row of the pool at each chunk; negative where a row is not seen.
+        used: for each chunk how many rows of the pool may hold a line. Set by :meth:`run`, as the next.
+        seen: (n, G, S or fewer) lines in the slots at each chunk, the last ones negative where slots are empty.
     """
 
     def __init__(
@@ -257,7 +257,8 @@ class Chunks:
                     pool.choose(slice(begin, begin + C))
             outputs.flatten(0, 1).baddbmm_(near.mul_(shares).flatten(0, 1), windows[part, ..., width:].flatten(0, 1))
             yield part, outputs.view(-1, R, h, J, C, P)
-        self.seen = seen[:, 1].masked_fill(seen[:, 0] < 0, -1).int()
+        lines_seen = seen[:, 1].masked_fill_(seen[:, 0] < 0, -1).int()
+        self.seen = lines_seen.sort(dim=2, descending=True).values[:, :, : self.slots]  # without the free rows
 
     def _windows(self, lines: Tensor) -> Tensor:
         """(G, lines, 2 P) to (n, G, w, 2 P) keys and values of the windows of all chunks."""
@@ -352,7 +353,7 @@ class Chunks:
         """Compute the probabilities of all chunks again, some chunks at a time.
 
         Yields:
-            The chunks, m in number; the (m, G, S' + w) lines that they see, of the pool and of the window; their
+            The chunks, m in number; the (m, G, S' + w) lines that they see, in slots and in the window; their
             (m G, J C, S' + w) probabilities; and their (m G, S' + w, 2 P) keys and values.
         """
         plan, width = self.plan, self.width
@@ -365,7 +366,7 @@ class Chunks:
         head = torch.arange(G, device=lines.device)[:, None] * self.lines.shape[2]
         for first in range(0, n, step):
             part = slice(first, min(first + step, n))
-            m, S = part.stop - part.start, self.used[part.stop - 1]
+            m, S = part.stop - part.start, min(self.used[part.stop - 1], self.slots)
             slots = self.seen[part, :, :S].long()
             chunk = torch.arange(part.start, part.stop, device=lines.device)[:, None, None]
             index = torch.cat([slots, (chunk * C + column).expand(m, G, w)], dim=2)
