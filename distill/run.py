@@ -65,6 +65,7 @@ class _Progress:
     stages: list[dict[str, Any]] = field(default_factory=list)
     comparison: dict[str, Any] | None = None  # of teacher, control and student, at the end
     slots: list[list[int]] | None = None  # of a bounded memory, once they are divided
+    decays: list[list[float]] | None = None  # with the slots
     peak_memory_bytes: int = 0
 
 
@@ -178,8 +179,8 @@ def _restore(run: _Run, found: Path) -> None:
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
     run.progress = _Progress(**saved["measured"])
-    if run.progress.slots is not None:
-        set_slots(run.student, run.progress.slots)
+    if run.progress.slots is not None and run.progress.decays is not None:
+        set_slots(run.student, run.progress.slots, run.progress.decays)
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
@@ -322,8 +323,9 @@ def _divide_slots(run: _Run) -> None:
     windows = run.train.batch(0, count, length, run.recipe.seed + 1)
     settings = run.student.config.settings_of(spec.mixer)
     with run.compute():
-        run.progress.slots = divide_slots(run.teacher, run.layers, settings, spec.rows, windows, progress=run.main)
-    set_slots(run.student, run.progress.slots)
+        slots, decays = divide_slots(run.teacher, run.layers, settings, spec.rows, windows, progress=run.main)
+    run.progress.slots, run.progress.decays = slots, decays
+    set_slots(run.student, slots, decays)
 
 
 def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = None) -> None:

@@ -4,13 +4,15 @@ Few heads of a Transformer look far back. A head that does not needs a window on
 recalls what an even division forgets. For each key-value head and each of a few numbers of slots, the error of its
 output behind the output projection is measured, relative to the residual stream it is added to. Slots then go, step by
 step, to where they reduce the sum of these errors most per row (an optimum of the concave envelope of each head's
-errors; errors of different heads are taken to add up).
+errors; errors of different heads are taken to add up). Each head also gets the decay of its scores, out of a few, with
+which its slots serve it best: a retrieval head should not forget what it once attended to, and other heads should.
 
 Symbols: B batch, L length, D width, H query heads, KV key-value heads, P head width, w window, s sinks.
 """
 
 import heapq
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from ..modeling.bounded_memory import BoundedAttentionSettings
 from .teacher import Teacher
 
 _CANDIDATES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_DECAYS = (1.0, 0.99, 0.97)
 LENGTH = 1024
 """Tokens of the windows that the division is measured on: recall at a distance must show in it."""
 WINDOWS = 3
@@ -35,8 +38,8 @@ def divide_slots(
     windows: Tensor,
     *,
     progress: bool = True,
-) -> list[list[int]]:
-    """Choose the number of slots of each key-value head, so that a head has `rows` rows on average.
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Choose the slots and the decay of each key-value head, so that a head has `rows` rows on average.
 
     Args:
         teacher: in evaluation mode.
@@ -47,17 +50,21 @@ def divide_slots(
         progress: show a progress bar.
 
     Returns:
-        A list for each of the teacher's layers with a number for each of its key-value heads, empty for a layer that
-        is not converted.
+        The numbers of slots and the decays: a list for each of the teacher's layers with a number for each of its
+        key-value heads, empty for a layer that is not converted.
     """
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
     candidates = [number for number in _CANDIDATES if number < windows.shape[1]]
     errors = slot_errors(teacher, layers, settings, candidates, windows, progress=progress)
+    least, decay = errors.flatten(0, 1).min(-1)
     budget = (rows - settings.window - settings.sinks) * heads * len(layers)
-    chosen = allocate(errors.flatten(0, 1), candidates, budget)
-    numbers = iter(torch.tensor(chosen).view(len(layers), heads).tolist())
-    order = sorted(layers)
-    return [next(numbers) if layer in order else [] for layer in range(teacher.num_layers)]
+    chosen = allocate(least, candidates, budget)
+    slots, decays = iter(chosen), iter(decay[head, candidates.index(number)] for head, number in enumerate(chosen))
+    converted = [layer in layers for layer in range(teacher.num_layers)]
+    return (
+        [[next(slots) for _ in range(heads * each)] for each in converted],
+        [[_DECAYS[int(next(decays))] for _ in range(heads * each)] for each in converted],
+    )
 
 
 def slot_errors(
@@ -69,13 +76,13 @@ def slot_errors(
     *,
     progress: bool = True,
 ) -> Tensor:
-    """Return the (layers, KV, candidates) mean squared error of each key-value head, the layers in their order.
+    """Return the (layers, KV, candidates, decays) mean squared error of each key-value head, the layers in their order.
 
     The error is that of the head's share of the attention output, relative to the square of the residual stream.
     """
     order = sorted(layers)
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
-    errors = torch.zeros(len(order), heads, len(candidates), dtype=torch.float64)
+    errors = torch.zeros(len(order), heads, len(candidates), len(_DECAYS), dtype=torch.float64)
 
     @torch.no_grad()
     def on_layer(layer: int, block_input: Tensor, normed_input: Tensor) -> None:
@@ -86,7 +93,10 @@ def slot_errors(
         exact = view.head_outputs(normed_input)
         output = view.o.unflatten(1, (heads, -1))  # (D, KV, members P)
         stream = block_input.double().square().sum(-1)
-        for index, number in enumerate(candidates):
+        for (index, number), (which, decay) in product(enumerate(candidates), enumerate(_DECAYS)):
+            if which and not number:  # without slots there is nothing to choose
+                errors[order.index(layer), :, index, which] = errors[order.index(layer), :, index, 0]
+                continue
             found, _ = bounded_attention(
                 queries,
                 keys,
@@ -95,13 +105,13 @@ def slot_errors(
                 sinks=settings.sinks,
                 slots=[number] * heads,
                 chunk_size=settings.chunk_size,
-                decay=settings.score_decay,
+                decay=decay,
                 scale=view.scaling,
             )
             difference = (found - exact).unflatten(2, (heads, members)).flatten(3)  # (B, L, KV, members P)
             for head in range(heads):
                 error = (difference[:, :, head] @ output[:, head].T).double().square().sum(-1)
-                errors[order.index(layer), head, index] += (error / stream).mean().cpu() / len(windows)
+                errors[order.index(layer), head, index, which] += (error / stream).mean().cpu() / len(windows)
 
     for window in tqdm(windows, desc="divide slots", unit="window", disable=not progress, leave=False):
         ids = window[None].to(teacher.model.device)

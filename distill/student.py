@@ -90,9 +90,9 @@ def output_projection(student: ZooHybridForCausalLM, layer: int) -> nn.Linear:
     )
 
 
-def set_slots(student: ZooHybridForCausalLM, slots: list[list[int]]) -> None:
-    """Give the heads of a bounded memory their numbers of slots, see `BoundedAttentionSettings`."""
-    student.config.bounded_attention["slots"] = slots
+def set_slots(student: ZooHybridForCausalLM, slots: list[list[int]], decays: list[list[float]]) -> None:
+    """Give the heads of a bounded memory their slots and decays, see `BoundedAttentionSettings`."""
+    student.config.bounded_attention.update(slots=slots, score_decay=decays)
     settings = student.config.settings_of("bounded_attention")
     settings.check(student.config)
     for layer, numbers in enumerate(slots):

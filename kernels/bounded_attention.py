@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bounded_attention_chunks import Chunks, Plan, group_heads
 from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, empty_batch, without_autocast
-from .tracing import host_reads, opaque, tracing
+from .tracing import opaque, tracing
 
 
 class BoundedMemory(NamedTuple):
@@ -59,7 +59,7 @@ def bounded_attention(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
@@ -74,7 +74,8 @@ def bounded_attention(
         slots: for each key-value head its number of slots besides the sinks, at least 0.
         sinks: s first positions of a document that are never evicted.
         chunk_size: C, at least 1.
-        decay: factor per token on the attention that scores are made of, above 0 and at most 1.
+        decay: factor per token on the attention that scores are made of, above 0 and at most 1: one, or one for each
+            key-value head.
         scale: factor of the scores of the softmax; P^(-1/2) if not given.
         initial_state: memory to go on from; rows must then hold one document each.
         seq_idx: (B, L) document index, non-decreasing, negative at padding. None: each row is one document.
@@ -91,7 +92,7 @@ def bounded_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     state = None if initial_state is None else _packed(initial_state, sums)
-    options = (window, sinks, slots, chunk_size, decay, scale)
+    options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale)
     if q.shape[0] == 0:
         rows = sum(slots) + len(slots) * (sinks + window)
         o = empty_batch(tuple(q.shape), q.dtype, q, k, v)
@@ -115,7 +116,7 @@ def bounded_attention_step(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
 ) -> Tensor:
     """Run :func:`bounded_attention` for one more token of each row, updating its memory in place, without gradients.
@@ -131,35 +132,28 @@ def bounded_attention_step(
         (B, H, P) in the dtype of `q`.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    sums, members = accumulator(q), q.shape[1] // len(slots)
-    near = _near_rows(tuple(slots), sinks, window, q.device)
-    now = memory.positions.amax(1) + 1  # (B)
-    row = torch.arange(q.shape[0], device=q.device)
-    oldest = (now // chunk_size + 1) * chunk_size - window
-    out = torch.empty_like(q)
+    sums, decays = accumulator(q), tuple(_per_head(decay, slots))
     capacity = [number + sinks for number in slots]
-    places = [sum(capacity[: head + 1]) + head * window for head in range(len(slots))]  # first row of each window
-    place = now % window
-    for head, start in enumerate(places):
-        index = row, start + place
-        memory.keys[index], memory.values[index] = k[:, head].to(memory.keys), v[:, head].to(memory.values)
-        memory.positions[index], memory.scores[index] = now, 0.0
-    hidden = memory.positions < oldest.clamp(min=0)[:, None] * near
-    if decay < 1:
-        memory.scores.mul_(decay ** ((now % chunk_size == 0) * chunk_size).to(sums)[:, None])
-    fading = 1.0 if decay == 1 else decay ** (chunk_size - 1 - now % chunk_size).to(sums)[:, None]
+    rows = _rows(tuple(slots), sinks, window, chunk_size, decays, q.shape[1], sums, q.device)
+    now = memory.positions.amax(1) + 1  # (B)
+    age, oldest = now % chunk_size, (now // chunk_size + 1) * chunk_size - window
+    index = torch.arange(q.shape[0], device=q.device)[:, None], rows.windows + (now % window)[:, None]
+    memory.keys[index], memory.values[index] = k.to(memory.keys.dtype), v.to(memory.values.dtype)
+    memory.positions[index], memory.scores[index] = now[:, None], 0.0
+    hidden = memory.positions < oldest.clamp(min=0)[:, None] * rows.near
     with without_autocast(q):
-        for head, start in enumerate(places):
-            rows = slice(start - capacity[head], start + window)
-            heads = slice(head * members, (head + 1) * members)
-            keys, values = memory.keys[:, rows].to(sums), memory.values[:, rows].to(sums)
-            scores = (q[:, heads].to(sums) * scale) @ keys.mT
-            weights = scores.masked_fill_(hidden[:, None, rows], -math.inf).softmax(-1)
-            out[:, heads] = (weights @ values).to(q.dtype)
-            memory.scores[:, rows] += weights.sum(1) * fading
-    complete = now % chunk_size == chunk_size - 1
+        # All heads with all rows in one product, although each has its own rows: it is shorter than a loop over heads.
+        bias = rows.others.masked_fill(hidden[:, None], -math.inf)
+        weights = torch.baddbmm(bias, q.to(sums) * scale, memory.keys.to(sums).mT).softmax(-1)
+        out = torch.bmm(weights, memory.values.to(sums)).to(q.dtype)
+        received = weights.detach().sum(1)
+    if min(decays) < 1:
+        memory.scores.mul_(rows.begun[age])
+        received *= rows.rest[age]
+    memory.scores.add_(received)
+    complete = age == chunk_size - 1
     if not complete.is_cpu or bool(complete.any()):
-        _evict(memory, places, window, capacity, sinks, oldest, chunk_size, complete)
+        _evict(memory, rows.places, window, capacity, sinks, oldest, chunk_size, complete)
     return out
 
 
@@ -193,11 +187,49 @@ def _evict(
         memory.positions[:, start - number : start] = torch.where(found | ~complete[:, None], chosen, -1)
 
 
+class _Rows(NamedTuple):
+    """What a step knows of the rows of the memory.
+
+    Attributes:
+        places: first row of the window of each key-value head.
+        windows: the same, (KV).
+        near: (N) 1 at rows of a window, 0 at slots.
+        others: (H, N) minus infinity at the rows of other heads, 0 at a head's own.
+        begun: (C, N) factor of the scores at the i-th token of a chunk.
+        rest: (C, N) factor of the attention that this token gives.
+    """
+
+    places: list[int]
+    windows: Tensor
+    near: Tensor
+    others: Tensor
+    begun: Tensor
+    rest: Tensor
+
+
 @functools.lru_cache(maxsize=1024)
-def _near_rows(slots: tuple[int, ...], sinks: int, window: int, device: torch.device) -> Tensor:
-    """(N) 1 at rows of the window, 0 at slots."""
-    rows = [row for number in slots for row in [0] * (number + sinks) + [1] * window]
-    return torch.tensor(rows, device=device)
+def _rows(
+    slots: tuple[int, ...],
+    sinks: int,
+    window: int,
+    chunk_size: int,
+    decays: tuple[float, ...],
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Rows:
+    with torch.inference_mode(False):  # a later call may record gradients
+        sizes = torch.tensor([number + sinks + window for number in slots], device=device)
+        places = [sum(slots[: head + 1]) + (head + 1) * sinks + head * window for head in range(len(slots))]
+        owner = torch.arange(len(slots), device=device).repeat_interleave(sizes)
+        near = torch.cat([torch.arange(size) >= size - window for size in sizes.tolist()]).long().to(device)
+        head = torch.arange(heads, device=device) // (heads // len(slots))
+        others = torch.zeros(heads, len(owner), dtype=dtype, device=device)
+        others.masked_fill_(head[:, None] != owner, -math.inf)
+        decay = torch.tensor(decays, dtype=dtype, device=device)[owner]
+        age = torch.arange(chunk_size, device=device)[:, None]
+        begun = torch.where(age == 0, decay**chunk_size, 1.0)
+        return _Rows(places, torch.tensor(places, device=device), near, others, begun, decay ** (chunk_size - 1 - age))
 
 
 def bounded_attention_matrix(
@@ -209,7 +241,7 @@ def bounded_attention_matrix(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
@@ -229,20 +261,28 @@ def bounded_attention_matrix(
     if B == 0:
         return empty_batch((B, H, L, L), sums, q, k)
     state = None if initial_state is None else _packed(initial_state, sums)
-    plan = _Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
+    plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
     columns = int((plan.offset + plan.start + plan.count).max()) if plan.documents else L
-    matrix = torch.zeros(B * L, H, columns, dtype=sums, device=q.device)
+    members = H // k.shape[2]
+    matrix = torch.zeros(B * L, k.shape[2], members, columns, dtype=sums, device=q.device)
     with without_autocast(q):
-        for group in _groups(plan, q, k, v, state, scale):
-            for step in group.run(decay):
-                place = (step.positions + plan.offset[:, None, None]).clamp(min=0)[:, :, None, None]
-                rows = torch.zeros(*step.weights.shape[:-1], columns, dtype=sums, device=q.device)
-                rows.scatter_add_(-1, place.expand_as(step.weights), step.weights)
-                document, column = step.valid.nonzero(as_tuple=True)
-                token = plan.tokens[document, step.first[document] + column]
-                for number, head in enumerate(group.heads):
-                    for member in range(rows.shape[2]):
-                        matrix[token, head * rows.shape[2] + member] = rows[document, number, member, column]
+        for heads in group_heads(plan, members):
+            chunks = Chunks(plan, heads, q, k, v, state, scale)
+            with torch.no_grad():
+                for _ in chunks.run(_per_head(decay, slots)):
+                    pass
+            of_head = torch.tensor(heads, device=q.device)
+            for part, index, weights, _ in chunks.blocks():
+                place = chunks.positions_of(index) + plan.offset[:, None, None]  # (m, R, h, S' + w)
+                place = place.clamp(0, columns - 1)[:, :, :, None]
+                weights = weights.view(*place.shape[:3], members * chunk_size, index.shape[2])
+                rows = weights.new_zeros(*weights.shape[:-1], columns)
+                rows.scatter_add_(-1, place.expand_as(weights), weights)
+                chunk, query = plan.place // chunk_size, plan.place % chunk_size
+                here = (chunk >= part.start) & (chunk < part.stop)
+                rows = rows.unflatten(3, (members, chunk_size)).movedim(4, 2)  # (m, R, C, h, J, columns)
+                found = rows[chunk[here] - part.start, plan.document[here], query[here]]
+                matrix[plan.token[here, None], of_head] = found
     return matrix.view(B, L, H, columns).transpose(1, 2)
 
 
@@ -255,12 +295,15 @@ def bounded_attention_reference(
     slots: list[int],
     sinks: int = 0,
     chunk_size: int = 16,
-    decay: float = 1.0,
+    decay: float | list[float] = 1.0,
     scale: float | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`bounded_attention` by its definition, token by token, differentiated by autograd."""
+    _check(q, k, v, window, slots, sinks, chunk_size, decay, None, seq_idx)
     B, L, H, P = q.shape
+    if B == 0:
+        return empty_batch(tuple(q.shape), q.dtype, q, k, v)
     groups = H // k.shape[2]
     scale = 1 / math.sqrt(P) if scale is None else scale
     sums = accumulator(q)
@@ -273,12 +316,12 @@ def bounded_attention_reference(
             for head, capacity in enumerate(slots):
                 keys, values = k[row, tokens, head].to(sums), v[row, tokens, head].to(sums)
                 kept: list[int] = []
-                received = [0.0] * len(tokens)
+                received, fade = [0.0] * len(tokens), _per_head(decay, slots)[head]
                 for t, token in enumerate(tokens):
                     chunk = t // chunk_size
                     oldest = (chunk + 1) * chunk_size - window
                     seen = kept + list(range(max(oldest, 0), t + 1))
-                    received = [decay * value for value in received]
+                    received = [fade * value for value in received]
                     heads = slice(head * groups, (head + 1) * groups)
                     weights = (q[row, token, heads].to(sums) @ keys[seen].T * scale).softmax(-1)
                     out[token] = torch.cat(
@@ -296,237 +339,19 @@ def bounded_attention_reference(
     return torch.stack(outputs).to(q.dtype)
 
 
+def _per_head(decay: float | list[float], slots: list[int]) -> list[float]:
+    """Return the decay of each key-value head."""
+    return decay if isinstance(decay, list) else [decay] * len(slots)
+
+
 def _packed(memory: BoundedMemory, dtype: torch.dtype) -> Tensor:
     """(B, N, 2 P + 2) keys, values, score and position of each row in one tensor."""
     parts = (memory.keys, memory.values, memory.scores[..., None], memory.positions[..., None])
     return torch.cat([part.to(dtype) for part in parts], dim=-1)
 
 
-class _Plan:
-    """Where the documents of a batch stand, and which positions each of their chunks sees.
-
-    Attributes:
-        documents: R documents, those of a row one after the other.
-        tokens: (R, T) index of each document's new tokens in the flattened (B, L), 0 beyond their number.
-        start: (R) tokens of the document in the memory.
-        count: (R) new tokens, at most T.
-        offset: (R) real tokens of the row that belong to earlier documents.
-        last: (B) last document of each row; -1 of a row without one.
-        chunks: number of chunks to run.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        length: int,
-        state: Tensor | None,
-        seq_idx: Tensor | None,
-        window: int,
-        sinks: int,
-        slots: list[int],
-        chunk_size: int,
-        device: torch.device,
-    ) -> None:
-        self.batch, self.length, self.window, self.sinks, self.chunk = batch, length, window, sinks, chunk_size
-        self.capacity = [number + sinks for number in slots]
-        self.held = state is not None
-        rows = torch.arange(batch, device=device)
-        if seq_idx is None:
-            self.tokens = rows[:, None] * length + torch.arange(length, device=device)
-            self.count = torch.full((batch,), length, device=device)
-            self.offset, self.last, self.documents = torch.zeros_like(rows), rows, batch
-        else:
-            self._find_documents(seq_idx.long())
-        self.start = torch.zeros_like(self.count)
-        if state is not None:
-            near = state[:, self.capacity[0] : self.capacity[0] + window, -1]
-            self.start = near.amax(1).long() + 1
-        self.present = torch.arange(self.tokens.shape[1], device=device) < self.count[:, None]  # (R, T)
-        phase = self.start % chunk_size
-        most = int((phase + self.count).max()) if device.type == "cpu" else chunk_size - 1 + self.tokens.shape[1]
-        self.chunks = -(-most // chunk_size)
-        aligned = torch.arange(self.chunks * chunk_size, device=device) - phase[:, None]
-        self.valid = (aligned >= 0) & (aligned < self.count[:, None])  # (R, chunks C) queries that are there
-        self.aligned = aligned.clamp(0, max(self.tokens.shape[1] - 1, 0))
-        self.back = phase[:, None] + torch.arange(self.tokens.shape[1], device=device)  # the inverse
-
-    def _find_documents(self, seq_idx: Tensor) -> None:
-        batch, length = seq_idx.shape
-        real = seq_idx >= 0
-        row, column = real.nonzero(as_tuple=True)
-        token = row * length + column
-        named = row * (seq_idx.max() + 2) + seq_idx[row, column]
-        if self.held:  # a row is one document, and one without new tokens has a memory to return
-            lowest = seq_idx.masked_fill(~real, torch.iinfo(seq_idx.dtype).max).amin(1)
-            if host_reads(seq_idx) and bool((seq_idx.amax(1) > lowest).any()):
-                raise ValueError("seq_idx must hold one document in each row that continues a memory, got more")
-            named = row
-            self.documents = batch
-            self.count = torch.bincount(row, minlength=batch)
-            first_row = torch.arange(batch, device=seq_idx.device)
-            number = row
-        else:
-            unique, number, self.count = named.unique_consecutive(return_inverse=True, return_counts=True)
-            self.documents = len(unique)
-            first_row = row.new_zeros(self.documents).scatter_(0, number, row)
-        begin = self.count.cumsum(0) - self.count  # (R) first token of each document among the real ones
-        place = torch.arange(len(token), device=token.device) - begin[number]
-        width = max(int(self.count.max()) if self.documents else 0, 1)
-        self.tokens = token.new_zeros(self.documents, width)
-        self.tokens[number, place] = token
-        per_row = torch.bincount(row, minlength=batch)
-        self.offset = begin - (per_row.cumsum(0) - per_row)[first_row]
-        self.last = torch.full((batch,), -1, device=token.device)
-        self.last[first_row] = torch.arange(self.documents, device=token.device)  # of equal rows the last one stays
-
-    def near(self, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the window of each document's `chunk`-th chunk.
-
-        Returns:
-            base: (R) its first position.
-            positions: (R, w), negative where there is no token.
-            relative: (R, w) positions counted from the first new token.
-        """
-        base = (self.start // self.chunk + chunk) * self.chunk
-        oldest = base + self.chunk - self.window
-        return base, *self.there(oldest[:, None] + torch.arange(self.window, device=base.device))
-
-    def there(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (R, w) positions, -1 where there is no token, and the same counted from the first new token."""
-        relative = positions - self.start[:, None]
-        found = (positions >= 0) & (relative < self.count[:, None])
-        return positions.masked_fill(~found, -1), relative
-
-
-class _Step(NamedTuple):
-    """One chunk of the documents, for the h heads of a group of J query heads each.
-
-    Attributes:
-        first: (R) its first new token, negative where the chunk began in the memory.
-        valid: (R, C) queries that are there.
-        positions: (R, h, S + w) of the columns, negative where there is none.
-        index: (R, h, S + w) of the columns in the group's source.
-        weights: (R, h, J, C, S + w) probabilities.
-    """
-
-    first: Tensor
-    valid: Tensor
-    positions: Tensor
-    index: Tensor
-    weights: Tensor
-
-
-class _Group:
-    """The key-value heads that have S slots each, in one batch of products.
-
-    Their source is the rows of the memory, S slots and w positions, if there is one, and then the new tokens.
-    """
-
-    def __init__(
-        self, plan: _Plan, heads: list[int], q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float
-    ) -> None:
-        self.plan, self.heads, self.slots = plan, heads, plan.capacity[heads[0]]
-        members = q.shape[2] // k.shape[2]
-        sums, width = accumulator(q), q.shape[-1]
-        index = torch.tensor(heads, device=q.device)
-
-        def new(x: Tensor) -> Tensor:  # (B, L, KV, P) to (R, h, T, P)
-            picked = x.flatten(0, 1)[:, index][plan.tokens].to(sums)
-            return picked.masked_fill(~plan.present[..., None, None], 0).transpose(1, 2)
-
-        self.keys, self.values = new(k), new(v)
-        queries = q.unflatten(2, (k.shape[2], members)).flatten(0, 1)[:, index][plan.tokens].to(sums) * scale
-        queries = queries.masked_fill(~plan.present[..., None, None, None], 0).permute(0, 2, 3, 1, 4)  # (R, h, J, T, P)
-        aligned = plan.aligned[:, None, None, :, None].expand(-1, *queries.shape[1:3], -1, width)
-        self.queries = queries.gather(3, aligned)
-        self.old = 0
-        self.scores = self.keys.new_zeros(self.keys.shape[:3])
-        self.slot_positions = plan.start.new_full((plan.documents, len(heads), self.slots), -1)
-        if state is not None:
-            self.old = self.slots + plan.window
-            held = torch.stack([state[:, self.rows(head)] for head in heads], dim=1)
-            keys, values, scores, positions = held.split([width, width, 1, 1], dim=-1)
-            self.keys, self.values = torch.cat([keys, self.keys], dim=2), torch.cat([values, self.values], dim=2)
-            self.scores = torch.cat([scores[..., 0], self.scores], dim=2)
-            self.slot_positions = positions[:, :, : self.slots, 0].long()
-        self.slot_index = torch.zeros_like(self.slot_positions)
-        if state is not None:
-            self.slot_index = torch.arange(self.slots, device=q.device).expand_as(self.slot_positions)
-
-    def rows(self, head: int) -> slice:
-        """The rows of a head in the memory."""
-        first = sum(self.plan.capacity[:head]) + head * self.plan.window
-        return slice(first, first + self.plan.capacity[head] + self.plan.window)
-
-    def near_index(self, positions: Tensor, relative: Tensor) -> Tensor:
-        """(R, w) positions to (R, h, w) places in the source; any where there is no token."""
-        index = torch.where(relative >= 0, self.old + relative, self.slots + positions % self.plan.window)
-        return index.masked_fill(positions < 0, 0)[:, None].expand(-1, len(self.heads), -1)
-
-    def weights(self, chunk: int, base: Tensor, positions: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the (R, h, J, C, S + w) probabilities of a chunk and its (R, h, S + w, P) keys and values."""
-        plan = self.plan
-        part = slice(chunk * plan.chunk, (chunk + 1) * plan.chunk)
-        place = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
-        keys, values = self.keys.gather(2, place), self.values.gather(2, place)
-        now = base[:, None] + torch.arange(plan.chunk, device=base.device)  # (R, C)
-        seen = (positions >= 0)[:, :, None] & (positions[:, :, None] <= now[:, None, :, None])
-        seen = (seen & plan.valid[:, None, part, None])[:, :, None]  # (R, h, 1, C, S + w)
-        queries = self.queries[:, :, :, part]
-        scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
-        return scores.masked_fill(~seen, -math.inf).softmax(-1).masked_fill(~seen, 0), keys, values
-
-    def run(self, decay: float) -> Iterator[_Step]:
-        """Run the chunks in order, choosing what the slots hold in the next."""
-        plan, heads = self.plan, len(self.heads)
-        norms = self.values.norm(dim=-1)
-        fading = decay ** torch.arange(plan.chunk - 1, -1, -1, device=self.keys.device, dtype=self.keys.dtype)
-        for chunk in range(plan.chunks):
-            base, near, relative = plan.near(chunk)
-            near_index = self.near_index(near, relative)
-            index = torch.cat([self.slot_index, near_index], dim=2)
-            positions = torch.cat([self.slot_positions, near[:, None].expand(-1, heads, -1)], dim=2)
-            weights, _, _ = self.weights(chunk, base, positions, index)
-            valid = plan.valid[:, chunk * plan.chunk : (chunk + 1) * plan.chunk]
-            first = base - plan.start
-            yield _Step(first, valid, positions, index, weights)
-            if decay < 1:  # once per chunk, in the call that has its first token
-                begun = (first >= 0) & (first < plan.count)
-                self.scores = torch.where(begun[:, None, None], self.scores * decay**plan.chunk, self.scores)
-            received = (weights.sum(2) * fading[:, None]).sum(2)
-            self.scores = self.scores.scatter_add(2, index, received)
-            if self.slots:
-                self._choose(self.scores * norms, base, near[:, : plan.chunk], near_index[:, :, : plan.chunk])
-
-    def _choose(self, rank: Tensor, base: Tensor, leaving: Tensor, leaving_index: Tensor) -> None:
-        """Let the (R, C) positions that leave the window compete for the slots, where the chunk is complete."""
-        plan = self.plan
-        index = torch.cat([self.slot_index, leaving_index], dim=2)
-        positions = torch.cat([self.slot_positions, leaving[:, None].expand(-1, len(self.heads), -1)], dim=2)
-        rank = rank.gather(2, index).masked_fill(positions < plan.sinks, math.inf).masked_fill(positions < 0, -math.inf)
-        best = rank.topk(self.slots, dim=-1).indices
-        complete = (base + plan.chunk <= plan.start + plan.count)[:, None, None]
-        self.slot_index = torch.where(complete, index.gather(2, best), self.slot_index)
-        self.slot_positions = torch.where(complete, positions.gather(2, best), self.slot_positions)
-
-    def last(self) -> tuple[Tensor, Tensor]:
-        """Return the (R, h, S + w) places in the source, and positions, of the memory after the last token."""
-        plan = self.plan
-        newest = (plan.start + plan.count - 1)[:, None]
-        near, relative = plan.there(newest - (newest - torch.arange(plan.window, device=newest.device)) % plan.window)
-        index = torch.cat([self.slot_index, self.near_index(near, relative)], dim=2)
-        return index, torch.cat([self.slot_positions, near[:, None].expand(-1, len(self.heads), -1)], dim=2)
-
-
-def _groups(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float) -> Iterator[_Group]:
-    """Yield the key-value heads grouped by their numbers of slots."""
-    for number in sorted(set(plan.capacity)):
-        heads = [head for head, capacity in enumerate(plan.capacity) if capacity == number]
-        yield _Group(plan, heads, q, k, v, state, scale)
-
-
 class _Bounded(torch.autograd.Function):
-    """Keeps which columns each chunk saw; probabilities are computed again in the backward."""
+    """Keeps which rows each chunk saw; probabilities are computed again in the backward."""
 
     @staticmethod
     def forward(
@@ -540,40 +365,33 @@ class _Bounded(torch.autograd.Function):
         sinks: int,
         slots: list[int],
         chunk_size: int,
-        decay: float,
+        decay: list[float],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         B, L, H, P = q.shape
-        plan = _Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
+        plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
         members, sums = H // k.shape[2], accumulator(q)
-        out = torch.zeros(B * L, k.shape[2], members, P, dtype=sums, device=q.device)
-        rows = sum(plan.capacity) + len(slots) * window
-        packed = torch.zeros(B, rows, 2 * P + 2, dtype=sums, device=q.device)
+        out = q.new_zeros(B, L, k.shape[2], members, P)
+        packed = q.new_zeros(B, sum(plan.capacity) + len(slots) * window, 2 * P + 2, dtype=sums)
         packed[..., -1] = -1
         seen: list[Tensor] = []
+        groups: list[tuple[list[int], list[int]]] = []
         with without_autocast(q):
-            for group in _groups(plan, q, k, v, state, scale):
-                chunks: list[Tensor] = []
-                for step in group.run(decay):
-                    place = step.index[..., None].expand(-1, -1, -1, P)
-                    values = group.values.gather(2, place)
-                    chunks.append((step.weights.flatten(2, 3) @ values).unflatten(2, step.weights.shape[2:4]))
-                    seen += [step.index, step.positions]
-                _put(out, plan, group.heads, torch.cat(chunks, dim=3))
-                index, positions = group.last()
-                seen += [index, positions]
-                place = index[..., None].expand(-1, -1, -1, P)
-                held = [group.keys.gather(2, place), group.values.gather(2, place)]
-                held += [group.scores.gather(2, index)[..., None], positions[..., None].to(sums)]
-                memory = torch.cat(held, dim=-1).masked_fill((positions < 0)[..., None], 0)
-                memory[..., -1] = positions
+            for heads in group_heads(plan, members):
+                chunks = Chunks(plan, heads, q, k, v, state, scale)
+                for part, outputs in chunks.run(decay):
+                    plan.put(out, heads, part, outputs)
+                memory, rows = chunks.memory()
                 present = plan.last >= 0
-                for number, head in enumerate(group.heads):
-                    packed[present, group.rows(head)] = memory[plan.last[present], number]
+                for number, head in enumerate(heads):
+                    packed[present, plan.rows(head)] = plan.narrow(memory[:, number], head)[plan.last[present]]
+                seen += [chunks.seen, rows]
+                groups.append((heads, chunks.used))
         ctx.save_for_backward(q, k, v, state, seq_idx, *seen)
         ctx.options = window, sinks, slots, chunk_size, scale
+        ctx.groups = groups
         ctx.set_materialize_grads(True)
-        return out.view(q.shape).to(q.dtype), packed
+        return out.view(q.shape), packed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -581,66 +399,34 @@ class _Bounded(torch.autograd.Function):
         q, k, v, state, seq_idx, *seen = ctx.saved_tensors
         window, sinks, slots, chunk_size, scale = ctx.options
         B, L, H, P = q.shape
-        plan = _Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
-        members, sums = H // k.shape[2], accumulator(q)
-        dq = torch.zeros(B * L, k.shape[2], members, P, dtype=sums, device=q.device)
-        dk, dv = (torch.zeros(B * L, k.shape[2], P, dtype=sums, device=q.device) for _ in "kv")
+        plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
+        dq = q.new_zeros(B, L, k.shape[2], H // k.shape[2], P)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
         dstate = None if state is None else torch.zeros_like(state)
-        found = iter(seen)
-        do = do.unflatten(2, (k.shape[2], members)).flatten(0, 1)
-        document, column = plan.present.nonzero(as_tuple=True)
-        token = plan.tokens[document, column]
+        do, present = do.reshape(dq.shape), plan.last >= 0
         with without_autocast(q):
-            for group in _groups(plan, q, k, v, state, scale):
-                index_of_heads = torch.tensor(group.heads, device=q.device)
-                outer = do[:, index_of_heads][plan.tokens].to(sums).permute(0, 2, 3, 1, 4)  # (R, h, J, T, P)
-                aligned = plan.aligned[:, None, None, :, None].expand(-1, *outer.shape[1:3], -1, P)
-                outer = outer.gather(3, aligned)
-                dkeys, dvalues = torch.zeros_like(group.keys), torch.zeros_like(group.values)
-                parts: list[Tensor] = []
-                for chunk in range(plan.chunks):
-                    index, positions = next(found), next(found)
-                    base, _, _ = plan.near(chunk)
-                    weights, keys, values = group.weights(chunk, base, positions, index)
-                    part = slice(chunk * plan.chunk, (chunk + 1) * plan.chunk)
-                    cotangent, weights = outer[:, :, :, part].flatten(2, 3), weights.flatten(2, 3)
-                    place = index[..., None].expand(-1, -1, -1, P)
-                    dvalues.scatter_add_(2, place, weights.mT @ cotangent)
-                    dweights = cotangent @ values.mT
-                    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-                    queries = group.queries[:, :, :, part].flatten(2, 3)
-                    dkeys.scatter_add_(2, place, dscores.mT @ queries)
-                    parts.append((dscores @ keys).unflatten(2, (members, -1)) * scale)
-                _put(dq, plan, group.heads, torch.cat(parts, dim=3))
-                index, positions = next(found), next(found)
-                present = plan.last >= 0
-                for number, head in enumerate(group.heads):
-                    dmemory = dkeys.new_zeros(plan.documents, index.shape[2], 2 * P)
-                    dmemory[plan.last[present]] = dpacked[present, group.rows(head), : 2 * P]
-                    dmemory = dmemory.masked_fill((positions[:, number] < 0)[..., None], 0)
-                    place = index[:, number, :, None].expand(-1, -1, P)
-                    dkeys[:, number].scatter_add_(1, place, dmemory[..., :P])
-                    dvalues[:, number].scatter_add_(1, place, dmemory[..., P:])
-                    dk[token, head] = dkeys[document, number, group.old + column]
-                    dv[token, head] = dvalues[document, number, group.old + column]
-                    if dstate is not None:
-                        dstate[:, group.rows(head), :P] = dkeys[:, number, : group.old]
-                        dstate[:, group.rows(head), P : 2 * P] = dvalues[:, number, : group.old]
-        return (
-            dq.view(q.shape).to(q.dtype),
-            dk.view(k.shape).to(k.dtype),
-            dv.view(v.shape).to(v.dtype),
-            dstate,
-            *[None] * 7,
-        )
-
-
-def _put(out: Tensor, plan: _Plan, heads: list[int], chunks: Tensor) -> None:
-    """Put the (R, h, J, chunks C, P) results of aligned queries where their tokens stand in (B L, KV, J, P)."""
-    document, column = plan.present.nonzero(as_tuple=True)
-    token = plan.tokens[document, column]
-    for number, head in enumerate(heads):
-        out[token, head] = chunks[document, number, :, plan.back[document, column]]
+            for number, (heads, used) in enumerate(ctx.groups):
+                chunks = Chunks(plan, heads, q, k, v, state, scale)
+                chunks.seen, chunks.used = seen[2 * number], used
+                dlines = torch.zeros_like(chunks.lines)
+                for part, dqueries in chunks.backward(plan.align(do, heads, dlines.dtype), dlines):
+                    plan.put(dq, heads, part, dqueries.mul_(scale))
+                rows = seen[2 * number + 1]
+                for index, head in enumerate(heads):
+                    dmemory = dlines.new_zeros(plan.documents, rows.shape[2], 2 * P)
+                    own = plan.widen(dpacked[present, plan.rows(head), : 2 * P], head, chunks.slots)
+                    dmemory[plan.last[present]] = own
+                    dmemory.masked_fill_((rows[:, index] < 0)[..., None], 0)
+                    place = rows[:, index, :, None].clamp(min=0).expand(-1, -1, 2 * P)
+                    dlines[:, index].scatter_add_(1, place, dmemory)
+                plan.put_lines(dk, heads, dlines[:, :, chunks.old :, :P])
+                plan.put_lines(dv, heads, dlines[:, :, chunks.old :, P:])
+                if dstate is not None:
+                    held = chunks.held_lines()[:, :, None].expand(-1, -1, 2 * P)
+                    for index, head in enumerate(heads):
+                        own = plan.narrow(dlines[:, index].gather(1, held), head)
+                        dstate[:, plan.rows(head), : 2 * P] = own
+        return dq.view(q.shape), dk, dv, dstate, *[None] * 7
 
 
 def _empty_results(
@@ -653,7 +439,7 @@ def _empty_results(
     sinks: int,
     slots: list[int],
     chunk_size: int,
-    decay: float,
+    decay: list[float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     rows = sum(slots) + len(slots) * (sinks + window)
@@ -664,7 +450,7 @@ _traced = opaque(
     _Bounded,
     "bounded_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? state, Tensor? seq_idx, int window, int sinks, int[] slots, int chunk_size, "
-    "float decay, float scale",
+    "float[] decay, float scale",
     _empty_results,
 )
 
@@ -677,7 +463,7 @@ def _check(
     slots: list[int],
     sinks: int,
     chunk_size: int,
-    decay: float,
+    decay: float | list[float],
     initial_state: BoundedMemory | None,
     seq_idx: Tensor | None,
 ) -> None:
@@ -692,8 +478,10 @@ def _check(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if len(slots) != k.shape[2] or min(slots) < 0:
         raise ValueError(f"slots must be {k.shape[2]} numbers of at least 0, one for each key-value head, got {slots}")
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
+    if len(_per_head(decay, slots)) != len(slots) or not all(0 < each <= 1 for each in _per_head(decay, slots)):
+        raise ValueError(
+            f"decay must be above 0 and at most 1, one or one for each of {len(slots)} key-value heads, got {decay}"
+        )
     if initial_state is not None:
         rows = sum(slots) + len(slots) * (sinks + window)
         check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")

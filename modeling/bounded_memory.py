@@ -93,7 +93,7 @@ class BoundedAttention(GroupedAttention):
             "sinks": settings.sinks,
             "slots": settings.slots_of(self.layer_idx, self.num_kv_heads),
             "chunk_size": settings.chunk_size,
-            "decay": settings.score_decay,
+            "decay": settings.decays_of(self.layer_idx),
         }
 
 
@@ -146,39 +146,48 @@ class BoundedAttentionSettings(MixerSettings):
             key-value heads (empty for a block with another mixer).
         chunk_size: tokens after which the slots are chosen again; at most `window`.
         score_decay: factor per token on the attention that a token has received, by which slots are chosen; 1 keeps
-            it all.
+            it all. Or for each block a list with a number for each of its key-value heads, as for `slots`.
     """
 
     window: int = 32
     sinks: int = 4
     slots: int | list[list[int]] = 60
     chunk_size: int = 16
-    score_decay: float = 1.0
+    score_decay: float | list[list[float]] = 1.0
 
     def slots_of(self, layer_idx: int, heads: int) -> list[int]:
         """The number of slots of each key-value head of a block."""
         return [self.slots] * heads if isinstance(self.slots, int) else self.slots[layer_idx]
+
+    def decays_of(self, layer_idx: int) -> float | list[float]:
+        """The decay of each key-value head of a block, or of all."""
+        return self.score_decay[layer_idx] if isinstance(self.score_decay, list) else self.score_decay
 
     def validate_memory(self) -> None:
         check_sizes(self, "chunk_size")
         check_sizes(self, "sinks", least=0)
         if self.window < self.chunk_size:
             raise ValueError(f"window must be at least chunk_size ({self.chunk_size}), got {self.window}")
-        if not 0 < self.score_decay <= 1:
-            raise ValueError(f"score_decay must be above 0 and at most 1, got {self.score_decay}")
+        given = self.score_decay if isinstance(self.score_decay, list) else [[self.score_decay]]
+        for number in (number for numbers in given for number in numbers):
+            if not 0 < number <= 1:
+                raise ValueError(f"score_decay must be above 0 and at most 1, got {number}")
 
     def check(self, config: Any) -> None:
         if isinstance(self.slots, int):
             check_sizes(self, "slots", least=0)
-            return
-        if len(self.slots) != config.num_hidden_layers:
-            raise ValueError(
-                f"slots must have a list for each of {config.num_hidden_layers} blocks, got {len(self.slots)}"
-            )
-        for block, (kind, numbers) in enumerate(zip(config.mixer_types, self.slots, strict=True)):
-            heads = config.num_key_value_heads if kind == "bounded_attention" else 0
-            if len(numbers) != heads or any(number < 0 for number in numbers):
-                raise ValueError(f"slots[{block}] must be {heads} numbers of at least 0, got {numbers}")
+        for name in ("slots", "score_decay"):
+            given = getattr(self, name)
+            if not isinstance(given, list):
+                continue
+            if len(given) != config.num_hidden_layers:
+                raise ValueError(
+                    f"{name} must have a list for each of {config.num_hidden_layers} blocks, got {len(given)}"
+                )
+            for block, (kind, numbers) in enumerate(zip(config.mixer_types, given, strict=True)):
+                heads = config.num_key_value_heads if kind == "bounded_attention" else 0
+                if len(numbers) != heads or any(number < 0 for number in numbers):
+                    raise ValueError(f"{name}[{block}] must be {heads} numbers of at least 0, got {numbers}")
 
 
 def _bounded_attention_keys(teacher: Any, spec: Any) -> dict[str, Any]:

@@ -47,15 +47,17 @@ def test_the_error_is_zero_where_the_memory_holds_everything() -> None:
     teacher = Teacher(trained_teacher())
     errors = slot_errors(teacher, [0, 2], SETTINGS, [0, 8, 48], WINDOWS, progress=False)
     heads = teacher.zoo_config.num_key_value_heads
-    assert errors.shape == (2, heads, 3)
-    assert (errors[..., 0] > errors[..., 1]).all() and (errors[..., 1] > errors[..., 2]).all()
-    assert errors[..., 2] == pytest.approx(0.0, abs=1e-9)
+    assert errors.shape == (2, heads, 3, 3)
+    assert (errors[:, :, 0] > errors[:, :, 1]).all() and (errors[:, :, 1] > errors[:, :, 2]).all()
+    assert errors[:, :, 2] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_division_stays_within_its_rows() -> None:
     teacher = Teacher(trained_teacher())
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
-    slots = divide_slots(teacher, [2, 0], SETTINGS, 12, WINDOWS, progress=False)
+    slots, decays = divide_slots(teacher, [2, 0], SETTINGS, 12, WINDOWS, progress=False)
+    assert [len(numbers) for numbers in decays] == [len(numbers) for numbers in slots]
+    assert {decay for numbers in decays for decay in numbers} <= {1.0, 0.99, 0.97}
     assert [len(numbers) for numbers in slots] == [heads, 0, heads, *[0] * (teacher.num_layers - 3)]
     assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * heads * 2
 
@@ -64,12 +66,12 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
     save_teacher(tmp_path / "teacher", trained_teacher())
     for name, sentences in (("train", 300), ("heldout", 40)):
         (tmp_path / f"{name}.txt").write_text(small_text(sentences, seed=sentences), encoding="utf-8")
-    memory = {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}
+    student_of = {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}
     stage = {"name": "logits", "objective": "logit_distillation", "tokens": 256, "batch_size": 2}
     recipe = parse_recipe(
         {
             "teacher": str(tmp_path / "teacher"),
-            "student": {"layers": "odd", **memory},
+            "student": {"layers": "odd", **student_of},
             "data": {
                 "train": str(tmp_path / "train.txt"),
                 "heldout": str(tmp_path / "heldout.txt"),
@@ -82,7 +84,9 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
     folder = tmp_path / "run"
     first = scores(distill(recipe, folder))
     config, student = (folder / "student" / name for name in ("config.json", "model.safetensors"))
-    slots, trained = json.loads(config.read_text())["bounded_attention"]["slots"], student.read_bytes()
+    memory, trained = json.loads(config.read_text())["bounded_attention"], student.read_bytes()
+    slots = memory["slots"]
+    assert [len(numbers) for numbers in memory["score_decay"]] == [len(numbers) for numbers in slots]
     heads = int(trained_teacher().config.num_key_value_heads)
     assert [len(numbers) for numbers in slots] == [0, heads, 0, heads]
     assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * 2 * heads
@@ -91,7 +95,7 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
     assert [repeat is None for *_, repeat in first] == [False, True, False, False, False]
     shutil.rmtree(folder / "student")
     assert scores(distill(recipe, folder)) == first
-    assert json.loads(config.read_text())["bounded_attention"]["slots"] == slots
+    assert json.loads(config.read_text())["bounded_attention"] == memory
     assert student.read_bytes() == trained
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssm_zoo.kernels import bounded_attention_chunks
 from ssm_zoo.kernels.bounded_attention import (
     BoundedMemory,
     bounded_attention,
@@ -17,7 +18,7 @@ from ssm_zoo.kernels.bounded_attention import (
 OPTIONS = [
     pytest.param({"window": 1, "slots": [0, 0], "chunk_size": 1}, id="itself"),
     pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4}, id="ragged"),
-    pytest.param({"window": 8, "slots": [2, 2], "chunk_size": 3, "decay": 0.9}, id="decay"),
+    pytest.param({"window": 8, "slots": [2, 2], "chunk_size": 3, "decay": [0.9, 1.0]}, id="decays"),
     pytest.param({"window": 4, "slots": [0, 1], "sinks": 5, "chunk_size": 4, "decay": 0.95}, id="sinks-before-slots"),
     pytest.param({"window": 32, "slots": [8, 8], "sinks": 4, "chunk_size": 16}, id="as-in-models"),
 ]
@@ -42,6 +43,17 @@ def in_parts(inputs: list[Tensor], lengths: list[int], options: dict[str, Any]) 
         start += length
     assert memory is not None
     return torch.cat(outputs, dim=1), memory
+
+
+def slots_of(memory: BoundedMemory, options: dict[str, Any]) -> list[Tensor]:
+    """The positions and scores in the slots of each head, in order of the positions."""
+    found, first = [], 0
+    for number in options["slots"]:
+        rows = slice(first, first + number + options["sinks"])
+        positions, order = memory.positions[:, rows].sort(1)
+        found += [positions, memory.scores[:, rows].gather(1, order)]
+        first = rows.stop + options["window"]
+    return found
 
 
 @pytest.mark.parametrize("length", [1, 5, 23, 37])
@@ -85,6 +97,75 @@ def test_the_matrix_has_the_weights(options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.einsum("bhlm,bmhp->blhp", matrix, values), output, rtol=0, atol=1e-12)
     most = torch.tensor(options["slots"]).repeat_interleave(2) + options.get("sinks", 0) + options["window"]
     assert ((matrix > 0).sum(-1) <= most[:, None]).all()
+
+
+def test_the_matrix_has_the_gradients_of_the_outputs() -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    q, k, v = draw(2, 37)
+    output, _ = bounded_attention(q, k, v, seq_idx=SEQ_IDX, **options)
+    matrix = bounded_attention_matrix(q, k, v, seq_idx=SEQ_IDX, **options)
+    column = (SEQ_IDX >= 0).cumsum(1).sub(1).clamp(min=0)  # of each token; padding has no weight of its own
+    real = (SEQ_IDX >= 0)[:, None, None]
+    values = v.repeat_interleave(2, dim=2)
+    weights = matrix.gather(3, column[:, None, None].expand(-1, *matrix.shape[1:3], -1)) * real
+    expected = torch.einsum("bhlm,bmhp->blhp", weights, values)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(7))
+    wanted = torch.autograd.grad(expected, [q, k, v], cotangent)
+    for mine, other in zip(torch.autograd.grad(output, [q, k, v], cotangent), wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 2**19], ids=["a-chunk-at-a-time", "chunks-together"])
+@pytest.mark.parametrize("padding", [0, 2**20], ids=["apart", "padded"])
+def test_heads_and_chunks_may_be_computed_together_or_apart(
+    padding: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three key-value heads with few, many and few slots: in one group, or the first with the last and one alone."""
+    monkeypatch.setattr(bounded_attention_chunks, "_PADDING", padding)
+    monkeypatch.setattr(bounded_attention_chunks, "_BLOCK", block)
+    options: dict[str, Any] = {"window": 5, "slots": [2, 19, 2], "sinks": 1, "chunk_size": 3, "decay": [0.9, 1.0, 0.8]}
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(2, 37, heads, 4, dtype=torch.float64, generator=generator).requires_grad_() for heads in (6, 3, 3)
+    ]
+    cotangent = torch.randn(2, 37, 6, 4, dtype=torch.float64, generator=generator)
+    _, whole = in_parts(inputs, [1] * 37, options)
+    for seq_idx, lengths in ((None, [37]), (None, [8, 1, 28]), (SEQ_IDX, None)):
+        expected = bounded_attention_reference(*inputs, seq_idx=seq_idx, **options)
+        if lengths is None:
+            output, _ = bounded_attention(*inputs, seq_idx=seq_idx, **options)
+            matrix = bounded_attention_matrix(*inputs, seq_idx=seq_idx, **options)
+        else:
+            output, memory = in_parts(inputs, lengths, options)
+            for mine, other in zip(slots_of(memory, options), slots_of(whole, options), strict=True):
+                torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+            matrix = bounded_attention_matrix(*inputs, **options)
+            values = inputs[2].repeat_interleave(2, dim=2)
+            torch.testing.assert_close(torch.einsum("bhlm,bmhp->blhp", matrix, values), output, rtol=0, atol=1e-12)
+        real = torch.ones(2, 37, dtype=torch.bool) if seq_idx is None else seq_idx >= 0
+        sums = real[:, None].expand(-1, 6, -1).double()
+        torch.testing.assert_close(matrix.sum(-1), sums, rtol=0, atol=1e-12)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+        wanted = torch.autograd.grad(expected, inputs, cotangent)
+        for mine, other in zip(torch.autograd.grad(output, inputs, cotangent), wanted, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("begun", [0, 6, 8])
+def test_rows_without_tokens_return_the_memory_that_they_continue(begun: int) -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    inputs = draw(2, 30)
+    _, memory = bounded_attention(*[tensor[:, : begun + 10] for tensor in inputs], **options)
+    padding = torch.full((2, 3), -1)
+    more = [tensor[:, begun + 10 : begun + 13] for tensor in inputs]
+    output, after = bounded_attention(*more, initial_state=memory, seq_idx=padding, **options)
+    assert not output.any()
+    assert torch.equal(after.positions.sort(1).values, memory.positions.sort(1).values)
+    expected, _ = bounded_attention(*more, initial_state=memory, **options)
+    torch.testing.assert_close(bounded_attention(*more, initial_state=after, **options)[0], expected)
 
 
 @pytest.mark.parametrize("start", [1, 7, 13])
@@ -180,7 +261,8 @@ def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
         ({"sinks": -1}, "sinks must be at least 0, got -1"),
         ({"slots": [1]}, "slots must be 2 numbers of at least 0, one for each key-value head, got \\[1\\]"),
         ({"slots": [1, -1]}, "slots must be 2 numbers"),
-        ({"decay": 0.0}, "decay must be above 0 and at most 1, got 0.0"),
+        ({"decay": 0.0}, "decay must be above 0 and at most 1, .* got 0.0"),
+        ({"decay": [0.9]}, "one or one for each of 2 key-value heads, got \\[0.9\\]"),
     ],
 )
 def test_wrong_arguments_raise(change: dict[str, Any], message: str) -> None:

@@ -138,7 +138,13 @@ FAMILIES: dict[str, Family] = {
         "bounded_attention",
         "discrete_mamba2",
         "bounded_attention",
-        bounded_attention={"window": 5, "sinks": 1, "slots": [[3, 0], [], [2, 2]], "chunk_size": 3, "score_decay": 0.9},
+        bounded_attention={
+            "window": 5,
+            "sinks": 1,
+            "slots": [[3, 0], [], [2, 2]],
+            "chunk_size": 3,
+            "score_decay": [[1.0, 0.5], [], [0.9, 0.7]],
+        },
     ),
     "jamba": _hybrid(
         "mamba",

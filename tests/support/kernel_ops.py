@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 from ssm_zoo.kernels import compat
+from ssm_zoo.kernels.bounded_attention import (
+    bounded_attention,
+    bounded_attention_matrix,
+    bounded_attention_reference,
+)
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
 from ssm_zoo.kernels.position_mix import (
     masked_mix,
@@ -80,7 +85,9 @@ CONVOLUTION = "x:BLH weight:HK bias:H initial_state:BHJ seq_idx:BL"
 WINDOW = "index:M positions:BL seq_idx:BL"
 MIX = "bias:HN residual:BLHP seq_idx:BL"
 MIX_STEP = "bias:HN positions:B residual:BHP"
+BOUNDED = "q:BLHP k:BLGP v:BLGP seq_idx:BL"
 EPS = {"eps": 1e-5}
+BOUNDS = {"window": 3, "slots": [1, 2], "sinks": 1, "chunk_size": 2}
 
 OPS: dict[str, Op] = {
     "ssd": Op(ssd, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
@@ -107,6 +114,9 @@ OPS: dict[str, Op] = {
         window_attention_reference, f"q:MHP k:BLGP v:BLGP {WINDOW}", options={"window": 2}
     ),
     "window_attention_matrix": Op(window_attention_matrix, f"q:MHP k:BLGP {WINDOW}", options={"window": 2}),
+    "bounded_attention": Op(bounded_attention, BOUNDED, options=BOUNDS),
+    "bounded_attention_reference": Op(bounded_attention_reference, BOUNDED, options=BOUNDS),
+    "bounded_attention_matrix": Op(bounded_attention_matrix, BOUNDED, options=BOUNDS),
     "masked_mix": Op(masked_mix, f"x:BLHP weight:HNN {MIX}"),
     "masked_mix_reference": Op(masked_mix_reference, f"x:BLHP weight:HNN {MIX}"),
     "masked_mix_step": Op(masked_mix_step, f"history:BLHP weight:HNN {MIX_STEP}"),
