@@ -5,14 +5,18 @@ recalls what an even division forgets. For each key-value head and each of a few
 output behind the output projection is measured, relative to the residual stream it is added to. Slots then go, step by
 step, to where they reduce the sum of these errors most per row (an optimum of the concave envelope of each head's
 errors; errors of different heads are taken to add up). Each head also gets the decay of its scores, out of a few, with
-which its slots serve it best: a retrieval head should not forget what it once attended to, and other heads should.
+which its slots serve it best.
 
-Symbols: B batch, L length, D width, H query heads, KV key-value heads, P head width, w window, s sinks.
+Ordinary text hardly shows recall: on it alone most heads would forget within a hundred tokens. So the error is also
+measured where a passage is repeated, and the two are added with a fixed weight. On SmolLM2-135M-Instruct, 96 rows a
+head, a weight of 0, 0.1, 0.3 and 1 gave a KL of 0.010, 0.011, 0.012 and 0.015 and a loss on a repetition after 416
+tokens of 2.2, 1.4, 0.8 and 0.7 nats.
+
+Symbols: N windows, L length, D width, H query heads, KV key-value heads, P head width, w window, s sinks.
 """
 
 import heapq
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,12 +26,13 @@ from ..kernels.bounded_attention import bounded_attention
 from ..modeling.bounded_memory import BoundedAttentionSettings
 from .teacher import Teacher
 
-_CANDIDATES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_CANDIDATES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
 _DECAYS = (1.0, 0.99, 0.97)
+_RECALL = 0.3  # weight of the errors on repeated passages
 LENGTH = 1024
 """Tokens of the windows that the division is measured on: recall at a distance must show in it."""
-WINDOWS = 3
-"""Number of these windows."""
+WINDOWS = 2
+"""Number of these windows of ordinary text; there are as many with repeated passages."""
 
 
 def divide_slots(
@@ -46,7 +51,7 @@ def divide_slots(
         layers: converted layers.
         settings: window, sinks and chunk size of the student's memory.
         rows: w + s + slots of a head, on average.
-        windows: (N, L) int64 tokens; more slots than L are given to no head.
+        windows: (N, L) int64 tokens of ordinary text; more slots than L are given to no head.
         progress: show a progress bar.
 
     Returns:
@@ -55,7 +60,10 @@ def divide_slots(
     """
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
     candidates = [number for number in _CANDIDATES if number < windows.shape[1]]
-    errors = slot_errors(teacher, layers, settings, candidates, windows, progress=progress)
+    repeated, scored = repeat_passages(windows)
+    texts = torch.cat([windows, repeated])
+    weights = torch.cat([torch.ones_like(scored), _RECALL * scored * scored.shape[1] / scored.sum(1, keepdim=True)])
+    errors = slot_errors(teacher, layers, settings, candidates, texts, weights / len(windows), progress=progress)
     least, decay = errors.flatten(0, 1).min(-1)
     budget = (rows - settings.window - settings.sinks) * heads * len(layers)
     chosen = allocate(least, candidates, budget)
@@ -67,22 +75,45 @@ def divide_slots(
     )
 
 
+def repeat_passages(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat the first tenth of each window further on, in each window at another distance.
+
+    Args:
+        windows: (N, L) int64 tokens.
+
+    Returns:
+        (N, L) int64 texts, and (N, L) float32: 1 at the tokens of the repetition but its first few, otherwise 0.
+    """
+    count, length = windows.shape
+    passage = max(length // 10, 1)
+    texts, scored = windows.clone(), torch.zeros(count, length)
+    for number in range(count):
+        start = passage + (length - 2 * passage) * (number + 1) // (count + 1)
+        texts[number, start : start + passage] = windows[number, :passage]
+        scored[number, start + passage // 16 : start + passage] = 1
+    return texts, scored
+
+
 def slot_errors(
     teacher: Teacher,
     layers: Sequence[int],
     settings: BoundedAttentionSettings,
     candidates: Sequence[int],
     windows: Tensor,
+    weights: Tensor,
     *,
     progress: bool = True,
 ) -> Tensor:
     """Return the (layers, KV, candidates, decays) mean squared error of each key-value head, the layers in their order.
 
-    The error is that of the head's share of the attention output, relative to the square of the residual stream.
+    The error is that of the head's share of the attention output, relative to the square of the residual stream, times
+    the (N, L) `weights`, averaged over the tokens of a window and summed over the windows.
     """
     order = sorted(layers)
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
     errors = torch.zeros(len(order), heads, len(candidates), len(_DECAYS), dtype=torch.float64)
+    weights = weights.double().to(teacher.model.device)
+    decays = [decay for decay in _DECAYS for _ in range(heads)]
 
     @torch.no_grad()
     def on_layer(layer: int, block_input: Tensor, normed_input: Tensor) -> None:
@@ -90,32 +121,35 @@ def slot_errors(
         members = view.num_heads // heads
         queries, keys = view.queries_keys(normed_input)
         keys, values = keys[:, :, ::members], view.values(normed_input)[:, :, ::members]
-        exact = view.head_outputs(normed_input)
+        exact = view.head_outputs(normed_input).unflatten(2, (heads, members))
         output = view.o.unflatten(1, (heads, -1))  # (D, KV, members P)
         stream = block_input.double().square().sum(-1)
-        for (index, number), (which, decay) in product(enumerate(candidates), enumerate(_DECAYS)):
-            if which and not number:  # without slots there is nothing to choose
-                errors[order.index(layer), :, index, which] = errors[order.index(layer), :, index, 0]
-                continue
+        # All decays at once, each in heads of its own.
+        many = [part.repeat(1, 1, len(_DECAYS), 1) for part in (queries, keys, values)]
+        for index, number in enumerate(candidates):
             found, _ = bounded_attention(
-                queries,
-                keys,
-                values,
+                *many,
                 window=settings.window,
                 sinks=settings.sinks,
-                slots=[number] * heads,
+                slots=[number] * len(decays),
                 chunk_size=settings.chunk_size,
-                decay=decay,
+                decay=decays,
                 scale=view.scaling,
             )
-            difference = (found - exact).unflatten(2, (heads, members)).flatten(3)  # (B, L, KV, members P)
+            difference = found.unflatten(2, (len(_DECAYS), heads, members)) - exact[:, :, None]
             for head in range(heads):
-                error = (difference[:, :, head] @ output[:, head].T).double().square().sum(-1)
-                errors[order.index(layer), head, index, which] += (error / stream).mean().cpu() / len(windows)
+                error = (difference[:, :, :, head].flatten(3) @ output[:, head].T).double().square().sum(-1)
+                error = (error / stream[..., None] * weights[..., None]).mean(1).sum(0)
+                errors[order.index(layer), head, index] = error.cpu()
 
-    for window in tqdm(windows, desc="divide slots", unit="window", disable=not progress, leave=False):
-        ids = window[None].to(teacher.model.device)
-        teacher.capture(ids, order, ("block_input", "normed_input"), on_layer=on_layer)
+    with tqdm(total=len(order), desc="divide slots", unit="layer", disable=not progress, leave=False) as bar:
+
+        def counted(layer: int, block_input: Tensor, normed_input: Tensor) -> None:
+            on_layer(layer, block_input, normed_input)
+            bar.update()
+
+        ids = windows.to(teacher.model.device)
+        teacher.capture(ids, order, ("block_input", "normed_input"), on_layer=counted)
     return errors
 
 

@@ -12,7 +12,7 @@ from teachers import save_teacher, small_text, text_windows, trained_teacher
 
 from ssm_zoo.distill.recipe import StudentSpec, parse_recipe
 from ssm_zoo.distill.run import distill
-from ssm_zoo.distill.slots import allocate, divide_slots, slot_errors
+from ssm_zoo.distill.slots import allocate, divide_slots, repeat_passages, slot_errors
 from ssm_zoo.distill.student import build_control, build_student, cache_bytes
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling.bounded_memory import BoundedAttentionSettings
@@ -45,11 +45,35 @@ def test_a_slot_that_makes_it_worse_is_not_given() -> None:
 
 def test_the_error_is_zero_where_the_memory_holds_everything() -> None:
     teacher = Teacher(trained_teacher())
-    errors = slot_errors(teacher, [0, 2], SETTINGS, [0, 8, 48], WINDOWS, progress=False)
+    errors = slot_errors(teacher, [0, 2], SETTINGS, [0, 8, 48], WINDOWS, torch.ones(2, 48), progress=False)
     heads = teacher.zoo_config.num_key_value_heads
     assert errors.shape == (2, heads, 3, 3)
     assert (errors[:, :, 0] > errors[:, :, 1]).all() and (errors[:, :, 1] > errors[:, :, 2]).all()
     assert errors[:, :, 2] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_errors_of_tokens_and_windows_add_up_by_their_weights() -> None:
+    teacher = Teacher(trained_teacher())
+    first = torch.zeros(2, 48)
+    first[0, :30] = 1
+    second = 3 * (1 - first)
+    parts = [
+        slot_errors(teacher, [1], SETTINGS, [0, 4], WINDOWS, weights, progress=False)
+        for weights in (first, second, first + second)
+    ]
+    assert parts[0] + parts[1] == pytest.approx(parts[2])
+    alone = slot_errors(teacher, [1], SETTINGS, [0, 4], WINDOWS[:1, :30], torch.ones(1, 30), progress=False)
+    assert parts[0] == pytest.approx(alone * 30 / 48, rel=1e-5)
+
+
+def test_a_passage_is_repeated_at_another_distance_in_each_window() -> None:
+    windows = torch.arange(120).view(3, 40)
+    texts, scored = repeat_passages(windows)
+    starts = [4 + 32 * part // 4 for part in (1, 2, 3)]
+    for text, window, row, start in zip(texts, windows, scored, starts, strict=True):
+        assert text[start : start + 4].equal(window[:4])
+        assert text[:start].equal(window[:start]) and text[start + 4 :].equal(window[start + 4 :])
+        assert row.nonzero()[:, 0].tolist() == list(range(start, start + 4))
 
 
 def test_the_division_stays_within_its_rows() -> None:
