@@ -179,8 +179,9 @@ def _restore(run: _Run, found: Path) -> None:
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
     run.progress = _Progress(**saved["measured"])
-    if run.progress.slots is not None and run.progress.decays is not None:
-        set_slots(run.student, run.progress.slots, run.progress.decays)
+    slots = run.progress.slots
+    if slots is not None:  # checkpoints without decays are from before heads had their own
+        set_slots(run.student, slots, run.progress.decays or [[1.0] * len(numbers) for numbers in slots])
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
