@@ -1,19 +1,23 @@
 """Sequential healing: exact where it can be, better than a single pass where it cannot, and the same in any batches."""
 
 import functools
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from teachers import draw_ids, make_qwen2, make_teacher, text_windows, trained_teacher
+from safetensors.torch import load_file
+from teachers import draw_ids, make_qwen2, make_teacher, save_teacher, small_text, text_windows, trained_teacher
 from torch import Tensor, nn
 
 from ssm_zoo.distill.calibrate import calibrate, fit_output_projections
 from ssm_zoo.distill.gates import fit_gates
 from ssm_zoo.distill.healing import heal
 from ssm_zoo.distill.least_squares import Moments, cross_validated_ridge
-from ssm_zoo.distill.recipe import StudentSpec
+from ssm_zoo.distill.recipe import StudentSpec, parse_recipe
+from ssm_zoo.distill.run import distill
 from ssm_zoo.distill.student import build_student, student_mixer
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
@@ -211,3 +215,27 @@ def test_a_gate_turns_heads_off_where_the_teacher_does() -> None:
             assert torch.equal(tensor[start + inner :], before[name][start + inner :])
         elif name != "z_bias":
             assert torch.equal(tensor, before[name]), name
+
+
+def test_a_healed_student_resumes_with_its_mlps(tmp_path: Path) -> None:
+    teacher = trained_teacher()
+    (tmp_path / "train.txt").write_text(small_text(300, seed=1), encoding="utf-8")
+    stage = {"name": "outputs", "objective": "hidden_state_alignment", "refit": "sequential"}
+    values = {
+        "teacher": str(save_teacher(tmp_path / "teacher", teacher)),
+        "student": {"layers": "odd", "calibration": "sequential", "calibration_tokens": 512},
+        "data": {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "train.txt"), "sequence_length": 32},
+        "stages": [{**stage, "tokens": 256, "batch_size": 4, "learning_rate": 1e-3}],
+        "evaluation": {"tokens": 320},
+    }
+    distill(parse_recipe(values), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "student")
+    distill(parse_recipe(values), tmp_path / "resumed")
+    whole, resumed = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "resumed"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    for layer in range(4):
+        before = teacher.model.layers[layer].mlp.get_parameter("down_proj.weight")
+        same = torch.equal(whole[f"backbone.layers.{layer}.mlp.down_proj.weight"], before)
+        assert same == (layer % 2 == 0), layer
