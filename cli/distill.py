@@ -28,7 +28,7 @@ def distill(
 
     Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
     """
-    from ..distill.recipe import load_recipe
+    from ..distill.recipe_files import load_recipe
 
     notes: list[str] = []
     checked = load_recipe(recipe, overrides or (), notes.append)

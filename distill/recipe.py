@@ -7,19 +7,15 @@ at every level, since a misspelt key would otherwise be silently ignored.
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..harness.settings import SettingsBase, check, refused, wrong
-from ..harness.text_files import read_text_file
-from ..harness.yaml_values import merge, override, read_yaml, write_yaml
+from ..harness.yaml_values import write_yaml
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .recipe_values import (
     LAYERS_ACCEPTED,
@@ -48,7 +44,7 @@ from .recipe_values import (
 
 # The mixers that can replace attention, and the fields of a student that have an effect only with some of them.
 _STARTS = {kind: row.student for kind, row in TOKEN_MIXERS.items() if row.student is not None}
-_MIXERS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+MIXERS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     option: ("mixer", tuple(kind for kind, start in _STARTS.items() if option in start.options))
     for option in dict.fromkeys(option for start in _STARTS.values() for option in start.options)
 }
@@ -102,7 +98,7 @@ class StudentSpec(SettingsBase):
 
     @model_validator(mode="after")
     def _refuse_what_the_mixer_lacks(self) -> StudentSpec:
-        for field, (key, mixers) in _MIXERS_WITH.items():
+        for field, (key, mixers) in MIXERS_WITH.items():
             default = type(self).model_fields[field].default
             if self.mixer not in mixers and getattr(self, field) != default:
                 raise _misplaced(field, getattr(self, field), key, mixers, self.mixer)
@@ -128,7 +124,7 @@ class DataSpec(SettingsBase):
 
 # Fields of a stage that have an effect only with some values of another field. With other values they are refused, and
 # `as_mapping` leaves them out.
-_MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
+MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
     "target": ("objective", ("hidden_state_alignment",)),
     "refit": ("objective", ("matrix_orientation", "hidden_state_alignment")),
     "kl": ("objective", ("logit_distillation",)),
@@ -196,13 +192,13 @@ class StageSpec(SettingsBase):
     @property
     def meaningless(self) -> set[str]:
         """Fields that have no effect under this stage's objective, schedule and trained parameters."""
-        return {field for field, (key, values) in _MEANINGFUL_UNDER.items() if getattr(self, key) not in values}
+        return {field for field, (key, values) in MEANINGFUL_UNDER.items() if getattr(self, key) not in values}
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> StageSpec:
         for field in sorted(self.meaningless & self.model_fields_set):
             if getattr(self, field) is not None:
-                key, values = _MEANINGFUL_UNDER[field]
+                key, values = MEANINGFUL_UNDER[field]
                 raise _misplaced(field, getattr(self, field), key, values, getattr(self, key))
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise wrong("decay", self.decay, f"at most 1 - warmup = {1 - self.warmup:g}")
@@ -446,99 +442,6 @@ def as_recorded(recipe: Recipe, recorded: dict[str, Any]) -> dict[str, Any]:
 def dump(recipe: Recipe) -> str:
     """Return the recipe as YAML text, which `load_recipe` reads back as an equal recipe."""
     return write_yaml(as_mapping(recipe))
-
-
-def preset_names() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    files = resources.files("ssm_zoo.distill").joinpath("presets").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-
-
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), report: Callable[[str], object] = print) -> Recipe:
-    """Read a recipe file or preset, merge it with the preset that it is based on, apply overrides, and check it.
-
-    A recipe with the key `preset: NAME` is based on that preset: mappings are merged key by key, lists are replaced.
-    Values of the preset that have no effect with the user's values, such as another mixer, are left out. Relative paths
-    in a recipe are relative to the working directory.
-
-    Args:
-        recipe: name of a preset, or path of a YAML file. For a file with a preset's name write ./NAME.
-        overrides: "dotted.key=YAML value", list items by index, e.g. "stages.1.learning_rate=1e-3".
-        report: receives a sentence if values of the preset are left out.
-
-    Returns:
-        The checked recipe.
-
-    Raises:
-        ValueError: naming each key that is unknown, missing or has a value that is not accepted.
-    """
-    if isinstance(recipe, str) and recipe in preset_names():
-        values, source = {"preset": recipe}, f"preset {recipe}"
-    else:
-        values, source = _read_file(recipe), f"recipe {recipe}"
-    whole = override(_inherit(values, source, ()), overrides)
-    unused = _inherited_without_effect(whole, values, overrides)
-    checked = parse_recipe(whole, source)
-    if unused:
-        names = ", ".join(f"{place}.{field}" for place, field in unused)
-        report(f"preset {values['preset']}: left out {names}, which have no effect with the other values given")
-    return checked
-
-
-def _read_file(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise ValueError(f"recipe must be a YAML file or one of {', '.join(preset_names())}, got {str(path)!r}")
-    return read_yaml(read_text_file(path, "recipe"), f"recipe {path}")
-
-
-def _inherit(values: Any, source: str, visited: tuple[str, ...]) -> dict[str, Any]:
-    """Merge a recipe with the preset that its key `preset` names, if it has one."""
-    if not isinstance(values, dict):
-        keys = ", ".join(Recipe.model_fields)
-        raise ValueError(f"{source}: the top level must be a mapping with the keys {keys}, got {reprlib.repr(values)}")
-    if "preset" not in values:
-        return values
-    own = dict(values)
-    name = own.pop("preset")
-    available = [preset for preset in preset_names() if preset not in visited]
-    if name not in available:
-        raise ValueError(f"{source}: `preset` must be one of {', '.join(available)}, got {name!r}")
-    preset, file = f"preset {name}", resources.files("ssm_zoo.distill").joinpath("presets", f"{name}.yaml")
-    inherited = _inherit(read_yaml(file.read_text(encoding="utf-8"), preset), preset, (*visited, name))
-    return merge(inherited, own)
-
-
-def _inherited_without_effect(
-    whole: dict[str, Any], own: dict[str, Any], overrides: Sequence[str]
-) -> list[tuple[str, str]]:
-    """Remove from a recipe the values of its preset that have no effect with the values that a user gave.
-
-    Args:
-        whole: the recipe merged with its preset, after the overrides; changed in place.
-        own: the recipe without its preset.
-        overrides: the overrides.
-
-    Returns:
-        What was removed: "student" or "stages.N", and the field.
-    """
-    if "preset" not in own:
-        return []
-    student, stages, mine = whole.get("student"), whole.get("stages"), own.get("student")
-    places = [("student", StudentSpec, student, _MIXERS_WITH, mine if isinstance(mine, dict) else {})]
-    if isinstance(stages, list) and "stages" not in own:  # a list is replaced as a whole
-        places += [(f"stages.{index}", StageSpec, stage, _MEANINGFUL_UNDER, {}) for index, stage in enumerate(stages)]
-    given = [text.partition("=")[0].strip() for text in overrides]
-    removed = []
-    for place, kind, values, table, written in places:
-        for field, (key, options) in table.items():
-            if not isinstance(values, dict) or field not in values or field in written:
-                continue
-            chosen = values.get(key, kind.model_fields[key].default)
-            named = any(f"{place}.{field}.".startswith(f"{override}.") for override in given)
-            if chosen not in options and not named:
-                del values[field]
-                removed.append((place, field))
-    return removed
 
 
 def parse_recipe(values: Any, source: str = "recipe") -> Recipe:

@@ -23,7 +23,8 @@ from tqdm.std import tqdm
 
 from ssm_zoo.distill import run
 from ssm_zoo.distill.distiller import Distiller
-from ssm_zoo.distill.recipe import Recipe, load_recipe
+from ssm_zoo.distill.recipe import Recipe
+from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.teacher import load_teacher
 
 # tqdm's own lock is shared with forked processes: one that is killed while it holds the lock would block the others.

@@ -23,7 +23,8 @@ from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.distill import run
 from ssm_zoo.distill.data import TokenWindows, tokenize
 from ssm_zoo.distill.distiller import schedule_factor
-from ssm_zoo.distill.recipe import load_recipe, parse_recipe
+from ssm_zoo.distill.recipe import parse_recipe
+from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill, read_report
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.modeling import ZooHybridForCausalLM

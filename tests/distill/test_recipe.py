@@ -15,11 +15,10 @@ from ssm_zoo.distill.recipe import (
     StudentSpec,
     as_mapping,
     dump,
-    load_recipe,
     parse_recipe,
-    preset_names,
     resolve_layers,
 )
+from ssm_zoo.distill.recipe_files import load_recipe, preset_names
 
 TEXT = """
 teacher: folder/of/teacher
@@ -138,10 +137,12 @@ GIVEN = ["teacher=t", "data.train=a", "data.heldout=b"]
 def test_values_of_a_preset_without_effect_under_the_users_values_are_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     windowed = load_recipe("zoo", [*GIVEN, "student.mixer=sliding_attention"], said.append)
-    assert windowed.student == StudentSpec(layers="odd", mixer="sliding_attention", calibration_tokens=16384)
+    assert windowed.student == StudentSpec(
+        layers="odd", mixer="sliding_attention", calibration="ridge", calibration_tokens=16384
+    )
     assert said == [
         "preset zoo: left out student.feature_map, student.normalize, student.rotary, "
-        "student.half_life, student.calibration, which have no effect with the other values given"
+        "student.half_life, which have no effect with the other values given"
     ]
     own = "preset: mohawk\nteacher: t\ndata: {train: a, heldout: b}\nstudent: {mixer: masked_mixing, positions: 2048}\n"
     said.clear()

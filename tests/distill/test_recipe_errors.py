@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from ssm_zoo.distill.recipe import load_recipe, parse_recipe, resolve_layers
+from ssm_zoo.distill.recipe import parse_recipe, resolve_layers
+from ssm_zoo.distill.recipe_files import load_recipe
 
 TEXT = """
 teacher: folder/of/teacher

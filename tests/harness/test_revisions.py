@@ -18,7 +18,8 @@ from hub_stand_in import HubStandIn
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.distill.fetch import teacher_commit
-from ssm_zoo.distill.recipe import as_mapping, load_recipe
+from ssm_zoo.distill.recipe import as_mapping
+from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.teacher import load_teacher
 from ssm_zoo.training.new_model import configuration_commit
 

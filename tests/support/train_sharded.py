@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ssm_zoo.distill.recipe import load_recipe
+from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill
 from ssm_zoo.training.checkpoints import CheckedTrainer
 from ssm_zoo.training.from_scratch import train_from_scratch
