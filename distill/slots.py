@@ -27,8 +27,10 @@ from ..modeling.bounded_memory import BoundedAttentionSettings
 from .teacher import Teacher
 
 _CANDIDATES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768)
-_DECAYS = (1.0, 0.99, 0.97)
-_RECALL = 0.3  # weight of the errors on repeated passages
+DECAYS = (1.0, 0.99, 0.97)
+"""Candidates for the decay of a head."""
+RECALL = 0.3
+"""Weight of the errors on repeated passages."""
 LENGTH = 1024
 """Tokens of the windows that the division is measured on: recall at a distance must show in it."""
 WINDOWS = 2
@@ -42,6 +44,8 @@ def divide_slots(
     rows: int,
     windows: Tensor,
     *,
+    recall: float = RECALL,
+    decays: Sequence[float] = DECAYS,
     progress: bool = True,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Choose the slots and the decay of each key-value head, so that a head has `rows` rows on average.
@@ -52,6 +56,8 @@ def divide_slots(
         settings: window, sinks and chunk size of the student's memory.
         rows: w + s + slots of a head, on average.
         windows: (N, L) int64 tokens of ordinary text; more slots than L are given to no head.
+        recall: weight of the errors on repeated passages, at least 0; those on ordinary text have the weight 1.
+        decays: candidates for a head's decay.
         progress: show a progress bar.
 
     Returns:
@@ -61,17 +67,21 @@ def divide_slots(
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
     candidates = [number for number in _CANDIDATES if number < windows.shape[1]]
     repeated, scored = repeat_passages(windows)
-    texts = torch.cat([windows, repeated])
-    weights = torch.cat([torch.ones_like(scored), _RECALL * scored * scored.shape[1] / scored.sum(1, keepdim=True)])
-    errors = slot_errors(teacher, layers, settings, candidates, texts, weights / len(windows), progress=progress)
-    least, decay = errors.flatten(0, 1).min(-1)
+    weights, texts = torch.ones(windows.shape), windows
+    if recall:
+        texts = torch.cat([windows, repeated])
+        weights = torch.cat([weights, recall * scored / scored.mean(1, keepdim=True)])
+    errors = slot_errors(
+        teacher, layers, settings, candidates, texts, weights / len(windows), decays=decays, progress=progress
+    )
+    least, best = errors.flatten(0, 1).min(-1)
     budget = (rows - settings.window - settings.sinks) * heads * len(layers)
     chosen = allocate(least, candidates, budget)
-    slots, decays = iter(chosen), iter(decay[head, candidates.index(number)] for head, number in enumerate(chosen))
+    numbers, which = iter(chosen), iter(int(best[head, candidates.index(number)]) for head, number in enumerate(chosen))
     converted = [layer in layers for layer in range(teacher.num_layers)]
     return (
-        [[next(slots) for _ in range(heads * each)] for each in converted],
-        [[_DECAYS[int(next(decays))] for _ in range(heads * each)] for each in converted],
+        [[next(numbers) for _ in range(heads * each)] for each in converted],
+        [[decays[next(which)] for _ in range(heads * each)] for each in converted],
     )
 
 
@@ -102,6 +112,7 @@ def slot_errors(
     windows: Tensor,
     weights: Tensor,
     *,
+    decays: Sequence[float] = DECAYS,
     progress: bool = True,
 ) -> Tensor:
     """Return the (layers, KV, candidates, decays) mean squared error of each key-value head, the layers in their order.
@@ -111,9 +122,9 @@ def slot_errors(
     """
     order = sorted(layers)
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
-    errors = torch.zeros(len(order), heads, len(candidates), len(_DECAYS), dtype=torch.float64)
+    errors = torch.zeros(len(order), heads, len(candidates), len(decays), dtype=torch.float64)
     weights = weights.double().to(teacher.model.device)
-    decays = [decay for decay in _DECAYS for _ in range(heads)]
+    of_heads = [decay for decay in decays for _ in range(heads)]
 
     @torch.no_grad()
     def on_layer(layer: int, block_input: Tensor, normed_input: Tensor) -> None:
@@ -125,18 +136,18 @@ def slot_errors(
         output = view.o.unflatten(1, (heads, -1))  # (D, KV, members P)
         stream = block_input.double().square().sum(-1)
         # All decays at once, each in heads of its own.
-        many = [part.repeat(1, 1, len(_DECAYS), 1) for part in (queries, keys, values)]
+        many = [part.repeat(1, 1, len(decays), 1) for part in (queries, keys, values)]
         for index, number in enumerate(candidates):
             found, _ = bounded_attention(
                 *many,
                 window=settings.window,
                 sinks=settings.sinks,
-                slots=[number] * len(decays),
+                slots=[number] * len(of_heads),
                 chunk_size=settings.chunk_size,
-                decay=decays,
+                decay=of_heads,
                 scale=view.scaling,
             )
-            difference = found.unflatten(2, (len(_DECAYS), heads, members)) - exact[:, :, None]
+            difference = found.unflatten(2, (len(decays), heads, members)) - exact[:, :, None]
             for head in range(heads):
                 error = (difference[:, :, :, head].flatten(3) @ output[:, head].T).double().square().sum(-1)
                 error = (error / stream[..., None] * weights[..., None]).mean(1).sum(0)

@@ -1,0 +1,119 @@
+"""What each part of a bounded memory is worth before any training, at equal numbers of keys and values.
+
+All attention layers keep 96 rows of keys and values per key-value head, on average over the heads:
+
+    window    the last tokens and the first four: the control that costs nothing
+    equal     a window of 32, the first four tokens, and 60 slots for every head
+    divided   the slots divided among the heads, by errors on ordinary text
+    decays    and a decay of the scores for every head
+    recall    and errors on repeated passages: the recipe
+
+Scored on WikiText-2's held-out text and on texts that nothing was chosen on: loss gap, KL and agreement in windows of
+several lengths, and the loss on a passage that was read 416 and 1,500 tokens before.
+
+    python benchmarks/claims/bounded_memory.py TEACHER --text speeches=FILE --threads 2
+
+The file is rewritten after each arm. `--resume FILE` continues it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
+
+import torch
+from circumstances import RESULTS, positive
+from result_file import open_results
+
+from ssm_zoo.distill.data import TokenWindows, read_texts, tokenize
+from ssm_zoo.distill.recipe import StudentSpec
+from ssm_zoo.distill.slots import LENGTH, WINDOWS, divide_slots
+from ssm_zoo.distill.student import build_control, build_student, set_slots
+from ssm_zoo.distill.teacher import Teacher, load_teacher
+from ssm_zoo.evaluation.language_modeling import evaluate_language_model, repeat_loss
+
+ROWS, TOKENS = 96, 6144
+CHARACTERS = 2_000_000  # of a text, at most
+DIVISIONS: dict[str, dict[str, Any]] = {
+    "divided": {"recall": 0.0, "decays": [1.0]},
+    "decays": {"recall": 0.0},
+    "recall": {},
+}
+
+
+@dataclass
+class Run:
+    """An arm on a text, with its calibration windows drawn by `seed`."""
+
+    arm: str
+    text: str
+    seed: int
+
+
+def build(teacher: Teacher, arm: str, train: TokenWindows, seed: int) -> tuple[Any, float]:
+    """Return the student of an arm, and the seconds of its calibration."""
+    layers = list(range(teacher.num_layers))
+    student = build_student(teacher, StudentSpec(mixer="bounded_attention", rows=ROWS), layers)
+    started = time.monotonic()
+    if arm == "window":
+        return build_control(teacher, student, layers, ROWS), 0.0
+    if arm in DIVISIONS:
+        settings = student.config.settings_of("bounded_attention")
+        windows = train.batch(0, WINDOWS, LENGTH, seed)
+        set_slots(student, *divide_slots(teacher, layers, settings, ROWS, windows, **DIVISIONS[arm]))
+    return student, time.monotonic() - started
+
+
+def scores(student: Any, teacher: Teacher, text: TokenWindows, lengths: list[int]) -> dict[str, Any]:
+    """Return the scores of a student on a text, by length and by distance."""
+    found: dict[str, Any] = {"by_length": {}, "repeat_loss": {}}
+    for length in lengths:
+        windows = text.windows(length)[: TOKENS // length]
+        row = evaluate_language_model(student, windows, teacher=teacher.model, batch_size=max(1024 // length, 1))
+        kept = {name: row[name] for name in ("loss", "teacher_loss", "kl", "top1_agreement", "tokens")}
+        found["by_length"][length] = {**kept, "gap": row["loss"] - row["teacher_loss"]}
+    for distance in (416, 1500):
+        found["repeat_loss"][distance] = repeat_loss(student, text.windows(1)[:, 0], distance)
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("teacher", help="a folder or Hub id")
+    parser.add_argument("--arms", nargs="+", default=["window", "equal", *DIVISIONS])
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text to score on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[256, 1024, 2048])
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for a new file")
+    parser.add_argument("--resume", type=Path, help="a file of an earlier start")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    results = open_results(options, "claims/bounded_memory.py", arguments)
+    teacher = load_teacher(options.teacher)
+
+    def read(source: str, split: str) -> TokenWindows:
+        return TokenWindows(tokenize([part[:CHARACTERS] for part in read_texts(source, split)], teacher.tokenizer))
+
+    train = read("builtin:wikitext2", "train")
+    texts = {"wikitext2": read("builtin:wikitext2", "heldout")}
+    texts |= {name: read(path, "heldout") for name, path in (text.split("=", 1) for text in options.text)}
+    for seed in options.seeds:
+        for arm in options.arms:
+            todo = [run for name in texts if not results.find(vars(run := Run(arm, name, seed)))]
+            if not todo or (arm not in DIVISIONS and seed != options.seeds[0]):  # these have no seed
+                continue
+            student, seconds = build(teacher, arm, train, seed)
+            for run in todo:
+                found = scores(student, teacher, texts[run.text], options.lengths)
+                print(results.add({**vars(run), **found, "calibration_seconds": round(seconds, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
