@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.recipe import StudentSpec
-from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
+from ssm_zoo.distill.student import build_student, output_projection, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer, half_life_to_bias
@@ -189,12 +189,14 @@ def test_a_mixer_has_what_the_options_of_its_row_need(kind: str) -> None:
     """`FromAttention.options` in `modeling/mixer.py`."""
     needs = {
         "half_life": ("set_half_lives", "hidden_attention", "num_heads"),
-        "calibration": ("num_heads", "out_proj"),
+        "calibration": ("num_heads",),
         "copy_projections": ("start_from",),
     }
-    mixer = student_mixer(build_student(Teacher(make_teacher()), StudentSpec(mixer=kind), [1]), 1)  # pyright: ignore[reportArgumentType]
-    row = TOKEN_MIXERS[kind].student
+    student = build_student(Teacher(make_teacher()), StudentSpec(mixer=kind), [1])  # pyright: ignore[reportArgumentType]
+    mixer, row = student_mixer(student, 1), TOKEN_MIXERS[kind].student
     assert row is not None
+    if "calibration" in row.options:
+        assert output_projection(student, 1).out_features == student.config.hidden_size
     assert [name for option in row.options for name in needs.get(option, ()) if not hasattr(mixer, name)] == []
 
 
