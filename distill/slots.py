@@ -66,9 +66,9 @@ def divide_slots(
     """
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
     candidates = [number for number in _CANDIDATES if number < windows.shape[1]]
-    repeated, scored = repeat_passages(windows)
     weights, texts = torch.ones(windows.shape), windows
     if recall:
+        repeated, scored = repeat_passages(windows)
         texts = torch.cat([windows, repeated])
         weights = torch.cat([weights, recall * scored / scored.mean(1, keepdim=True)])
     errors = slot_errors(
@@ -152,15 +152,11 @@ def slot_errors(
                 error = (difference[:, :, :, head].flatten(3) @ output[:, head].T).double().square().sum(-1)
                 error = (error / stream[..., None] * weights[..., None]).mean(1).sum(0)
                 errors[order.index(layer), head, index] = error.cpu()
+        bar.update()
 
     with tqdm(total=len(order), desc="divide slots", unit="layer", disable=not progress, leave=False) as bar:
-
-        def counted(layer: int, block_input: Tensor, normed_input: Tensor) -> None:
-            on_layer(layer, block_input, normed_input)
-            bar.update()
-
         ids = windows.to(teacher.model.device)
-        teacher.capture(ids, order, ("block_input", "normed_input"), on_layer=counted)
+        teacher.capture(ids, order, ("block_input", "normed_input"), on_layer=on_layer)
     return errors
 
 

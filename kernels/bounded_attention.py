@@ -94,9 +94,8 @@ def bounded_attention(
     state = None if initial_state is None else _packed(initial_state, sums)
     options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale)
     if q.shape[0] == 0:
-        rows = sum(slots) + len(slots) * (sinks + window)
         o = empty_batch(tuple(q.shape), q.dtype, q, k, v)
-        packed = q.new_zeros(0, rows, 2 * q.shape[-1] + 2, dtype=sums)
+        packed = q.new_zeros(0, _memory_rows(slots, sinks, window), 2 * q.shape[-1] + 2, dtype=sums)
     elif tracing():
         o, packed = _traced(q, k, v, state, seq_idx, *options)
     else:
@@ -188,7 +187,7 @@ def _evict(
 
 
 class _Rows(NamedTuple):
-    """What a step knows of the rows of the memory.
+    """Constants of a step, for the rows of the memory.
 
     Attributes:
         places: first row of the window of each key-value head.
@@ -344,6 +343,11 @@ def _per_head(decay: float | list[float], slots: list[int]) -> list[float]:
     return decay if isinstance(decay, list) else [decay] * len(slots)
 
 
+def _memory_rows(slots: list[int], sinks: int, window: int) -> int:
+    """Return N."""
+    return sum(slots) + len(slots) * (sinks + window)
+
+
 def _packed(memory: BoundedMemory, dtype: torch.dtype) -> Tensor:
     """(B, N, 2 P + 2) keys, values, score and position of each row in one tensor."""
     parts = (memory.keys, memory.values, memory.scores[..., None], memory.positions[..., None])
@@ -372,7 +376,7 @@ class _Bounded(torch.autograd.Function):
         plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
         members, sums = H // k.shape[2], accumulator(q)
         out = q.new_zeros(B, L, k.shape[2], members, P)
-        packed = q.new_zeros(B, sum(plan.capacity) + len(slots) * window, 2 * P + 2, dtype=sums)
+        packed = q.new_zeros(B, _memory_rows(slots, sinks, window), 2 * P + 2, dtype=sums)
         packed[..., -1] = -1
         seen: list[Tensor] = []
         groups: list[tuple[list[int], list[int]]] = []
@@ -442,7 +446,7 @@ def _empty_results(
     decay: list[float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    rows = sum(slots) + len(slots) * (sinks + window)
+    rows = _memory_rows(slots, sinks, window)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], rows, 2 * q.shape[3] + 2, dtype=accumulator(q))
 
 
@@ -478,12 +482,13 @@ def _check(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if len(slots) != k.shape[2] or min(slots) < 0:
         raise ValueError(f"slots must be {k.shape[2]} numbers of at least 0, one for each key-value head, got {slots}")
-    if len(_per_head(decay, slots)) != len(slots) or not all(0 < each <= 1 for each in _per_head(decay, slots)):
+    decays = _per_head(decay, slots)
+    if len(decays) != len(slots) or not all(0 < each <= 1 for each in decays):
         raise ValueError(
             f"decay must be above 0 and at most 1, one or one for each of {len(slots)} key-value heads, got {decay}"
         )
     if initial_state is not None:
-        rows = sum(slots) + len(slots) * (sinks + window)
+        rows = _memory_rows(slots, sinks, window)
         check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")
         check_tensor("initial_state.values", initial_state.values, (B, rows, P), "(B, N, P)")
         check_tensor("initial_state.scores", initial_state.scores, (B, rows), "(B, N)")
