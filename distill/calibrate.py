@@ -29,7 +29,7 @@ from ..modeling import ZooHybridForCausalLM
 from .healing import heal
 from .least_squares import Moments, add_moments, ridge, scale_heads
 from .recipe import StudentSpec
-from .student import output_projection, student_mixer
+from .student import entering, output_projection, student_mixer
 from .teacher import Teacher
 
 # Candidates for a head's half-life, in tokens; with the last one the state hardly decays.
@@ -167,12 +167,12 @@ def fit_output_projections(
     moments: dict[int, Moments] = {}
 
     def on_layer(layer: int, normed_input: Tensor, attention_output: Tensor) -> None:
-        entering = _entering_out_proj(student, layer, normed_input).flatten(0, 1)
+        inputs = _entering_out_proj(student, layer, normed_input).flatten(0, 1)
         target = attention_output.flatten(0, 1).float()
         bias = projections[layer].bias
         if isinstance(bias, Tensor):
             target = target - bias.detach()
-        add_moments(moments, layer, Moments.of(entering, target))
+        add_moments(moments, layer, Moments.of(inputs, target))
 
     for batch in tqdm(windows.split(batch_size), desc="fit", unit="batch", disable=not progress, leave=False):
         ids = batch.to(teacher.model.device)
@@ -196,14 +196,11 @@ def _with(student: ZooHybridForCausalLM, layers: Sequence[int], ability: str) ->
 def _entering_out_proj(student: ZooHybridForCausalLM, layer: int, normed_input: Tensor) -> Tensor:
     """Return the (B, L, E) input of the mixer's output projection."""
     mixer = student_mixer(student, layer)
-    seen: list[Tensor] = []
-    projection = output_projection(student, layer)
-    handle = projection.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-    try:
-        mixer(normed_input.float(), student.backbone.sequence_of(normed_input))
-    finally:
-        handle.remove()
-    return seen[0]
+
+    def run(normed: Tensor) -> None:
+        mixer(normed.float(), student.backbone.sequence_of(normed))
+
+    return entering(output_projection(student, layer), run, [normed_input])[0]
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from ..conversion.formats.format import empty_model
 from ..modeling import ZooHybridForCausalLM
 from .gates import fit_gates
 from .least_squares import Moments, add_moments, cross_validated_ridge
-from .student import output_projection, student_mixer
+from .student import entering, output_projection, student_mixer
 from .teacher import Teacher
 
 # One window of so many is held out, and at least one.
@@ -81,8 +81,8 @@ def heal(
         block, other = student.backbone.layers[layer], original.layers[layer].to(theirs[0])
         if gates and layer in projections and hasattr(student_mixer(student, layer), "set_gates"):
             normed = [block.get_submodule("input_layernorm")(hidden) for hidden in mine]
-            outputs = _entering(projections[layer], partial(_mixed, block, student), mine)
-            targets = _entering(other.mixer.o_proj, partial(_mixed, other, student), theirs)
+            outputs = entering(projections[layer], partial(_mixed, block, student), mine)
+            targets = entering(other.mixer.o_proj, partial(_mixed, other, student), theirs)
             fit_gates(student_mixer(student, layer), normed, outputs, targets, len(fitted))
             del normed, outputs, targets
         _advance(theirs, partial(_mixed, other, student))
@@ -132,18 +132,6 @@ def _advance(streams: list[Tensor], half: Callable[[Tensor], Tensor]) -> None:
         streams[index] = hidden + half(hidden)
 
 
-def _entering(projection: nn.Module, half: Callable[[Tensor], Tensor], streams: list[Tensor]) -> list[Tensor]:
-    """Return what enters the projection with which half a block ends, for each batch of streams."""
-    entering: list[Tensor] = []
-    handle = projection.register_forward_pre_hook(lambda _module, args: entering.append(args[0]))
-    try:
-        for hidden in streams:
-            half(hidden)
-    finally:
-        handle.remove()
-    return entering
-
-
 def _solve(
     projection: nn.Module,
     half: Callable[[Tensor], Tensor],
@@ -163,8 +151,8 @@ def _solve(
         heads: number of heads whose scales are fitted, if any.
     """
     weight, bias = projection.get_parameter("weight"), projection.bias
-    entering, sums = _entering(projection, half, mine), dict[bool, Moments]()
-    for index, (inputs, hidden, wanted) in enumerate(zip(entering, mine, theirs, strict=True)):
+    batches, sums = entering(projection, half, mine), dict[bool, Moments]()
+    for index, (inputs, hidden, wanted) in enumerate(zip(batches, mine, theirs, strict=True)):
         target = wanted - hidden
         if isinstance(bias, Tensor):
             target = target - bias
@@ -172,5 +160,5 @@ def _solve(
         found = Moments.of((inputs * scale).flatten(0, 1), (target * scale).flatten(0, 1))
         add_moments(sums, index < fitted, found)
     weight.copy_(cross_validated_ridge(weight, sums[True], sums[False], heads))
-    for index, inputs in enumerate(entering):
+    for index, inputs in enumerate(batches):
         mine[index] = mine[index] + projection(inputs)

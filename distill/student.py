@@ -9,7 +9,7 @@ Symbols: D width, H heads, KV key and value heads, P head width.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,18 @@ def output_projection(student: ZooHybridForCausalLM, layer: int) -> nn.Linear:
         f"calibration must be 'none' for layer {layer}: its mixer, a {type(mixer).__name__}, has no output projection "
         "that could be fitted."
     )
+
+
+def entering(projection: nn.Module, run: Callable[[Tensor], object], inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Return what enters a layer of a module, for each of the inputs with which `run` runs the module."""
+    found: list[Tensor] = []
+    handle = projection.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+    try:
+        for each in inputs:
+            run(each)
+    finally:
+        handle.remove()
+    return found
 
 
 def set_slots(student: ZooHybridForCausalLM, slots: list[list[int]], decays: list[list[float]]) -> None:
