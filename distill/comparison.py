@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.by_position import evaluate_by_position
-from ..evaluation.continuations import compare_continuations
 from ..evaluation.decoding import LEAST_CONTEXT, measure_decoding
 from ..evaluation.key_value_recall import key_value_recall
-from ..evaluation.language_modeling import PASSAGE, repeat_loss
+from ..evaluation.language_modeling import PASSAGE, compare_continuations, repeat_loss
 from .recipe import EvaluationSpec
 
 # Windows of the loss by position, at most.
@@ -30,7 +29,7 @@ _TEACHER = "teacher"
 
 @dataclass
 class Comparison:
-    """What is compared.
+    """Models, texts and settings of a comparison.
 
     Attributes:
         models: teacher, control and student, by the kinds of their evaluations: "teacher", "control" and "stage".

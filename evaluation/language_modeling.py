@@ -7,7 +7,7 @@ the most likely tokens, and generated text.
 Symbols: B batch, L length, D width, V vocabulary, N windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .hidden_states import evaluating, head_input, head_of
 
-__all__ = ["evaluate_language_model", "generation_sample", "repeat_loss", "repeated_share"]
+__all__ = ["compare_continuations", "evaluate_language_model", "generation_sample", "repeat_loss", "repeated_share"]
 
 # Bound on the logits in memory at one time, the teacher's included. Full logits of SmolLM2 (V = 49,152) would take
 # several times 0.2 GB in float32 for every 1,024 tokens.
@@ -185,6 +185,40 @@ def generation_sample(
                 }
             )
     return samples
+
+
+def compare_continuations(
+    samples: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Compare continuations of the same prompts, token by token.
+
+    Continuations that part at one token usually differ from there on, so that the common beginning says more than the
+    share of equal tokens.
+
+    Args:
+        samples: continuations by a model, from `generation_sample`.
+        reference: those by its teacher, of the same prompts in the same order.
+
+    Returns:
+        "tokens" (number of tokens compared: those of the longer continuation of each prompt), "agreement" (share of
+        them, in [0, 1], that are equal at their place; 1 if there are none), "common_prefix" (mean number of equal
+        tokens at the beginning) and "repetition" (mean share of repeated 4-grams in the model's continuations).
+
+    Raises:
+        ValueError: if there is no prompt, or the prompts differ.
+    """
+    prompts, expected = ([sample["prompt"] for sample in each] for each in (samples, reference))
+    if not prompts or prompts != expected:
+        raise ValueError(f"`reference` must be continuations of the same prompts, {prompts}, got {expected}")
+    pairs = [(ours["tokens"], theirs["tokens"]) for ours, theirs in zip(samples, reference, strict=True)]
+    same = [[one == other for one, other in zip(*pair, strict=False)] for pair in pairs]
+    tokens = sum(max(map(len, pair)) for pair in pairs)
+    return {
+        "tokens": tokens,
+        "agreement": sum(map(sum, same)) / tokens if tokens else 1.0,
+        "common_prefix": sum([*equal, False].index(False) for equal in same) / len(same),
+        "repetition": sum(sample["repetition"] for sample in samples) / len(samples),
+    }
 
 
 def repeated_share(tokens: Sequence[int], n: int = 4) -> float:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ssm_zoo.evaluation.continuations import compare_continuations
+from ssm_zoo.evaluation.language_modeling import compare_continuations
 
 
 def samples(*texts: list[int], repetition: float = 0.0) -> list[dict[str, Any]]:

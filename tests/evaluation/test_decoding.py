@@ -1,4 +1,4 @@
-"""The speed of decoding, side by side: bytes counted by hand, caches that are lengthened, and what the rows say."""
+"""Speed of decoding of several models: bytes counted by hand, lengthened caches, and the fields of the rows."""
 
 from types import SimpleNamespace
 from typing import Any
