@@ -1,10 +1,8 @@
 """Find the model that a command loads: a folder, the result in the folder of a run, or a Hub id."""
 
 import os
-import re
 from pathlib import Path
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SECONDS = 60.0
 
 
@@ -14,10 +12,12 @@ def model_source(source: str) -> str:
     Raises:
         ValueError: if it is neither, or the folder of an unfinished run.
     """
+    from ..harness.provenance import HUB_ID
+
     folder = Path(source)
     if folder.is_dir():
         return str(model_folder(folder))
-    if not _HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         raise ValueError(f"there is no folder {source!r}, and a Hub id would be OWNER/NAME")
     limit_waiting()
     return source

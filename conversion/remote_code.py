@@ -6,7 +6,6 @@ Such code is neither run nor copied unless the user asks for it, by a flag and n
 tokenizers that transformers or this package knows need no such code, whatever the files name.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.utils.hub import cached_file
 
 from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which need no code of a source
 from ..harness.json_files import read_json, typed
+from ..harness.provenance import HUB_ID
 
 __all__ = ["check_remote_code", "reference_of"]
 
@@ -26,7 +26,6 @@ CAUSAL_LM = "AutoModelForCausalLM"
 
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _SENTENCE_TRANSFORMERS = "sentence_transformers."
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _of_model(source: _Source, auto_class: str, *, follow: bool) -> Iterator[_Br
             yield _BroughtCode("adapter_config.json", str(adapter.get("megatron_core")))
         base = adapter.get("base_model_name_or_path")
         if config is None and follow and isinstance(base, str) and base:
-            if not Path(base).is_dir() and not _HUB_ID.fullmatch(base):
+            if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
                 raise ValueError(
                     f"{source.field}: adapter_config.json of {source.place}: `base_model_name_or_path` must be the "
                     f"folder or Hub id of the base model, got {base!r}. Write it there, or train with --merge for a "

@@ -1,5 +1,6 @@
 """The origin of a teacher or a base model, for reports and model cards."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from .text_files import front_matter
 
 # Written last into a folder that was converted from a GGUF file; names that file.
 SOURCE_FILE = "gguf_source.json"
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""A name that may be a Hub id, with an owner or without."""
 _SECONDS = 20.0
 
 
