@@ -85,8 +85,9 @@ def circumstances(
 
 
 def nameable(argument: str) -> str:
-    """Return the argument, reduced to its last part if it is an absolute path (private to a machine)."""
-    return Path(argument).name if os.path.isabs(argument) else argument
+    """Return the argument, in which an absolute path, also after "NAME=", is its last part: folders are private."""
+    name, sign, value = argument.rpartition("=")
+    return f"{name}{sign}{Path(value).name}" if os.path.isabs(value) else argument
 
 
 def write_rows(rows: list[dict[str, object]], path: Path) -> None:

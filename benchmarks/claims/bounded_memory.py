@@ -1,4 +1,4 @@
-"""What each part of a bounded memory is worth before any training, at equal numbers of keys and values.
+"""Compare untrained students with a bounded memory, part by part, at equal numbers of keys and values.
 
 All attention layers keep 96 rows of keys and values per key-value head, on average over the heads:
 
@@ -6,7 +6,7 @@ All attention layers keep 96 rows of keys and values per key-value head, on aver
     equal     a window of 32, the first four tokens, and 60 slots for every head
     divided   the slots divided among the heads, by errors on ordinary text
     decays    and a decay of the scores for every head
-    recall    and errors on repeated passages: the recipe
+    recall    and errors on repeated passages: the recipe; "recall-0.1" and "recall-1" give these another weight
 
 Scored on WikiText-2's held-out text and on texts that nothing was chosen on: loss gap, KL and agreement in windows of
 several lengths, and the loss on a passage that was read 416 and 1,500 tokens before.
@@ -44,6 +44,8 @@ DIVISIONS: dict[str, dict[str, Any]] = {
     "divided": {"recall": 0.0, "decays": [1.0]},
     "decays": {"recall": 0.0},
     "recall": {},
+    "recall-0.1": {"recall": 0.1},
+    "recall-1": {"recall": 1.0},
 }
 
 

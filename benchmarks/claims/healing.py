@@ -1,4 +1,4 @@
-"""How near closed-form calibration alone brings a student to its teacher: none, single-pass ridge, sequential healing.
+"""Compare closed-form calibrations of a student that is not trained: none, single-pass ridge, sequential healing.
 
 Nothing is trained. Each arm builds a student, calibrates it on training windows of 256 tokens of WikiText-2 and is
 scored on held-out ones: loss gap, KL, agreement of the most likely token, and the loss on a passage read 416 tokens
@@ -13,18 +13,16 @@ The file is rewritten after each arm. `--resume FILE` continues it.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
-from circumstances import RESULTS, circumstances, positive
+from circumstances import RESULTS, positive
+from result_file import open_results
 
 from ssm_zoo.distill.calibrate import calibrate
 from ssm_zoo.distill.data import TokenWindows, read_texts, tokenize
@@ -76,13 +74,6 @@ def measure(teacher: Teacher, arm: dict[str, Any], train: TokenWindows, held_out
     }
 
 
-def write(document: dict[str, Any], path: Path) -> None:
-    """Write the file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("teacher", help="a folder or Hub id")
@@ -90,24 +81,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=positive, nargs="+", default=[8192, 32768], help="for the calibration")
     parser.add_argument("--windows", type=positive, default=24, help="held-out windows")
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for a new file")
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    now = datetime.now(UTC)
-    path = options.resume or RESULTS / f"healing-{now:%Y%m%dT%H%M%SZ}.json"
-    document = {"about": __doc__, **circumstances(now, "claims/healing.py", arguments), "rows": []}
-    if options.resume:
-        document = json.loads(path.read_text(encoding="utf-8"))
+    results = open_results(options, "claims/healing.py", arguments)
     teacher = load_teacher(options.teacher)
     train, held_out = (
         TokenWindows(tokenize(read_texts("builtin:wikitext2", split), teacher.tokenizer))
         for split in ("train", "heldout")
     )
     for arm in arms(options.students, options.tokens):
-        if not any(arm.items() <= row.items() for row in document["rows"]):
-            document["rows"].append({**arm, **measure(teacher, arm, train, held_out, options.windows)})
-            print(json.dumps(document["rows"][-1]), flush=True)
-            write(document, path)
+        if not results.find(arm):
+            print(results.add({**arm, **measure(teacher, arm, train, held_out, options.windows)}), flush=True)
 
 
 if __name__ == "__main__":
