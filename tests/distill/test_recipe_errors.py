@@ -333,7 +333,11 @@ def test_masked_mixing_has_weights_for_every_text() -> None:
         pytest.param("", "teacher_revision, gradient_checkpointing, report_to, got None", id="empty"),
         pytest.param("a: [", "is not valid YAML", id="not-yaml"),
         pytest.param("teacher: a\nteacher: b\n", "the key 'teacher' occurs twice", id="key-twice"),
-        pytest.param("preset: nope\n", "`preset` must be one of demo, mohawk, zoo, got 'nope'", id="unknown-preset"),
+        pytest.param(
+            "preset: nope\n",
+            "`preset` must be one of bounded_memory, demo, mohawk, zoo, got 'nope'",
+            id="unknown-preset",
+        ),
         pytest.param("preset: ../presets/mohawk\n", "zoo, got '../presets/mohawk'", id="preset-is-no-path"),
         pytest.param("preset: [mohawk]\n", "zoo, got ['mohawk']", id="preset-is-one"),
         pytest.param("teacher: !!python/object/apply:os.getcwd []\n", "is not valid YAML", id="no-python-objects"),
