@@ -107,6 +107,14 @@ def _distinct(low: int) -> Callable[[Any], list[int] | None]:
     return convert
 
 
+def _exact_heads(value: Any) -> list[tuple[int, int]] | None:
+    """Convert to ascending pairs of a layer and a key-value head."""
+    if not isinstance(value, list | tuple):
+        return None
+    pairs = [_pair(whole_number(0), ordered=False)(pair) for pair in value]
+    return None if None in pairs or len(set(pairs)) < len(pairs) else sorted(pairs)
+
+
 Text = Annotated[str, accept("a text that is not empty", _text)]
 Identifier = Annotated[str, accept("lower-case letters, digits and underscores", _identifier)]
 Sources = Annotated[str | list[str], accept("a path, 'builtin:NAME', or a list of them, not empty", _sources)]
@@ -129,6 +137,10 @@ Betas = Annotated[
     tuple[float, float], accept("two numbers from 0 to below 1", _pair(_number(0, 1, below=True), ordered=False))
 ]
 Layers = Annotated[list[int] | str, accept(LAYERS_ACCEPTED, layers)]
+ExactHeads = Annotated[
+    list[tuple[int, int]],
+    accept("a list of different pairs [layer, key-value head], both counted from 0", _exact_heads),
+]
 HalfLife = Annotated[
     Literal["calibrated"] | tuple[float, float],
     accept("'calibrated' or [shortest, longest] in tokens, above 0", _half_life),

@@ -39,6 +39,7 @@ from ..reports.markdown import MISSING, code, count, number, percent, seconds, s
 from ..reports.results import (
     EvaluationRow,
     evaluation_rows,
+    exact_heads,
     recovered_sentence,
     summary_sentence,
     verdicts,
@@ -149,8 +150,8 @@ def _markdown(report: Report, plots: Iterable[str]) -> str:
         "## Evaluations",
         "On the held-out text. *Mixers zeroed* is the student with the converted mixers' outputs set to zero: the "
         "floor. *Window + sinks* is the control that costs nothing: the teacher, whose converted layers see only the "
-        "last tokens and the first four, in a cache of as many bytes as the student's. *Step 0* is the student before "
-        "training. *Repeat loss* is the loss on a passage that was read before, at a distance "
+        f"last tokens and the first four, in a cache of as many bytes as the student's{_equal_at(report)}. *Step 0* is "
+        "the student before training. *Repeat loss* is the loss on a passage that was read before, at a distance "
         f"{_distance(report)}. Tokens and seconds are those of training, over all stages so far.",
         evaluations_table(report),
         images.get("heldout.png", ""),
@@ -230,6 +231,12 @@ def _mean(values: list[float | None]) -> str:
 def _distance(report: Report) -> str:
     distance = report.recipe.get("evaluation", {}).get("repeat_distance")
     return "beyond the window" if distance is None else f"of {count(distance)} tokens"
+
+
+def _equal_at(report: Report) -> str:
+    """Return when the caches of control and student have as many bytes, if the student's goes on growing."""
+    length = report.recipe.get("evaluation", {}).get("sequence_length")
+    return f" after {count(length)} tokens" if exact_heads(report) and isinstance(length, int) else ""
 
 
 def _sources(sources: list[str]) -> str:

@@ -50,11 +50,13 @@ def divide_slots(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Choose the slots and the decay of each key-value head, so that a head has `rows` rows on average.
 
+    Exact heads are left out: they get no slots, and the average is over the other heads of the converted layers.
+
     Args:
         teacher: in evaluation mode.
         layers: converted layers.
-        settings: window, sinks and chunk size of the student's memory.
-        rows: w + s + slots of a head, on average.
+        settings: window, sinks, chunk size and exact heads of the student's memory.
+        rows: w + s + slots of a head that is not exact, on average.
         windows: (N, L) int64 tokens of ordinary text; more slots than L are given to no head.
         recall: weight of the errors on repeated passages, at least 0; those on ordinary text have the weight 1.
         decays: candidates for a head's decay.
@@ -62,9 +64,14 @@ def divide_slots(
 
     Returns:
         The numbers of slots and the decays: a list for each of the teacher's layers with a number for each of its
-        key-value heads, empty for a layer that is not converted.
+        key-value heads, empty for a layer that is not converted. An exact head has 0 slots and the decay 1.
     """
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
+    slots = [[0] * heads if layer in layers else [] for layer in range(teacher.num_layers)]
+    chosen_decays = [[1.0] * len(numbers) for numbers in slots]
+    measured = [layer for layer in sorted(layers) if len(settings.exact_of(layer)) < heads]
+    if not measured:
+        return slots, chosen_decays
     candidates = [number for number in _CANDIDATES if number < windows.shape[1]]
     weights, texts = torch.ones(windows.shape), windows
     if recall:
@@ -72,17 +79,17 @@ def divide_slots(
         texts = torch.cat([windows, repeated])
         weights = torch.cat([weights, recall * scored / scored.mean(1, keepdim=True)])
     errors = slot_errors(
-        teacher, layers, settings, candidates, texts, weights / len(windows), decays=decays, progress=progress
+        teacher, measured, settings, candidates, texts, weights / len(windows), decays=decays, progress=progress
     )
     least, best = errors.flatten(0, 1).min(-1)
-    budget = (rows - settings.window - settings.sinks) * heads * len(layers)
-    chosen = allocate(least, candidates, budget)
-    numbers, which = iter(chosen), iter(int(best[head, candidates.index(number)]) for head, number in enumerate(chosen))
-    converted = [layer in layers for layer in range(teacher.num_layers)]
-    return (
-        [[next(numbers) for _ in range(heads * each)] for each in converted],
-        [[decays[next(which)] for _ in range(heads * each)] for each in converted],
-    )
+    places = [(layer, head) for layer in measured for head in range(heads)]
+    bounded = [index for index, (layer, head) in enumerate(places) if head not in settings.exact_of(layer)]
+    budget = (rows - settings.window - settings.sinks) * len(bounded)
+    for index, number in zip(bounded, allocate(least[bounded], candidates, budget), strict=True):
+        layer, head = places[index]
+        slots[layer][head] = number
+        chosen_decays[layer][head] = decays[int(best[index, candidates.index(number)])]
+    return slots, chosen_decays
 
 
 def repeat_passages(windows: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
         The student in float32, in evaluation mode, on the teacher's device.
 
     Raises:
-        ValueError: if the teacher's sizes do not fit the mixer.
+        ValueError: if the teacher's sizes do not fit the mixer, or an exact head is in no converted layer.
     """
     config = _student_config(teacher, spec, layers)
     with torch.random.fork_rng(devices=[]):
@@ -121,7 +121,8 @@ def build_control(
         teacher: the teacher.
         student: the student that it is compared with.
         layers: converted layers.
-        length: tokens after which both caches have as many bytes in these layers, on average and rounded down.
+        length: tokens after which both caches have as many bytes in these layers, on average and rounded down. Exact
+            heads of the student count with their `length` keys and values; after more tokens its cache is the larger.
 
     Returns:
         The teacher with attention to the last tokens and the first ones in `layers`.
@@ -183,6 +184,14 @@ def _student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) 
         if not 0 <= layer < teacher.num_layers:
             raise ValueError(f"layers must be from 0 to {teacher.num_layers - 1}, got {layer}.")
         mixers[layer] = spec.mixer
+    heads = int(teacher.zoo_config.num_key_value_heads or 0)
+    for layer, head in spec.exact_heads:
+        if layer not in layers or head >= heads:
+            converted = ", ".join(map(str, layers)) or "none"
+            raise ValueError(
+                f"student.exact_heads must be pairs of a converted layer (these are {converted}) and a key-value head "
+                f"from 0 to {heads - 1}, got [{layer}, {head}]. Remove it: other layers keep full attention anyway."
+            )
     replaced = _replacement(spec).keys(teacher.zoo_config, spec) if layers else {}
     values: dict[str, Any] = {**copy.deepcopy(teacher.zoo_config.to_dict()), "mixer_types": mixers, **replaced}
     if "full_attention" not in mixers:

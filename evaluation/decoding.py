@@ -58,12 +58,15 @@ def extend_cache(cache: Cache, tokens: int) -> None:
         state = vars(layer)
         if state.get("history") is not None or not state["is_initialized"]:
             raise ValueError(f"`cache` must hold keys and values or states in layer {index}, got {layer}")
-        keys = state.get("keys")
-        if keys is not None and keys.ndim == 4 and keys.shape[2]:  # (B, H, tokens, P); a bounded memory has (B, N, P)
+        for kind in ("", "exact_"):
+            keys = state.get(f"{kind}keys")
+            # Those of single tokens are (B, H, tokens, P); a bounded memory has (B, N, P).
+            if keys is None or keys.ndim != 4 or not keys.shape[2]:
+                continue
             column = torch.arange(tokens, device=keys.device) % keys.shape[2]
-            for name in ("keys", "values"):
+            for name in (f"{kind}keys", f"{kind}values"):
                 state[name] = torch.cat([state[name], state[name][:, :, column]], dim=2)
-            if state.get("positions") is not None:  # of a window
+            if not kind and state.get("positions") is not None:  # of a window
                 new = state["counts"][:, None] + torch.arange(tokens, device=keys.device)
                 state["positions"] = torch.cat([state["positions"], new], dim=1)
         if state.get("counts") is not None:

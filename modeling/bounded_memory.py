@@ -4,12 +4,17 @@ The projections, rotary positions and grouped key-value heads are those of atten
 tokens of its document and slots for earlier tokens that received much attention; `kernels/bounded_attention.py` defines
 which. An attention layer that is replaced by this one computes the same as long as its memory holds the whole text.
 
-Symbols: B batch, L new tokens, D width, H query heads, KV key-value heads, P head width, N rows of the memory.
+Chosen key-value heads may be exact: their queries see all tokens, and the cache of these heads grows by a key and a
+value per token.
+
+Symbols: B batch, L new tokens, D width, H query heads, KV key-value heads, P head width, N rows of the memory, E exact
+key-value heads, M columns of a row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -24,11 +29,12 @@ from ..kernels.tracing import tracing
 from .cache import ZooLayer, layer_of
 from .layers import GroupedAttention, rotate
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation, is_single_step
+from .softmax_attention import softmax_attention
 from .token_layout import Sequence
 
 
 class BoundedAttention(GroupedAttention):
-    """Softmax attention over a window, sinks and slots.
+    """Softmax attention over a window, sinks and slots; over all tokens in exact heads.
 
     Args:
         config: the model's.
@@ -38,9 +44,13 @@ class BoundedAttention(GroupedAttention):
 
     def __init__(self, config: Any, settings: "BoundedAttentionSettings", layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.settings = settings
         self.add_projections(config, config.attention_bias)
+        # By the names that transformers' attention functions look for.
+        self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
 
     def forward(
         self,
@@ -51,30 +61,65 @@ class BoundedAttention(GroupedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, H, L, past + L) attention matrix if asked for."""
         cache = layer_of(past_key_values, self.layer_idx)
-        q, k, v = self._projections(hidden_states, sequence)
-        options = self._options()
+        exact, bounded = self._heads()
+        qkv = self._projections(hidden_states, sequence)
+        outputs: list[tuple[list[int], Tensor]] = []
+        matrices: list[tuple[list[int], Tensor]] = []
+        for heads, attend in ((exact, self._attend_to_all), (bounded, self._attend_to_memory)):
+            if heads:
+                y, matrix = attend(heads, self._of(heads, qkv), sequence, cache, output_attentions)
+                outputs.append((heads, y))
+                if matrix is not None:
+                    matrices.append((heads, matrix))
+        if cache is not None:
+            cache.count(hidden_states.shape[1])
+        y = _in_order(outputs, dim=2)
+        return self.o_proj(y.flatten(2)), _in_order(matrices, dim=1) if output_attentions else None
+
+    def _attend_to_memory(
+        self, heads: list[int], qkv: tuple[Tensor, ...], sequence: Sequence, cache: Any, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (B, L, H', P) of the query heads of bounded heads, and their matrix if asked for."""
+        q, k, v = qkv
+        options = self._options(heads)
         started = cache.memory() if cache is not None else None
         memory = None if started is None else BoundedMemory(*started)
-        step = is_single_step(hidden_states, sequence, cache) and not (output_attentions or tracing())
-        if cache is not None and memory is not None and step:
-            y = bounded_attention_step(q[:, 0], k[:, 0], v[:, 0], memory, **options)[:, None]
-            cache.columns += 1
-            return self.o_proj(y.flatten(2)), None
+        step = is_single_step(q, sequence, cache) and not (output_attentions or tracing())
+        if memory is not None and step:
+            return bounded_attention_step(q[:, 0], k[:, 0], v[:, 0], memory, **options)[:, None], None
         options |= {"seq_idx": sequence.seq_idx, "initial_state": memory}
         y, memory = bounded_attention(q, k, v, **options)
-        attention = None
+        matrix = None
         if output_attentions:
-            attention = _over_columns(bounded_attention_matrix(q, k, v, **options), sequence)
+            matrix = _over_columns(bounded_attention_matrix(q, k, v, **options), sequence)
         if cache is not None:
-            cache.set_memory(memory, q.shape[1])
-        return self.o_proj(y.flatten(2)), attention
+            cache.set_memory(memory)
+        return y, matrix
+
+    def _attend_to_all(
+        self, heads: list[int], qkv: tuple[Tensor, ...], sequence: Sequence, cache: Any, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (B, L, H', P) of the query heads of exact heads, and their matrix if asked for."""
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return softmax_attention(self, q, k, v, sequence, output_attentions=output_attentions)
 
     @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) attention matrix of normed (B, L, D) hidden states, without the outputs."""
-        q, k, v = self._projections(hidden_states, sequence)
-        matrix = bounded_attention_matrix(q, k, v, **self._options(), seq_idx=sequence.seq_idx)
-        return _over_columns(matrix, sequence)
+        exact, bounded = self._heads()
+        qkv = self._projections(hidden_states, sequence)
+        matrices: list[tuple[list[int], Tensor]] = []
+        if exact:
+            matrix = self._attend_to_all(exact, self._of(exact, qkv), sequence, None, True)[1]
+            assert matrix is not None  # it was asked for
+            matrices.append((exact, matrix))
+        if bounded:
+            q, k, v = self._of(bounded, qkv)
+            matrix = bounded_attention_matrix(q, k, v, **self._options(bounded), seq_idx=sequence.seq_idx)
+            matrices.append((bounded, _over_columns(matrix, sequence)))
+        return _in_order(matrices, dim=1)
 
     def _projections(self, hidden_states: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, H, P) queries, and (B, L, KV, P) keys and values."""
@@ -86,38 +131,77 @@ class BoundedAttention(GroupedAttention):
         cos, sin = (table[:, :, None] for table in sequence.rotary)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def _options(self) -> dict[str, Any]:
+    def _heads(self) -> tuple[list[int], list[int]]:
+        """Return the numbers of the exact and of the other key-value heads."""
+        exact = self.settings.exact_of(self.layer_idx)
+        return exact, [head for head in range(self.num_kv_heads) if head not in exact]
+
+    def _of(self, heads: list[int], qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the queries, keys and values that belong to some key-value heads, in ascending order."""
+        if len(heads) == self.num_kv_heads:
+            return qkv
+        groups = [x.unflatten(2, (self.num_kv_heads, -1)).unbind(2) for x in qkv]
+        return tuple(torch.cat([group[head] for head in heads], dim=2) for group in groups)
+
+    def _options(self, heads: list[int]) -> dict[str, Any]:
         settings = self.settings
+        slots = settings.slots_of(self.layer_idx, self.num_kv_heads)
+        decays = settings.decays_of(self.layer_idx, self.num_kv_heads)
         return {
             "window": settings.window,
             "sinks": settings.sinks,
-            "slots": settings.slots_of(self.layer_idx, self.num_kv_heads),
+            "slots": [slots[head] for head in heads],
             "chunk_size": settings.chunk_size,
-            "decay": settings.decays_of(self.layer_idx),
+            "decay": [decays[head] for head in heads],
         }
 
 
 class BoundedLayer(ZooLayer):
-    """The memory of attention over a window and slots: keys and values (B, N, P) of the rows of all key-value heads,
-    their scores and positions (B, N)."""
+    """The memory of attention over a window and slots: keys and values (B, N, P) of the rows of all bounded heads,
+    their scores and positions (B, N). With exact heads also the keys and values (B, E, M, P) of all columns."""
 
     _layer_type = "zoo_bounded"
-    _tensors = ("keys", "values", "scores", "positions")
+    _memory = ("keys", "values", "scores", "positions")
+    _tensors = (*_memory, "exact_keys", "exact_values")
+
+    exact_keys: Tensor | None
+    exact_values: Tensor | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("BoundedLayer holds chosen keys and values, not all of them: use memory and set_memory")
 
     def memory(self) -> tuple[Tensor, ...] | None:
         """Return what :meth:`set_memory` has stored, None before the first token."""
-        tensors = [getattr(self, name) for name in self._tensors]
+        tensors = [getattr(self, name) for name in self._memory]
         return None if tensors[0] is None else tuple(tensors)
 
-    def set_memory(self, memory: tuple[Tensor, ...], tokens: int) -> None:
-        """Store keys, values, scores and positions after a forward over `tokens` more columns."""
-        for name, tensor in zip(self._tensors, memory, strict=True):
+    def set_memory(self, memory: tuple[Tensor, ...]) -> None:
+        """Store keys, values, scores and positions."""
+        for name, tensor in zip(self._memory, memory, strict=True):
             setattr(self, name, tensor)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the (B, E, L, P) keys and values of exact heads; return those of all columns."""
+        if self.exact_keys is not None and self.exact_values is not None:
+            keys = torch.cat([self.exact_keys, keys], dim=2)
+            values = torch.cat([self.exact_values, values], dim=2)
+        self.exact_keys, self.exact_values = keys, values
+        return keys, values
+
+    def count(self, tokens: int) -> None:
+        """Count `tokens` more columns, once all heads have read them."""
         self.columns += tokens
         self.is_initialized = True
+
+
+def _in_order(parts: list[tuple[list[int], Tensor]], dim: int) -> Tensor:
+    """Put the query heads of all groups, which are axis `dim` of the parts, into the order of their key-value heads."""
+    if len(parts) == 1:
+        return parts[0][1]
+    groups: dict[int, Tensor] = {}
+    for heads, tensor in parts:
+        groups.update(zip(heads, tensor.unflatten(dim, (len(heads), -1)).unbind(dim), strict=True))
+    return torch.cat([groups[head] for head in sorted(groups)], dim=dim)
 
 
 def _over_columns(matrix: Tensor, sequence: Sequence) -> Tensor:
@@ -143,10 +227,12 @@ class BoundedAttentionSettings(MixerSettings):
         window: w, length of the window; a query sees between `window - chunk_size + 1` and `window` tokens of it.
         sinks: first tokens of a document that are never evicted.
         slots: further tokens that each key-value head keeps; or for each block a list with a number for each of its
-            key-value heads (empty for a block with another mixer).
+            key-value heads (empty for a block with another mixer; 0 for an exact head).
         chunk_size: tokens after which the slots are chosen again; at most `window`.
         score_decay: factor per token on the attention that a token has received, by which slots are chosen; 1 keeps
             it all. Or for each block a list with a number for each of its key-value heads, as for `slots`.
+        exact: for each block a list of the key-value heads that see and keep all tokens, in ascending order; or an
+            empty list: none. Window, sinks, slots and decay have no effect on them.
     """
 
     window: int = 32
@@ -154,14 +240,19 @@ class BoundedAttentionSettings(MixerSettings):
     slots: int | list[list[int]] = 60
     chunk_size: int = 16
     score_decay: float | list[list[float]] = 1.0
+    exact: list[list[int]] = field(default_factory=list)
 
     def slots_of(self, layer_idx: int, heads: int) -> list[int]:
-        """The number of slots of each key-value head of a block."""
+        """Return the number of slots of each key-value head of a block."""
         return [self.slots] * heads if isinstance(self.slots, int) else self.slots[layer_idx]
 
-    def decays_of(self, layer_idx: int) -> float | list[float]:
-        """The decay of each key-value head of a block, or of all."""
-        return self.score_decay[layer_idx] if isinstance(self.score_decay, list) else self.score_decay
+    def decays_of(self, layer_idx: int, heads: int) -> list[float]:
+        """Return the decay of each key-value head of a block."""
+        return self.score_decay[layer_idx] if isinstance(self.score_decay, list) else [self.score_decay] * heads
+
+    def exact_of(self, layer_idx: int) -> list[int]:
+        """Return the exact key-value heads of a block."""
+        return self.exact[layer_idx] if self.exact else []
 
     def validate_memory(self) -> None:
         check_sizes(self, "chunk_size")
@@ -176,18 +267,27 @@ class BoundedAttentionSettings(MixerSettings):
     def check(self, config: Any) -> None:
         if isinstance(self.slots, int):
             check_sizes(self, "slots", least=0)
+        blocks = [config.num_key_value_heads if kind == "bounded_attention" else 0 for kind in config.mixer_types]
+        for name in ("slots", "score_decay", "exact"):
+            given = getattr(self, name)
+            if isinstance(given, list) and len(given) != len(blocks) and not (name == "exact" and not given):
+                raise ValueError(f"{name} must have a list for each of {len(blocks)} blocks, got {len(given)}")
         for name in ("slots", "score_decay"):
             given = getattr(self, name)
-            if not isinstance(given, list):
-                continue
-            if len(given) != config.num_hidden_layers:
-                raise ValueError(
-                    f"{name} must have a list for each of {config.num_hidden_layers} blocks, got {len(given)}"
-                )
-            for block, (kind, numbers) in enumerate(zip(config.mixer_types, given, strict=True)):
-                heads = config.num_key_value_heads if kind == "bounded_attention" else 0
+            for block, (heads, numbers) in enumerate(
+                zip(blocks, given, strict=True) if isinstance(given, list) else ()
+            ):
                 if len(numbers) != heads or any(number < 0 for number in numbers):
                     raise ValueError(f"{name}[{block}] must be {heads} numbers of at least 0, got {numbers}")
+        for block, exact in enumerate(self.exact):
+            if exact != [head for head in range(blocks[block]) if head in exact]:
+                accepted = f"different numbers from 0 to {blocks[block] - 1}, ascending" if blocks[block] else "empty"
+                raise ValueError(f"exact[{block}] must be {accepted}, got {exact}")
+            slots = self.slots[block] if isinstance(self.slots, list) else []
+            if slots and any(slots[head] for head in exact):
+                raise ValueError(
+                    f"slots[{block}] must be 0 for the exact heads {exact}, which keep all tokens, got {slots}"
+                )
 
 
 def _bounded_attention_keys(teacher: Any, spec: Any) -> dict[str, Any]:
@@ -196,8 +296,11 @@ def _bounded_attention_keys(teacher: Any, spec: Any) -> dict[str, Any]:
         raise ValueError(
             f"student.rows must be at least window + sinks ({spec.window} + {spec.sinks}), got {spec.rows}"
         )
-    names = ("window", "sinks", "chunk_size")
-    return {"bounded_attention": {"slots": slots} | {name: getattr(spec, name) for name in names}}
+    settings = {name: getattr(spec, name) for name in ("window", "sinks", "chunk_size")} | {"slots": slots}
+    if spec.exact_heads:
+        blocks = range(teacher.num_hidden_layers)
+        settings["exact"] = [sorted(head for layer, head in spec.exact_heads if layer == block) for block in blocks]
+    return {"bounded_attention": settings}
 
 
 BOUNDED_ATTENTION = TokenMixer(
@@ -207,7 +310,7 @@ BOUNDED_ATTENTION = TokenMixer(
     cache_layer="zoo_bounded",
     student=FromAttention(
         _bounded_attention_keys,
-        ("window", "sinks", "rows", "slots", "chunk_size", "calibration"),
+        ("window", "sinks", "rows", "slots", "chunk_size", "exact_heads", "calibration"),
         is_attention=True,
     ),
 )

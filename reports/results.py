@@ -112,6 +112,13 @@ def stage_setting(report: Report, stage: str, key: str) -> Any:
     return None
 
 
+def exact_heads(report: Report) -> int:
+    """Return the number of the student's key-value heads with full attention in layers with a bounded memory."""
+    student = report.recipe.get("student")
+    heads = student.get("exact_heads") if isinstance(student, dict) else None
+    return len(heads) if isinstance(heads, list) else 0
+
+
 def limits(report: Report) -> list[str]:
     """Return sentences on the limits of the results."""
     found = []
@@ -136,6 +143,10 @@ def limits(report: Report) -> list[str]:
             found.append(f"{text} Its loss was measured on texts of up to {count(bins[-1].end)}.")
         else:
             found.append(f"{text} Longer contexts were not tested.")
+    if exact := exact_heads(report):
+        found.append(
+            f"Its cache grows with the context: {count(exact)} key-value heads keep all tokens (`exact_heads`)."
+        )
     found.append(
         "It inherits the teacher's biases and mistakes. Nothing was done to remove them, and whatever alignment "
         "the teacher had may have weakened."

@@ -146,6 +146,17 @@ FAMILIES: dict[str, Family] = {
             "score_decay": [[1.0, 0.5], [], [0.9, 0.7]],
         },
     ),
+    "exact-heads": _hybrid(
+        "bounded_attention",
+        "bounded_attention",
+        bounded_attention={
+            "window": 5,
+            "sinks": 1,
+            "slots": [[3, 0], [0, 0]],
+            "chunk_size": 3,
+            "exact": [[1], [0, 1]],
+        },
+    ),
     "jamba": _hybrid(
         "mamba",
         "full_attention",
