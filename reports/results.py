@@ -144,9 +144,8 @@ def limits(report: Report) -> list[str]:
         else:
             found.append(f"{text} Longer contexts were not tested.")
     if exact := exact_heads(report):
-        found.append(
-            f"Its cache grows with the context: {count(exact)} key-value heads keep all tokens (`exact_heads`)."
-        )
+        keep = "head keeps" if exact == 1 else "heads keep"
+        found.append(f"Its cache grows with the context: {count(exact)} key-value {keep} all tokens (`exact_heads`).")
     found.append(
         "It inherits the teacher's biases and mistakes. Nothing was done to remove them, and whatever alignment "
         "the teacher had may have weakened."

@@ -249,6 +249,7 @@ def test_every_exported_statement_is_the_packages(folders: list[Path], index: in
         ("full-discrete", 18, 5000),
         ("sliding-discrete", 18, 5000),
         ("half-blocks", 18, 5000),
+        ("exact-heads", 15, 4000),
     ],
 )
 def test_a_checkpoint_carries_little_code(tmp_path: Path, name: str, files: int, lines: int) -> None:
@@ -258,7 +259,9 @@ def test_a_checkpoint_carries_little_code(tmp_path: Path, name: str, files: int,
     assert sum(len(path.read_text().splitlines()) for path in code) <= lines
 
 
-@pytest.mark.parametrize("name", ["discrete", "mamba2-full", "jamba", "selective-mamba2", "hybrid-mixers"])
+@pytest.mark.parametrize(
+    "name", ["discrete", "mamba2-full", "jamba", "exact-heads", "selective-mamba2", "hybrid-mixers"]
+)
 def test_a_hybrid_without_the_other_mixers_code_computes_the_same(tmp_path: Path, name: str) -> None:
     make_model(name).save_pretrained(tmp_path)
     assert verify_export(tmp_path)["bit_equal"]

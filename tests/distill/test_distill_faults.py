@@ -133,7 +133,10 @@ def test_a_run_that_does_not_say_what_it_began_with_is_refused() -> None:
 
 
 # What versions before bounded attention did not record.
-NEWER = {"student": ("window", "sinks", "rows", "slots", "chunk_size"), "evaluation": ("repeat_distance",)}
+NEWER = {
+    "student": ("window", "sinks", "rows", "slots", "chunk_size", "exact_heads"),
+    "evaluation": ("repeat_distance",),
+}
 
 
 @pytest.mark.parametrize("left", ["nothing", "a checkpoint"])

@@ -200,6 +200,7 @@ def test_every_preset_is_whole_but_for_teacher_and_texts(name: str) -> None:
         pytest.param(["teacher='no'", "data.train='2024-01-01'", "data.heldout=['~', 'ä: #']"], id="texts-like-yaml"),
         pytest.param(["student.layers=[3, 1]", "student.half_life=[0.5, 1e3]", "student.rotary=yes"], id="student"),
         pytest.param(["student.mixer=sliding_attention"], id="other-mixer"),
+        pytest.param(["student.mixer=bounded_attention", "student.exact_heads=[[5, 1], [1, 0]]"], id="exact-heads"),
         pytest.param(["stages.0.schedule=constant", "stages.0.learning_rate=1e-7"], id="constant"),
         pytest.param(["evaluation.prompts=['a\\nb', '']", "dtype=bfloat16"], id="prompts"),
         pytest.param(["evaluation.final=false"], id="no-comparison"),

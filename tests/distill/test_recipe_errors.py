@@ -147,6 +147,18 @@ REFUSED = [
     pytest.param(
         ["student.layers=every:0"], ["`student.layers` must be a list of distinct", ", got 'every:0'"], id="layers"
     ),
+    pytest.param(
+        ["student.exact_heads=[[1, 0], [1, 0]]"],
+        ["`student.exact_heads` must be a list of different pairs [layer, key-value head]", ", got [[1, 0], [1, 0]]"],
+        id="exact-head-twice",
+    ),
+    pytest.param(
+        ["student.exact_heads=[[1, 0]]"],
+        ["`student.exact_heads` has no effect with mixer 'discrete_mamba2', only with mixer 'bounded_attention'"],
+        id="exact-heads-of-a-state-space-layer",
+    ),
+    pytest.param(["student.exact_heads=[3]"], ["`student.exact_heads` must be", ", got [3]"], id="exact-layer"),
+    pytest.param(["student.exact_heads=[[1, -1]]"], ["`student.exact_heads` must be"], id="exact-negative"),
     pytest.param(["student.layers=[1, 1]"], ["`student.layers` must be", ", got [1, 1]"], id="layers-twice"),
     pytest.param(["data.train=[]"], ["`data.train` must be a path, 'builtin:NAME'", ", got []"], id="no-text"),
     pytest.param(["data.train=[a, 3]"], ["`data.train` must be", ", got ['a', 3]"], id="number-for-path"),

@@ -86,11 +86,27 @@ def test_the_division_stays_within_its_rows() -> None:
     assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * heads * 2
 
 
+def test_exact_heads_get_no_slots_and_do_not_count() -> None:
+    teacher = Teacher(trained_teacher())
+    heads = int(teacher.zoo_config.num_key_value_heads or 0)
+    every, others = list(range(heads)), [[]] * (teacher.num_layers - 3)
+
+    def divided(exact: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+        settings = BoundedAttentionSettings(window=4, sinks=1, slots=0, chunk_size=2, exact=exact)
+        return divide_slots(teacher, [2, 0], settings, 14, WINDOWS, progress=False)
+
+    slots, decays = divided([[1], [], every, *others])
+    assert slots == [[8, 0], [], [0, 0], *others]  # out of 14 - 4 - 1 for one head, not for four
+    assert decays[0][1] == 1.0 and decays[1:] == [[], [1.0, 1.0], *others]
+    assert divided([every, [], every, *others])[0] == [[0, 0], [], [0, 0], *others]
+
+
 def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> None:
     save_teacher(tmp_path / "teacher", trained_teacher())
     for name, sentences in (("train", 300), ("heldout", 40)):
         (tmp_path / f"{name}.txt").write_text(small_text(sentences, seed=sentences), encoding="utf-8")
     student_of = {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}
+    student_of["exact_heads"] = [[3, 0]]
     stage = {"name": "logits", "objective": "logit_distillation", "tokens": 256, "batch_size": 2}
     recipe = parse_recipe(
         {
@@ -113,10 +129,14 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
     assert [len(numbers) for numbers in memory["score_decay"]] == [len(numbers) for numbers in slots]
     heads = int(trained_teacher().config.num_key_value_heads)
     assert [len(numbers) for numbers in slots] == [0, heads, 0, heads]
-    assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * 2 * heads
+    assert memory["exact"] == [[], [], [], [0]] and slots[3][0] == 0
+    assert 0 < sum(map(sum, slots)) <= (12 - 4 - 1) * (2 * heads - 1)
     assert len({number for numbers in slots for number in numbers}) > 1
     assert [kind for kind, *_ in first] == ["teacher", "zeroed", "control", "start", "stage"]
     assert [repeat is None for *_, repeat in first] == [False, True, False, False, False]
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "in a cache of as many bytes as the student's after 32 tokens." in text
+    assert "Its cache grows with the context: 1 key-value head keeps all tokens (`exact_heads`)." in text
     shutil.rmtree(folder / "student")
     assert scores(distill(recipe, folder)) == first
     assert json.loads(config.read_text())["bounded_attention"] == memory
@@ -137,3 +157,19 @@ def test_the_control_has_as_many_bytes_as_the_student() -> None:
     assert settings.slots == 0 and settings.window + settings.sinks == cache_bytes(student, [1], 64) // row
     scores_of_rows = 4 * heads * (settings.window + settings.sinks)
     assert cache_bytes(control, [1], 64) - scores_of_rows == row * (settings.window + settings.sinks)
+
+
+def test_the_control_has_as_many_bytes_as_a_student_with_exact_heads_at_its_length() -> None:
+    teacher = Teacher(trained_teacher())
+    memory = StudentSpec(
+        mixer="bounded_attention", window=4, chunk_size=2, sinks=1, rows=8, slots="equal", exact_heads=[(1, 0)]
+    )
+    student = build_student(teacher, memory, [0, 1])
+    row = 2 * 4 * int(teacher.zoo_config.head_dim or 0)
+    heads = int(teacher.zoo_config.num_key_value_heads or 0)
+    bounded = (2 * heads - 1) * 8 * (row + 4)  # with the scores of the rows
+    for length in (20, 64):
+        assert cache_bytes(student, [0, 1], length) == bounded + length * row
+        settings = build_control(teacher, student, [0, 1], length).config.settings_of("bounded_attention")
+        assert settings.exact == [] and settings.slots == 0
+        assert settings.window + settings.sinks == (bounded + length * row) // (2 * heads * row)

@@ -275,6 +275,31 @@ def test_sliding_attention_is_the_teacher_within_its_window() -> None:
     assert difference[window + 1 :].min() > 1e-4
 
 
+def test_a_student_of_exact_heads_is_its_teacher() -> None:
+    """Also beyond the window; with one head that forgets it is not."""
+    teacher = make_teacher()
+    every = [(layer, head) for layer in (0, 2) for head in range(KEY_HEADS)]
+    memory = {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 5, "slots": "equal"}
+    student = build_student(Teacher(teacher), StudentSpec(**memory, exact_heads=every), [0, 2])
+    assert student.config.bounded_attention["exact"] == [[0, 1], [], [0, 1], []]
+    ids = draw_ids(2, 40)
+    assert gap(student, teacher, ids) < 1e-5
+    assert torch.equal(*(each.generate(ids, max_new_tokens=4, do_sample=False) for each in (student, teacher)))
+    partial = build_student(Teacher(teacher), StudentSpec(**memory, exact_heads=every[1:]), [0, 2])
+    assert gap(partial, teacher, ids) > 1e-3
+
+
+@pytest.mark.parametrize(("layers", "pair"), [([0, 2], (1, 0)), ([0], (0, KEY_HEADS)), ([0], (9, 0))])
+def test_exact_heads_outside_of_the_converted_layers_are_refused(layers: list[int], pair: tuple[int, int]) -> None:
+    chosen = StudentSpec(mixer="bounded_attention", exact_heads=[(0, 1), pair])
+    names = ", ".join(map(str, layers))
+    message = (
+        rf"student\.exact_heads must be .* \(these are {names}\) .* from 0 to 1, got \[{pair[0]}, {pair[1]}\]\. Rem"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_student(Teacher(make_teacher()), chosen, layers)
+
+
 @pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2"])
 def test_without_copied_projections_a_mixer_is_random_and_seeded(mixer: str) -> None:
     teacher = make_teacher()

@@ -15,7 +15,7 @@ from ssm_zoo.evaluation.decoding import extend_cache, held_bytes, measure_decodi
 from ssm_zoo.modeling.cache import CACHE_FIELD
 
 # Mixers of every kind of cache that a student may have, and rows of keys and values that a block holds at most.
-STUDENTS = ["full-discrete", "mamba2-full", "bounded-attention", "all-four", "convolved-attention"]
+STUDENTS = ["full-discrete", "mamba2-full", "bounded-attention", "exact-heads", "all-four", "convolved-attention"]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ssm_zoo.modeling import softmax_attention
 LENGTHS = [7, 1, 4, 9]
 ROWS = len(LENGTHS)
 WITH_ATTENTION = ["full-discrete", "sliding-discrete", "convolved-attention", "half-blocks", "mixer-parallel"]
+WITH_ATTENTION += ["exact-heads"]
 
 
 def attend_by_documents(

@@ -154,9 +154,14 @@ def test_the_matrix_is_causal_and_keeps_documents_and_padding_apart(model: Any, 
             settings = mixer.settings
             places = torch.tensor([int(allowed[t, :t].sum()) for t in range(LENGTH)])[real]
             capacity = torch.tensor(settings.slots_of(mixer.layer_idx, mixer.num_kv_heads)) + settings.sinks
-            most = capacity.repeat_interleave(mixer.num_heads // mixer.num_kv_heads) + settings.window
+            most = capacity + settings.window
+            most[settings.exact_of(mixer.layer_idx)] = LENGTH
+            members = mixer.num_heads // mixer.num_kv_heads
+            most = most.repeat_interleave(members)
             assert (seen <= reachable[real]).all()
             assert (seen.sum(-1) <= most[:, None]).all()
+            for head in settings.exact_of(mixer.layer_idx):
+                assert (seen[head * members : (head + 1) * members] == reachable[real]).all()
             assert (seen.sum(-1) == places + 1)[:, places < settings.window - settings.chunk_size + 1].all()
             continue
         assert (seen == reachable[real]).all()
@@ -213,7 +218,7 @@ def test_decays_are_those_of_the_matrix(model: Any) -> None:
         torch.testing.assert_close(below, log_decay[:, 1:].exp(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["full-discrete", "sliding-discrete", "all-four"])
+@pytest.mark.parametrize("name", ["full-discrete", "sliding-discrete", "all-four", "exact-heads"])
 @pytest.mark.parametrize("arguments", INPUTS)
 def test_eager_attention_is_sdpa(name: str, arguments: dict[str, Tensor]) -> None:
     model, eager = make_model(name), make_model(name, attn_implementation="eager")
