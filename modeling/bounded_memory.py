@@ -268,16 +268,15 @@ class BoundedAttentionSettings(MixerSettings):
         if isinstance(self.slots, int):
             check_sizes(self, "slots", least=0)
         blocks = [config.num_key_value_heads if kind == "bounded_attention" else 0 for kind in config.mixer_types]
-        for name in ("slots", "score_decay", "exact"):
-            given = getattr(self, name)
-            if isinstance(given, list) and len(given) != len(blocks) and not (name == "exact" and not given):
+        lists = {name: getattr(self, name) for name in ("slots", "score_decay", "exact")}
+        lists = {name: given for name, given in lists.items() if isinstance(given, list)}
+        if not self.exact:
+            del lists["exact"]
+        for name, given in lists.items():
+            if len(given) != len(blocks):
                 raise ValueError(f"{name} must have a list for each of {len(blocks)} blocks, got {len(given)}")
-        for name in ("slots", "score_decay"):
-            given = getattr(self, name)
-            for block, (heads, numbers) in enumerate(
-                zip(blocks, given, strict=True) if isinstance(given, list) else ()
-            ):
-                if len(numbers) != heads or any(number < 0 for number in numbers):
+            for block, (heads, numbers) in enumerate(zip(blocks, given, strict=True)):
+                if name != "exact" and (len(numbers) != heads or any(number < 0 for number in numbers)):
                     raise ValueError(f"{name}[{block}] must be {heads} numbers of at least 0, got {numbers}")
         for block, exact in enumerate(self.exact):
             if exact != [head for head in range(blocks[block]) if head in exact]:

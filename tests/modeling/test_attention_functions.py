@@ -20,7 +20,6 @@ from ssm_zoo.modeling import softmax_attention
 LENGTHS = [7, 1, 4, 9]
 ROWS = len(LENGTHS)
 WITH_ATTENTION = ["full-discrete", "sliding-discrete", "convolved-attention", "half-blocks", "mixer-parallel"]
-WITH_ATTENTION += ["exact-heads"]
 
 
 def attend_by_documents(
@@ -121,6 +120,14 @@ def test_every_implementation_computes_what_sdpa_does(
     expected = logits_of(model, way)
     use(model, implementation)
     torch.testing.assert_close(logits_of(model, way), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flash_attention_2", "flex_attention"])
+def test_every_implementation_computes_exact_heads(implementation: str, use: Callable[[Any, str], None]) -> None:
+    model = make_model("exact-heads")
+    expected = logits_of(model, "packed")
+    use(model, implementation)
+    torch.testing.assert_close(logits_of(model, "packed"), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2", "flex_attention"])
