@@ -1,6 +1,6 @@
-"""The demonstration that `make demo` runs, from a real Transformer to a hybrid that loads anywhere.
+"""The demonstration that `make demo` runs: a Transformer becomes a student with a bounded cache that loads anywhere.
 
-    fetch a teacher -> distil half of its attention layers into Mamba-2 -> push -> load without ssm-zoo -> generate
+    fetch a teacher -> distil all its attention layers into a bounded memory -> push -> load without ssm-zoo -> generate
 
 Each step is a command of `ssm-zoo` in its own process. Without a token or an endpoint, a stand-in for the Hub runs on
 this machine.
@@ -80,13 +80,13 @@ def demo(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the teacher of the wheel.")] = None,
     repo: Annotated[str, typer.Option(help="Repository to push to, in the name space of the login.")] = (
-        "SmolLM2-135M-Mamba2-hybrid"
+        "SmolLM2-135M-bounded-memory"
     ),
     hub_stand_in: Annotated[
         Path | None, typer.Option(help="Script that serves a Hub on this machine if there is no token or endpoint.")
     ] = None,
 ) -> None:
-    """Distil a small Transformer into a Mamba-2 hybrid, push it, and load it back without this package."""
+    """Distil a small Transformer into a student with a bounded cache, push it, and load it without this package."""
     started = time.monotonic()
     from ..distill.fetch import check_place
     from ..distill.report import print_table
@@ -111,8 +111,7 @@ def demo(
             console.rule("teacher")
             teacher = str(demo_teacher(folder))
         console.rule("distil")
-        settings = [f"teacher={teacher}", f"dtype={_compute_dtype()}"]
-        _command("distill", "demo", str(output), *(part for setting in settings for part in ("--set", setting)))
+        _command("distill", "demo", str(output), "--set", f"teacher={teacher}")
         report = read_report(output)
 
         console.rule("push")
@@ -158,16 +157,6 @@ def demo_teacher(cache: Path | None = None) -> Path:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ssm-zoo"
-
-
-def _compute_dtype() -> str:
-    """Return bfloat16 if this machine multiplies it natively (a third of the time), otherwise float32."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
 def _command(*arguments: str, environment: dict[str, str] | None = None) -> None:

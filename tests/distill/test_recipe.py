@@ -136,12 +136,12 @@ GIVEN = ["teacher=t", "data.train=a", "data.heldout=b"]
 
 def test_values_of_a_preset_without_effect_under_the_users_values_are_left_out(tmp_path: Path) -> None:
     said: list[str] = []
-    windowed = load_recipe("zoo", [*GIVEN, "student.mixer=sliding_attention"], said.append)
+    windowed = load_recipe("mamba2_hybrid", [*GIVEN, "student.mixer=sliding_attention"], said.append)
     assert windowed.student == StudentSpec(
         layers="odd", mixer="sliding_attention", calibration="ridge", calibration_tokens=16384
     )
     assert said == [
-        "preset zoo: left out student.feature_map, student.normalize, student.rotary, "
+        "preset mamba2_hybrid: left out student.feature_map, student.normalize, student.rotary, "
         "student.half_life, which have no effect with the other values given"
     ]
     own = "preset: mohawk\nteacher: t\ndata: {train: a, heldout: b}\nstudent: {mixer: masked_mixing, positions: 2048}\n"
@@ -160,8 +160,8 @@ def test_a_users_value_without_effect_is_refused_under_a_preset_too(tmp_path: Pa
     other = "student.mixer=mamba2"
     for wrong in ("student.rotary=true", "student={mixer: mamba2, rotary: true}", "stages.0.kl=reverse"):
         with pytest.raises(ValueError, match=r"`(student.rotary|stages.0.kl)` has no effect with"):
-            load_recipe("zoo", [*GIVEN, other, wrong], list[str]().append)
-    own = "preset: zoo\nteacher: t\ndata: {train: a, heldout: b}\nstudent: {mixer: mamba2, normalize: true}\n"
+            load_recipe("mamba2_hybrid", [*GIVEN, other, wrong], list[str]().append)
+    own = "preset: mamba2_hybrid\nteacher: t\ndata: {train: a, heldout: b}\nstudent: {mixer: mamba2, normalize: true}\n"
     with pytest.raises(ValueError, match=r"`student\.normalize` has no effect with mixer 'mamba2'"):
         load_recipe(write(tmp_path, own))
 
