@@ -134,6 +134,41 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         )
 
 
+def derived_seed(*numbers: int) -> int:
+    """Return a seed that depends on all numbers.
+
+    It is a hash, because seeds that differ by one can start similar streams in simple generators.
+    """
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def repeat_a_passage(window: Tensor, seed: int) -> Tensor:
+    """Return a window in which a passage stands twice: part of the text is overwritten by an earlier part.
+
+    The passage has between 1/32 and 1/8 of the window's tokens. Its place and that of the repetition, behind it, are
+    drawn from all that fit. Windows of fewer than 8 tokens have no room and remain as they are.
+
+    Args:
+        window: (L) int64 tokens.
+        seed: seed of length and places.
+    """
+    length = len(window)
+    if length < 8:
+        return window
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    tokens = draw(max(length // 32, 1), length // 8)
+    start = draw(0, length - 2 * tokens)
+    place = draw(start + tokens, length - tokens)
+    window = window.clone()
+    window[place : place + tokens] = window[start : start + tokens]
+    return window
+
+
 class TokenWindows:
     """A row of token ids that is read in windows.
 
@@ -208,9 +243,7 @@ class TokenWindows:
         """Return the (W,) order of the windows in an epoch. The last one is cached."""
         key = (count, epoch, seed)
         if self._permutation is None or self._permutation[0] != key:
-            # A hash, because seeds that differ by one can start similar streams in simple generators.
-            digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
             self._permutation = (key, torch.randperm(count, generator=generator))
         return self._permutation[1]
 

@@ -18,7 +18,7 @@ from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
 from ..training.trainer import CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
-from .data import TokenWindows
+from .data import TokenWindows, derived_seed, repeat_a_passage
 from .healing import healed_parameters
 from .objectives import objective
 from .recipe import Recipe, StageSpec
@@ -90,7 +90,11 @@ class StageWindows(Dataset[dict[str, Tensor]]):
         # Number of steps of this stage's size that cover the tokens read by the stages before it.
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
-        return {"input_ids": self.windows.window(position, stage.sequence_length, self.seed)}
+        window = self.windows.window(position, stage.sequence_length, self.seed)
+        # The k-th window has a repetition if the share of windows before it falls behind.
+        if int((item + 1) * stage.repeats) > int(item * stage.repeats):
+            window = repeat_a_passage(window, derived_seed(self.seed, self.index, item))
+        return {"input_ids": window}
 
 
 class Distiller(ZooTrainer):

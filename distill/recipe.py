@@ -151,6 +151,8 @@ class StageSpec(SettingsBase):
         tokens: number of tokens that the stage reads, rounded up to a whole step.
         sequence_length: L, tokens per sequence.
         batch_size: sequences per optimiser step, over all processes.
+        repeats: share of the sequences in which a passage is repeated, to train recall: between 1/32 and 1/8 of the
+            sequence is overwritten by an earlier part of it.
         learning_rate: peak learning rate of the mixers.
         other_learning_rate: peak learning rate of the other weights; None: the same.
         schedule: learning rate after the warm-up: "cosine", "wsd" (stable, then linear decay) or "constant".
@@ -173,6 +175,7 @@ class StageSpec(SettingsBase):
     tokens: Count
     sequence_length: Length = 256
     batch_size: Count
+    repeats: Share = 0.0
     learning_rate: Positive
     other_learning_rate: Positive | None = None
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

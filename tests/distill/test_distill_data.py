@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ssm_zoo.distill import data
-from ssm_zoo.distill.data import TokenWindows, check_vocabulary, read_texts, tokenize
+from ssm_zoo.distill.data import TokenWindows, check_vocabulary, read_texts, repeat_a_passage, tokenize
 from ssm_zoo.distill.distiller import StageWindows
 from ssm_zoo.distill.recipe import StageSpec
 
@@ -301,3 +301,37 @@ def test_processes_share_a_batch_of_a_stage() -> None:
             read = [rows[item]["input_ids"] for share in shares for item in share[step]]
             # The stage before it has read three steps.
             assert torch.equal(torch.stack(read), windows.batch(3 + step, 6, 5, seed=0))
+
+
+@pytest.mark.parametrize("length", [8, 9, 100, 2048])
+def test_a_repeated_passage_stands_twice_and_the_rest_remains(length: int) -> None:
+    window = torch.arange(length)
+    places = set()
+    for seed in range(200):
+        found = repeat_a_passage(window, seed)
+        place, tokens = int((found != window).nonzero()[0]), int((found != window).sum())
+        start = int(found[place])
+        assert max(length // 32, 1) <= tokens <= length // 8 and start + tokens <= place
+        assert torch.equal(found[place : place + tokens], window[start : start + tokens])
+        assert torch.equal(torch.cat([found[:place], window[place : place + tokens], found[place + tokens :]]), window)
+        places.add((start, place))
+    assert len(places) > min(length, 100) // 4  # drawn, not fixed
+    assert torch.equal(window, torch.arange(length))
+    assert torch.equal(repeat_a_passage(window, 3), repeat_a_passage(window, 3))
+
+
+def test_a_window_without_room_for_a_repetition_remains() -> None:
+    assert torch.equal(repeat_a_passage(torch.arange(7), 0), torch.arange(7))
+
+
+def test_a_stage_repeats_passages_in_its_share_of_the_sequences() -> None:
+    windows = TokenWindows(torch.arange(6400))
+    common = {"name": "a", "objective": "logit_distillation", "batch_size": 2, "sequence_length": 64, "tokens": 6400}
+    for share, expected in ((0.0, 0), (0.25, 25), (1.0, 100)):
+        stage = StageSpec(**common, learning_rate=1.0, repeats=share)
+        rows = StageWindows(windows, [stage], 0, seed=0)
+        plain = StageWindows(windows, [StageSpec(**common, learning_rate=1.0)], 0, seed=0)
+        changed = [not torch.equal(rows[item]["input_ids"], plain[item]["input_ids"]) for item in range(100)]
+        assert sum(changed) == expected
+        if expected == 25:  # spread evenly
+            assert all(sum(changed[start : start + 4]) == 1 for start in range(0, 100, 4))
