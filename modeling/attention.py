@@ -39,9 +39,6 @@ class Attention(GroupedAttention):
         # Where the block has another mixer too, one layer of the cache serves both, and never leaves the device.
         self.stays = window is None and config.layer_types[layer_idx] != "full_attention"
         self.add_projections(config, config.attention_bias)
-        # By the names that transformers' attention functions look for.
-        self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
-        self.scaling, self.is_causal = self.head_dim**-0.5, True
         self.conv1d = None
         if conv_kernel:
             assert window is None

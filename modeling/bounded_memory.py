@@ -48,9 +48,6 @@ class BoundedAttention(GroupedAttention):
         self.layer_idx = layer_idx
         self.settings = settings
         self.add_projections(config, config.attention_bias)
-        # By the names that transformers' attention functions look for.
-        self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
-        self.scaling, self.is_causal = self.head_dim**-0.5, True
 
     def forward(
         self,

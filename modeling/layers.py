@@ -191,6 +191,9 @@ class GroupedAttention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        # By the names that transformers' attention functions look for.
+        self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
+        self.scaling, self.is_causal = self.head_dim**-0.5, True
 
 
 def init_short_convolution(convolution: ShortConvolution) -> None:
