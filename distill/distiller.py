@@ -91,7 +91,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
         window = self.windows.window(position, stage.sequence_length, self.seed)
-        # The k-th window has a repetition if the share of windows before it falls behind.
+        # Spread evenly: the whole part of item * share grows by one in each window with a repetition.
         if int((item + 1) * stage.repeats) > int(item * stage.repeats):
             window = repeat_a_passage(window, derived_seed(self.seed, self.index, item))
         return {"input_ids": window}
