@@ -129,6 +129,7 @@ class DataSpec(SettingsBase):
 # Fields of a stage that have an effect only with some values of another field. With other values they are refused, and
 # `as_mapping` leaves them out.
 MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
+    "matrix_norm": ("objective", ("matrix_orientation",)),
     "target": ("objective", ("hidden_state_alignment",)),
     "refit": ("objective", ("matrix_orientation", "hidden_state_alignment")),
     "kl": ("objective", ("logit_distillation",)),
@@ -138,6 +139,10 @@ MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
     "decay": ("schedule", ("wsd",)),
     "final_learning_rate_ratio": ("schedule", ("cosine", "wsd")),
 }
+
+
+# Fields of a stage that earlier versions did not have.
+_LATER_FIELDS = ("matrix_norm",)
 
 
 class StageSpec(SettingsBase):
@@ -162,6 +167,8 @@ class StageSpec(SettingsBase):
         weight_decay: decoupled weight decay.
         betas: betas of AdamW.
         max_grad_norm: maximum norm of the gradient; with a layer-wise objective, of each layer's gradient.
+        matrix_norm: norm of the matrix error: "frobenius"; "relative" to the attention matrix, with which all heads
+            have the same weight; or "rows", relative for each row, with which all rows have the same weight.
         target: outputs that alignment compares, those of the mixer or of the whole block.
         refit: closed-form fit after the stage; values as for `student.calibration`.
         kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
@@ -185,6 +192,7 @@ class StageSpec(SettingsBase):
     weight_decay: NonNegative = 0.0
     betas: Betas = (0.9, 0.95)
     max_grad_norm: Positive = 1.0
+    matrix_norm: Literal["frobenius", "relative", "rows"] = "frobenius"
     target: Literal["mixer_output", "block_output"] = "mixer_output"
     refit: Literal["none", "head_scale", "ridge", "sequential"] = "none"
     kl: Literal["forward", "reverse"] = "forward"
@@ -427,7 +435,8 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
         if not recipe.evaluation.differs(field):
             del values["evaluation"][field]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
-        for field in stage.meaningless:
+        unused = {field for field in _LATER_FIELDS if mapping[field] == StageSpec.model_fields[field].default}
+        for field in stage.meaningless | unused:
             del mapping[field]
     return values
 

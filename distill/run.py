@@ -43,7 +43,8 @@ from .comparison import Comparison, compare
 from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .fetch import teacher_commit
-from .objectives import LOSS_NAMES, layer_errors
+from .layer_errors import layer_errors
+from .objectives import loss_name
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
@@ -452,7 +453,7 @@ def _stage_entry(stage: StageSpec, history: list[dict[str, Any]], seconds: float
         "tokens": stage.steps * stage.batch_size * stage.sequence_length,
         "steps": stage.steps,
         "seconds": seconds,
-        "loss_name": LOSS_NAMES[stage.objective],
+        "loss_name": loss_name(stage),
         "history": [
             {
                 "step": point["step"],

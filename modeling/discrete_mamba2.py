@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from ..kernels.matrix_distance import SSDFactors
 from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
 from .cache import layer_of
 from .layers import ShortConvolution, inverse_softplus, rotate
@@ -160,10 +161,16 @@ class DiscreteMamba2Mixer(nn.Module):
     @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         """Return the (B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
+        return self.matrix_factors(hidden_states, sequence).matrix(sequence.seq_idx)
+
+    @distillation
+    def matrix_factors(self, hidden_states: Tensor, sequence: Sequence) -> SSDFactors:
+        """Return the factors of the mixing matrix for normed (B, L, D) hidden states."""
         xBC, _, a = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
         _, B, C, log_decay = self.recurrence_inputs(xBC, a, sequence)
-        return self.mixing_matrix(log_decay, B, C, sequence)
+        least_sum = _SMALLEST_ROW_SUM if self.normalize else None
+        return SSDFactors(log_decay, B, C, skip=self.D.float(), least_sum=least_sum)
 
     @distillation
     def log_decay(self, hidden_states: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ also returns its (B, L, 2) scores and (B, L) decisions. These attributes are opt
 | `initialise()` | sets the first values of its parameters, after its linear layers have transformers' |
 | `float32_parameters` | names of the parameters that are kept in float32 |
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |
+| `matrix_factors(hidden_states, sequence)` | its factors (`SSDFactors`), to align it without computing it |
 | `start_from(view)` | copies an attention layer's projections, an `AttentionView` of `distill/teacher.py` |
 | `set_half_lives(half_lives)` | gives each of `num_heads` heads a half-life in tokens, (H) |
 | `set_gates(weight, bias)` | gives each head the gate `1 + bias + weight @ hidden`, (H, D) and (H) |

@@ -29,6 +29,7 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from ..kernels.matrix_distance import SSDFactors
 from ..kernels.rms_norm import rms_norm
 from ..kernels.ssd import ssd, ssd_matrix, ssd_step
 from .backbone import ZooModel
@@ -210,10 +211,16 @@ class Mamba2Mixer(Mamba2Scan):
     @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         """Return the causal (B, H, L, L) mixing matrix for normed (B, L, D) hidden states, without the outputs."""
+        return self.matrix_factors(hidden_states, sequence).matrix(sequence.seq_idx)
+
+    @distillation
+    def matrix_factors(self, hidden_states: Tensor, sequence: Sequence) -> SSDFactors:
+        """Return the factors of the causal mixing matrix for normed (B, L, D) hidden states."""
         _, xBC, dt = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, _ = self.conv1d(xBC, seq_idx=sequence.seq_idx)
         _, B, C = self.recurrence_inputs(xBC)
-        return self.mixing_matrix(dt, -self.A_log.float().exp(), B, C, sequence)
+        steps = nn.functional.softplus(dt.float() + self.dt_bias).clamp(*self.time_step_limit)
+        return SSDFactors(steps * -self.A_log.float().exp(), B, C, scale=steps, skip=self.D.float())
 
     @distillation
     def log_decay(self, hidden_states: Tensor) -> Tensor:

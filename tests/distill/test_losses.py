@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_zoo.distill import objectives
-from ssm_zoo.distill.objectives import alignment_loss, chunked_logit_loss, logit_loss, matrix_loss
+from ssm_zoo.distill import logit_losses
+from ssm_zoo.distill.layer_losses import alignment_loss, matrix_norm
+from ssm_zoo.distill.logit_losses import chunked_logit_loss, logit_loss
+from ssm_zoo.kernels.matrix_distance import row_distances_reference
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 5, 8, 11
 PREDICTIONS = [
@@ -61,20 +63,44 @@ def plain_prediction_loss(
     return total
 
 
-def test_matrix_loss_is_the_mean_frobenius_norm() -> None:
-    student, teacher = draw(2, 3, 4, 4, seed=0), draw(2, 3, 4, 4, seed=1).softmax(-1)
+def matrix_loss(student: Tensor, teacher: Tensor, norm: str = "frobenius") -> Tensor:
+    return matrix_norm(row_distances_reference(student, teacher), norm)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "relative", "rows"])
+def test_matrix_norms_are_their_definitions(norm: str) -> None:
+    student, teacher = draw(2, 3, 4, 4, seed=0), (4 * draw(2, 3, 4, 4, seed=1)).softmax(-1)
 
     def expected(matrix: Tensor) -> Tensor:
-        norms = [(matrix[b, h] - teacher[b, h]).square().sum() ** 0.5 for b in range(2) for h in range(3)]
-        return sum(norms, start=torch.zeros((), dtype=torch.float64)) / 6
+        norms = []
+        for error, target in zip((matrix - teacher).flatten(0, 1), teacher.double().flatten(0, 1), strict=True):
+            if norm == "rows":
+                rows = [error[row].square().sum() / target[row].square().sum() for row in range(4)]
+                norms.append(torch.stack(rows).mean().sqrt())
+            else:
+                whole = target.norm() if norm == "relative" else 1.0
+                norms.append(error.square().sum().sqrt() / whole)
+        return torch.stack(norms).mean()
 
-    assert_value_and_gradient(lambda matrix: matrix_loss(matrix, teacher), expected, student)
+    assert_value_and_gradient(lambda matrix: matrix_loss(matrix, teacher, norm), expected, student)
+    assert (norm == "frobenius") == (float(matrix_loss(torch.zeros_like(teacher), teacher, norm)) != pytest.approx(1.0))
 
 
-def test_matrix_loss_has_a_gradient_where_it_is_zero() -> None:
+def test_rows_count_the_same_however_large_their_entries_are() -> None:
+    teacher = torch.eye(8).repeat(1, 1, 1, 1)
+    teacher[..., 4:, :] = 1 / 8  # rows of norm 1, then of norm 0.35
+    early, late = teacher.clone(), teacher.clone()
+    early[..., 1, :] *= 2
+    late[..., 6, :] *= 2
+    assert matrix_loss(early, teacher) > 2.8 * matrix_loss(late, teacher)
+    torch.testing.assert_close(matrix_loss(early, teacher, "rows"), matrix_loss(late, teacher, "rows"))
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "relative", "rows"])
+def test_matrix_loss_has_a_gradient_where_it_is_zero(norm: str) -> None:
     teacher = draw(1, 2, 4, 4, seed=1).softmax(-1)
     student = teacher.clone().requires_grad_()
-    loss = matrix_loss(student, teacher)
+    loss = matrix_loss(student, teacher, norm)
     loss.backward()
     assert loss == 0
     assert torch.equal(student.grad, torch.zeros_like(teacher))
@@ -177,7 +203,7 @@ class Pair:
 @pytest.mark.parametrize("rows", [1, 4, BATCH * LENGTH, 1000], ids=lambda rows: f"{rows} tokens at a time")
 @pytest.mark.parametrize("options", PREDICTIONS)
 def test_chunked_backward_is_the_whole_one(options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "_LOGITS_BYTES", 4 * VOCAB * rows)
+    monkeypatch.setattr(logit_losses, "_LOGITS_BYTES", 4 * VOCAB * rows)
     pair, sizes = Pair(), []
     pair.head.register_forward_hook(lambda _module, _args, logits: sizes.append(len(logits)))
     value = pair.backward(slice(None), **options)
@@ -189,7 +215,7 @@ def test_chunked_backward_is_the_whole_one(options: dict[str, Any], rows: int, m
 
 
 def test_a_chunk_is_at_least_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "_LOGITS_BYTES", 1)
+    monkeypatch.setattr(logit_losses, "_LOGITS_BYTES", 1)
     pair = Pair()
     value = pair.backward(slice(None))
     assert value == pytest.approx(pair.whole(), rel=1e-5)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ssm_zoo.distill.distiller import make_optimizer, schedule_factor, trained_parameters
-from ssm_zoo.distill.objectives import LOSS_NAMES, layer_errors, objective
+from ssm_zoo.distill.layer_errors import layer_errors
+from ssm_zoo.distill.objectives import loss_name, objective
 from ssm_zoo.distill.recipe import StageSpec, StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer
 from ssm_zoo.distill.teacher import Teacher
@@ -80,7 +81,11 @@ def straightforward(
         if stage.objective == "matrix_orientation":
             # The matrix of the model's own forward, which distillation does not run.
             _, matrix = student_mixer(student, layer)(record["normed"], sequence, output_attentions=True)
-            distances = (matrix - record["matrix"]).square().sum((2, 3)).sqrt()
+            errors, norms = (matrix - record["matrix"]).square().sum(3), record["matrix"].square().sum(3)
+            if stage.matrix_norm == "rows":
+                distances = (errors / norms).mean(2).sqrt()
+            else:
+                distances = errors.sum(2).sqrt() / (norms.sum(2).sqrt() if stage.matrix_norm == "relative" else 1)
             terms.append(distances.mean())
             continue
         if stage.target == "mixer_output":
@@ -124,6 +129,8 @@ def choose(student: ZooHybridForCausalLM, train: str) -> set[str]:
 
 STAGES = [
     pytest.param({"objective": "matrix_orientation"}, id="matrix orientation"),
+    pytest.param({"objective": "matrix_orientation", "matrix_norm": "relative"}, id="relative matrix error"),
+    pytest.param({"objective": "matrix_orientation", "matrix_norm": "rows"}, id="relative errors of rows"),
     pytest.param({"objective": "hidden_state_alignment"}, id="mixer output"),
     pytest.param({"objective": "hidden_state_alignment", "target": "block_output"}, id="block output"),
     pytest.param({"objective": "logit_distillation"}, id="logits"),
@@ -161,6 +168,24 @@ def test_streamed_gradients_are_those_of_keeping_everything(
         parts = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "D", *decay)
         assert moving == {f"backbone.layers.{layer}.mixer.{name}" for layer in LAYERS for name in parts}
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "relative", "rows"])
+def test_a_mixer_without_factors_is_aligned_by_its_whole_matrix(norm: str) -> None:
+    teacher, ids = make_teacher(), draw_ids(3, 16)
+    student = make_student(teacher, mixer="masked_mixing", positions=16, half_life="calibrated")
+    assert not hasattr(student_mixer(student, 1), "matrix_factors")
+    choose(student, "mixers")
+    part = stage("matrix_orientation", matrix_norm=norm)
+    value = followed(objective(part, student, Teacher(teacher), LAYERS))(ids)
+    streamed = gradients(student)
+    loss = straightforward(part, student, teacher, LAYERS, ids)
+    loss.backward()
+    assert value == pytest.approx(float(loss.detach()), rel=1e-5)
+    expected = gradients(student)
+    assert streamed.keys() == expected.keys() and len(expected) >= len(LAYERS)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(streamed[name], gradient, rtol=1e-4, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("options", STAGES)
@@ -202,7 +227,7 @@ def test_every_objective_can_be_followed_downhill(options: dict[str, Any]) -> No
         values.append(step(ids))
         optimizer.step()
     assert values[-1] < 0.95 * values[0]
-    assert part.objective in LOSS_NAMES
+    assert loss_name(part)
 
 
 def test_the_block_target_is_what_the_block_adds() -> None:
