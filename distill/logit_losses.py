@@ -3,6 +3,9 @@
 Symbols: B batch, L length, D width, V vocabulary.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ def logit_loss(
     kl: str = "forward",
     temperature: float = 1.0,
     ce_weight: float = 0.0,
+    reverse_weight: float = 0.5,
+    jsd_beta: float = 0.5,
 ) -> Tensor:
     """Return the sum over tokens of the divergence of two models' predictions, mixed with the cross-entropy.
 
@@ -31,18 +36,33 @@ def logit_loss(
         student: (tokens, V) logits.
         teacher: (tokens, V) logits.
         targets: (tokens) next tokens, -100 where there is none.
-        kl: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
+        kl: "forward", KL(teacher || student); "reverse", KL(student || teacher); "mixed", a weighted mean of both; or
+            "jsd", the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, section 2).
         temperature: divides both models' logits, positive.
         ce_weight: weight of the cross-entropy in [0, 1]; that of the divergence is the rest.
+        reverse_weight: weight of the reverse KL in "mixed"; that of the forward KL is the rest.
+        jsd_beta: weight of the teacher in the mixture M of "jsd", b KL(teacher || M) + (1 - b) KL(student || M).
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    first, second = (log_teacher, log_student) if kl == "forward" else (log_student, log_teacher)
-    loss = (first.exp() * (first - second)).sum() * temperature**2
+    if kl == "mixed":
+        forward, reverse = _kl(log_teacher, log_student), _kl(log_student, log_teacher)
+        loss = (1 - reverse_weight) * forward + reverse_weight * reverse
+    elif kl == "jsd":
+        log_mixture = torch.logaddexp(log_teacher + math.log(jsd_beta), log_student + math.log1p(-jsd_beta))
+        loss = jsd_beta * _kl(log_teacher, log_mixture) + (1 - jsd_beta) * _kl(log_student, log_mixture)
+    else:
+        loss = _kl(log_teacher, log_student) if kl == "forward" else _kl(log_student, log_teacher)
+    loss = loss * temperature**2
     if ce_weight:
         cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
         loss = (1 - ce_weight) * loss + ce_weight * cross_entropy
     return loss
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """Return the sum over tokens of KL(first || second) of log-probabilities."""
+    return (first.exp() * (first - second)).sum()
 
 
 def chunked_logit_loss(
@@ -51,12 +71,11 @@ def chunked_logit_loss(
     teacher_hidden: Tensor,
     teacher_head: nn.Module,
     input_ids: Tensor,
-    *,
-    kl: str = "forward",
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """Compute :func:`logit_loss` per token for a few tokens at a time, without (B, L, V) logits in memory.
+
+    The larger the vocabulary, the fewer tokens at a time: an array of logits has at most 64 MiB.
 
     Args:
         student_hidden: (B, L, D) input of the student's head, with its graph.
@@ -64,9 +83,7 @@ def chunked_logit_loss(
         teacher_hidden: (B, L, D) input of the teacher's head.
         teacher_head: the teacher's head.
         input_ids: (B, L) tokens; the target of a position is the next one.
-        kl: as in :func:`logit_loss`.
-        temperature: as in :func:`logit_loss`.
-        ce_weight: as in :func:`logit_loss`.
+        **options: keyword arguments of :func:`logit_loss`.
 
     Returns:
         The loss, a mean over the B L positions.
@@ -76,22 +93,27 @@ def chunked_logit_loss(
     targets = F.pad(input_ids[:, 1:], (0, 1), value=-100).flatten()
     chunk = max(_LOGITS_BYTES // (4 * student_head.get_parameter("weight").shape[0]), 1)
     total = torch.zeros((), device=input_ids.device)
-    of_hidden: list[Tensor] = []
+    hidden = student_hidden.detach().flatten(0, 1)
+    of_hidden = torch.empty_like(hidden)
     of_head: list[Tensor] = []
     rows = zip(
-        student_hidden.detach().flatten(0, 1).split(chunk),
+        hidden.split(chunk),
         teacher_hidden.flatten(0, 1).split(chunk),
         targets.split(chunk),
+        of_hidden.split(chunk),
         strict=True,
     )
-    for mine, theirs, target in rows:
+    for mine, theirs, target, of_rows in rows:
         mine = mine.requires_grad_()
         with torch.no_grad():
             teacher = teacher_head(theirs)
-        loss = logit_loss(student_head(mine), teacher, target, kl=kl, temperature=temperature, ce_weight=ce_weight)
-        loss = loss / tokens
+        loss = logit_loss(student_head(mine), teacher, target, **options) / tokens
         total += loss.detach()
         of_mine, *parts = torch.autograd.grad(loss, [mine, *trained])
-        of_hidden.append(of_mine)
-        of_head = [whole + part for whole, part in zip(of_head, parts, strict=True)] if of_head else parts
-    return attach_gradients(total, [student_hidden, *trained], [torch.cat(of_hidden).view_as(student_hidden), *of_head])
+        of_rows.copy_(of_mine)
+        if not of_head:
+            of_head = list(parts)
+            continue
+        for whole, part in zip(of_head, parts, strict=True):
+            whole += part
+    return attach_gradients(total, [student_hidden, *trained], [of_hidden.view_as(student_hidden), *of_head])

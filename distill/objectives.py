@@ -52,9 +52,9 @@ def objective(
         return lambda ids: matrix_orientation(student, teacher, layers, ids, norm=stage.matrix_norm)
     if stage.objective == "hidden_state_alignment":
         return lambda ids: hidden_state_alignment(student, teacher, layers, ids, target=stage.target)
-    return lambda ids: logit_distillation(
-        student, teacher, ids, kl=stage.kl, temperature=stage.temperature, ce_weight=stage.ce_weight
-    )
+    names = ("kl", "temperature", "ce_weight", "reverse_weight", "jsd_beta")
+    options = {name: getattr(stage, name) for name in names}
+    return lambda ids: logit_distillation(student, teacher, ids, **options)
 
 
 def matrix_orientation(
@@ -114,20 +114,13 @@ def hidden_state_alignment(
     return mean_over_layers(student, teacher, layers, ids, ("block_input", "block_output"), of_block)
 
 
-def logit_distillation(
-    student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, *, kl: str, temperature: float, ce_weight: float
-) -> Tensor:
-    """Compute MOHAWK's stage 3: the divergence of the student's predictions from the teacher's."""
+def logit_distillation(student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, **options: Any) -> Tensor:
+    """Compute MOHAWK's stage 3: the divergence of the student's predictions from the teacher's.
+
+    `options` are keyword arguments of :func:`logit_loss`.
+    """
     with torch.no_grad():
         theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
     mine = student.backbone(ids, use_cache=False).last_hidden_state
-    return chunked_logit_loss(
-        mine,
-        student.lm_head,
-        theirs,
-        teacher.model.get_output_embeddings(),  # pyright: ignore[reportArgumentType]
-        ids,
-        kl=kl,
-        temperature=temperature,
-        ce_weight=ce_weight,
-    )
+    head: Any = teacher.model.get_output_embeddings()
+    return chunked_logit_loss(mine, student.lm_head, theirs, head, ids, **options)

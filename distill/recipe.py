@@ -32,6 +32,7 @@ from .recipe_values import (
     Layers,
     Length,
     NonNegative,
+    Part,
     Positive,
     Seed,
     Share,
@@ -135,6 +136,8 @@ MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
     "kl": ("objective", ("logit_distillation",)),
     "temperature": ("objective", ("logit_distillation",)),
     "ce_weight": ("objective", ("logit_distillation",)),
+    "reverse_weight": ("kl", ("mixed",)),
+    "jsd_beta": ("kl", ("jsd",)),
     "other_learning_rate": ("train", ("all", "mixers+norms")),
     "decay": ("schedule", ("wsd",)),
     "final_learning_rate_ratio": ("schedule", ("cosine", "wsd")),
@@ -142,7 +145,7 @@ MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 # Fields of a stage that earlier versions did not have.
-_LATER_FIELDS = ("matrix_norm",)
+_LATER_FIELDS = ("matrix_norm", "reverse_weight", "jsd_beta")
 
 
 class StageSpec(SettingsBase):
@@ -171,7 +174,10 @@ class StageSpec(SettingsBase):
             have the same weight; or "rows", relative for each row, with which all rows have the same weight.
         target: outputs that alignment compares, those of the mixer or of the whole block.
         refit: closed-form fit after the stage; values as for `student.calibration`.
-        kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
+        kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher), "mixed" a weighted mean of both, and
+            "jsd" the generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649).
+        reverse_weight: weight of the reverse KL in "mixed"; that of the forward KL is the rest.
+        jsd_beta: weight of the teacher in the mixture of "jsd".
         temperature: divisor of both models' logits.
         ce_weight: weight of the next-token cross-entropy in the loss; that of the divergence is the rest.
     """
@@ -195,7 +201,9 @@ class StageSpec(SettingsBase):
     matrix_norm: Literal["frobenius", "relative", "rows"] = "frobenius"
     target: Literal["mixer_output", "block_output"] = "mixer_output"
     refit: Literal["none", "head_scale", "ridge", "sequential"] = "none"
-    kl: Literal["forward", "reverse"] = "forward"
+    kl: Literal["forward", "reverse", "mixed", "jsd"] = "forward"
+    reverse_weight: Part = 0.5
+    jsd_beta: Part = 0.5
     temperature: Positive = 1.0
     ce_weight: Share = 0.0
 

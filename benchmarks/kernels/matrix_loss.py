@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -31,16 +29,12 @@ matplotlib.use("Agg")
 import torch
 from circumstances import RESULTS, circumstances, positive, write_rows
 from matplotlib import pyplot as plt
+from process_memory import ALONE, in_a_process, peak_bytes
 
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances, row_distances_reference
 
 HEADS, WIDTH, STATES = 9, 64, 64
 WAYS = ("blockwise", "whole", "stage")
-
-
-def peak_bytes() -> int:
-    """Return the peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_loss(way: str, length: int) -> dict[str, Any]:
@@ -98,14 +92,6 @@ def measure_stage(length: int, folder: str, layers: list[int]) -> dict[str, Any]
     return {"bytes": peak_bytes(), "seconds": seconds, "loss": float(loss.detach()), "layers": layers}
 
 
-def in_a_process(arguments: list[str]) -> dict[str, Any]:
-    """Measure in a new process and return its row."""
-    done = subprocess.run(
-        [sys.executable, "-P", str(Path(__file__).resolve()), "--alone", *arguments], stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(done.stdout.decode().splitlines()[-1])
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw memory and time over the length."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
@@ -140,7 +126,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[0], help="converted layers, for stage")
     parser.add_argument("--threads", type=positive, help="threads of torch; its own choice if not given")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(ALONE, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if "stage" in options.ways and options.teacher is None:
         parser.error("--teacher must be given with --ways stage")
@@ -163,7 +149,7 @@ def main(arguments: list[str]) -> None:
         for length in sorted(options.lengths):
             if way == "whole" and length > options.whole_up_to:
                 continue
-            measured = in_a_process(["--ways", way, "--lengths", str(length), *shared])
+            measured = in_a_process(__file__, ["--ways", way, "--lengths", str(length), *shared])
             rows.append({"way": way, "length": length, "heads": HEADS, "state_size": STATES, **measured, **about})
             print(
                 f"{way:10} L {length:5}   {measured['bytes'] / 2**20:8.1f} MiB   {measured['seconds']:7.2f} s",

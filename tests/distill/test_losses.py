@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peak_memory import PeakMemory
 from ssm_zoo.distill import logit_losses
 from ssm_zoo.distill.layer_losses import alignment_loss, matrix_norm
 from ssm_zoo.distill.logit_losses import chunked_logit_loss, logit_loss
@@ -22,6 +23,9 @@ PREDICTIONS = [
     pytest.param({"ce_weight": 0.3}, id="with cross-entropy"),
     pytest.param({"kl": "reverse", "temperature": 3.0, "ce_weight": 0.6}, id="all"),
     pytest.param({"ce_weight": 1.0}, id="cross-entropy alone"),
+    pytest.param({"kl": "mixed", "reverse_weight": 0.2}, id="mixed"),
+    pytest.param({"kl": "jsd", "jsd_beta": 0.3}, id="jsd"),
+    pytest.param({"kl": "jsd", "jsd_beta": 0.9, "temperature": 2.0, "ce_weight": 0.5}, id="jsd, all"),
 ]
 
 
@@ -41,6 +45,10 @@ def assert_value_and_gradient(loss: Any, expected: Any, at: Tensor) -> None:
     torch.testing.assert_close(point.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
 
 
+def plain_kl(p: Tensor, q: Tensor) -> Any:
+    return sum(p[word] * (p[word] / q[word]).log() for word in range(len(p)))
+
+
 def plain_prediction_loss(
     student: Tensor,
     teacher: Tensor,
@@ -49,15 +57,24 @@ def plain_prediction_loss(
     kl: str = "forward",
     temperature: float = 1.0,
     ce_weight: float = 0.0,
+    reverse_weight: float = 0.5,
+    jsd_beta: float = 0.5,
 ) -> Tensor:
     """Token by token and word by word, from the definition."""
     total = torch.zeros((), dtype=torch.float64)
     for mine, theirs, target in zip(student.double(), teacher.double(), targets, strict=True):
         q = (mine / temperature).exp() / (mine / temperature).exp().sum()
         p = (theirs / temperature).exp() / (theirs / temperature).exp().sum()
-        if kl == "reverse":
-            p, q = q, p
-        divergence = temperature**2 * sum(p[word] * (p[word] / q[word]).log() for word in range(len(p)))
+        mixture = jsd_beta * p + (1 - jsd_beta) * q
+        divergence = (
+            temperature**2
+            * {
+                "forward": plain_kl(p, q),
+                "reverse": plain_kl(q, p),
+                "mixed": (1 - reverse_weight) * plain_kl(p, q) + reverse_weight * plain_kl(q, p),
+                "jsd": jsd_beta * plain_kl(p, mixture) + (1 - jsd_beta) * plain_kl(q, mixture),
+            }[kl]
+        )
         surprise = -(mine.exp() / mine.exp().sum())[target].log() if target >= 0 else 0.0
         total = total + (1 - ce_weight) * divergence + ce_weight * surprise
     return total
@@ -149,6 +166,20 @@ def test_logit_loss_knows_its_bounds() -> None:
     assert logit_loss(one_word, uniform, targets, kl="reverse") == pytest.approx(4 * math.log(VOCAB), rel=1e-5)
 
 
+def test_the_jensen_shannon_divergence_tends_to_the_kl_divergences() -> None:
+    # GKD: divided by the weight that vanishes, it is the forward KL for a small beta and the reverse one for a large.
+    student, teacher = draw(4, VOCAB, seed=0), draw(4, VOCAB, seed=1)
+    targets = torch.zeros(4, dtype=torch.long)
+
+    def jsd(beta: float) -> float:
+        return float(logit_loss(student, teacher, targets, kl="jsd", jsd_beta=beta)) / min(beta, 1 - beta)
+
+    assert jsd(1e-3) == pytest.approx(float(logit_loss(student, teacher, targets)), rel=0.02)
+    assert jsd(1 - 1e-3) == pytest.approx(float(logit_loss(student, teacher, targets, kl="reverse")), rel=0.02)
+    assert jsd(0.5) / 2 <= 4 * math.log(2)  # bounded, however far apart the models are
+    assert float(logit_loss(100 * student, -100 * teacher, targets, kl="jsd")) <= 4 * math.log(2) + 1e-4
+
+
 def test_the_temperature_keeps_the_scale_of_the_gradient() -> None:
     # Hinton et al., section 2: for high temperatures the gradient tends to that of half the squared logit distance / V.
     student, teacher = draw(1, VOCAB, seed=0), draw(1, VOCAB, seed=1)
@@ -212,6 +243,19 @@ def test_chunked_backward_is_the_whole_one(options: dict[str, Any], rows: int, m
     assert value == pytest.approx(pair.whole(**options), rel=1e-5)
     for gradient, expected in zip(gradients, pair.gradients(), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_of_a_large_vocabulary_are_not_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, words = 256, 4096
+    monkeypatch.setattr(logit_losses, "_LOGITS_BYTES", 4 * words * 8)
+    hidden = draw(1, tokens, WIDTH, seed=0).requires_grad_()
+    head, teacher_head = (nn.Linear(WIDTH, words, bias=False) for _ in range(2))
+    teacher_head.requires_grad_(False)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    for kl in ("forward", "reverse", "mixed", "jsd"):
+        with PeakMemory(hidden, head.weight, teacher_head.weight) as memory:
+            chunked_logit_loss(hidden, head, hidden.detach(), teacher_head, ids, kl=kl, ce_weight=0.5).backward()
+        assert memory.peak < 4 * tokens * words * 4 / 8, kl  # an eighth of four arrays of logits
 
 
 def test_a_chunk_is_at_least_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,6 +294,10 @@ def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_pat
     assert not {"gradient_checkpointing", "report_to"} & as_mapping(plain).keys()
     older = {"tokens", "sequence_length", "batch_size", "repeat_distance", "prompts", "max_new_tokens"}
     assert as_mapping(plain)["evaluation"].keys() == older
+    later = {"matrix_norm", "reverse_weight", "jsd_beta"}
+    assert not any(later & stage.keys() for stage in as_mapping(plain)["stages"])
+    mixed = load_recipe(write(tmp_path), ["stages.1.kl=mixed", "stages.1.reverse_weight=0.25"])
+    assert as_mapping(mixed)["stages"][1]["reverse_weight"] == 0.25
     spelt_out = ["evaluation.final=true", "evaluation.repeat_distances=[416, 1500]", "evaluation.prefill_limit=2048"]
     assert fingerprint(load_recipe(write(tmp_path), spelt_out)) == fingerprint(plain)
     assert as_mapping(load_recipe(write(tmp_path), ["evaluation.final=false"]))["evaluation"]["final"] is False

@@ -244,6 +244,10 @@ ONLY_FOR_ONE = [
     pytest.param("matrix_orientation", "ce_weight", 0.0, id="orientation-ce-weight"),
     pytest.param("matrix_orientation", "other_learning_rate", 1e-3, id="mixers-only-other-learning-rate"),
     pytest.param("matrix_orientation", "decay", 0.1, id="cosine-decay"),
+    pytest.param("hidden_state_alignment", "matrix_norm", "relative", id="alignment-matrix-norm"),
+    pytest.param("logit_distillation", "reverse_weight", 0.3, id="forward-kl-reverse-weight"),
+    pytest.param("hidden_state_alignment", "reverse_weight", 0.3, id="alignment-reverse-weight"),
+    pytest.param("logit_distillation", "jsd_beta", 0.3, id="forward-kl-beta"),
 ]
 
 
@@ -253,6 +257,15 @@ def test_a_stage_setting_without_effect_is_refused(objective: str, field: str, v
     parse_recipe(values(stages=[stage]))
     with pytest.raises(ValueError, match=rf"recipe: `stages\.0\.{field}` has no effect with .* \(got "):
         parse_recipe(values(stages=[{**stage, field: value}]))
+
+
+@pytest.mark.parametrize(("kl", "field"), [("mixed", "reverse_weight"), ("jsd", "jsd_beta")])
+def test_a_weight_that_leaves_one_divergence_is_refused(kl: str, field: str) -> None:
+    stage = {**values()["stages"][0], "objective": "logit_distillation", "kl": kl}
+    assert getattr(parse_recipe(values(stages=[{**stage, field: 0.25}])).stages[0], field) == 0.25
+    for wrong in (0, 1.0, -0.5, "half"):
+        with pytest.raises(ValueError, match=rf"`stages\.0\.{field}` must be a number above 0 and below 1, got"):
+            parse_recipe(values(stages=[{**stage, field: wrong}]))
 
 
 def test_constant_has_no_final_learning_rate() -> None:
