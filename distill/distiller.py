@@ -21,7 +21,8 @@ from ..training.trainer import CurveCallback, ZooTrainer, gradient_checkpointing
 from .data import TokenWindows, derived_seed, repeat_a_passage
 from .healing import healed_parameters
 from .objectives import objective
-from .recipe import Recipe, StageSpec
+from .recipe import Recipe
+from .stages import GROUP_RATES, StageSpec
 from .teacher import Teacher
 
 WEIGHTS, PROGRESS = "model.safetensors", "progress.json"
@@ -138,7 +139,7 @@ class Distiller(ZooTrainer):
         student.requires_grad_(False)
         for parameter in (*mixers.values(), *others.values()):
             parameter.requires_grad_(True)
-        whole = stage.objective == "logit_distillation"  # a single layer needs little memory
+        whole = not stage.layerwise  # a single layer needs little memory
         super().__init__(
             model=StudentInStage(student, stage, teacher, layers),
             args=TrainingArguments(
@@ -192,7 +193,7 @@ class Distiller(ZooTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self._stage.objective == "logit_distillation":
+        if not self._stage.layerwise:
             return super()._clip_grad_norm(model)
         blocks = [self.student.backbone.layers[layer] for layer in self._layers]
         norms = [float(clip_gradients(block.parameters(), self._stage.max_grad_norm)) for block in blocks]
@@ -280,9 +281,18 @@ def trained_parameters(
     for name, parameter in student.named_parameters():
         if name.startswith(prefixes):
             mixers[name] = parameter
-        elif train == "all" or (train == "mixers+norms" and ("norm" in name.rsplit(".", 2)[-2])):
+        elif train == "all" or (train == "mixers+norms" and group_of(name) == "norms"):
             others[name] = parameter
     return mixers, others
+
+
+def group_of(name: str) -> str:
+    """Return the group of a weight outside of the new mixers: a key of `GROUP_RATES`, or "other" (attention)."""
+    if "norm" in name.rsplit(".", 2)[-2]:
+        return "norms"
+    if ".mlp." in name:
+        return "mlps"
+    return "embeddings" if name.startswith(("backbone.embeddings.", "lm_head.")) else "other"
 
 
 def make_optimizer(
@@ -293,8 +303,18 @@ def make_optimizer(
     Returns:
         The optimiser, with the peak learning rate in each group, and the parameters' names in its order.
     """
+    other_rate = stage.other_learning_rate or stage.learning_rate
+    # Weights without a rate of their own stay in one group, whose order the optimisers of earlier runs have.
+    kinds: dict[str, dict[str, Tensor]] = {"": {}}
+    for name, parameter in others.items():
+        group = group_of(name)
+        own = group in GROUP_RATES and getattr(stage, GROUP_RATES[group]) is not None
+        kinds.setdefault(group if own else "", {})[name] = parameter
+    rated = [(mixers, stage.learning_rate)]
+    for group, parameters in kinds.items():
+        rated.append((parameters, getattr(stage, GROUP_RATES[group]) if group else other_rate))
     groups, names = [], []
-    for parameters, rate in ((mixers, stage.learning_rate), (others, stage.other_learning_rate or stage.learning_rate)):
+    for parameters, rate in rated:
         for decayed in (True, False):
             chosen = [name for name, tensor in parameters.items() if (tensor.dim() > 1) == decayed]
             if chosen:

@@ -16,8 +16,8 @@ from ..kernels.matrix_distance import RowDistances, row_distances, row_distances
 from ..modeling import ZooHybridForCausalLM
 from .layer_losses import alignment_loss, matrix_norm
 from .logit_losses import chunked_logit_loss
-from .recipe import StageSpec
-from .streaming import mean_over_layers
+from .stages import StageSpec
+from .streaming import mean_over_layers, mean_over_own_stream
 from .student import student_mixer
 from .teacher import Teacher
 
@@ -32,7 +32,7 @@ def loss_name(stage: StageSpec) -> str:
     """Return the name of a stage's loss in reports and plots."""
     if stage.objective == "matrix_orientation":
         return _MATRIX_NORMS[stage.matrix_norm]
-    if stage.objective == "hidden_state_alignment":
+    if stage.objective != "logit_distillation":
         return "relative squared error"
     return "divergence (nats/token)"
 
@@ -51,7 +51,10 @@ def objective(
     if stage.objective == "matrix_orientation":
         return lambda ids: matrix_orientation(student, teacher, layers, ids, norm=stage.matrix_norm)
     if stage.objective == "hidden_state_alignment":
-        return lambda ids: hidden_state_alignment(student, teacher, layers, ids, target=stage.target)
+        options = {"target": stage.target, "stream": stage.stream}
+        return lambda ids: hidden_state_alignment(student, teacher, layers, ids, **options)
+    if stage.objective == "last_state_alignment":
+        return lambda ids: last_state_alignment(student, teacher, ids)
     names = ("kl", "temperature", "ce_weight", "reverse_weight", "jsd_beta")
     options = {name: getattr(stage, name) for name in names}
     return lambda ids: logit_distillation(student, teacher, ids, **options)
@@ -94,24 +97,65 @@ def matrix_distances(student: ZooHybridForCausalLM, teacher: Teacher, layer: int
 
 
 def hidden_state_alignment(
-    student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor, *, target: str
+    student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor, *, target: str, stream: str
 ) -> Tensor:
-    """Compute MOHAWK's stage 2: the distance of mixers' (or blocks') outputs, on the teacher's hidden states."""
+    """Compute MOHAWK's stage 2: the distance of mixers' (or blocks') outputs.
 
-    def of_mixer(layer: int, normed_input: Tensor, attention_output: Tensor) -> Tensor:
-        output, *_ = student_mixer(student, layer)(normed_input, student.backbone.sequence_of(normed_input))
-        return alignment_loss(output, attention_output)
+    The student's layers read the teacher's hidden states, or the student's own. On its own stream, the block's output
+    is the stream after it, so that a layer corrects the errors of those before it.
+    """
+    of_mixer = target == "mixer_output"
+    if stream == "student":
+        what = ("attention_output",) if of_mixer else ("block_input", "block_output")
+        loss = _of_own_mixer if of_mixer else _of_own_block
+        return mean_over_own_stream(
+            student, teacher, layers, ids, what, lambda layer, *tensors: loss(student, layer, *tensors)
+        )
 
-    def of_block(layer: int, block_input: Tensor, block_output: Tensor) -> Tensor:
-        forward: Any = type(student.backbone.layers[layer]).forward
-        sequence = student.backbone.sequence_of(block_input)
-        output, *_ = forward(student.backbone.layers[layer], block_input, sequence)
+    def on_teachers_stream(layer: int, entering: Tensor, leaving: Tensor) -> Tensor:
+        if of_mixer:
+            output, *_ = student_mixer(student, layer)(entering, student.backbone.sequence_of(entering))
+            return alignment_loss(output, leaving)
         # Without the residual stream, which both have in common and which would hide the differences.
-        return alignment_loss(output - block_input, block_output - block_input)
+        return alignment_loss(_run_block(student, layer, entering) - entering, leaving - entering)
 
-    if target == "mixer_output":
-        return mean_over_layers(student, teacher, layers, ids, ("normed_input", "attention_output"), of_mixer)
-    return mean_over_layers(student, teacher, layers, ids, ("block_input", "block_output"), of_block)
+    what = ("normed_input", "attention_output") if of_mixer else ("block_input", "block_output")
+    return mean_over_layers(student, teacher, layers, ids, what, on_teachers_stream)
+
+
+def _run_block(student: ZooHybridForCausalLM, layer: int, hidden: Tensor) -> Tensor:
+    """Return the (B, L, D) output of a block, which may be within a call of it (`streaming.py`)."""
+    block = student.backbone.layers[layer]
+    forward: Any = type(block).forward
+    return forward(block, hidden, student.backbone.sequence_of(hidden))[0]
+
+
+def _of_own_mixer(
+    student: ZooHybridForCausalLM, layer: int, hidden: Tensor, attention_output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the error of the mixer's output, and the stream after the block."""
+    outputs: list[Tensor] = []
+    handle = student_mixer(student, layer).register_forward_hook(lambda _module, _args, out: outputs.append(out[0]))
+    try:
+        after = _run_block(student, layer, hidden)
+    finally:
+        handle.remove()
+    return alignment_loss(outputs[0], attention_output), after
+
+
+def _of_own_block(
+    student: ZooHybridForCausalLM, layer: int, hidden: Tensor, block_input: Tensor, block_output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the error of the stream after the block, relative to what the teacher's block adds, and the stream."""
+    after = _run_block(student, layer, hidden)
+    return alignment_loss(after - block_input, block_output - block_input), after
+
+
+def last_state_alignment(student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor) -> Tensor:
+    """Compute the distance of the last hidden states, which the heads read, end to end."""
+    with torch.no_grad():
+        theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
+    return alignment_loss(student.backbone(ids, use_cache=False).last_hidden_state, theirs)
 
 
 def logit_distillation(student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, **options: Any) -> Tensor:

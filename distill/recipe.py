@@ -7,42 +7,34 @@ at every level, since a misspelt key would otherwise be silently ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
-from ..harness.settings import SettingsBase, check, refused, wrong
+from ..harness.settings import SettingsBase, check, wrong
 from ..harness.yaml_values import write_yaml
 from ..modeling.token_mixers import TOKEN_MIXERS
 from .recipe_values import (
     LAYERS_ACCEPTED,
-    Betas,
     Context,
     Contexts,
     ConvKernel,
     Count,
-    Decay,
     Distances,
     ExactHeads,
     HalfLife,
-    Identifier,
     Layers,
     Length,
-    NonNegative,
-    Part,
-    Positive,
     Seed,
-    Share,
     Sources,
     Text,
-    Warmup,
     Whole,
     layers,
     whole_number,
 )
+from .stages import LATER_FIELDS, StageSpec, misplaced
 
 # The mixers that can replace attention, and the fields of a student that have an effect only with some of them.
 _STARTS = {kind: row.student for kind, row in TOKEN_MIXERS.items() if row.student is not None}
@@ -78,6 +70,7 @@ class StudentSpec(SettingsBase):
             per head, or "ridge", a regression of the output projection; "sequential", layer by layer on the activations
             of the partly converted student, the output projection and the MLP's down projection.
         calibration_tokens: number of training tokens for "calibrated" half-lives, averages and the calibration.
+        untie: give the student a head of its own, which starts as the teacher's embedding and is trained apart from it.
         copy_projections: start from the teacher's projections (q to C, k to B, v to x or in_proj, o to out_proj)
             instead of random ones.
     """
@@ -100,13 +93,14 @@ class StudentSpec(SettingsBase):
     calibration: Literal["none", "head_scale", "ridge", "sequential"] = "none"
     calibration_tokens: Count = 8192
     copy_projections: bool = True
+    untie: bool = False
 
     @model_validator(mode="after")
     def _refuse_what_the_mixer_lacks(self) -> StudentSpec:
         for field, (key, mixers) in MIXERS_WITH.items():
             default = type(self).model_fields[field].default
             if self.mixer not in mixers and getattr(self, field) != default:
-                raise _misplaced(field, getattr(self, field), key, mixers, self.mixer)
+                raise misplaced(field, getattr(self, field), key, mixers, self.mixer)
         return self
 
 
@@ -125,107 +119,6 @@ class DataSpec(SettingsBase):
     train: Sources
     heldout: Sources
     sequence_length: Length = 256
-
-
-# Fields of a stage that have an effect only with some values of another field. With other values they are refused, and
-# `as_mapping` leaves them out.
-MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
-    "matrix_norm": ("objective", ("matrix_orientation",)),
-    "target": ("objective", ("hidden_state_alignment",)),
-    "refit": ("objective", ("matrix_orientation", "hidden_state_alignment")),
-    "kl": ("objective", ("logit_distillation",)),
-    "temperature": ("objective", ("logit_distillation",)),
-    "ce_weight": ("objective", ("logit_distillation",)),
-    "reverse_weight": ("kl", ("mixed",)),
-    "jsd_beta": ("kl", ("jsd",)),
-    "other_learning_rate": ("train", ("all", "mixers+norms")),
-    "decay": ("schedule", ("wsd",)),
-    "final_learning_rate_ratio": ("schedule", ("cosine", "wsd")),
-}
-
-
-# Fields of a stage that earlier versions did not have.
-_LATER_FIELDS = ("matrix_norm", "reverse_weight", "jsd_beta")
-
-
-class StageSpec(SettingsBase):
-    """One stage: its objective, the weights that it trains, its length and its optimiser (AdamW).
-
-    Attributes:
-        name: name of the stage in reports and checkpoints, unique in the recipe.
-        objective: matrix orientation and hidden-state alignment are MOHAWK's stages 1 and 2 (arXiv 2408.10189),
-            logit distillation is its stage 3.
-        train: weights to train: the new mixers, the new mixers and the norms, or all.
-        tokens: number of tokens that the stage reads, rounded up to a whole step.
-        sequence_length: L, tokens per sequence.
-        batch_size: sequences per optimiser step, over all processes.
-        repeats: share of the sequences in which a passage is repeated, to train recall: between 1/32 and 1/8 of the
-            sequence is overwritten by an earlier part of it.
-        learning_rate: peak learning rate of the mixers.
-        other_learning_rate: peak learning rate of the other weights; None: the same.
-        schedule: learning rate after the warm-up: "cosine", "wsd" (stable, then linear decay) or "constant".
-        warmup: share of the steps in which the learning rate rises linearly from 0.
-        decay: share of the steps in which the learning rate of "wsd" falls.
-        final_learning_rate_ratio: final learning rate as a share of the peak.
-        weight_decay: decoupled weight decay.
-        betas: betas of AdamW.
-        max_grad_norm: maximum norm of the gradient; with a layer-wise objective, of each layer's gradient.
-        matrix_norm: norm of the matrix error: "frobenius"; "relative" to the attention matrix, with which all heads
-            have the same weight; or "rows", relative for each row, with which all rows have the same weight.
-        target: outputs that alignment compares, those of the mixer or of the whole block.
-        refit: closed-form fit after the stage; values as for `student.calibration`.
-        kl: "forward" is KL(teacher || student), "reverse" KL(student || teacher), "mixed" a weighted mean of both, and
-            "jsd" the generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649).
-        reverse_weight: weight of the reverse KL in "mixed"; that of the forward KL is the rest.
-        jsd_beta: weight of the teacher in the mixture of "jsd".
-        temperature: divisor of both models' logits.
-        ce_weight: weight of the next-token cross-entropy in the loss; that of the divergence is the rest.
-    """
-
-    name: Identifier
-    objective: Literal["matrix_orientation", "hidden_state_alignment", "logit_distillation"]
-    train: Literal["mixers", "all", "mixers+norms"] = "mixers"
-    tokens: Count
-    sequence_length: Length = 256
-    batch_size: Count
-    repeats: Share = 0.0
-    learning_rate: Positive
-    other_learning_rate: Positive | None = None
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: Warmup = 0.05
-    decay: Decay = 0.1
-    final_learning_rate_ratio: Share = 0.1
-    weight_decay: NonNegative = 0.0
-    betas: Betas = (0.9, 0.95)
-    max_grad_norm: Positive = 1.0
-    matrix_norm: Literal["frobenius", "relative", "rows"] = "frobenius"
-    target: Literal["mixer_output", "block_output"] = "mixer_output"
-    refit: Literal["none", "head_scale", "ridge", "sequential"] = "none"
-    kl: Literal["forward", "reverse", "mixed", "jsd"] = "forward"
-    reverse_weight: Part = 0.5
-    jsd_beta: Part = 0.5
-    temperature: Positive = 1.0
-    ce_weight: Share = 0.0
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps: the tokens in whole batches, rounded up."""
-        return -(-self.tokens // (self.batch_size * self.sequence_length))
-
-    @property
-    def meaningless(self) -> set[str]:
-        """Fields that have no effect under this stage's objective, schedule and trained parameters."""
-        return {field for field, (key, values) in MEANINGFUL_UNDER.items() if getattr(self, key) not in values}
-
-    @model_validator(mode="after")
-    def _refuse_settings_without_effect(self) -> StageSpec:
-        for field in sorted(self.meaningless & self.model_fields_set):
-            if getattr(self, field) is not None:
-                key, values = MEANINGFUL_UNDER[field]
-                raise _misplaced(field, getattr(self, field), key, values, getattr(self, key))
-        if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            raise wrong("decay", self.decay, f"at most 1 - warmup = {1 - self.warmup:g}")
-        return self
 
 
 # Fields of the comparison at the end, which have no effect without it. `as_mapping` leaves them out at their defaults.
@@ -274,7 +167,7 @@ class EvaluationSpec(SettingsBase):
     def _refuse_settings_of_a_comparison_that_is_not_made(self) -> EvaluationSpec:
         for field in _OF_THE_COMPARISON:
             if not self.final and self.differs(field):
-                raise _misplaced(field, getattr(self, field), "final", (True,), False)
+                raise misplaced(field, getattr(self, field), "final", (True,), False)
         return self
 
     def differs(self, field: str) -> bool:
@@ -295,7 +188,8 @@ class Recipe(SettingsBase):
         dtype: data type of the forward passes; the trained weights are always float32.
         checkpoint_every: steps between two checkpoints; there is also one at the end of every stage.
         teacher_revision: branch, tag or commit of a Hub repository. A run always resumes with the same commit.
-        gradient_checkpointing: recompute the blocks in the backward pass of logit distillation: less memory, more time.
+        gradient_checkpointing: recompute the blocks in the backward pass of objectives that are not layer-wise: less
+            memory, more time.
         report_to: trackers that receive the curves, by transformers' names: "tensorboard", "trackio", "wandb", ….
     """
 
@@ -372,10 +266,22 @@ class Recipe(SettingsBase):
 
     @model_validator(mode="after")
     def _refuse_checkpointing_without_effect(self) -> Recipe:
-        whole = any(stage.objective == "logit_distillation" for stage in self.stages)
-        if self.gradient_checkpointing and not whole:
-            accepted = "false, since it has no effect without a stage with objective 'logit_distillation'"
+        if self.gradient_checkpointing and all(stage.layerwise for stage in self.stages):
+            accepted = (
+                "false, since it has no effect without a stage with objective 'logit_distillation' or "
+                "'last_state_alignment'"
+            )
             raise wrong("gradient_checkpointing", True, accepted)
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_an_untied_head_that_is_not_trained(self) -> Recipe:
+        trained = [stage.train == "all" and stage.objective == "logit_distillation" for stage in self.stages]
+        if self.student.untie and not any(trained):
+            accepted = (
+                "false, since it has no effect without a stage with objective 'logit_distillation' and train 'all'"
+            )
+            raise wrong("student.untie", True, accepted)
         return self
 
     @model_validator(mode="after")
@@ -385,11 +291,6 @@ class Recipe(SettingsBase):
             if name in names[:index]:
                 raise wrong(f"stages.{index}.name", name, "a name that no earlier stage has")
         return self
-
-
-def _misplaced(field: str, value: Any, key: str, values: Sequence[Any], actual: Any) -> PydanticCustomError:
-    options = " or ".join(map(repr, values))
-    return refused(field, f"has no effect with {key} {actual!r}, only with {key} {options}. Remove it (got {value!r}).")
 
 
 def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
@@ -435,6 +336,8 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
     Keys that earlier versions did not have are left out at their defaults, so that the runs of these versions resume.
     """
     values = recipe.model_dump(mode="json", exclude={"report_to"})
+    if not recipe.student.untie:
+        del values["student"]["untie"]
     if not recipe.gradient_checkpointing:
         del values["gradient_checkpointing"]
     if recipe.teacher_revision is None:
@@ -443,7 +346,7 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
         if not recipe.evaluation.differs(field):
             del values["evaluation"][field]
     for stage, mapping in zip(recipe.stages, values["stages"], strict=True):
-        unused = {field for field in _LATER_FIELDS if mapping[field] == StageSpec.model_fields[field].default}
+        unused = {field for field in LATER_FIELDS if mapping[field] == StageSpec.model_fields[field].default}
         for field in stage.meaningless | unused:
             del mapping[field]
     return values

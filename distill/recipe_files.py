@@ -13,7 +13,8 @@ from typing import Any
 
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import merge, override, read_yaml
-from .recipe import MEANINGFUL_UNDER, MIXERS_WITH, Recipe, StageSpec, StudentSpec, parse_recipe
+from .recipe import MIXERS_WITH, Recipe, StudentSpec, parse_recipe
+from .stages import MEANINGFUL_UNDER, StageSpec
 
 __all__ = ["load_recipe", "preset_names"]
 

@@ -123,13 +123,15 @@ def distill(
         start = TOKEN_MIXERS[recipe.student.mixer].student
         if stage.objective == "matrix_orientation" and start is not None and start.is_attention:
             raise ValueError(
-                f"`stages.{index}.objective` must be 'hidden_state_alignment' or 'logit_distillation' for the mixer "
-                f"{recipe.student.mixer!r}, which is attention already, got 'matrix_orientation'."
+                f"`stages.{index}.objective` must be 'hidden_state_alignment', 'last_state_alignment' or "
+                f"'logit_distillation' for the mixer {recipe.student.mixer!r}, which is attention already, got "
+                "'matrix_orientation'."
             )
-        if sharded_by() == "DeepSpeed" and stage.objective != "logit_distillation":
+        if sharded_by() == "DeepSpeed" and stage.layerwise:
             raise ValueError(
-                f"`stages.{index}.objective` must be 'logit_distillation' under DeepSpeed, which cannot clip each "
-                f"layer's gradient separately, got {stage.objective!r}. FSDP2 supports all objectives."
+                f"`stages.{index}.objective` must be 'logit_distillation' or 'last_state_alignment' under DeepSpeed, "
+                f"which cannot clip each layer's gradient separately, got {stage.objective!r}. FSDP2 supports all "
+                "objectives."
             )
         if stage.batch_size % state.num_processes:
             raise ValueError(

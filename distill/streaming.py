@@ -48,8 +48,59 @@ def mean_over_layers(
     return torch.stack(losses).mean()
 
 
+def mean_over_own_stream(
+    student: ZooHybridForCausalLM,
+    teacher: Teacher,
+    layers: Sequence[int],
+    ids: Tensor,
+    what: Sequence[str],
+    loss: Callable[..., tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Return the mean of the layers' losses on the student's own hidden states, side by side with the teacher's.
+
+    The student's blocks run between those of the teacher's forward pass. The gradient of a layer's loss ends at the
+    layer's input, so that the activations of one layer are in memory at a time here, too.
+
+    Args:
+        student: the student.
+        teacher: the teacher.
+        layers: converted layers.
+        ids: (B, L) token ids.
+        what: what is captured of the teacher.
+        loss: called as `loss(layer, hidden, *captured)` with the student's (B, L, D) residual stream; returns the
+            loss and the stream after the block.
+    """
+    losses: list[Tensor] = []
+    blocks = student.backbone.layers
+    with torch.no_grad():
+        hidden: Tensor = student.backbone.embeddings(ids)
+    sequence = student.backbone.sequence_of(hidden)
+    reached = 0
+
+    def on_layer(layer: int, **captured: Tensor) -> None:
+        nonlocal hidden, reached
+        with torch.no_grad():
+            for block in blocks[reached:layer]:
+                hidden = block(hidden, sequence)[0]
+        block = blocks[layer]
+
+        def computed(stream: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            value, after = loss(layer, stream, *tensors)
+            trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(value, trained, allow_unused=True)
+            return attach_gradients(value, trained, gradients), after.detach()
+
+        with _called_instead(block, computed):
+            value, hidden = block(hidden, *(captured[name] for name in what))
+        losses.append(value)
+        reached = layer + 1
+
+    teacher.capture(ids, layers, what, on_layer=on_layer)
+    return torch.stack(losses).mean()
+
+
 @contextmanager
-def _called_instead(block: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+def _called_instead(block: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Replace a block's forward by a function; sharded weights are gathered when the block is called."""
     before = block.__dict__.get("forward")
     block.forward = function

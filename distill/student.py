@@ -44,7 +44,8 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
         The student in float32, in evaluation mode, on the teacher's device.
 
     Raises:
-        ValueError: if the teacher's sizes do not fit the mixer, or an exact head is in no converted layer.
+        ValueError: if the teacher's sizes do not fit the mixer, an exact head is in no converted layer, or a head is to
+            be untied that is not tied.
     """
     config = _student_config(teacher, spec, layers)
     with torch.random.fork_rng(devices=[]):
@@ -53,6 +54,8 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
     chosen = tuple(f"backbone.layers.{layer}.mixer." for layer in layers)
     replaced = () if _replacement(spec).is_attention else chosen
     tensors = {name: each.load() for name, each in teacher.zoo_tensors.items() if not name.startswith(replaced)}
+    if spec.untie:
+        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"].clone()
     result = student.load_state_dict(tensors, strict=False)
     missing = [name for name in own_tensors(student) if name in result.missing_keys and not name.startswith(chosen)]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
@@ -196,6 +199,12 @@ def _student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) 
     values: dict[str, Any] = {**copy.deepcopy(teacher.zoo_config.to_dict()), "mixer_types": mixers, **replaced}
     if "full_attention" not in mixers:
         del values["full_attention"]
+    if spec.untie:
+        if not values["tie_word_embeddings"]:
+            raise ValueError(
+                "`student.untie` must be false for this teacher, whose head is not tied to its embedding, got true."
+            )
+        values["tie_word_embeddings"] = False
     return ZooHybridConfig(**values)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_checkpoints import save_llama
 from torch import Tensor, nn
 
@@ -36,7 +37,9 @@ def distill(objective: str, output: str = "run", **changes: Any) -> dict[str, An
     return run.distill(parse_recipe(recipe), output)
 
 
-@pytest.mark.parametrize("objective", ["matrix_orientation", "hidden_state_alignment", "logit_distillation"])
+@pytest.mark.parametrize(
+    "objective", ["matrix_orientation", "hidden_state_alignment", "last_state_alignment", "logit_distillation"]
+)
 def test_each_layer_is_clipped_by_itself_where_it_is_a_problem_of_its_own(
     objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +60,7 @@ def test_each_layer_is_clipped_by_itself_where_it_is_a_problem_of_its_own(
     distill(objective)
     assert len(seen) == 2 and len(seen[0]) > 1
     for norms in seen:
-        if objective == "logit_distillation":
+        if objective in ("last_state_alignment", "logit_distillation"):
             assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(BOUND, rel=1e-3)
         else:
             assert norms == pytest.approx([BOUND] * len(norms), rel=1e-3)
@@ -86,7 +89,7 @@ def test_clipping_is_torchs() -> None:
     [
         pytest.param(
             {"ACCELERATE_USE_DEEPSPEED": "true"},
-            r"`stages.0.objective` must be 'logit_distillation' under DeepSpeed, .*, got 'matrix_orientation'",
+            r"`stages.0.objective` must be 'logit_distillation' or .* under DeepSpeed, .*, got 'matrix_orientation'",
             id="DeepSpeed",
         ),
         pytest.param({"ACCELERATE_USE_FSDP": "true"}, "`fsdp_version` must be 2, got 1", id="FSDP"),
@@ -101,6 +104,32 @@ def test_what_cannot_share_out_the_weights_is_refused_before_anything_is_written
     with pytest.raises(ValueError, match=message):
         distill("matrix_orientation")
     assert not Path("run").exists()
+
+
+def test_masters_are_float32_under_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 1e-5, which are lost in bfloat16, change every weight."""
+    moved: list[Tensor] = []
+    inner = torch.optim.AdamW.step
+
+    def looking(self: Any, *arguments: Any, **options: Any) -> Any:
+        weights = [weight for group in self.param_groups for weight in group["params"] if weight.grad is not None]
+        before = [weight.detach().clone() for weight in weights]
+        result = inner(self, *arguments, **options)
+        assert {weight.dtype for weight in weights} == {torch.float32}
+        assert {state.dtype for each in self.state.values() for state in each.values()} == {torch.float32}
+        moved.extend((weight.detach() - old).abs() for weight, old in zip(weights, before, strict=True))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", looking)
+    stage = {"name": "a", "objective": "logit_distillation", "tokens": 64, "batch_size": 2, "learning_rate": 1e-5}
+    options = {"train": "all", "schedule": "constant", "warmup": 0.0}
+    report = distill("logit_distillation", stages=[{**stage, **options}], dtype="bfloat16")
+    assert report["recipe"]["dtype"] == "bfloat16" and len(moved) > 10
+    assert all(step.max() > 1e-6 for step in moved) and max(step.max() for step in moved) < 1e-4
+    tensors = load_file(Path("run", "student", "model.safetensors"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    large = tensors["backbone.layers.0.mlp.gate_proj.weight"]
+    assert not torch.equal(large, large.bfloat16().float())
 
 
 def test_gradient_checkpointing_changes_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:

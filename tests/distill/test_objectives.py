@@ -18,6 +18,7 @@ from ssm_zoo.distill.recipe import StageSpec, StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.modeling import ZooHybridForCausalLM
+from ssm_zoo.modeling.modeling_hybrid import HybridBlock
 
 LAYERS = [0, 1, 3]
 MIXERS = [
@@ -73,8 +74,24 @@ def straightforward(
         divergence = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
         surprise = F.nll_loss(log_q, targets, ignore_index=-100, reduction="sum")
         return ((1 - stage.ce_weight) * divergence + stage.ce_weight * surprise) / ids.numel()
+    if stage.objective == "last_state_alignment":
+        mine = student(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        theirs = teacher(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        return ((mine - theirs).square().sum((1, 2)) / theirs.square().sum((1, 2))).mean()
     terms = []
+    own = student.backbone.embeddings(ids).detach()
     for layer, record in enumerate(teacher_activations(teacher, ids)):
+        if stage.stream == "student":
+            block: Any = student.backbone.layers[layer]
+            sequence = student.backbone.sequence_of(own)
+            mixed = block.mixer(block.input_layernorm(own), sequence)[0]
+            after = block(own, sequence)[0]
+            errors = (mixed - record["output"]) if stage.target == "mixer_output" else (after - record["after"])
+            wanted = record["output"] if stage.target == "mixer_output" else record["after"] - record["input"]
+            if layer in layers:
+                terms.append((errors.square().sum((1, 2)) / wanted.square().sum((1, 2))).mean())
+            own = after.detach()  # the gradient of a layer ends at its input
+            continue
         if layer not in layers:
             continue
         sequence = student.backbone.sequence_of(record["normed"])
@@ -92,7 +109,7 @@ def straightforward(
             output, _ = student_mixer(student, layer)(record["normed"], sequence)
             wanted = record["output"]
         else:
-            block: Any = student.backbone.layers[layer]
+            block = student.backbone.layers[layer]
             output = block(record["input"], sequence)[0] - record["input"]
             wanted = record["after"] - record["input"]
         errors = (output - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
@@ -133,6 +150,12 @@ STAGES = [
     pytest.param({"objective": "matrix_orientation", "matrix_norm": "rows"}, id="relative errors of rows"),
     pytest.param({"objective": "hidden_state_alignment"}, id="mixer output"),
     pytest.param({"objective": "hidden_state_alignment", "target": "block_output"}, id="block output"),
+    pytest.param({"objective": "hidden_state_alignment", "stream": "student"}, id="mixer output, own stream"),
+    pytest.param(
+        {"objective": "hidden_state_alignment", "stream": "student", "target": "block_output"},
+        id="block output, own stream",
+    ),
+    pytest.param({"objective": "last_state_alignment"}, id="last state"),
     pytest.param({"objective": "logit_distillation"}, id="logits"),
     pytest.param({"objective": "logit_distillation", "ce_weight": 0.4}, id="logits and cross-entropy"),
 ]
@@ -160,7 +183,7 @@ def test_streamed_gradients_are_those_of_keeping_everything(
     moving = {name for name, gradient in streamed.items() if gradient.abs().max() > 0}
     if part.objective == "logit_distillation":
         assert moving == chosen
-    elif part.objective == "hidden_state_alignment":
+    elif part.objective != "matrix_orientation":
         assert moving >= set(trained_parameters(student, "mixers", LAYERS)[0])
     else:
         # What makes B, C, decay and skip; values, gate and output projection stay.
@@ -242,6 +265,36 @@ def test_the_block_target_is_what_the_block_adds() -> None:
     part = stage("hidden_state_alignment", target="block_output")
     assert objective(part, identical, Teacher(teacher), LAYERS)(ids).item() < 1e-8
     assert objective(part, silent, Teacher(teacher), LAYERS)(ids).item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("target", ["mixer_output", "block_output"])
+def test_both_streams_are_one_until_a_layer_differs(target: str) -> None:
+    """The first converted layer reads the same; a later one reads the errors of those before it on its own stream."""
+    teacher, ids = make_teacher(), draw_ids(2, 12)
+    student = build_student(Teacher(teacher), StudentSpec(half_life=(2.0, 16.0)), LAYERS)
+
+    def value(layers: list[int], stream: str) -> float:
+        part = stage("hidden_state_alignment", target=target, stream=stream)
+        return objective(part, student, Teacher(teacher), layers)(ids).item()
+
+    assert value([0], "student") == pytest.approx(value([0], "teacher"), rel=1e-5)
+    assert value([3], "student") != pytest.approx(value([3], "teacher"), rel=1e-2)
+
+
+def test_one_block_at_a_time_has_activations_on_the_students_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, ids = make_teacher(), draw_ids(2, 12)
+    student = make_student(teacher, [1, 3])
+    choose(student, "mixers")
+    ran: list[tuple[int, bool]] = []
+    inner = HybridBlock.forward
+
+    def noting(self: Any, *arguments: Any, **options: Any) -> Any:
+        ran.append((self.layer_idx, torch.is_grad_enabled()))
+        return inner(self, *arguments, **options)
+
+    monkeypatch.setattr(HybridBlock, "forward", noting)
+    objective(stage("hidden_state_alignment", stream="student"), student, Teacher(teacher), [1, 3])(ids)
+    assert ran == [(0, False), (1, True), (2, False), (3, True)]
 
 
 @pytest.mark.parametrize("spec", MIXERS)
@@ -327,6 +380,41 @@ def test_optimizer_groups_have_their_rates_and_decay(other_rate: float | None) -
             vector = name.endswith(("dt_bias", "z_bias", ".D", "norm.weight", "norm_f.weight", "conv1d.bias"))
             assert group["weight_decay"] == (0.0 if vector else 0.1), name
     assert next(at, None) is None
+
+
+def test_groups_of_weights_have_their_own_rates() -> None:
+    student = make_student(make_teacher())
+    rates = {"norm_learning_rate": 1e-4, "mlp_learning_rate": 2e-4, "embedding_learning_rate": 3e-4}
+    part = stage(train="all", learning_rate=2e-3, other_learning_rate=5e-4, **rates)
+    mixers, others = trained_parameters(student, "all", LAYERS)
+    optimizer, names = make_optimizer(part, mixers, others)
+    assert len(names) == len(set(names)) == len(mixers) + len(others)
+    at, found = iter(names), {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = next(at)
+            assert parameter is (mixers | others)[name]
+            found[name] = group["lr"]
+    assert {rate for name, rate in found.items() if name in mixers} == {2e-3}
+    for name, rate in ((name, found[name]) for name in others):
+        if "norm" in name:
+            assert rate == 1e-4
+        elif ".mlp." in name:
+            assert rate == 2e-4
+        else:
+            assert rate == (5e-4 if "layers.2.mixer" in name else 3e-4), name
+    assert set(found.values()) == {2e-3, 5e-4, 1e-4, 2e-4, 3e-4}
+
+
+def test_weights_without_a_rate_of_their_own_stay_in_their_order() -> None:
+    """The state of an optimiser is saved by position."""
+    student = make_student(make_teacher())
+    sets = trained_parameters(student, "all", LAYERS)
+    _, plain = make_optimizer(stage(train="all"), *sets)
+    _, rated = make_optimizer(stage(train="all", norm_learning_rate=1e-4), *sets)
+    norms = [name for name in sets[1] if "norm" in name]
+    assert [name for name in plain if name not in norms] == rated[: -len(norms)]
+    assert set(rated[-len(norms) :]) == set(norms)
 
 
 def test_an_optimizer_of_mixers_alone_has_no_empty_group() -> None:

@@ -294,7 +294,8 @@ def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_pat
     assert not {"gradient_checkpointing", "report_to"} & as_mapping(plain).keys()
     older = {"tokens", "sequence_length", "batch_size", "repeat_distance", "prompts", "max_new_tokens"}
     assert as_mapping(plain)["evaluation"].keys() == older
-    later = {"matrix_norm", "reverse_weight", "jsd_beta"}
+    later = {"matrix_norm", "stream", "reverse_weight", "jsd_beta", "norm_learning_rate", "embedding_learning_rate"}
+    assert "untie" not in as_mapping(plain)["student"]
     assert not any(later & stage.keys() for stage in as_mapping(plain)["stages"])
     mixed = load_recipe(write(tmp_path), ["stages.1.kl=mixed", "stages.1.reverse_weight=0.25"])
     assert as_mapping(mixed)["stages"][1]["reverse_weight"] == 0.25

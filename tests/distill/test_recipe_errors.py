@@ -245,6 +245,14 @@ ONLY_FOR_ONE = [
     pytest.param("matrix_orientation", "other_learning_rate", 1e-3, id="mixers-only-other-learning-rate"),
     pytest.param("matrix_orientation", "decay", 0.1, id="cosine-decay"),
     pytest.param("hidden_state_alignment", "matrix_norm", "relative", id="alignment-matrix-norm"),
+    pytest.param("matrix_orientation", "stream", "student", id="orientation-stream"),
+    pytest.param("last_state_alignment", "stream", "student", id="last-state-stream"),
+    pytest.param("last_state_alignment", "target", "block_output", id="last-state-target"),
+    pytest.param("last_state_alignment", "refit", "ridge", id="last-state-refit"),
+    pytest.param("last_state_alignment", "ce_weight", 0.5, id="last-state-ce-weight"),
+    pytest.param("logit_distillation", "norm_learning_rate", 1e-3, id="mixers-only-norm-learning-rate"),
+    pytest.param("logit_distillation", "mlp_learning_rate", 1e-3, id="mixers-only-mlp-learning-rate"),
+    pytest.param("logit_distillation", "embedding_learning_rate", 1e-3, id="mixers-only-embedding-learning-rate"),
     pytest.param("logit_distillation", "reverse_weight", 0.3, id="forward-kl-reverse-weight"),
     pytest.param("hidden_state_alignment", "reverse_weight", 0.3, id="alignment-reverse-weight"),
     pytest.param("logit_distillation", "jsd_beta", 0.3, id="forward-kl-beta"),
@@ -266,6 +274,45 @@ def test_a_weight_that_leaves_one_divergence_is_refused(kl: str, field: str) -> 
     for wrong in (0, 1.0, -0.5, "half"):
         with pytest.raises(ValueError, match=rf"`stages\.0\.{field}` must be a number above 0 and below 1, got"):
             parse_recipe(values(stages=[{**stage, field: wrong}]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "reached"),
+    [
+        pytest.param({"objective": "matrix_orientation"}, "", id="matrix"),
+        pytest.param({"objective": "hidden_state_alignment"}, "", id="mixer"),
+        pytest.param({"objective": "hidden_state_alignment", "stream": "student"}, "norm", id="mixer, own stream"),
+        pytest.param({"objective": "hidden_state_alignment", "target": "block_output"}, "norm mlp", id="block"),
+        pytest.param({"objective": "last_state_alignment"}, "norm mlp embedding", id="last state"),
+        pytest.param({"objective": "logit_distillation"}, "norm mlp embedding", id="logits"),
+    ],
+)
+def test_a_rate_of_weights_that_the_loss_does_not_reach_is_refused(stage: dict[str, Any], reached: str) -> None:
+    for group in ("norm", "mlp", "embedding"):
+        field = f"{group}_learning_rate"
+        recipe = values(stages=[{**values()["stages"][0], **stage, "train": "all", field: 1e-4}])
+        if group in reached:
+            assert getattr(parse_recipe(recipe).stages[0], field) == 1e-4
+        else:
+            with pytest.raises(ValueError, match=rf"`stages\.0\.{field}` has no effect with objective"):
+                parse_recipe(recipe)
+
+
+def test_a_rate_of_no_weights_is_refused() -> None:
+    stage = {**values()["stages"][0], "objective": "logit_distillation", "train": "mixers+norms"}
+    rates = {"norm_learning_rate": 1e-4, "other_learning_rate": 1e-3}
+    with pytest.raises(
+        ValueError, match=r"`stages\.0\.other_learning_rate` has no effect .* beside norm_learning_rate"
+    ):
+        parse_recipe(values(stages=[{**stage, **rates}]))
+
+
+def test_an_untied_head_that_no_stage_trains_is_refused() -> None:
+    stage = {**values()["stages"][0], "objective": "logit_distillation"}
+    for wrong in ({}, {"train": "mixers+norms"}, {"train": "all", "objective": "last_state_alignment"}):
+        with pytest.raises(ValueError, match=r"`student\.untie` must be false, since it has no effect"):
+            parse_recipe(values(student={"untie": True}, stages=[{**stage, **wrong}]))
+    assert parse_recipe(values(student={"untie": True}, stages=[{**stage, "train": "all"}])).student.untie
 
 
 def test_constant_has_no_final_learning_rate() -> None:

@@ -184,6 +184,19 @@ def test_step_0_is_linear_attention_with_a_decay(
     assert (other - expected).abs().max() > 1e-2
 
 
+def test_an_untied_head_starts_as_the_embedding() -> None:
+    teacher, ids = make_teacher(tie_word_embeddings=True), draw_ids(1, 9)
+    student = build_student(Teacher(teacher), spec(untie=True), [])
+    assert gap(student, teacher, ids) < 1e-5
+    assert not student.config.tie_word_embeddings
+    assert student.lm_head.weight is not student.backbone.embeddings.weight
+    with torch.no_grad():
+        student.lm_head.weight.zero_()
+    assert student.backbone.embeddings.weight.abs().max() > 0
+    with pytest.raises(ValueError, match=r"`student\.untie` must be false for this teacher"):
+        build_student(Teacher(make_teacher()), spec(untie=True), [])
+
+
 @pytest.mark.parametrize("kind", [kind for kind, row in TOKEN_MIXERS.items() if row.student is not None])
 def test_a_mixer_has_what_the_options_of_its_row_need(kind: str) -> None:
     """`FromAttention.options` in `modeling/mixer.py`."""
