@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..harness.text_files import read_text_file
+from ..training.conversations import Example, encode_examples, read_examples
+from ..training.packing import IGNORED
 from ..training.sources import BUILTIN, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
 
 _PIECE_CHARACTERS = 64 * 1024
@@ -58,6 +61,37 @@ def _read(name: str, split: str) -> list[str]:
     if not found:
         raise ValueError(f"{field}: {name!r} has no text.")
     return found
+
+
+def read_conversations(sources: str | Sequence[str], split: Literal["train", "heldout"], kind: str) -> list[Example]:
+    """Read conversations, or prompts with completions, that a recipe's `data.train` or `data.heldout` names.
+
+    Args:
+        sources: `.jsonl` and `.parquet` files and data sets.
+        split: the field, for errors.
+        kind: content of the rows, "messages" or "prompt_completion".
+
+    Raises:
+        ValueError: naming source, row and field of the first mistake.
+    """
+    return read_examples([sources] if isinstance(sources, str) else list(sources), f"data.{split}", kind)
+
+
+def token_windows(
+    rows: Sequence[str] | Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
+) -> TokenWindows:
+    """Turn texts, or conversations, into a row of token ids that is read in windows.
+
+    Raises:
+        ValueError: if the tokenizer's chat template does not work with a conversation.
+    """
+    examples = [row for row in rows if isinstance(row, Example)]
+    if not examples:
+        return TokenWindows(tokenize([row for row in rows if isinstance(row, str)], tokenizer, progress=progress))
+    documents = encode_examples(examples, tokenizer, progress=progress, owner="teacher")
+    # The first token of a document does not follow from the document before it.
+    learnt = [F.pad(labels[1:] != IGNORED, (1, 0), value=False) for _, labels in documents]
+    return TokenWindows(torch.cat([ids for ids, _ in documents]), torch.cat(learnt))
 
 
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True) -> Tensor:
@@ -150,8 +184,8 @@ def repeat_a_passage(window: Tensor, seed: int) -> Tensor:
     drawn from all that fit. Windows of fewer than 8 tokens have no room and remain as they are.
 
     Args:
-        window: (L) int64 tokens.
-        seed: seed of length and places.
+        window: (L) tokens, or what there is for each token.
+        seed: seed of length and places, which are the same for all windows of a length.
     """
     length = len(window)
     if length < 8:
@@ -174,22 +208,29 @@ class TokenWindows:
 
     Args:
         ids: (tokens,) integers from 0 to 2^31 - 1.
+        learnt: (tokens,) bool, the tokens that logit distillation learns to predict, at least one; None: all.
 
     Raises:
         ValueError: if `ids` is not as described.
     """
 
-    def __init__(self, ids: Tensor) -> None:
+    def __init__(self, ids: Tensor, learnt: Tensor | None = None) -> None:
         if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise ValueError(f"`ids` must be (tokens,) integers, got shape {tuple(ids.shape)} of {ids.dtype}.")
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= 2**31):
             raise ValueError(f"`ids` must be from 0 to 2^31 - 1, got {int(ids.min())} to {int(ids.max())}.")
         # A private copy in half the memory; windows are returned as int64.
         self._ids = ids.detach().to("cpu", torch.int32, copy=True).contiguous()
+        self._learnt = learnt
         self._permutation: tuple[tuple[int, int, int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def learnt_share(self) -> float | None:
+        """Share of the tokens that are learnt; None: there is no choice."""
+        return None if self._learnt is None else float(self._learnt.double().mean())
 
     def count(self, sequence_length: int) -> int:
         """Return W, the number of whole windows.
@@ -234,10 +275,20 @@ class TokenWindows:
 
     def window(self, position: int, sequence_length: int, seed: int) -> Tensor:
         """Return the (L) int64 ids of a window, by its position from 0 in the endless sequence of shuffled windows."""
+        start = self._start(position, sequence_length, seed)
+        return self._ids[start : start + sequence_length].long()
+
+    def learnt(self, position: int, sequence_length: int, seed: int) -> Tensor | None:
+        """Return (L) bool, which tokens of the window of :meth:`window` are learnt; None: there is no choice."""
+        if self._learnt is None:
+            return None
+        start = self._start(position, sequence_length, seed)
+        return self._learnt[start : start + sequence_length]
+
+    def _start(self, position: int, sequence_length: int, seed: int) -> int:
         count = self.count(sequence_length)
         epoch, place = divmod(position, count)
-        start = int(self._shuffled(count, epoch, seed)[place]) * sequence_length
-        return self._ids[start : start + sequence_length].long()
+        return int(self._shuffled(count, epoch, seed)[place]) * sequence_length
 
     def _shuffled(self, count: int, epoch: int, seed: int) -> Tensor:
         """Return the (W,) order of the windows in an epoch. The last one is cached."""
@@ -248,8 +299,10 @@ class TokenWindows:
         return self._permutation[1]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the ids in hexadecimal, with which a resumed run checks its data."""
+        """Return the SHA-256 in hexadecimal of the ids and of the choice of learnt ones; a resumed run checks it."""
         digest = hashlib.sha256()
         for part in self._ids.split(1 << 20):
             digest.update(part.numpy().astype("<i4").tobytes())
+        if self._learnt is not None:
+            digest.update(self._learnt.numpy().tobytes())
         return digest.hexdigest()

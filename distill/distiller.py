@@ -39,19 +39,25 @@ class StudentInStage(nn.Module):
         stage: the stage with the objective.
         teacher: the teacher, which is whole in every process and not part of this module.
         layers: converted layers.
+        learnt_share: share of the training text's tokens that are learnt, if there is a choice.
     """
 
     def __init__(
-        self, student: ZooHybridForCausalLM, stage: StageSpec, teacher: Teacher, layers: Sequence[int]
+        self,
+        student: ZooHybridForCausalLM,
+        stage: StageSpec,
+        teacher: Teacher,
+        layers: Sequence[int],
+        learnt_share: float | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self._no_split_modules = student._no_split_modules
-        self._loss = objective(stage, student, teacher, layers)
+        self._loss = objective(stage, student, teacher, layers, learnt_share)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the loss of (B, L) token ids."""
-        return self._loss(input_ids)
+    def forward(self, input_ids: Tensor, learnt: Tensor | None = None) -> Tensor:
+        """Return the loss of (B, L) token ids, of which those that are `learnt` count in logit distillation."""
+        return self._loss(input_ids) if learnt is None else self._loss(input_ids, learnt)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -91,11 +97,16 @@ class StageWindows(Dataset[dict[str, Tensor]]):
         # Number of steps of this stage's size that cover the tokens read by the stages before it.
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
-        window = self.windows.window(position, stage.sequence_length, self.seed)
+        place = (position, stage.sequence_length, self.seed)
+        row = {"input_ids": self.windows.window(*place)}
+        learnt = self.windows.learnt(*place)
+        if learnt is not None and stage.objective == "logit_distillation":
+            row["learnt"] = learnt
         # Spread evenly: the whole part of item * share grows by one in each window with a repetition.
         if int((item + 1) * stage.repeats) > int(item * stage.repeats):
-            window = repeat_a_passage(window, derived_seed(self.seed, self.index, item))
-        return {"input_ids": window}
+            seed = derived_seed(self.seed, self.index, item)
+            row = {name: repeat_a_passage(part, seed) for name, part in row.items()}
+        return row
 
 
 class Distiller(ZooTrainer):
@@ -141,7 +152,7 @@ class Distiller(ZooTrainer):
             parameter.requires_grad_(True)
         whole = not stage.layerwise  # a single layer needs little memory
         super().__init__(
-            model=StudentInStage(student, stage, teacher, layers),
+            model=StudentInStage(student, stage, teacher, layers, windows.learnt_share),
             args=TrainingArguments(
                 **loop_arguments(stage.steps, output, device, recipe.checkpoint_every, recipe.report_to),
                 **(gradient_checkpointing() if whole and recipe.gradient_checkpointing else {}),

@@ -71,6 +71,9 @@ def chunked_logit_loss(
     teacher_hidden: Tensor,
     teacher_head: nn.Module,
     input_ids: Tensor,
+    *,
+    learnt: Tensor | None = None,
+    learnt_share: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute :func:`logit_loss` per token for a few tokens at a time, without (B, L, V) logits in memory.
@@ -83,30 +86,31 @@ def chunked_logit_loss(
         teacher_hidden: (B, L, D) input of the teacher's head.
         teacher_head: the teacher's head.
         input_ids: (B, L) tokens; the target of a position is the next one.
+        learnt: (B, L) bool, the tokens to learn: the loss is that of the positions before them. None: all positions.
+        learnt_share: share of the learnt tokens in the whole training text, with `learnt`.
         **options: keyword arguments of :func:`logit_loss`.
 
     Returns:
-        The loss, a mean over the B L positions.
+        The loss, a mean over the B L positions, or over as many of them as are learnt on average. Means of the parts
+        of a batch are then the mean of the batch, however the learnt tokens are distributed over them.
     """
     trained = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
-    tokens = input_ids.numel()
+    tokens = input_ids.numel() * (learnt_share or 1.0)
+    hidden, theirs = student_hidden.detach().flatten(0, 1), teacher_hidden.flatten(0, 1)
     targets = F.pad(input_ids[:, 1:], (0, 1), value=-100).flatten()
+    chosen = None
+    if learnt is not None:
+        chosen = F.pad(learnt[:, 1:], (0, 1), value=False).flatten().nonzero()[:, 0]
+        hidden, theirs, targets = hidden[chosen], theirs[chosen], targets[chosen]
     chunk = max(_LOGITS_BYTES // (4 * student_head.get_parameter("weight").shape[0]), 1)
     total = torch.zeros((), device=input_ids.device)
-    hidden = student_hidden.detach().flatten(0, 1)
     of_hidden = torch.empty_like(hidden)
     of_head: list[Tensor] = []
-    rows = zip(
-        hidden.split(chunk),
-        teacher_hidden.flatten(0, 1).split(chunk),
-        targets.split(chunk),
-        of_hidden.split(chunk),
-        strict=True,
-    )
-    for mine, theirs, target, of_rows in rows:
+    rows = zip(hidden.split(chunk), theirs.split(chunk), targets.split(chunk), of_hidden.split(chunk), strict=True)
+    for mine, their, target, of_rows in rows:
         mine = mine.requires_grad_()
         with torch.no_grad():
-            teacher = teacher_head(theirs)
+            teacher = teacher_head(their)
         loss = logit_loss(student_head(mine), teacher, target, **options) / tokens
         total += loss.detach()
         of_mine, *parts = torch.autograd.grad(loss, [mine, *trained])
@@ -116,4 +120,6 @@ def chunked_logit_loss(
             continue
         for whole, part in zip(of_head, parts, strict=True):
             whole += part
+    if chosen is not None:
+        of_hidden = torch.zeros_like(student_hidden).flatten(0, 1).index_copy(0, chosen, of_hidden)
     return attach_gradients(total, [student_hidden, *trained], [of_hidden.view_as(student_hidden), *of_head])

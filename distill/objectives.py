@@ -38,15 +38,22 @@ def loss_name(stage: StageSpec) -> str:
 
 
 def objective(
-    stage: StageSpec, student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int]
-) -> Callable[[Tensor], Tensor]:
+    stage: StageSpec,
+    student: ZooHybridForCausalLM,
+    teacher: Teacher,
+    layers: Sequence[int],
+    learnt_share: float | None = None,
+) -> Callable[..., Tensor]:
     """Return the function that computes a stage's loss, with gradients, from (B, L) token ids.
+
+    That of logit distillation also takes `learnt`, (B, L) bool: the tokens to learn.
 
     Args:
         stage: the stage.
         student: the student, whose trained weights require gradients.
         teacher: the teacher, frozen and in evaluation mode.
         layers: converted layers; the loss of a layer-wise objective is the mean over them.
+        learnt_share: share of the training text's tokens that are learnt, if there is a choice.
     """
     if stage.objective == "matrix_orientation":
         return lambda ids: matrix_orientation(student, teacher, layers, ids, norm=stage.matrix_norm)
@@ -56,8 +63,8 @@ def objective(
     if stage.objective == "last_state_alignment":
         return lambda ids: last_state_alignment(student, teacher, ids)
     names = ("kl", "temperature", "ce_weight", "reverse_weight", "jsd_beta")
-    options = {name: getattr(stage, name) for name in names}
-    return lambda ids: logit_distillation(student, teacher, ids, **options)
+    chosen: dict[str, Any] = {name: getattr(stage, name) for name in names} | {"learnt_share": learnt_share}
+    return lambda ids, learnt=None: logit_distillation(student, teacher, ids, learnt=learnt, **chosen)
 
 
 def matrix_orientation(
@@ -161,7 +168,7 @@ def last_state_alignment(student: ZooHybridForCausalLM, teacher: Teacher, ids: T
 def logit_distillation(student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, **options: Any) -> Tensor:
     """Compute MOHAWK's stage 3: the divergence of the student's predictions from the teacher's.
 
-    `options` are keyword arguments of :func:`logit_loss`.
+    `options` are keyword arguments of :func:`chunked_logit_loss`.
     """
     with torch.no_grad():
         theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state

@@ -114,11 +114,15 @@ class DataSpec(SettingsBase):
         train: sources of the training tokens, in order.
         heldout: sources of the evaluation tokens.
         sequence_length: default of the stages' and the evaluation's `sequence_length`.
+        examples: content of the rows of files and data sets: "text"; "messages", a conversation for the tokenizer's
+            chat template; or "prompt_completion", a prompt and its completion. With the last two, logit distillation
+            learns the answers only, and the evaluations are of all tokens.
     """
 
     train: Sources
     heldout: Sources
     sequence_length: Length = 256
+    examples: Literal["text", "messages", "prompt_completion"] = "text"
 
 
 # Fields of the comparison at the end, which have no effect without it. `as_mapping` leaves them out at their defaults.
@@ -336,6 +340,8 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
     Keys that earlier versions did not have are left out at their defaults, so that the runs of these versions resume.
     """
     values = recipe.model_dump(mode="json", exclude={"report_to"})
+    if recipe.data.examples == "text":
+        del values["data"]["examples"]
     if not recipe.student.untie:
         del values["student"]["untie"]
     if not recipe.gradient_checkpointing:

@@ -40,7 +40,7 @@ from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
 from .comparison import Comparison, compare
-from .data import TokenWindows, check_vocabulary, read_texts, tokenize
+from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .fetch import teacher_commit
 from .layer_errors import layer_errors
@@ -253,7 +253,10 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
 def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
     """Load and check everything, then claim the folder, then build and calibrate the student."""
     main = state.is_main_process
-    texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
+    texts: dict[str, Any] = {}
+    for split in ("train", "heldout"):
+        sources, kind = getattr(recipe.data, split), recipe.data.examples
+        texts[split] = read_texts(sources, split) if kind == "text" else read_conversations(sources, split, kind)
     commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
     teacher = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
     teacher.model.to(state.device)  # pyright: ignore[reportArgumentType]
@@ -261,7 +264,7 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     check_vocabulary(tokenizer, teacher.model.config)
     layers = resolve_layers(recipe.student.layers, teacher.num_layers)
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
-    windows = {split: TokenWindows(tokenize(text, tokenizer, progress=main)) for split, text in texts.items()}
+    windows = {split: token_windows(rows, tokenizer, progress=main) for split, rows in texts.items()}
     _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
     for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
         _check_length(windows["train"], "data.train", length)

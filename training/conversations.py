@@ -107,7 +107,7 @@ def _messages(row: Mapping[str, Any], key: str, place: str) -> Messages:
 
 
 def encode_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, progress: bool = True, owner: str = "model"
 ) -> list[Document]:
     """Encode rows as documents with labels.
 
@@ -118,6 +118,7 @@ def encode_examples(
         examples: the rows.
         tokenizer: the model's tokenizer, which must be a fast one.
         progress: show a progress bar.
+        owner: name of the setting that the tokenizer belongs to, for errors.
 
     Returns:
         (length,) int32 ids and labels for every row.
@@ -128,12 +129,12 @@ def encode_examples(
     """
     if not tokenizer.is_fast:
         raise ValueError(
-            f"model: the tokenizer ({type(tokenizer).__name__}) is a slow one, which cannot map tokens to characters. "
-            "Use a model with a tokenizer.json to train on answers only."
+            f"{owner}: the tokenizer ({type(tokenizer).__name__}) is a slow one, which cannot map tokens to "
+            "characters. Use a model with a tokenizer.json to train on answers only."
         )
     encoded = []
     for example in tqdm(examples, desc="tokenising", unit="row", disable=not progress):
-        ids, learnt = _encode(example, tokenizer)
+        ids, learnt = _encode(example, tokenizer, owner)
         row, mask = torch.tensor(ids, dtype=torch.int32), torch.tensor(learnt, dtype=torch.bool)
         if not mask[1:].any():
             raise ValueError(f"{example.place}: the answers have no token to learn from.")
@@ -141,7 +142,7 @@ def encode_examples(
     return encoded
 
 
-def _encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, owner: str) -> tuple[list[int], list[bool]]:
     """Return the token ids of a row, and for each whether it has a label."""
     if isinstance(example.completion, str):
         assert isinstance(example.prompt, str)
@@ -155,8 +156,8 @@ def _encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
         return ids, learnt
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"model: the tokenizer has no chat template, which {example.place} needs. Save the tokenizer with one, or "
-            "write the rows as `prompt` and `completion` texts."
+            f"{owner}: the tokenizer has no chat template, which {example.place} needs. Save the tokenizer with one, "
+            "or write the rows as `prompt` and `completion` texts."
         )
     if example.prompt is None and _GENERATION.search(tokenizer.get_chat_template()):
         return _encode_marked(example, tokenizer)
