@@ -22,6 +22,17 @@ def distill(
             "be repeated.",
         ),
     ] = None,
+    precompute_logits: Annotated[
+        bool,
+        typer.Option(
+            "--precompute-logits",
+            help="Train nothing: write the teacher's most likely tokens for the recipe's logit distillation to OUTPUT, "
+            "for runs with stored_logits=OUTPUT.",
+        ),
+    ] = False,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="With --precompute-logits: tokens stored of each prediction; 64.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Distil a Transformer as a recipe says. Evaluates the student before and after every stage.
@@ -30,6 +41,8 @@ def distill(
     """
     from ..distill.recipe_files import load_recipe
 
+    if top_k is not None and not precompute_logits:
+        raise ValueError(f"--top-k has no effect without --precompute-logits. Remove it (got {top_k}).")
     notes: list[str] = []
     checked = load_recipe(recipe, overrides or (), notes.append)
     from rich.console import Console
@@ -42,6 +55,14 @@ def distill(
     state = processes()
     for note in notes if state.is_main_process else ():
         typer.echo(note)
+    if precompute_logits:
+        from ..distill.precompute import precompute_logits as precompute
+
+        settings = precompute(
+            checked, output, top_k=64 if top_k is None else top_k, trust_remote_code=trust_remote_code
+        )
+        typer.echo(f"{settings['top_k']} tokens of each prediction: {output}")
+        return
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
     report = run(checked, output, command=command, trust_remote_code=trust_remote_code)
     if state.is_main_process:

@@ -23,6 +23,7 @@ from .healing import healed_parameters
 from .objectives import objective
 from .recipe import Recipe
 from .stages import GROUP_RATES, StageSpec
+from .stored_logits import StoredLogits, tokens_before
 from .teacher import Teacher
 
 WEIGHTS, PROGRESS = "model.safetensors", "progress.json"
@@ -55,9 +56,16 @@ class StudentInStage(nn.Module):
         self._no_split_modules = student._no_split_modules
         self._loss = objective(stage, student, teacher, layers, learnt_share)
 
-    def forward(self, input_ids: Tensor, learnt: Tensor | None = None) -> Tensor:
-        """Return the loss of (B, L) token ids, of which those that are `learnt` count in logit distillation."""
-        return self._loss(input_ids) if learnt is None else self._loss(input_ids, learnt)
+    def forward(
+        self,
+        input_ids: Tensor,
+        learnt: Tensor | None = None,
+        top_ids: Tensor | None = None,
+        top_log_probs: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of (B, L) token ids; the others are for logit distillation, see :func:`objective`."""
+        given = {"learnt": learnt, "top_ids": top_ids, "top_log_probs": top_log_probs}
+        return self._loss(input_ids, **{name: part for name, part in given.items() if part is not None})
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -80,12 +88,14 @@ class StageWindows(Dataset[dict[str, Tensor]]):
         stages: stages of the recipe.
         index: index of the stage.
         seed: seed of the order.
+        stored: the teacher's logits for the windows, if they are stored.
     """
 
     windows: TokenWindows
     stages: Sequence[StageSpec]
     index: int
     seed: int
+    stored: StoredLogits | None = None
 
     def __len__(self) -> int:
         stage = self.stages[self.index]
@@ -93,7 +103,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         stage = self.stages[self.index]
-        read = sum(part.steps * part.batch_size * part.sequence_length for part in self.stages[: self.index])
+        read = tokens_before(self.stages, self.index)
         # Number of steps of this stage's size that cover the tokens read by the stages before it.
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
@@ -106,6 +116,8 @@ class StageWindows(Dataset[dict[str, Tensor]]):
         if int((item + 1) * stage.repeats) > int(item * stage.repeats):
             seed = derived_seed(self.seed, self.index, item)
             row = {name: repeat_a_passage(part, seed) for name, part in row.items()}
+        if self.stored is not None and stage.objective == "logit_distillation":
+            row |= self.stored.row(self.index, item)  # of the window with its repetition
         return row
 
 
@@ -126,6 +138,7 @@ class Distiller(ZooTrainer):
         processes: number of processes that share a batch.
         device: device of the training.
         progress: measurements to save with every checkpoint, as values that JSON can represent.
+        stored: the teacher's logits, if they are stored.
     """
 
     def __init__(
@@ -140,6 +153,7 @@ class Distiller(ZooTrainer):
         processes: int,
         device: torch.device,
         progress: dict[str, Any],
+        stored: StoredLogits | None = None,
     ) -> None:
         stage = recipe.stages[index]
         self._stage, self._index, self._layers, self._progress = stage, index, layers, progress
@@ -162,7 +176,7 @@ class Distiller(ZooTrainer):
                 seed=recipe.seed,
                 disable_tqdm=False,
             ),
-            train_dataset=StageWindows(windows, recipe.stages, index, recipe.seed),
+            train_dataset=StageWindows(windows, recipe.stages, index, recipe.seed, stored),
             data_collator=default_collate,
             callbacks=[CurveCallback()],
         )

@@ -4,6 +4,7 @@ Symbols: B batch, L length, D width, V vocabulary.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,19 +46,62 @@ def logit_loss(
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    loss = _divergence(log_student, log_teacher, kl, reverse_weight, jsd_beta) * temperature**2
+    return _with_cross_entropy(loss, student, targets, ce_weight)
+
+
+def stored_logit_loss(
+    student: Tensor,
+    top_ids: Tensor,
+    top_log_probs: Tensor,
+    targets: Tensor,
+    *,
+    kl: str = "forward",
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    reverse_weight: float = 0.5,
+    jsd_beta: float = 0.5,
+) -> Tensor:
+    """Compute :func:`logit_loss` with the teacher's k most likely tokens; all others count as one token.
+
+    Args:
+        student: (tokens, V) logits.
+        top_ids: (tokens, k) tokens.
+        top_log_probs: (tokens, k + 1) the teacher's log-probabilities of these and of all others, at the temperature.
+        targets: as for :func:`logit_loss`.
+        kl: as for :func:`logit_loss`.
+        temperature: as for :func:`logit_loss`.
+        ce_weight: as for :func:`logit_loss`.
+        reverse_weight: as for :func:`logit_loss`.
+        jsd_beta: as for :func:`logit_loss`.
+    """
+    log_all = F.log_softmax(student.float() / temperature, dim=-1)
+    log_student = torch.cat([log_all.gather(-1, top_ids), log_rest(log_all, top_ids)], dim=-1)
+    loss = _divergence(log_student, top_log_probs, kl, reverse_weight, jsd_beta) * temperature**2
+    return _with_cross_entropy(loss, student, targets, ce_weight)
+
+
+def log_rest(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """Return the (tokens, 1) log-probability of all tokens but the (tokens, k) given ones."""
+    return log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+def _divergence(log_student: Tensor, log_teacher: Tensor, kl: str, reverse_weight: float, jsd_beta: float) -> Tensor:
+    """Return the sum over tokens of the divergence of log-probabilities, see :func:`logit_loss`."""
     if kl == "mixed":
         forward, reverse = _kl(log_teacher, log_student), _kl(log_student, log_teacher)
-        loss = (1 - reverse_weight) * forward + reverse_weight * reverse
-    elif kl == "jsd":
+        return (1 - reverse_weight) * forward + reverse_weight * reverse
+    if kl == "jsd":
         log_mixture = torch.logaddexp(log_teacher + math.log(jsd_beta), log_student + math.log1p(-jsd_beta))
-        loss = jsd_beta * _kl(log_teacher, log_mixture) + (1 - jsd_beta) * _kl(log_student, log_mixture)
-    else:
-        loss = _kl(log_teacher, log_student) if kl == "forward" else _kl(log_student, log_teacher)
-    loss = loss * temperature**2
-    if ce_weight:
-        cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
-        loss = (1 - ce_weight) * loss + ce_weight * cross_entropy
-    return loss
+        return jsd_beta * _kl(log_teacher, log_mixture) + (1 - jsd_beta) * _kl(log_student, log_mixture)
+    return _kl(log_teacher, log_student) if kl == "forward" else _kl(log_student, log_teacher)
+
+
+def _with_cross_entropy(loss: Tensor, student: Tensor, targets: Tensor, weight: float) -> Tensor:
+    if not weight:
+        return loss
+    cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
+    return (1 - weight) * loss + weight * cross_entropy
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
@@ -94,31 +138,58 @@ def chunked_logit_loss(
         The loss, a mean over the B L positions, or over as many of them as are learnt on average. Means of the parts
         of a batch are then the mean of the batch, however the learnt tokens are distributed over them.
     """
+
+    def loss(logits: Tensor, target: Tensor, their: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = teacher_head(their)
+        return logit_loss(logits, teacher, target, **options)
+
+    return chunked_loss(student_hidden, student_head, (teacher_hidden,), input_ids, loss, learnt, learnt_share)
+
+
+def chunked_loss(
+    student_hidden: Tensor,
+    student_head: nn.Module,
+    teachers: Sequence[Tensor],
+    input_ids: Tensor,
+    loss: Callable[..., Tensor],
+    learnt: Tensor | None = None,
+    learnt_share: float | None = None,
+) -> Tensor:
+    """Compute a loss of logits per token for a few tokens at a time; see :func:`chunked_logit_loss`.
+
+    Args:
+        student_hidden: as there.
+        student_head: as there.
+        teachers: (B, L, ...) what the loss needs of the teacher.
+        input_ids: as there.
+        loss: called with logits, targets and the teacher's part of some tokens; returns a sum over the tokens.
+        learnt: as there.
+        learnt_share: as there.
+    """
     trained = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
     tokens = input_ids.numel() * (learnt_share or 1.0)
-    hidden, theirs = student_hidden.detach().flatten(0, 1), teacher_hidden.flatten(0, 1)
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100).flatten()
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    hidden, *given = (part.flatten(0, 1) for part in (student_hidden.detach(), targets, *teachers))
     chosen = None
     if learnt is not None:
         chosen = F.pad(learnt[:, 1:], (0, 1), value=False).flatten().nonzero()[:, 0]
-        hidden, theirs, targets = hidden[chosen], theirs[chosen], targets[chosen]
+        hidden, *given = (part[chosen] for part in (hidden, *given))
     chunk = max(_LOGITS_BYTES // (4 * student_head.get_parameter("weight").shape[0]), 1)
     total = torch.zeros((), device=input_ids.device)
     of_hidden = torch.empty_like(hidden)
     of_head: list[Tensor] = []
-    rows = zip(hidden.split(chunk), theirs.split(chunk), targets.split(chunk), of_hidden.split(chunk), strict=True)
-    for mine, their, target, of_rows in rows:
+    parts = (part.split(chunk) for part in (of_hidden, hidden, *given))
+    for of_rows, mine, *others in zip(*parts, strict=True):
         mine = mine.requires_grad_()
-        with torch.no_grad():
-            teacher = teacher_head(their)
-        loss = logit_loss(student_head(mine), teacher, target, **options) / tokens
-        total += loss.detach()
-        of_mine, *parts = torch.autograd.grad(loss, [mine, *trained])
+        value = loss(student_head(mine), *others) / tokens
+        total += value.detach()
+        of_mine, *of_parts = torch.autograd.grad(value, [mine, *trained])
         of_rows.copy_(of_mine)
         if not of_head:
-            of_head = list(parts)
+            of_head = list(of_parts)
             continue
-        for whole, part in zip(of_head, parts, strict=True):
+        for whole, part in zip(of_head, of_parts, strict=True):
             whole += part
     if chosen is not None:
         of_hidden = torch.zeros_like(student_hidden).flatten(0, 1).index_copy(0, chosen, of_hidden)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.matrix_distance import RowDistances, row_distances, row_distances_reference
 from ..modeling import ZooHybridForCausalLM
 from .layer_losses import alignment_loss, matrix_norm
-from .logit_losses import chunked_logit_loss
+from .logit_losses import chunked_logit_loss, chunked_loss, stored_logit_loss
 from .stages import StageSpec
 from .streaming import mean_over_layers, mean_over_own_stream
 from .student import student_mixer
@@ -46,7 +46,8 @@ def objective(
 ) -> Callable[..., Tensor]:
     """Return the function that computes a stage's loss, with gradients, from (B, L) token ids.
 
-    That of logit distillation also takes `learnt`, (B, L) bool: the tokens to learn.
+    That of logit distillation also takes `learnt`, (B, L) bool: the tokens to learn, and `top_ids` and `top_log_probs`
+    of stored logits.
 
     Args:
         stage: the stage.
@@ -64,7 +65,7 @@ def objective(
         return lambda ids: last_state_alignment(student, teacher, ids)
     names = ("kl", "temperature", "ce_weight", "reverse_weight", "jsd_beta")
     chosen: dict[str, Any] = {name: getattr(stage, name) for name in names} | {"learnt_share": learnt_share}
-    return lambda ids, learnt=None: logit_distillation(student, teacher, ids, learnt=learnt, **chosen)
+    return lambda ids, **given: logit_distillation(student, teacher, ids, **given, **chosen)
 
 
 def matrix_orientation(
@@ -165,13 +166,32 @@ def last_state_alignment(student: ZooHybridForCausalLM, teacher: Teacher, ids: T
     return alignment_loss(student.backbone(ids, use_cache=False).last_hidden_state, theirs)
 
 
-def logit_distillation(student: ZooHybridForCausalLM, teacher: Teacher, ids: Tensor, **options: Any) -> Tensor:
+def logit_distillation(
+    student: ZooHybridForCausalLM,
+    teacher: Teacher,
+    ids: Tensor,
+    *,
+    top_ids: Tensor | None = None,
+    top_log_probs: Tensor | None = None,
+    learnt: Tensor | None = None,
+    learnt_share: float | None = None,
+    **options: Any,
+) -> Tensor:
     """Compute MOHAWK's stage 3: the divergence of the student's predictions from the teacher's.
 
-    `options` are keyword arguments of :func:`chunked_logit_loss`.
+    The teacher runs, or its most likely tokens are given (`stored_logits.py`). `options` are keyword arguments of
+    :func:`logit_loss`.
     """
-    with torch.no_grad():
-        theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
+    if top_ids is None or top_log_probs is None:
+        with torch.no_grad():
+            theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
+        head: Any = teacher.model.get_output_embeddings()
+        mine = student.backbone(ids, use_cache=False).last_hidden_state
+        options |= {"learnt": learnt, "learnt_share": learnt_share}
+        return chunked_logit_loss(mine, student.lm_head, theirs, head, ids, **options)
+
+    def loss(logits: Tensor, target: Tensor, top: Tensor, log_probs: Tensor) -> Tensor:
+        return stored_logit_loss(logits, top, log_probs, target, **options)
+
     mine = student.backbone(ids, use_cache=False).last_hidden_state
-    head: Any = teacher.model.get_output_embeddings()
-    return chunked_logit_loss(mine, student.lm_head, theirs, head, ids, **options)
+    return chunked_loss(mine, student.lm_head, (top_ids, top_log_probs), ids, loss, learnt, learnt_share)

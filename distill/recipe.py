@@ -194,6 +194,8 @@ class Recipe(SettingsBase):
         teacher_revision: branch, tag or commit of a Hub repository. A run always resumes with the same commit.
         gradient_checkpointing: recompute the blocks in the backward pass of objectives that are not layer-wise: less
             memory, more time.
+        stored_logits: folder that `--precompute-logits` wrote, from which logit distillation reads the teacher's most
+            likely tokens instead of running it; None: the teacher runs.
         report_to: trackers that receive the curves, by transformers' names: "tensorboard", "trackio", "wandb", ….
     """
 
@@ -207,6 +209,7 @@ class Recipe(SettingsBase):
     checkpoint_every: Count = 100
     teacher_revision: Text | None = None
     gradient_checkpointing: bool = False
+    stored_logits: Text | None = None
     report_to: list[Text] = []
 
     @property
@@ -279,6 +282,13 @@ class Recipe(SettingsBase):
         return self
 
     @model_validator(mode="after")
+    def _refuse_stored_logits_without_effect(self) -> Recipe:
+        if self.stored_logits is not None and all(s.objective != "logit_distillation" for s in self.stages):
+            needed = "a stage with objective 'logit_distillation'"
+            raise wrong("stored_logits", self.stored_logits, f"left out, since it has no effect without {needed}")
+        return self
+
+    @model_validator(mode="after")
     def _refuse_an_untied_head_that_is_not_trained(self) -> Recipe:
         trained = [stage.train == "all" and stage.objective == "logit_distillation" for stage in self.stages]
         if self.student.untie and not any(trained):
@@ -340,6 +350,8 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
     Keys that earlier versions did not have are left out at their defaults, so that the runs of these versions resume.
     """
     values = recipe.model_dump(mode="json", exclude={"report_to"})
+    if recipe.stored_logits is None:
+        del values["stored_logits"]
     if recipe.data.examples == "text":
         del values["data"]["examples"]
     if not recipe.student.untie:

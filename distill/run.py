@@ -40,16 +40,17 @@ from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .calibrate import calibrate, fit_output_projections
 from .comparison import Comparison, compare
-from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
+from .data import TokenWindows
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
-from .fetch import teacher_commit
+from .inputs import check_inputs, load_inputs
 from .layer_errors import layer_errors
 from .objectives import loss_name
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
+from .stored_logits import StoredLogits, identity
 from .student import build_control, build_student, set_slots, zeroed_mixers
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher
 
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
 _LAYER_WINDOWS = 2
@@ -82,6 +83,7 @@ class _Run:
     train: TokenWindows
     heldout: TokenWindows
     progress: _Progress
+    stored: StoredLogits | None = None
 
     @property
     def main(self) -> bool:
@@ -253,45 +255,22 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
 def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
     """Load and check everything, then claim the folder, then build and calibrate the student."""
     main = state.is_main_process
-    texts: dict[str, Any] = {}
-    for split in ("train", "heldout"):
-        sources, kind = getattr(recipe.data, split), recipe.data.examples
-        texts[split] = read_texts(sources, split) if kind == "text" else read_conversations(sources, split, kind)
-    commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
-    teacher = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
-    teacher.model.to(state.device)  # pyright: ignore[reportArgumentType]
-    tokenizer = teacher.tokenizer
-    check_vocabulary(tokenizer, teacher.model.config)
+    teacher, commit, windows = load_inputs(recipe, output, state, trust_remote_code)
     layers = resolve_layers(recipe.student.layers, teacher.num_layers)
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
-    windows = {split: token_windows(rows, tokenizer, progress=main) for split, rows in texts.items()}
-    _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
-    for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
-        _check_length(windows["train"], "data.train", length)
-    for index, prompt in enumerate(recipe.evaluation.prompts):
-        tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
-        if not tokens:
-            raise ValueError(f"`evaluation.prompts.{index}` must be a text of at least one token, got {prompt!r}.")
-        if TOKEN_MIXERS[recipe.student.mixer].bounded and tokens > most:
-            raise ValueError(
-                f"`evaluation.prompts.{index}` must have at most {most} tokens (student.positions minus "
-                f"evaluation.max_new_tokens), got {tokens}."
-            )
+    check_inputs(recipe, teacher, windows)
+    sources, stored = {"teacher": fingerprint(recipe.teacher, commit)}, None
+    if recipe.stored_logits is not None:
+        expected = identity(recipe, sources["teacher"], windows["train"].fingerprint())
+        stored = StoredLogits(recipe.stored_logits, expected)
+        sources["stored_logits"] = {"source": recipe.stored_logits, "config": stored.fingerprint}
     if main:
         recorded = as_recorded(recipe, recorded_recipe(output, _KIND))
-        claim_run(output, recorded, {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
+        claim_run(output, recorded, sources, _KIND)
         write_text_whole(output / "recipe.yaml", dump(recipe))
     state.wait_for_everyone()
-    return _Run(
-        recipe, output, state, commit, teacher, student, layers, windows["train"], windows["heldout"], _Progress()
-    )
-
-
-def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:
-    try:
-        windows.count(sequence_length)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
+    train, heldout = windows["train"], windows["heldout"]
+    return _Run(recipe, output, state, commit, teacher, student, layers, train, heldout, _Progress(), stored)
 
 
 def _calibration_windows(run: _Run) -> Tensor:
@@ -396,6 +375,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
         run.state.num_processes,
         run.device,
         _saved_progress(run),
+        run.stored,
     )
     model, points = train_or_load(trainer, found, stage.steps)
     run.student = model.student.eval()

@@ -209,7 +209,8 @@ _TENSORS = (0, 1, 2, 3, 4, 6, 7)
 
 def _of_sequence(given: Any, row: int) -> _Sides:
     """Return the arguments of one sequence; the skip (the fifth) and numbers are the same for all."""
-    return _Sides(*(part[row] if isinstance(part, Tensor) and place != 4 else part for place, part in enumerate(given)))
+    parts: Any = (part[row] if isinstance(part, Tensor) and n != 4 else part for n, part in enumerate(given))
+    return _Sides(*parts)
 
 
 def _blocks(shape: torch.Size, dtype: torch.dtype, block_bytes: int) -> Iterator[tuple[int, slice]]:
@@ -227,7 +228,7 @@ def _block(sides: _Sides, rows: slice, log_sums: Tensor | None, log_sums_out: Te
     heads, groups = sides.sums.shape[0], sides.B.shape[0]
     later = torch.ones(end - rows.start, end, dtype=torch.bool, device=sides.sums.device).triu_(rows.start + 1)
     exponents = (sides.sums[:, rows, None] - sides.sums[:, None, :end]).to(dtype).masked_fill_(later, -math.inf)
-    decay = F.threshold_(exponents, _smallest(dtype), -math.inf).exp_()
+    decay = F.threshold(exponents, _smallest(dtype), -math.inf, inplace=True).exp_()
     products = sides.C[:, rows] @ sides.B[:, :end].mT  # (G, R, J)
     unscaled = decay.unflatten(0, (groups, heads // groups)) * products[:, None]
     unscaled = unscaled.flatten(0, 1)

@@ -137,8 +137,9 @@ def command_block(report: Report) -> str:
 def public_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe without the folders of the machine."""
     recipe = {**recipe}
-    if isinstance(recipe.get("teacher"), str):
-        recipe["teacher"] = public_argument(recipe["teacher"])
+    for key in ("teacher", "stored_logits"):
+        if isinstance(recipe.get(key), str):
+            recipe[key] = public_argument(recipe[key])
     if isinstance(recipe.get("data"), dict):
         recipe["data"] = {key: _relative(value) for key, value in recipe["data"].items()}
     return recipe

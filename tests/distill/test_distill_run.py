@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ssm_zoo.conversion.export import verify_export
-from ssm_zoo.distill import run
+from ssm_zoo.distill import inputs, run
 from ssm_zoo.distill.data import TokenWindows, tokenize
 from ssm_zoo.distill.distiller import schedule_factor
 from ssm_zoo.distill.recipe import parse_recipe
@@ -488,9 +488,9 @@ def test_a_run_does_not_go_on_with_other_texts(
 ) -> None:
     output = tmp_path / "output"
     shutil.copytree(finished, output)
-    read = run.read_texts
+    read = inputs.read_texts
     monkeypatch.setattr(
-        run, "read_texts", lambda sources, part: ["An addition. " * (part == split) + read(sources, part)[0]]
+        inputs, "read_texts", lambda sources, part: ["An addition. " * (part == split) + read(sources, part)[0]]
     )
     before = files_of(output)
     with pytest.raises(ValueError, match=rf"data\.{split}: the texts have changed since .*checkpoint-3-0 was saved"):

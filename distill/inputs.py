@@ -1,0 +1,72 @@
+"""Load what a recipe reads, its teacher and its texts, and check that they are enough for it."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..modeling.token_mixers import TOKEN_MIXERS
+from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
+from .fetch import teacher_commit
+from .recipe import Recipe
+from .teacher import Teacher, load_teacher
+
+
+def load_inputs(
+    recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool
+) -> tuple[Teacher, str | None, dict[str, TokenWindows]]:
+    """Load the teacher and the texts of a recipe.
+
+    Args:
+        recipe: the recipe.
+        output: folder of the run, whose commit of a teacher on the Hub is kept.
+        state: accelerate's view of the processes.
+        trust_remote_code: run code that comes with the teacher, e.g. of its tokenizer.
+
+    Returns:
+        The teacher, its commit on the Hub, and the token windows by split.
+    """
+    texts: dict[str, Any] = {}
+    for split in ("train", "heldout"):
+        sources, kind = getattr(recipe.data, split), recipe.data.examples
+        texts[split] = read_texts(sources, split) if kind == "text" else read_conversations(sources, split, kind)
+    commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
+    teacher = load_teacher(recipe.teacher, revision=commit, trust_remote_code=trust_remote_code)
+    teacher.model.to(state.device)  # pyright: ignore[reportArgumentType]
+    check_vocabulary(teacher.tokenizer, teacher.model.config)
+    progress = state.is_main_process
+    windows = {split: token_windows(rows, teacher.tokenizer, progress=progress) for split, rows in texts.items()}
+    return teacher, commit, windows
+
+
+def check_inputs(recipe: Recipe, teacher: Teacher, windows: dict[str, TokenWindows]) -> None:
+    """Check that texts and prompts are long enough, and short enough for the student.
+
+    Raises:
+        ValueError: naming the field that is not.
+    """
+    tokenizer = teacher.tokenizer
+    check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
+    for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
+        check_length(windows["train"], "data.train", length)
+    for index, prompt in enumerate(recipe.evaluation.prompts):
+        tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
+        if not tokens:
+            raise ValueError(f"`evaluation.prompts.{index}` must be a text of at least one token, got {prompt!r}.")
+        if TOKEN_MIXERS[recipe.student.mixer].bounded and tokens > most:
+            raise ValueError(
+                f"`evaluation.prompts.{index}` must have at most {most} tokens (student.positions minus "
+                f"evaluation.max_new_tokens), got {tokens}."
+            )
+
+
+def check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:
+    """Check that a text has a whole window of a length.
+
+    Raises:
+        ValueError: naming the field if it has none.
+    """
+    try:
+        windows.count(sequence_length)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from None
