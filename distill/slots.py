@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..kernels.bounded_attention import bounded_attention
+from ..kernels.int8_rows import round_rows
 from ..modeling.bounded_memory import BoundedAttentionSettings
 from .teacher import Teacher
 
@@ -140,6 +141,8 @@ def slot_errors(
         queries, keys = view.queries_keys(normed_input)
         keys, values = keys[:, :, ::members], view.values(normed_input)[:, :, ::members]
         exact = view.head_outputs(normed_input).unflatten(2, (heads, members))
+        if settings.kv_dtype == "int8":
+            keys, values = round_rows(keys), round_rows(values)
         output = view.o.unflatten(1, (heads, -1))  # (D, KV, members P)
         stream = block_input.double().square().sum(-1)
         # All decays at once, each in heads of its own.
