@@ -324,7 +324,8 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
         ValueError: if the other library has no such model.
     """
     formats = [form for form in FORMATS if form.library == to and form.zoo_class is read.zoo_class]
-    for form in formats:
+    native = getattr(read.zoo_config, "native_model_type", None)
+    for form in sorted(formats, key=lambda form: native is None or form.model_type != native):
         if form.writes(read.zoo_config):
             return form
     known = ", ".join(form.name for form in formats) or "none"

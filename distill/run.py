@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
-from ..evaluation.language_modeling import evaluate_language_model, generation_sample, repeat_loss
+from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
@@ -47,7 +47,7 @@ from .objectives import LOSS_NAMES, layer_errors
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
-from .student import build_control, build_student, set_slots, zeroed_mixers
+from .student import build_control, build_student, position_limit, set_slots, zeroed_mixers
 from .teacher import Teacher, load_teacher
 
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
@@ -262,14 +262,16 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
     for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
         _check_length(windows["train"], "data.train", length)
+    positions = position_limit(student)
+    _check_positions(recipe, positions)
     for index, prompt in enumerate(recipe.evaluation.prompts):
-        tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
+        tokens, most = len(tokenizer(prompt)["input_ids"]), (positions or 0) - recipe.evaluation.max_new_tokens
         if not tokens:
             raise ValueError(f"`evaluation.prompts.{index}` must be a text of at least one token, got {prompt!r}.")
-        if TOKEN_MIXERS[recipe.student.mixer].bounded and tokens > most:
+        if positions is not None and tokens > most:
             raise ValueError(
-                f"`evaluation.prompts.{index}` must have at most {most} tokens (student.positions minus "
-                f"evaluation.max_new_tokens), got {tokens}."
+                f"`evaluation.prompts.{index}` must have at most {most} tokens (the student's {positions} positions "
+                f"minus evaluation.max_new_tokens), got {tokens}."
             )
     if main:
         recorded = as_recorded(recipe, recorded_recipe(output, _KIND))
@@ -286,6 +288,15 @@ def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> No
         windows.count(sequence_length)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
+
+
+def _check_positions(recipe: Recipe, positions: int | None) -> None:
+    """Raise a ValueError if texts would be longer than the number of positions that the models have weights for."""
+    lengths = {f"stages.{index}.sequence_length": stage.sequence_length for index, stage in enumerate(recipe.stages)}
+    lengths |= {f"{part}.sequence_length": getattr(recipe, part).sequence_length for part in ("data", "evaluation")}
+    for field_name, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"`{field_name}` must be at most {positions}, the student's positions, got {length}.")
 
 
 def _calibration_windows(run: _Run) -> Tensor:
@@ -319,7 +330,7 @@ def _divide_slots(run: _Run) -> None:
     start = TOKEN_MIXERS[spec.mixer].student
     if start is None or "slots" not in start.options or spec.slots != "calibrated":
         return
-    length = min(LENGTH, len(run.train))
+    length = min(LENGTH, len(run.train), position_limit(run.student) or LENGTH)
     count = min(WINDOWS, run.train.count(length))
     windows = run.train.batch(0, count, length, run.recipe.seed + 1)
     settings = run.student.config.settings_of(spec.mixer)
@@ -351,7 +362,8 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
     row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
     row["repeat_loss"] = None
-    if kind != "zeroed" and not TOKEN_MIXERS[run.recipe.student.mixer].bounded:
+    positions = position_limit(run.student)
+    if kind != "zeroed" and (positions is None or 2 * PASSAGE + spec.repeat_distance <= positions):
         row["repeat_loss"] = repeat_loss(model, run.heldout.windows(1)[:, 0], spec.repeat_distance)
     row["samples"] = []
     if kind != "zeroed" and spec.prompts:
@@ -436,7 +448,7 @@ def _compare(run: _Run) -> None:
             heldout=run.heldout.windows(1)[:, 0],
             spec=recipe.evaluation,
             sequence_length=recipe.data.sequence_length,
-            positions=recipe.student.positions if TOKEN_MIXERS[recipe.student.mixer].bounded else None,
+            positions=position_limit(run.student),
             compute=run.compute,
             seed=recipe.seed,
         )

@@ -58,6 +58,10 @@ class ZooModel(ZooPreTrainedModel):
         """Combine the streams of a block's output into (B, L, D) hidden states: the inverse of `split`."""
         return hidden_states
 
+    def add_positions(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
+        """Add what a family has for absolute positions to the (B, L, D) embeddings."""
+        return hidden_states
+
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
         """Add to `sequence` what the layers of the family share, e.g. rotary tables."""
 
@@ -102,7 +106,7 @@ class ZooModel(ZooPreTrainedModel):
                 bidirectional models return none.
             seq_idx: (B, L) document index of each token of a packed row, non-decreasing, negative at padding.
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
-            output_hidden_states: return the embeddings and every block's output; the last one after the final
+            output_hidden_states: return the first block's input and every block's output; the last one after the final
                 norm.
             output_attentions: return every layer's (B, H, L, past + L) mixing matrix, with a row for each new token.
                 For a recurrent layer it is None if the cache holds tokens that were read without this option.
@@ -145,6 +149,7 @@ class ZooModel(ZooPreTrainedModel):
         )
         hidden_states = sequence.blank(hidden_states)
         self.prepare(sequence, hidden_states)
+        hidden_states = self.add_positions(hidden_states, sequence)
         if use_cache is None:  # by default, a packed row is not a prompt to continue
             use_cache = config.use_cache and not (self.training or sequence.packed or is_bidirectional(config))
         if self.gradient_checkpointing and self.training:

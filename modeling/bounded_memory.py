@@ -27,7 +27,7 @@ from ..kernels.bounded_attention import (
 )
 from ..kernels.tracing import tracing
 from .cache import ZooLayer, layer_of
-from .layers import GroupedAttention, rotate
+from .layers import GroupedAttention
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation, is_single_step
 from .softmax_attention import softmax_attention
 from .token_layout import Sequence
@@ -47,7 +47,7 @@ class BoundedAttention(GroupedAttention):
         self.config = config
         self.layer_idx = layer_idx
         self.settings = settings
-        self.add_projections(config, config.attention_bias)
+        self.add_projections(config, config.attention_bias, layer_idx)
 
     def forward(
         self,
@@ -121,12 +121,9 @@ class BoundedAttention(GroupedAttention):
     def _projections(self, hidden_states: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, H, P) queries, and (B, L, KV, P) keys and values."""
         hidden_states = sequence.blank(hidden_states)
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        assert sequence.rotary is not None
-        cos, sin = (table[:, :, None] for table in sequence.rotary)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q = self.to_heads(self.q_proj(hidden_states), self.q_norm, sequence)
+        k = self.to_heads(self.k_proj(hidden_states), self.k_norm, sequence)
+        return q, k, self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
 
     def _heads(self) -> tuple[list[int], list[int]]:
         """Return the numbers of the exact and of the other key-value heads."""
@@ -150,6 +147,7 @@ class BoundedAttention(GroupedAttention):
             "slots": [slots[head] for head in heads],
             "chunk_size": settings.chunk_size,
             "decay": [decays[head] for head in heads],
+            "scale": self.scaling,
         }
 
 

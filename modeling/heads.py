@@ -85,8 +85,12 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
                 "predict. Load an encoder with AutoModel, AutoModelForMaskedLM or a classification head"
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self.make_head(config)
         self.post_init()
+
+    def make_head(self, config: PreTrainedConfig) -> nn.Linear:
+        """Build the linear layer from hidden states to logits."""
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:

@@ -84,6 +84,10 @@ class Sequence:
             )
         return self._elsewhere[device]
 
+    def rotary_tables(self, kind: str) -> tuple[Tensor, Tensor] | None:
+        """Return the cosines and sines for a kind of positions (POSITION_TYPES in `layers.py`), None for none."""
+        return self.rotary if kind == "rope" else None
+
     def reverse(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """Reverse the order of the real tokens in every document.
 

@@ -435,7 +435,7 @@ WRONG = [
             values.update(student={"mixer": "masked_mixing", "positions": 32}),
             values["evaluation"].update(max_new_tokens=31),
         ),
-        r"`evaluation\.prompts\.0` must have at most 1 tokens \(student\.positions minus evaluation\.max_new",
+        r"`evaluation\.prompts\.0` must have at most 1 tokens \(the student's [0-9]+ positions minus eval",
         id="prompt without room",
     ),
 ]
