@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modeling.layers import normed_heads
+from ..modeling.layers import normed_heads, soft_capped
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class AttentionView:
         q_norm: norm of the queries before the rotary embedding, over all heads or over each of them; None without.
         k_norm: norm of the keys.
         window: tokens that a query sees, itself included; None: all.
+        softcap: c in c tanh(s / c) of the scaled scores s; None: none.
     """
 
     q: Tensor
@@ -54,6 +55,7 @@ class AttentionView:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_key_value_heads:
@@ -128,6 +130,8 @@ class AttentionView:
         queries, keys = self.queries_keys(hidden, position_ids)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         scores = torch.einsum("bihp,bjhp->bhij", queries.to(dtype), keys.to(dtype)) * self.scaling
+        if self.softcap is not None:
+            scores = soft_capped(scores, self.softcap)
         visible = _visible(hidden, mask, self.window)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
@@ -143,6 +147,9 @@ class AttentionView:
         Returns:
             (B, L, H, P), in the dtype of `hidden`.
         """
+        if self.softcap is not None:  # PyTorch's function has no cap
+            matrix = self.attention_matrix(hidden, position_ids, mask).to(hidden.dtype)
+            return torch.einsum("bhij,bjhp->bihp", matrix, self.values(hidden))
         queries, keys = (states.transpose(1, 2) for states in self.queries_keys(hidden, position_ids))
         values = self.values(hidden).transpose(1, 2)
         if mask is None and self.window is None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..conversion.formats.format import empty_model
-from ..modeling import ZooHybridForCausalLM
+from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
 from .gates import fit_gates
 from .least_squares import Moments, add_moments, cross_validated_ridge
 from .student import entering, output_projection, student_mixer
@@ -70,13 +70,7 @@ def heal(
         raise ValueError(
             f"`windows` must be at least 2, of which one is held out, got {len(windows)}. Give more tokens."
         )
-    config = student.config
-    if config.use_parallel_residual or config.norm_placement != "before":
-        raise ValueError(
-            "a sequential calibration or refit needs blocks whose mixer and MLP follow one another, with a norm before "
-            f"each and none behind it, got use_parallel_residual={config.use_parallel_residual} and "
-            f"norm_placement={config.norm_placement!r}. Choose another calibration."
-        )
+    check_blocks(student.config)
     projections = {layer: output_projection(student, layer) for layer in layers}
     held_out = torch.arange(len(windows)) % _HELD_OUT == _HELD_OUT - 1
     held_out[-1] |= not held_out.any()
@@ -103,6 +97,16 @@ def heal(
             _solve(block.get_submodule("mlp.down_proj"), partial(_transformed, block), mine, theirs, len(fitted))
         else:
             _advance(mine, partial(_transformed, block))
+
+
+def check_blocks(config: ZooHybridConfig) -> None:
+    """Raise a ValueError if a student's blocks are not those that :func:`heal` solves half by half."""
+    if config.use_parallel_residual or config.norm_placement != "before":
+        raise ValueError(
+            "a sequential calibration or refit needs blocks whose mixer and MLP follow one another, with a norm before "
+            f"each and none behind it, got use_parallel_residual={config.use_parallel_residual} and "
+            f"norm_placement={config.norm_placement!r}. Choose another calibration."
+        )
 
 
 def healed_parameters(student: ZooHybridForCausalLM, layers: Sequence[int]) -> dict[str, Tensor]:

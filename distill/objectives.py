@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..evaluation.hidden_states import head_of
 from ..modeling import ZooHybridForCausalLM
 from .recipe import StageSpec
 from .student import student_mixer
@@ -102,9 +103,9 @@ def logit_distillation(
     mine = student.backbone(ids, use_cache=False).last_hidden_state
     return chunked_logit_loss(
         mine,
-        student.lm_head,
+        head_of(student),
         theirs,
-        teacher.model.get_output_embeddings(),  # pyright: ignore[reportArgumentType]
+        head_of(teacher.model),
         ids,
         kl=kl,
         temperature=temperature,
@@ -257,7 +258,8 @@ def chunked_logit_loss(
     trained = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
     tokens = input_ids.numel()
     targets = F.pad(input_ids[:, 1:], (0, 1), value=-100).flatten()
-    chunk = max(_LOGITS_BYTES // (4 * student_head.get_parameter("weight").shape[0]), 1)
+    vocabulary = next(student_head.parameters()).shape[0]
+    chunk = max(_LOGITS_BYTES // (4 * vocabulary), 1)
     total = torch.zeros((), device=input_ids.device)
     of_hidden: list[Tensor] = []
     of_head: list[Tensor] = []

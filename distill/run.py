@@ -43,6 +43,7 @@ from .comparison import Comparison, compare
 from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .fetch import teacher_commit
+from .healing import check_blocks
 from .objectives import LOSS_NAMES, layer_errors
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
@@ -258,6 +259,8 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     check_vocabulary(tokenizer, teacher.model.config)
     layers = resolve_layers(recipe.student.layers, teacher.num_layers)
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
+    if recipe.is_healed:
+        check_blocks(student.config)
     windows = {split: TokenWindows(tokenize(text, tokenizer, progress=main)) for split, text in texts.items()}
     _check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
     for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):

@@ -153,6 +153,7 @@ def slot_errors(
                 chunk_size=settings.chunk_size,
                 decay=of_heads,
                 scale=view.scaling,
+                softcap=view.softcap,
             )
             difference = found.unflatten(2, (len(decays), heads, members)) - exact[:, :, None]
             for head in range(heads):

@@ -56,7 +56,9 @@ class Teacher:
             self.zoo_config: Any = form.zoo_config(model.config)
         self.mapper = form.mapper(empty_model(form.zoo_class, self.zoo_config))
         self.model = model
-        self._rotary = make_rotary(self.zoo_config).to(model.device)
+        self._rotary: dict[str, nn.Module] = {"rope": make_rotary(self.zoo_config).to(model.device)}
+        if self.zoo_config.local_rope_parameters is not None:
+            self._rotary["local_rope"] = make_rotary(self.zoo_config, local=True).to(model.device)
         self._tokenizer = tokenizer
 
     @property
@@ -114,7 +116,8 @@ class Teacher:
             num_key_value_heads=int(config.num_key_value_heads or 0),
             head_dim=head_dim,
             scaling=scalar**-0.5,
-            rotary=self._rotary if position_type(config, layer) == "rope" else None,
+            rotary=self._rotary.get(position_type(config, layer)),
+            softcap=config.attn_logit_softcapping,
             window=config.settings_of("sliding_attention").sliding_window if windowed else None,
             **weights,
             **norms,

@@ -36,11 +36,15 @@ class ZooModel(ZooPreTrainedModel):
         if is_bidirectional(config) and "bidirectional" not in declared:
             raise ValueError(f"`bidirectional` must be left out, got True: {config.model_type} has no such option")
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = self.make_embeddings(config)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
         self.norm_f = self.make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_embeddings(self, config: PreTrainedConfig) -> nn.Embedding:
+        """Build the embedding of the tokens."""
+        return nn.Embedding(config.vocab_size, config.hidden_size)
 
     def make_block(self, config: PreTrainedConfig, layer_idx: int) -> nn.Module:
         """Build the block at `layer_idx`."""

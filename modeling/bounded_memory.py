@@ -148,6 +148,7 @@ class BoundedAttention(GroupedAttention):
             "chunk_size": settings.chunk_size,
             "decay": [decays[head] for head in heads],
             "scale": self.scaling,
+            "softcap": self.softcap,
         }
 
 

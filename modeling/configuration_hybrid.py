@@ -51,13 +51,19 @@ class ZooHybridConfig(PreTrainedConfig):
         qk_norm: norm of the queries and keys of attention and discrete Mamba-2, before the rotary embedding: over each
             "head", over the "width" of all heads, or null.
         query_pre_attn_scalar: the scores of attention are multiplied by its inverse square root; `head_dim` if null.
-        position_types: positions in each block: "rope", or "none" for queries and keys that are not rotated; all "rope"
-            if not given.
+        attn_logit_softcapping: c in c tanh(s / c) of the scaled scores s of attention; null: none.
+        final_logit_softcapping: the same for the logits.
+        embedding_multiplier: factor of the token embeddings.
+        position_types: positions in each block: "rope"; "local_rope" for the second rotary embedding; "none" for
+            queries and keys that are not rotated; all "rope" if not given.
+        local_rope_parameters: the second rotary embedding, as `rope_parameters`.
         learned_positions: add to the embedding a learned vector for each of `max_position_embeddings` positions.
         max_position_embeddings: context length that the rotary embedding was made for. For a mixer with weights for
             positions ("masked_mixing") it is their number, which no document may exceed.
         rope_parameters: rotary embedding, as in transformers. `partial_rotary_factor` is the share of a head's channels
             that is rotated, counted from the first: 1 if not given, 0 for attention without positions.
+        recompute_length: `generate` reads the text again, without the cache, once it is longer than this, since a
+            rotary embedding of the type "longrope" changes for all positions, as in Phi-3; null: never.
         initializer_range: standard deviation of projections and embedding at initialisation.
         native_model_type: model type of transformers from which the model was converted, and to which it is converted
             back if it still can be.
@@ -87,10 +93,15 @@ class ZooHybridConfig(PreTrainedConfig):
     share_norm: bool = False
     qk_norm: str | None = None
     query_pre_attn_scalar: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    embedding_multiplier: float | int = 1.0
     position_types: list[str] | None = None
+    local_rope_parameters: dict[str, Any] | None = None
     learned_positions: bool = False
     max_position_embeddings: int = 8192
     rope_parameters: dict[str, Any] | None = None
+    recompute_length: int | None = None
     initializer_range: float = 0.02
     native_model_type: str | None = None
     use_cache: bool = True
@@ -218,7 +229,7 @@ class ZooHybridConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
         mixers, mlps = self.mixer_types or [], self.mlp_types or []
-        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers")
+        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "recompute_length")
         check_heads(self)
         if set(mlps) - {"none"} or self.intermediate_size != 0:
             check_sizes(self, "intermediate_size")
@@ -240,15 +251,23 @@ class ZooHybridConfig(PreTrainedConfig):
                 )
         if int(self.head_dim or 1) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
-        part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        if not 0 <= part <= 1 or int(int(self.head_dim or 0) * part) % 2:
+        for name in ("rope_parameters", "local_rope_parameters"):
+            part = (getattr(self, name) or {}).get("partial_rotary_factor", 1.0)
+            if not 0 <= part <= 1 or int(int(self.head_dim or 0) * part) % 2:
+                raise ValueError(
+                    f"{name}['partial_rotary_factor'] must be between 0 and 1 and give an even number of the "
+                    f"{self.head_dim} channels of a head, got {part}"
+                )
+        local = "local_rope" in (self.position_types or [])
+        if local != (self.local_rope_parameters is not None):
             raise ValueError(
-                "rope_parameters['partial_rotary_factor'] must be between 0 and 1 and give an even number of the "
-                f"{self.head_dim} channels of a head, got {part}"
+                "local_rope_parameters must be given where position_types has 'local_rope', and only there, got "
+                f"{self.local_rope_parameters}"
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation of transformers, got {self.hidden_act!r}")
-        for name in ("rms_norm_eps", "query_pre_attn_scalar"):
+        positive = ("rms_norm_eps", "query_pre_attn_scalar", "embedding_multiplier")
+        for name in (*positive, "attn_logit_softcapping", "final_logit_softcapping"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")

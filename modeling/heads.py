@@ -92,6 +92,10 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         """Build the linear layer from hidden states to logits."""
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """Return the logits for what the head has computed: the same in most families."""
+        return logits
+
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """Return the 2-D mask: `generate` would make it 4-D for a static cache, but recurrent layers read it too."""
@@ -166,7 +170,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep != 0:  # a slice by a variable 0 has an unknown length in a traced graph
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(as_weight(self.lm_head, hidden_states))
+        logits = self.scale_logits(self.lm_head(as_weight(self.lm_head, hidden_states)))
         loss = None
         if labels is not None:
             check_labels(labels, logits)

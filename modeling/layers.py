@@ -21,7 +21,7 @@ from .token_layout import Sequence
 
 NORM_TYPES = ("rms_norm", "layer_norm", "unit_offset_rms_norm")
 QK_NORMS = ("head", "width")
-POSITION_TYPES = ("rope", "none")
+POSITION_TYPES = ("rope", "local_rope", "none")
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -111,6 +111,23 @@ def add_norm(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> tuple[
 def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """Apply a norm to (..., D) hidden states, in the dtype of its weight."""
     return norm(as_weight(norm, hidden_states))
+
+
+def soft_capped(values: Tensor, cap: float) -> Tensor:
+    """Return c tanh(x / c), which stays between -c and c."""
+    return cap * (values / cap).tanh()
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding multiplied by a constant, which is rounded to the dtype of the weight, as in Gemma."""
+
+    def __init__(self, rows: int, width: int, scale: float) -> None:
+        super().__init__(rows, width)
+        self.embed_scale = scale  # peft looks for this name
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = torch.tensor(self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
+        return super().forward(input) * scale
 
 
 class GatedMLP(nn.Module):
@@ -231,6 +248,7 @@ class GroupedAttention(nn.Module):
         self.q_norm = make_qk_norm(config, self.num_heads, self.head_dim)
         self.k_norm = make_qk_norm(config, self.num_kv_heads, self.head_dim)
         self.positions = position_type(config, layer_idx)
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
         # By the names that transformers' attention functions look for.
         self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
         scalar = getattr(config, "query_pre_attn_scalar", None)

@@ -9,6 +9,7 @@ and the rotary embedding may rotate only the first channels of a head, or none. 
 Symbols: B batch, L length, D width.
 """
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from .backbone import ZooModel
-from .cache import layer_of
+from .cache import CACHE_FIELD, layer_of
 from .configuration_hybrid import ZooHybridConfig
 from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClassification
-from .layers import GatedMLP, PlainMLP, add_norm, make_norm
+from .layers import GatedMLP, PlainMLP, ScaledEmbedding, add_norm, make_norm, soft_capped
 from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
 from .token_mixers import TOKEN_MIXERS
@@ -120,6 +121,7 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
     def __init__(self, config: ZooHybridConfig) -> None:
         super().__init__(config)
         self.rotary_emb = make_rotary(config)
+        self.local_rotary_emb = None if config.local_rope_parameters is None else make_rotary(config, local=True)
         self.position_embeddings = None
         if config.learned_positions:
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -131,6 +133,11 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
     def make_norm(self, config: ZooHybridConfig) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
         return make_norm(config.norm_type, config.hidden_size, config.rms_norm_eps)
 
+    def make_embeddings(self, config: ZooHybridConfig) -> nn.Embedding:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if config.embedding_multiplier == 1:
+            return super().make_embeddings(config)
+        return ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
+
     def add_positions(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
         if self.position_embeddings is None:
             return hidden_states
@@ -141,10 +148,15 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
             sequence.check_length(self.config.max_position_embeddings)
         if "rope" in (self.config.position_types or ["rope"]):
             sequence.rotary = self.rotary_emb(hidden_states, position_ids=sequence.position_ids)
+        if self.local_rotary_emb is not None:
+            sequence.local_rotary = self.local_rotary_emb(hidden_states, position_ids=sequence.position_ids)
 
 
-def make_rotary(config: ZooHybridConfig) -> nn.Module:
-    """Build the rotary embedding: Llama's, with `partial_rotary_factor`."""
+def make_rotary(config: ZooHybridConfig, *, local: bool = False) -> nn.Module:
+    """Build the rotary embedding, or the second one: Llama's, with `partial_rotary_factor`."""
+    if local:
+        config = copy.deepcopy(config)
+        config.rope_parameters = config.local_rope_parameters
     return GlmRotaryEmbedding(config)  # pyright: ignore[reportArgumentType]
 
 
@@ -155,6 +167,18 @@ class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM, GenerationM
 
     def make_head(self, config: ZooHybridConfig) -> nn.Linear:  # pyright: ignore[reportIncompatibleMethodOverride]
         return nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        length, cache = self.config.recompute_length, kwargs.get(CACHE_FIELD)
+        if length is not None and cache is not None and input_ids.shape[1] > length >= cache.get_seq_length() > 0:
+            kwargs |= {CACHE_FIELD: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else soft_capped(logits, cap)
 
 
 class ZooHybridForSequenceClassification(ZooHybridPreTrainedModel, ZooForSequenceClassification):

@@ -203,6 +203,11 @@ class SelectiveAttentionSettings(MixerSettings):
 
     def check(self, config: Any) -> None:
         check_selective_attention(self)
+        if config.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"attn_logit_softcapping must be null with selective attention, which has no soft cap, got "
+                f"{config.attn_logit_softcapping}"
+            )
 
 
 SELECTIVE_ATTENTION = TokenMixer(

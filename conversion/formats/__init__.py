@@ -7,6 +7,7 @@ from .cartesia_llamba import LLAMBA
 from .format import Format
 from .maskedmixers import MASKED_MIXER
 from .transformers_bamba import BAMBA
+from .transformers_gemma import GEMMA2, GEMMA3
 from .transformers_gpt import GPT2, GPT_NEOX, PHI
 from .transformers_jamba import JAMBA
 from .transformers_llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
@@ -26,6 +27,8 @@ FORMATS = (
     GPT2,
     GPT_NEOX,
     PHI,
+    GEMMA2,
+    GEMMA3,
     BAMBA,
     JAMBA,
     LLAMBA,

@@ -60,7 +60,7 @@ def teacher_format(
         writes: further condition on a configuration of ours that is written in the format.
         mlp: kind of the MLP in every block.
         windows: one of WINDOWS.
-        rotary: whether the class has a rotary embedding.
+        rotary: whether the class has a rotary embedding, the same in all blocks.
         partial_rotary: whether the class reads `partial_rotary_factor` without a scaling.
         has_head_dim: whether `head_dim` is a field of its configurations. Others get it where it is not D / H.
         **options: further attributes of the format.

@@ -48,10 +48,11 @@ def decoder_rules(config: ZooHybridConfig, norms: dict[str, str]) -> list[Rule]:
 
 def llama_rules(config: ZooHybridConfig) -> list[Rule]:
     """Return the rules of a Llama, and of any decoder with its modules and their names."""
-    return [*decoder_rules(config, dict(zip(_NORMS, _NORMS, strict=True))), *_same_halves()]
+    return [*decoder_rules(config, dict(zip(_NORMS, _NORMS, strict=True))), *same_halves()]
 
 
-def _same_halves() -> list[Rule]:
+def same_halves() -> list[Rule]:
+    """Return the rules of attention and MLP with Llama's names."""
     return [
         Rule(_THEIRS + "self_attn.{rest}", _OURS + "mixer.{rest}"),
         Rule(_THEIRS + "mlp.{rest}", _OURS + "mlp.{rest}"),
@@ -63,7 +64,7 @@ def _olmo2_rules(config: ZooHybridConfig) -> list[Rule]:
         "post_attention_layernorm": "mixer_output_layernorm",
         "post_feedforward_layernorm": "mlp_output_layernorm",
     }
-    return [*decoder_rules(config, norms), *_same_halves()]
+    return [*decoder_rules(config, norms), *same_halves()]
 
 
 def _phi3_rules(config: ZooHybridConfig) -> list[Rule]:
@@ -88,10 +89,17 @@ def _refuse_windows(config: Any) -> None:
     require("layer_types", kinds, ["full_attention"], f"a {theirs} with a sliding window is not converted")
 
 
+def _changing_length(config: Any) -> int | None:
+    """Return the length beyond which the rotary embedding of a Phi-3, ours or theirs, changes for all positions.
+
+    Their `generate` computes the cache again there; ours does with this `recompute_length`. None: it does not change.
+    """
+    rotary = config.rope_parameters or {}
+    return rotary["original_max_position_embeddings"] if rotary.get("rope_type") == "longrope" else None
+
+
 def _phi3_to_theirs(config: ZooHybridConfig) -> dict[str, Any]:
-    """A scaled rotary embedding has its first length beside it, too, which `generate` of a Phi-3 reads."""
-    length = (config.rope_parameters or {}).get("original_max_position_embeddings", config.max_position_embeddings)
-    return {"original_max_position_embeddings": length}
+    return {"original_max_position_embeddings": _changing_length(config) or config.max_position_embeddings}
 
 
 def _positions_to_ours(config: Any) -> dict[str, Any]:
@@ -141,4 +149,13 @@ SMOLLM3 = teacher_format(
     to_theirs=_positions_to_theirs,
     check=_refuse_windows,
 )
-PHI3 = teacher_format(Phi3ForCausalLM, rules=_phi3_rules, to_theirs=_phi3_to_theirs, windows="all", partial_rotary=True)
+PHI3 = teacher_format(
+    Phi3ForCausalLM,
+    rules=_phi3_rules,
+    free=("recompute_length",),
+    to_ours=lambda config: {"recompute_length": _changing_length(config)},
+    to_theirs=_phi3_to_theirs,
+    writes=lambda config: config.recompute_length == _changing_length(config),
+    windows="all",
+    partial_rotary=True,
+)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from teachers import LLAMA3_ROPE, YARN_ROPE, draw_ids, make_qwen2, make_teacher
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.recipe import StudentSpec
@@ -350,9 +350,9 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_a_teacher_without_an_adapter_is_refused() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=8))
-    with pytest.raises(ValueError, match=r"teacher must be a model of type llama.*, got 'gpt2'"):
-        build_student(Teacher(gpt2), spec(), [0])
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1, vocab_size=10))
+    with pytest.raises(ValueError, match=r"teacher must be a model of type .*llama.*, got 'bloom'"):
+        build_student(Teacher(bloom), spec(), [0])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ssm_zoo.distill.attention_view import AttentionView
 from ssm_zoo.distill.teacher import CAPTURES, Teacher
@@ -228,9 +228,9 @@ def test_view_refuses_weights_that_do_not_fit(change, message):
 
 
 def test_unknown_families_layers_and_masks_are_refused():
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10, n_positions=8))
-    with pytest.raises(ValueError, match=r"teacher must be a model of type llama.*, got 'gpt2'"):
-        Teacher(gpt2)
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1, vocab_size=10))
+    with pytest.raises(ValueError, match=r"teacher must be a model of type .*llama.*, got 'bloom'"):
+        Teacher(bloom)
     model = tiny_llama()
     with pytest.raises(ValueError, match="teacher must be a LlamaForCausalLM, got a LlamaModel"):
         Teacher(model.model)

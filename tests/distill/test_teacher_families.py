@@ -143,3 +143,21 @@ def test_a_whole_run(family: str, tmp_path: Path) -> None:
     recipe["student"]["calibration_tokens"] = 128
     report = distill(parse_recipe(recipe), tmp_path / "run", command="ssm-zoo distill")
     assert report["stages"][1]["history"][-1]["loss"] < 10
+
+
+def test_what_does_not_fit_a_family_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(small_text(80, seed=1), encoding="utf-8")
+    recipe: dict[str, Any] = {
+        "student": {"mixer": "sliding_attention", "calibration_tokens": 1024},
+        "data": {"train": str(tmp_path / "text.txt"), "heldout": [str(tmp_path / "text.txt")], "sequence_length": 32},
+        "stages": [{"name": "a", "objective": "logit_distillation", "tokens": 64, "learning_rate": 1e-3}],
+        "evaluation": {"prompts": []},
+    }
+    save_teacher(tmp_path / "gpt2", make_any_teacher("gpt2", n_positions=24))
+    save_teacher(tmp_path / "olmo2", make_any_teacher("olmo2"))
+    with pytest.raises(ValueError, match=r"sequence_length` must be at most 24, the student's positions, got 32"):
+        distill(parse_recipe({**recipe, "teacher": str(tmp_path / "gpt2")}), tmp_path / "run", command="")
+    recipe["student"]["calibration"] = "sequential"
+    with pytest.raises(ValueError, match=r"a sequential calibration or refit needs .* got .*norm_placement='after'"):
+        distill(parse_recipe({**recipe, "teacher": str(tmp_path / "olmo2")}), tmp_path / "run", command="")
+    assert not (tmp_path / "run").exists()

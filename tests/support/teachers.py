@@ -70,6 +70,23 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 512, "n_inner": 64},
     "gpt_neox": {},
     "phi": {},
+    "gemma2": {
+        "pad_token_id": None,
+        "sliding_window": 32,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "pad_token_id": None,
+        "sliding_window": 32,
+        "query_pre_attn_scalar": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+    },
 }
 """What a tiny configuration of a family needs besides SIZES."""
 
@@ -99,6 +116,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "gpt_neox": {
         "sequential": {"use_parallel_residual": False},
         "no biases": {"attention_bias": False, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    },
+    "gemma2": {
+        "window": {"sliding_window": 5},
+        "without caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+    },
+    "gemma3_text": {
+        "window": {"sliding_window": 5, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+        "full": {"layer_types": ["full_attention"] * 4},
     },
     "phi": {
         "norms": {"qk_layernorm": True},
@@ -130,7 +155,7 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.add_(0.2 * noise)  # to 1, or 0 where a norm adds 1 to its weight
             elif parameter.dim() == 1 or "embed" in name:
                 parameter.copy_(0.3 * noise)
             else:
