@@ -174,7 +174,8 @@ class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM, GenerationM
         length, cache = self.config.recompute_length, kwargs.get(CACHE_FIELD)
         if length is not None and cache is not None and input_ids.shape[1] > length >= cache.get_seq_length() > 0:
             kwargs |= {CACHE_FIELD: None, "next_sequence_length": None}
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        prepare: Any = super().prepare_inputs_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        return prepare(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         cap = self.config.final_logit_softcapping
