@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from teachers import VARIANTS, draw_ids, make_any_teacher, save_teacher, small_text
 from torch import Tensor
 
+from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.conversion.formats import TEACHERS
 from ssm_zoo.distill.recipe import StudentSpec, parse_recipe
 from ssm_zoo.distill.run import distill
@@ -114,6 +115,15 @@ def test_a_mamba2_does_not_take_projections_that_need_a_norm() -> None:
     build_student(teacher, StudentSpec(mixer="mamba2", half_life=(2.0, 2.0), copy_projections=False), [1])
 
 
+@torch.no_grad()
+def test_masked_mixing_has_the_positions_that_the_teacher_has_learnt() -> None:
+    teacher = Teacher(make_any_teacher("gpt2", max_position_embeddings=24))
+    with pytest.raises(ValueError, match=r"`student.positions` must be 24, .* got 16"):
+        build_student(teacher, StudentSpec(mixer="masked_mixing", positions=16), [1])
+    student = build_student(teacher, StudentSpec(mixer="masked_mixing", positions=24), [1])
+    assert student(draw_ids(1, 24)).logits.isfinite().all()
+
+
 def test_layers_that_keep_the_teachers_window_forbid_another() -> None:
     teacher = Teacher(make_any_teacher("mistral", sliding_window=5))
     spec = StudentSpec(mixer="sliding_attention", sliding_window=7)
@@ -145,15 +155,24 @@ def test_a_whole_run(family: str, tmp_path: Path) -> None:
     assert report["stages"][1]["history"][-1]["loss"] < 10
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "phi"])
+def test_a_student_loads_without_the_package(family: str, tmp_path: Path) -> None:
+    memory: dict[str, Any] = {"window": 8, "sinks": 2, "rows": 16, "slots": "equal", "chunk_size": 4}
+    spec = StudentSpec(mixer="bounded_attention", **memory)
+    build_student(Teacher(make_any_teacher(family)), spec, [1]).save_pretrained(tmp_path / "student")
+    assert verify_export(tmp_path / "student")["bit_equal"]
+
+
 def test_what_does_not_fit_a_family_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    stage = {"tokens": 64, "batch_size": 2, "learning_rate": 1e-3}
     (tmp_path / "text.txt").write_text(small_text(80, seed=1), encoding="utf-8")
     recipe: dict[str, Any] = {
         "student": {"mixer": "sliding_attention", "calibration_tokens": 1024},
         "data": {"train": str(tmp_path / "text.txt"), "heldout": [str(tmp_path / "text.txt")], "sequence_length": 32},
-        "stages": [{"name": "a", "objective": "logit_distillation", "tokens": 64, "learning_rate": 1e-3}],
+        "stages": [{"name": "a", "objective": "logit_distillation", **stage}],
         "evaluation": {"prompts": []},
     }
-    save_teacher(tmp_path / "gpt2", make_any_teacher("gpt2", n_positions=24))
+    save_teacher(tmp_path / "gpt2", make_any_teacher("gpt2", max_position_embeddings=24))
     save_teacher(tmp_path / "olmo2", make_any_teacher("olmo2"))
     with pytest.raises(ValueError, match=r"sequence_length` must be at most 24, the student's positions, got 32"):
         distill(parse_recipe({**recipe, "teacher": str(tmp_path / "gpt2")}), tmp_path / "run", command="")

@@ -67,7 +67,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"pad_token_id": None},
     "smollm3": {"pad_token_id": None, "no_rope_layer_interval": 2},
-    "gpt2": {"n_positions": 512, "n_inner": 64},
+    "gpt2": {"n_inner": 64},
     "gpt_neox": {},
     "phi": {},
     "gemma2": {
