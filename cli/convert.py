@@ -56,8 +56,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint between the zoo and other libraries.
 
-    Reads transformers' llama, qwen2, mamba, mamba2, falcon_mamba, bamba and jamba; state-spaces' Mamba and Mamba-2;
-    Cartesia's llamba; masked, Toeplitz and recurrent mixers; and the zoo's own.
+    Reads transformers' mamba, mamba2, falcon_mamba, bamba, jamba and the decoders that can be teachers (llama, mistral,
+    qwen, phi, gemma, gpt and others); state-spaces' Mamba and Mamba-2; Cartesia's llamba; masked, Toeplitz and
+    recurrent mixers; and the zoo's own.
 
     Prints what was read and written, and the largest difference between the logits of both sides. OUT is written whole
     or not at all. A setting that the target cannot express is refused by name. No code in SRC is run; its tokenizer's

@@ -106,10 +106,11 @@ def convert(
 ) -> ParityReport:
     """Convert a checkpoint with a language-modelling head. The folder appears whole or not at all.
 
-    The sources are transformers' `llama`, `qwen2`, `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts,
-    `jamba`; Mamba-1 and Mamba-2 of state-spaces, the latter also with an MLP in each block or attention in some blocks;
-    Cartesia's `llamba`; and masked, Toeplitz and structured recurrent mixers, which have no config.json and are
-    recognised by their keys. A `qwen2` is converted back to a `llama` with biases.
+    The sources are the teachers of `formats.TEACHERS`, transformers' decoders with attention in every block; its
+    `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba`; Mamba-1 and Mamba-2 of state-spaces, the
+    latter also with an MLP in each block or attention in some blocks; Cartesia's `llamba`; and masked, Toeplitz and
+    structured recurrent mixers, which have no config.json and are recognised by their keys. A model is converted back
+    to the type that it came from, if that can still express it.
 
     Tokenizer, licence and generation config are carried over. A state-spaces checkpoint with 256 tokens and without a
     tokenizer gets MambaByte's. A zoo checkpoint is written self-contained, as by `save_pretrained` of a zoo model.
@@ -324,7 +325,8 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
         ValueError: if the other library has no such model.
     """
     formats = [form for form in FORMATS if form.library == to and form.zoo_class is read.zoo_class]
-    for form in formats:
+    native = getattr(read.zoo_config, "native_model_type", None)
+    for form in sorted(formats, key=lambda form: native is None or form.model_type != native):
         if form.writes(read.zoo_config):
             return form
     known = ", ".join(form.name for form in formats) or "none"

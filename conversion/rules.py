@@ -64,25 +64,40 @@ class SplitRows:
 
     Attributes:
         sizes: number of rows of each of ours.
+        groups: number of equal groups, e.g. heads, in each of which the rows of all of ours follow one another.
+        transposed: whether their tensor is transposed, i.e. its columns are our rows.
     """
 
     sizes: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
 
     def to_ours(self, theirs: list[LazyTensor]) -> list[LazyTensor]:
         """Split the rows."""
         (tensor,), parts, start = theirs, [], 0
+        width = tensor.shape[:1] if self.transposed else tensor.shape[1:]
         for size in self.sizes:
-            rows = slice(start, start + size)
-            parts.append(
-                LazyTensor((size, *tensor.shape[1:]), tensor.dtype, lambda rows=rows: tensor.load()[rows].clone())
-            )
+            first, last = start // self.groups, (start + size) // self.groups
+
+            def load(first: int = first, last: int = last) -> Tensor:
+                whole = tensor.load().T if self.transposed else tensor.load()
+                rows = whole.unflatten(0, (self.groups, -1))[:, first:last].flatten(0, 1)
+                return rows.clone(memory_format=torch.contiguous_format)
+
+            parts.append(LazyTensor((size, *width), tensor.dtype, load))
             start += size
         return parts
 
     def from_ours(self, ours: list[LazyTensor]) -> list[LazyTensor]:
         """Join the rows of tensors that share a dtype."""
         shape = (sum(part.shape[0] for part in ours), *ours[0].shape[1:])
-        return [LazyTensor(shape, ours[0].dtype, lambda: torch.cat([part.load() for part in ours]))]
+
+        def load() -> Tensor:
+            rows = [part.load().unflatten(0, (self.groups, -1)) for part in ours]
+            whole = torch.cat(rows, dim=1).flatten(0, 1)
+            return whole.T.contiguous() if self.transposed else whole
+
+        return [LazyTensor(shape[::-1] if self.transposed else shape, ours[0].dtype, load)]
 
 
 @dataclass(frozen=True)

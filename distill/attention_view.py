@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modeling.layers import normed_heads, soft_capped
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
@@ -30,8 +32,11 @@ class AttentionView:
         k_bias: (KV*P,) or None.
         v_bias: (KV*P,) or None.
         o_bias: (D,) or None.
-        rotary: the teacher's own module (hidden, position_ids) -> cos, sin, each (B or 1, L, R); None without
-            rotary positions.
+        rotary: a module (hidden, position_ids) -> cos, sin, each (B or 1, L, R); None without rotary positions.
+        q_norm: norm of the queries before the rotary embedding, over all heads or over each of them; None without.
+        k_norm: norm of the keys.
+        window: tokens that a query sees, itself included; None: all.
+        softcap: c in c tanh(s / c) of the scaled scores s; None: none.
     """
 
     q: Tensor
@@ -47,6 +52,10 @@ class AttentionView:
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
     rotary: nn.Module | None = None
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_key_value_heads:
@@ -76,7 +85,7 @@ class AttentionView:
         return heads.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=0).flatten(0, 1)
 
     def queries_keys(self, hidden: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Compute the queries and keys of the scores: with bias, rotated, keys repeated for the heads of a group.
+        """Compute the queries and keys of the scores: with bias, norm, rotation, keys repeated for a group's heads.
 
         Args:
             hidden: (B, L, D) output of the layer's input norm.
@@ -85,14 +94,19 @@ class AttentionView:
         Returns:
             Queries and keys, each (B, L, H, P), without the scaling.
         """
-        queries = F.linear(hidden, self.q, self.q_bias).unflatten(-1, (self.num_heads, self.head_dim))
-        keys = F.linear(hidden, self.k, self.k_bias).unflatten(-1, (self.num_key_value_heads, self.head_dim))
+        queries = self._heads(F.linear(hidden, self.q, self.q_bias), self.q_norm)
+        keys = self._heads(F.linear(hidden, self.k, self.k_bias), self.k_norm)
         if self.rotary is not None:
             if position_ids is None:
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
             cos, sin = self.rotary(hidden, position_ids)
             queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
         return queries, keys.repeat_interleave(self.num_heads // self.num_key_value_heads, dim=2)
+
+    def _heads(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
+        """(B, L, heads P) queries or keys to (B, L, heads, P), normed."""
+        over_width = norm is not None and norm.weight.shape == projected.shape[-1:]
+        return normed_heads(projected, norm, "width" if over_width else "head", self.head_dim)
 
     def values(self, hidden: Tensor) -> Tensor:
         """Compute (B, L, H, P) values, repeated for the heads of a group, from (B, L, D) normed hidden states."""
@@ -116,7 +130,9 @@ class AttentionView:
         queries, keys = self.queries_keys(hidden, position_ids)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         scores = torch.einsum("bihp,bjhp->bhij", queries.to(dtype), keys.to(dtype)) * self.scaling
-        visible = _visible(hidden, mask)
+        if self.softcap is not None:
+            scores = soft_capped(scores, self.softcap)
+        visible = _visible(hidden, mask, self.window)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
 
@@ -131,12 +147,15 @@ class AttentionView:
         Returns:
             (B, L, H, P), in the dtype of `hidden`.
         """
+        if self.softcap is not None:  # PyTorch's function has no cap
+            matrix = self.attention_matrix(hidden, position_ids, mask).to(hidden.dtype)
+            return torch.einsum("bhij,bjhp->bihp", matrix, self.values(hidden))
         queries, keys = (states.transpose(1, 2) for states in self.queries_keys(hidden, position_ids))
         values = self.values(hidden).transpose(1, 2)
-        if mask is None:
+        if mask is None and self.window is None:
             outputs = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self.scaling)
         else:
-            visible = _visible(hidden, mask)
+            visible = _visible(hidden, mask, self.window)
             outputs = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=self.scaling)
             # The result of torch for a row without any visible column is undefined.
             outputs = outputs.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
@@ -157,10 +176,13 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def _visible(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """(B or 1, 1, L, L) bool, True where row i may look at column j: at or before it, and allowed by the mask."""
+def _visible(hidden: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
+    """(B or 1, 1, L, L) bool, True where row i may look at column j: among the last `window` columns up to i (None:
+    all), and allowed by the mask."""
     B, L = hidden.shape[:2]
     causal = torch.ones(L, L, dtype=torch.bool, device=hidden.device).tril()[None, None]
+    if window is not None:
+        causal = causal.triu(1 - window)
     if mask is None:
         return causal
     if tuple(mask.shape) not in ((B, L), (B, L, L)):

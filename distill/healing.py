@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..conversion.formats.format import empty_model
-from ..modeling import ZooHybridForCausalLM
+from ..modeling import ZooHybridConfig, ZooHybridForCausalLM
 from .gates import fit_gates
 from .least_squares import Moments, add_moments, cross_validated_ridge
 from .student import entering, output_projection, student_mixer
@@ -63,20 +63,21 @@ def heal(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if there are fewer than two windows, or a mixer has no output projection. Nothing is changed in
-            these cases.
+        ValueError: if there are fewer than two windows, a mixer has no output projection, or mixer and MLP do not
+            follow one another with a norm before each. Nothing is changed in these cases.
     """
     if len(windows) < 2:
         raise ValueError(
             f"`windows` must be at least 2, of which one is held out, got {len(windows)}. Give more tokens."
         )
+    check_blocks(student.config)
     projections = {layer: output_projection(student, layer) for layer in layers}
     held_out = torch.arange(len(windows)) % _HELD_OUT == _HELD_OUT - 1
     held_out[-1] |= not held_out.any()
     fitted, chosen = (windows[rows].to(teacher.model.device).split(batch_size) for rows in (~held_out, held_out))
     original = _as_hybrid(teacher)
-    mine = [student.backbone.embeddings(ids).float() for ids in (*fitted, *chosen)]
-    theirs = [original.embeddings(ids).float() for ids in (*fitted, *chosen)]
+    mine = [_embedded(student.backbone, student, ids) for ids in (*fitted, *chosen)]
+    theirs = [_embedded(original, student, ids) for ids in (*fitted, *chosen)]
     for layer in tqdm(range(max(layers) + 1), desc="heal", unit="layer", disable=not progress, leave=False):
         block, other = student.backbone.layers[layer], original.layers[layer].to(theirs[0])
         if gates and layer in projections and hasattr(student_mixer(student, layer), "set_gates"):
@@ -98,6 +99,16 @@ def heal(
             _advance(mine, partial(_transformed, block))
 
 
+def check_blocks(config: ZooHybridConfig) -> None:
+    """Raise a ValueError if a student's blocks are not those that :func:`heal` solves half by half."""
+    if config.use_parallel_residual or config.norm_placement != "before":
+        raise ValueError(
+            "a sequential calibration or refit needs blocks whose mixer and MLP follow one another, with a norm before "
+            f"each and none behind it, got use_parallel_residual={config.use_parallel_residual} and "
+            f"norm_placement={config.norm_placement!r}. Choose another calibration."
+        )
+
+
 def healed_parameters(student: ZooHybridForCausalLM, layers: Sequence[int]) -> dict[str, Tensor]:
     """Return the parameters outside of the mixers that :func:`heal` changes, by name."""
     names = [f"backbone.layers.{layer}.mlp.down_proj.weight" for layer in layers]
@@ -113,6 +124,12 @@ def _as_hybrid(teacher: Teacher) -> Any:
     tensors = {name: tensor.load() for name, tensor in teacher.zoo_tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     return model.backbone.eval()
+
+
+def _embedded(backbone: Any, student: ZooHybridForCausalLM, ids: Tensor) -> Tensor:
+    """Return the (B, L, D) input of the first block of either model in float32."""
+    embeddings = backbone.embeddings(ids)
+    return backbone.add_positions(embeddings, student.backbone.sequence_of(embeddings)).float()
 
 
 def _mixed(block: nn.Module, student: ZooHybridForCausalLM, hidden: Tensor) -> Tensor:

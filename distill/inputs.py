@@ -5,7 +5,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..modeling.token_mixers import TOKEN_MIXERS
 from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
 from .fetch import teacher_commit
 from .recipe import Recipe
@@ -39,8 +38,16 @@ def load_inputs(
     return teacher, commit, windows
 
 
-def check_inputs(recipe: Recipe, teacher: Teacher, windows: dict[str, TokenWindows]) -> None:
+def check_inputs(
+    recipe: Recipe, teacher: Teacher, windows: dict[str, TokenWindows], positions: int | None = None
+) -> None:
     """Check that texts and prompts are long enough, and short enough for the student.
+
+    Args:
+        recipe: the recipe.
+        teacher: the teacher.
+        windows: the token windows by split.
+        positions: number of positions that the student or its teacher has weights for; None: any.
 
     Raises:
         ValueError: naming the field that is not.
@@ -49,15 +56,25 @@ def check_inputs(recipe: Recipe, teacher: Teacher, windows: dict[str, TokenWindo
     check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
     for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
         check_length(windows["train"], "data.train", length)
+    _check_positions(recipe, positions)
     for index, prompt in enumerate(recipe.evaluation.prompts):
-        tokens, most = len(tokenizer(prompt)["input_ids"]), recipe.student.positions - recipe.evaluation.max_new_tokens
+        tokens, most = len(tokenizer(prompt)["input_ids"]), (positions or 0) - recipe.evaluation.max_new_tokens
         if not tokens:
             raise ValueError(f"`evaluation.prompts.{index}` must be a text of at least one token, got {prompt!r}.")
-        if TOKEN_MIXERS[recipe.student.mixer].bounded and tokens > most:
+        if positions is not None and tokens > most:
             raise ValueError(
-                f"`evaluation.prompts.{index}` must have at most {most} tokens (student.positions minus "
-                f"evaluation.max_new_tokens), got {tokens}."
+                f"`evaluation.prompts.{index}` must have at most {most} tokens (the student's {positions} positions "
+                f"minus evaluation.max_new_tokens), got {tokens}."
             )
+
+
+def _check_positions(recipe: Recipe, positions: int | None) -> None:
+    """Raise a ValueError if texts would be longer than the number of positions that the models have weights for."""
+    lengths = {f"stages.{index}.sequence_length": stage.sequence_length for index, stage in enumerate(recipe.stages)}
+    lengths |= {f"{part}.sequence_length": getattr(recipe, part).sequence_length for part in ("data", "evaluation")}
+    for field_name, length in lengths.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"`{field_name}` must be at most {positions}, the student's positions, got {length}.")
 
 
 def check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:

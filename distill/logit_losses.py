@@ -175,7 +175,7 @@ def chunked_loss(
     if learnt is not None:
         chosen = F.pad(learnt[:, 1:], (0, 1), value=False).flatten().nonzero()[:, 0]
         hidden, *given = (part[chosen] for part in (hidden, *given))
-    chunk = max(_LOGITS_BYTES // (4 * student_head.get_parameter("weight").shape[0]), 1)
+    chunk = max(_LOGITS_BYTES // (4 * next(student_head.parameters()).shape[0]), 1)
     total = torch.zeros((), device=input_ids.device)
     of_hidden = torch.empty_like(hidden)
     of_head: list[Tensor] = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluation.hidden_states import head_of
 from ..kernels.matrix_distance import RowDistances, row_distances, row_distances_reference
 from ..modeling import ZooHybridForCausalLM
 from .layer_losses import alignment_loss, matrix_norm
@@ -185,13 +186,12 @@ def logit_distillation(
     if top_ids is None or top_log_probs is None:
         with torch.no_grad():
             theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state
-        head: Any = teacher.model.get_output_embeddings()
         mine = student.backbone(ids, use_cache=False).last_hidden_state
         options |= {"learnt": learnt, "learnt_share": learnt_share}
-        return chunked_logit_loss(mine, student.lm_head, theirs, head, ids, **options)
+        return chunked_logit_loss(mine, head_of(student), theirs, head_of(teacher.model), ids, **options)
 
     def loss(logits: Tensor, target: Tensor, top: Tensor, log_probs: Tensor) -> Tensor:
         return stored_logit_loss(logits, top, log_probs, target, **options)
 
     mine = student.backbone(ids, use_cache=False).last_hidden_state
-    return chunked_loss(mine, student.lm_head, (top_ids, top_log_probs), ids, loss, learnt, learnt_share)
+    return chunked_loss(mine, head_of(student), (top_ids, top_log_probs), ids, loss, learnt, learnt_share)

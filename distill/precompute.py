@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evaluation.hidden_states import head_of
 from ..harness.fingerprint import fingerprint
 from ..harness.run_folder import check_output_folder, claimed_folders_end
 from ..training.trainer import computing, processes
@@ -43,8 +44,8 @@ def precompute_logits(
         raise ValueError(f"--precompute-logits must run in one process, got {state.num_processes}.")
     check_output_folder(output)
     teacher, commit, windows = load_inputs(recipe, Path(output), state, trust_remote_code)
-    head: Any = teacher.model.get_output_embeddings()
-    words = head.get_parameter("weight").shape[0]
+    head = head_of(teacher.model)
+    words = next(head.parameters()).shape[0]
     if not 1 <= top_k < words:
         raise ValueError(f"--top-k must be from 1 to {words - 1}, below the teacher's {words} words, got {top_k}.")
     for index in stages_of(recipe):

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
-from ..evaluation.language_modeling import evaluate_language_model, generation_sample, repeat_loss
+from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine
@@ -42,6 +42,7 @@ from .calibrate import calibrate, fit_output_projections
 from .comparison import Comparison, compare
 from .data import TokenWindows
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
+from .healing import check_blocks
 from .inputs import check_inputs, load_inputs
 from .layer_errors import layer_errors
 from .objectives import loss_name
@@ -49,7 +50,7 @@ from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_la
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
 from .stored_logits import StoredLogits, identity
-from .student import build_control, build_student, set_slots, zeroed_mixers
+from .student import build_control, build_student, position_limit, set_slots, zeroed_mixers
 from .teacher import Teacher
 
 # Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
@@ -258,7 +259,9 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     teacher, commit, windows = load_inputs(recipe, output, state, trust_remote_code)
     layers = resolve_layers(recipe.student.layers, teacher.num_layers)
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
-    check_inputs(recipe, teacher, windows)
+    if recipe.is_healed:
+        check_blocks(student.config)
+    check_inputs(recipe, teacher, windows, position_limit(student))
     sources, stored = {"teacher": fingerprint(recipe.teacher, commit)}, None
     if recipe.stored_logits is not None:
         expected = identity(recipe, sources["teacher"], windows["train"].fingerprint())
@@ -304,7 +307,8 @@ def _divide_slots(run: _Run) -> None:
     start = TOKEN_MIXERS[spec.mixer].student
     if start is None or "slots" not in start.options or spec.slots != "calibrated":
         return
-    length = min(LENGTH, len(run.train), run.teacher.zoo_config.max_position_embeddings)
+    most = position_limit(run.student) or run.teacher.zoo_config.max_position_embeddings
+    length = min(LENGTH, len(run.train), most)
     count = min(WINDOWS, run.train.count(length))
     windows = run.train.batch(0, count, length, run.recipe.seed + 1)
     settings = run.student.config.settings_of(spec.mixer)
@@ -336,7 +340,8 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
     row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
     row["repeat_loss"] = None
-    if kind != "zeroed" and not TOKEN_MIXERS[run.recipe.student.mixer].bounded:
+    positions = position_limit(run.student)
+    if kind != "zeroed" and (positions is None or 2 * PASSAGE + spec.repeat_distance <= positions):
         row["repeat_loss"] = repeat_loss(model, run.heldout.windows(1)[:, 0], spec.repeat_distance)
     row["samples"] = []
     if kind != "zeroed" and spec.prompts:
@@ -422,7 +427,7 @@ def _compare(run: _Run) -> None:
             heldout=run.heldout.windows(1)[:, 0],
             spec=recipe.evaluation,
             sequence_length=recipe.data.sequence_length,
-            positions=recipe.student.positions if TOKEN_MIXERS[recipe.student.mixer].bounded else None,
+            positions=position_limit(run.student),
             compute=run.compute,
             seed=recipe.seed,
         )

@@ -162,6 +162,7 @@ def slot_errors(
                 chunk_size=settings.chunk_size,
                 decay=[decays[number] for _, number in pairs],
                 scale=view.scaling,
+                softcap=view.softcap,
             )
             difference = found.unflatten(2, (len(pairs), members)) - exact[:, :, of_heads]
             for place, (head, number) in enumerate(pairs):

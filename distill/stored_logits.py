@@ -85,7 +85,7 @@ def likeliest(hidden: Tensor, head: nn.Module, temperature: float, k: int) -> tu
     Returns:
         (B, L, k) int32 ids and (B, L, k + 1) float32 log-probabilities, the last of them that of all other tokens.
     """
-    chunk = max(_LOGITS_BYTES // (4 * head.get_parameter("weight").shape[0]), 1)
+    chunk = max(_LOGITS_BYTES // (4 * next(head.parameters()).shape[0]), 1)
     ids, log_probs = [], []
     for rows in hidden.flatten(0, 1).split(chunk):
         log_all = torch.log_softmax(head(rows).float() / temperature, dim=-1)

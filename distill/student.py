@@ -71,6 +71,11 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
     return student.eval()
 
 
+def position_limit(student: ZooHybridForCausalLM) -> int | None:
+    """Return the number of positions that the student or its teacher has weights for; None: any."""
+    return student.config.max_position_embeddings if student.config.is_bounded else None
+
+
 def student_mixer(student: ZooHybridForCausalLM, layer: int) -> nn.Module:
     """Return the token mixer of a layer."""
     return student.backbone.layers[layer].get_submodule("mixer")
@@ -196,7 +201,7 @@ def _replacement(spec: StudentSpec) -> FromAttention:
 
 def _student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
     """Return the teacher's configuration with the new mixers in some layers and the settings of these mixers."""
-    mixers = ["full_attention"] * teacher.num_layers
+    mixers = list(teacher.zoo_config.mixer_types)
     for layer in layers:
         if not 0 <= layer < teacher.num_layers:
             raise ValueError(f"layers must be from 0 to {teacher.num_layers - 1}, got {layer}.")
@@ -210,9 +215,17 @@ def _student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) 
                 f"from 0 to {heads - 1}, got [{layer}, {head}]. Remove it: other layers keep full attention anyway."
             )
     replaced = _replacement(spec).keys(teacher.zoo_config, spec) if layers else {}
+    kept = {kind for layer, kind in enumerate(teacher.zoo_config.mixer_types) if layer not in layers}
+    for kind in kept & replaced.keys():
+        own = getattr(teacher.zoo_config, kind)
+        if own != replaced[kind]:
+            raise ValueError(
+                f"the settings of {kind} in the student must be the teacher's, {own}, as layers that are not converted "
+                f"keep them, got {replaced[kind]}"
+            )
     values: dict[str, Any] = {**copy.deepcopy(teacher.zoo_config.to_dict()), "mixer_types": mixers, **replaced}
-    if "full_attention" not in mixers:
-        del values["full_attention"]
+    for kind in set(teacher.zoo_config.mixer_types) - set(mixers):
+        del values[kind]
     if spec.untie:
         if not values["tie_word_embeddings"]:
             raise ValueError(

@@ -20,6 +20,8 @@ from ..conversion.formats import TEACHERS
 from ..conversion.formats.format import config_errors, empty_model, refuse_quantised
 from ..conversion.load_model import WeightsError, load_model, load_tokenizer, quiet_loading
 from ..conversion.rules import LazyTensor, lazy
+from ..modeling.layers import make_norm, position_type
+from ..modeling.modeling_hybrid import make_rotary
 from .attention_view import AttentionView
 from .fetch import check_place, is_gguf, load_gguf
 
@@ -30,11 +32,11 @@ CAPTURES = ("block_input", "normed_input", "attention_output", "block_output")
 class Teacher:
     """A model that a student is distilled from.
 
-    Its checkpoint format maps configuration and keys to a `zoo_hybrid` with full attention; no other code depends on
-    the family.
+    Its checkpoint format maps configuration and keys to a `zoo_hybrid` with attention in every block; no other code
+    depends on the family.
 
     Args:
-        model: a model of transformers with a language-model head and full attention in every block.
+        model: a model of transformers with a language-model head and softmax attention in every block.
         tokenizer: the model's tokenizer; None if no text is read.
 
     Raises:
@@ -54,6 +56,9 @@ class Teacher:
             self.zoo_config: Any = form.zoo_config(model.config)
         self.mapper = form.mapper(empty_model(form.zoo_class, self.zoo_config))
         self.model = model
+        self._rotary: dict[str, nn.Module] = {"rope": make_rotary(self.zoo_config).to(model.device)}
+        if self.zoo_config.local_rope_parameters is not None:
+            self._rotary["local_rope"] = make_rotary(self.zoo_config, local=True).to(model.device)
         self._tokenizer = tokenizer
 
     @property
@@ -75,23 +80,20 @@ class Teacher:
 
     def layer(self, layer: int) -> nn.Module:
         """Return the block with this index, from 0."""
-        return self._module(layer, "input_layernorm.weight", 2)
-
-    def input_norm(self, layer: int) -> nn.Module:
-        """Return the norm whose output the layer's attention reads."""
-        return self._module(layer, "input_layernorm.weight", 1)
+        return self._above_output(layer, 3)
 
     def attention_module(self, layer: int) -> nn.Module:
-        """Return the layer's attention, without norm and residual."""
-        return self._module(layer, "mixer.o_proj.weight", 2)
+        """Return the layer's attention, without norms and residual."""
+        return self._above_output(layer, 2)
 
-    def _module(self, layer: int, key: str, levels: int) -> nn.Module:
-        """Return the module some levels above a tensor of a block, which is given by the zoo's key.
+    def _above_output(self, layer: int, levels: int) -> nn.Module:
+        """Return the module some levels above the weight of the output projection of a layer's attention.
 
         Raises:
-            ValueError: if there is no such block.
+            ValueError: if there is no such layer.
         """
-        return self.model.get_submodule(self.mapper.theirs_of(self._prefix(layer) + key).rsplit(".", levels)[0])
+        key = self.mapper.theirs_of(self._prefix(layer) + "mixer.o_proj.weight")
+        return self.model.get_submodule(key.rsplit(".", levels)[0])
 
     def _prefix(self, layer: int) -> str:
         """Return the prefix of the zoo's keys of a block."""
@@ -105,15 +107,30 @@ class Teacher:
         weights = {name: tensors[f"{mixer}{name}_proj.weight"].load() for name in "qkvo"}
         biases = {name: tensors.get(f"{mixer}{name}_proj.bias") for name in "qkvo"}
         weights |= {f"{name}_bias": bias.load().to(weights[name]) for name, bias in biases.items() if bias is not None}
+        norms: dict[str, Any] = {f"{name}_norm": self._qk_norm(mixer + f"{name}_norm.", tensors) for name in "qk"}
         head_dim = int(config.head_dim or 0)
+        scalar = head_dim if config.query_pre_attn_scalar is None else config.query_pre_attn_scalar
+        windowed = config.mixer_types[layer] == "sliding_attention"
         return AttentionView(
             num_heads=config.num_attention_heads,
             num_key_value_heads=int(config.num_key_value_heads or 0),
             head_dim=head_dim,
-            scaling=head_dim**-0.5,
-            rotary=self.model.base_model.get_submodule("rotary_emb"),
+            scaling=scalar**-0.5,
+            rotary=self._rotary.get(position_type(config, layer)),
+            softcap=config.attn_logit_softcapping,
+            window=config.settings_of("sliding_attention").sliding_window if windowed else None,
             **weights,
+            **norms,
         )
+
+    def _qk_norm(self, prefix: str, tensors: dict[str, LazyTensor]) -> nn.Module | None:
+        """Return the norm of queries or keys whose tensors have a prefix of the zoo's keys; None if there is none."""
+        parameters = {key[len(prefix) :]: tensor.load() for key, tensor in tensors.items() if key.startswith(prefix)}
+        if not parameters:
+            return None
+        norm = make_norm(self.zoo_config.norm_type, len(parameters["weight"]), self.zoo_config.rms_norm_eps)
+        norm.load_state_dict(parameters, assign=True)
+        return norm.requires_grad_(False)
 
     def attention_matrix(
         self, layer: int, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None
@@ -142,8 +159,8 @@ class Teacher:
             input_ids: (B, L) integer token ids.
             layers: indices of the layers, each once, in any order; the callback sees them from the first to the last.
             what: names out of `CAPTURES`: "block_input" (B, L, D) residual stream before the layer, "normed_input"
-                (B, L, D) what its attention reads, "attention_output" (B, L, D) what its attention adds to the stream,
-                "block_output" (B, L, D) the stream after the layer.
+                (B, L, D) what its attention reads, "attention_output" (B, L, D) what its attention returns, before a
+                norm behind it, "block_output" (B, L, D) the stream after the layer.
             on_layer: callback, called as `on_layer(layer, **tensors)` with the names of `what` as keywords.
             stop_after_last: end the forward pass after the last callback, without later layers and the head.
             attention_mask: (B, L) mask for padding, as the model takes it.
@@ -166,7 +183,7 @@ class Teacher:
         if self.model.training:
             raise ValueError("The teacher must be in evaluation mode. Call eval() before taking targets from it.")
         last = max(layers)
-        modules = {layer: (self.layer(layer), self.input_norm(layer)) for layer in layers}
+        modules = {layer: (self.layer(layer), self.attention_module(layer)) for layer in layers}
         waiting: dict[str, Tensor] = {}
 
         def receive(layer: int, name: str, value: Any) -> None:
@@ -182,13 +199,14 @@ class Teacher:
 
         handles = []
         try:
-            for layer, (block, norm) in modules.items():
-                if "block_input" in what:
-                    handles.append(block.register_forward_pre_hook(_input_hook(receive, layer), with_kwargs=True))
-                attention = self.attention_module(layer)
-                for name, module in zip(CAPTURES[1:], (norm, attention, block), strict=True):
-                    if name in what:
-                        handles.append(module.register_forward_hook(_output_hook(receive, layer, name)))
+            for layer, (block, attention) in modules.items():
+                names = ((block, "block_input", "block_output"), (attention, "normed_input", "attention_output"))
+                for module, before, after in names:
+                    if before in what:
+                        hook = _input_hook(receive, layer, before)
+                        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    if after in what:
+                        handles.append(module.register_forward_hook(_output_hook(receive, layer, after)))
             # Tensors made in inference mode could not be saved for a student's backward.
             with torch.inference_mode(False), torch.no_grad():
                 return self.model(
@@ -247,11 +265,11 @@ class _ForwardStoppedError(Exception):
     """Ends the teacher's forward pass after the last callback."""
 
 
-def _input_hook(receive: Callable[[int, str, Any], None], layer: int) -> Callable[..., None]:
-    """Return a forward pre-hook that passes on the block's input."""
+def _input_hook(receive: Callable[[int, str, Any], None], layer: int, name: str) -> Callable[..., None]:
+    """Return a forward pre-hook that passes on the module's (B, L, D) input under a name."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        receive(layer, "block_input", args[0] if args else kwargs["hidden_states"])
+        receive(layer, name, args[0] if args else kwargs["hidden_states"])
 
     return hook
 

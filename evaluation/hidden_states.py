@@ -10,13 +10,32 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..modeling.layers import soft_capped
+
 
 class _ReachedError(Exception):
     """Raised inside a model's forward to leave it early."""
 
 
+class _CappedHead(nn.Module):
+    """An output head with the soft cap that the model's forward applies to its logits."""
+
+    def __init__(self, head: nn.Module, cap: float) -> None:
+        super().__init__()
+        self.head, self.cap = head, cap
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return soft_capped(self.head(hidden_states), self.cap)
+
+
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """Return the module that maps hidden states (..., D) to logits (..., V)."""
+    """Return the module that maps hidden states (..., D) to logits (..., V), with their soft cap if they have one."""
+    head, cap = _layer_of(model), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return head if cap is None else _CappedHead(head, cap)
+
+
+def _layer_of(model: PreTrainedModel) -> nn.Module:
+    """Return the output layer that a model's forward calls."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no output head. Give a causal language model.")
@@ -36,7 +55,7 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
         states.append(args[0])
         raise _ReachedError
 
-    return _run(model, head_of(model).register_forward_pre_hook(hook), states, "its output head", inputs)
+    return _run(model, _layer_of(model).register_forward_pre_hook(hook), states, "its output head", inputs)
 
 
 def block_output(model: PreTrainedModel, number: int, **inputs: Any) -> Tensor:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .bounded_attention_chunks import Chunks, Plan, group_heads
+from .bounded_attention_chunks import Chunks, Plan, capped, group_heads
 from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, empty_batch, without_autocast
 from .int8_rows import dequantise_rows, quantise_rows
 from .tracing import opaque, tracing
@@ -78,6 +78,7 @@ def bounded_attention(
     chunk_size: int = 16,
     decay: float | list[float] = 1.0,
     scale: float | None = None,
+    softcap: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, BoundedMemory]:
@@ -94,6 +95,7 @@ def bounded_attention(
         decay: factor per token on the attention that scores are made of, above 0 and at most 1: one, or one for each
             key-value head.
         scale: factor of the scores of the softmax; P^(-1/2) if not given.
+        softcap: c, positive: scaled scores s become c tanh(s / c) before the softmax; None: they stay.
         initial_state: memory to go on from, quantised or not; rows must then hold one document each.
         seq_idx: (B, L) document index, non-decreasing, negative at padding. None: each row is one document.
 
@@ -106,11 +108,11 @@ def bounded_attention(
         ValueError: if a shape, dtype, device or number does not fit, or a row continues a memory with two documents.
     """
     initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
-    _check(q, k, v, window, slots, sinks, chunk_size, decay, initial_state, seq_idx)
+    _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     state = None if initial_state is None else _packed(initial_state, sums)
-    options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale)
+    options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale, softcap or 0.0)
     if q.shape[0] == 0:
         o = empty_batch(tuple(q.shape), q.dtype, q, k, v)
         packed = q.new_zeros(0, _memory_rows(slots, sinks, window), 2 * q.shape[-1] + 2, dtype=sums)
@@ -135,6 +137,7 @@ def bounded_attention_step(
     chunk_size: int = 16,
     decay: float | list[float] = 1.0,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Run :func:`bounded_attention` for one more token of each row, updating its memory in place, without gradients.
 
@@ -143,7 +146,7 @@ def bounded_attention_step(
         k: (B, KV, P) keys.
         v: (B, KV, P) values.
         memory: of that function, of at least one token in each row.
-        window, slots, sinks, chunk_size, decay, scale: as there; they are not checked again.
+        window, slots, sinks, chunk_size, decay, scale, softcap: as there; they are not checked again.
 
     Returns:
         (B, H, P) in the dtype of `q`.
@@ -166,14 +169,14 @@ def bounded_attention_step(
         # All heads with all rows in one product, although each has its own rows: it is shorter than a loop over heads.
         bias = rows.others.masked_fill(hidden[:, None], -math.inf)
         keys, values = memory.keys.to(sums), memory.values.to(sums)
-        if memory.keys_scales is None or memory.values_scales is None:
-            weights = torch.baddbmm(bias, q.to(sums) * scale, keys.mT).softmax(-1)
-            out = torch.bmm(weights, values)
-        else:  # the scales on the (H, N) weights, not on the (N, P) rows
-            scores = torch.bmm(q.to(sums) * scale, keys.mT)
-            weights = torch.addcmul(bias, scores, memory.keys_scales.to(sums)[:, None]).softmax(-1)
-            out = torch.bmm(weights * memory.values_scales.to(sums)[:, None], values)
-        out = out.to(q.dtype)
+        scores = torch.bmm(q.to(sums) * scale, keys.mT)
+        if memory.keys_scales is not None:  # the scales on the (H, N) scores, not on the (N, P) rows
+            scores *= memory.keys_scales.to(sums)[:, None]
+        if softcap is not None:
+            scores = capped(scores, softcap)
+        weights = scores.add_(bias).softmax(-1)
+        shares = weights if memory.values_scales is None else weights * memory.values_scales.to(sums)[:, None]
+        out = torch.bmm(shares, values).to(q.dtype)
         received = weights.detach().sum(1)
     if min(decays) < 1:
         memory.scores.mul_(rows.begun[age])
@@ -276,6 +279,7 @@ def bounded_attention_matrix(
     chunk_size: int = 16,
     decay: float | list[float] = 1.0,
     scale: float | None = None,
+    softcap: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
@@ -288,7 +292,7 @@ def bounded_attention_matrix(
         (B, H, L, M) in float32 (float64 for float64 inputs), M the real tokens of the longest row with its cached ones.
     """
     initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
-    _check(q, k, v, window, slots, sinks, chunk_size, decay, initial_state, seq_idx)
+    _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     B, L, H, _ = q.shape
@@ -301,7 +305,7 @@ def bounded_attention_matrix(
     matrix = torch.zeros(B * L, k.shape[2], members, columns, dtype=sums, device=q.device)
     with without_autocast(q):
         for heads in group_heads(plan, members):
-            chunks = Chunks(plan, heads, q, k, v, state, scale)
+            chunks = Chunks(plan, heads, q, k, v, state, scale, softcap)
             with torch.no_grad():
                 for _ in chunks.run(_per_head(decay, slots)):
                     pass
@@ -331,10 +335,11 @@ def bounded_attention_reference(
     chunk_size: int = 16,
     decay: float | list[float] = 1.0,
     scale: float | None = None,
+    softcap: float | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
     """Compute :func:`bounded_attention` by its definition, token by token, differentiated by autograd."""
-    _check(q, k, v, window, slots, sinks, chunk_size, decay, None, seq_idx)
+    _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, None, seq_idx)
     B, L, H, P = q.shape
     if B == 0:
         return empty_batch(tuple(q.shape), q.dtype, q, k, v)
@@ -357,7 +362,8 @@ def bounded_attention_reference(
                     seen = kept + list(range(max(oldest, 0), t + 1))
                     received = [fade * value for value in received]
                     heads = slice(head * groups, (head + 1) * groups)
-                    weights = (q[row, token, heads].to(sums) @ keys[seen].T * scale).softmax(-1)
+                    products = q[row, token, heads].to(sums) @ keys[seen].T * scale
+                    weights = (products if softcap is None else softcap * (products / softcap).tanh()).softmax(-1)
                     out[token] = torch.cat(
                         [out[token][: heads.start], weights @ values[seen], out[token][heads.stop :]]
                     )
@@ -406,6 +412,7 @@ class _Bounded(torch.autograd.Function):
         chunk_size: int,
         decay: list[float],
         scale: float,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         B, L, H, P = q.shape
         plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
@@ -417,7 +424,7 @@ class _Bounded(torch.autograd.Function):
         groups: list[tuple[list[int], list[int]]] = []
         with without_autocast(q):
             for heads in group_heads(plan, members):
-                chunks = Chunks(plan, heads, q, k, v, state, scale)
+                chunks = Chunks(plan, heads, q, k, v, state, scale, softcap)
                 for part, outputs in chunks.run(decay):
                     plan.put(out, heads, part, outputs)
                 memory, rows = chunks.memory()
@@ -427,7 +434,7 @@ class _Bounded(torch.autograd.Function):
                 seen += [chunks.seen, rows]
                 groups.append((heads, chunks.used))
         ctx.save_for_backward(q, k, v, state, seq_idx, *seen)
-        ctx.options = window, sinks, slots, chunk_size, scale
+        ctx.options = window, sinks, slots, chunk_size, scale, softcap
         ctx.groups = groups
         ctx.set_materialize_grads(True)
         return out.view(q.shape), packed
@@ -436,7 +443,7 @@ class _Bounded(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         do, dpacked = gradients
         q, k, v, state, seq_idx, *seen = ctx.saved_tensors
-        window, sinks, slots, chunk_size, scale = ctx.options
+        window, sinks, slots, chunk_size, scale, softcap = ctx.options
         B, L, H, P = q.shape
         plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
         dq = q.new_zeros(B, L, k.shape[2], H // k.shape[2], P)
@@ -445,7 +452,7 @@ class _Bounded(torch.autograd.Function):
         do, present = do.reshape(dq.shape), plan.last >= 0
         with without_autocast(q):
             for number, (heads, used) in enumerate(ctx.groups):
-                chunks = Chunks(plan, heads, q, k, v, state, scale)
+                chunks = Chunks(plan, heads, q, k, v, state, scale, softcap)
                 chunks.seen, chunks.used = seen[2 * number], used
                 dlines = torch.zeros_like(chunks.lines)
                 for part, dqueries in chunks.backward(plan.align(do, heads, dlines.dtype), dlines):
@@ -465,7 +472,7 @@ class _Bounded(torch.autograd.Function):
                     for index, head in enumerate(heads):
                         own = plan.narrow(dlines[:, index].gather(1, held), head)
                         dstate[:, plan.rows(head), : 2 * P] = own
-        return dq.view(q.shape), dk, dv, dstate, *[None] * 7
+        return dq.view(q.shape), dk, dv, dstate, *[None] * 8
 
 
 def _empty_results(
@@ -480,6 +487,7 @@ def _empty_results(
     chunk_size: int,
     decay: list[float],
     scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     rows = _memory_rows(slots, sinks, window)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], rows, 2 * q.shape[3] + 2, dtype=accumulator(q))
@@ -489,7 +497,7 @@ _traced = opaque(
     _Bounded,
     "bounded_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? state, Tensor? seq_idx, int window, int sinks, int[] slots, int chunk_size, "
-    "float[] decay, float scale",
+    "float[] decay, float scale, float softcap",
     _empty_results,
 )
 
@@ -503,6 +511,7 @@ def _check(
     sinks: int,
     chunk_size: int,
     decay: float | list[float],
+    softcap: float | None,
     initial_state: BoundedMemory | None,
     seq_idx: Tensor | None,
 ) -> None:
@@ -522,6 +531,8 @@ def _check(
         raise ValueError(
             f"decay must be above 0 and at most 1, one or one for each of {len(slots)} key-value heads, got {decay}"
         )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
     if initial_state is not None:
         rows = _memory_rows(slots, sinks, window)
         check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")

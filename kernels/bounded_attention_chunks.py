@@ -29,6 +29,11 @@ _PADDING = 20_000  # scores of a chunk that may be computed in vain to save a lo
 _BLOCK = 2**19  # numbers of keys and values that the backward gathers at once
 
 
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Cap scores softly in place, c tanh(s / c); without a cap, None or 0, return them as they are."""
+    return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
+
+
 class Plan:
     """Where the documents of a batch stand on the grid of chunks.
 
@@ -170,9 +175,17 @@ class Chunks:
     """
 
     def __init__(
-        self, plan: Plan, heads: list[int], q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, scale: float
+        self,
+        plan: Plan,
+        heads: list[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        scale: float,
+        softcap: float | None,
     ) -> None:
-        self.plan, self.heads = plan, heads
+        self.plan, self.heads, self.softcap = plan, heads, softcap
         self.slots = max(plan.capacity[head] for head in heads)
         self.old = 0 if state is None else self.slots
         self.width = width = q.shape[-1]
@@ -240,7 +253,8 @@ class Chunks:
                 self.used.append(used)
                 if used:
                     seen[chunk, :, :, :used] = pool.marks[3:, :, :used]
-                    products = torch.bmm(queries[chunk], pool.keys[:, :used].mT).add_(pool.bias[:, None, :used])
+                    products = capped(torch.bmm(queries[chunk], pool.keys[:, :used].mT), self.softcap)
+                    products.add_(pool.bias[:, None, :used])
                     weights = torch.cat([products, log_sums[chunk - first]], dim=-1).softmax(-1)
                     share.copy_(weights[..., used:])
                     weights = weights[..., :used]
@@ -278,7 +292,8 @@ class Chunks:
         """Return the (m, G, J C, w) softmax over the windows of m chunks, and (m, G, J C, 1) logarithms of its sums."""
         m, (_, R, h, J, C, P) = part.stop - part.start, self.queries.shape
         keys = windows[part, ..., : self.width].flatten(0, 1)
-        scores = torch.bmm(self.queries[part].view(m * R * h, J * C, P), keys.mT).view(m, R, h, J, C, -1)
+        scores = torch.bmm(self.queries[part].view(m * R * h, J * C, P), keys.mT)
+        scores = capped(scores, self.softcap).view(m, R, h, J, C, -1)
         scores += self.near_bias[part, :, None, None]
         # A query beyond its document may see nothing; its result is not used, but must be finite.
         top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
@@ -372,7 +387,7 @@ class Chunks:
             index = torch.cat([slots, (chunk * C + column).expand(m, G, w)], dim=2)
             table = lines.index_select(0, (index.clamp(min=0) + head).flatten()).view(m * G, S + w, 2 * width)
             scores = torch.bmm(self.queries[part].view(m * G, J * C, width), table[..., :width].mT)
-            scores = scores.view(m, R, h, J, C, S + w)
+            scores = capped(scores, self.softcap).view(m, R, h, J, C, S + w)
             scores[..., :S].masked_fill_((slots < 0).view(m, R, h, 1, 1, S), hidden)
             scores[..., S:] += near_bias[part, :, None, None]
             yield part, index, scores.softmax(-1).view(m * G, J * C, S + w), table
@@ -389,6 +404,9 @@ class Chunks:
             dtable[..., width:] = torch.bmm(weights.mT, cotangent)
             dweights = torch.bmm(cotangent, table[..., width:].mT).mul_(weights)
             dscores = dweights.sub_(weights.mul_(dweights.sum(-1, keepdim=True)))
+            if self.softcap:
+                slope = (torch.bmm(queries, table[..., :width].mT) / self.softcap).tanh_().square_()
+                dscores = dscores.addcmul_(dscores, slope, value=-1.0)
             dtable[..., :width] = torch.bmm(dscores.mT, queries)
             by_line.index_add_(0, (index.clamp(min=0) + head).flatten(), dtable.flatten(0, 1))
             yield part, torch.bmm(dscores, table[..., :width]).view_as(self.queries[part])

@@ -445,7 +445,7 @@ def _weights(queries: Tensor, keys: Tensor, starts: Tensor, ends: Tensor, real: 
 
 
 def attend_traced(
-    q: Tensor, k: Tensor, v: Tensor, window: int, positions: Tensor | None, seq_idx: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, positions: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attend from all tokens of a row to the last `window` ones in a traced graph.
 
@@ -453,6 +453,7 @@ def attend_traced(
         q: (B, L, H, P) queries of the last L columns.
         k, v: (B, K, G, P) keys and values.
         window: tokens that a query sees, as in :func:`window_attention`.
+        scale: factor of the scores.
         positions: (B, K) place of each column, or None.
         seq_idx: (B, K) document of each column, or None.
 
@@ -478,7 +479,7 @@ def attend_traced(
     k, v = k.masked_fill(hidden, 0).to(sums), v.masked_fill(hidden, 0).to(sums)
     queries = q.masked_fill(~held[..., None], 0).to(sums).transpose(1, 2).unflatten(1, (groups, -1))
     with without_autocast(q):
-        scores = queries @ k.permute(0, 2, 3, 1)[:, :, None] * (1 / math.sqrt(q.shape[-1]))  # (B, G, H/G, L, K)
+        scores = queries @ k.permute(0, 2, 3, 1)[:, :, None] * scale  # (B, G, H/G, L, K)
         # A row that sees nothing is not masked before the softmax, which would give NaN, but set to zero after it.
         scores = scores.flatten(1, 2).masked_fill(~seen & seen.any(-1, keepdim=True), -math.inf)
         probabilities = scores.softmax(-1).masked_fill(~seen, 0)

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ..kernels.tracing import tracing
 from .cache import layer_of
-from .layers import GroupedAttention, ShortConvolution, init_short_convolution, rotate
+from .layers import GroupedAttention, ShortConvolution, init_short_convolution
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, is_single_step
 from .softmax_attention import softmax_attention
 from .token_layout import Sequence
@@ -38,7 +38,7 @@ class Attention(GroupedAttention):
         self.window = window
         # Where the block has another mixer too, one layer of the cache serves both, and never leaves the device.
         self.stays = window is None and config.layer_types[layer_idx] != "full_attention"
-        self.add_projections(config, config.attention_bias)
+        self.add_projections(config, config.attention_bias, layer_idx)
         self.conv1d = None
         if conv_kernel:
             assert window is None
@@ -61,11 +61,8 @@ class Attention(GroupedAttention):
         q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.conv1d is not None:
             q, k, v = self._convolved(self.conv1d, (q, k, v), sequence, layer_of(past_key_values, self.layer_idx))
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        assert sequence.rotary is not None
-        cos, sin = sequence.rotary
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = self.to_heads(q, self.q_norm, sequence), self.to_heads(k, self.k_norm, sequence)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v.unflatten(-1, (-1, self.head_dim))))
         query_positions = key_positions = None
         cache = layer_of(past_key_values, self.layer_idx)
         if cache is not None and self.window is not None:

@@ -36,11 +36,15 @@ class ZooModel(ZooPreTrainedModel):
         if is_bidirectional(config) and "bidirectional" not in declared:
             raise ValueError(f"`bidirectional` must be left out, got True: {config.model_type} has no such option")
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embeddings = self.make_embeddings(config)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
         self.norm_f = self.make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_embeddings(self, config: PreTrainedConfig) -> nn.Embedding:
+        """Build the embedding of the tokens."""
+        return nn.Embedding(config.vocab_size, config.hidden_size)
 
     def make_block(self, config: PreTrainedConfig, layer_idx: int) -> nn.Module:
         """Build the block at `layer_idx`."""
@@ -56,6 +60,10 @@ class ZooModel(ZooPreTrainedModel):
 
     def join(self, hidden_states: Tensor) -> Tensor:
         """Combine the streams of a block's output into (B, L, D) hidden states: the inverse of `split`."""
+        return hidden_states
+
+    def add_positions(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
+        """Add what a family has for absolute positions to the (B, L, D) embeddings."""
         return hidden_states
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
@@ -102,7 +110,7 @@ class ZooModel(ZooPreTrainedModel):
                 bidirectional models return none.
             seq_idx: (B, L) document index of each token of a packed row, non-decreasing, negative at padding.
             cu_seqlens: (documents + 1) starts of the documents of a single packed row, then its length.
-            output_hidden_states: return the embeddings and every block's output; the last one after the final
+            output_hidden_states: return the first block's input and every block's output; the last one after the final
                 norm.
             output_attentions: return every layer's (B, H, L, past + L) mixing matrix, with a row for each new token.
                 For a recurrent layer it is None if the cache holds tokens that were read without this option.
@@ -145,6 +153,7 @@ class ZooModel(ZooPreTrainedModel):
         )
         hidden_states = sequence.blank(hidden_states)
         self.prepare(sequence, hidden_states)
+        hidden_states = self.add_positions(hidden_states, sequence)
         if use_cache is None:  # by default, a packed row is not a prompt to continue
             use_cache = config.use_cache and not (self.training or sequence.packed or is_bidirectional(config))
         if self.gradient_checkpointing and self.training:

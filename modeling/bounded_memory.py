@@ -30,7 +30,7 @@ from ..kernels.bounded_attention import (
 from ..kernels.int8_rows import dequantise_rows, quantise_rows, round_rows
 from ..kernels.tracing import tracing
 from .cache import ZooLayer, layer_of
-from .layers import GroupedAttention, rotate
+from .layers import GroupedAttention
 from .mixer import FromAttention, MixerSettings, TokenMixer, check_sizes, distillation, is_single_step
 from .softmax_attention import softmax_attention
 from .token_layout import Sequence
@@ -50,7 +50,7 @@ class BoundedAttention(GroupedAttention):
         self.config = config
         self.layer_idx = layer_idx
         self.settings = settings
-        self.add_projections(config, config.attention_bias)
+        self.add_projections(config, config.attention_bias, layer_idx)
 
     def forward(
         self,
@@ -125,12 +125,9 @@ class BoundedAttention(GroupedAttention):
     def _projections(self, hidden_states: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, H, P) queries, and (B, L, KV, P) keys and values."""
         hidden_states = sequence.blank(hidden_states)
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q = self.to_heads(self.q_proj(hidden_states), self.q_norm, sequence)
+        k = self.to_heads(self.k_proj(hidden_states), self.k_norm, sequence)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        assert sequence.rotary is not None
-        cos, sin = (table[:, :, None] for table in sequence.rotary)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.settings.kv_dtype == "int8":  # also of tokens that no cache holds yet
             k, v = round_rows(k), round_rows(v)
         return q, k, v
@@ -157,6 +154,8 @@ class BoundedAttention(GroupedAttention):
             "slots": [slots[head] for head in heads],
             "chunk_size": settings.chunk_size,
             "decay": [decays[head] for head in heads],
+            "scale": self.scaling,
+            "softcap": self.softcap,
         }
 
 

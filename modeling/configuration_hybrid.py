@@ -8,15 +8,17 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .layers import NORM_TYPES, POSITION_TYPES, QK_NORMS
 from .mixer import MixerSettings, check_heads, check_sizes, complete_heads
 from .token_mixers import TOKEN_MIXERS
 
-MLP_TYPES = ("gated", "none")
+MLP_TYPES = ("gated", "plain", "none")
+NORM_PLACEMENTS = ("before", "after", "both")
 
 
 @strict
 class ZooHybridConfig(PreTrainedConfig):
-    """A Llama-shaped decoder whose token mixer is chosen layer by layer.
+    """A decoder whose token mixer is chosen layer by layer; its blocks are Llama's unless settings say otherwise.
 
     The settings of a kind of mixer are a mapping under its name: `mamba2={"state_size": 64}`. The settings of a kind
     that some block has are completed with defaults; those of other kinds are kept as given. Configurations from before
@@ -29,21 +31,42 @@ class ZooHybridConfig(PreTrainedConfig):
         num_hidden_layers: blocks.
         mixer_types: token mixer of each block, a kind in `token_mixers.py` or "none"; all "full_attention" if not
             given.
-        mlp_types: channel mixer of each block: "gated" or "none"; all "gated" if not given. A block has a token mixer,
-            an MLP, or both, and a norm for each.
+        mlp_types: channel mixer of each block: "gated", "plain" (without a gate) or "none"; all "gated" if not given. A
+            block has a token mixer, an MLP, or both, and a norm for each.
         num_attention_heads: H, heads of attention and of discrete Mamba-2.
         num_key_value_heads: key and value heads of attention; H if not given.
         head_dim: P, width of an attention or discrete Mamba-2 head; `hidden_size / num_attention_heads` if not
             given.
         hidden_act: activation of the MLP.
-        rms_norm_eps: epsilon of every RMSNorm.
-        attention_bias: bias in the projections of attention and in `in_proj` of discrete Mamba-2.
+        rms_norm_eps: epsilon of every norm.
+        attention_bias: bias in the projections of attention and of discrete Mamba-2.
+        attention_output_bias: bias in their output projection; as `attention_bias` if not given.
         mlp_bias: bias in the MLP.
+        lm_head_bias: bias in the language-modelling head.
+        norm_type: "rms_norm", "layer_norm" (with a bias), or "unit_offset_rms_norm", which multiplies by 1 + weight.
+        norm_placement: norms "before" the mixer and the MLP, "after" them (on what they add to the residual stream), or
+            "both".
+        use_parallel_residual: the MLP reads the block's input, and mixer and MLP are added to it together.
+        share_norm: mixer and MLP read the output of one norm; only with `use_parallel_residual`.
+        qk_norm: norm of the queries and keys of attention and discrete Mamba-2, before the rotary embedding: over each
+            "head", over the "width" of all heads, or null.
+        query_pre_attn_scalar: the scores of attention are multiplied by its inverse square root; `head_dim` if null.
+        attn_logit_softcapping: c in c tanh(s / c) of the scaled scores s of attention; null: none.
+        final_logit_softcapping: the same for the logits.
+        embedding_multiplier: factor of the token embeddings.
+        position_types: positions in each block: "rope"; "local_rope" for the second rotary embedding; "none" for
+            queries and keys that are not rotated; all "rope" if not given.
+        local_rope_parameters: the second rotary embedding, as `rope_parameters`.
+        learned_positions: add to the embedding a learned vector for each of `max_position_embeddings` positions.
         max_position_embeddings: context length that the rotary embedding was made for. For a mixer with weights for
             positions ("masked_mixing") it is their number, which no document may exceed.
         rope_parameters: rotary embedding, as in transformers. `partial_rotary_factor` is the share of a head's channels
             that is rotated, counted from the first: 1 if not given, 0 for attention without positions.
+        recompute_length: `generate` reads the text again, without the cache, once it is longer than this, since a
+            rotary embedding of the type "longrope" changes for all positions, as in Phi-3; null: never.
         initializer_range: standard deviation of projections and embedding at initialisation.
+        native_model_type: model type of transformers from which the model was converted, and to which it is converted
+            back if it still can be.
     """
 
     model_type = "zoo_hybrid"
@@ -61,10 +84,26 @@ class ZooHybridConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-5
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    lm_head_bias: bool = False
+    norm_type: str = "rms_norm"
+    norm_placement: str = "before"
+    use_parallel_residual: bool = False
+    share_norm: bool = False
+    qk_norm: str | None = None
+    query_pre_attn_scalar: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    embedding_multiplier: float | int = 1.0
+    position_types: list[str] | None = None
+    local_rope_parameters: dict[str, Any] | None = None
+    learned_positions: bool = False
     max_position_embeddings: int = 8192
     rope_parameters: dict[str, Any] | None = None
+    recompute_length: int | None = None
     initializer_range: float = 0.02
+    native_model_type: str | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -76,6 +115,8 @@ class ZooHybridConfig(PreTrainedConfig):
             self.mixer_types = ["full_attention"] * self.num_hidden_layers
         if self.mlp_types is None:
             self.mlp_types = ["gated"] * self.num_hidden_layers
+        if self.position_types == ["rope"] * self.num_hidden_layers:
+            self.position_types = None
         complete_heads(self)
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
@@ -177,8 +218,10 @@ class ZooHybridConfig(PreTrainedConfig):
 
     @property
     def is_bounded(self) -> bool:
-        """Return whether a mixer has weights for `max_position_embeddings` positions only."""
-        return any(TOKEN_MIXERS[kind].bounded for kind in set(self.mixer_types or []) - {"none"})
+        """Return whether the model has weights for `max_position_embeddings` positions only."""
+        return self.learned_positions or any(
+            TOKEN_MIXERS[kind].bounded for kind in set(self.mixer_types or []) - {"none"}
+        )
 
     def validate_layer_type(self) -> None:
         """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
@@ -186,11 +229,14 @@ class ZooHybridConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
         mixers, mlps = self.mixer_types or [], self.mlp_types or []
-        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers")
+        check_sizes(self, "vocab_size", "hidden_size", "num_hidden_layers", "recompute_length")
         check_heads(self)
-        if "gated" in mlps or self.intermediate_size != 0:
+        if set(mlps) - {"none"} or self.intermediate_size != 0:
             check_sizes(self, "intermediate_size")
-        for name, kinds, accepted in (("mixer_types", mixers, (*TOKEN_MIXERS, "none")), ("mlp_types", mlps, MLP_TYPES)):
+        lists = [("mixer_types", mixers, (*TOKEN_MIXERS, "none")), ("mlp_types", mlps, MLP_TYPES)]
+        if self.position_types is not None:
+            lists.append(("position_types", self.position_types, POSITION_TYPES))
+        for name, kinds, accepted in lists:
             if len(kinds) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} must have one entry for each of the {self.num_hidden_layers} blocks, got {len(kinds)}"
@@ -200,24 +246,55 @@ class ZooHybridConfig(PreTrainedConfig):
                     raise ValueError(f"{name}[{index}] must be one of {', '.join(accepted)}, got {kind!r}")
         for index, kinds in enumerate(zip(mixers, mlps, strict=True)):
             if set(kinds) == {"none"}:
-                raise ValueError(f"mlp_types[{index}] must be 'gated' where mixer_types[{index}] is 'none', got 'none'")
+                raise ValueError(
+                    f"mlp_types[{index}] must be 'gated' or 'plain' where mixer_types[{index}] is 'none', got 'none'"
+                )
         if int(self.head_dim or 1) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
-        part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        if not 0 <= part <= 1 or int(int(self.head_dim or 0) * part) % 2:
+        for name in ("rope_parameters", "local_rope_parameters"):
+            part = (getattr(self, name) or {}).get("partial_rotary_factor", 1.0)
+            if not 0 <= part <= 1 or int(int(self.head_dim or 0) * part) % 2:
+                raise ValueError(
+                    f"{name}['partial_rotary_factor'] must be between 0 and 1 and give an even number of the "
+                    f"{self.head_dim} channels of a head, got {part}"
+                )
+        local = "local_rope" in (self.position_types or [])
+        if local != (self.local_rope_parameters is not None):
             raise ValueError(
-                "rope_parameters['partial_rotary_factor'] must be between 0 and 1 and give an even number of the "
-                f"{self.head_dim} channels of a head, got {part}"
+                "local_rope_parameters must be given where position_types has 'local_rope', and only there, got "
+                f"{self.local_rope_parameters}"
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be an activation of transformers, got {self.hidden_act!r}")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        positive = ("rms_norm_eps", "query_pre_attn_scalar", "embedding_multiplier")
+        for name in (*positive, "attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self._check_block()
         for kind in sorted(set(mixers) - {"none"}):
             try:
                 self.settings_of(kind).check(self)
             except (ValueError, StrictDataclassError) as error:
                 raise ValueError(f"{kind}: {error.__cause__ or error}") from error
+
+    def _check_block(self) -> None:
+        """Raise ValueError where the norms and residuals of a block are unknown or contradict each other."""
+        choices = {"norm_type": NORM_TYPES, "norm_placement": NORM_PLACEMENTS, "qk_norm": (None, *QK_NORMS)}
+        for name, accepted in choices.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, accepted))}, got {value!r}")
+        if self.use_parallel_residual and self.norm_placement != "before":
+            raise ValueError(
+                f"norm_placement must be 'before' with use_parallel_residual=True, got {self.norm_placement!r}"
+            )
+        if self.share_norm and not self.use_parallel_residual:
+            raise ValueError("use_parallel_residual must be True with share_norm=True, got False")
+        if self.share_norm:
+            halves = {*zip(self.mixer_types or [], self.mlp_types or [], strict=True)}
+            if any("none" in half for half in halves):
+                raise ValueError("every block must have a mixer and an MLP with share_norm=True, but one has 'none'")
 
 
 __all__ = ["ZooHybridConfig"]

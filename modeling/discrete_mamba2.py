@@ -25,7 +25,15 @@ from transformers.cache_utils import Cache
 from ..kernels.matrix_distance import SSDFactors
 from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
 from .cache import layer_of
-from .layers import ShortConvolution, inverse_softplus, rotate
+from .layers import (
+    ShortConvolution,
+    inverse_softplus,
+    make_qk_norm,
+    normed_heads,
+    output_bias,
+    position_type,
+    rotate,
+)
 from .mixer import (
     FromAttention,
     MixerSettings,
@@ -69,7 +77,10 @@ class DiscreteMamba2Mixer(nn.Module):
         self.z_bias = nn.Parameter(torch.empty(inner))
         self.dt_bias = float32_parameter(self.num_heads)
         self.D = float32_parameter(self.num_heads)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=output_bias(config, config.attention_bias))
+        self.qk_norm, self.positions = config.qk_norm, position_type(config, layer_idx)
+        self.q_norm = make_qk_norm(config, self.num_heads, self.state_size)
+        self.k_norm = make_qk_norm(config, self.num_heads, self.state_size)
         initialise_alone(init_discrete_mamba2_mixer, self)
 
     def forward(
@@ -135,7 +146,7 @@ class DiscreteMamba2Mixer(nn.Module):
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
         """Start from an attention layer, see `start_from_attention`. With softplus features, queries are not scaled
-        down: larger arguments give sharper features. The gate remains open."""
+        down: larger arguments give sharper features. The gate remains open. A soft cap of the scores is ignored."""
         query_scale = view.scaling if self.feature_map == "identity" else 1.0
         start_from_attention(self, view, first=0, query_scale=query_scale)
 
@@ -143,16 +154,16 @@ class DiscreteMamba2Mixer(nn.Module):
         """Compute the inputs of the recurrence from convolved (B, L, ...) projections and (B, L, H) decay logits.
 
         Returns:
-            x (B, L, H, P), B and C (B, L, H, N) with rotary embedding and feature map applied, log-decay (B, L, H)
-            in float32.
+            x (B, L, H, P), B and C (B, L, H, N) with norm, rotary embedding and feature map applied, log-decay
+            (B, L, H) in float32.
         """
         x, B, C = xBC.split(self.conv_split, dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B = B.unflatten(-1, (self.num_heads, self.state_size))
-        C = C.unflatten(-1, (self.num_heads, self.state_size))
-        if self.rotary:
-            assert sequence.rotary is not None
-            cos, sin = (table[:, :, None] for table in sequence.rotary)
+        B = normed_heads(B, self.k_norm, self.qk_norm, self.state_size)
+        C = normed_heads(C, self.q_norm, self.qk_norm, self.state_size)
+        tables = sequence.rotary_tables(self.positions) if self.rotary else None
+        if tables is not None:
+            cos, sin = (table[:, :, None] for table in tables)
             C, B = rotate(C, cos, sin), rotate(B, cos, sin)
         if self.feature_map == "softplus":
             B, C = F.softplus(B), F.softplus(C)
@@ -221,7 +232,7 @@ class DiscreteMamba2Settings(MixerSettings):
         conv_kernel: K, width of the short convolution, at least 2.
         feature_map: map on B and C: "identity", or "softplus" (positive features).
         normalize: divide each output by its row sum, as softmax does; needs positive features.
-        rotary: apply the rotary embedding to B and C, as attention does to k and q.
+        rotary: apply the rotary embedding to B and C, as attention does to k and q in a block that has it.
     """
 
     state_size: int | None = None

@@ -85,8 +85,16 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
                 "predict. Load an encoder with AutoModel, AutoModelForMaskedLM or a classification head"
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = self.make_head(config)
         self.post_init()
+
+    def make_head(self, config: PreTrainedConfig) -> nn.Linear:
+        """Build the linear layer from hidden states to logits."""
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """Return the logits for what the head has computed: the same in most families."""
+        return logits
 
     @staticmethod
     def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
@@ -162,7 +170,7 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep != 0:  # a slice by a variable 0 has an unknown length in a traced graph
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(as_weight(self.lm_head, hidden_states))
+        logits = self.scale_logits(self.lm_head(as_weight(self.lm_head, hidden_states)))
         loss = None
         if labels is not None:
             check_labels(labels, logits)

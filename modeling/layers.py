@@ -19,6 +19,9 @@ from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from .token_layout import Sequence
 
+NORM_TYPES = ("rms_norm", "layer_norm", "unit_offset_rms_norm")
+QK_NORMS = ("head", "width")
+POSITION_TYPES = ("rope", "local_rope", "none")
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -72,9 +75,59 @@ class RMSNorm(nn.Module):
         return add_rms_norm(hidden_states, residual, self.weight, self.eps)
 
 
+class UnitOffsetRMSNorm(RMSNorm):
+    """Root-mean-square norm over the last axis, multiplied by 1 + weight, as in Gemma."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+        self.initialise()
+
+    def initialise(self) -> None:
+        init.zeros_(self.weight)
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As of :class:`RMSNorm`. Half precision is rounded once, after the product."""
+        if residual is not None:
+            hidden_states = residual + hidden_states
+        precise = torch.promote_types(hidden_states.dtype, torch.float32)
+        y = rms_norm(hidden_states.to(precise), 1 + self.weight.to(precise), self.eps).to(hidden_states.dtype)
+        return y if residual is None else (y, hidden_states)
+
+
+def make_norm(kind: str, size: int, eps: float) -> nn.Module:
+    """Build a norm of one of NORM_TYPES."""
+    kinds = {"rms_norm": RMSNorm, "layer_norm": LayerNorm, "unit_offset_rms_norm": UnitOffsetRMSNorm}
+    return kinds[kind](size, eps)
+
+
+def add_norm(norm: nn.Module, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norm of the sum of two (..., D) tensors, and the sum."""
+    if isinstance(norm, RMSNorm):
+        return norm(hidden_states, residual=residual)
+    total = residual + hidden_states
+    return norm(total), total
+
+
 def normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """Apply a norm to (..., D) hidden states, in the dtype of its weight."""
     return norm(as_weight(norm, hidden_states))
+
+
+def soft_capped(values: Tensor, cap: float) -> Tensor:
+    """Return c tanh(x / c), which stays between -c and c."""
+    return cap * (values / cap).tanh()
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding multiplied by a constant, which is rounded to the dtype of the weight, as in Gemma."""
+
+    def __init__(self, rows: int, width: int, scale: float) -> None:
+        super().__init__(rows, width)
+        self.embed_scale = scale  # peft looks for this name
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = torch.tensor(self.embed_scale, dtype=self.weight.dtype, device=self.weight.device)
+        return super().forward(input) * scale
 
 
 class GatedMLP(nn.Module):
@@ -183,17 +236,66 @@ class GroupedAttention(nn.Module):
     num_kv_heads: int
     head_dim: int
 
-    def add_projections(self, config: Any, bias: bool) -> None:
+    def add_projections(self, config: Any, bias: bool, layer_idx: int) -> None:
         """Create q_proj, k_proj, v_proj and o_proj, in this order, with the sizes of the model's configuration."""
         self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
         self.head_dim, width = int(config.head_dim or 0), config.hidden_size
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=output_bias(config, bias))
+        self.qk_norm = getattr(config, "qk_norm", None)
+        self.q_norm = make_qk_norm(config, self.num_heads, self.head_dim)
+        self.k_norm = make_qk_norm(config, self.num_kv_heads, self.head_dim)
+        self.positions = position_type(config, layer_idx)
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
         # By the names that transformers' attention functions look for.
         self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
-        self.scaling, self.is_causal = self.head_dim**-0.5, True
+        scalar = getattr(config, "query_pre_attn_scalar", None)
+        self.scaling, self.is_causal = (self.head_dim if scalar is None else scalar) ** -0.5, True
+
+    def to_heads(self, projected: Tensor, norm: nn.Module | None, sequence: Sequence) -> Tensor:
+        """(B, L, ...) projected queries or keys to (B, L, heads, P): with norm and rotary embedding, if they have them.
+
+        Args:
+            projected: output of `q_proj` or `k_proj`.
+            norm: `q_norm` or `k_norm`.
+            sequence: where the tokens stand.
+        """
+        heads = normed_heads(projected, norm, self.qk_norm, self.head_dim)
+        tables = sequence.rotary_tables(self.positions)
+        if tables is None:
+            return heads
+        cos, sin = tables
+        return rotate(heads, cos[:, :, None], sin[:, :, None])
+
+
+def output_bias(config: Any, bias: bool) -> bool:
+    """Return whether the output projection of a mixer has a bias, if its other projections have one or not."""
+    given = getattr(config, "attention_output_bias", None)  # other families lack this and the following settings
+    return bias if given is None else given
+
+
+def position_type(config: Any, layer_idx: int) -> str:
+    """Return the kind of positions in a block, one of POSITION_TYPES."""
+    types = getattr(config, "position_types", None)
+    return "rope" if types is None else types[layer_idx]
+
+
+def make_qk_norm(config: Any, heads: int, width: int) -> nn.Module | None:
+    """Build the norm of the queries or keys of heads of P channels; None if they have none."""
+    kind = getattr(config, "qk_norm", None)
+    if kind is None:
+        return None
+    return make_norm(config.norm_type, heads * width if kind == "width" else width, config.rms_norm_eps)
+
+
+def normed_heads(projected: Tensor, norm: nn.Module | None, kind: str | None, width: int) -> Tensor:
+    """(..., heads P) queries or keys to (..., heads, P), normed over the width of all heads or over each head."""
+    if norm is not None and kind == "width":
+        return norm(projected).unflatten(-1, (-1, width))
+    heads = projected.unflatten(-1, (-1, width))
+    return heads if norm is None else norm(heads)
 
 
 def init_short_convolution(convolution: ShortConvolution) -> None:

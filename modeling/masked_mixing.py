@@ -78,7 +78,12 @@ def _masked_mixing_keys(teacher: Any, spec: Any) -> dict[str, Any]:
             f"which needs heads * head_dim ({inner}) to be the teacher's hidden_size ({teacher.hidden_size})"
         )
     longest = teacher.max_position_embeddings
-    if teacher.rope_parameters["rope_type"] == "dynamic" and spec.positions > longest:
+    if teacher.learned_positions and spec.positions != longest:
+        raise ValueError(
+            f"`student.positions` must be {longest}, the positions that the teacher has learnt, got {spec.positions}"
+        )
+    ropes = (teacher.rope_parameters, teacher.local_rope_parameters or {})
+    if any(rope.get("rope_type") == "dynamic" for rope in ropes) and spec.positions > longest:
         raise ValueError(
             f"`student.positions` must be at most {longest}, the teacher's max_position_embeddings, beyond which its "
             f"'dynamic' rotary embedding changes, got {spec.positions}"

@@ -234,11 +234,17 @@ def start_from_attention(mixer: Any, view: Any, *, first: int, query_scale: floa
             the rows of the decay last.
         view: the attention layer.
         first: first row of x in `in_proj`.
-        query_scale: factor on the queries, e.g. the scaling of the scores.
+        query_scale: factor on the queries, e.g. the scaling of the scores. With a norm of the queries, which would
+            undo it, it is applied to the values.
 
     Raises:
-        ValueError: if the sizes of mixer and attention differ.
+        ValueError: if the sizes of mixer and attention differ, or the mixer lacks the norms of queries and keys.
     """
+    if view.q_norm is not None and getattr(mixer, "q_norm", None) is None:
+        raise ValueError(
+            f"`student.copy_projections` must be False for a teacher with norms of queries and keys, which a "
+            f"{type(mixer).__name__} does not have, got True"
+        )
     sizes = (mixer.num_heads, mixer.head_dim, mixer.state_size)
     if sizes != (view.num_heads, view.head_dim, view.head_dim):
         raise ValueError(
@@ -248,12 +254,18 @@ def start_from_attention(mixer: Any, view: Any, *, first: int, query_scale: floa
         )
     inner = view.num_heads * view.head_dim
     weight, bias = mixer.in_proj.weight, mixer.in_proj.bias
-    rows = [view.expand_heads(view.v), view.expand_heads(view.k), view.q * query_scale]
+    value_scale = 1.0
+    if view.q_norm is not None:
+        value_scale, query_scale = query_scale, 1.0
+        _copy_norm(mixer.q_norm, view.q_norm, lambda rows: rows)
+        _copy_norm(mixer.k_norm, view.k_norm, view.expand_heads)
+    rows = [view.expand_heads(view.v) * value_scale, view.expand_heads(view.k), view.q * query_scale]
     weight[first : first + 3 * inner] = torch.cat(rows).to(weight)
     weight[-mixer.num_heads :] = 0.0
     if bias is not None:
         bias.zero_()
         biases = [None if part is None else view.expand_heads(part) for part in (view.v_bias, view.k_bias)]
+        biases[0] = None if biases[0] is None else biases[0] * value_scale
         biases.append(None if view.q_bias is None else view.q_bias * query_scale)
         for part, values in enumerate(biases):
             if values is not None:
@@ -264,6 +276,12 @@ def start_from_attention(mixer: Any, view: Any, *, first: int, query_scale: floa
         mixer.conv1d.bias.zero_()
     mixer.D.zero_()
     copy_output(mixer.out_proj, view)
+
+
+def _copy_norm(norm: nn.Module, view_norm: nn.Module, expand: Callable[[Tensor], Tensor]) -> None:
+    """Copy a norm of queries or keys; `expand` repeats the heads of one that is over the width of all of them."""
+    for (_, mine), (_, theirs) in zip(norm.named_parameters(), view_norm.named_parameters(), strict=True):
+        mine.copy_(theirs if theirs.shape == mine.shape else expand(theirs))
 
 
 def copy_output(out_proj: nn.Linear, view: Any) -> None:

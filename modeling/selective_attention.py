@@ -34,7 +34,7 @@ from transformers.cache_utils import Cache
 from ..kernels.tracing import tracing
 from ..kernels.window_attention import attend_traced, window_attention, window_attention_matrix
 from .cache import layer_of
-from .layers import GroupedAttention, rotate
+from .layers import GroupedAttention
 from .mixer import MixerSettings, TokenMixer
 from .token_layout import Sequence
 
@@ -53,7 +53,7 @@ class SelectiveAttention(GroupedAttention):
         self.window, self.tau = settings.sliding_window, settings.gumbel_tau
         self.key_source, self.dense_training = settings.sal_key_source, settings.sal_dense_training
         self.gate = nn.Linear(config.hidden_size, 2)
-        self.add_projections(config, bias)
+        self.add_projections(config, bias, layer_idx)
 
     def forward(
         self,
@@ -88,12 +88,10 @@ class SelectiveAttention(GroupedAttention):
         queries = selected
         if self.training and self.dense_training:
             queries = torch.ones_like(selected) if sequence.real is None else sequence.real
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-        if sequence.rotary is not None:
-            cos, sin = sequence.rotary
-            q = rotate(q, cos[:, :, None], sin[:, :, None])
+        q = self.to_heads(self.q_proj(hidden_states), self.q_norm, sequence)
         where: dict[str, Any] = {
             "window": self.window,
+            "scale": self.scaling,
             "positions": positions,
             "seq_idx": sequence.seq_idx if past_key_values is None else None,  # packed rows have no cache
         }
@@ -151,11 +149,8 @@ class SelectiveAttention(GroupedAttention):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return (B, K, G, P) keys and values of cached and new tokens, and their (B, K) positions: -1 at hidden
         columns, None where positions are column indices."""
-        k = self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        k = self.to_heads(self.k_proj(hidden_states), self.k_norm, sequence)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if sequence.rotary is not None:
-            cos, sin = sequence.rotary
-            k = rotate(k, cos[:, :, None], sin[:, :, None])
         kept = selected if self.key_source == "selected" else None
         cache = layer_of(past_key_values, self.layer_idx)
         if cache is not None:
@@ -208,6 +203,11 @@ class SelectiveAttentionSettings(MixerSettings):
 
     def check(self, config: Any) -> None:
         check_selective_attention(self)
+        if config.attn_logit_softcapping is not None:
+            raise ValueError(
+                f"attn_logit_softcapping must be null with selective attention, which has no soft cap, got "
+                f"{config.attn_logit_softcapping}"
+            )
 
 
 SELECTIVE_ATTENTION = TokenMixer(

@@ -17,6 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..kernels.tracing import tracing
+from .layers import soft_capped
 from .token_layout import Sequence
 
 
@@ -35,7 +37,8 @@ def softmax_attention(
     """Attend.
 
     Args:
-        module: has `config`, the `scaling` of the scores, `is_causal` and `num_key_value_groups`, as transformers'.
+        module: has `config`, the `scaling` of the scores, `is_causal` and `num_key_value_groups`, as transformers', and
+            `softcap`, c in c tanh(s / c) of the scores s, or None.
         q: (B, H, L, P) queries.
         k: (B, G, M, P) keys, of which the last L are the new tokens'.
         v: (B, G, M, P) values.
@@ -56,12 +59,15 @@ def softmax_attention(
         mask = sequence.full_mask(k.shape[2])
     else:
         mask = sequence.window_mask(window, query_positions, key_positions)
+    if implementation == "sdpa" and module.softcap is not None:
+        implementation = "eager"  # PyTorch's function has no cap
     if implementation == "sdpa":
         return _sdpa(q, k, v, mask, module.scaling), None  # pyright: ignore[reportArgumentType]
     if implementation == "flex_attention":
         mask = _block_mask(q, k, mask)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager)
-    y, matrix = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling)
+    cap = {} if module.softcap is None else {"softcap": module.softcap}
+    y, matrix = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **cap)
     return y, matrix if output_attentions else None
 
 
@@ -96,18 +102,35 @@ def _by_member(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tens
 
 
 def _eager(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float, **unused: Any
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    **unused: Any,
 ) -> tuple[Tensor, Tensor]:
     """(B, L, H, P), and the (B, H, L, M) softmax in float32; causal where `mask` is None."""
-    length, keys, groups = q.shape[2], k.shape[2], k.shape[1]
-    members = q.shape[1] // groups
-    grouped = q.reshape(q.shape[0], groups, members * length, q.shape[3])
-    scores = (grouped @ k.transpose(-1, -2)).view(*q.shape[:3], keys).float() * scaling
+    length, keys = q.shape[2], k.shape[2]
+    scores = _by_group(q, k.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = soft_capped(scores, softcap)
     if mask is None:
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
     matrix = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    y = matrix.to(v.dtype).view(q.shape[0], groups, members * length, keys) @ v
-    return y.view(*q.shape[:3], v.shape[3]).transpose(1, 2), matrix
+    return _by_group(matrix.to(v.dtype), v).transpose(1, 2), matrix
+
+
+def _by_group(rows: Tensor, table: Tensor) -> Tensor:
+    """(B, H, L, M) rows times the (B, G, M, N) table of their group, (B, H, L, N), without a copy for each head."""
+    batch, heads, length, width = rows.shape
+    groups = table.shape[1]
+    if tracing():  # guards on products of lengths would tie a graph to them
+        return (rows.unflatten(1, (groups, -1)) @ table[:, :, None]).flatten(1, 2)
+    grouped = rows.reshape(batch, groups, heads // groups * length, width)
+    return (grouped @ table).view(batch, heads, length, table.shape[3])
 
 
 def _block_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> BlockMask | None:
@@ -140,6 +163,8 @@ def _flash(
     config: Any = module.config
     attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _eager)
     options: dict[str, Any] = {"dropout": 0.0, "scaling": module.scaling, "sliding_window": window}
+    if module.softcap is not None:
+        options["softcap"] = module.softcap
     if sequence.past == 0 and sequence.seq_idx is not None:
         # As one row with the documents of all rows; the padding of a row is one of them.
         batch, heads, length, width = q.shape

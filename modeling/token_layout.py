@@ -33,6 +33,7 @@ class Sequence:
         past: columns in the cache before this forward.
         packed: whether a row may hold more than one document.
         rotary: (B, L, P) cosines and sines of the rotary embedding, if the family's layers use it.
+        local_rotary: those of a second rotary embedding, if some layers use another.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Sequence:
         self.past = past
         self.packed = packed
         self.rotary = rotary
+        self.local_rotary: tuple[Tensor, Tensor] | None = None
         self._masks: list[tuple[int | None, Tensor]] = []
         self._elsewhere: dict[torch.device, Sequence] = {}
         self._reversal: Tensor | None = None
@@ -74,7 +76,7 @@ class Sequence:
             def moved(tensor: Tensor | None) -> Tensor | None:
                 return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
-            self._elsewhere[device] = Sequence(
+            there = self._elsewhere[device] = Sequence(
                 self.position_ids.to(device, non_blocking=non_blocking),
                 moved(self.seq_idx),
                 moved(self.attention_mask),
@@ -82,7 +84,13 @@ class Sequence:
                 self.packed,
                 rotary=None if self.rotary is None else (self.rotary[0].to(device), self.rotary[1].to(device)),
             )
+            if self.local_rotary is not None:
+                there.local_rotary = self.local_rotary[0].to(device), self.local_rotary[1].to(device)
         return self._elsewhere[device]
+
+    def rotary_tables(self, kind: str) -> tuple[Tensor, Tensor] | None:
+        """Return the cosines and sines for a kind of positions (POSITION_TYPES in `layers.py`), None for none."""
+        return {"rope": self.rotary, "local_rope": self.local_rotary}.get(kind)
 
     def reverse(self, tensor: Tensor, dim: int = 1) -> Tensor:
         """Reverse the order of the real tokens in every document.

@@ -7,8 +7,10 @@ from .cartesia_llamba import LLAMBA
 from .format import Format
 from .maskedmixers import MASKED_MIXER
 from .transformers_bamba import BAMBA
+from .transformers_gemma import GEMMA2, GEMMA3
+from .transformers_gpt import GPT2, GPT_NEOX, PHI
 from .transformers_jamba import JAMBA
-from .transformers_llama import LLAMA, QWEN2
+from .transformers_llama import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from .transformers_mamba import FALCON_MAMBA, MAMBA, MAMBA2
 
 FORMATS = (
@@ -16,7 +18,17 @@ FORMATS = (
     FALCON_MAMBA,
     MAMBA2,
     LLAMA,
+    MISTRAL,
     QWEN2,
+    QWEN3,
+    OLMO2,
+    SMOLLM3,
+    PHI3,
+    GPT2,
+    GPT_NEOX,
+    PHI,
+    GEMMA2,
+    GEMMA3,
     BAMBA,
     JAMBA,
     LLAMBA,

@@ -6,7 +6,7 @@ rows of `in_proj` are x, B, C, z, a on both sides. `llamba` has no `dt_bias` and
 Both are zeros after reading, and must be zeros to be written.
 
 Phi-Mamba (goombalab/phi-mamba@b2e405f) has the same mixer in Phi's block, with mixer and MLP in parallel after one
-LayerNorm, and a head with a bias. `zoo_hybrid` has no such block, so Phi-Mamba is refused.
+LayerNorm, and a head with a bias. It is not read.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from ..rules import Rule
 from .format import Format, filled, head_rules, positive, read_config, require
+from .transformer_blocks import has_llama_blocks
 
 _EPSILON = 1e-5  # of the blocks' norms; the configuration cannot change it
 _MODEL = {
@@ -164,4 +165,5 @@ LLAMBA = Format(
     zoo_config=_zoo_config,
     config=_config,
     rules=_rules,
+    writes=has_llama_blocks,
 )

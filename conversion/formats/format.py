@@ -168,7 +168,7 @@ def require(name: str, value: Any, accepted: Any, why: str) -> None:
         raise ValueError(f"config.json: `{name}` must be {accepted!r}, got {value!r} ({why}).")
 
 
-def require_one_of(name: str, value: Any, accepted: Collection[str], why: str) -> None:
+def require_one_of(name: str, value: Any, accepted: Collection[Any], why: str) -> None:
     """Raise a ValueError that names a field if its value is not among those that can be expressed."""
     if value not in accepted:
         raise ValueError(f"config.json: `{name}` must be {' or '.join(map(repr, accepted))}, got {value!r} ({why}).")

@@ -29,6 +29,7 @@ from ...modeling import (
 )
 from ..rules import Rule, SplitRows
 from .format import Format, filled, head_rules, positive, read_config, require, require_one_of
+from .transformer_blocks import has_llama_blocks
 
 BYTES = 256
 """Vocabulary size of MambaByte (arXiv 2401.13660), whose checkpoints have this layout. Its tokens are the bytes."""
@@ -467,4 +468,5 @@ MAMBA2_HYBRID = _format(
     zoo_config=_hybrid,
     config=_hybrid_written,
     rules=_hybrid_rules,
+    writes=has_llama_blocks,
 )

@@ -16,6 +16,7 @@ from .format import (
     require_one_of,
     transformers_format,
 )
+from .transformer_blocks import has_llama_blocks
 
 _SAME = (*TRANSFORMER_FIELDS, "attention_bias", "mlp_bias", "rope_parameters")
 _MIXER = {  # fields of a Mamba-2 mixer: theirs to ours
@@ -104,6 +105,6 @@ BAMBA = transformers_format(
     zoo_config=_zoo_config,
     config=_config,
     rules=block_rules,
-    writes=lambda config: "mamba" not in (config.mixer_types or []),
+    writes=lambda config: "mamba" not in (config.mixer_types or []) and has_llama_blocks(config),
     unread=ROTARY_BUFFERS,
 )

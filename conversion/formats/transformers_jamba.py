@@ -10,6 +10,7 @@ from transformers import JambaConfig, JambaForCausalLM
 
 from ...modeling import ZooHybridConfig, ZooHybridForCausalLM
 from .format import TRANSFORMER_FIELDS, fields, require, require_one_of, transformers_format
+from .transformer_blocks import has_llama_blocks
 from .transformers_bamba import block_rules, layers_of, require_no_convolution
 
 _MIXER = {  # fields of a Mamba mixer: theirs to ours
@@ -84,5 +85,5 @@ JAMBA = transformers_format(
     zoo_config=_zoo_config,
     config=_config,
     rules=block_rules,
-    writes=lambda config: "mamba" in (config.mixer_types or []),
+    writes=lambda config: "mamba" in (config.mixer_types or []) and has_llama_blocks(config),
 )

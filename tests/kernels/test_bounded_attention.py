@@ -20,6 +20,7 @@ OPTIONS = [
     pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4}, id="ragged"),
     pytest.param({"window": 8, "slots": [2, 2], "chunk_size": 3, "decay": [0.9, 1.0]}, id="decays"),
     pytest.param({"window": 4, "slots": [0, 1], "sinks": 5, "chunk_size": 4, "decay": 0.95}, id="sinks-before-slots"),
+    pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4, "softcap": 0.7}, id="capped"),
     pytest.param({"window": 32, "slots": [8, 8], "sinks": 4, "chunk_size": 16}, id="as-in-models"),
 ]
 SEQ_IDX = torch.tensor([[-1, -1, *[0] * 7, *[3] * 11, *[-1] * 17], [*[0] * 34, -1, 1, 1]])
@@ -261,6 +262,7 @@ def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
         ({"sinks": -1}, "sinks must be at least 0, got -1"),
         ({"slots": [1]}, "slots must be 2 numbers of at least 0, one for each key-value head, got \\[1\\]"),
         ({"slots": [1, -1]}, "slots must be 2 numbers"),
+        ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
         ({"decay": 0.0}, "decay must be above 0 and at most 1, .* got 0.0"),
         ({"decay": [0.9]}, "one or one for each of 2 key-value heads, got \\[0.9\\]"),
     ],

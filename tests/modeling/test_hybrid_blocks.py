@@ -90,10 +90,10 @@ def test_every_parameter_gets_a_gradient(halves: Any) -> None:
     ("change", "message"),
     [
         ({"mlp_types": ["gated"]}, "mlp_types must have one entry for each of the 2 blocks, got 1"),
-        ({"mlp_types": ["gated", "moe"]}, r"mlp_types\[1\] must be one of gated, none, got 'moe'"),
+        ({"mlp_types": ["gated", "moe"]}, r"mlp_types\[1\] must be one of gated, plain, none, got 'moe'"),
         (
             {"mixer_types": ["none"] * 2, "mlp_types": ["gated", "none"]},
-            r"mlp_types\[1\] must be 'gated' where mixer_t",
+            r"mlp_types\[1\] must be 'gated' or 'plain' where mixer_t",
         ),
         ({"intermediate_size": 0, "mlp_types": ["gated", "none"]}, "intermediate_size must be at least 1, got 0"),
         ({"intermediate_size": -1, "mlp_types": ["none"] * 2}, "intermediate_size must be at least 1, got -1"),

@@ -198,10 +198,11 @@ def test_hidden_states_and_backbone(name: str) -> None:
         output = model(ids, output_hidden_states=True)
         states = output.hidden_states
         assert len(states) == model.config.num_hidden_layers + 1
-        assert torch.equal(states[0], backbone.embeddings(ids))
+        embeddings = backbone.embeddings(ids)
+        assert torch.equal(states[0], backbone.add_positions(embeddings, backbone.sequence_of(embeddings)))
         assert all(torch.equal(state, block) for state, block in zip(states[1:-1], blocks, strict=False))
         assert torch.equal(states[-1], backbone.norm_f(blocks[-1]))
-        assert torch.equal(model.lm_head(states[-1]), output.logits)
+        assert torch.equal(model.scale_logits(model.lm_head(states[-1])), output.logits)
         bare = backbone(ids, return_dict=False, use_cache=False)
         assert isinstance(bare, tuple) and torch.equal(bare[0], states[-1])
         embedded = model(inputs_embeds=backbone.embeddings(ids)).logits

@@ -21,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ssm_zoo.conversion.formats import TEACHERS
+
 VOCAB = 320
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -31,7 +33,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -52,14 +54,97 @@ def make_teacher(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         seed: of the weights.
         **changes: entries of the configuration.
     """
-    model = LlamaForCausalLM(LlamaConfig(**{**_SIZES, **changes}))
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes}))
+    _fill(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        "pad_token_id": None,
+    },
+    "olmo2": {"pad_token_id": None},
+    "smollm3": {"pad_token_id": None, "no_rope_layer_interval": 2},
+    "gpt2": {"n_inner": 64},
+    "gpt_neox": {},
+    "phi": {},
+    "gemma2": {
+        "pad_token_id": None,
+        "sliding_window": 32,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "pad_token_id": None,
+        "sliding_window": 32,
+        "query_pre_attn_scalar": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+    },
+}
+"""What a tiny configuration of a family needs besides SIZES."""
+
+LONG = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 2.1], "original_max_position_embeddings": 16}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "mistral": {"window": {"sliding_window": 5}},
+    "phi3": {
+        "window": {"sliding_window": 5},
+        "longrope": {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                **LONG,
+            },
+            "original_max_position_embeddings": 16,
+        },
+        "whole": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
+    },
+    "qwen3": {"biases": {"attention_bias": True}},
+    "olmo2": {"biases": {"attention_bias": True}, "one head per key": {"num_key_value_heads": 6}},
+    "smollm3": {"biases": {"attention_bias": True, "mlp_bias": True}, "tied": {"tie_word_embeddings": True}},
+    "gpt2": {
+        "unscaled": {"scale_attn_weights": False},
+        "open width": {"n_inner": None, "tie_word_embeddings": False},
+    },
+    "gpt_neox": {
+        "sequential": {"use_parallel_residual": False},
+        "no biases": {"attention_bias": False, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    },
+    "gemma2": {
+        "window": {"sliding_window": 5},
+        "without caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True},
+    },
+    "gemma3_text": {
+        "window": {"sliding_window": 5, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+        "full": {"layer_types": ["full_attention"] * 4},
+    },
+    "phi": {
+        "norms": {"qk_layernorm": True},
+        "grouped": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    },
+}
+"""Further tiny configurations of a family, by a name for tests."""
+
+
+def make_any_teacher(family: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A random teacher of a family of the registry TEACHERS, of the same sizes."""
+    model_class: Any = TEACHERS[family].model_class
+    config = model_class.config_class(**{**SIZES, **TINY.get(family, {}), **changes})
+    model = model_class(config)
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
 
 def make_qwen2(*, seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
     """A random Qwen2 of the same sizes."""
-    model = Qwen2ForCausalLM(Qwen2Config(**{**_SIZES, **changes}))
+    model = Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes}))
     _fill(model, seed)
     return model.eval().requires_grad_(False)
 
@@ -70,7 +155,7 @@ def _fill(model: PreTrainedModel, seed: int) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.add_(0.2 * noise)  # to 1, or 0 where a norm adds 1 to its weight
             elif parameter.dim() == 1 or "embed" in name:
                 parameter.copy_(0.3 * noise)
             else:
@@ -125,7 +210,7 @@ def text_windows(sentences: int, length: int, seed: int = 0) -> Tensor:
 def _learnt_weights() -> dict[str, Tensor]:
     """Weights after a few seconds of training: far better than chance, and by attention."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
     windows = text_windows(2000, 48, seed=1)
     steps = 120
@@ -142,7 +227,7 @@ def _learnt_weights() -> dict[str, Tensor]:
 
 def trained_teacher() -> LlamaForCausalLM:
     """A Llama that has learnt `small_text` (seed 1), in evaluation mode; trained once in a process."""
-    model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.load_state_dict(_learnt_weights())
     return model.eval().requires_grad_(False)
 
