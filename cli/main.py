@@ -19,6 +19,7 @@ from .list_models import list_models
 from .options import Revision, TrustRemoteCode
 from .push import push
 from .reproduce import reproduce
+from .select import select
 from .sources import model_source, student_folder
 from .train import train
 
@@ -49,6 +50,7 @@ def ssm_zoo(
 
 
 app.command()(distill)
+app.command()(select)
 app.command()(train)
 app.add_typer(finetune, name="finetune")
 app.add_typer(evaluate, name="evaluate")

@@ -37,6 +37,7 @@ MODEL = "model_type: zoo_mamba2\nhidden_size: 16\nnum_hidden_layers: 1\nhead_dim
 
 # Command lines that succeed as they stand.
 DISTILL = "distill recipe.yaml out"
+SELECT = "select llama --data text.txt --output out --tokens 16 --sequence-length 16 --distance 8 --method uniform"
 TRAIN = "train model.yaml out --tokenizer tok --train text.txt --heldout text.txt --row-tokens 32 --steps 1"
 LM = "finetune lm mamba2 out --train text.txt --heldout text.txt --row-tokens 32 --steps 1 --rank 2"
 LM_JSONL = LM.replace("text.txt", "lines.jsonl")
@@ -49,7 +50,7 @@ GENERATE = "generate zoo abc --max-new-tokens 2"
 CARD = "card run"
 PUSH = "push zoo tester/model"
 DEMO = "demo --output out --hub-stand-in stand_in.py"
-WHOLE = (DISTILL, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD)
+WHOLE = (DISTILL, SELECT, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD)
 
 
 @dataclass(frozen=True)
@@ -371,12 +372,21 @@ _OPTIONS: list[tuple[str, str, tuple[str, ...], str]] = [
     (GENERATE, "--top-p", ("2", "nan", "0.5"), "top-p"),
     (GENERATE, "--seed", ("-1", "1", "99999999999999999999999"), "seed"),
     (GENERATE, "--dtype", ("float77",), "dtype"),
+    (SELECT, "--layers", ("0", "99", "x"), "layers"),
+    (SELECT, "--method", ("nope", "restore,restore", ""), "method"),
+    (SELECT, "--heads", ("-1", "99"), "heads"),
+    (SELECT, "--head-method", ("nope", "restore"), "head[-_]method"),
+    (SELECT, "--window", ("0",), "window"),
+    (SELECT, "--recall", ("-1", "nan"), "recall"),
+    (SELECT, "--data", ("nowhere.txt", ""), r"data|nowhere\.txt"),
     (CARD, "--repo-id", ("a/b/c", "a b", ""), "repo_id|repo-id"),
     (PUSH, "--revision", ("a b", "refs/../x"), "revision|token"),
 ]  # fmt: skip
 
 _OTHERS = [
     Case("distill-no-teacher", "distill nowhere.yaml out", r"recipe.*nowhere\.yaml"),
+    Case("select-into-a-full-folder", SELECT.replace(" out ", " beir "), "beir"),
+    Case("select-no-teacher", SELECT.replace("llama", "./nowhere"), "nowhere"),
     Case("export-a-file", "export text.txt out", "text.txt"),
     Case("export-onto-a-file", "export zoo text.txt", "text.txt"),
     Case("export-onto-a-link", "export zoo link", "link", lambda root: (root / "link").symlink_to("nowhere")),
