@@ -18,6 +18,7 @@ from .generate import generate
 from .list_models import list_models
 from .options import Revision, TrustRemoteCode
 from .push import push
+from .report import report
 from .reproduce import reproduce
 from .select import select
 from .sources import model_source, student_folder
@@ -98,6 +99,7 @@ def card(
     typer.echo(student / "README.md")
 
 
+app.command()(report)
 app.command()(convert)
 app.command()(generate)
 app.command()(push)

@@ -49,6 +49,7 @@ def _layers(axes: Axes, name: str, method: dict[str, Any], num_layers: int) -> N
     colors = [BLUE if layer in method["layers"] else ORANGE for layer in every]
     axes.bar(every, [height if math.isfinite(height) else 0.0 for height in heights], color=colors)
     axes.axhline(0.0, color=GREY, linewidth=0.8)
+    axes.set_xlim(-0.5, num_layers - 0.5)
     if scores:
         axes.set_ylabel("weight" if name == "retrieval" else "nats per token", fontsize=LABEL)
     else:

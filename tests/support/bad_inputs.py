@@ -48,9 +48,10 @@ EXPORT = "export zoo out --no-verify"
 CONVERT = "convert mamba out --no-verify"
 GENERATE = "generate zoo abc --max-new-tokens 2"
 CARD = "card run"
+REPORT = "report run --output out"
 PUSH = "push zoo tester/model"
 DEMO = "demo --output out --hub-stand-in stand_in.py"
-WHOLE = (DISTILL, SELECT, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD)
+WHOLE = (DISTILL, SELECT, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD, REPORT)
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,7 @@ _FILES: list[tuple[str, str, tuple[Spoil, ...], str]] = [
     (GENERATE, "zoo/model.safetensors", WEIGHTS, "zoo"),
     (GENERATE, "zoo/tokenizer.json", (missing, empty, binary, truncated, a_list), "tokenizer|zoo"),
     (CARD, "run/report.json", JSON, r"report\.json|report|run"),
+    (REPORT, "run/report.json", JSON, r"report\.json|run"),
     (CARD, "run/student/config.json", (missing, folder), r"config\.json"),
     (PUSH, "zoo/config.json", JSON, r"config\.json|FOLDER|zoo"),
 ]
@@ -415,6 +417,9 @@ _OTHERS = [
     Case("embed-into-a-file", EMBED.replace(" out ", " text.txt "), "text.txt"),
     Case("private-without-a-push", f"{LM} --private", "--private"),
     Case("card-of-no-run", "card beir", "beir"),
+    Case("report-of-no-run", "report run beir", "beir"),
+    Case("report-of-one-run-twice", "report run run", "run is named twice"),
+    Case("report-into-a-full-folder", "report run --output beir", "beir"),
     Case("push-nothing", "push nowhere tester/model", "nowhere"),
     Case("push-to-no-name", "push zoo a/b/c", "Repo id|REPO"),
     Case("push-without-a-token", PUSH, "token"),
