@@ -127,10 +127,13 @@ def read_run(folder: Path) -> Report:
         unfinished = (folder / "run.json").is_file()
         remedy = "has not finished. Resume it with its own command." if unfinished else "is not the folder of a run."
         raise ValueError(f"RUN: {folder} {remedy} (It has no report.json.)")
+    values = read_json_object(path)
+    if values.get("kind") != "distillation":
+        raise ValueError(f"RUN: {folder} must be a finished distillation, got a report of kind {values.get('kind')!r}.")
     try:
-        return parse_report(read_json_object(path))
+        return parse_report(values)
     except ValueError as error:
-        raise ValueError(f"RUN: {folder} is not a finished distillation. {error}") from None
+        raise ValueError(f"RUN: {folder} has a damaged report. {error}") from None
 
 
 def compare_runs(folders: Sequence[Path]) -> RunsReport:

@@ -133,7 +133,8 @@ Change = Callable[[dict[str, Any]], object]
         (lambda report: report["evaluations"][0].update(loss=3.7), "teacher's held-out loss must be the same, got 3.7"),
         (lambda report: report["evaluations"][0].update(tokens=9), "number of scored predictions must be the same"),
         (lambda report: report["recipe"].update(evaluation={"repeat_distance": 9}), "evaluation.repeat_distance must"),
-        (lambda report: report.pop("student"), r"is not a finished distillation\. report: `student` is missing"),
+        (lambda report: report.pop("student"), r"has a damaged report\. report: `student` is missing"),
+        (lambda report: report.update(kind="training"), r"second must be a finished distillation, got .* 'training'"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path, change: Change, message: str) -> None:
