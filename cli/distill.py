@@ -22,9 +22,14 @@ def distill(
             "be repeated.",
         ),
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the plan of memory and time, and stop before anything is written.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Distil a Transformer as a recipe says. Evaluates the student before and after every stage.
+
+    Prints a plan of memory and time before it starts.
 
     Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
     """
@@ -34,6 +39,7 @@ def distill(
     checked = load_recipe(recipe, overrides or (), notes.append)
     from rich.console import Console
 
+    from ..distill.plan import RunPlan, plan_table
     from ..distill.report import print_table
     from ..distill.run import distill as run
     from ..training.trainer import processes
@@ -42,9 +48,15 @@ def distill(
     state = processes()
     for note in notes if state.is_main_process else ():
         typer.echo(note)
+
+    def on_plan(found: RunPlan) -> bool:
+        if state.is_main_process:
+            typer.echo(plan_table(found))
+        return not plan
+
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
-    report = run(checked, output, command=command, trust_remote_code=trust_remote_code)
-    if state.is_main_process:
+    report = run(checked, output, command=command, trust_remote_code=trust_remote_code, on_plan=on_plan)
+    if report and state.is_main_process:
         print_table(report, Console())
         typer.echo(f"report: {output / 'report.md'}   student: {output / 'student'}")
 

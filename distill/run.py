@@ -5,9 +5,9 @@ The output folder contains `run.json` and `recipe.yaml` (the description of the 
 recipe in the same folder resumes where it stopped.
 """
 
-import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..conversion.load_model import check_finite
 from ..evaluation.language_modeling import evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
-from ..harness.machine import describe_machine
+from ..harness.machine import describe_machine, peak_memory
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, recorded_recipe
@@ -44,6 +44,7 @@ from .data import TokenWindows, check_vocabulary, read_texts, tokenize
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .fetch import teacher_commit
 from .objectives import LOSS_NAMES, layer_errors
+from .plan import RunPlan, make_plan
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
@@ -98,7 +99,12 @@ class _Run:
 
 @claimed_folders_end()
 def distill(
-    recipe: Recipe, output: str | Path, *, command: str | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    command: str | None = None,
+    trust_remote_code: bool = False,
+    on_plan: Callable[[RunPlan], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume a recipe.
 
@@ -107,9 +113,11 @@ def distill(
         output: a new or empty folder, or the folder of an unfinished run of the same recipe.
         command: command line for the report; None: the command line of this process.
         trust_remote_code: run code that comes with the teacher, e.g. of its tokenizer.
+        on_plan: receives the plan of memory and time in every process, before anything is written; the run ends there
+            if it returns False. None: no plan is made.
 
     Returns:
-        The report, as in `report.json`.
+        The report, as in `report.json`; empty if the run ended with its plan.
 
     Raises:
         ValueError: if the recipe, the teacher, the texts and the folder do not fit together (nothing is written in this
@@ -139,6 +147,11 @@ def distill(
         check_output_folder(output)
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
+    if on_plan is not None:
+        plan = make_plan(run.recipe, run.teacher, run.student, run.layers, run.train, run.compute)
+        if not on_plan(plan):
+            return {}
+    _claim(run)
     # Read now: the source may be gone when the training ends.
     origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
@@ -190,14 +203,8 @@ def _fingerprints(run: _Run) -> dict[str, str]:
 
 def _saved_progress(run: _Run) -> dict[str, Any]:
     """Return the content of a checkpoint besides weights and optimiser."""
-    run.progress.peak_memory_bytes = _peak_memory(run.progress.peak_memory_bytes)
+    run.progress.peak_memory_bytes = max(run.progress.peak_memory_bytes, peak_memory())
     return {"data": _fingerprints(run), "measured": asdict(run.progress)}
-
-
-def _peak_memory(before: int) -> int:
-    """Return the peak resident memory of this process and of earlier starts of the run, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         "stages": run.progress.stages,
         "comparison": run.progress.comparison,
         "processes": run.state.num_processes,
-        "peak_memory_bytes": _peak_memory(run.progress.peak_memory_bytes),
+        "peak_memory_bytes": max(run.progress.peak_memory_bytes, peak_memory()),
     }
 
 
@@ -248,7 +255,7 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
 
 
 def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
-    """Load and check everything, then claim the folder, then build and calibrate the student."""
+    """Load and check everything, and build the student; nothing is written."""
     main = state.is_main_process
     texts = {split: read_texts(getattr(recipe.data, split), split) for split in ("train", "heldout")}
     commit = teacher_commit(recipe.teacher, recipe.teacher_revision, output)
@@ -271,14 +278,18 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
                 f"`evaluation.prompts.{index}` must have at most {most} tokens (student.positions minus "
                 f"evaluation.max_new_tokens), got {tokens}."
             )
-    if main:
-        recorded = as_recorded(recipe, recorded_recipe(output, _KIND))
-        claim_run(output, recorded, {"teacher": fingerprint(recipe.teacher, commit)}, _KIND)
-        write_text_whole(output / "recipe.yaml", dump(recipe))
-    state.wait_for_everyone()
     return _Run(
         recipe, output, state, commit, teacher, student, layers, windows["train"], windows["heldout"], _Progress()
     )
+
+
+def _claim(run: _Run) -> None:
+    """Claim the folder for the run."""
+    if run.main:
+        recorded = as_recorded(run.recipe, recorded_recipe(run.output, _KIND))
+        claim_run(run.output, recorded, {"teacher": fingerprint(run.recipe.teacher, run.commit)}, _KIND)
+        write_text_whole(run.output / "recipe.yaml", dump(run.recipe))
+    run.state.wait_for_everyone()
 
 
 def _check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:
