@@ -331,18 +331,15 @@ def runs_markdown(report: RunsReport, image: str | None = None) -> str:
         header.append("Recall")
     if report.context is not None:
         header += [f"Tokens/s{_at(report.context)}", f"Cache{_at(report.context)}"]
-    rows, shown = [], False
-    for row in report.rows:
-        if row.kind == "teacher":
-            if shown:
-                continue
-            shown = True
-        rows.append(_cells(report, row, ends))
+    teacher = min((row for row in report.rows if row.kind == "teacher"), key=lambda row: row.cache_bytes is None)
+    shown = [teacher, *(row for row in report.rows if row.kind != "teacher")]
+    rows = [_cells(report, row, ends) for row in shown]
     parts = [
         f"# {runs} with the teacher {code(report.teacher)}",
         f"On {count(report.predictions)} predictions of {', '.join(map(code, report.heldout)) or 'a text'}, in nats "
         "per token. *Tokens* are those of training. *Recall* is the mean accuracy over lists of keys and values. Speed "
-        "in brackets is a multiple of the same run's teacher. The teacher's row is that of the first run.",
+        "in brackets is a multiple of the same run's teacher. The teacher's row is that of the first "
+        "run with a comparison at the end, or of the first run.",
         table(header, rows, left=2),
         f"![{runs}]({image})" if image else "",
         "\n".join(f"- {note}" for note in report.notes),

@@ -106,6 +106,8 @@ def test_the_command_prints_and_saves_one_table_and_one_picture(runs: list[Path]
     table = [line for line in saved.splitlines() if line.startswith("| ")]
     assert len(table) == 2 + 8 + 2 + 2  # the teacher once
     assert "| `first` | after `distil` | 204,800 | 3.7215 | +0.0474 | 0.1012 | 81.2% |" in saved
+    swapped = runs_markdown(compare_runs(runs[::-1]))  # the teacher's row is that of a run with a comparison
+    assert next(line for line in saved.splitlines() if "| teacher |" in line) in swapped
     numbers = json.loads(Path("report/runs.json").read_text())
     assert [row["kl"] for row in numbers["rows"]][5] == 0.1012
     assert CliRunner().invoke(app, ["report", "second"]).exit_code == 0  # an earlier report is replaced
