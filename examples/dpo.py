@@ -40,8 +40,10 @@ def main() -> None:
 
     # The package is installed, so the zoo's own classes are used and no code of the checkpoint has to be run.
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
-    load = {"dtype": torch.float32, "trust_remote_code": False}
-    model, reference = (AutoModelForCausalLM.from_pretrained(options.model, **load) for _ in range(2))
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
+        for _ in range(2)
+    )
     characters = 96 if options.tiny else 800
     trainer = DPOTrainer(
         model=model,
