@@ -153,6 +153,7 @@ class _Planner:
         recipe, spec = self.recipe, self.recipe.evaluation
         stages = [self.stage(index) for index in range(len(recipe.stages))]
         texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
+        self.evaluate(texts[:1])  # imports what an evaluation needs
         forward, seconds = _measured(lambda: self.evaluate(texts), self.device)
         # Teacher, zeroed mixers, control and step 0, then after each stage.
         seconds *= spec.tokens / texts.numel() * (4 + len(stages))
@@ -307,23 +308,24 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _measured(run: Callable[[], object], device: torch.device) -> tuple[int, float]:
-    """Return the peak memory of a function, and the seconds of a second run of it."""
-    peak = peak_of(run, device)
+    """Return the peak memory of a function and its seconds."""
     started = time.monotonic()
-    run()
+    peak = peak_of(run, device)
     return peak, time.monotonic() - started
 
 
 def _extrapolated(step: Callable[[int], object], batch: int, least: int, device: torch.device) -> tuple[int, float]:
     """Return the peak memory and the seconds of a step of `batch` sequences.
 
-    They are measured with `least` sequences, from which on they are linear, and with twice as many.
+    They are measured with `least` sequences, from which on they are linear, and with twice as many; or with the whole
+    batch, if it is not larger, after a step of one sequence that warms up.
     """
     many = min(2 * least, batch)
+    few = least if many < batch else 1
+    small = peak_of(lambda: step(few), device)
     peak, seconds = _measured(lambda: step(many), device)
     if many < batch:
-        slope = (peak - peak_of(lambda: step(least), device)) / least
-        peak += int(slope * (batch - many))
+        peak += int((peak - small) / (many - few) * (batch - many))
     return peak, seconds * batch / many
 
 
