@@ -33,9 +33,14 @@ def distill(
     top_k: Annotated[
         int | None, typer.Option(metavar="K", help="With --precompute-logits: tokens stored of each prediction; 64.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the plan of memory and time, and stop before anything is written.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Distil a Transformer as a recipe says. Evaluates the student before and after every stage.
+
+    Prints a plan of memory and time before it starts.
 
     Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
     """
@@ -43,10 +48,13 @@ def distill(
 
     if top_k is not None and not precompute_logits:
         raise ValueError(f"--top-k has no effect without --precompute-logits. Remove it (got {top_k}).")
+    if plan and precompute_logits:
+        raise ValueError("--plan has no effect with --precompute-logits, which trains nothing. Remove one of them.")
     notes: list[str] = []
     checked = load_recipe(recipe, overrides or (), notes.append)
     from rich.console import Console
 
+    from ..distill.plan import RunPlan, plan_table
     from ..distill.report import print_table
     from ..distill.run import distill as run
     from ..training.trainer import processes
@@ -63,9 +71,15 @@ def distill(
         )
         typer.echo(f"{settings['top_k']} tokens of each prediction: {output}")
         return
+
+    def on_plan(found: RunPlan) -> bool:
+        if state.is_main_process:
+            typer.echo(plan_table(found))
+        return not plan
+
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
-    report = run(checked, output, command=command, trust_remote_code=trust_remote_code)
-    if state.is_main_process:
+    report = run(checked, output, command=command, trust_remote_code=trust_remote_code, on_plan=on_plan)
+    if report and state.is_main_process:
         print_table(report, Console())
         typer.echo(f"report: {output / 'report.md'}   student: {output / 'student'}")
 

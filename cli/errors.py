@@ -27,7 +27,7 @@ from ..harness.published import DecorationWarning
 
 _BUG, _FAILED, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 # Commands that resume where they stopped when they are run again.
-_RESUMABLE = {"distill", "finetune", "train"}
+_RESUMABLE = {"distill", "finetune", "select", "train"}
 # Libraries whose errors, of any class, are about files, the network or the Hub. This decides the status and the
 # wording, not whether the message is one line.
 _OUTSIDE = ("huggingface_hub", "httpx", "httpcore", "safetensors", "hf_xet", "yaml")

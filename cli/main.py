@@ -18,7 +18,9 @@ from .generate import generate
 from .list_models import list_models
 from .options import Revision, TrustRemoteCode
 from .push import push
+from .report import report
 from .reproduce import reproduce
+from .select import select
 from .sources import model_source, student_folder
 from .train import train
 
@@ -49,6 +51,7 @@ def ssm_zoo(
 
 
 app.command()(distill)
+app.command()(select)
 app.command()(train)
 app.add_typer(finetune, name="finetune")
 app.add_typer(evaluate, name="evaluate")
@@ -96,6 +99,7 @@ def card(
     typer.echo(student / "README.md")
 
 
+app.command()(report)
 app.command()(convert)
 app.command()(generate)
 app.command()(push)

@@ -5,9 +5,9 @@ The output folder contains `run.json` and `recipe.yaml` (the description of the 
 recipe in the same folder resumes where it stopped.
 """
 
-import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..conversion.load_model import check_finite
 from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
-from ..harness.machine import describe_machine
+from ..harness.machine import describe_machine, peak_memory
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, recorded_recipe
@@ -46,6 +46,7 @@ from .healing import check_blocks
 from .inputs import check_inputs, load_inputs
 from .layer_errors import layer_errors
 from .objectives import loss_name
+from .plan import RunPlan, make_plan
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
@@ -78,6 +79,7 @@ class _Run:
     output: Path
     state: PartialState
     commit: str | None  # revision of a teacher on the Hub
+    sources: dict[str, Any]  # what `run.json` records of the teacher and of stored logits
     teacher: Teacher
     student: ZooHybridForCausalLM
     layers: list[int]
@@ -102,7 +104,12 @@ class _Run:
 
 @claimed_folders_end()
 def distill(
-    recipe: Recipe, output: str | Path, *, command: str | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    command: str | None = None,
+    trust_remote_code: bool = False,
+    on_plan: Callable[[RunPlan], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume a recipe.
 
@@ -111,9 +118,11 @@ def distill(
         output: a new or empty folder, or the folder of an unfinished run of the same recipe.
         command: command line for the report; None: the command line of this process.
         trust_remote_code: run code that comes with the teacher, e.g. of its tokenizer.
+        on_plan: receives the plan of memory and time in every process, before anything is written; the run ends there
+            if it returns False. None: no plan is made.
 
     Returns:
-        The report, as in `report.json`.
+        The report, as in `report.json`; empty if the run ended with its plan.
 
     Raises:
         ValueError: if the recipe, the teacher, the texts and the folder do not fit together (nothing is written in this
@@ -145,6 +154,11 @@ def distill(
         check_output_folder(output)
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
+    if on_plan is not None:
+        plan = make_plan(run.recipe, run.teacher, run.student, run.layers, run.train, run.compute, run.stored)
+        if not on_plan(plan):
+            return {}
+    _claim(run)
     # Read now: the source may be gone when the training ends.
     origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
@@ -196,14 +210,8 @@ def _fingerprints(run: _Run) -> dict[str, str]:
 
 def _saved_progress(run: _Run) -> dict[str, Any]:
     """Return the content of a checkpoint besides weights and optimiser."""
-    run.progress.peak_memory_bytes = _peak_memory(run.progress.peak_memory_bytes)
+    run.progress.peak_memory_bytes = max(run.progress.peak_memory_bytes, peak_memory())
     return {"data": _fingerprints(run), "measured": asdict(run.progress)}
-
-
-def _peak_memory(before: int) -> int:
-    """Return the peak resident memory of this process and of earlier starts of the run, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str, Any]:
@@ -238,7 +246,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         "stages": run.progress.stages,
         "comparison": run.progress.comparison,
         "processes": run.state.num_processes,
-        "peak_memory_bytes": _peak_memory(run.progress.peak_memory_bytes),
+        "peak_memory_bytes": max(run.progress.peak_memory_bytes, peak_memory()),
     }
 
 
@@ -254,8 +262,7 @@ def _write_results(run: _Run, report: dict[str, Any]) -> None:
 
 
 def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
-    """Load and check everything, then claim the folder, then build and calibrate the student."""
-    main = state.is_main_process
+    """Load and check everything, and build the student; nothing is written."""
     teacher, commit, windows = load_inputs(recipe, output, state, trust_remote_code)
     layers = resolve_layers(recipe.student.layers, teacher.num_layers)
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
@@ -267,13 +274,17 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
         expected = identity(recipe, sources["teacher"], windows["train"].fingerprint())
         stored = StoredLogits(recipe.stored_logits, expected)
         sources["stored_logits"] = {"source": recipe.stored_logits, "config": stored.fingerprint}
-    if main:
-        recorded = as_recorded(recipe, recorded_recipe(output, _KIND))
-        claim_run(output, recorded, sources, _KIND)
-        write_text_whole(output / "recipe.yaml", dump(recipe))
-    state.wait_for_everyone()
     train, heldout = windows["train"], windows["heldout"]
-    return _Run(recipe, output, state, commit, teacher, student, layers, train, heldout, _Progress(), stored)
+    return _Run(recipe, output, state, commit, sources, teacher, student, layers, train, heldout, _Progress(), stored)
+
+
+def _claim(run: _Run) -> None:
+    """Claim the folder for the run."""
+    if run.main:
+        recorded = as_recorded(run.recipe, recorded_recipe(run.output, _KIND))
+        claim_run(run.output, recorded, run.sources, _KIND)
+        write_text_whole(run.output / "recipe.yaml", dump(run.recipe))
+    run.state.wait_for_everyone()
 
 
 def _calibration_windows(run: _Run) -> Tensor:

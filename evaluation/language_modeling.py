@@ -17,7 +17,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .hidden_states import evaluating, head_input, head_of
 
-__all__ = ["compare_continuations", "evaluate_language_model", "generation_sample", "repeat_loss", "repeated_share"]
+__all__ = [
+    "compare_continuations",
+    "evaluate_language_model",
+    "generation_sample",
+    "repeat_loss",
+    "repeated_share",
+    "repeated_texts",
+]
 
 # Bound on the logits in memory at one time, the teacher's included. Full logits of SmolLM2 (V = 49,152) would take
 # several times 0.2 GB in float32 for every 1,024 tokens.
@@ -25,7 +32,7 @@ LOGITS_BYTES = 64 * 2**20
 # In memory together: logits and log-probabilities of student and teacher, and a mask.
 LOGITS_COPIES = 5
 # Tokens of the passage that :func:`repeat_loss` repeats, and those of its repetition that are not scored.
-PASSAGE, _CUE = 96, 8
+PASSAGE, CUE = 96, 8
 
 
 def evaluate_language_model(
@@ -108,19 +115,28 @@ def repeat_loss(model: PreTrainedModel, ids: Tensor, distance: int, *, texts: in
     Returns:
         Nats per token, or None if `ids` has fewer than 96 + distance tokens.
     """
-    length = PASSAGE + distance
-    if len(ids) < length:
+    if len(ids) < PASSAGE + distance:
         return None
-    starts = [index * (len(ids) - length) // max(texts - 1, 1) for index in range(texts)]
     total = 0.0
     with evaluating(model), torch.no_grad():
-        for start in starts:
-            text = ids[start : start + length]
-            text = torch.cat([text, text[:PASSAGE]])[None].to(model.device)
-            states = head_input(model, input_ids=text)[:, -PASSAGE + _CUE - 1 : -1]
+        for text in repeated_texts(ids, distance, texts=texts).to(model.device):
+            states = head_input(model, input_ids=text[None])[:, -PASSAGE + CUE - 1 : -1]
             logits = logits_of(model, states.flatten(0, 1))
-            total += float(torch.nn.functional.cross_entropy(logits, text[0, -PASSAGE + _CUE :]))
+            total += float(torch.nn.functional.cross_entropy(logits, text[-PASSAGE + CUE :]))
     return total / texts
+
+
+def repeated_texts(ids: Tensor, distance: int, *, texts: int = 3) -> Tensor:
+    """Return the (texts, 96 + distance + 96) texts of :func:`repeat_loss`, whose last 96 tokens are their first ones.
+
+    Args:
+        ids: (tokens) int64 token ids, at least 96 + distance of them.
+        distance: tokens between the passage and its repetition, positive.
+        texts: number of texts, spread evenly over `ids`.
+    """
+    length = PASSAGE + distance
+    starts = [index * (len(ids) - length) // max(texts - 1, 1) for index in range(texts)]
+    return torch.stack([torch.cat([ids[start : start + length], ids[start : start + PASSAGE]]) for start in starts])
 
 
 def generation_sample(

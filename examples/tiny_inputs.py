@@ -42,6 +42,18 @@ def save_tiny_model(folder: Path) -> Path:
     return folder
 
 
+def save_tiny_student(folder: Path) -> Path:
+    """Save an untrained student of a random Transformer with its tokenizer, in place of a distilled one."""
+    from ssm_zoo.distill.recipe import StudentSpec
+    from ssm_zoo.distill.student import build_student
+    from ssm_zoo.distill.teacher import load_teacher
+
+    teacher = load_teacher(save_tiny_teacher(folder.parent / "tiny-teacher"))
+    build_student(teacher, StudentSpec(half_life=(4.0, 64.0)), layers=[1, 3]).save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _save_byte_tokenizer(folder: Path) -> None:
     """Save a tokenizer whose tokens are an end-of-text mark and the 256 bytes: no text is unknown to it."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

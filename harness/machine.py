@@ -37,6 +37,21 @@ def describe_machine(*computing: str) -> dict[str, dict[str, Any]]:
     return {"hardware": hardware, "versions": versions}
 
 
+def peak_memory() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory() -> int:
+    """Return the resident memory of this process in bytes; the largest so far where the system does not tell it."""
+    if sys.platform != "linux":
+        return peak_memory()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _cpu() -> str | None:
     """Return the processor's name, or its architecture if the system does not tell."""
     if sys.platform == "linux":

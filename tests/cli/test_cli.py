@@ -52,9 +52,8 @@ def succeeds(result: Result) -> str:
     return result.stdout
 
 
-COMMANDS = set(
-    ["distill", "train", "finetune", "evaluate", "export", "card", "convert", "generate", "push", "list", "reproduce"]
-)
+COMMANDS = {"distill", "select", "train", "finetune", "evaluate", "export", "card", "convert", "generate", "push"}
+COMMANDS |= {"list", "report", "reproduce"}
 
 
 def fails(result: Result, message: str) -> None:

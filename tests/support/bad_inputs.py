@@ -37,6 +37,7 @@ MODEL = "model_type: zoo_mamba2\nhidden_size: 16\nnum_hidden_layers: 1\nhead_dim
 
 # Command lines that succeed as they stand.
 DISTILL = "distill recipe.yaml out"
+SELECT = "select llama --data text.txt --output out --tokens 16 --sequence-length 16 --distance 8 --method uniform"
 TRAIN = "train model.yaml out --tokenizer tok --train text.txt --heldout text.txt --row-tokens 32 --steps 1"
 LM = "finetune lm mamba2 out --train text.txt --heldout text.txt --row-tokens 32 --steps 1 --rank 2"
 LM_JSONL = LM.replace("text.txt", "lines.jsonl")
@@ -47,9 +48,10 @@ EXPORT = "export zoo out --no-verify"
 CONVERT = "convert mamba out --no-verify"
 GENERATE = "generate zoo abc --max-new-tokens 2"
 CARD = "card run"
+REPORT = "report run --output out"
 PUSH = "push zoo tester/model"
 DEMO = "demo --output out --hub-stand-in stand_in.py"
-WHOLE = (DISTILL, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD)
+WHOLE = (DISTILL, SELECT, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD, REPORT)
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,7 @@ _FILES: list[tuple[str, str, tuple[Spoil, ...], str]] = [
     (GENERATE, "zoo/model.safetensors", WEIGHTS, "zoo"),
     (GENERATE, "zoo/tokenizer.json", (missing, empty, binary, truncated, a_list), "tokenizer|zoo"),
     (CARD, "run/report.json", JSON, r"report\.json|report|run"),
+    (REPORT, "run/report.json", JSON, r"report\.json|run"),
     (CARD, "run/student/config.json", (missing, folder), r"config\.json"),
     (PUSH, "zoo/config.json", JSON, r"config\.json|FOLDER|zoo"),
 ]
@@ -371,12 +374,21 @@ _OPTIONS: list[tuple[str, str, tuple[str, ...], str]] = [
     (GENERATE, "--top-p", ("2", "nan", "0.5"), "top-p"),
     (GENERATE, "--seed", ("-1", "1", "99999999999999999999999"), "seed"),
     (GENERATE, "--dtype", ("float77",), "dtype"),
+    (SELECT, "--layers", ("0", "99", "x"), "layers"),
+    (SELECT, "--method", ("nope", "restore,restore", ""), "method"),
+    (SELECT, "--heads", ("-1", "99"), "heads"),
+    (SELECT, "--head-method", ("nope", "restore"), "head[-_]method"),
+    (SELECT, "--window", ("0",), "window"),
+    (SELECT, "--recall", ("-1", "nan"), "recall"),
+    (SELECT, "--data", ("nowhere.txt", ""), r"data|nowhere\.txt"),
     (CARD, "--repo-id", ("a/b/c", "a b", ""), "repo_id|repo-id"),
     (PUSH, "--revision", ("a b", "refs/../x"), "revision|token"),
 ]  # fmt: skip
 
 _OTHERS = [
     Case("distill-no-teacher", "distill nowhere.yaml out", r"recipe.*nowhere\.yaml"),
+    Case("select-into-a-full-folder", SELECT.replace(" out ", " beir "), "beir"),
+    Case("select-no-teacher", SELECT.replace("llama", "./nowhere"), "nowhere"),
     Case("export-a-file", "export text.txt out", "text.txt"),
     Case("export-onto-a-file", "export zoo text.txt", "text.txt"),
     Case("export-onto-a-link", "export zoo link", "link", lambda root: (root / "link").symlink_to("nowhere")),
@@ -405,6 +417,9 @@ _OTHERS = [
     Case("embed-into-a-file", EMBED.replace(" out ", " text.txt "), "text.txt"),
     Case("private-without-a-push", f"{LM} --private", "--private"),
     Case("card-of-no-run", "card beir", "beir"),
+    Case("report-of-no-run", "report run beir", "beir"),
+    Case("report-of-one-run-twice", "report run run", "run is named twice"),
+    Case("report-into-a-full-folder", "report run --output beir", "beir"),
     Case("push-nothing", "push nowhere tester/model", "nowhere"),
     Case("push-to-no-name", "push zoo a/b/c", "Repo id|REPO"),
     Case("push-without-a-token", PUSH, "token"),

@@ -1,0 +1,354 @@
+"""Plan of a run: the memory of each process and the time of each stage, before the run starts.
+
+Parameters, gradients and optimiser are counted. Activations are measured: a step of one or a few sequences is carried
+out for each stage, and extrapolated to the batch, in which they are linear. The step changes nothing. What is resident
+when the plan is made (program, texts, teacher and student) is read from the system.
+
+Symbols: B sequences of a process per step, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
+
+from ..evaluation.language_modeling import LOGITS_BYTES, evaluate_language_model
+from ..harness.machine import resident_memory
+from ..modeling import ZooHybridForCausalLM
+from ..reports.markdown import binary_size, count, short, table
+from ..training.sharding import sharded_by
+from .data import TokenWindows
+from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
+from .recipe import Recipe
+from .stored_logits import StoredLogits
+from .teacher import Teacher
+
+_FLOAT = torch.float32.itemsize
+# Resident memory of libraries that a run imports after its plan: metrics, the Trainer, plots. Measured on Linux.
+_IMPORTED_LATER = 88 * 2**20
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage in one process; sizes in bytes.
+
+    Attributes:
+        name: name of the stage.
+        steps: optimiser steps.
+        tokens: training tokens, over all processes.
+        parameters: numbers that are trained.
+        optimiser: moments of AdamW.
+        activations: largest sum of activations and gradients in a step.
+        logits: a chunk of a model's logits, part of the activations; 0 for a layer-wise objective.
+        peak: largest memory of the stage, with what is resident.
+        seconds: duration of all steps.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    parameters: int
+    optimiser: int
+    activations: int
+    logits: int
+    peak: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run in one process; sizes in bytes.
+
+    Attributes:
+        processes: number of processes.
+        device: type of the device on which the memory is.
+        resident: memory in use before the first evaluation.
+        teacher: weights of the teacher, part of it.
+        student: weights of the student, part of it.
+        evaluation: peak of the evaluations, with what is resident.
+        comparison: peak of the comparison at the end, 0 without it.
+        stages: the stages.
+        evaluation_seconds: duration of all evaluations, without continuations, calibration and comparison.
+    """
+
+    processes: int
+    device: str
+    resident: int
+    teacher: int
+    student: int
+    evaluation: int
+    comparison: int
+    stages: list[StagePlan]
+    evaluation_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Largest memory of a process."""
+        return max(self.resident, self.evaluation, self.comparison, *(stage.peak for stage in self.stages))
+
+    @property
+    def seconds(self) -> float:
+        """Duration of stages and evaluations."""
+        return self.evaluation_seconds + sum(stage.seconds for stage in self.stages)
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return the plan as JSON-compatible values."""
+        return {**asdict(self), "peak": self.peak, "seconds": self.seconds}
+
+
+def make_plan(
+    recipe: Recipe,
+    teacher: Teacher,
+    student: ZooHybridForCausalLM,
+    layers: Sequence[int],
+    windows: TokenWindows,
+    compute: Callable[[], AbstractContextManager[Any]],
+    stored: StoredLogits | None = None,
+) -> RunPlan:
+    """Measure and count what each stage of a recipe needs in each of the processes that `accelerate launch` started.
+
+    Args:
+        recipe: the recipe.
+        teacher: the teacher, on the device of the run.
+        student: the student before training; it is not changed.
+        layers: converted layers.
+        windows: the training text.
+        compute: makes the context of a forward pass in the recipe's dtype.
+        stored: the teacher's logits, if they are stored.
+    """
+    planner = _Planner(recipe, teacher, student, layers, windows, compute, stored)
+    with torch.random.fork_rng(devices=[]):
+        return planner.plan()
+
+
+@dataclass
+class _Planner:
+    recipe: Recipe
+    teacher: Teacher
+    student: ZooHybridForCausalLM
+    layers: Sequence[int]
+    windows: TokenWindows
+    compute: Callable[[], AbstractContextManager[Any]]
+    stored: StoredLogits | None
+
+    def __post_init__(self) -> None:
+        self.device = self.student.device
+        self.processes = PartialState().num_processes
+        self.sharded = sharded_by() is not None
+        self.shards = self.processes if self.sharded else 1  # of the student's weights, gradients and moments
+        weights = _bytes(self.student)
+        self.weights = weights // self.shards
+        # Of a sharded student only a part stays in each process.
+        self.resident = _resident(self.device) - (weights - self.weights)
+
+    def plan(self) -> RunPlan:
+        """Return the whole plan."""
+        recipe, spec = self.recipe, self.recipe.evaluation
+        stages = [self.stage(index) for index in range(len(recipe.stages))]
+        texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
+        self.evaluate(texts[:1])  # imports what an evaluation needs
+        forward, seconds = _measured(lambda: self.evaluate(texts), self.device)
+        # Teacher, zeroed mixers, control and step 0, then after each stage.
+        seconds *= spec.tokens / texts.numel() * (4 + len(stages))
+        control = _bytes(self.teacher.model)  # about: it is a copy of the teacher with other attention
+        comparison = 0
+        if spec.final:
+            length = max(spec.long_length or 8 * recipe.data.sequence_length, spec.prefill_limit)
+            caches = _cache(self.teacher, max(spec.context_lengths, default=0))
+            comparison = self.resident + control + caches + int(forward * max(length / texts.numel(), 1.0))
+        return RunPlan(
+            processes=self.processes,
+            device=self.device.type,
+            resident=self.resident,
+            teacher=_bytes(self.teacher.model),
+            student=self.weights,
+            evaluation=self.resident + control + forward,
+            comparison=comparison,
+            stages=stages,
+            evaluation_seconds=seconds,
+        )
+
+    def evaluate(self, texts: Tensor) -> None:
+        """Score the student on a batch of windows, as the evaluations do."""
+        teacher, size = self.teacher.model, self.recipe.evaluation.batch_size
+        with self.compute():
+            evaluate_language_model(self.student, texts, teacher=teacher, batch_size=size, progress=False)
+
+    def stage(self, index: int) -> StagePlan:
+        """Return the plan of a stage."""
+        stage = self.recipe.stages[index]
+        batch, length = stage.batch_size // self.processes, stage.sequence_length
+        vocabulary = self.teacher.model.config.get_text_config().vocab_size
+        logits = min(max(LOGITS_BYTES // (_FLOAT * vocabulary), 1), batch * length)  # tokens of a chunk
+        model = StudentInStage(self.student, stage, self.teacher, self.layers, self.windows.learnt_share)
+        rows = StageWindows(self.windows, self.recipe.stages, index, self.recipe.seed, self.stored)
+
+        def step(sequences: int) -> None:
+            inputs = default_collate([rows[item] for item in range(sequences)])
+            with self.compute():
+                model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).backward()
+            model.zero_grad(set_to_none=True)
+
+        with trainable(self.student, stage.train, self.layers) as trained:
+            # From a whole chunk of logits on, the memory is linear in the batch.
+            activations, seconds = _extrapolated(step, batch, -(-logits // length), self.device)
+            every = sum(parameter.numel() for parameter in trained)
+            largest = max((parameter.numel() for parameter in trained), default=0)
+        numbers = every // self.shards
+        activations -= _FLOAT * (every - numbers)  # gradients that other processes hold
+        optimiser = 2 * _FLOAT * numbers
+        # The update needs room for a number per weight: of all weights on a GPU, of one tensor at a time on a CPU.
+        on_cpu = self.device.type == "cpu"
+        update = _FLOAT * (numbers + (largest // self.shards if on_cpu else numbers))
+        saved = saved_parameters(self.student, self.recipe, self.layers).values()
+        copy = _FLOAT * sum(tensor.numel() for tensor in saved) if on_cpu else 0  # that a checkpoint is written from
+        buckets = _FLOAT * numbers if self.processes > 1 and not self.sharded else 0  # of DDP
+        whole = stage.objective == "logit_distillation"
+        return StagePlan(
+            name=stage.name,
+            steps=stage.steps,
+            tokens=stage.steps * stage.batch_size * length,
+            parameters=numbers,
+            optimiser=optimiser,
+            activations=activations,
+            logits=_FLOAT * vocabulary * logits if whole else 0,
+            peak=self.resident + optimiser + buckets + max(activations, update, copy),
+            seconds=seconds * stage.steps,
+        )
+
+
+def plan_table(plan: RunPlan) -> str:
+    """Return the plan as Markdown: the sizes of each stage, and a sentence on the whole run."""
+    header = ["Stage", "Steps", "Tokens", "Trained", "Optimiser", "Activations", "Logits chunk", "Peak", "Time"]
+    rows = [
+        [
+            stage.name,
+            count(stage.steps),
+            count(stage.tokens),
+            f"{stage.parameters / 1e6:,.2f}M",
+            *(binary_size(size) for size in (stage.optimiser, stage.activations, stage.logits, stage.peak)),
+            _duration(stage.seconds),
+        ]
+        for stage in plan.stages
+    ]
+    rows.append(["evaluations", *[""] * 6, binary_size(plan.evaluation), _duration(plan.evaluation_seconds)])
+    if plan.comparison:
+        rows.append(["comparison at the end", *[""] * 6, binary_size(plan.comparison), ""])
+    each = "" if plan.processes == 1 else f" in each of {plan.processes} processes"
+    return (
+        f"{table(header, rows)}\n\nPeak {binary_size(plan.peak)} on {plan.device}{each}, of which "
+        f"{binary_size(plan.resident)} are resident before the first step (teacher {binary_size(plan.teacher)}, "
+        f"student {binary_size(plan.student)}). About {_duration(plan.seconds)}, without calibration, continuations "
+        "and the comparison."
+    )
+
+
+@contextmanager
+def trainable(student: ZooHybridForCausalLM, train: str, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Let the parameters of a stage require gradients, and no others; yield them."""
+    before = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    mixers, others = trained_parameters(student, train, layers)
+    student.requires_grad_(False)
+    chosen = [*mixers.values(), *others.values()]
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield chosen
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+class _Storages(TorchDispatchMode):
+    """Sum of the bytes of all storages that were made in the mode and are alive, and its maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in known and id(storage) not in self._alive:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._alive[key] = size
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self._now -= self._alive.pop(key)
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """Return the largest sum of the tensors that a function has in memory at one time, in bytes."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Storages() as storages:
+        run()
+    return storages.peak
+
+
+def _measured(run: Callable[[], object], device: torch.device) -> tuple[int, float]:
+    """Return the peak memory of a function and its seconds."""
+    started = time.monotonic()
+    peak = peak_of(run, device)
+    return peak, time.monotonic() - started
+
+
+def _extrapolated(step: Callable[[int], object], batch: int, least: int, device: torch.device) -> tuple[int, float]:
+    """Return the peak memory and the seconds of a step of `batch` sequences.
+
+    They are measured with `least` sequences, from which on they are linear, and with twice as many; or with the whole
+    batch, if it is not larger, after a step of one sequence that warms up.
+    """
+    many = min(2 * least, batch)
+    few = least if many < batch else 1
+    small = peak_of(lambda: step(few), device)
+    peak, seconds = _measured(lambda: step(many), device)
+    if many < batch:
+        peak += int((peak - small) / (many - few) * (batch - many))
+    return peak, seconds * batch / many
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _cache(teacher: Teacher, context: int) -> int:
+    """Return the bytes of the teacher's keys and values at a context, which is the largest cache of a comparison."""
+    config = teacher.zoo_config
+    return 2 * int(config.num_key_value_heads or 0) * int(config.head_dim or 0) * teacher.num_layers * context * _FLOAT
+
+
+def _resident(device: torch.device) -> int:
+    """Return the memory that is in use: of the GPU, or of this process and what it is going to import."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory() + _IMPORTED_LATER
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{short(seconds)} s"
+    return f"{short(seconds / 60)} min" if seconds < 7200 else f"{short(seconds / 3600)} h"

@@ -1,0 +1,151 @@
+"""The plan of a run counts what a stage trains, measures what a step needs, and changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from teachers import make_teacher, save_teacher, small_text, text_windows, trained_teacher
+from typer.testing import CliRunner
+
+from ssm_zoo.cli.main import app
+from ssm_zoo.distill import plan as planning
+from ssm_zoo.distill.data import TokenWindows
+from ssm_zoo.distill.plan import RunPlan, make_plan, peak_of, plan_table
+from ssm_zoo.distill.recipe import parse_recipe
+from ssm_zoo.distill.recipe_files import load_recipe
+from ssm_zoo.distill.run import distill
+from ssm_zoo.distill.student import build_student
+from ssm_zoo.distill.teacher import Teacher
+from ssm_zoo.training.trainer import computing
+
+CPU = torch.device("cpu")
+RECIPE = """\
+teacher: teacher
+student: {layers: odd, half_life: [1, 8]}
+data: {train: train.txt, heldout: heldout.txt, sequence_length: 32}
+stages:
+- {name: align, objective: hidden_state_alignment, tokens: 512, batch_size: 4, learning_rate: 1.0e-3}
+- {name: logits, objective: logit_distillation, train: all, tokens: 512, batch_size: 4, learning_rate: 1.0e-3}
+evaluation: {tokens: 64, final: false}
+"""
+
+
+def parts(**stage: Any) -> tuple[Any, ...]:
+    """The arguments of a plan of a run with one stage."""
+    teacher = Teacher(make_teacher())
+    values = {"objective": "logit_distillation", "train": "all", "tokens": 512, "batch_size": 4, **stage}
+    recipe = parse_recipe(
+        {
+            "teacher": "x",
+            "student": {"layers": [1, 2], "half_life": [1, 8]},
+            "data": {"train": "x", "heldout": "x", "sequence_length": 32},
+            "stages": [{"name": "one", "learning_rate": 1e-3, **values}],
+            "evaluation": {"tokens": 64},
+        }
+    )
+    student = build_student(teacher, recipe.student, [1, 2])
+    windows = TokenWindows(text_windows(60, 1)[:, 0])
+    return recipe, teacher, student, [1, 2], windows, lambda: computing("float32", CPU)
+
+
+def plan_of(**stage: Any) -> tuple[RunPlan, Any]:
+    """The plan of a run with one stage, and its student."""
+    arguments = parts(**stage)
+    return make_plan(*arguments), arguments[2]
+
+
+def test_the_peak_is_the_largest_sum_of_living_tensors() -> None:
+    weight = torch.ones(100, 100, requires_grad=True)
+
+    def run() -> None:
+        x = torch.ones(100, 100)
+        y = x + 1  # x and y: 2
+        del x
+        y = y * 2  # the new and the old one: 2
+        y.view(-1).t()  # nothing new
+        torch.tanh(y * weight).sum().backward()  # y, the product and its tanh: 3; then gradients in their places
+
+    assert peak_of(run, CPU) == pytest.approx(3 * 40_000, abs=16)
+    assert peak_of(lambda: torch.ones(10_000).add_(1), CPU) == 40_000
+    assert peak_of(lambda: [torch.ones(100) for _ in range(9)], CPU) == 3600
+    assert peak_of(lambda: weight.detach().add_(1), CPU) == 0
+
+
+def test_the_sizes_of_a_stage_are_those_of_its_weights() -> None:
+    found, student = plan_of()
+    (stage,) = found.stages
+    assert stage.parameters == student.num_parameters()
+    assert stage.optimiser == 8 * stage.parameters
+    assert (stage.steps, stage.tokens) == (4, 512)
+    assert stage.logits == 4 * 320 * 4 * 32  # all tokens of a step fit into one chunk
+    assert stage.activations > 4 * stage.parameters  # with the gradients
+    assert stage.peak == found.resident + stage.optimiser + stage.activations
+    assert found.teacher == pytest.approx(4 * Teacher(make_teacher()).model.num_parameters(), rel=0.01)
+    assert found.peak == max(stage.peak, found.comparison, found.evaluation)
+    mixers, _ = plan_of(objective="hidden_state_alignment", train="mixers")
+    names = ("backbone.layers.1.mixer.", "backbone.layers.2.mixer.")
+    trained = sum(tensor.numel() for name, tensor in student.named_parameters() if name.startswith(names))
+    assert mixers.stages[0].parameters == trained and mixers.stages[0].logits == 0
+
+
+@pytest.mark.parametrize("objective", ["hidden_state_alignment", "logit_distillation"])
+def test_the_memory_of_a_large_batch_follows_from_that_of_a_small_one(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = "all" if objective == "logit_distillation" else "mixers"
+    # One chunk of logits holds one sequence and a half.
+    monkeypatch.setattr(planning, "LOGITS_BYTES", 4 * 320 * 48)
+    monkeypatch.setattr("ssm_zoo.distill.objectives._LOGITS_BYTES", 4 * 320 * 48)
+    found, _ = plan_of(objective=objective, train=train, batch_size=12)
+    monkeypatch.setattr(
+        planning, "_extrapolated", lambda step, batch, _, device: (peak_of(lambda: step(batch), device), 0)
+    )
+    whole, _ = plan_of(objective=objective, train=train, batch_size=12)
+    assert found.stages[0].activations == pytest.approx(whole.stages[0].activations, rel=0.03)
+
+
+def test_a_plan_changes_neither_weights_nor_random_numbers() -> None:
+    arguments = parts()
+    student = arguments[2]
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    found = make_plan(*arguments)
+    assert torch.rand(4).equal(expected)
+    for name, parameter in student.named_parameters():
+        assert parameter.equal(before[name]) and parameter.grad is None and parameter.requires_grad, name
+    assert "| one | 4 | 512 | 0." in plan_table(found)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_teacher(tmp_path / "teacher", trained_teacher())
+    for name, sentences in (("train", 300), ("heldout", 40)):
+        (tmp_path / f"{name}.txt").write_text(small_text(sentences, seed=sentences), encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_the_option_prints_the_plan_and_writes_nothing(inputs: Path) -> None:
+    before = set(inputs.rglob("*"))
+    result = CliRunner().invoke(app, ["distill", "recipe.yaml", "out", "--plan"])
+    assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    assert "| align | 4 | 512 | " in result.stdout and "| logits | 4 | 512 | " in result.stdout
+    assert set(inputs.rglob("*")) == before
+
+
+def test_a_run_with_a_plan_gives_the_bits_of_one_without(inputs: Path) -> None:
+    recipe, plans = load_recipe("recipe.yaml"), []
+
+    def on_plan(plan: RunPlan) -> bool:
+        plans.append(plan)
+        return True
+
+    reports = [distill(recipe, name, on_plan=chosen) for name, chosen in (("a", None), ("b", on_plan))]
+    a, b = ([[row["loss"], row["kl"]] for row in report["evaluations"]] for report in reports)
+    assert a == b
+    # A tiny run takes little beside the program itself.
+    assert plans[0].peak == pytest.approx(reports[1]["peak_memory_bytes"], rel=0.4)
