@@ -136,7 +136,7 @@ def build_control(
         The teacher with attention to the last tokens and the first ones in `layers`.
     """
     kv_dtype = "auto"
-    if "bounded_attention" in student.config.mixer_types:
+    if "bounded_attention" in (student.config.mixer_types or []):
         kv_dtype = student.config.settings_of("bounded_attention").kv_dtype
     width = int(teacher.zoo_config.head_dim or 0)
     vector = width + torch.bfloat16.itemsize if kv_dtype == "int8" else width * torch.float32.itemsize

@@ -169,14 +169,17 @@ def bounded_attention_step(
         # All heads with all rows in one product, although each has its own rows: it is shorter than a loop over heads.
         bias = rows.others.masked_fill(hidden[:, None], -math.inf)
         keys, values = memory.keys.to(sums), memory.values.to(sums)
-        scores = torch.bmm(q.to(sums) * scale, keys.mT)
-        if memory.keys_scales is not None:  # the scales on the (H, N) scores, not on the (N, P) rows
-            scores *= memory.keys_scales.to(sums)[:, None]
-        if softcap is not None:
-            scores = capped(scores, softcap)
-        weights = scores.add_(bias).softmax(-1)
-        shares = weights if memory.values_scales is None else weights * memory.values_scales.to(sums)[:, None]
-        out = torch.bmm(shares, values).to(q.dtype)
+        scales = None
+        if memory.keys_scales is not None and memory.values_scales is not None:
+            # On the (H, N) weights, not on the (N, P) rows.
+            scales = memory.keys_scales.to(sums)[:, None], memory.values_scales.to(sums)[:, None]
+        if scales is None and softcap is None:
+            weights = torch.baddbmm(bias, q.to(sums) * scale, keys.mT).softmax(-1)
+        else:
+            scores = torch.bmm(q.to(sums) * scale, keys.mT)
+            scores = scores if scales is None else scores.mul_(scales[0])
+            weights = capped(scores, softcap).add_(bias).softmax(-1)
+        out = torch.bmm(weights if scales is None else weights * scales[1], values).to(q.dtype)
         received = weights.detach().sum(1)
     if min(decays) < 1:
         memory.scores.mul_(rows.begun[age])

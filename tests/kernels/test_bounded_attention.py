@@ -85,7 +85,7 @@ def test_documents_and_padding_stay_apart(options: dict[str, Any]) -> None:
     for gradient, wanted in zip(found, torch.autograd.grad(expected.sum(), clean), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
     alone = [tensor.detach()[:1, 9:20] for tensor in clean]  # the last document of the first row
-    for mine, its in zip(memory, bounded_attention(*alone, **options)[1], strict=True):
+    for mine, its in zip(memory[:4], bounded_attention(*alone, **options)[1][:4], strict=True):  # without scales
         torch.testing.assert_close(mine[:1], its)
 
 
@@ -200,7 +200,7 @@ def test_rows_of_different_lengths_step_together() -> None:
             bounded_attention(*[tensor[row : row + 1, :length] for tensor in inputs], **options)[1]
             for row, length in enumerate(lengths)
         ]
-        memory = BoundedMemory(*[torch.cat(parts) for parts in zip(*memories, strict=True)])
+        memory = BoundedMemory(*[torch.cat(parts) for parts in zip(*[each[:4] for each in memories], strict=True)])
         expected = bounded_attention(*inputs, **options)[0]
         for step in range(15):
             now = [torch.stack([tensor[row, length + step] for row, length in enumerate(lengths)]) for tensor in inputs]
