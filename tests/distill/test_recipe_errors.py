@@ -402,7 +402,7 @@ def test_masked_mixing_has_weights_for_every_text() -> None:
     ("text", "message"),
     [
         pytest.param("- a\n", "the top level must be a mapping with the keys teacher, student", id="list"),
-        pytest.param("", "teacher_revision, gradient_checkpointing, report_to, got None", id="empty"),
+        pytest.param("", "teacher_revision, gradient_checkpointing, stored_logits, report_to, got None", id="empty"),
         pytest.param("a: [", "is not valid YAML", id="not-yaml"),
         pytest.param("teacher: a\nteacher: b\n", "the key 'teacher' occurs twice", id="key-twice"),
         pytest.param(
