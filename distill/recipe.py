@@ -62,13 +62,15 @@ class StudentSpec(SettingsBase):
         normalize: divide by the row sums of the mixing matrix, as linear attention does; only for `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C; only for `discrete_mamba2`.
         sliding_window: number of tokens that a query sees, including its own; only for `sliding_attention`.
-        window: number of tokens in the window of a bounded memory; this and the next five only for `bounded_attention`.
+        window: number of tokens in the window of a bounded memory; this and the next six only for `bounded_attention`.
         sinks: number of first tokens that are always kept.
         rows: keys and values that a key-value head keeps on average: window, sinks and slots. Exact heads do not count.
         slots: "equal" for all heads, or "calibrated" by what each head loses without them on training text.
         chunk_size: number of tokens between two choices of what the slots hold.
         exact_heads: pairs of a converted layer and one of its key-value heads, counted from 0, which keeps full
             attention: it sees and keeps all tokens.
+        kv_dtype: "auto" holds keys and values in the model's dtype, "int8" in 8-bit integers, a quarter of the bytes of
+            float32.
         positions: N, number of positions that have weights, which no text may exceed. The weights start as the
             teacher's attention averaged over `calibration_tokens`. Only for `masked_mixing`.
         half_life: "calibrated" (fitted to the teacher's attention), or the shortest and longest half-life in tokens,
@@ -94,6 +96,7 @@ class StudentSpec(SettingsBase):
     slots: Literal["equal", "calibrated"] = "calibrated"
     chunk_size: Count = 16
     exact_heads: ExactHeads = []
+    kv_dtype: Literal["auto", "int8"] = "auto"
     positions: Count = 256
     half_life: HalfLife = "calibrated"
     calibration: Literal["none", "head_scale", "ridge", "sequential"] = "none"

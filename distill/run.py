@@ -330,7 +330,7 @@ def _divide_slots(run: _Run) -> None:
     start = TOKEN_MIXERS[spec.mixer].student
     if start is None or "slots" not in start.options or spec.slots != "calibrated":
         return
-    length = min(LENGTH, len(run.train))
+    length = min(LENGTH, len(run.train), run.teacher.zoo_config.max_position_embeddings)
     count = min(WINDOWS, run.train.count(length))
     windows = run.train.batch(0, count, length, run.recipe.seed + 1)
     settings = run.student.config.settings_of(spec.mixer)

@@ -127,8 +127,12 @@ def build_control(
     Returns:
         The teacher with attention to the last tokens and the first ones in `layers`.
     """
-    config = teacher.zoo_config
-    row = 2 * int(config.num_key_value_heads or 0) * int(config.head_dim or 0) * torch.float32.itemsize
+    kv_dtype = "auto"
+    if "bounded_attention" in student.config.mixer_types:
+        kv_dtype = student.config.settings_of("bounded_attention").kv_dtype
+    width = int(teacher.zoo_config.head_dim or 0)
+    vector = width + torch.bfloat16.itemsize if kv_dtype == "int8" else width * torch.float32.itemsize
+    row = int(teacher.zoo_config.num_key_value_heads or 0) * (2 * vector + torch.float32.itemsize)  # and a score
     rows = max(cache_bytes(student, layers, length) // (row * len(layers)), 1)
     sinks = min(_SINKS, rows - 1)
     window = rows - sinks
@@ -139,18 +143,28 @@ def build_control(
         rows=rows,
         slots="equal",
         chunk_size=min(_CONTROL_CHUNK, window),
+        kv_dtype=kv_dtype,  # pyright: ignore[reportArgumentType]
     )
     return build_student(teacher, spec, layers)
 
 
 @torch.no_grad()
 def cache_bytes(model: PreTrainedModel, layers: Sequence[int], length: int) -> int:
-    """Return the bytes of the cache of some layers after `length` tokens of one text, with 4 bytes a number."""
+    """Return the bytes of the cache of some layers after `length` tokens of one text.
+
+    Numbers of the model's dtype count as float32, quantised ones and their scales as what they are. Positions and
+    counts of tokens are left out.
+    """
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    parts = [vars(cache.layers[layer]).values() for layer in layers]
-    floats = [value for part in parts for value in part if isinstance(value, Tensor) and value.is_floating_point()]
-    return sum(value.numel() for value in floats) * torch.float32.itemsize
+    total = 0
+    for layer in layers:
+        for name, value in vars(cache.layers[layer]).items():
+            if not isinstance(value, Tensor) or value.dtype == torch.long:
+                continue
+            quantised = value.dtype == torch.int8 or name.endswith("_scales")
+            total += value.numel() * (value.itemsize if quantised else torch.float32.itemsize)
+    return total
 
 
 @contextmanager

@@ -64,8 +64,9 @@ def extend_cache(cache: Cache, tokens: int) -> None:
             if keys is None or keys.ndim != 4 or not keys.shape[2]:
                 continue
             column = torch.arange(tokens, device=keys.device) % keys.shape[2]
-            for name in (f"{kind}keys", f"{kind}values"):
-                state[name] = torch.cat([state[name], state[name][:, :, column]], dim=2)
+            for name in (f"{kind}keys", f"{kind}values", f"{kind}keys_scales", f"{kind}values_scales"):
+                if state.get(name) is not None:
+                    state[name] = torch.cat([state[name], state[name][:, :, column]], dim=2)
             if not kind and state.get("positions") is not None:  # of a window
                 new = state["counts"][:, None] + torch.arange(tokens, device=keys.device)
                 state["positions"] = torch.cat([state["positions"], new], dim=1)

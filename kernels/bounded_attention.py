@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .bounded_attention_chunks import Chunks, Plan, group_heads
 from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, empty_batch, without_autocast
+from .int8_rows import dequantise_rows, quantise_rows
 from .tracing import opaque, tracing
 
 
@@ -38,16 +39,32 @@ class BoundedMemory(NamedTuple):
     A head's rows are its S slots, in any order, and the last w positions, position p in row S + p % w.
 
     Attributes:
-        keys: (B, N, P).
-        values: (B, N, P).
+        keys: (B, N, P); int8 with scales.
+        values: (B, N, P); int8 with scales.
         scores: (B, N) scores without the norm of the value, float32 or float64.
         positions: (B, N) int64 position in the document; negative where a row is empty.
+        keys_scales, values_scales: (B, N) of quantised rows, see `int8_rows.py`; None of others.
     """
 
     keys: Tensor
     values: Tensor
     scores: Tensor
     positions: Tensor
+    keys_scales: Tensor | None = None
+    values_scales: Tensor | None = None
+
+    def quantised(self) -> BoundedMemory:
+        """Return the memory with keys and values of 8 bits."""
+        (keys, keys_scales), (values, values_scales) = quantise_rows(self.keys), quantise_rows(self.values)
+        return BoundedMemory(keys, values, self.scores, self.positions, keys_scales, values_scales)
+
+    def dequantised(self, dtype: torch.dtype) -> BoundedMemory:
+        """Return the memory with keys and values of a dtype; itself if it is not quantised."""
+        if self.keys_scales is None or self.values_scales is None:
+            return self
+        keys = dequantise_rows(self.keys, self.keys_scales, dtype)
+        values = dequantise_rows(self.values, self.values_scales, dtype)
+        return BoundedMemory(keys, values, self.scores, self.positions)
 
 
 def bounded_attention(
@@ -77,7 +94,7 @@ def bounded_attention(
         decay: factor per token on the attention that scores are made of, above 0 and at most 1: one, or one for each
             key-value head.
         scale: factor of the scores of the softmax; P^(-1/2) if not given.
-        initial_state: memory to go on from; rows must then hold one document each.
+        initial_state: memory to go on from, quantised or not; rows must then hold one document each.
         seq_idx: (B, L) document index, non-decreasing, negative at padding. None: each row is one document.
 
     Returns:
@@ -88,6 +105,7 @@ def bounded_attention(
     Raises:
         ValueError: if a shape, dtype, device or number does not fit, or a row continues a memory with two documents.
     """
+    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, initial_state, seq_idx)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
@@ -137,14 +155,25 @@ def bounded_attention_step(
     now = memory.positions.amax(1) + 1  # (B)
     age, oldest = now % chunk_size, (now // chunk_size + 1) * chunk_size - window
     index = torch.arange(q.shape[0], device=q.device)[:, None], rows.windows + (now % window)[:, None]
-    memory.keys[index], memory.values[index] = k.to(memory.keys.dtype), v.to(memory.values.dtype)
+    for x, held, scales in ((k, memory.keys, memory.keys_scales), (v, memory.values, memory.values_scales)):
+        if scales is None:
+            held[index] = x.to(held.dtype)
+        else:
+            held[index], scales[index] = quantise_rows(x)
     memory.positions[index], memory.scores[index] = now[:, None], 0.0
     hidden = memory.positions < oldest.clamp(min=0)[:, None] * rows.near
     with without_autocast(q):
         # All heads with all rows in one product, although each has its own rows: it is shorter than a loop over heads.
         bias = rows.others.masked_fill(hidden[:, None], -math.inf)
-        weights = torch.baddbmm(bias, q.to(sums) * scale, memory.keys.to(sums).mT).softmax(-1)
-        out = torch.bmm(weights, memory.values.to(sums)).to(q.dtype)
+        keys, values = memory.keys.to(sums), memory.values.to(sums)
+        if memory.keys_scales is None or memory.values_scales is None:
+            weights = torch.baddbmm(bias, q.to(sums) * scale, keys.mT).softmax(-1)
+            out = torch.bmm(weights, values)
+        else:  # the scales on the (H, N) weights, not on the (N, P) rows
+            scores = torch.bmm(q.to(sums) * scale, keys.mT)
+            weights = torch.addcmul(bias, scores, memory.keys_scales.to(sums)[:, None]).softmax(-1)
+            out = torch.bmm(weights * memory.values_scales.to(sums)[:, None], values)
+        out = out.to(q.dtype)
         received = weights.detach().sum(1)
     if min(decays) < 1:
         memory.scores.mul_(rows.begun[age])
@@ -174,14 +203,19 @@ def _evict(
         positions = memory.positions[:, rows]
         leaving = (positions >= oldest[:, None]) & (positions < oldest[:, None] + chunk_size) & (positions >= 0)
         leaving[:, :number] = positions[:, :number] >= 0
-        rank = memory.scores[:, rows] * memory.values[:, rows].to(memory.scores).norm(dim=-1)
+        norms = memory.values[:, rows].to(memory.scores).norm(dim=-1)
+        if memory.values_scales is not None:
+            norms *= memory.values_scales[:, rows]
+        rank = memory.scores[:, rows] * norms
         rank = rank.masked_fill(positions < sinks, math.inf).masked_fill(~leaving, -math.inf)
         best = rank.topk(number, dim=-1).indices
         found = leaving.gather(1, best) & complete[:, None]
         best = torch.where(complete[:, None], best, torch.arange(number, device=best.device))
         wide = best[..., None].expand(-1, -1, memory.keys.shape[-1])
-        for tensor, index in ((memory.keys, wide), (memory.values, wide), (memory.scores, best)):
-            tensor[:, start - number : start] = tensor[:, rows].gather(1, index)
+        for tensor in (memory.keys, memory.values, memory.scores, memory.keys_scales, memory.values_scales):
+            if tensor is not None:
+                index = wide if tensor.ndim == 3 else best
+                tensor[:, start - number : start] = tensor[:, rows].gather(1, index)
         chosen = positions.gather(1, best)
         memory.positions[:, start - number : start] = torch.where(found | ~complete[:, None], chosen, -1)
 
@@ -253,6 +287,7 @@ def bounded_attention_matrix(
     Returns:
         (B, H, L, M) in float32 (float64 for float64 inputs), M the real tokens of the longest row with its cached ones.
     """
+    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, initial_state, seq_idx)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)

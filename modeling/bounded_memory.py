@@ -7,12 +7,14 @@ which. An attention layer that is replaced by this one computes the same as long
 Chosen key-value heads may be exact: their queries see all tokens, and the cache of these heads grows by a key and a
 value per token.
 
+Keys and values may be held as 8-bit integers, so that the same bytes hold almost four times as many rows of float32.
+
 Symbols: B batch, L new tokens, D width, H query heads, KV key-value heads, P head width, N rows of the memory, E exact
 key-value heads, M columns of a row.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -25,6 +27,7 @@ from ..kernels.bounded_attention import (
     bounded_attention_matrix,
     bounded_attention_step,
 )
+from ..kernels.int8_rows import dequantise_rows, quantise_rows, round_rows
 from ..kernels.tracing import tracing
 from .cache import ZooLayer, layer_of
 from .layers import GroupedAttention, rotate
@@ -79,8 +82,7 @@ class BoundedAttention(GroupedAttention):
         """Return (B, L, H', P) of the query heads of bounded heads, and their matrix if asked for."""
         q, k, v = qkv
         options = self._options(heads)
-        started = cache.memory() if cache is not None else None
-        memory = None if started is None else BoundedMemory(*started)
+        memory = cache.memory() if cache is not None else None
         step = is_single_step(q, sequence, cache) and not (output_attentions or tracing())
         if memory is not None and step:
             return bounded_attention_step(q[:, 0], k[:, 0], v[:, 0], memory, **options)[:, None], None
@@ -90,7 +92,8 @@ class BoundedAttention(GroupedAttention):
         if output_attentions:
             matrix = _over_columns(bounded_attention_matrix(q, k, v, **options), sequence)
         if cache is not None:
-            cache.set_memory(memory)
+            recorded = memory.keys.requires_grad or memory.values.requires_grad
+            cache.set_memory(memory if self.settings.kv_dtype == "auto" or recorded else memory.quantised())
         return y, matrix
 
     def _attend_to_all(
@@ -99,7 +102,8 @@ class BoundedAttention(GroupedAttention):
         """Return (B, L, H', P) of the query heads of exact heads, and their matrix if asked for."""
         q, k, v = (x.transpose(1, 2) for x in qkv)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.append(k, v, quantised=self.settings.kv_dtype == "int8")
+        k, v = k.to(q.dtype), v.to(q.dtype)  # rounded ones are float32
         return softmax_attention(self, q, k, v, sequence, output_attentions=output_attentions)
 
     @distillation
@@ -126,7 +130,10 @@ class BoundedAttention(GroupedAttention):
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
         assert sequence.rotary is not None
         cos, sin = (table[:, :, None] for table in sequence.rotary)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.settings.kv_dtype == "int8":  # also of tokens that no cache holds yet
+            k, v = round_rows(k), round_rows(v)
+        return q, k, v
 
     def _heads(self) -> tuple[list[int], list[int]]:
         """Return the numbers of the exact and of the other key-value heads."""
@@ -155,40 +162,59 @@ class BoundedAttention(GroupedAttention):
 
 class BoundedLayer(ZooLayer):
     """The memory of attention over a window and slots: keys and values (B, N, P) of the rows of all bounded heads,
-    their scores and positions (B, N). With exact heads also the keys and values (B, E, M, P) of all columns."""
+    their scores and positions (B, N). With exact heads also the keys and values (B, E, M, P) of all columns. Keys and
+    values of 8 bits have scales, (B, N) and (B, E, M); those that gradients reach are not quantised."""
 
     _layer_type = "zoo_bounded"
-    _memory = ("keys", "values", "scores", "positions")
-    _tensors = (*_memory, "exact_keys", "exact_values")
-
-    exact_keys: Tensor | None
-    exact_values: Tensor | None
+    _memory = BoundedMemory._fields
+    _exact = ("exact_keys", "exact_values", "exact_keys_scales", "exact_values_scales")
+    _tensors = (*_memory, *_exact)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("BoundedLayer holds chosen keys and values, not all of them: use memory and set_memory")
 
-    def memory(self) -> tuple[Tensor, ...] | None:
+    def memory(self) -> BoundedMemory | None:
         """Return what :meth:`set_memory` has stored, None before the first token."""
-        tensors = [getattr(self, name) for name in self._memory]
-        return None if tensors[0] is None else tuple(tensors)
+        memory = BoundedMemory(*(getattr(self, name) for name in self._memory))
+        return None if memory.keys is None else memory
 
-    def set_memory(self, memory: tuple[Tensor, ...]) -> None:
-        """Store keys, values, scores and positions."""
-        for name, tensor in zip(self._memory, memory, strict=True):
+    def set_memory(self, memory: BoundedMemory) -> None:
+        """Store a memory."""
+        for name, tensor in memory._asdict().items():
             setattr(self, name, tensor)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the (B, E, L, P) keys and values of exact heads; return those of all columns."""
-        if self.exact_keys is not None and self.exact_values is not None:
-            keys = torch.cat([self.exact_keys, keys], dim=2)
-            values = torch.cat([self.exact_values, values], dim=2)
-        self.exact_keys, self.exact_values = keys, values
-        return keys, values
+    def append(self, keys: Tensor, values: Tensor, *, quantised: bool) -> tuple[Tensor, Tensor]:
+        """Append the (B, E, L, P) keys and values of exact heads; return those of all columns.
+
+        Quantised ones, given as `round_rows` returns them, are stored in 8 bits unless gradients reach them.
+        """
+        names = self._exact[:2]
+        held = [_dequantised(getattr(self, name), getattr(self, f"{name}_scales"), keys.dtype) for name in names]
+        every = [
+            new if old is None else torch.cat([old, new], dim=2) for old, new in zip(held, (keys, values), strict=True)
+        ]
+        as_integers = quantised and not any(x.requires_grad for x in every)
+        for name, new, whole in zip(names, (keys, values), every, strict=True):
+            stored, scales = whole, None
+            if as_integers:
+                stored, scales = getattr(self, name), getattr(self, f"{name}_scales")
+                if scales is None:
+                    stored, scales = quantise_rows(whole)
+                else:
+                    pairs = zip((stored, scales), quantise_rows(new), strict=True)
+                    stored, scales = (torch.cat(pair, dim=2) for pair in pairs)
+            setattr(self, name, stored)
+            setattr(self, f"{name}_scales", scales)
+        return every[0], every[1]
 
     def count(self, tokens: int) -> None:
         """Count `tokens` more columns, once all heads have read them."""
         self.columns += tokens
         self.is_initialized = True
+
+
+def _dequantised(held: Tensor | None, scales: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return held if held is None or scales is None else dequantise_rows(held, scales, dtype)
 
 
 def _in_order(parts: list[tuple[list[int], Tensor]], dim: int) -> Tensor:
@@ -230,6 +256,8 @@ class BoundedAttentionSettings(MixerSettings):
             it all. Or for each block a list with a number for each of its key-value heads, as for `slots`.
         exact: for each block a list of the key-value heads that see and keep all tokens, in ascending order; or an
             empty list: none. Window, sinks, slots and decay have no effect on them.
+        kv_dtype: how the cache holds keys and values, and how precisely all queries see them: "auto" in the model's
+            dtype; "int8" as 8-bit integers with a scale for each key and value of a head (`kernels/int8_rows.py`).
     """
 
     window: int = 32
@@ -238,6 +266,7 @@ class BoundedAttentionSettings(MixerSettings):
     chunk_size: int = 16
     score_decay: float | list[list[float]] = 1.0
     exact: list[list[int]] = field(default_factory=list)
+    kv_dtype: Literal["auto", "int8"] = "auto"
 
     def slots_of(self, layer_idx: int, heads: int) -> list[int]:
         """Return the number of slots of each key-value head of a block."""
@@ -292,7 +321,7 @@ def _bounded_attention_keys(teacher: Any, spec: Any) -> dict[str, Any]:
         raise ValueError(
             f"student.rows must be at least window + sinks ({spec.window} + {spec.sinks}), got {spec.rows}"
         )
-    settings = {name: getattr(spec, name) for name in ("window", "sinks", "chunk_size")} | {"slots": slots}
+    settings = {name: getattr(spec, name) for name in ("window", "sinks", "chunk_size", "kv_dtype")} | {"slots": slots}
     if spec.exact_heads:
         blocks = range(teacher.num_hidden_layers)
         settings["exact"] = [sorted(head for layer, head in spec.exact_heads if layer == block) for block in blocks]
@@ -306,7 +335,7 @@ BOUNDED_ATTENTION = TokenMixer(
     cache_layer="zoo_bounded",
     student=FromAttention(
         _bounded_attention_keys,
-        ("window", "sinks", "rows", "slots", "chunk_size", "exact_heads", "calibration"),
+        ("window", "sinks", "rows", "slots", "chunk_size", "exact_heads", "kv_dtype", "calibration"),
         is_attention=True,
     ),
 )

@@ -1,17 +1,21 @@
-"""Compare untrained students with a bounded memory, part by part, at equal numbers of keys and values.
+"""Compare students with a bounded memory, part by part, at equal numbers of keys and values, without training.
 
-All attention layers keep 96 rows of keys and values per key-value head, on average over the heads:
+All attention layers keep 340 rows of keys and values of 8 bits per key-value head, on average over the heads: with
+scores and positions no more bytes than 96 keys and values of float32 (`--rows 96 --kv-dtype auto`).
 
     window    the last tokens and the first four: the control that costs nothing
     equal     a window of 32, the first four tokens, and 60 slots for every head
     divided   the slots divided among the heads, by errors on ordinary text
     decays    and a decay of the scores for every head
     recall    and errors on repeated passages: the recipe; "recall-0.1" and "recall-1" give these another weight
+    exact     the recipe with the heads of `--exact`, which keep all tokens
 
 Scored on WikiText-2's held-out text and on texts that nothing was chosen on: loss gap, KL and agreement in windows of
 several lengths, and the loss on a passage that was read 416 and 1,500 tokens before.
 
     python benchmarks/claims/bounded_memory.py TEACHER --text speeches=FILE --threads 2
+
+`--student NAME=FOLDER` scores a trained student, as an arm of that name.
 
 The file is rewritten after each arm. `--resume FILE` continues it.
 """
@@ -30,7 +34,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances
 import torch
 from circumstances import RESULTS, positive
 from result_file import open_results
+from transformers import AutoModelForCausalLM
 
+import ssm_zoo.modeling  # noqa: F401  (registers the models)
 from ssm_zoo.distill.data import TokenWindows, read_texts, tokenize
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.slots import LENGTH, WINDOWS, divide_slots
@@ -38,7 +44,7 @@ from ssm_zoo.distill.student import build_control, build_student, set_slots
 from ssm_zoo.distill.teacher import Teacher, load_teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model, repeat_loss
 
-ROWS, TOKENS = 96, 6144
+TOKENS = 6144
 CHARACTERS = 2_000_000  # of a text, at most
 DIVISIONS: dict[str, dict[str, Any]] = {
     "divided": {"recall": 0.0, "decays": [1.0]},
@@ -47,6 +53,7 @@ DIVISIONS: dict[str, dict[str, Any]] = {
     "recall-0.1": {"recall": 0.1},
     "recall-1": {"recall": 1.0},
 }
+EXACT = "exact"
 
 
 @dataclass
@@ -56,19 +63,28 @@ class Run:
     arm: str
     text: str
     seed: int
+    rows: int
+    kv_dtype: str
 
 
-def build(teacher: Teacher, arm: str, train: TokenWindows, seed: int) -> tuple[Any, float]:
+def build(teacher: Teacher, run: Run, train: TokenWindows, options: argparse.Namespace) -> tuple[Any, float]:
     """Return the student of an arm, and the seconds of its calibration."""
     layers = list(range(teacher.num_layers))
-    student = build_student(teacher, StudentSpec(mixer="bounded_attention", rows=ROWS), layers)
+    spec = StudentSpec(
+        mixer="bounded_attention",
+        rows=options.rows,
+        kv_dtype=options.kv_dtype,
+        exact_heads=options.exact if run.arm == EXACT else [],
+    )
+    student = build_student(teacher, spec, layers)
     started = time.monotonic()
-    if arm == "window":
-        return build_control(teacher, student, layers, ROWS), 0.0
-    if arm in DIVISIONS:
+    if run.arm == "window":
+        return build_control(teacher, student, layers, options.rows), 0.0
+    if run.arm in (*DIVISIONS, EXACT):
         settings = student.config.settings_of("bounded_attention")
-        windows = train.batch(0, WINDOWS, LENGTH, seed)
-        set_slots(student, *divide_slots(teacher, layers, settings, ROWS, windows, **DIVISIONS[arm]))
+        windows = train.batch(0, WINDOWS, LENGTH, run.seed)
+        division = DIVISIONS.get(run.arm, {})
+        set_slots(student, *divide_slots(teacher, layers, settings, options.rows, windows, **division))
     return student, time.monotonic() - started
 
 
@@ -85,10 +101,20 @@ def scores(student: Any, teacher: Teacher, text: TokenWindows, lengths: list[int
     return found
 
 
+def pair(text: str) -> tuple[int, int]:
+    """Read "LAYER,HEAD"."""
+    layer, head = text.split(",")
+    return int(layer), int(head)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("teacher", help="a folder or Hub id")
-    parser.add_argument("--arms", nargs="+", default=["window", "equal", *DIVISIONS])
+    parser.add_argument("--arms", nargs="*", default=["window", "equal", *DIVISIONS])
+    parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER", help="a trained student")
+    parser.add_argument("--rows", type=positive, default=340)
+    parser.add_argument("--kv-dtype", choices=["auto", "int8"], default="int8")
+    parser.add_argument("--exact", type=pair, nargs="+", default=[], metavar="LAYER,HEAD", help="exact heads")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text to score on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--lengths", type=positive, nargs="+", default=[256, 1024, 2048])
@@ -106,12 +132,17 @@ def main(arguments: list[str]) -> None:
     train = read("builtin:wikitext2", "train")
     texts = {"wikitext2": read("builtin:wikitext2", "heldout")}
     texts |= {name: read(path, "heldout") for name, path in (text.split("=", 1) for text in options.text)}
+    memory = options.rows, options.kv_dtype
+    trained = dict(each.split("=", 1) for each in options.student)
     for seed in options.seeds:
-        for arm in options.arms:
-            todo = [run for name in texts if not results.find(vars(run := Run(arm, name, seed)))]
-            if not todo or (arm not in DIVISIONS and seed != options.seeds[0]):  # these have no seed
+        for arm in [*options.arms, *trained]:
+            todo = [run for name in texts if not results.find(vars(run := Run(arm, name, seed, *memory)))]
+            if not todo or (arm not in (*DIVISIONS, EXACT) and seed != options.seeds[0]):  # these have no seed
                 continue
-            student, seconds = build(teacher, arm, train, seed)
+            if arm in trained:
+                student, seconds = AutoModelForCausalLM.from_pretrained(trained[arm], dtype=torch.float32).eval(), 0.0
+            else:
+                student, seconds = build(teacher, todo[0], train, options)
             for run in todo:
                 found = scores(student, teacher, texts[run.text], options.lengths)
                 print(results.add({**vars(run), **found, "calibration_seconds": round(seconds, 1)}), flush=True)

@@ -152,11 +152,23 @@ def test_the_control_has_as_many_bytes_as_the_student() -> None:
     student = build_student(teacher, StudentSpec(mixer="discrete_mamba2", layers=[1]), [1])
     control = build_control(teacher, student, [1], 64)
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
-    row = 2 * 4 * heads * int(teacher.zoo_config.head_dim or 0)
+    row = heads * (2 * 4 * int(teacher.zoo_config.head_dim or 0) + 4)  # a key, a value and a score
     settings = control.config.settings_of("bounded_attention")
     assert settings.slots == 0 and settings.window + settings.sinks == cache_bytes(student, [1], 64) // row
-    scores_of_rows = 4 * heads * (settings.window + settings.sinks)
-    assert cache_bytes(control, [1], 64) - scores_of_rows == row * (settings.window + settings.sinks)
+    assert cache_bytes(control, [1], 64) == row * (settings.window + settings.sinks)
+
+
+def test_the_control_of_a_student_with_rows_of_8_bits_has_such_rows_too() -> None:
+    teacher = Teacher(trained_teacher())
+    student = build_student(
+        teacher, StudentSpec(mixer="bounded_attention", rows=96, slots="equal", kv_dtype="int8"), [0, 1]
+    )
+    heads, width = int(teacher.zoo_config.num_key_value_heads or 0), int(teacher.zoo_config.head_dim or 0)
+    assert cache_bytes(student, [0, 1], 200) == 2 * 96 * heads * (2 * (width + 2) + 4)
+    control = build_control(teacher, student, [0, 1], 200)
+    settings = control.config.settings_of("bounded_attention")
+    assert settings.kv_dtype == "int8" and settings.window + settings.sinks == 96
+    assert cache_bytes(control, [0, 1], 200) == cache_bytes(student, [0, 1], 200)
 
 
 def test_the_control_has_as_many_bytes_as_a_student_with_exact_heads_at_its_length() -> None:
@@ -172,4 +184,4 @@ def test_the_control_has_as_many_bytes_as_a_student_with_exact_heads_at_its_leng
         assert cache_bytes(student, [0, 1], length) == bounded + length * row
         settings = build_control(teacher, student, [0, 1], length).config.settings_of("bounded_attention")
         assert settings.exact == [] and settings.slots == 0
-        assert settings.window + settings.sinks == (bounded + length * row) // (2 * heads * row)
+        assert settings.window + settings.sinks == (bounded + length * row) // (2 * heads * (row + 4))

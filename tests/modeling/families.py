@@ -157,6 +157,18 @@ FAMILIES: dict[str, Family] = {
             "exact": [[1], [0, 1]],
         },
     ),
+    "int8-memory": _hybrid(
+        "bounded_attention",
+        "bounded_attention",
+        bounded_attention={
+            "window": 5,
+            "sinks": 1,
+            "slots": [[3, 2], [4, 0]],
+            "chunk_size": 3,
+            "exact": [[], [1]],
+            "kv_dtype": "int8",
+        },
+    ),
     "jamba": _hybrid(
         "mamba",
         "full_attention",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from families import FAMILIES, draw_ids, make_model
 from torch import Tensor, nn
 
+from ssm_zoo.kernels.int8_rows import round_rows
 from ssm_zoo.modeling.attention import Attention
 from ssm_zoo.modeling.bounded_memory import BoundedAttention
 from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer
@@ -88,6 +89,8 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
             parts = [mixer.q_proj(hidden_states), mixer.k_proj(hidden_states), values]
             values = mixer.conv1d(torch.cat(parts, dim=-1), seq_idx=seq_idx)[0][..., -values.shape[-1] :]
         values = values.unflatten(-1, (mixer.num_kv_heads, mixer.head_dim))
+        if isinstance(mixer, BoundedAttention) and mixer.settings.kv_dtype == "int8":
+            values = round_rows(values)
         output = mixer.o_proj(mixed(values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=2)))
         if not isinstance(mixer, SelectiveAttention):
             return output
