@@ -1,0 +1,25 @@
+"""The plan of a distillation was within a fifth of the measured peak memory, at three sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import run_plan
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_the_recorded_plans_are_within_a_fifth_of_the_measured_peak() -> None:
+    path = max(RESULTS.glob("run_plan-*.jsonl"))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert {row["size"] for row in rows} == set(run_plan.SIZES)
+    for row in rows:
+        assert row["planned_bytes"] == row["plan"]["peak"]
+        assert row["planned_bytes"] == pytest.approx(row["measured_bytes"], rel=0.2), (row["size"], row["mixer"])
+
+
+def test_every_case_is_a_valid_recipe() -> None:
+    for size in run_plan.SIZES:
+        for mixer in run_plan.MIXERS:
+            recipe = run_plan.recipe_of(run_plan.Case(size, mixer), Path("teacher"))
+            assert [stage.steps for stage in recipe.stages] == [run_plan.STEPS] * len(recipe.stages)
