@@ -96,7 +96,7 @@ def test_the_memory_of_a_large_batch_follows_from_that_of_a_small_one(
     train = "all" if objective == "logit_distillation" else "mixers"
     # One chunk of logits holds one sequence and a half.
     monkeypatch.setattr(planning, "LOGITS_BYTES", 4 * 320 * 48)
-    monkeypatch.setattr("ssm_zoo.distill.objectives._LOGITS_BYTES", 4 * 320 * 48)
+    monkeypatch.setattr("ssm_zoo.distill.logit_losses._LOGITS_BYTES", 4 * 320 * 48)
     found, _ = plan_of(objective=objective, train=train, batch_size=12)
     monkeypatch.setattr(
         planning, "_extrapolated", lambda step, batch, _, device: (peak_of(lambda: step(batch), device), 0)
