@@ -111,7 +111,7 @@ def demo(
             console.rule("teacher")
             teacher = str(demo_teacher(folder))
         console.rule("distil")
-        _command("distill", "demo", str(output), "--set", f"teacher={teacher}")
+        _command("distill", "demo", str(output), "--set", f"teacher={teacher}", "--no-plan")
         report = read_report(output)
 
         console.rule("push")

@@ -34,13 +34,18 @@ def distill(
         int | None, typer.Option(metavar="K", help="With --precompute-logits: tokens stored of each prediction; 64.")
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print the plan of memory and time, and stop before anything is written.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--plan/--no-plan",
+            help="Print the plan of memory and time and stop before anything is written, or make no plan; by default "
+            "print it and start.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Distil a Transformer as a recipe says. Evaluates the student before and after every stage.
 
-    Prints a plan of memory and time before it starts.
+    Measures and prints a plan of memory and time before it starts.
 
     Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
     """
@@ -78,7 +83,8 @@ def distill(
         return not plan
 
     command = distill_command(recipe, output, overrides or [], trust_remote_code=trust_remote_code)
-    report = run(checked, output, command=command, trust_remote_code=trust_remote_code, on_plan=on_plan)
+    planned = None if plan is False else on_plan
+    report = run(checked, output, command=command, trust_remote_code=trust_remote_code, on_plan=planned)
     if report and state.is_main_process:
         print_table(report, Console())
         typer.echo(f"report: {output / 'report.md'}   student: {output / 'student'}")
