@@ -121,8 +121,9 @@ def bounded_attention(
     else:
         o, packed = _Bounded.apply(q, k, v, state, seq_idx, *options)  # pyright: ignore[reportGeneralTypeIssues]
     keys, values, scores, positions = packed.split([q.shape[-1], q.shape[-1], 1, 1], dim=-1)
-    memory = BoundedMemory(keys.to(k.dtype), values.to(v.dtype), scores[..., 0].detach(), positions[..., 0].long())
-    return o, memory
+    # Copies, not views: a view would keep all of `packed` in memory.
+    keys, values = keys.to(k.dtype).contiguous(), values.to(v.dtype).contiguous()
+    return o, BoundedMemory(keys, values, scores[..., 0].detach().clone(), positions[..., 0].long())
 
 
 def bounded_attention_step(

@@ -85,7 +85,10 @@ class BoundedAttention(GroupedAttention):
         memory = cache.memory() if cache is not None else None
         step = is_single_step(q, sequence, cache) and not (output_attentions or tracing())
         if memory is not None and step:
+            if memory.keys_scales is None:
+                k, v = self._rounded(k, v)
             return bounded_attention_step(q[:, 0], k[:, 0], v[:, 0], memory, **options)[:, None], None
+        k, v = self._rounded(k, v)
         options |= {"seq_idx": sequence.seq_idx, "initial_state": memory}
         y, memory = bounded_attention(q, k, v, **options)
         matrix = None
@@ -100,7 +103,8 @@ class BoundedAttention(GroupedAttention):
         self, heads: list[int], qkv: tuple[Tensor, ...], sequence: Sequence, cache: Any, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return (B, L, H', P) of the query heads of exact heads, and their matrix if asked for."""
-        q, k, v = (x.transpose(1, 2) for x in qkv)
+        q, k, v = qkv
+        q, k, v = (x.transpose(1, 2) for x in (q, *self._rounded(k, v)))
         if cache is not None:
             k, v = cache.append(k, v, quantised=self.settings.kv_dtype == "int8")
         k, v = k.to(q.dtype), v.to(q.dtype)  # rounded ones are float32
@@ -118,6 +122,7 @@ class BoundedAttention(GroupedAttention):
             matrices.append((exact, matrix))
         if bounded:
             q, k, v = self._of(bounded, qkv)
+            k, v = self._rounded(k, v)
             matrix = bounded_attention_matrix(q, k, v, **self._options(bounded), seq_idx=sequence.seq_idx)
             matrices.append((bounded, _over_columns(matrix, sequence)))
         return _in_order(matrices, dim=1)
@@ -128,9 +133,11 @@ class BoundedAttention(GroupedAttention):
         q = self.to_heads(self.q_proj(hidden_states), self.q_norm, sequence)
         k = self.to_heads(self.k_proj(hidden_states), self.k_norm, sequence)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if self.settings.kv_dtype == "int8":  # also of tokens that no cache holds yet
-            k, v = round_rows(k), round_rows(v)
         return q, k, v
+
+    def _rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as queries see them, also those that no cache holds yet."""
+        return (round_rows(k), round_rows(v)) if self.settings.kv_dtype == "int8" else (k, v)
 
     def _heads(self) -> tuple[list[int], list[int]]:
         """Return the numbers of the exact and of the other key-value heads."""

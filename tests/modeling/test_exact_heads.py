@@ -33,8 +33,7 @@ def test_each_head_attends_as_in_a_layer_of_its_kind() -> None:
 def test_the_cache_grows_by_the_keys_and_values_of_the_exact_heads() -> None:
     model = make_model("exact-heads")
     cache, width = DynamicCache(config=model.config), 6
-    # Of the only head that is not exact: rows of keys, values, score and position, and the positions as whole numbers.
-    memory = (3 + 1 + 5) * ((2 * width + 2) * 4 + 8)
+    memory = (3 + 1 + 5) * ((2 * width + 1) * 4 + 8)  # key, value, score and position, of the head that is not exact
     for start, end in ((0, 20), (20, 21), (21, 50)):
         model(draw_ids(1, end)[:, start:end], cache=cache, use_cache=True)
         assert held_bytes(cache) == memory + 3 * end * 2 * width * 4
@@ -70,3 +69,23 @@ def test_a_block_with_another_mixer_has_no_exact_heads() -> None:
     settings = {**EXACT, "slots": 2}
     with pytest.raises(StrictDataclassError, match=r"bounded_attention: exact\[1\] must be empty, got \[0, 1\]"):
         make_config("exact-heads", mixer_types=["bounded_attention", "mamba2"], bounded_attention=settings)
+
+
+@torch.no_grad()
+def test_a_cache_in_half_precision_holds_nothing_else() -> None:
+    model = make_model("exact-heads").to(torch.bfloat16)
+    cache, width = DynamicCache(config=model.config), 6
+    model(draw_ids(1, 20), cache=cache, use_cache=True)
+    assert held_bytes(cache) == (3 + 1 + 5) * (2 * width * 2 + 4 + 8) + 3 * 20 * 2 * width * 2
+
+
+@torch.no_grad()
+def test_a_cache_of_8_bits_holds_nothing_else() -> None:
+    model = make_model("int8-memory")
+    cache, width = DynamicCache(config=model.config), 6
+    vector = width + 2  # with its scale
+    rows = (5 + 1) * 3 + 3 + 2 + 4  # windows, sinks and slots of the heads that are not exact
+    memory = rows * (2 * vector + 4 + 8)  # with scores and positions
+    for start, end in ((0, 20), (20, 21), (21, 50)):
+        model(draw_ids(1, end)[:, start:end], cache=cache, use_cache=True)
+        assert held_bytes(cache) == memory + end * 2 * vector
