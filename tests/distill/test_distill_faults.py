@@ -134,7 +134,7 @@ def test_a_run_that_does_not_say_what_it_began_with_is_refused() -> None:
 
 # What versions before bounded attention did not record.
 NEWER = {
-    "student": ("window", "sinks", "rows", "slots", "chunk_size", "exact_heads"),
+    "student": ("window", "sinks", "rows", "slots", "chunk_size", "exact_heads", "kv_dtype"),
     "evaluation": ("repeat_distance",),
 }
 

@@ -201,6 +201,7 @@ def test_every_preset_is_whole_but_for_teacher_and_texts(name: str) -> None:
         pytest.param(["student.layers=[3, 1]", "student.half_life=[0.5, 1e3]", "student.rotary=yes"], id="student"),
         pytest.param(["student.mixer=sliding_attention"], id="other-mixer"),
         pytest.param(["student.mixer=bounded_attention", "student.exact_heads=[[5, 1], [1, 0]]"], id="exact-heads"),
+        pytest.param(["student.mixer=bounded_attention", "student.kv_dtype=int8"], id="rows-of-8-bits"),
         pytest.param(["stages.0.schedule=constant", "stages.0.learning_rate=1e-7"], id="constant"),
         pytest.param(["evaluation.prompts=['a\\nb', '']", "dtype=bfloat16"], id="prompts"),
         pytest.param(["evaluation.final=false"], id="no-comparison"),

@@ -157,6 +157,11 @@ REFUSED = [
         ["`student.exact_heads` has no effect with mixer 'discrete_mamba2', only with mixer 'bounded_attention'"],
         id="exact-heads-of-a-state-space-layer",
     ),
+    pytest.param(
+        ["student.kv_dtype=int8"],
+        ["`student.kv_dtype` has no effect with mixer 'discrete_mamba2', only with mixer 'bounded_attention'"],
+        id="kv-dtype-of-another-mixer",
+    ),
     pytest.param(["student.exact_heads=[3]"], ["`student.exact_heads` must be", ", got [3]"], id="exact-layer"),
     pytest.param(["student.exact_heads=[[1, -1]]"], ["`student.exact_heads` must be"], id="exact-negative"),
     pytest.param(["student.layers=[1, 1]"], ["`student.layers` must be", ", got [1, 1]"], id="layers-twice"),

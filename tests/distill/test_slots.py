@@ -106,7 +106,7 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
     for name, sentences in (("train", 300), ("heldout", 40)):
         (tmp_path / f"{name}.txt").write_text(small_text(sentences, seed=sentences), encoding="utf-8")
     student_of = {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}
-    student_of["exact_heads"] = [[3, 0]]
+    student_of |= {"exact_heads": [[3, 0]], "kv_dtype": "int8"}
     stage = {"name": "logits", "objective": "logit_distillation", "tokens": 256, "batch_size": 2}
     recipe = parse_recipe(
         {
@@ -126,6 +126,7 @@ def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> N
     config, student = (folder / "student" / name for name in ("config.json", "model.safetensors"))
     memory, trained = json.loads(config.read_text())["bounded_attention"], student.read_bytes()
     slots = memory["slots"]
+    assert memory["kv_dtype"] == "int8"
     assert [len(numbers) for numbers in memory["score_decay"]] == [len(numbers) for numbers in slots]
     heads = int(trained_teacher().config.num_key_value_heads)
     assert [len(numbers) for numbers in slots] == [0, heads, 0, heads]
