@@ -20,6 +20,8 @@ TINY = [
     "stages.0.sequence_length=64",
     "stages.0.tokens=2048",
     "evaluation.tokens=1024",
+    "evaluation.sequence_length=64",
+    "evaluation.repeat_distance=64",
     "evaluation.final=false",
 ]
 

@@ -48,7 +48,8 @@ INSTEAD = {
 # Beginnings of lines, and what is added for a run of seconds.
 SHORTER = {
     "ssm-zoo distill zoo": "--set stages.0.tokens=128 --set stages.0.sequence_length=32 --set data.sequence_length=32 "
-    "--set evaluation.tokens=256 --set evaluation.final=false",
+    "--set evaluation.tokens=256 --set evaluation.sequence_length=32 --set evaluation.repeat_distance=64 "
+    "--set evaluation.final=false",
     "ssm-zoo finetune lm": "--steps 2 --row-tokens 64",
     "ssm-zoo train": "--set hidden_size=32 --set head_dim=16 --set state_size=16 --train-tokenizer 300 --steps 2 "
     "--row-tokens 64",

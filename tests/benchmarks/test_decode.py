@@ -26,7 +26,7 @@ BOUNDED = [
     for name in FAMILIES
     if not {"full_attention", "zoo_convolved_attention"} & {*(config := make_config(name)).layer_types}
     and config.model_type != "masked_mixer"
-    and name != "exact-heads"
+    and name not in ("exact-heads", "int8-memory")
 ]
 # Of a Mamba-2 block: 3 inputs of the convolution for 64 + 2 x 4 channels, a state of 64 x 4, in four bytes.
 MAMBA2_BYTES = 4 * (3 * 72 + 64 * 4)

@@ -246,8 +246,8 @@ def test_verified_export_of_a_model_without_a_head(tmp_path: Path) -> None:
         ),
         pytest.param(
             "zoo_model.py",
-            "logits = self.lm_head(",
-            "logits = 1.0000001 * self.lm_head(",
+            "logits = self.scale_logits(",
+            "logits = 1.0000001 * self.scale_logits(",
             r"gives other logits: \(1, 16, 61\) of torch.float32, here .* apart",
             id="computes-something-else",
         ),

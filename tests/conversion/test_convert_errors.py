@@ -131,8 +131,8 @@ MALFORMED = {
     "fla's mamba2": (with_values(norm_eps=1e-3), "`norm_eps` must be 1e-05, got 0.001"),
     "fla's norm": (with_values(norm_before_gate=True), "`norm_before_gate` must be False, got True"),
     "another model": (
-        with_values(model_type="gpt2"),
-        "`model_type` must be one of mamba, falcon_mamba, mam.*, got 'gpt2'",
+        with_values(model_type="bloom"),
+        "`model_type` must be one of mamba, falcon_mamba, mam.*, got 'bloom'",
     ),
     "no model": (with_values(model_type="-"), "`model_type` must be .* missing beside .* of state-spaces, got None"),
     "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json .*must be an object, got a list"),

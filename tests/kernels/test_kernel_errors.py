@@ -69,6 +69,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients(key: str, monkeyp
     results = op.op(**values)
     results = results if isinstance(results, tuple) else (results,)
     results = [part for result in results for part in (result if isinstance(result, tuple) else (result,))]
+    results = [part for part in results if part is not None]  # a bounded memory without scales
     assert [result.shape[0] for result in results] == [0] * len(results)
     recorded = [result.sum() for result in results if result.requires_grad]
     if recorded:
