@@ -13,20 +13,12 @@ from torch import Tensor, nn
 
 from .streaming import attach_gradients
 
-# Bound on one model's float32 logits in memory at one time in `chunked_logit_loss`.
+# Bound on one model's float32 logits in memory at one time.
 _LOGITS_BYTES = 64 * 2**20
 
 
 def logit_loss(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    *,
-    kl: str = "forward",
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    reverse_weight: float = 0.5,
-    jsd_beta: float = 0.5,
+    student: Tensor, teacher: Tensor, targets: Tensor, *, temperature: float = 1.0, **options: Any
 ) -> Tensor:
     """Return the sum over tokens of the divergence of two models' predictions, mixed with the cross-entropy.
 
@@ -37,17 +29,16 @@ def logit_loss(
         student: (tokens, V) logits.
         teacher: (tokens, V) logits.
         targets: (tokens) next tokens, -100 where there is none.
-        kl: "forward", KL(teacher || student); "reverse", KL(student || teacher); "mixed", a weighted mean of both; or
-            "jsd", the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, section 2).
         temperature: divides both models' logits, positive.
-        ce_weight: weight of the cross-entropy in [0, 1]; that of the divergence is the rest.
-        reverse_weight: weight of the reverse KL in "mixed"; that of the forward KL is the rest.
-        jsd_beta: weight of the teacher in the mixture M of "jsd", b KL(teacher || M) + (1 - b) KL(student || M).
+        **options: "kl": "forward" (the default), KL(teacher || student); "reverse", KL(student || teacher); "mixed", a
+            weighted mean of both; or "jsd", the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, section
+            2). "ce_weight" (0): weight of the cross-entropy in [0, 1]; that of the divergence is the rest.
+            "reverse_weight" (0.5): weight of the reverse KL in "mixed"; that of the forward KL is the rest. "jsd_beta"
+            (0.5): weight of the teacher in the mixture M of "jsd", b KL(teacher || M) + (1 - b) KL(student || M).
     """
     log_student = F.log_softmax(student.float() / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    loss = _divergence(log_student, log_teacher, kl, reverse_weight, jsd_beta) * temperature**2
-    return _with_cross_entropy(loss, student, targets, ce_weight)
+    return _loss(log_student, log_teacher, student, targets, temperature, **options)
 
 
 def stored_logit_loss(
@@ -56,11 +47,8 @@ def stored_logit_loss(
     top_log_probs: Tensor,
     targets: Tensor,
     *,
-    kl: str = "forward",
     temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    reverse_weight: float = 0.5,
-    jsd_beta: float = 0.5,
+    **options: Any,
 ) -> Tensor:
     """Compute :func:`logit_loss` with the teacher's k most likely tokens; all others count as one token.
 
@@ -69,21 +57,42 @@ def stored_logit_loss(
         top_ids: (tokens, k) tokens.
         top_log_probs: (tokens, k + 1) the teacher's log-probabilities of these and of all others, at the temperature.
         targets: as for :func:`logit_loss`.
-        kl: as for :func:`logit_loss`.
         temperature: as for :func:`logit_loss`.
-        ce_weight: as for :func:`logit_loss`.
-        reverse_weight: as for :func:`logit_loss`.
-        jsd_beta: as for :func:`logit_loss`.
+        **options: as for :func:`logit_loss`.
     """
     log_all = F.log_softmax(student.float() / temperature, dim=-1)
     log_student = torch.cat([log_all.gather(-1, top_ids), log_rest(log_all, top_ids)], dim=-1)
-    loss = _divergence(log_student, top_log_probs, kl, reverse_weight, jsd_beta) * temperature**2
-    return _with_cross_entropy(loss, student, targets, ce_weight)
+    return _loss(log_student, top_log_probs, student, targets, temperature, **options)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Return the number of tokens whose logits over a vocabulary may be in memory at one time."""
+    return max(_LOGITS_BYTES // (torch.float32.itemsize * vocabulary), 1)
 
 
 def log_rest(log_probs: Tensor, ids: Tensor) -> Tensor:
     """Return the (tokens, 1) log-probability of all tokens but the (tokens, k) given ones."""
     return log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+
+
+def _loss(
+    log_student: Tensor,
+    log_teacher: Tensor,
+    student: Tensor,
+    targets: Tensor,
+    temperature: float,
+    *,
+    kl: str = "forward",
+    ce_weight: float = 0.0,
+    reverse_weight: float = 0.5,
+    jsd_beta: float = 0.5,
+) -> Tensor:
+    """Return the loss of log-probabilities at the temperature, and of the student's logits, see :func:`logit_loss`."""
+    loss = _divergence(log_student, log_teacher, kl, reverse_weight, jsd_beta) * temperature**2
+    if not ce_weight:
+        return loss
+    cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
+    return (1 - ce_weight) * loss + ce_weight * cross_entropy
 
 
 def _divergence(log_student: Tensor, log_teacher: Tensor, kl: str, reverse_weight: float, jsd_beta: float) -> Tensor:
@@ -95,13 +104,6 @@ def _divergence(log_student: Tensor, log_teacher: Tensor, kl: str, reverse_weigh
         log_mixture = torch.logaddexp(log_teacher + math.log(jsd_beta), log_student + math.log1p(-jsd_beta))
         return jsd_beta * _kl(log_teacher, log_mixture) + (1 - jsd_beta) * _kl(log_student, log_mixture)
     return _kl(log_teacher, log_student) if kl == "forward" else _kl(log_student, log_teacher)
-
-
-def _with_cross_entropy(loss: Tensor, student: Tensor, targets: Tensor, weight: float) -> Tensor:
-    if not weight:
-        return loss
-    cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
-    return (1 - weight) * loss + weight * cross_entropy
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def chunked_loss(
     if learnt is not None:
         chosen = F.pad(learnt[:, 1:], (0, 1), value=False).flatten().nonzero()[:, 0]
         hidden, *given = (part[chosen] for part in (hidden, *given))
-    chunk = max(_LOGITS_BYTES // (4 * next(student_head.parameters()).shape[0]), 1)
+    chunk = tokens_at_once(next(student_head.parameters()).shape[0])
     total = torch.zeros((), device=input_ids.device)
     of_hidden = torch.empty_like(hidden)
     of_head: list[Tensor] = []

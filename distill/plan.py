@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
-from ..evaluation.language_modeling import LOGITS_BYTES, evaluate_language_model
+from ..evaluation.language_modeling import evaluate_language_model
 from ..harness.machine import resident_memory
 from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
 from ..training.sharding import sharded_by
 from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
+from .logit_losses import tokens_at_once
 from .recipe import Recipe
 from .stored_logits import StoredLogits
 from .teacher import Teacher
@@ -190,7 +191,7 @@ class _Planner:
         stage = self.recipe.stages[index]
         batch, length = stage.batch_size // self.processes, stage.sequence_length
         vocabulary = self.teacher.model.config.get_text_config().vocab_size
-        logits = min(max(LOGITS_BYTES // (_FLOAT * vocabulary), 1), batch * length)  # tokens of a chunk
+        logits = min(tokens_at_once(vocabulary), batch * length)  # tokens of a chunk
         model = StudentInStage(self.student, stage, self.teacher, self.layers, self.windows.learnt_share)
         rows = StageWindows(self.windows, self.recipe.stages, index, self.recipe.seed, self.stored)
 

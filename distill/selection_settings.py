@@ -14,7 +14,7 @@ from ..training.settings import Count, NonNegative, Sources, Text, names
 
 
 class SelectionSettings(SettingsBase):
-    """How layers to convert, and heads to keep exact, are chosen."""
+    """The settings of a selection of layers to convert and heads to keep exact."""
 
     teacher: Annotated[Text, Option(argument=True, metavar="TEACHER")]
     """Folder, Hub id or GGUF file of the teacher."""

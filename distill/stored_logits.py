@@ -27,14 +27,13 @@ from tqdm.auto import tqdm
 from ..harness.json_files import read_json_object
 from ..harness.run_folder import claim_output_folder
 from ..harness.whole_files import write_whole
-from .logit_losses import log_rest
+from .logit_losses import log_rest, tokens_at_once
 from .recipe import Recipe
 from .stages import StageSpec
 
 KIND = "ssm-zoo stored logits"
 _SETTINGS = "run.json"
 _WINDOWS = 16  # in a file
-_LOGITS_BYTES = 64 * 2**20
 
 
 def identity(recipe: Recipe, teacher: Mapping[str, str], data: str) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def likeliest(hidden: Tensor, head: nn.Module, temperature: float, k: int) -> tu
     Returns:
         (B, L, k) int32 ids and (B, L, k + 1) float32 log-probabilities, the last of them that of all other tokens.
     """
-    chunk = max(_LOGITS_BYTES // (4 * next(head.parameters()).shape[0]), 1)
+    chunk = tokens_at_once(next(head.parameters()).shape[0])
     ids, log_probs = [], []
     for rows in hidden.flatten(0, 1).split(chunk):
         log_all = torch.log_softmax(head(rows).float() / temperature, dim=-1)

@@ -95,14 +95,8 @@ def _over_tokens(
         axes.plot(tokens, [_height(value(row)) for row in rows], color=color, linestyle=style, marker="o", markersize=4)
         for row in _of(report, run, "control"):
             axes.plot([0], [_height(value(row))], color=color, marker="D", markersize=6, markerfacecolor="none")
-    teacher = next((value(row) for row in report.rows if row.kind == "teacher"), None)
-    if teacher is not None:
-        axes.axhline(teacher, color=GREY, linestyle=":")
-    if not unit:
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}M" if tokens >= 1e6 else f"{tokens / 1e3:g}k")
-    label_axes(axes, title, "training tokens")
-    axes.set_ylabel(unit, fontsize=LABEL)
+    _finish(axes, report, title, "training tokens", unit, value)
 
 
 def _by_position(axes: Axes, report: RunsReport, looks: dict[str, tuple[str, str]]) -> None:
@@ -147,9 +141,6 @@ def _bars(
             axes.text(place, heights[-1], text, ha="center", va="bottom", fontsize=TICK - 1)
         for row in _of(report, run, "control"):
             axes.plot([place], [_height(value(row))], color="black", marker="D", markersize=6, linestyle="")
-    teacher = next((found for row in report.rows if row.kind == "teacher" and (found := value(row)) is not None), None)
-    if teacher is not None:
-        axes.axhline(teacher, color=GREY, linestyle=":")
     axes.set_xticks(range(len(looks)), labels=[str(index + 1) for index in range(len(looks))])
     axes.set_xlim(-0.6, len(looks) - 0.4)
     axes.margins(y=0.15)
@@ -157,7 +148,17 @@ def _bars(
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0.0)
+    _finish(axes, report, title, "run", unit, value)
+
+
+def _finish(
+    axes: Axes, report: RunsReport, title: str, across: str, unit: str, value: Callable[[Row], float | None]
+) -> None:
+    """Draw the teacher's value, and label the axes; no unit means a share, shown in percent."""
+    teacher = next((found for row in report.rows if row.kind == "teacher" and (found := value(row)) is not None), None)
+    if teacher is not None:
+        axes.axhline(teacher, color=GREY, linestyle=":")
     if not unit:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
-    label_axes(axes, title, "run")
+    label_axes(axes, title, across)
     axes.set_ylabel(unit, fontsize=LABEL)

@@ -4,7 +4,7 @@ All attention layers keep 340 rows of keys and values of 8 bits per key-value he
 scores and positions no more bytes than 96 keys and values of float32 (`--rows 96 --kv-dtype auto`).
 
     window    the last tokens and the first four: the control that costs nothing
-    equal     a window of 32, the first four tokens, and 60 slots for every head
+    equal     a window of 32, the first four tokens, and as many slots for every head
     divided   the slots divided among the heads, by errors on ordinary text
     decays    and a decay of the scores for every head
     recall    and errors on repeated passages: the recipe; "recall-0.1" and "recall-1" give these another weight
@@ -52,8 +52,8 @@ DIVISIONS: dict[str, dict[str, Any]] = {
     "recall": {},
     "recall-0.1": {"recall": 0.1},
     "recall-1": {"recall": 1.0},
+    "exact": {},
 }
-EXACT = "exact"
 
 
 @dataclass
@@ -74,17 +74,16 @@ def build(teacher: Teacher, run: Run, train: TokenWindows, options: argparse.Nam
         mixer="bounded_attention",
         rows=options.rows,
         kv_dtype=options.kv_dtype,
-        exact_heads=options.exact if run.arm == EXACT else [],
+        exact_heads=options.exact if run.arm == "exact" else [],
     )
     student = build_student(teacher, spec, layers)
     started = time.monotonic()
     if run.arm == "window":
         return build_control(teacher, student, layers, options.rows), 0.0
-    if run.arm in (*DIVISIONS, EXACT):
+    if run.arm in DIVISIONS:
         settings = student.config.settings_of("bounded_attention")
         windows = train.batch(0, WINDOWS, LENGTH, run.seed)
-        division = DIVISIONS.get(run.arm, {})
-        set_slots(student, *divide_slots(teacher, layers, settings, options.rows, windows, **division))
+        set_slots(student, *divide_slots(teacher, layers, settings, options.rows, windows, **DIVISIONS[run.arm]))
     return student, time.monotonic() - started
 
 
@@ -110,7 +109,7 @@ def pair(text: str) -> tuple[int, int]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("teacher", help="a folder or Hub id")
-    parser.add_argument("--arms", nargs="*", default=["window", "equal", *DIVISIONS])
+    parser.add_argument("--arms", nargs="*", default=["window", "equal", *(arm for arm in DIVISIONS if arm != "exact")])
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER", help="a trained student")
     parser.add_argument("--rows", type=positive, default=340)
     parser.add_argument("--kv-dtype", choices=["auto", "int8"], default="int8")
@@ -122,6 +121,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for a new file")
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     options = parser.parse_args(arguments)
+    if bool(options.exact) != ("exact" in options.arms):
+        parser.error("--exact names the heads of the arm exact: give both or neither")
     torch.set_num_threads(options.threads)
     results = open_results(options, "claims/bounded_memory.py", arguments)
     teacher = load_teacher(options.teacher)
@@ -137,7 +138,7 @@ def main(arguments: list[str]) -> None:
     for seed in options.seeds:
         for arm in [*options.arms, *trained]:
             todo = [run for name in texts if not results.find(vars(run := Run(arm, name, seed, *memory)))]
-            if not todo or (arm not in (*DIVISIONS, EXACT) and seed != options.seeds[0]):  # these have no seed
+            if not todo or (arm not in DIVISIONS and seed != options.seeds[0]):  # these have no seed
                 continue
             if arm in trained:
                 student, seconds = AutoModelForCausalLM.from_pretrained(trained[arm], dtype=torch.float32).eval(), 0.0

@@ -95,7 +95,6 @@ def test_the_memory_of_a_large_batch_follows_from_that_of_a_small_one(
 ) -> None:
     train = "all" if objective == "logit_distillation" else "mixers"
     # One chunk of logits holds one sequence and a half.
-    monkeypatch.setattr(planning, "LOGITS_BYTES", 4 * 320 * 48)
     monkeypatch.setattr("ssm_zoo.distill.logit_losses._LOGITS_BYTES", 4 * 320 * 48)
     found, _ = plan_of(objective=objective, train=train, batch_size=12)
     monkeypatch.setattr(

@@ -101,7 +101,7 @@ def test_all_words_but_one_lose_nothing() -> None:
 def test_the_likeliest_tokens_are_those_of_the_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, ids = make_teacher(), draw_ids(2, 9)
     head = teacher.lm_head
-    monkeypatch.setattr(stored_logits, "_LOGITS_BYTES", 4 * head.out_features * rows)
+    monkeypatch.setattr("ssm_zoo.distill.logit_losses._LOGITS_BYTES", 4 * head.out_features * rows)
     hidden = teacher.model(ids).last_hidden_state
     top, log_probs = likeliest(hidden, head, 2.0, K)
     probabilities = (teacher(ids).logits / 2.0).softmax(-1)
