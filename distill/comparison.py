@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.by_position import evaluate_by_position
 from ..evaluation.decoding import LEAST_CONTEXT, measure_decoding
+from ..evaluation.hidden_states import KeptStates
 from ..evaluation.key_value_recall import key_value_recall
 from ..evaluation.language_modeling import PASSAGE, compare_continuations, repeat_loss
 from .recipe import EvaluationSpec
@@ -40,6 +41,7 @@ class Comparison:
         sequence_length: training length, `data.sequence_length`.
         positions: largest number of tokens that the student reads; None: any.
         compute: makes the context of a forward in the recipe's dtype.
+        kept: hidden states that the evaluations have kept.
         seed: seed of the lists of keys and values.
         seconds: duration of each part, filled in by :func:`compare`.
     """
@@ -52,6 +54,7 @@ class Comparison:
     sequence_length: int
     positions: int | None
     compute: Callable[[], AbstractContextManager[Any]]
+    kept: KeptStates
     seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -101,7 +104,7 @@ def _by_position(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     count = min(_WINDOWS, len(comparison.heldout) // length)
     windows = comparison.heldout[: count * length].view(count, length)
     with comparison.timed("by_position"):
-        return evaluate_by_position(comparison.models, windows, teacher=_TEACHER)
+        return evaluate_by_position(comparison.models, windows, teacher=_TEACHER, kept=comparison.kept)
 
 
 def _repeat(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:

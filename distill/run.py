@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
+from ..evaluation.hidden_states import KeptStates
 from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
@@ -87,6 +88,7 @@ class _Run:
     heldout: TokenWindows
     progress: _Progress
     stored: StoredLogits | None = None
+    kept: KeptStates = field(default_factory=KeptStates)
 
     @property
     def main(self) -> bool:
@@ -347,7 +349,10 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     spec = run.recipe.evaluation
     windows = run.heldout.windows(spec.sequence_length)[: max(spec.tokens // spec.sequence_length, 1)]
     teacher = None if kind == "teacher" else run.teacher.model
-    scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size)
+    run.kept.name(run.teacher.model, "teacher")
+    if kind in ("control", "stage"):
+        run.kept.name(model, kind)  # for the comparison at the end
+    scored = evaluate_language_model(model, windows, teacher=teacher, batch_size=spec.batch_size, kept=run.kept)
     row: dict[str, Any] = {key: scored.get(key) for key in ("loss", "perplexity", "kl", "top1_agreement", "tokens")}
     row["repeat_loss"] = None
     positions = position_limit(run.student)
@@ -379,6 +384,7 @@ def _one_line(row: dict[str, Any]) -> str:
 def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     """Train one stage, from its checkpoint if there is one, and evaluate the student after it."""
     stage = run.recipe.stages[index]
+    run.kept.forget("stage")
     trainer = Distiller(
         run.student,
         run.teacher,
@@ -427,6 +433,8 @@ def _compare(run: _Run) -> None:
         return
     if run.main:
         models = {"teacher": run.teacher.model, "control": _control(run), "stage": run.student}
+        for kind, model in models.items():
+            run.kept.name(model, kind)
         # Of the last stage. A run of an earlier version may lack the control.
         rows: dict[str, Any] = {"control": {"name": _CONTROL, "repeat_loss": None, "samples": []}}
         rows |= {row["kind"]: row for row in run.progress.evaluations if row["kind"] in models}
@@ -439,6 +447,7 @@ def _compare(run: _Run) -> None:
             sequence_length=recipe.data.sequence_length,
             positions=position_limit(run.student),
             compute=run.compute,
+            kept=run.kept,
             seed=recipe.seed,
         )
         run.progress.comparison = finite(compare(comparison))

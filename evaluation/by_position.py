@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .hidden_states import evaluating, head_input
+from .hidden_states import KeptStates, evaluating
 from .language_modeling import check_windows, checked_vocabulary, logits_of, predictions_at_once
 
 __all__ = ["evaluate_by_position", "position_bins"]
@@ -26,6 +26,7 @@ def evaluate_by_position(
     *,
     teacher: str | None = None,
     first: int = 128,
+    kept: KeptStates | None = None,
     progress: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Score models on the same windows, in bins of positions that double in size.
@@ -38,6 +39,7 @@ def evaluate_by_position(
         windows: (N, L) int64 token ids, N >= 1, L >= 2, without padding. A forward reads one of them.
         teacher: name of the model with which the others are compared; None: they are not compared.
         first: end of the first bin, positive; see :func:`position_bins`.
+        kept: where hidden states are kept for measurements on the same windows.
         progress: show a progress bar.
 
     Returns:
@@ -59,7 +61,7 @@ def evaluate_by_position(
         if len(set(sizes.values())) > 1:
             raise ValueError(f"`models` must have vocabularies of one size, got {sizes}")
         for window in tqdm(windows, desc="by position", unit="window", leave=False, disable=not progress):
-            states = {name: _states(models[name], window) for name in order}
+            states = {name: _states(models[name], window, kept or KeptStates(0)) for name in order}
             parts = predictions_at_once(next(iter(states.values())), next(iter(sizes.values())))
             for start in range(0, len(window) - 1, parts):
                 _add(values, models, states, window, slice(start, start + parts), teacher)
@@ -81,9 +83,9 @@ def position_bins(length: int, first: int = 128) -> list[tuple[int, int]]:
     return [(start, min(end, length)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _states(model: PreTrainedModel, window: Tensor) -> Tensor:
+def _states(model: PreTrainedModel, window: Tensor, kept: KeptStates) -> Tensor:
     """Return the (L - 1, D) inputs of a model's output head that predict the window's tokens from the second on."""
-    return head_input(model, input_ids=window[None].to(model.device))[0, :-1]
+    return kept.head_input(model, window[None].to(model.device))[0, :-1]
 
 
 def _add(

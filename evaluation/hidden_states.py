@@ -6,7 +6,9 @@ Symbols: B batch, L length, D width, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,6 +58,45 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
         raise _ReachedError
 
     return _run(model, _layer_of(model).register_forward_pre_hook(hook), states, "its output head", inputs)
+
+
+class KeptStates:
+    """Inputs of output heads, kept for measurements that read the same windows again.
+
+    Those of named models are kept, as long as all together take at most `limit` bytes; of other models they are
+    computed each time. A name stands for one set of weights and one dtype of computation: `forget` it when they change.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int = 256 * 2**20) -> None:
+        self.limit = limit
+        self._names: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+        self._states: dict[tuple[str, torch.Size, bytes], Tensor] = {}
+
+    def name(self, model: PreTrainedModel, name: str) -> None:
+        """Keep the states of a model under a name; another object with the same weights may share it."""
+        self._names[model] = name
+
+    def forget(self, name: str) -> None:
+        """Drop the states of a name; its models have none from then on."""
+        for model in [model for model, held in self._names.items() if held == name]:
+            del self._names[model]
+        self._states = {key: states for key, states in self._states.items() if key[0] != name}
+
+    def head_input(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Return :func:`head_input` of (B, L) token ids."""
+        name = self._names.get(model)
+        if name is None:
+            return head_input(model, input_ids=ids)
+        key = name, ids.shape, ids.cpu().numpy().tobytes()
+        found = self._states.get(key)
+        if found is None:
+            found = head_input(model, input_ids=ids)
+            if sum(states.nbytes for states in self._states.values()) + found.nbytes <= self.limit:
+                self._states[key] = found
+        return found
 
 
 def block_output(model: PreTrainedModel, number: int, **inputs: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .hidden_states import evaluating, head_input, head_of
+from .hidden_states import KeptStates, evaluating, head_input, head_of
 
 __all__ = [
     "compare_continuations",
@@ -42,6 +42,7 @@ def evaluate_language_model(
     teacher: PreTrainedModel | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
+    kept: KeptStates | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Score a causal language model on independent windows of tokens, with the metrics of `ssm_zoo.evaluation.metrics`.
@@ -55,6 +56,7 @@ def evaluate_language_model(
         teacher: another model of the same vocabulary, or None.
         batch_size: windows in one forward, positive.
         device: device of both models; that of `model` if None. Only the windows are moved.
+        kept: where hidden states are kept for measurements on the same windows.
         progress: show a progress bar.
 
     Returns:
@@ -80,6 +82,7 @@ def evaluate_language_model(
         if scored.device.type != device.type:
             raise ValueError(f"`device` must be that of the models, {scored.device}, got {device}")
     compared: Any = [DistillationGap(), KLDivergence(), Top1Agreement()]
+    read = kept or KeptStates(0)
     metrics: Any = Perplexity() if teacher is None else evaluate.combine(compared)
     # no_grad and not inference_mode: a rotary embedding that grows with the length keeps what it computes here.
     with evaluating(*models), torch.no_grad():
@@ -88,7 +91,7 @@ def evaluate_language_model(
             raise ValueError(f"`teacher` must have the model's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
         for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", leave=False, disable=not progress):
             ids = batch.to(device)
-            states = [head_input(scored, input_ids=ids)[:, :-1].flatten(0, 1) for scored in models]
+            states = [read.head_input(scored, ids)[:, :-1].flatten(0, 1) for scored in models]
             targets = ids[:, 1:].flatten()
             tokens = predictions_at_once(states[0], sizes[0])
             for labels, *inputs in zip(*(part.split(tokens) for part in (targets, *states)), strict=True):
