@@ -64,5 +64,5 @@ def precompute_logits(
         return torch.cat([ids for ids, _ in found]), torch.cat([log_probs for _, log_probs in found])
 
     rows = {index: StageWindows(windows["train"], recipe.stages, index, recipe.seed) for index in stages_of(recipe)}
-    write_logits(Path(output), settings, rows, compute)
+    write_logits(Path(output), settings, rows, compute, words)
     return settings

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite
-from ..evaluation.hidden_states import KeptStates
+from ..evaluation.hidden_states import KeptStates, head_of
 from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, generation_sample, repeat_loss
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.json_files import read_json_object
@@ -60,6 +60,7 @@ _LAYER_WINDOWS = 2
 _KIND = "ssm-zoo distillation run"
 _CONTROL = "window + sinks"
 _REMEDY = "Lower learning_rate, or choose dtype float32."
+_REMEDY_OF_THE_TEACHER = "Choose dtype float32 or, if it is, another teacher."
 
 
 @dataclass
@@ -274,7 +275,8 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     sources, stored = {"teacher": fingerprint(recipe.teacher, commit)}, None
     if recipe.stored_logits is not None:
         expected = identity(recipe, sources["teacher"], windows["train"].fingerprint())
-        stored = StoredLogits(recipe.stored_logits, expected)
+        words = next(head_of(teacher.model).parameters()).shape[0]
+        stored = StoredLogits(recipe.stored_logits, expected, words)
         sources["stored_logits"] = {"source": recipe.stored_logits, "config": stored.fingerprint}
     train, heldout = windows["train"], windows["heldout"]
     return _Run(recipe, output, state, commit, sources, teacher, student, layers, train, heldout, _Progress(), stored)
@@ -369,8 +371,8 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     # Only a student before training may have a loss that is not finite.
     lost = [key for key in ("loss", "kl") if row[key] is None and scored.get(key) is not None]
     if lost and kind in ("teacher", "stage"):
-        who = "the teacher" if kind == "teacher" else "the trained student"
-        raise ValueError(f"evaluation: the held-out {lost[0]} of {who} is {scored[lost[0]]}. {_REMEDY}")
+        who, remedy = ("the trained student", _REMEDY) if kind == "stage" else ("the teacher", _REMEDY_OF_THE_TEACHER)
+        raise ValueError(f"evaluation: the held-out {lost[0]} of {who} is {scored[lost[0]]}. {remedy}")
     return row
 
 

@@ -5,7 +5,8 @@ stage of logit distillation: the `ids` (windows, L, k) of the k most likely toke
 (windows, L, k + 1) of these and of all others together, at the stage's temperature. With the others as one more token,
 every divergence of the k + 1 probabilities is defined, and is at most that of the whole predictions.
 
-Files appear whole, so an interrupted computation goes on with the first that is missing.
+Files appear whole, so an interrupted computation goes on with the first that is missing. What is read is checked: files
+on a disk can be damaged, or come from another folder.
 
 Symbols: B batch, L length, V vocabulary, k stored tokens.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..harness.json_files import read_json_object
+from ..harness.json_files import read_json_object, typed
 from ..harness.run_folder import claim_output_folder
 from ..harness.whole_files import write_whole
 from .logit_losses import log_rest, tokens_at_once
@@ -34,10 +36,13 @@ from .stages import StageSpec
 KIND = "ssm-zoo stored logits"
 _SETTINGS = "run.json"
 _WINDOWS = 16  # in a file
+_AGAIN = "Run the command with --precompute-logits again, which computes what is missing or damaged."
+# Largest logarithm of a sum of probabilities. Rounding makes a thousandth of it.
+_SUM = 1e-3
 
 
 def identity(recipe: Recipe, teacher: Mapping[str, str], data: str) -> dict[str, Any]:
-    """Return what stored logits depend on, apart from the number of tokens.
+    """Return what stored logits depend on, apart from the number of stored tokens.
 
     Args:
         recipe: the recipe.
@@ -96,30 +101,41 @@ def likeliest(hidden: Tensor, head: nn.Module, temperature: float, k: int) -> tu
 
 
 def write_logits(
-    folder: Path, settings: dict[str, Any], windows: Mapping[int, Any], compute: Any, *, progress: bool = True
+    folder: Path,
+    settings: dict[str, Any],
+    windows: Mapping[int, Any],
+    compute: Any,
+    words: int,
+    *,
+    progress: bool = True,
 ) -> None:
-    """Write a folder of stored logits, or what is missing of it.
+    """Write a folder of stored logits, or what is missing or damaged of it.
 
     Args:
         folder: a new or empty folder, or one of an unfinished computation with the same settings.
         settings: result of :func:`identity`, and "top_k".
         windows: the windows of each stage, by its index.
         compute: computes ids and log-probabilities from a stage's index and (B, L) token ids.
+        words: V.
         progress: show a progress bar.
 
     Raises:
-        ValueError: if the folder holds something else.
+        ValueError: if the folder holds something else, or the teacher's predictions are not finite.
     """
     claim_output_folder(folder, settings, KIND)
     total = sum(len(rows) for rows in windows.values())
     with tqdm(total=total, desc="teacher's logits", unit="window", disable=not progress) as bar:
         for stage, rows in windows.items():
             for path, items in _files(folder, stage, len(rows)):
-                if not path.is_file():
+                length = len(rows[items[0]]["input_ids"])
+                if not path.is_file() or _damage(path, (len(items), length, settings["top_k"]), words) is not None:
                     batch = torch.stack([rows[item]["input_ids"] for item in items])
                     ids, log_probs = compute(stage, batch)
-                    if not bool(log_probs[..., :-1].isfinite().all()):
-                        raise ValueError("The teacher's predictions are not finite. Choose dtype float32.")
+                    if not bool(log_probs.isfinite().all()):
+                        raise ValueError(
+                            f"teacher: its predictions for windows {items[0]} to {items[-1]} of stage {stage} are not "
+                            "finite. Choose dtype float32 or, if it is, another teacher."
+                        )
                     tensors = {"ids": ids.cpu().contiguous(), "log_probs": log_probs.cpu().contiguous()}
                     write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
                 bar.update(len(items))
@@ -132,37 +148,83 @@ def _files(folder: Path, stage: int, windows: int) -> Iterator[tuple[Path, range
         yield folder / f"stage-{stage}-{first // _WINDOWS:06}.safetensors", items
 
 
+def _open(path: Path, shape: tuple[int, int, int]) -> Any:
+    """Open a file after a look at its header.
+
+    Args:
+        path: the file.
+        shape: (windows, L, k) of its ids.
+
+    Raises:
+        ValueError: if it cannot be read or has other tensors.
+    """
+    try:
+        file = safe_open(path, "pt")
+        parts = {name: file.get_slice(name) for name in ("ids", "log_probs")}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot be read: {error}") from None
+    found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    wanted = {"ids": ("I32", shape), "log_probs": ("F32", (*shape[:2], shape[2] + 1))}
+    if found != wanted:
+        raise ValueError(f"must have {wanted}, got {found}")
+    return file
+
+
+def _check(ids: Tensor, log_probs: Tensor, words: int) -> None:
+    """Raise a ValueError unless (..., k) ids and (..., k + 1) log-probabilities are a prediction over `words` words."""
+    if not bool(log_probs.isfinite().all()):
+        raise ValueError("has log-probabilities that are not finite")
+    if float(log_probs.logsumexp(-1).abs().max()) > _SUM:
+        raise ValueError("has probabilities that do not sum to 1")
+    ordered = ids.sort(dim=-1).values
+    if int(ordered[..., 0].min()) < 0 or int(ordered[..., -1].max()) >= words or bool((ordered.diff() == 0).any()):
+        raise ValueError(f"has ids that are not different ones below {words}")
+
+
+def _damage(path: Path, shape: tuple[int, int, int], words: int) -> str | None:
+    """Return what is wrong with a file, all of which is read; None: nothing."""
+    try:
+        with _open(path, shape) as file:
+            _check(file.get_tensor("ids"), file.get_tensor("log_probs"), words)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class StoredLogits:
     """Reader of a folder of stored logits.
 
     Args:
         folder: the folder.
         expected: :func:`identity` of the run that reads it.
+        words: V.
 
     Raises:
         ValueError: if the folder is none, is not complete, or was computed from something else.
     """
 
-    def __init__(self, folder: str | Path, expected: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, expected: Mapping[str, Any], words: int) -> None:
+        self.folder, self._words = Path(folder), words
         path = self.folder / _SETTINGS
         if not path.is_file() or (settings := read_json_object(path)).get("kind") != KIND:
             raise ValueError(
                 f"`stored_logits` must be a folder that `ssm-zoo distill RECIPE FOLDER --precompute-logits` wrote, got "
                 f"{str(folder)!r}."
             )
-        self.settings: dict[str, Any] = settings["recipe"]
+        self.settings: dict[str, Any] = typed(settings.get("recipe"), dict, str(path), "recipe")
         for key, here in json.loads(json.dumps(expected)).items():
             there = self.settings.get(key)
             if there != here:
                 raise ValueError(f"`stored_logits`: {folder} was computed with {_difference(key, there, here)}.")
+        k = typed(self.settings.get("top_k"), int, str(path), "recipe.top_k")
+        self._shapes: dict[Path, tuple[int, int, int]] = {}
         for stage, values in expected["stages"].items():
-            for file, _ in _files(self.folder, int(stage), values["steps"] * values["batch_size"]):
+            for file, items in _files(self.folder, int(stage), values["steps"] * values["batch_size"]):
                 if not file.is_file():
-                    raise ValueError(
-                        f"`stored_logits`: {file} is missing. Run the command with --precompute-logits again, which "
-                        "computes what is missing."
-                    )
+                    raise ValueError(f"`stored_logits`: {file} is missing. {_AGAIN}")
+                self._shapes[file] = (len(items), values["sequence_length"], k)
+                with self._of_file(file):
+                    _open(file, self._shapes[file])
 
     @property
     def fingerprint(self) -> str:
@@ -172,15 +234,19 @@ class StoredLogits:
     def row(self, stage: int, item: int) -> dict[str, Tensor]:
         """Return "top_ids" (L, k) and "top_log_probs" (L, k + 1) of a window."""
         path = self.folder / f"stage-{stage}-{item // _WINDOWS:06}.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                place = item % _WINDOWS
-                ids, log_probs = (file.get_slice(name)[place] for name in ("ids", "log_probs"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"`stored_logits`: {path} cannot be read: {error}. Remove it and compute it again."
-            ) from None
+        with self._of_file(path), _open(path, self._shapes[path]) as file:
+            ids, log_probs = (file.get_slice(name)[item % _WINDOWS] for name in ("ids", "log_probs"))
+            _check(ids, log_probs, self._words)
         return {"top_ids": ids.long(), "top_log_probs": log_probs}
+
+    @staticmethod
+    @contextmanager
+    def _of_file(path: Path) -> Iterator[None]:
+        """Name the file in an error about it."""
+        try:
+            yield
+        except (ValueError, SafetensorError, OSError) as error:
+            raise ValueError(f"`stored_logits`: {path} {error}. {_AGAIN}") from None
 
 
 def _difference(key: str, there: Any, here: Any) -> str:

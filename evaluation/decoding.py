@@ -44,8 +44,8 @@ def held_bytes(cache: Cache) -> int:
 def extend_cache(cache: Cache, tokens: int) -> None:
     """Lengthen the context of a dynamic cache without reading it, to time the steps of a long context.
 
-    Layers with keys and values of single tokens get repetitions of those they hold; a window keeps the last of them at
-    the next step. The states of other layers remain as they are. Time and memory of a step depend on neither.
+    Layers with keys and values of single tokens get repetitions of those they hold, of which a window keeps the last.
+    The states of other layers remain as they are. Time and memory of a step depend on neither.
 
     Args:
         cache: a cache that holds some tokens.
@@ -63,10 +63,14 @@ def extend_cache(cache: Cache, tokens: int) -> None:
             # Those of single tokens are (B, H, tokens, P); a bounded memory has (B, N, P).
             if keys is None or keys.ndim != 4 or not keys.shape[2]:
                 continue
-            column = torch.arange(tokens, device=keys.device) % keys.shape[2]
+            every = torch.arange(keys.shape[2] + tokens, device=keys.device) % keys.shape[2]
+            if "sliding_window" in state:  # of transformers, whose mask counts what such a layer holds after a step
+                every = every[-(state["sliding_window"] - 1) :]
+                state["keys"], state["values"] = keys[:, :, every], state["values"][:, :, every]
+                continue
             for name in (f"{kind}keys", f"{kind}values", f"{kind}keys_scales", f"{kind}values_scales"):
                 if state.get(name) is not None:
-                    state[name] = torch.cat([state[name], state[name][:, :, column]], dim=2)
+                    state[name] = state[name][:, :, every]
             if not kind and state.get("positions") is not None:  # of a window
                 new = state["counts"][:, None] + torch.arange(tokens, device=keys.device)
                 state["positions"] = torch.cat([state["positions"], new], dim=1)

@@ -24,6 +24,9 @@ Messages = list[dict[str, Any]]
 # Found in a template that marks what the model generates.
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _ASSISTANT = "assistant"
+_ROLES = ("system", "developer", "user", _ASSISTANT, "tool", "function")
+# What a template raises itself, and what a mistake in its expressions raises.
+_OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,16 @@ def examples_of(source: str, field: str, kind: str) -> Iterator[Example]:
 def example_of(row: Mapping[str, Any], place: str, kind: str) -> Example:
     """Check a row; arguments and errors as for :func:`read_examples`."""
     if kind == "messages":
-        messages = _messages(row, "messages", place)
-        if not any(message["role"] == _ASSISTANT for message in messages):
-            raise ValueError(f"{place}: `messages` must have a message of the role {_ASSISTANT!r} to learn from.")
-        return Example(place, None, messages)
+        return Example(place, None, _messages(row, "messages", place, answered=True))
     if isinstance(row.get("prompt"), list):
-        return Example(place, _messages(row, "prompt", place), _messages(row, "completion", place))
+        return Example(place, _messages(row, "prompt", place), _messages(row, "completion", place, answered=True))
     prompt, completion = (text_at(row, key, place) for key in ("prompt", "completion"))
     if not completion:
         raise ValueError(f"{place}: `completion` must not be empty.")
     return Example(place, prompt, completion)
 
 
-def _messages(row: Mapping[str, Any], key: str, place: str) -> Messages:
+def _messages(row: Mapping[str, Any], key: str, place: str, *, answered: bool = False) -> Messages:
     messages = row.get(key)
     if key not in row:
         raise ValueError(f"{place}: `{key}` is missing; the row has {', '.join(map(repr, row)) or 'no field'}.")
@@ -102,7 +102,11 @@ def _messages(row: Mapping[str, Any], key: str, place: str) -> Messages:
                 raise ValueError(f"{place}: `{key}.{index}.{name}` is missing.")
             if name in message and not isinstance(message[name], str):
                 raise ValueError(f"{place}: `{key}.{index}.{name}` must be a text, got {message[name]!r:.80}.")
+        if message["role"] == _ASSISTANT and not message.get("content") and not message.get("tool_calls"):
+            raise ValueError(f"{place}: `{key}.{index}.content` must not be empty in an answer.")
         kept.append(message)
+    if answered and not any(message["role"] == _ASSISTANT for message in kept):
+        raise ValueError(f"{place}: `{key}` must have a message of the role {_ASSISTANT!r} to learn from.")
     return kept
 
 
@@ -159,10 +163,27 @@ def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, owner: str) ->
             f"{owner}: the tokenizer has no chat template, which {example.place} needs. Save the tokenizer with one, "
             "or write the rows as `prompt` and `completion` texts."
         )
-    if example.prompt is None and _GENERATION.search(tokenizer.get_chat_template()):
+    template = tokenizer.get_chat_template()
+    _check_roles(example, template)
+    if example.prompt is None and _GENERATION.search(template):
         return _encode_marked(example, tokenizer)
     whole, spans = _answers(example, tokenizer)
     return _encode_spans(whole, spans, tokenizer, special=False)
+
+
+def _check_roles(example: Example, template: str) -> None:
+    """Raise a ValueError for a role that is neither usual nor named by the template, which may drop its messages."""
+    conversation = {"prompt": example.prompt or [], "completion": example.completion}
+    if example.prompt is None:
+        conversation = {"messages": example.completion}
+    for key, messages in conversation.items():
+        for index, message in enumerate(messages):
+            assert isinstance(message, dict)
+            if message["role"] not in _ROLES and (not message["role"].strip() or message["role"] not in template):
+                raise ValueError(
+                    f"{example.place}: `{key}.{index}.role` must be {', '.join(map(repr, _ROLES))} or one that the "
+                    f"tokenizer's chat template names, got {message['role']!r}."
+                )
 
 
 def _encode_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
@@ -174,7 +195,7 @@ def _encode_marked(example: Example, tokenizer: PreTrainedTokenizerBase) -> tupl
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"verbose": False},
         )
-    except TemplateError as error:
+    except _OF_TEMPLATES as error:
         raise _refused(example, error) from None
     return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
 
@@ -185,7 +206,12 @@ def _answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
     def render(messages: Messages, *, asking: bool) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)  # type: ignore[return-value]
-        except TemplateError as error:
+        except _OF_TEMPLATES as error:
+            if not messages:
+                raise ValueError(
+                    f"{example.place}: `messages.0` is an answer to nothing, which the tokenizer's chat template does "
+                    "not accept. Begin with a message of another role."
+                ) from None
             raise _refused(example, error) from None
 
     prompt, completion = example.prompt, example.completion
@@ -209,7 +235,7 @@ def _answers(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
     return whole, spans
 
 
-def _refused(example: Example, error: TemplateError) -> ValueError:
+def _refused(example: Example, error: Exception) -> ValueError:
     return ValueError(f"{example.place}: the tokenizer's chat template does not accept the messages: {error}")
 
 

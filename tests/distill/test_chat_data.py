@@ -161,6 +161,19 @@ def test_text_is_as_it_was_before_there_were_examples() -> None:
         pytest.param("prompt_completion", {"prompt": "a"}, "`completion` is missing", id="no completion"),
         pytest.param("prompt_completion", {"prompt": "a", "completion": ""}, "must not be empty", id="empty"),
         pytest.param("messages", [1], "must be an object", id="no object"),
+        pytest.param("messages", {"messages": turns("a", "")}, "must not be empty in an answer", id="empty answer"),
+        pytest.param(
+            "messages",
+            {"messages": [{"role": "human", "content": "a"}, *turns("a", "b")]},
+            "`messages.0.role` must be 'system'",
+            id="another role",
+        ),
+        pytest.param(
+            "prompt_completion",
+            {"prompt": turns("a"), "completion": turns("b")},
+            "must have a message of the role 'assistant'",
+            id="a question as completion",
+        ),
     ],
 )
 def test_malformed_rows_are_one_error_and_nothing_is_written(examples: str, row: Any, message: str) -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_llama
 
-from ssm_zoo.distill import run
+from ssm_zoo.distill import inputs, run
 from ssm_zoo.distill.distiller import Distiller
+from ssm_zoo.distill.precompute import precompute_logits
 from ssm_zoo.distill.recipe import parse_recipe
 
 STEPS = 6
@@ -167,6 +168,44 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(step: int, monkeypa
     before_step(step, monkeypatch, spoil)
     with pytest.raises(ValueError, match=rf"stages\.align: the loss is nan at step {step}. Lower learning_rate"):
         start()
+    assert nothing_is_made()
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "own blocks": {"objective": "hidden_state_alignment", "stream": "student", "target": "block_output"},
+    "last state": {"objective": "last_state_alignment", "train": "mixers+norms"},
+    "jsd": {"objective": "logit_distillation", "train": "all", "kl": "jsd"},
+    "stored": {"objective": "logit_distillation"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [(name, whose) for name in STAGES for whose in ("student", "teacher") if (name, whose) != ("stored", "teacher")],
+)
+@pytest.mark.usefixtures("work")
+def test_outputs_that_are_not_finite_in_the_last_step_leave_no_student(
+    name: str, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the teacher or of the student; nothing is computed after that step that would tell."""
+    shutil.rmtree("run")
+    values = {**RECIPE, "stages": [{**RECIPE["stages"][0], **STAGES[name]}]}
+    if name == "stored":
+        precompute_logits(parse_recipe(values), "logits", top_k=4)
+        values["stored_logits"] = "logits"
+    teachers: list[Any] = []
+    load = inputs.load_teacher
+    monkeypatch.setattr(inputs, "load_teacher", lambda *a, **o: teachers.append(load(*a, **o)) or teachers[0])
+
+    def spoil_output(student: Any) -> None:
+        if whose == "student":
+            spoil(student)
+        else:
+            teachers[0].model.model.layers[1].self_attn.o_proj.weight.data.fill_(float("nan"))
+
+    before_step(STEPS, monkeypatch, spoil_output)
+    with pytest.raises(ValueError, match=rf"^stages\.align: the loss is nan at step {STEPS}\. "):
+        run.distill(parse_recipe(values), "run")
     assert nothing_is_made()
 
 

@@ -1,13 +1,15 @@
 """Stored logits: what is stored, losses of them, runs that read them, interruption, and folders that are refused."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from teachers import draw_ids, make_teacher, save_teacher, small_text
 from typer.testing import CliRunner
 
@@ -198,6 +200,82 @@ def test_logits_of_something_else_are_refused(stage: dict[str, Any], changes: di
     with pytest.raises(ValueError, match=rf"^`stored_logits`: logits was computed with {message}\.$"):
         distill(recipe(stage, stored_logits="logits", **changes), "run")
     assert not Path("run").exists()
+
+
+def change(name: str, place: tuple[int, ...], value: float) -> Callable[[Path], object]:
+    """What changes a number in the last file of a folder."""
+
+    def changed(folder: Path) -> None:
+        path = folder / "stage-0-000002.safetensors"
+        tensors = load_file(path)
+        tensors[name][place] = value
+        save_file(tensors, path)
+
+    return changed
+
+
+def cut(folder: Path) -> None:
+    path = folder / "stage-0-000002.safetensors"
+    save_file({name: tensor[..., 1:].clone() for name, tensor in load_file(path).items()}, path)
+
+
+DAMAGES = [
+    pytest.param(change("log_probs", (1, 15, K), math.nan), "has log-probabilities that are not finite", id="nan"),
+    pytest.param(change("log_probs", (0, 0, 0), -30.0), "has probabilities that do not sum to 1", id="sum"),
+    pytest.param(change("ids", (1, 2, 0), 320), "has ids that are not different ones below 320", id="a word too many"),
+    pytest.param(change("ids", (1, 2, 0), -1), "has ids that are not different ones below 320", id="negative"),
+    pytest.param(cut, r"must have .*\(2, 16, 4\).*, got .*\(2, 16, 3\)", id="shape"),
+    pytest.param(
+        lambda folder: (folder / "stage-0-000002.safetensors").write_bytes(b"x" * 100), "cannot be read: ", id="no file"
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_logits_end_a_run_and_are_computed_again(damage: Callable[[Path], object], message: str) -> None:
+    make_inputs()
+    precompute_logits(recipe(), "logits", top_k=K)
+    whole = {path.name: path.read_bytes() for path in Path("logits").glob("stage-*")}
+    damage(Path("logits"))
+    with pytest.raises(ValueError, match=rf"^`stored_logits`: logits.stage-0-000002\.safetensors {message}.*again"):
+        distill(recipe(stored_logits="logits"), "run")
+    assert not Path("run", "student").exists() and not Path("run", "report.json").exists()
+    precompute_logits(recipe(), "logits", top_k=K)
+    assert {path.name: path.read_bytes() for path in Path("logits").glob("stage-*")} == whole
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ({}, "`recipe` must be an object, got null"),
+        ({"recipe": [1]}, "`recipe` must be an object, got a list"),
+        ({"recipe": {"top_k": "4"}}, r"`recipe.top_k` must be an integer, got a string \('4'\)"),
+    ],
+)
+def test_a_marker_that_was_edited_is_refused(recorded: dict[str, Any], message: str) -> None:
+    make_inputs()
+    precompute_logits(recipe(), "logits", top_k=K)
+    path = Path("logits", "run.json")
+    marker = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(recorded.get("recipe"), dict):
+        recorded = {"recipe": marker["recipe"] | recorded["recipe"]}
+    path.write_text(json.dumps({"kind": marker["kind"], **recorded}), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        distill(recipe(stored_logits="logits"), "run")
+    assert not Path("run").exists()
+
+
+def test_a_teacher_that_computes_no_numbers_stores_none() -> None:
+    make_inputs()
+    teacher = make_teacher()
+    teacher.model.norm.weight.data.fill_(3e38)
+    save_teacher(Path("teacher"), teacher)
+    with pytest.raises(ValueError, match=r"^teacher: its predictions for windows 0 to 2 of stage 0 are not finite\."):
+        precompute_logits(recipe(), "logits", top_k=K)
+    assert not list(Path("logits").glob("stage-*"))
+    with pytest.raises(ValueError, match=r"loss of the teacher is nan\. Choose dtype float32 or, if it is, another"):
+        distill(recipe(), "run")
+    assert not Path("run", "student").exists()
 
 
 def test_a_moved_teacher_is_the_same_and_a_run_does_not_go_on_with_other_logits() -> None:

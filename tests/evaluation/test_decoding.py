@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import draw_ids, make_model
 from scored_models import tiny_llama
+from teachers import make_any_teacher
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -16,6 +17,9 @@ from ssm_zoo.modeling.cache import CACHE_FIELD
 
 # Mixers of every kind of cache that a student may have, and rows of keys and values that a block holds at most.
 STUDENTS = ["full-discrete", "mamba2-full", "bounded-attention", "exact-heads", "all-four", "convolved-attention"]
+
+# Teachers with a window in every block, and in every second one. At 24 it is full only after the cache is lengthened.
+WINDOWED = ["mistral", "gemma2"]
 
 
 @torch.no_grad()
@@ -44,9 +48,9 @@ def test_the_bytes_are_those_of_the_tensors_at_the_context() -> None:
     assert rows["hybrid"][0]["cache_bytes"] == sum(each.numel() * each.element_size() for each in tensors_of(cache))
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", [*STUDENTS, *WINDOWED])
 def test_a_lengthened_cache_steps_on_and_holds_what_a_read_one_does(name: str) -> None:
-    model = make_model(name)
+    model = make_any_teacher(name, sliding_window=24) if name in WINDOWED else make_model(name)
     ids = draw_ids(1, 90)
     lengthened, whole = DynamicCache(config=model.config), DynamicCache(config=model.config)
     read(model, ids[:, :20], lengthened)

@@ -229,6 +229,15 @@ MISTAKES: list[Any] = [
         "`completion` must be a non-empty list",
         id="mixed",
     ),
+    pytest.param(
+        "prompt_completion",
+        {"prompt": turns("a"), "completion": turns("b")},
+        "`completion` must have a message of the role 'assistant'",
+        id="no-completion",
+    ),
+    pytest.param(
+        "messages", {"messages": turns("a", "")}, "`messages.1.content` must not be empty in an answer", id="no-words"
+    ),
 ]
 RIGHT = {"messages": ROWS[0], "prompt_completion": {"prompt": "a", "completion": "b"}}
 
@@ -255,10 +264,39 @@ def test_what_a_tokenizer_or_its_template_cannot_do_is_said(tmp_path: Path, toke
         (None, "model: the tokenizer has no chat template, which train: '.*', line 1 needs"),
         (FORGETFUL, "line 1: `messages.1`: the tokenizer's chat template renders a message differently"),
         ("{{ raise_exception('no') }}", "line 1: the tokenizer's chat template does not accept the messages: no"),
+        ("{{ 1 + messages[0].content }}", "line 1: the tokenizer's chat template does not accept the messages: unsup"),
+        ("{% generation %}{{ messages.x.y }}{% endgeneration %}", "template does not accept the messages: .* no attr"),
     ):
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=message):
             encode_examples(rows, tokenizer, progress=False)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED])
+@pytest.mark.parametrize("role", ["human", " "])
+def test_roles_that_a_template_would_drop_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, template: str, role: str
+) -> None:
+    tokenizer.chat_template = template
+    answer = {"role": "assistant", "content": "ho"}
+    rows = examples(tmp_path, "messages", {"messages": [{"role": role, "content": "hi"}, answer]})
+    with pytest.raises(ValueError, match=rf"line 1: `messages.0.role` must be 'system', .* names, got '{role}'\."):
+        encode_examples(rows, tokenizer, progress=False)
+    rows = examples(tmp_path, "prompt_completion", {"prompt": [{"role": role, "content": "a"}], "completion": [answer]})
+    with pytest.raises(ValueError, match=rf"line 1: `prompt.0.role` must be 'system', .* names, got '{role}'\."):
+        encode_examples(rows, tokenizer, progress=False)
+    if role.strip():
+        tokenizer.chat_template = template.replace("'user'", f"'{role}'")
+        assert encode_examples(rows, tokenizer, progress=False)
+
+
+def test_a_conversation_that_begins_with_an_answer_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = examples(tmp_path, "messages", {"messages": [{"role": "assistant", "content": "ho"}]})
+    tokenizer.chat_template = "{% if not messages %}{{ raise_exception('none') }}{% endif %}" + TEMPLATE
+    with pytest.raises(ValueError, match=r"line 1: `messages.0` is an answer to nothing, .* Begin with a message of"):
+        encode_examples(rows, tokenizer, progress=False)
 
 
 def test_sources_and_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""Two processes, with whole weights or with FSDP2, distil as one does, in every kind of stage, and continue for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distill_in_processes
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from teachers import make_teacher, save_teacher, small_text, small_tokenizer
+
+from ssm_zoo.distill.precompute import precompute_logits
+from ssm_zoo.distill.recipe import parse_recipe
+
+TEMPLATE = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }}\n{% endfor %}"
+ALIGN = {"objective": "hidden_state_alignment", "tokens": 256}
+LOGITS = {"objective": "logit_distillation", "tokens": 320}
+RATES = {"norm_learning_rate": 2e-3, "mlp_learning_rate": 5e-4, "embedding_learning_rate": 3e-4, "train": "all"}
+STAGES: dict[str, list[dict[str, Any]]] = {
+    # Answers of conversations are learnt, by a head that is untied.
+    "chat": [
+        {**ALIGN, "name": "mixers", "stream": "student"},
+        {**ALIGN, "name": "blocks", "stream": "student", "target": "block_output", "train": "all", "weight_decay": 0.1},
+        {**LOGITS, "name": "states", "objective": "last_state_alignment", "train": "mixers+norms"},
+        {**LOGITS, **RATES, "name": "answers", "kl": "jsd", "jsd_beta": 0.3, "temperature": 2.0, "ce_weight": 0.2},
+    ],
+    "stored": [
+        {**ALIGN, "name": "outputs"},
+        {**ALIGN, "name": "own", "stream": "student", "refit": "ridge"},
+        {**LOGITS, **RATES, "name": "logits", "kl": "mixed", "repeats": 0.5},
+    ],
+}
+
+
+def recipe_of(name: str) -> dict[str, Any]:
+    chat = name == "chat"
+    text = "chat.jsonl" if chat else "text.txt"
+    return {
+        "teacher": "teacher",
+        "student": {"layers": "odd", "half_life": [1, 8], "calibration_tokens": 128, "untie": chat},
+        "data": {"train": text, "heldout": text, "sequence_length": 16} | ({"examples": "messages"} if chat else {}),
+        "stages": [{"batch_size": 4, "learning_rate": 1e-3, **stage} for stage in STAGES[name]],
+        "evaluation": {"tokens": 64, "prompts": [], "final": False},
+        "checkpoint_every": 2,
+    } | ({} if chat else {"stored_logits": "logits"})
+
+
+def conversations() -> str:
+    """Rows with a short question and a long answer, and with a long question and a short answer, in turns."""
+    lines = small_text(80, seed=1).splitlines()
+    rows = []
+    for index, (long, short) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
+        texts = [short[:4], " ".join([long] * 2)]
+        question, answer = texts if index % 2 else reversed(texts)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": turns}))
+    return "\n".join(rows)
+
+
+def launch(folder: Path, jobs: list[str]) -> str:
+    """Carry out jobs in two processes on the CPU; return what they print."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-P", "-m", "accelerate.commands.launch"),
+            *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no"),
+            *(str(Path(distill_in_processes.__file__)), str(folder), *jobs),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of both recipes in one process and in two, and one that was continued in another number."""
+    folder = tmp_path_factory.mktemp("processes")
+    tokenizer = small_tokenizer()
+    save_teacher(folder / "teacher", make_teacher(tie_word_embeddings=True))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "teacher")
+    tokenizer.chat_template = None
+    (folder / "chat.jsonl").write_text(conversations(), encoding="utf-8")
+    (folder / "text.txt").write_text(small_text(80, seed=1), encoding="utf-8")
+    for name in STAGES:
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe_of(name)), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        values = recipe_of("stored")
+        del values["stored_logits"]
+        precompute_logits(parse_recipe(values), "logits", top_k=12)
+        for name in STAGES:
+            distill_in_processes.run_until(name, f"{name}-one", "-")
+        hows = ("ddp", "fsdp")
+        for how in hows:
+            distill_in_processes.run_until("stored", f"stored-{how}-parts", "outputs/3")
+        jobs = []
+        for how in hows:
+            jobs += ["fsdp"] if how == "fsdp" else []
+            jobs += [f"{name}:{name}-{how}:-" for name in STAGES] + [f"stored:stored-{how}-parts:logits/3"]
+        said = launch(folder, jobs)
+        # In each stage of the runs that share weights, whole or begun by one process.
+        assert said.count("the weights are sharded over 2 processes by FSDP2") == 4 + 3 + 3
+        for how in hows:
+            distill_in_processes.run_until("stored", f"stored-{how}-parts", "-")
+    return folder
+
+
+RUNS = ["chat-ddp", "chat-fsdp", "stored-ddp", "stored-fsdp", "stored-ddp-parts", "stored-fsdp-parts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_distil_as_one(run: str, place: Path) -> None:
+    name = run.partition("-")[0]
+    one, two = (json.loads((place / folder / "report.json").read_text()) for folder in (f"{name}-one", run))
+    assert [one["processes"], two["processes"]] == [1, 1 if run.endswith("parts") else 2]
+    for expected, stage in zip(one["stages"], two["stages"], strict=True):
+        for key in ("loss", "learning_rate", "gradient_norm"):
+            found = [[point[key] for point in part["history"]] for part in (stage, expected)]
+            assert len(found[0]) > 3 and found[0] == pytest.approx(found[1], rel=1e-5), (stage["name"], key)
+    for expected, row in zip(one["evaluations"], two["evaluations"], strict=True):
+        found = [{key: part[key] or 0 for key in ("loss", "kl")} for part in (row, expected)]
+        assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6), row["name"]
+    expected, found = (load_file(place / folder / "student" / "model.safetensors") for folder in (f"{name}-one", run))
+    assert found.keys() == expected.keys() and ("lm_head.weight" in found) == (name == "chat")
+    for key, tensor in expected.items():
+        # In norm: AdamW turns the rounding of single gradients near zero into steps of the learning rate.
+        assert torch.dist(found[key], tensor) <= 1e-5 * tensor.norm(), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["chat-one", "chat-ddp", "chat-fsdp", "stored-fsdp"])
+def test_layers_keep_nothing_for_one_another(run: str, place: Path) -> None:
+    found = json.loads((place / f"{run}.saved.json").read_text())
+    # Two layers in each of four steps of two stages.
+    assert len(found["at_layers"]) == 16 and not any(found["at_layers"])
+    assert len(found["of_steps"]) == 8 and all(most > 10 for most in found["of_steps"])
