@@ -17,8 +17,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="zoo, transformers, state-spaces, cartesia or maskedmixers. By default zoo, or transformers if SRC is "
-            "a zoo checkpoint.",
+            help="zoo, transformers, state-spaces, cartesia, maskedmixers, torchscale or fla. By default zoo, or "
+            "transformers if SRC is a zoo checkpoint.",
         ),
     ] = None,
     dtype: Annotated[
@@ -57,8 +57,8 @@ def convert(
     """Convert a checkpoint between the zoo and other libraries.
 
     Reads transformers' mamba, mamba2, falcon_mamba, bamba, jamba and the decoders that can be teachers (llama, mistral,
-    qwen, phi, gemma, gpt and others); state-spaces' Mamba and Mamba-2; Cartesia's llamba; masked, Toeplitz and
-    recurrent mixers; and the zoo's own.
+    qwen, phi, gemma, gpt and others); state-spaces' Mamba and Mamba-2; Cartesia's llamba; RetNet of torchscale
+    and flash-linear-attention; masked, Toeplitz and recurrent mixers; and the zoo's own.
 
     Prints what was read and written, and the largest difference between the logits of both sides. OUT is written whole
     or not at all. A setting that the target cannot express is refused by name. No code in SRC is run; its tokenizer's

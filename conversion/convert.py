@@ -37,7 +37,8 @@ from .weight_files import Weights, read_checkpoint, write_weights
 __all__ = ["convert"]
 
 _ZOO_CLASSES: tuple[Any, ...] = tuple(dict.fromkeys(each.zoo_class for each in FORMATS))
-_TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers")
+_TARGETS = ("zoo", "transformers", "state-spaces", "cartesia", "maskedmixers", "torchscale", "fla")
+_WITHOUT_TYPE = ("state-spaces", "torchscale")  # libraries whose config.json has no model type
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EMBEDDING = "backbone.embeddings.weight"
 _CARRIED = (r"generation_config\.json", TOKENIZER, LICENCES)
@@ -108,8 +109,9 @@ def convert(
 
     The sources are the teachers of `formats.TEACHERS`, transformers' decoders with attention in every block; its
     `mamba`, `mamba2`, `falcon_mamba`, `bamba` and, without experts, `jamba`; Mamba-1 and Mamba-2 of state-spaces, the
-    latter also with an MLP in each block or attention in some blocks; Cartesia's `llamba`; and masked, Toeplitz and
-    structured recurrent mixers, which have no config.json and are recognised by their keys. A model is converted back
+    latter also with an MLP in each block or attention in some blocks; Cartesia's `llamba`; RetNet of torchscale, with
+    its configuration as a config.json, and of flash-linear-attention; and masked, Toeplitz and structured recurrent
+    mixers, which have no config.json and are recognised by their keys. A model is converted back
     to the type that it came from, if that can still express it.
 
     Tokenizer, licence and generation config are carried over. A state-spaces checkpoint with 256 tokens and without a
@@ -118,8 +120,8 @@ def convert(
     Args:
         source: a folder, or a Hub id.
         folder: a new or empty folder to write; its parents are made as needed.
-        to: "zoo", "transformers", "state-spaces", "cartesia" or "maskedmixers"; by default "transformers" for a zoo
-            checkpoint, otherwise "zoo".
+        to: "zoo", "transformers", "state-spaces", "cartesia", "maskedmixers", "torchscale" or "fla"
+            (flash-linear-attention); by default "transformers" for a zoo checkpoint, otherwise "zoo".
         dtype: "float32", "bfloat16" or "float16"; by default, each tensor keeps its dtype. With any of these,
             parameters that our models keep in float32 (A_log, D, the bias of the step sizes) are written in float32.
         allow_pickle: read `pytorch_model.bin` or its shards, with `weights_only=True`, if there is no safetensors
@@ -300,10 +302,11 @@ def _zoo_class(values: dict[str, Any]) -> type[ZooForCausalLM]:
     by_type = {str(kind.config_class.model_type): kind for kind in _ZOO_CLASSES}  # pyright: ignore[reportOptionalMemberAccess]
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in by_type:
-        theirs = [form.name.split()[1] for form in FORMATS if form.library != "state-spaces" and not form.bare]
+        theirs = [form.name.split()[1] for form in FORMATS if form.library not in _WITHOUT_TYPE and not form.bare]
         raise ValueError(
             f"config.json: `model_type` must be one of {', '.join([*theirs, *by_type])}, or missing beside the "
-            f"`d_model` and `n_layer` of state-spaces, got {model_type!r}."
+            f"`d_model` and `n_layer` of state-spaces or the `decoder_retention_heads` of torchscale, got "
+            f"{model_type!r}."
         )
     architectures = values.get("architectures") or [by_type[model_type].__name__]
     if architectures != [by_type[model_type].__name__]:

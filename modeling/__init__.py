@@ -14,12 +14,14 @@ if TYPE_CHECKING:  # for type checkers; at run time the names come from the fami
     from .configuration_mamba import *
     from .configuration_mamba2 import *
     from .configuration_masked_mixer import *
+    from .configuration_retnet import *
     from .configuration_retrieval_mixer import *
     from .configuration_taipan import *
     from .modeling_hybrid import *
     from .modeling_mamba import *
     from .modeling_mamba2 import *
     from .modeling_masked_mixer import *
+    from .modeling_retnet import *
     from .modeling_retrieval_mixer import *
     from .modeling_taipan import *
 

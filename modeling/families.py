@@ -15,6 +15,10 @@ Taipan's sizes are inferred, since its paper (arXiv 2410.18572) gives only numbe
 vocabulary, tied embeddings, Mamba-2 of the published shape and a block of selective attention after every six, widths
 768, 1024 and 2048 come within 2 % of those numbers with 18 + 3, 36 + 6 and 30 + 5 blocks.
 
+RetNet has the architectures of torchscale (microsoft/torchscale@4d1e0e8, `examples/fairseq/models/retnet.py`), which
+leave the vocabulary to the user. The default here is the 32,000 tokens of flash-linear-attention's RetNet. The paper
+(arXiv 2307.08621) describes other proportions: values and MLP are twice the model's width, and the MLP is plain.
+
 Masked mixers have the sizes of their author's code (arXiv 2409.01482); our names count parameters. Vocabularies are
 4096 for TinyStories and 8000 for FineWeb-Edu; the 23, 46, 78, 155 and 168 million sizes have one head, the others four.
 The Toeplitz mixer (arXiv 2605.06683) has the sizes with the lowest loss in its author's logs, the recurrent mixer

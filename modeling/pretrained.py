@@ -192,6 +192,13 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         self._no_split_modules = [name for name in type(self)._no_split_modules or [] if name in present]
         super().post_init()
 
+    def _initialize_weights(self, module: nn.Module, *custom_code: Any) -> None:
+        """As in transformers, except that modules with `initialise` are never skipped. In custom code, transformers
+        skips a module whose own parameters are all loaded, and thereby every module that has none."""
+        if hasattr(module, "initialise") and next(module.parameters(recurse=False), None) is None:
+            custom_code = ()
+        super()._initialize_weights(module, *custom_code)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -11,6 +11,7 @@ from .masked_mixing import MASKED_MIXING
 from .mixer import TokenMixer
 from .modeling_mamba import MAMBA
 from .modeling_mamba2 import MAMBA2
+from .retention import RETENTION
 from .selective_attention import SELECTIVE_ATTENTION
 
 TOKEN_MIXERS: dict[str, TokenMixer] = {
@@ -22,4 +23,5 @@ TOKEN_MIXERS: dict[str, TokenMixer] = {
     "discrete_mamba2": DISCRETE_MAMBA2,
     "mamba2": MAMBA2,
     "masked_mixing": MASKED_MIXING,
+    "retention": RETENTION,
 }

@@ -4,8 +4,10 @@ from typing import Any
 
 from . import state_spaces
 from .cartesia_llamba import LLAMBA
+from .fla_retnet import FLA_RETNET
 from .format import Format
 from .maskedmixers import MASKED_MIXER
+from .torchscale_retnet import TORCHSCALE_RETNET
 from .transformers_bamba import BAMBA
 from .transformers_gemma import GEMMA2, GEMMA3
 from .transformers_gpt import GPT2, GPT_NEOX, PHI
@@ -36,6 +38,8 @@ FORMATS = (
     state_spaces.MAMBA2,
     state_spaces.MAMBA2_HYBRID,
     MASKED_MIXER,
+    TORCHSCALE_RETNET,
+    FLA_RETNET,
 )
 """Every format. If several formats of a library can write a model, the first one is used."""
 

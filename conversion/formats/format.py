@@ -46,7 +46,7 @@ class Format:
 
     Attributes:
         name: name in messages and reports.
-        library: the library, "transformers", "state-spaces", "cartesia" or "maskedmixers".
+        library: the library, "transformers", "state-spaces", "cartesia", "maskedmixers", "torchscale" or "fla".
         zoo_class: our model.
         reads: returns whether the values of a config.json are of this format.
         read: returns their configuration in a folder: for formats of transformers an object of its class, otherwise

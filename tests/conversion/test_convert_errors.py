@@ -134,7 +134,10 @@ MALFORMED = {
         with_values(model_type="bloom"),
         "`model_type` must be one of mamba, falcon_mamba, mam.*, got 'bloom'",
     ),
-    "no model": (with_values(model_type="-"), "`model_type` must be .* missing beside .* of state-spaces, got None"),
+    "no model": (
+        with_values(model_type="-"),
+        "`model_type` must be .* missing beside .* of state-spaces or .* of torchscale, got None",
+    ),
     "config is a list": (lambda s: (s / "config.json").write_text("[]"), "config.json .*must be an object, got a list"),
     "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "config.json .*must be JSON"),
     "no config": (lambda s: (s / "config.json").unlink(), "must hold a config.json, or have the keys of"),

@@ -8,7 +8,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssm_zoo import modeling
-from ssm_zoo.modeling import MaskedMixerConfig, TaipanConfig, ZooHybridConfig, ZooMamba2Config, ZooMambaConfig
+from ssm_zoo.modeling import (
+    MaskedMixerConfig,
+    TaipanConfig,
+    ZooHybridConfig,
+    ZooMamba2Config,
+    ZooMambaConfig,
+    ZooRetNetConfig,
+)
 
 VOCAB = 61
 
@@ -107,6 +114,21 @@ def _mixer(mixing: str, **sizes: Any) -> Family:
         "initializer_range": 0.02,
     }
     return family(MaskedMixerConfig, tiny | sizes)
+
+
+def _retnet(**sizes: Any) -> Family:
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 6,
+        "v_head_dim": 7,
+        # The norm of a head divides by its scores: rounding of a score near 0 grows by up to 1 / sqrt(epsilon).
+        "rms_norm_eps": 1e-3,
+    }
+    return family(ZooRetNetConfig, tiny | sizes)
 
 
 FAMILIES: dict[str, Family] = {
@@ -254,6 +276,14 @@ FAMILIES: dict[str, Family] = {
     "hybrid-mixers": _hybrid(
         "masked_mixing", "full_attention", "mamba2", state_size=8, max_position_embeddings=160, mixing_heads=2
     ),
+    "retnet": _retnet(),
+    "retention-full": _hybrid(
+        "retention",
+        "full_attention",
+        retention={"v_head_dim": 5, "use_output_gate": False},
+        attention_bias=True,
+        rms_norm_eps=1e-3,
+    ),
 }
 
 # They see the tokens ahead, too: no causal language models, but every other head.
@@ -273,6 +303,7 @@ ENCODERS: dict[str, Family] = {
     "mamba2-groups-encoder": _mamba2(
         n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.004, 0.5), bidirectional=True
     ),
+    "retnet-encoder": _retnet(bidirectional=True),
     "mixer-encoder": _mixer("dense", num_heads=2, bidirectional=True),
     "mixer-toeplitz-encoder": _mixer("toeplitz", kernel_size=2, final_norm=True, bidirectional=True),
 }

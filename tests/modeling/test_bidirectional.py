@@ -33,8 +33,9 @@ INPUTS = [
     pytest.param({"attention_mask": MASK, "seq_idx": SEQ_IDX}, id="packed-and-padded"),
 ]
 
-# The two directions of these are scans in each mixer; those of a masked mixer are streams (test_masked_mixer.py).
-SCANS = [encoder for encoder in ENCODERS if not encoder.startswith("mixer")]
+# The two directions of these are scans in each mixer, with parameters of their own; those of a masked mixer are streams
+# (test_masked_mixer.py), and those of retention have the same parameters (test_retnet.py).
+SCANS = [encoder for encoder in ENCODERS if not encoder.startswith(("mixer", "retnet"))]
 
 
 @pytest.fixture(params=ENCODERS)
@@ -226,7 +227,8 @@ def test_embeddings_are_tied_if_the_configuration_says_so(name: str, tied: bool,
 def test_every_parameter_is_trained(name: str) -> None:
     model = make_head(AutoModelForMaskedLM, name).train()
     model(**masked()).loss.backward()
-    assert sum(".reverse." in key for key, _ in model.named_parameters()) >= 2 * (4 if name in SCANS else 2)
+    least = 0 if name.startswith("retnet") else 2 * (4 if name in SCANS else 2)
+    assert sum(".reverse." in key for key, _ in model.named_parameters()) >= least
     for key, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient.isfinite().all(), key
@@ -247,7 +249,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, use_reentrant: bool) 
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("encoder", ["mamba-encoder", "mamba2-encoder", "mixer-encoder"])
+@pytest.mark.parametrize("encoder", ["mamba-encoder", "mamba2-encoder", "retnet-encoder", "mixer-encoder"])
 def test_it_fills_in_from_what_follows(encoder: str) -> None:
     """The first token is the last one repeated: only a model that sees ahead can tell."""
     model = make_head(AutoModelForMaskedLM, encoder).train()
@@ -273,6 +275,8 @@ def test_lora_on_every_projection(name: str) -> None:
     projections = {"in_proj", "out_proj"} if name != "mixer-toeplitz-encoder" else set()
     projections |= {"up_proj", "down_proj"} if name not in SCANS else set()
     projections |= {"x_proj", "dt_proj"} if name.startswith("mamba-") else set()
+    if name.startswith("retnet"):
+        projections = {"q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {key.split(".")[-4] for key in trained} == projections
     optimizer = torch.optim.Adam(trained.values(), lr=0.03)
     losses = []
@@ -328,7 +332,9 @@ def test_bfloat16_keeps_both_recurrences_in_float32(name: str, tmp_path: Path) -
     ids = draw_ids(2, LENGTH)
     with torch.no_grad():
         difference = (half(ids).logits.float() - model(ids).logits).abs()
-    assert difference.max() < 0.06 and difference.mean() < 0.01
+    # Retention's norm divides by the sum of a token's scores, whose relative error is large where it is almost 0.
+    most = 0.3 if name.startswith("retnet") else 0.06
+    assert difference.max() < most and difference.mean() < 0.01
 
 
 # What there is not

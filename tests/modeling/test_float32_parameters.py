@@ -62,8 +62,8 @@ def test_loaded_with_adapters_dispatched_and_exported(name: str, tmp_path: Path)
 def test_what_a_causal_checkpoint_lacks(name: str, tmp_path: Path) -> None:
     """The scan of an encoder's other direction is made while loading, not loaded."""
     config = make_config(name)
-    if config.model_type == "masked_mixer":
-        pytest.skip("a masked mixer has no such parameters in both directions")
+    if config.model_type in ("masked_mixer", "zoo_retnet"):
+        pytest.skip(f"{config.model_type} has no such parameters in both directions")
     config.bidirectional = False
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -154,6 +154,15 @@ def test_discrete_mamba2(bias: bool) -> None:
     assert (mixer.in_proj.bias is not None) == bias
 
 
+def test_the_convolution_of_attention() -> None:
+    """Its mixer has no parameters of its own, over which transformers would pass."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = ZooHybridForCausalLM(ZooHybridConfig(**sizes, vocab_size=50, full_attention={"conv_kernel": 4}))
+    for parameter in model.backbone.layers[0].mixer.conv1d.parameters():
+        uniform(parameter, 0.5)
+
+
 def test_half_life_to_bias() -> None:
     """A head that sees no decay input halves its state within its half-life, however long."""
     half_lives = torch.tensor([0.5, 1.0, 7.0, 1e3, 1e6], dtype=torch.float64)

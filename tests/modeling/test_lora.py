@@ -24,6 +24,7 @@ PROJECTIONS = {
     "k_proj",
     "v_proj",
     "o_proj",
+    "g_proj",
     "gate",
     "in_proj",
     "out_proj",

@@ -15,6 +15,7 @@ from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
 from ssm_zoo.modeling.position_mixers import PositionMixer
+from ssm_zoo.modeling.retention import Retention
 from ssm_zoo.modeling.selective_attention import SelectiveAttention
 
 LENGTH = 13
@@ -111,6 +112,11 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
     if isinstance(mixer, MambaMixer):
         x, z = mixer.in_proj(hidden_states).chunk(2, dim=-1)
         return mixer.out_proj(mixed(mixer.conv1d(x, seq_idx=seq_idx)[0][..., None]) * F.silu(z))
+    if isinstance(mixer, Retention):
+        values = mixer.v_proj(hidden_states).unflatten(-1, (mixer.num_kv_heads, mixer.v_head_dim))
+        heads = mixed(values.repeat_interleave(mixer.num_heads // mixer.num_kv_heads, dim=2))
+        y = mixer.group_norm(heads.unflatten(-1, (mixer.num_heads, -1))).flatten(2)
+        return mixer.o_proj(y if mixer.g_proj is None else y * F.silu(mixer.g_proj(hidden_states)))
     assert isinstance(mixer, DiscreteMamba2Mixer), f"say here what {type(mixer).__name__} does with its matrix"
     xBC, z, _ = mixer.in_proj(hidden_states).split(mixer.split, dim=-1)
     x = mixer.conv1d(xBC, seq_idx=seq_idx)[0].split(mixer.conv_split, dim=-1)[0]

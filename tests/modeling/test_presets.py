@@ -1,10 +1,16 @@
-"""The published sizes: parameters and states as counted in their checkpoints."""
+"""The published sizes: parameters and states as counted in their checkpoints.
+
+RetNet's are torchscale's architectures with 32,000 tokens, for which no checkpoints were published. With width d,
+inner width n, H heads, L layers and vocabulary v they have 2 v d + L (2 d d + 6 d n + 2 d) + d parameters: embedding
+and head; queries and keys; values, gate, output and the three matrices of the MLP; norms. The state has
+L d (n / H + 1) numbers.
+"""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, preset
+from ssm_zoo.modeling import ZooMamba2Config, ZooMambaConfig, ZooRetNetConfig, preset
 from ssm_zoo.modeling.families import PRESETS
 
 # Parameters (the tied head not counted twice) and MiB of float32 state a sequence.
@@ -19,6 +25,13 @@ PUBLISHED = {
     "mamba2-780m": (780_161_280, 72.0),
     "mamba2-1.3b": (1_343_757_312, 96.0),
     "mamba2-2.7b": (2_702_599_680, 160.0),
+    "retnet-base": (51_845_632, 5.07421875),
+    "retnet-medium": (268_993_536, 27.0625),
+    "retnet-xl": (1_351_714_816, 81.1875),
+    "retnet-3b": (2_687_142_400, 134.0625),
+    "retnet-7b": (6_771_970_048, 216.5),
+    "retnet-13b": (12_943_774_720, 335.15625),
+    "retnet-65b": (52_601_823_232, 866.0),
 }
 
 
@@ -35,8 +48,11 @@ def test_size(name: str) -> None:
         model = AutoModelForCausalLM.from_config(config)
     parameters, mebibytes = PUBLISHED[name]
     assert model.num_parameters() == parameters
-    state = config.num_hidden_layers * config.intermediate_size * config.state_size * 4
-    assert state / 2**20 == mebibytes
+    if isinstance(config, ZooRetNetConfig):
+        state = config.num_attention_heads * config.head_dim * (config.v_head_dim + config.normalize_scores)
+    else:
+        state = config.intermediate_size * config.state_size
+    assert config.num_hidden_layers * state * 4 / 2**20 == mebibytes
 
 
 def test_changes() -> None:
