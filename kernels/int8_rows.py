@@ -9,6 +9,8 @@ Source: absolute-maximum quantisation, with a scale for each token and head as K
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.detach().to(accumulator(x))
     # Rounded to 8 bits the scale is off by at most 2^-9, so that the largest integer is still 127.
-    scales = (x.abs().amax(-1) / _MOST).bfloat16()
-    divisor = scales.to(x.dtype)[..., None]
-    integers = (x / divisor.where(divisor > 0, 1.0)).round()
-    return integers.nan_to_num(0.0).clamp(-_MOST, _MOST).to(torch.int8), scales
+    scales = (torch.linalg.vector_norm(x, math.inf, dim=-1) / _MOST).bfloat16()
+    # Where the scale is zero, infinite or NaN, so are the quotients, whose integers have no effect: they become 0.
+    integers = (x / scales.to(x.dtype)[..., None]).round_().nan_to_num_(0.0, 0.0, 0.0).clamp_(-_MOST, _MOST)
+    return integers.to(torch.int8), scales
 
 
 def dequantise_rows(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,9 +12,10 @@ For every batch row and head (head h reads B and C of group h // (H / G)),
 and :func:`row_distances` returns `|M_i - A_i|^2` and `|A_i|^2` for every row i. Norms of `M - A` and their gradients
 follow from these.
 
-A block has R rows of all heads of one sequence, and the columns up to its last row. R is chosen so that an array of a
-block has a fixed number of bytes. The forward keeps the distances and the log-sum-exp of the attention scores, all
-(B, H, L); the backward computes each block again. Memory is therefore linear in L, and time quadratic.
+In the torch path a block has R rows of all heads of one sequence, and the columns up to its last row. R is chosen so
+that an array of a block has a fixed number of bytes. The forward keeps the distances and the log-sum-exp of the
+attention scores, all (B, H, L); the backward computes each block again. Memory is therefore linear in L, and time
+quadratic.
 
 The teacher's side has no gradient. Computation is in float32 (float64 for float64 inputs) also under autocast; the sums
 of log-decays are in float64.
@@ -31,7 +32,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import accumulator, check_devices, check_groups, check_optional, check_tensor, without_autocast
+from .checks import (
+    accumulator,
+    check_devices,
+    check_groups,
+    check_optional,
+    check_tensor,
+    choose_implementation,
+    without_autocast,
+)
+from .matrix_distance_triton import WIDEST, row_distances_triton
 from .ssd import ssd_matrix
 
 # Bytes of one (H, R, columns) array of a block; about eight of them are in memory at a time.
@@ -82,7 +92,13 @@ class RowDistances(NamedTuple):
 
 
 def row_distances(
-    factors: SSDFactors, queries: Tensor, keys: Tensor, scaling: float, *, block_bytes: int = _BLOCK_BYTES
+    factors: SSDFactors,
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    *,
+    block_bytes: int | None = None,
+    implementation: str = "auto",
 ) -> RowDistances:
     """Compute the squared distances between the rows of SSD and attention matrices, blockwise.
 
@@ -91,28 +107,38 @@ def row_distances(
         queries: (B, L, H, P) queries of the attention, with positions applied.
         keys: (B, L, H, P) keys.
         scaling: factor on the scores.
-        block_bytes: size of one array of a block.
+        block_bytes: size of one array of a block of the torch path; 16 MiB if None. Triton has no such blocks.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support N or P > 256.
 
     Raises:
-        ValueError: if a shape, dtype or device is invalid.
+        ValueError: if a shape, dtype, device, `block_bytes` or `implementation` is invalid.
     """
     log_decay, B, C, scale, skip, least_sum = factors
     _check(factors, queries, keys)
+    if block_bytes is not None and block_bytes < 1:
+        raise ValueError(f"block_bytes must be at least 1 or None, got {block_bytes}")
+    served = block_bytes is None and max(B.shape[3], queries.shape[3]) <= WIDEST
+    chosen = choose_implementation(implementation, "row_distances", log_decay, served)
     dtype = accumulator(log_decay)
     # As in `ssd_matrix`: a decay that sets the state to zero is a finite sum.
     sums = log_decay.transpose(1, 2).double().clamp_min(2 * _smallest(dtype)).cumsum(-1)
     columns = None if scale is None else scale.to(dtype).transpose(1, 2)
+    diagonal = None if skip is None else skip.to(dtype)
+    queries, keys = queries.detach(), keys.detach()
+    if chosen == "triton" and sums.numel():
+        arguments = (sums, B, C, columns, diagonal, least_sum, queries, keys, scaling, _smallest(dtype))
+        return RowDistances(*row_distances_triton(*arguments))
     errors, targets = _RowDistances.apply(  # pyright: ignore[reportGeneralTypeIssues]
         sums,
         B.to(dtype).transpose(1, 2),
         C.to(dtype).transpose(1, 2),
         columns,
-        None if skip is None else skip.to(dtype),
+        diagonal,
         least_sum,
-        queries.detach().to(dtype).transpose(1, 2),
-        keys.detach().to(dtype).transpose(1, 2),
+        queries.to(dtype).transpose(1, 2),
+        keys.to(dtype).transpose(1, 2),
         scaling,
-        block_bytes,
+        block_bytes or _BLOCK_BYTES,
     )
     return RowDistances(errors, targets)
 

@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from ssm_zoo.kernels import checks, ssd_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
@@ -72,6 +73,11 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
     keys, extras = wide(B, L, H // 2, P), {"seq_idx": seq_idx}
     queries = wide(len(index), H, P)
     window_attention(queries, keys, keys, window=512, index=index, **some(**extras)).sum().backward()
+    factors = SSDFactors(wide(B, L, H), *(wide(B, L, H // 2, P) for _ in range(2)))
+    if everything:
+        factors = factors._replace(scale=zeros(B, L, H), skip=zeros(H), least_sum=1e-6)
+    queries = wide(B, L, H, P)
+    row_distances(factors, queries, queries, 0.1, **OPTIONS).errors.sum().backward()
     # Features of one row in a tile of columns, or of several.
     heads, width, positions = (1, 128, 512) if everything else (4, 24, 500)
     x = wide(2, positions, heads, width)

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from peak_memory import PeakMemory
+from ssm_zoo.kernels import matrix_distance_triton
 from ssm_zoo.kernels.matrix_distance import (
     RowDistances,
     SSDFactors,
     row_distances,
     row_distances_reference,
 )
+from tolerances import TOLERANCES
+from with_triton import DEVICE, NEEDS_TRITON, moved
 
 BATCH, LENGTH, HEADS, WIDTH, STATES = 2, 13, 6, 4, 5
 CASES = [
@@ -29,6 +32,7 @@ def make(
     dtype: torch.dtype,
     length: int = LENGTH,
     *,
+    heads: int = HEADS,
     groups: int = HEADS,
     scale: bool = False,
     skip: bool = False,
@@ -44,15 +48,15 @@ def make(
     maps = [draw(BATCH, length, groups, STATES) for _ in range(2)]
     if least_sum is not None:
         maps = [torch.nn.functional.softplus(part) for part in maps]
-    given = {"log_decay": -0.3 * draw(BATCH, length, HEADS).abs(), "B": maps[0], "C": maps[1]}
+    given = {"log_decay": -0.3 * draw(BATCH, length, heads).abs(), "B": maps[0], "C": maps[1]}
     if strong:  # beyond the exponents that count, and a state that is set to zero
         given["log_decay"][:, 3::4] *= 1000.0
         given["log_decay"][:, 6] = -1e4
     if scale:
-        given["scale"] = draw(BATCH, length, HEADS).abs()
+        given["scale"] = draw(BATCH, length, heads).abs()
     if skip:
-        given["skip"] = draw(HEADS)
-    queries, keys = draw(BATCH, length, HEADS, WIDTH).to(dtype), draw(BATCH, length, HEADS, WIDTH).to(dtype)
+        given["skip"] = draw(heads)
+    queries, keys = (draw(BATCH, length, heads, WIDTH).to(dtype) for _ in range(2))
     return {name: part.to(dtype).requires_grad_() for name, part in given.items()}, least_sum, queries, keys
 
 
@@ -119,6 +123,108 @@ def test_autocast_does_not_round_the_products() -> None:
         cast = row_distances(SSDFactors(**given), queries, keys, 1.0).errors
         (again,) = torch.autograd.grad(cast.sum(), given["C"])
     assert torch.equal(plain, cast) and torch.equal(gradient, again)
+
+
+TRITON_CASES = [
+    pytest.param({"length": 1, "skip": True}, id="1"),
+    pytest.param({"length": 31, "groups": 1, "scale": True, "skip": True}, id="31, step sizes and one group"),
+    pytest.param({"length": 32, "groups": 2, "strong": True}, id="32, strong decay"),
+    pytest.param({"length": 33, "groups": 1, "scale": True, "skip": True, "least_sum": 3.0}, id="33, normalised"),
+    pytest.param({"length": 47, "groups": 2, "least_sum": 1e-6}, id="47, normalised"),
+]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 32 rows or columns and 16 of the others: a length of 33 has tiles of all kinds, and one of one token."""
+    monkeypatch.setitem(matrix_distance_triton._TILES, (4, 64), ((16, 32, 4), (32, 16, 4), (16, 32, 4)))
+    monkeypatch.setitem(matrix_distance_triton._TILES, (2, 64), ((32, 16, 4), (16, 32, 4), (32, 16, 4)))
+
+
+def in_triton(factors: SSDFactors, queries: Tensor, keys: Tensor, scaling: float) -> RowDistances:
+    factors, there = SSDFactors(*(moved(part, DEVICE) for part in factors)), (moved(x, DEVICE) for x in (queries, keys))
+    found = row_distances(factors, *there, scaling, implementation="triton")
+    return RowDistances(*(moved(part, "cpu") for part in found))
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", TRITON_CASES)
+def test_triton_is_the_whole_matrices_and_the_torch_path(options: dict[str, Any]) -> None:
+    options = {"heads": 2, "groups": 2} | options
+    (errors, targets), gradients = compared(in_triton, torch.float32, options)
+    rtol, atol = TOLERANCES[torch.float32]
+    for compute, dtype in ((whole, torch.float64), (row_distances, torch.float32)):
+        expected, wanted = compared(compute, dtype, options)
+        assert len(gradients) == len(wanted) >= 3
+        for part, exact in zip((errors, targets, *gradients), (*expected, *wanted), strict=True):
+            most = max(1.0, float(exact.detach().abs().max()))
+            assert part.dtype == torch.float32
+            torch.testing.assert_close(part.double(), exact.double(), rtol=rtol, atol=atol * most)
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_in_half_precision_rounds_gradients_only() -> None:
+    """Products of bfloat16 numbers are exact in float32."""
+    options: dict[str, Any] = {"length": 33, "heads": 2, "groups": 1, "least_sum": 1e-6, "skip": True}
+    given, least_sum, queries, keys = make(torch.bfloat16, **options)
+    results = []
+    for compute, dtype in ((in_triton, torch.bfloat16), (whole, torch.float64)):
+        parts = {name: part.detach().to(dtype).requires_grad_() for name, part in given.items()}
+        factors = SSDFactors(**parts, least_sum=least_sum)
+        distances = compute(factors, queries.to(dtype), keys.to(dtype), 0.7)
+        results.append((*distances, *torch.autograd.grad(distances.errors.sum(), list(parts.values()))))
+    for number, (part, exact) in enumerate(zip(*results, strict=True)):
+        dtype = torch.float32 if number < 2 else torch.bfloat16
+        rtol, atol = TOLERANCES[dtype]
+        assert part.dtype == dtype
+        most = max(1.0, float(exact.detach().abs().max()))
+        torch.testing.assert_close(part.double(), exact, rtol=rtol, atol=atol * most)
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("small_tiles", "poisoned_empty")
+def test_triton_runs_are_complete_and_bit_identical_for_strided_inputs_and_under_autocast() -> None:
+    given, least_sum, queries, keys = make(torch.float32, 33, heads=2, groups=1, scale=True, skip=True, least_sum=1e-6)
+    runs = []
+    for strided in (False, True):
+        maps = {name: given[name].mT.contiguous().mT if strided else given[name] for name in ("B", "C")}
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x for x in (queries, keys))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=strided):
+            distances = in_triton(SSDFactors(**given | maps, least_sum=least_sum), q, k, 0.7)
+            gradients = torch.autograd.grad(distances.errors.sum(), list(given.values()))
+        runs.append((*distances, *gradients))
+    for part, again in zip(*runs, strict=True):
+        assert part.isfinite().all() and torch.equal(part, again)
+
+
+@NEEDS_TRITON
+@pytest.mark.usefixtures("small_tiles")
+def test_triton_does_not_hide_nan() -> None:
+    for name in ("log_decay", "B", "C", "queries", "keys"):
+        given, _, queries, keys = make(torch.float32, 20, heads=1, groups=1)
+        inputs = {"queries": queries, "keys": keys} | given
+        clean = in_triton(SSDFactors(**given), queries, keys, 0.7).errors
+        inputs[name].data[0, 9] = torch.nan
+        found = in_triton(SSDFactors(**given), queries, keys, 0.7).errors
+        spoiled = found.isnan()[0, 0]
+        assert spoiled[9] and not spoiled[:9].any() and torch.equal(found[0, 0, :9], clean[0, 0, :9]), name
+        assert bool(spoiled[10:].all()) == (name in ("log_decay", "B", "keys")), name
+
+
+@pytest.mark.parametrize(("width", "block_bytes"), [(WIDTH, 2**20), (257, None)])
+def test_what_triton_does_not_support_is_refused(width: int, block_bytes: int | None) -> None:
+    given = make(torch.float32)[0]
+    queries = torch.zeros(BATCH, LENGTH, HEADS, width)
+    with pytest.raises(ValueError, match="implementation='triton' of row_distances is not available for these arg"):
+        row_distances(SSDFactors(**given), queries, queries, 1.0, block_bytes=block_bytes, implementation="triton")
+
+
+def test_a_block_without_bytes_is_refused() -> None:
+    given, _, queries, keys = make(torch.float32)
+    with pytest.raises(ValueError, match="block_bytes must be at least 1 or None, got 0"):
+        row_distances(SSDFactors(**given), queries, keys, 1.0, block_bytes=0)
 
 
 def test_memory_is_linear_in_the_length() -> None:

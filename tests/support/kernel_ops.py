@@ -1,5 +1,6 @@
 """The table of ops, with the shapes of their tensors: shared tests of kernels read it."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from ssm_zoo.kernels.bounded_attention import (
     bounded_attention_reference,
 )
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import (
     masked_mix,
     masked_mix_reference,
@@ -89,6 +91,12 @@ BOUNDED = "q:BLHP k:BLGP v:BLGP seq_idx:BL"
 EPS = {"eps": 1e-5}
 BOUNDS = {"window": 3, "slots": [1, 2], "sinks": 1, "chunk_size": 2}
 
+
+@functools.wraps(row_distances)
+def _row_distances(queries: torch.Tensor, keys: torch.Tensor, implementation: str = "auto", **factors: Any) -> Any:
+    return row_distances(SSDFactors(**factors), queries, keys, 0.7, implementation=implementation)
+
+
 OPS: dict[str, Op] = {
     "ssd": Op(ssd, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
     "ssd_reference": Op(ssd_reference, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
@@ -117,6 +125,12 @@ OPS: dict[str, Op] = {
     "bounded_attention": Op(bounded_attention, BOUNDED, options=BOUNDS),
     "bounded_attention_reference": Op(bounded_attention_reference, BOUNDED, options=BOUNDS),
     "bounded_attention_matrix": Op(bounded_attention_matrix, BOUNDED, options=BOUNDS),
+    "row_distances": Op(
+        _row_distances,
+        "log_decay:BLH B:BLGN C:BLGN scale:BLH skip:H queries:BLHP keys:BLHP",
+        options={"least_sum": 1e-6},
+        sizing=("log_decay",),
+    ),
     "masked_mix": Op(masked_mix, f"x:BLHP weight:HNN {MIX}"),
     "masked_mix_reference": Op(masked_mix_reference, f"x:BLHP weight:HNN {MIX}"),
     "masked_mix_step": Op(masked_mix_step, f"history:BLHP weight:HNN {MIX_STEP}"),
