@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class Distiller(ZooTrainer):
     Args:
         student: student to train in place; a sharded one is copied.
         teacher: its teacher.
-        layers: converted layers.
+        layers: layers that are converted in the stage.
         windows: the training text.
         recipe: the recipe.
         index: index of the stage.
@@ -139,6 +139,7 @@ class Distiller(ZooTrainer):
         device: device of the training.
         progress: measurements to save with every checkpoint, as values that JSON can represent.
         stored: the teacher's logits, if they are stored.
+        waiting: parameters of mixers that a later stage converts, by name; they are saved with every checkpoint.
     """
 
     def __init__(
@@ -154,8 +155,10 @@ class Distiller(ZooTrainer):
         device: torch.device,
         progress: dict[str, Any],
         stored: StoredLogits | None = None,
+        waiting: Mapping[str, Tensor] | None = None,
     ) -> None:
         stage = recipe.stages[index]
+        self._waiting = dict(waiting or {})
         self._stage, self._index, self._layers, self._progress = stage, index, layers, progress
         self._every = saved_parameters(student, recipe, layers).keys()
         self.stage_name = f"stages.{stage.name}: "
@@ -243,7 +246,7 @@ class Distiller(ZooTrainer):
             model: Any = self.model
             whole = model.state_dict() if state_dict is None else state_dict
             weights = {name: whole[f"student.{name}"] for name in self._every}
-            write_progress(Path(output_dir), weights, self._progress)
+            write_progress(Path(output_dir), weights | self._waiting, self._progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load nothing: the student was restored from the checkpoint before the Trainer was created."""

@@ -275,6 +275,15 @@ class Recipe(SettingsBase):
         return self
 
     @model_validator(mode="after")
+    def _refuse_steps_of_what_is_fitted_as_a_whole(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            if stage.layers is not None and (self.is_healed or self.student.mixer in MIXERS_WITH["slots"][1]):
+                whole = "a sequential calibration or refit" if self.is_healed else f"the mixer {self.student.mixer!r}"
+                accepted = f"left out with {whole}, which fits all converted layers of the student together"
+                raise wrong(f"stages.{index}.layers", stage.layers, accepted)
+        return self
+
+    @model_validator(mode="after")
     def _refuse_checkpointing_without_effect(self) -> Recipe:
         if self.gradient_checkpointing and all(stage.layerwise for stage in self.stages):
             accepted = (
@@ -314,8 +323,9 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
     """Return the layer numbers of a recipe's `student.layers` for a teacher of `num_layers` layers.
 
     "odd" and "even" go by the number counted from 0. "every:N" takes the N-th layer of each run of N (N - 1,
-    2N - 1, ...). "interleave:F" takes the share F of the layers (a decimal or a ratio such as 3/4, rounded to the
-    nearest count, halves up) at even distances.
+    2N - 1, ...), "except:N" all but the first of each run of N (0, N, ...); so each of every:4, odd, except:4, except:8
+    and all contains those before it. "interleave:F" takes the share F of the layers (a decimal or a ratio such as 3/4,
+    rounded to the nearest count, halves up) at even distances.
 
     Args:
         spec: see `LAYERS_ACCEPTED`.
@@ -334,6 +344,8 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
         numbers = sorted(int(layer) for layer in spec)
     elif kind == "every":
         numbers = list(range(int(argument) - 1, num_layers, int(argument)))
+    elif kind == "except":
+        numbers = [layer for layer in range(num_layers) if layer % int(argument)]
     elif kind == "interleave":
         count = int(Fraction(argument) * num_layers + Fraction(1, 2))
         # The middles of `count` equal parts of [0, num_layers), in integers so that no rounding differs.

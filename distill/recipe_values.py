@@ -10,8 +10,8 @@ from ..evaluation.decoding import LEAST_CONTEXT
 from ..harness.settings import accept
 
 LAYERS_ACCEPTED = (
-    "a list of distinct layer numbers counted from 0, 'all', 'odd', 'even', 'every:N' (N at least 1) or "
-    "'interleave:FRACTION' (above 0, at most 1)"
+    "a list of distinct layer numbers counted from 0, 'all', 'odd', 'even', 'every:N' (N at least 1), 'except:N' "
+    "(N at least 2) or 'interleave:FRACTION' (above 0, at most 1)"
 )
 
 
@@ -75,8 +75,9 @@ def layers(value: Any) -> str | list[int] | None:
     """Return a well-formed choice of layers (see `LAYERS_ACCEPTED`) unchanged, otherwise None."""
     if isinstance(value, str):
         kind, _, argument = value.partition(":")
-        if kind == "every":
-            return value if argument.isascii() and argument.isdecimal() and int(argument) >= 1 else None
+        if kind in ("every", "except"):
+            least = 1 if kind == "every" else 2
+            return value if argument.isascii() and argument.isdecimal() and int(argument) >= least else None
         if kind == "interleave":
             return value if _fraction(argument) else None
         return value if value in ("all", "odd", "even") else None

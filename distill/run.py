@@ -50,6 +50,7 @@ from .plan import RunPlan, make_plan
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
+from .stepwise import Conversion
 from .stored_logits import StoredLogits, identity
 from .student import build_control, build_student, position_limit, set_slots, zeroed_mixers
 from .teacher import Teacher
@@ -86,6 +87,7 @@ class _Run:
     train: TokenWindows
     heldout: TokenWindows
     progress: _Progress
+    conversion: Conversion
     stored: StoredLogits | None = None
 
     @property
@@ -155,7 +157,8 @@ def distill(
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
     if on_plan is not None:
-        plan = make_plan(run.recipe, run.teacher, run.student, run.layers, run.train, run.compute, run.stored)
+        parts = (run.recipe, run.teacher, run.student, run.layers, run.train)
+        plan = make_plan(*parts, run.compute, run.stored, run.conversion)
         if not on_plan(plan):
             return {}
     _claim(run)
@@ -274,8 +277,8 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
         expected = identity(recipe, sources["teacher"], windows["train"].fingerprint())
         stored = StoredLogits(recipe.stored_logits, expected)
         sources["stored_logits"] = {"source": recipe.stored_logits, "config": stored.fingerprint}
-    train, heldout = windows["train"], windows["heldout"]
-    return _Run(recipe, output, state, commit, sources, teacher, student, layers, train, heldout, _Progress(), stored)
+    known = (recipe, output, state, commit, sources, teacher, student, layers, windows["train"], windows["heldout"])
+    return _Run(*known, _Progress(), Conversion(teacher, recipe, layers), stored)
 
 
 def _claim(run: _Run) -> None:
@@ -359,7 +362,7 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     row["layers"] = []
     if kind in ("start", "stage"):
         ids = windows[:_LAYER_WINDOWS].to(run.device)
-        row["layers"] = layer_errors(run.student, run.teacher, run.layers, ids)
+        row["layers"] = layer_errors(run.student, run.teacher, run.conversion.layers, ids)
     row = finite(row)
     # Only a student before training may have a loss that is not finite.
     lost = [key for key in ("loss", "kl") if row[key] is None and scored.get(key) is not None]
@@ -378,11 +381,12 @@ def _one_line(row: dict[str, Any]) -> str:
 
 def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     """Train one stage, from its checkpoint if there is one, and evaluate the student after it."""
-    stage = run.recipe.stages[index]
+    stage, conversion = run.recipe.stages[index], run.conversion
+    conversion.convert(run.student, conversion.stages[index])
     trainer = Distiller(
         run.student,
         run.teacher,
-        run.layers,
+        conversion.layers,
         run.train,
         run.recipe,
         index,
@@ -391,6 +395,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
         run.device,
         _saved_progress(run),
         run.stored,
+        conversion.waiting,
     )
     model, points = train_or_load(trainer, found, stage.steps)
     run.student = model.student.eval()
@@ -399,7 +404,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     if stage.refit != "none":
         with run.compute():
             windows = _calibration_windows(run)
-            fit_output_projections(run.student, run.teacher, run.layers, windows, stage.refit, progress=run.main)
+            fit_output_projections(run.student, run.teacher, conversion.layers, windows, stage.refit, progress=run.main)
         check_finite(run.student, f"stages.{stage.name}: the student after its refit", _REMEDY)
         seconds += time.monotonic() - started
     run.progress.stages.append(_stage_entry(stage, history, seconds))
@@ -410,7 +415,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
 def _save(run: _Run, stages: int) -> None:
     """Save a checkpoint after a number of whole stages."""
     if run.main:
-        weights = saved_parameters(run.student, run.recipe, run.layers)
+        weights = saved_parameters(run.student, run.recipe, run.conversion.layers) | run.conversion.waiting
         progress = _saved_progress(run)
         save_checkpoint(
             run.output / CHECKPOINTS,
