@@ -84,7 +84,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
     """The windows that a stage reads, in order, after those of the stages before it.
 
     Attributes:
-        windows: the training text.
+        windows: the text that the stage reads.
         stages: stages of the recipe.
         index: index of the stage.
         seed: seed of the order.
@@ -104,7 +104,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         stage = self.stages[self.index]
         read = tokens_before(self.stages, self.index)
-        # Number of steps of this stage's size that cover the tokens read by the stages before it.
+        # Number of steps of this stage's size that cover what the stages before it read of its text.
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
         place = (position, stage.sequence_length, self.seed)
@@ -131,7 +131,7 @@ class Distiller(ZooTrainer):
         student: student to train in place; a sharded one is copied.
         teacher: its teacher.
         layers: layers that are converted in the stage.
-        windows: the training text.
+        windows: the text that the stage reads.
         recipe: the recipe.
         index: index of the stage.
         output: folder of the run.

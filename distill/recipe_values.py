@@ -132,6 +132,7 @@ ConvKernel = Annotated[int, accept("a whole number from 2 to 8", whole_number(2,
 Positive = Annotated[float, accept("a number above 0", _number(0, above=True))]
 NonNegative = Annotated[float, accept("a number of 0 or more", _number(0))]
 Share = Annotated[float, accept("a number from 0 to 1", _number(0, 1))]
+UpToOne = Annotated[float, accept("a number above 0, at most 1", _number(0, 1, above=True))]
 Part = Annotated[float, accept("a number above 0 and below 1", _number(0, 1, above=True, below=True))]
 Warmup = Annotated[float, accept("a share of the steps from 0 to 0.5", _number(0, 0.5))]
 Decay = Annotated[float, accept("a share of the steps above 0 and up to 1", _number(0, 1, above=True))]

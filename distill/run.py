@@ -47,6 +47,7 @@ from .inputs import check_inputs, load_inputs
 from .layer_errors import layer_errors
 from .objectives import loss_name
 from .plan import RunPlan, make_plan
+from .pseudo_labels import pseudo_labels
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
@@ -89,6 +90,7 @@ class _Run:
     progress: _Progress
     conversion: Conversion
     stored: StoredLogits | None = None
+    pseudo: TokenWindows | None = None  # the teacher's text
 
     @property
     def main(self) -> bool:
@@ -162,6 +164,8 @@ def distill(
         if not on_plan(plan):
             return {}
     _claim(run)
+    if recipe.data.pseudo_labels is not None:
+        run.pseudo = pseudo_labels(recipe, run.teacher, run.train, run.output, run.compute, state)
     # Read now: the source may be gone when the training ends.
     origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
@@ -208,7 +212,8 @@ def _restore(run: _Run, found: Path) -> None:
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
-    return {"train": run.train.fingerprint(), "heldout": run.heldout.fingerprint()}
+    texts = {"train": run.train, "heldout": run.heldout, "pseudo_labels": run.pseudo}
+    return {name: windows.fingerprint() for name, windows in texts.items() if windows is not None}
 
 
 def _saved_progress(run: _Run) -> dict[str, Any]:
@@ -387,7 +392,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
         run.student,
         run.teacher,
         conversion.layers,
-        run.train,
+        run.train if run.pseudo is None or stage.text == "train" else run.pseudo,
         run.recipe,
         index,
         run.output,

@@ -54,7 +54,7 @@ GROUP_RATES = {
     "embeddings": "embedding_learning_rate",
 }
 """Groups of weights outside of the mixers that may have their own learning rate, with the field that sets it."""
-LATER_FIELDS = ("layers", "matrix_norm", "stream", "reverse_weight", "jsd_beta", *GROUP_RATES.values())
+LATER_FIELDS = ("layers", "text", "matrix_norm", "stream", "reverse_weight", "jsd_beta", *GROUP_RATES.values())
 
 
 class StageSpec(SettingsBase):
@@ -70,6 +70,7 @@ class StageSpec(SettingsBase):
         tokens: number of tokens that the stage reads, rounded up to a whole step.
         sequence_length: L, tokens per sequence.
         batch_size: sequences per optimiser step, over all processes.
+        text: text that the stage reads: the training text, or the one that the teacher writes (`data.pseudo_labels`).
         repeats: share of the sequences in which a passage is repeated, to train recall: between 1/32 and 1/8 of the
             sequence is overwritten by an earlier part of it.
         learning_rate: peak learning rate of the mixers.
@@ -105,6 +106,7 @@ class StageSpec(SettingsBase):
     tokens: Count
     sequence_length: Length = 256
     batch_size: Count
+    text: Literal["train", "teacher"] = "train"
     repeats: Share = 0.0
     learning_rate: Positive
     other_learning_rate: Positive | None = None

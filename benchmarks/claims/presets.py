@@ -8,7 +8,8 @@ Papers choose learning rates for billions of tokens. Therefore the rates of a pr
 out of `--factors` (the same for all presets) with the lowest held-out loss after `--tuning-tokens`, with seed 0, on the
 first half of the held-out text. No rate is raised above 2e-3. The runs that are compared are scored on the second half:
 loss, KL and agreement in windows of 256 tokens, and the loss on a passage that was read 416 tokens before. A bounded
-memory (`zoo`) holds more than 256 tokens, so that only the last one says what it forgets.
+memory (`zoo`) holds more than 256 tokens, so that only the last one says what it forgets. Where a preset trains on the
+teacher's text, its share of the tokens is written and read in the same manner; `run_seconds` include the writing.
 
     python benchmarks/claims/presets.py --teacher FOLDER --tokens 102400 --layers 15 --threads 2 --work FOLDER
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ PRESETS = tuple(name for name in ORDER if name in preset_names())
 PATTERNS = ("every:4", "odd", "except:4", "except:8", "all")  # each contains the ones before it
 BATCH, LENGTH = 4, 256
 STEP = BATCH * LENGTH
+PROMPT_LENGTH = 32  # of text that a teacher writes, in texts of 256 tokens
 EVALUATION = {"sequence_length": LENGTH, "batch_size": 4, "repeat_distance": 416, "final": False}
 HIGHEST_RATE = 2e-3
 RATES = ("learning_rate", "other_learning_rate", "norm_learning_rate", "mlp_learning_rate", "embedding_learning_rate")
@@ -108,6 +111,9 @@ def scaled(run: Run, places: Places) -> Recipe:
         raise SystemExit(f"--layers must be one of {counts} for a teacher of {places.num_layers} layers")
     values["student"]["layers"] = pattern
     values["data"]["sequence_length"] = LENGTH
+    share = run.tokens / sum(stage["tokens"] for stage in values["stages"])
+    if spec := values["data"].get("pseudo_labels"):
+        spec |= {"tokens": max(round(share * spec["tokens"]), LENGTH), "prompt_length": PROMPT_LENGTH}
     counts = steps_of([stage["tokens"] for stage in values["stages"]], run.tokens // STEP)
     for stage, steps in zip(values["stages"], counts, strict=True):
         stage |= {"tokens": steps * STEP, "batch_size": BATCH, "sequence_length": LENGTH}
@@ -127,6 +133,7 @@ def scaled(run: Run, places: Places) -> Recipe:
 
 def measure(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Carry a run out and return its row; a run whose numbers are not finite has none but "diverged"."""
+    started = time.monotonic()
     try:
         report = distill(recipe, folder, command=f"benchmarks/claims/presets.py ({run.name})")
     except ValueError as error:
@@ -165,6 +172,7 @@ def measure(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "calibration_tokens": recipe.student.calibration_tokens,
         "training_seconds": round(seconds, 1),
         "seconds_per_1000_tokens": round(1000 * seconds / tokens, 2),
+        "run_seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": report["peak_memory_bytes"],
     }
 

@@ -12,7 +12,8 @@ from teachers import draw_ids, make_any_teacher, save_teacher, small_text, train
 
 from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.plan import RunPlan
-from ssm_zoo.distill.recipe import parse_recipe, resolve_layers
+from ssm_zoo.distill.recipe import as_mapping, parse_recipe, resolve_layers
+from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill, read_report
 from ssm_zoo.distill.stepwise import Conversion, layers_of_stages
 from ssm_zoo.distill.student import build_student
@@ -104,6 +105,28 @@ def test_stages_convert_more_and_more_layers(place: Path, finished: Path) -> Non
     after = weights(place / "frozen")
     assert not torch.equal(after["backbone.layers.0.mlp.up_proj.weight"], start["backbone.layers.0.mlp.up_proj.weight"])
     assert not torch.equal(after["backbone.layers.0.mixer.z_bias"], start["backbone.layers.0.mixer.z_bias"])
+
+
+def test_mamba_in_llama_runs_as_it_is_but_for_its_size(place: Path) -> None:
+    given = [
+        f"teacher={place / 'teacher'}",
+        f"data.train={place / 'train.txt'}",
+        f"data.heldout={place / 'heldout.txt'}",
+    ]
+    mapping = as_mapping(load_recipe("mamba_in_llama", given))
+    for stage in mapping["stages"]:
+        stage |= {"tokens": 512, "batch_size": 4, "sequence_length": 32}
+    mapping["stages"][-1]["learning_rate"] = 1e-3
+    mapping["data"] |= {"sequence_length": 32}
+    mapping["data"]["pseudo_labels"] |= {"tokens": 600, "prompt_length": 8}
+    mapping |= {"evaluation": {"tokens": 128, "sequence_length": 32, "final": False}, "dtype": "float32"}
+    report = distill(parse_recipe(mapping), place / "mamba_in_llama")
+    measured = {row["name"]: [layer["layer"] for layer in row["layers"]] for row in report["evaluations"]}
+    assert (measured["quarter"], measured["half"], measured["three_quarters"]) == ([3], [1, 3], [1, 2, 3])
+    assert report["student"]["mixer_types"] == ["full_attention", *["mamba2"] * 3]
+    start = trained_teacher().state_dict()
+    frozen = weights(place / "mamba_in_llama")["backbone.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(frozen, start["model.layers.1.mlp.up_proj.weight"])
 
 
 class _StoppedError(Exception):
