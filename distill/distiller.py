@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
     """The windows that a stage reads, in order, after those of the stages before it.
 
     Attributes:
-        windows: the training text.
+        windows: the text that the stage reads.
         stages: stages of the recipe.
         index: index of the stage.
         seed: seed of the order.
@@ -104,7 +104,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         stage = self.stages[self.index]
         read = tokens_before(self.stages, self.index)
-        # Number of steps of this stage's size that cover the tokens read by the stages before it.
+        # Number of steps of this stage's size that cover what the stages before it read of its text.
         steps = -(-read // (stage.batch_size * stage.sequence_length))
         position = steps * stage.batch_size + item
         place = (position, stage.sequence_length, self.seed)
@@ -130,8 +130,8 @@ class Distiller(ZooTrainer):
     Args:
         student: student to train in place; a sharded one is copied.
         teacher: its teacher.
-        layers: converted layers.
-        windows: the training text.
+        layers: layers that are converted in the stage.
+        windows: the text that the stage reads.
         recipe: the recipe.
         index: index of the stage.
         output: folder of the run.
@@ -139,6 +139,7 @@ class Distiller(ZooTrainer):
         device: device of the training.
         progress: measurements to save with every checkpoint, as values that JSON can represent.
         stored: the teacher's logits, if they are stored.
+        waiting: parameters of mixers that a later stage converts, by name; they are saved with every checkpoint.
     """
 
     def __init__(
@@ -154,8 +155,10 @@ class Distiller(ZooTrainer):
         device: torch.device,
         progress: dict[str, Any],
         stored: StoredLogits | None = None,
+        waiting: Mapping[str, Tensor] | None = None,
     ) -> None:
         stage = recipe.stages[index]
+        self._waiting = dict(waiting or {})
         self._stage, self._index, self._layers, self._progress = stage, index, layers, progress
         self._every = saved_parameters(student, recipe, layers).keys()
         self.stage_name = f"stages.{stage.name}: "
@@ -243,7 +246,7 @@ class Distiller(ZooTrainer):
             model: Any = self.model
             whole = model.state_dict() if state_dict is None else state_dict
             weights = {name: whole[f"student.{name}"] for name in self._every}
-            write_progress(Path(output_dir), weights, self._progress)
+            write_progress(Path(output_dir), weights | self._waiting, self._progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load nothing: the student was restored from the checkpoint before the Trainer was created."""

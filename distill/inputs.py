@@ -7,6 +7,7 @@ from accelerate import PartialState
 
 from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
 from .fetch import teacher_commit
+from .pseudo_labels import check_prompts
 from .recipe import Recipe
 from .teacher import Teacher, load_teacher
 
@@ -54,7 +55,10 @@ def check_inputs(
     """
     tokenizer = teacher.tokenizer
     check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
-    for length in sorted({recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}):
+    check_prompts(recipe, teacher)
+    prompted = set() if recipe.data.pseudo_labels is None else {recipe.data.sequence_length}
+    lengths = {recipe.calibration_length, *prompted, *(stage.sequence_length for stage in recipe.stages)}
+    for length in sorted(lengths):
         check_length(windows["train"], "data.train", length)
     _check_positions(recipe, positions)
     for index, prompt in enumerate(recipe.evaluation.prompts):

@@ -91,8 +91,12 @@ def _loss(
     loss = _divergence(log_student, log_teacher, kl, reverse_weight, jsd_beta) * temperature**2
     if not ce_weight:
         return loss
-    cross_entropy = F.cross_entropy(student.float(), targets, ignore_index=-100, reduction="sum")
-    return (1 - ce_weight) * loss + ce_weight * cross_entropy
+    return (1 - ce_weight) * loss + ce_weight * cross_entropy(student, targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum over tokens of the cross-entropy of (tokens, V) logits; a target of -100 does not count."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
 
 
 def _divergence(log_student: Tensor, log_teacher: Tensor, kl: str, reverse_weight: float, jsd_beta: float) -> Tensor:

@@ -16,7 +16,7 @@ from ..evaluation.hidden_states import head_of
 from ..kernels.matrix_distance import RowDistances, row_distances, row_distances_reference
 from ..modeling import ZooHybridForCausalLM
 from .layer_losses import alignment_loss, matrix_norm
-from .logit_losses import chunked_logit_loss, chunked_loss, stored_logit_loss
+from .logit_losses import chunked_logit_loss, chunked_loss, cross_entropy, stored_logit_loss
 from .stages import StageSpec
 from .streaming import mean_over_layers, mean_over_own_stream
 from .student import student_mixer
@@ -35,6 +35,8 @@ def loss_name(stage: StageSpec) -> str:
         return _MATRIX_NORMS[stage.matrix_norm]
     if stage.objective != "logit_distillation":
         return "relative squared error"
+    if stage.ce_weight == 1:
+        return "cross-entropy (nats/token)"
     return "divergence (nats/token)"
 
 
@@ -180,9 +182,12 @@ def logit_distillation(
 ) -> Tensor:
     """Compute MOHAWK's stage 3: the divergence of the student's predictions from the teacher's.
 
-    The teacher runs, or its most likely tokens are given (`stored_logits.py`). `options` are keyword arguments of
-    :func:`logit_loss`.
+    The teacher runs, or its most likely tokens are given (`stored_logits.py`), or it has no weight beside the
+    cross-entropy. `options` are keyword arguments of :func:`logit_loss`.
     """
+    if options.get("ce_weight") == 1:
+        mine = student.backbone(ids, use_cache=False).last_hidden_state
+        return chunked_loss(mine, head_of(student), (), ids, cross_entropy, learnt, learnt_share)
     if top_ids is None or top_log_probs is None:
         with torch.no_grad():
             theirs = teacher.model.base_model(ids, use_cache=False).last_hidden_state

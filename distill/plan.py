@@ -32,6 +32,7 @@ from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
 from .logit_losses import tokens_at_once
 from .recipe import Recipe
+from .stepwise import Conversion
 from .stored_logits import StoredLogits
 from .teacher import Teacher
 
@@ -116,6 +117,7 @@ def make_plan(
     windows: TokenWindows,
     compute: Callable[[], AbstractContextManager[Any]],
     stored: StoredLogits | None = None,
+    conversion: Conversion | None = None,
 ) -> RunPlan:
     """Measure and count what each stage of a recipe needs in each of the processes that `accelerate launch` started.
 
@@ -127,8 +129,10 @@ def make_plan(
         windows: the training text.
         compute: makes the context of a forward pass in the recipe's dtype.
         stored: the teacher's logits, if they are stored.
+        conversion: the layers of each stage; None: those of the recipe.
     """
-    planner = _Planner(recipe, teacher, student, layers, windows, compute, stored)
+    conversion = conversion or Conversion(teacher, recipe, layers)
+    planner = _Planner(recipe, teacher, student, layers, windows, compute, stored, conversion)
     with torch.random.fork_rng(devices=[]):
         return planner.plan()
 
@@ -142,6 +146,7 @@ class _Planner:
     windows: TokenWindows
     compute: Callable[[], AbstractContextManager[Any]]
     stored: StoredLogits | None
+    conversion: Conversion
 
     def __post_init__(self) -> None:
         self.device = self.student.device
@@ -156,7 +161,10 @@ class _Planner:
     def plan(self) -> RunPlan:
         """Return the whole plan."""
         recipe, spec = self.recipe, self.recipe.evaluation
-        stages = [self.stage(index) for index in range(len(recipe.stages))]
+        stages = []
+        for index, layers in enumerate(self.conversion.stages):
+            with self.conversion.converted(self.student, layers):
+                stages.append(self.stage(index))
         texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
         self.evaluate(texts[:1])  # imports what an evaluation needs
         forward, seconds = _measured(lambda: self.evaluate(texts), self.device)
@@ -188,11 +196,11 @@ class _Planner:
 
     def stage(self, index: int) -> StagePlan:
         """Return the plan of a stage."""
-        stage = self.recipe.stages[index]
+        stage, layers = self.recipe.stages[index], self.conversion.stages[index]
         batch, length = stage.batch_size // self.processes, stage.sequence_length
         vocabulary = self.teacher.model.config.get_text_config().vocab_size
         logits = min(tokens_at_once(vocabulary), batch * length)  # tokens of a chunk
-        model = StudentInStage(self.student, stage, self.teacher, self.layers, self.windows.learnt_share)
+        model = StudentInStage(self.student, stage, self.teacher, layers, self.windows.learnt_share)
         rows = StageWindows(self.windows, self.recipe.stages, index, self.recipe.seed, self.stored)
 
         def step(sequences: int) -> None:
@@ -201,7 +209,7 @@ class _Planner:
                 model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).backward()
             model.zero_grad(set_to_none=True)
 
-        with trainable(self.student, stage.train, self.layers) as trained:
+        with trainable(self.student, stage.train, layers) as trained:
             # From a whole chunk of logits on, the memory is linear in the batch.
             activations, seconds = _extrapolated(step, batch, -(-logits // length), self.device)
             every = sum(parameter.numel() for parameter in trained)
@@ -212,7 +220,7 @@ class _Planner:
         # The update needs room for a number per weight: of all weights on a GPU, of one tensor at a time on a CPU.
         on_cpu = self.device.type == "cpu"
         update = _FLOAT * (numbers + (largest // self.shards if on_cpu else numbers))
-        saved = saved_parameters(self.student, self.recipe, self.layers).values()
+        saved = saved_parameters(self.student, self.recipe, layers).values()
         copy = _FLOAT * sum(tensor.numel() for tensor in saved) if on_cpu else 0  # that a checkpoint is written from
         buckets = _FLOAT * numbers if self.processes > 1 and not self.sharded else 0  # of DDP
         whole = stage.objective == "logit_distillation"

@@ -39,6 +39,9 @@ def precompute_logits(
         raise ValueError(f"`stored_logits` must be left out to compute logits, got {recipe.stored_logits!r}.")
     if not stages_of(recipe):
         raise ValueError("`stages` must have one with objective 'logit_distillation' to compute logits, got none.")
+    for index, stage in enumerate(recipe.stages):
+        if stage.text == "teacher":
+            raise ValueError(f"`stages.{index}.text` must be 'train' to compute logits, got 'teacher'.")
     state = processes()
     if state.num_processes > 1:
         raise ValueError(f"--precompute-logits must run in one process, got {state.num_processes}.")

@@ -27,9 +27,11 @@ from .recipe_values import (
     HalfLife,
     Layers,
     Length,
+    Positive,
     Seed,
     Sources,
     Text,
+    UpToOne,
     Whole,
     layers,
     whole_number,
@@ -107,6 +109,26 @@ class StudentSpec(SettingsBase):
         return self
 
 
+class PseudoLabelsSpec(SettingsBase):
+    """The text that the teacher writes before the training, for stages with `text: teacher`.
+
+    Each prompt is continued until the teacher ends the text, or up to `data.sequence_length` tokens.
+
+    Attributes:
+        tokens: length of the whole text, prompts included. Stages that read more read it again, in another order.
+        prompt_length: tokens of a prompt, cut from the training text; 0: only the token at the beginning of a text.
+        temperature: divisor of the logits.
+        top_p: least sum of the probabilities of the likeliest tokens out of which a token is drawn.
+        batch_size: prompts that are continued at the same time.
+    """
+
+    tokens: Count
+    prompt_length: Whole = 32
+    temperature: Positive = 1.0
+    top_p: UpToOne = 1.0
+    batch_size: Count = 16
+
+
 class DataSpec(SettingsBase):
     """The texts.
 
@@ -120,12 +142,27 @@ class DataSpec(SettingsBase):
         examples: content of the rows of files and data sets: "text"; "messages", a conversation for the tokenizer's
             chat template; or "prompt_completion", a prompt and its completion. With the last two, logit distillation
             learns the answers only, and the evaluations are of all tokens.
+        pseudo_labels: the text that the teacher writes; None: it writes none.
     """
 
     train: Sources
     heldout: Sources
     sequence_length: Length = 256
     examples: Literal["text", "messages", "prompt_completion"] = "text"
+    pseudo_labels: PseudoLabelsSpec | None = None
+
+    @model_validator(mode="after")
+    def _refuse_prompts_that_leave_no_room(self) -> DataSpec:
+        spec = self.pseudo_labels
+        if spec is None:
+            return self
+        if self.examples != "text":
+            accepted = f"left out with examples {self.examples!r}: prompts are cut from running text"
+            raise wrong("pseudo_labels", spec.model_dump(), accepted)
+        if spec.prompt_length >= self.sequence_length:
+            accepted = f"below data.sequence_length = {self.sequence_length}"
+            raise wrong("pseudo_labels.prompt_length", spec.prompt_length, accepted)
+        return self
 
 
 # Fields of the comparison at the end, which have no effect without it. `as_mapping` leaves them out at their defaults.
@@ -275,6 +312,32 @@ class Recipe(SettingsBase):
         return self
 
     @model_validator(mode="after")
+    def _refuse_a_text_of_the_teacher_without_effect(self) -> Recipe:
+        readers = [index for index, stage in enumerate(self.stages) if stage.text == "teacher"]
+        spec = self.data.pseudo_labels
+        if spec is not None and not readers:
+            raise wrong("data.pseudo_labels", spec.model_dump(), "left out, since no stage has text 'teacher'")
+        for index in readers:
+            if spec is None:
+                raise wrong(f"stages.{index}.text", "teacher", "'train', or data.pseudo_labels given")
+            if self.stages[index].sequence_length > spec.tokens:
+                accepted = f"at least stages.{index}.sequence_length = {self.stages[index].sequence_length}"
+                raise wrong("data.pseudo_labels.tokens", spec.tokens, accepted)
+            if self.stored_logits is not None:
+                accepted = f"left out, since logits are not stored for the text that stages.{index} reads"
+                raise wrong("stored_logits", self.stored_logits, accepted)
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_steps_of_what_is_fitted_as_a_whole(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            if stage.layers is not None and (self.is_healed or self.student.mixer in MIXERS_WITH["slots"][1]):
+                whole = "a sequential calibration or refit" if self.is_healed else f"the mixer {self.student.mixer!r}"
+                accepted = f"left out with {whole}, which fits all converted layers of the student together"
+                raise wrong(f"stages.{index}.layers", stage.layers, accepted)
+        return self
+
+    @model_validator(mode="after")
     def _refuse_checkpointing_without_effect(self) -> Recipe:
         if self.gradient_checkpointing and all(stage.layerwise for stage in self.stages):
             accepted = (
@@ -314,8 +377,9 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
     """Return the layer numbers of a recipe's `student.layers` for a teacher of `num_layers` layers.
 
     "odd" and "even" go by the number counted from 0. "every:N" takes the N-th layer of each run of N (N - 1,
-    2N - 1, ...). "interleave:F" takes the share F of the layers (a decimal or a ratio such as 3/4, rounded to the
-    nearest count, halves up) at even distances.
+    2N - 1, ...), "except:N" all but the first of each run of N (0, N, ...); so each of every:4, odd, except:4, except:8
+    and all contains those before it. "interleave:F" takes the share F of the layers (a decimal or a ratio such as 3/4,
+    rounded to the nearest count, halves up) at even distances.
 
     Args:
         spec: see `LAYERS_ACCEPTED`.
@@ -334,6 +398,8 @@ def resolve_layers(spec: list[int] | str, num_layers: int) -> list[int]:
         numbers = sorted(int(layer) for layer in spec)
     elif kind == "every":
         numbers = list(range(int(argument) - 1, num_layers, int(argument)))
+    elif kind == "except":
+        numbers = [layer for layer in range(num_layers) if layer % int(argument)]
     elif kind == "interleave":
         count = int(Fraction(argument) * num_layers + Fraction(1, 2))
         # The middles of `count` equal parts of [0, num_layers), in integers so that no rounding differs.
@@ -357,6 +423,8 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
         del values["stored_logits"]
     if recipe.data.examples == "text":
         del values["data"]["examples"]
+    if recipe.data.pseudo_labels is None:
+        del values["data"]["pseudo_labels"]
     if not recipe.student.untie:
         del values["student"]["untie"]
     if not recipe.gradient_checkpointing:

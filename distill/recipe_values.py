@@ -10,8 +10,8 @@ from ..evaluation.decoding import LEAST_CONTEXT
 from ..harness.settings import accept
 
 LAYERS_ACCEPTED = (
-    "a list of distinct layer numbers counted from 0, 'all', 'odd', 'even', 'every:N' (N at least 1) or "
-    "'interleave:FRACTION' (above 0, at most 1)"
+    "a list of distinct layer numbers counted from 0, 'all', 'odd', 'even', 'every:N' (N at least 1), 'except:N' "
+    "(N at least 2) or 'interleave:FRACTION' (above 0, at most 1)"
 )
 
 
@@ -75,8 +75,9 @@ def layers(value: Any) -> str | list[int] | None:
     """Return a well-formed choice of layers (see `LAYERS_ACCEPTED`) unchanged, otherwise None."""
     if isinstance(value, str):
         kind, _, argument = value.partition(":")
-        if kind == "every":
-            return value if argument.isascii() and argument.isdecimal() and int(argument) >= 1 else None
+        if kind in ("every", "except"):
+            least = 1 if kind == "every" else 2
+            return value if argument.isascii() and argument.isdecimal() and int(argument) >= least else None
         if kind == "interleave":
             return value if _fraction(argument) else None
         return value if value in ("all", "odd", "even") else None
@@ -131,6 +132,7 @@ ConvKernel = Annotated[int, accept("a whole number from 2 to 8", whole_number(2,
 Positive = Annotated[float, accept("a number above 0", _number(0, above=True))]
 NonNegative = Annotated[float, accept("a number of 0 or more", _number(0))]
 Share = Annotated[float, accept("a number from 0 to 1", _number(0, 1))]
+UpToOne = Annotated[float, accept("a number above 0, at most 1", _number(0, 1, above=True))]
 Part = Annotated[float, accept("a number above 0 and below 1", _number(0, 1, above=True, below=True))]
 Warmup = Annotated[float, accept("a share of the steps from 0 to 0.5", _number(0, 0.5))]
 Decay = Annotated[float, accept("a share of the steps above 0 and up to 1", _number(0, 1, above=True))]

@@ -48,9 +48,11 @@ from .inputs import check_inputs, load_inputs
 from .layer_errors import layer_errors
 from .objectives import loss_name
 from .plan import RunPlan, make_plan
+from .pseudo_labels import pseudo_labels
 from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
+from .stepwise import Conversion
 from .stored_logits import StoredLogits, identity
 from .student import build_control, build_student, position_limit, set_slots, zeroed_mixers
 from .teacher import Teacher
@@ -88,8 +90,10 @@ class _Run:
     train: TokenWindows
     heldout: TokenWindows
     progress: _Progress
+    conversion: Conversion
     stored: StoredLogits | None = None
     kept: KeptStates = field(default_factory=KeptStates)
+    pseudo: TokenWindows | None = None  # the teacher's text
 
     @property
     def main(self) -> bool:
@@ -158,10 +162,13 @@ def distill(
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
     if on_plan is not None:
-        plan = make_plan(run.recipe, run.teacher, run.student, run.layers, run.train, run.compute, run.stored)
+        parts = (run.recipe, run.teacher, run.student, run.layers, run.train)
+        plan = make_plan(*parts, run.compute, run.stored, run.conversion)
         if not on_plan(plan):
             return {}
     _claim(run)
+    if recipe.data.pseudo_labels is not None:
+        run.pseudo = pseudo_labels(recipe, run.teacher, run.train, run.output, run.compute, state)
     # Read now: the source may be gone when the training ends.
     origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
@@ -208,7 +215,8 @@ def _restore(run: _Run, found: Path) -> None:
 
 
 def _fingerprints(run: _Run) -> dict[str, str]:
-    return {"train": run.train.fingerprint(), "heldout": run.heldout.fingerprint()}
+    texts = {"train": run.train, "heldout": run.heldout, "pseudo_labels": run.pseudo}
+    return {name: windows.fingerprint() for name, windows in texts.items() if windows is not None}
 
 
 def _saved_progress(run: _Run) -> dict[str, Any]:
@@ -278,8 +286,8 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
         words = next(head_of(teacher.model).parameters()).shape[0]
         stored = StoredLogits(recipe.stored_logits, expected, words)
         sources["stored_logits"] = {"source": recipe.stored_logits, "config": stored.fingerprint}
-    train, heldout = windows["train"], windows["heldout"]
-    return _Run(recipe, output, state, commit, sources, teacher, student, layers, train, heldout, _Progress(), stored)
+    known = (recipe, output, state, commit, sources, teacher, student, layers, windows["train"], windows["heldout"])
+    return _Run(*known, _Progress(), Conversion(teacher, recipe, layers), stored)
 
 
 def _claim(run: _Run) -> None:
@@ -366,7 +374,7 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
     row["layers"] = []
     if kind in ("start", "stage"):
         ids = windows[:_LAYER_WINDOWS].to(run.device)
-        row["layers"] = layer_errors(run.student, run.teacher, run.layers, ids)
+        row["layers"] = layer_errors(run.student, run.teacher, run.conversion.layers, ids)
     row = finite(row)
     # Only a student before training may have a loss that is not finite.
     lost = [key for key in ("loss", "kl") if row[key] is None and scored.get(key) is not None]
@@ -385,13 +393,14 @@ def _one_line(row: dict[str, Any]) -> str:
 
 def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     """Train one stage, from its checkpoint if there is one, and evaluate the student after it."""
-    stage = run.recipe.stages[index]
     run.kept.forget("stage")
+    stage, conversion = run.recipe.stages[index], run.conversion
+    conversion.convert(run.student, conversion.stages[index])
     trainer = Distiller(
         run.student,
         run.teacher,
-        run.layers,
-        run.train,
+        conversion.layers,
+        run.train if run.pseudo is None or stage.text == "train" else run.pseudo,
         run.recipe,
         index,
         run.output,
@@ -399,6 +408,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
         run.device,
         _saved_progress(run),
         run.stored,
+        conversion.waiting,
     )
     model, points = train_or_load(trainer, found, stage.steps)
     run.student = model.student.eval()
@@ -407,7 +417,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     if stage.refit != "none":
         with run.compute():
             windows = _calibration_windows(run)
-            fit_output_projections(run.student, run.teacher, run.layers, windows, stage.refit, progress=run.main)
+            fit_output_projections(run.student, run.teacher, conversion.layers, windows, stage.refit, progress=run.main)
         check_finite(run.student, f"stages.{stage.name}: the student after its refit", _REMEDY)
         seconds += time.monotonic() - started
     run.progress.stages.append(_stage_entry(stage, history, seconds))
@@ -418,7 +428,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
 def _save(run: _Run, stages: int) -> None:
     """Save a checkpoint after a number of whole stages."""
     if run.main:
-        weights = saved_parameters(run.student, run.recipe, run.layers)
+        weights = saved_parameters(run.student, run.recipe, run.conversion.layers) | run.conversion.waiting
         progress = _saved_progress(run)
         save_checkpoint(
             run.output / CHECKPOINTS,

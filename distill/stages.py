@@ -14,6 +14,7 @@ from .recipe_values import (
     Count,
     Decay,
     Identifier,
+    Layers,
     Length,
     NonNegative,
     Part,
@@ -53,7 +54,7 @@ GROUP_RATES = {
     "embeddings": "embedding_learning_rate",
 }
 """Groups of weights outside of the mixers that may have their own learning rate, with the field that sets it."""
-LATER_FIELDS = ("matrix_norm", "stream", "reverse_weight", "jsd_beta", *GROUP_RATES.values())
+LATER_FIELDS = ("layers", "text", "matrix_norm", "stream", "reverse_weight", "jsd_beta", *GROUP_RATES.values())
 
 
 class StageSpec(SettingsBase):
@@ -64,9 +65,12 @@ class StageSpec(SettingsBase):
         objective: matrix orientation and hidden-state alignment are MOHAWK's stages 1 and 2 (arXiv 2408.10189),
             logit distillation is its stage 3. Last-state alignment compares the hidden states that the heads read.
         train: weights to train: the new mixers, the new mixers and the norms, or all.
+        layers: layers that are converted from this stage on, out of those of the student; None: all of them. Until its
+            stage a layer computes the teacher's attention, frozen. Later stages keep what this one converts.
         tokens: number of tokens that the stage reads, rounded up to a whole step.
         sequence_length: L, tokens per sequence.
         batch_size: sequences per optimiser step, over all processes.
+        text: text that the stage reads: the training text, or the one that the teacher writes (`data.pseudo_labels`).
         repeats: share of the sequences in which a passage is repeated, to train recall: between 1/32 and 1/8 of the
             sequence is overwritten by an earlier part of it.
         learning_rate: peak learning rate of the mixers.
@@ -98,9 +102,11 @@ class StageSpec(SettingsBase):
     name: Identifier
     objective: Literal["matrix_orientation", "hidden_state_alignment", "last_state_alignment", "logit_distillation"]
     train: Literal["mixers", "all", "mixers+norms"] = "mixers"
+    layers: Layers | None = None
     tokens: Count
     sequence_length: Length = 256
     batch_size: Count
+    text: Literal["train", "teacher"] = "train"
     repeats: Share = 0.0
     learning_rate: Positive
     other_learning_rate: Positive | None = None

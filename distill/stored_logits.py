@@ -72,8 +72,9 @@ def _stage_identity(stages: Sequence[StageSpec], index: int) -> dict[str, Any]:
 
 
 def tokens_before(stages: Sequence[StageSpec], index: int) -> int:
-    """Return the number of tokens that the stages before a stage read."""
-    return sum(part.steps * part.batch_size * part.sequence_length for part in stages[:index])
+    """Return the number of tokens that the stages before a stage read of its text."""
+    before = [part for part in stages[:index] if part.text == stages[index].text]
+    return sum(part.steps * part.batch_size * part.sequence_length for part in before)
 
 
 @torch.no_grad()

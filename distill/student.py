@@ -47,7 +47,7 @@ def build_student(teacher: Teacher, spec: StudentSpec, layers: Sequence[int], *,
         ValueError: if the teacher's sizes do not fit the mixer, an exact head is in no converted layer, or a head is to
             be untied that is not tied.
     """
-    config = _student_config(teacher, spec, layers)
+    config = student_config(teacher, spec, layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = ZooHybridForCausalLM(config)
@@ -199,7 +199,7 @@ def _replacement(spec: StudentSpec) -> FromAttention:
     return row
 
 
-def _student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
+def student_config(teacher: Teacher, spec: StudentSpec, layers: Sequence[int]) -> ZooHybridConfig:
     """Return the teacher's configuration with the new mixers in some layers and the settings of these mixers."""
     mixers = list(teacher.zoo_config.mixer_types)
     for layer in layers:

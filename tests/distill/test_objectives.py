@@ -158,6 +158,7 @@ STAGES = [
     pytest.param({"objective": "last_state_alignment"}, id="last state"),
     pytest.param({"objective": "logit_distillation"}, id="logits"),
     pytest.param({"objective": "logit_distillation", "ce_weight": 0.4}, id="logits and cross-entropy"),
+    pytest.param({"objective": "logit_distillation", "ce_weight": 1.0}, id="cross-entropy alone"),
 ]
 
 

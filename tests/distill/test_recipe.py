@@ -267,6 +267,7 @@ stages:
         pytest.param("every:1", 3, [0, 1, 2], id="every-1"),
         pytest.param("every:5", 30, [4, 9, 14, 19, 24, 29], id="every-5"),
         pytest.param("every:4", 7, [3], id="every-4-of-7"),
+        pytest.param("except:4", 9, [1, 2, 3, 5, 6, 7], id="except-4-of-9"),
         pytest.param("interleave:1", 4, [0, 1, 2, 3], id="interleave-all"),
         pytest.param("interleave:0.5", 6, [1, 3, 5], id="interleave-half"),
         pytest.param("interleave:0.75", 8, [0, 2, 3, 4, 6, 7], id="interleave-3-of-4"),
@@ -295,7 +296,15 @@ def test_keys_that_earlier_versions_lacked_are_left_out_of_what_a_run_is(tmp_pat
     assert not {"gradient_checkpointing", "report_to"} & as_mapping(plain).keys()
     older = {"tokens", "sequence_length", "batch_size", "repeat_distance", "prompts", "max_new_tokens"}
     assert as_mapping(plain)["evaluation"].keys() == older
-    later = {"matrix_norm", "stream", "reverse_weight", "jsd_beta", "norm_learning_rate", "embedding_learning_rate"}
+    later = {
+        "layers",
+        "matrix_norm",
+        "stream",
+        "reverse_weight",
+        "jsd_beta",
+        "norm_learning_rate",
+        "embedding_learning_rate",
+    }
     assert "untie" not in as_mapping(plain)["student"]
     assert not any(later & stage.keys() for stage in as_mapping(plain)["stages"])
     mixed = load_recipe(write(tmp_path), ["stages.1.kl=mixed", "stages.1.reverse_weight=0.25"])
