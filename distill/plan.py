@@ -214,7 +214,7 @@ class _Planner:
             # From a whole chunk of logits on, the memory is linear in the batch.
             activations, seconds = _extrapolated(step, batch, -(-logits // length), self.device)
             every = sum(parameter.numel() for parameter in trained)
-            seconds += _seconds_of_an_update(every // self.shards, self.device)
+            seconds += _seconds_of_an_update(trained, self.device) / self.shards
             largest = max((parameter.numel() for parameter in trained), default=0)
         numbers = every // self.shards
         activations -= _FLOAT * (every - numbers)  # gradients that other processes hold
@@ -334,13 +334,21 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return median(found)
 
 
-def _seconds_of_an_update(numbers: int, device: torch.device) -> float:
-    """Return the seconds in which AdamW updates so many numbers, from those of a few of them."""
-    weight = torch.zeros(min(max(numbers, 1), _UPDATED), device=device, requires_grad=True)
-    weight.grad = torch.zeros_like(weight)
-    optimizer = torch.optim.AdamW([weight])
-    optimizer.step()  # makes the moments
-    return seconds_of(optimizer.step, device) * numbers / weight.numel()
+def _seconds_of_an_update(trained: Sequence[Tensor], device: torch.device) -> float:
+    """Return the seconds in which gradients are clipped and AdamW updates weights, from those of a part of each."""
+    numbers = sum(tensor.numel() for tensor in trained)
+    share = min(_UPDATED / max(numbers, 1), 1.0)
+    parts = [torch.zeros(max(int(share * tensor.numel()), 1), device=device, requires_grad=True) for tensor in trained]
+    for part in parts:
+        part.grad = torch.zeros_like(part)
+    optimizer = torch.optim.AdamW(parts)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(parts, 1.0)
+        optimizer.step()
+
+    update()  # makes the moments
+    return seconds_of(update, device) / share
 
 
 def _extrapolated(step: Callable[[int], object], batch: int, least: int, device: torch.device) -> tuple[int, float]:
