@@ -32,6 +32,8 @@ _RESUMABLE = {"distill", "finetune", "select", "train"}
 # wording, not whether the message is one line.
 _OUTSIDE = ("huggingface_hub", "httpx", "httpcore", "safetensors", "hf_xet", "yaml")
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc", re.IGNORECASE)
+# What waiting for a process that has ended raises in the others.
+_ENDED = re.compile(r"connection closed by peer|connection reset by peer|remote process exited", re.IGNORECASE)
 
 
 class ReportingGroup(TyperGroup):
@@ -98,7 +100,7 @@ def reported(command: Callable[[], str | None], with_traceback: Callable[[], boo
 
 def is_expected(error: BaseException) -> bool:
     """Return whether an error is about arguments, files, the network, the Hub or memory. Otherwise it is a bug."""
-    if isinstance(error, (ValueError, OSError, MemoryError)) or _is_out_of_memory(error):
+    if isinstance(error, (ValueError, OSError, MemoryError)) or _is_out_of_memory(error) or _is_left_alone(error):
         return True
     return any(kind.__module__.startswith(_OUTSIDE) for kind in type(error).__mro__)
 
@@ -113,6 +115,8 @@ def one_line(error: BaseException) -> str:
         text += separator + line
     if _is_out_of_memory(error):
         return f"out of memory: {text or type(error).__name__}; use a smaller model, batch or length"
+    if _is_left_alone(error):
+        return "another process of this run has ended; its message says why"
     return _printable(text) or type(error).__name__
 
 
@@ -135,6 +139,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
+
+
+def _is_left_alone(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _ENDED.search(str(error)) is not None
 
 
 def _bug_line(error: BaseException, command: str) -> str:

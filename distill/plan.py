@@ -2,7 +2,8 @@
 
 Parameters, gradients and optimiser are counted. Activations are measured: a step of one or a few sequences is carried
 out for each stage, and extrapolated to the batch, in which they are linear. The step changes nothing. What is resident
-when the plan is made (program, texts, teacher and student) is read from the system.
+when the plan is made (program, texts, teacher and student) is read from the system. Times are measured in steps of
+their own, since the count of the tensors in memory slows a step down, most of all one of many small operations.
 
 Symbols: B sequences of a process per step, L length, V vocabulary.
 """
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ from .teacher import Teacher
 _FLOAT = torch.float32.itemsize
 # Resident memory of libraries that a run imports after its plan: metrics, the Trainer, plots. Measured on Linux.
 _IMPORTED_LATER = 88 * 2**20
+# Numbers that are updated to measure the time of an update, too many for a cache.
+_UPDATED = 2**22
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def make_plan(
     student: ZooHybridForCausalLM,
     layers: Sequence[int],
     windows: TokenWindows,
+    heldout: TokenWindows,
     compute: Callable[[], AbstractContextManager[Any]],
     stored: StoredLogits | None = None,
     conversion: Conversion | None = None,
@@ -127,12 +132,13 @@ def make_plan(
         student: the student before training; it is not changed.
         layers: converted layers.
         windows: the training text.
+        heldout: the held-out text.
         compute: makes the context of a forward pass in the recipe's dtype.
         stored: the teacher's logits, if they are stored.
         conversion: the layers of each stage; None: those of the recipe.
     """
     conversion = conversion or Conversion(teacher, recipe, layers)
-    planner = _Planner(recipe, teacher, student, layers, windows, compute, stored, conversion)
+    planner = _Planner(recipe, teacher, student, layers, windows, heldout, compute, stored, conversion)
     with torch.random.fork_rng(devices=[]):
         return planner.plan()
 
@@ -144,6 +150,7 @@ class _Planner:
     student: ZooHybridForCausalLM
     layers: Sequence[int]
     windows: TokenWindows
+    heldout: TokenWindows
     compute: Callable[[], AbstractContextManager[Any]]
     stored: StoredLogits | None
     conversion: Conversion
@@ -167,9 +174,11 @@ class _Planner:
                 stages.append(self.stage(index))
         texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
         self.evaluate(texts[:1])  # imports what an evaluation needs
-        forward, seconds = _measured(lambda: self.evaluate(texts), self.device)
+        forward = peak_of(lambda: self.evaluate(texts), self.device)
+        seconds = seconds_of(lambda: self.evaluate(texts), self.device)
+        scored = min(spec.tokens, len(self.heldout)) // spec.sequence_length * spec.sequence_length
         # Teacher, zeroed mixers, control and step 0, then after each stage.
-        seconds *= spec.tokens / texts.numel() * (4 + len(stages))
+        seconds *= scored / texts.numel() * (4 + len(stages))
         control = _bytes(self.teacher.model)  # about: it is a copy of the teacher with other attention
         comparison = 0
         if spec.final:
@@ -213,6 +222,7 @@ class _Planner:
             # From a whole chunk of logits on, the memory is linear in the batch.
             activations, seconds = _extrapolated(step, batch, -(-logits // length), self.device)
             every = sum(parameter.numel() for parameter in trained)
+            seconds += _seconds_of_an_update(trained, self.device) / self.shards
             largest = max((parameter.numel() for parameter in trained), default=0)
         numbers = every // self.shards
         activations -= _FLOAT * (every - numbers)  # gradients that other processes hold
@@ -320,11 +330,33 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
     return storages.peak
 
 
-def _measured(run: Callable[[], object], device: torch.device) -> tuple[int, float]:
-    """Return the peak memory of a function and its seconds."""
-    started = time.monotonic()
-    peak = peak_of(run, device)
-    return peak, time.monotonic() - started
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a function: the median of three calls, or of fewer that take a second."""
+    found: list[float] = []
+    while len(found) < 3 and sum(found) < 1:
+        started = time.monotonic()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        found.append(time.monotonic() - started)
+    return median(found)
+
+
+def _seconds_of_an_update(trained: Sequence[Tensor], device: torch.device) -> float:
+    """Return the seconds in which gradients are clipped and AdamW updates weights, from those of a part of each."""
+    numbers = sum(tensor.numel() for tensor in trained)
+    share = min(_UPDATED / max(numbers, 1), 1.0)
+    parts = [torch.zeros(max(int(share * tensor.numel()), 1), device=device, requires_grad=True) for tensor in trained]
+    for part in parts:
+        part.grad = torch.zeros_like(part)
+    optimizer = torch.optim.AdamW(parts)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(parts, 1.0)
+        optimizer.step()
+
+    update()  # makes the moments
+    return seconds_of(update, device) / share
 
 
 def _extrapolated(step: Callable[[int], object], batch: int, least: int, device: torch.device) -> tuple[int, float]:
@@ -335,8 +367,8 @@ def _extrapolated(step: Callable[[int], object], batch: int, least: int, device:
     """
     many = min(2 * least, batch)
     few = least if many < batch else 1
-    small = peak_of(lambda: step(few), device)
-    peak, seconds = _measured(lambda: step(many), device)
+    small, peak = (peak_of(lambda size=size: step(size), device) for size in (few, many))
+    seconds = seconds_of(lambda: step(many), device)
     if many < batch:
         peak += int((peak - small) / (many - few) * (batch - many))
     return peak, seconds * batch / many

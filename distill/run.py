@@ -162,7 +162,7 @@ def distill(
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
     if on_plan is not None:
-        parts = (run.recipe, run.teacher, run.student, run.layers, run.train)
+        parts = (run.recipe, run.teacher, run.student, run.layers, run.train, run.heldout)
         plan = make_plan(*parts, run.compute, run.stored, run.conversion)
         if not on_plan(plan):
             return {}
@@ -208,7 +208,12 @@ def _restore(run: _Run, found: Path) -> None:
     weights = load_file(found / WEIGHTS)
     for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
         parameter.data.copy_(weights[name])
-    run.progress = _Progress(**saved["measured"])
+    try:
+        run.progress = _Progress(**saved["measured"])
+    except TypeError as error:
+        raise ValueError(
+            f"{found} was written by another version of ssm-zoo ({error}). Finish the run with that version."
+        ) from None
     slots = run.progress.slots
     if slots is not None:  # checkpoints without decays are from before heads had their own
         set_slots(run.student, slots, run.progress.decays or [[1.0] * len(numbers) for numbers in slots])

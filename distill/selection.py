@@ -11,6 +11,8 @@ loss on a repeated passage: ordinary text hardly shows recall.
 Symbols: N windows, L length, D width, H query heads, KV key-value heads.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,19 +47,38 @@ class Measurements:
 
     Args:
         path: the file; None keeps them in memory only.
+
+    Raises:
+        ValueError: if the file is damaged or was edited.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._values: dict[str, Any] = read_json_object(path) if path is not None and path.is_file() else {}
+        self._values: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            found = read_json_object(path)
+            if found.get("sha256") != _digest(found.get("values")):
+                raise ValueError(f"{path} is damaged or was edited. Remove it, so that its values are measured again.")
+            self._values = found["values"]
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return a value, which is measured if it is not there yet."""
+        """Return a value, which is measured if it is not there yet.
+
+        Raises:
+            ValueError: if it is not finite.
+        """
         if name not in self._values:
-            self._values[name] = measure()
+            value = measure()
+            if not torch.tensor(list(value.values()) if isinstance(value, dict) else value).isfinite().all():
+                raise ValueError(f"teacher: the measurement {name!r} is not finite. Choose another teacher.")
+            self._values[name] = value
             if self._path is not None:
-                write_json(self._path, self._values)
+                write_json(self._path, {"sha256": _digest(self._values), "values": self._values})
         return self._values[name]
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass

@@ -59,6 +59,10 @@ class SelectionSettings(SettingsBase):
             raise refused("method", f"must name each method once, got {', '.join(self.methods)}")
         if self.tokens < self.sequence_length:
             raise wrong("tokens", self.tokens, f"at least sequence_length = {self.sequence_length}, one window")
+        restored = "restore" in self.methods or (self.heads and self.head_method == "restore")
+        if restored and self.window + self.sinks >= self.sequence_length:
+            most = f"below sequence_length - sinks = {self.sequence_length - self.sinks}, so that restore has an effect"
+            raise wrong("window", self.window, most)
         if not self.heads and "head_method" in self.model_fields_set:
             raise refused("head_method", "has no effect without --heads. Remove it, or give the number of heads.")
         return self

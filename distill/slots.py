@@ -68,6 +68,9 @@ def divide_slots(
     Returns:
         The numbers of slots and the decays: a list for each of the teacher's layers with a number for each of its
         key-value heads, empty for a layer that is not converted. An exact head has 0 slots and the decay 1.
+
+    Raises:
+        ValueError: if an error is not finite.
     """
     heads = int(teacher.zoo_config.num_key_value_heads or 0)
     slots = [[0] * heads if layer in layers else [] for layer in range(teacher.num_layers)]
@@ -87,6 +90,11 @@ def divide_slots(
     least, best = errors.flatten(0, 1).min(-1)
     places = [(layer, head) for layer in measured for head in range(heads)]
     bounded = [index for index, (layer, head) in enumerate(places) if head not in settings.exact_of(layer)]
+    if not bool(least[bounded].isfinite().all()):
+        raise ValueError(
+            "teacher: the errors of its heads on the training text are not finite. Choose dtype float32 or, if it is, "
+            "another teacher."
+        )
     budget = (rows - settings.window - settings.sinks) * len(bounded)
     for index, number in zip(bounded, allocate(least[bounded], candidates, budget), strict=True):
         layer, head = places[index]

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from ..harness.settings import check, refused, wrong
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Measured = Annotated[float | None, AfterValidator(lambda value: value if math.isfinite(value or 0.0) else None)]
 
 
@@ -78,7 +79,7 @@ class Evaluation(_Part):
     loss: Measured
     perplexity: Measured
     kl: Measured
-    top1_agreement: Measured
+    top1_agreement: Share | None
     repeat_loss: Measured = None
     tokens: int
     trained_tokens: int
@@ -104,7 +105,7 @@ class PositionBin(_Part):
     tokens: int
     loss: Measured
     kl: Measured
-    top1_agreement: Measured
+    top1_agreement: Share | None
 
 
 class RepeatLoss(_Part):

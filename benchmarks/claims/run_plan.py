@@ -3,7 +3,7 @@
 Three sizes of random Llama teachers and two mixers, each run in a process of its own on the CPU: discrete Mamba-2 in
 every second layer (hidden-state alignment, then logit distillation of all weights), and attention over a bounded memory
 in all layers (logit distillation). WikiText-2, a tokenizer learnt from it. A row has the planned peak of the resident
-memory and the measured one, and the planned and measured seconds of the stages.
+memory and the measured one, and the planned and measured seconds of the stages and of the evaluations.
 
     python benchmarks/claims/run_plan.py
 
@@ -124,6 +124,8 @@ def run_in_this_process(case: Case, teacher: Path, output: Path) -> dict[str, An
         "ratio": plan.peak / measured,
         "planned_seconds": {stage.name: stage.seconds for stage in plan.stages},
         "measured_seconds": seconds,
+        "planned_evaluation_seconds": plan.evaluation_seconds,
+        "measured_evaluation_seconds": sum(row["seconds"] for row in report["evaluations"]),
         "plan": plan.as_mapping(),
     }
 

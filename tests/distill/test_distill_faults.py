@@ -15,6 +15,7 @@ from ssm_zoo.distill import inputs, run
 from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.precompute import precompute_logits
 from ssm_zoo.distill.recipe import parse_recipe
+from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
 
 STEPS = 6
 RECIPE: dict[str, Any] = {
@@ -110,6 +111,19 @@ def test_a_damaged_checkpoint_is_passed_over_to_the_same_student(
     assert "checkpoint-0-4 is damaged" in capsys.readouterr().out
     ours, theirs = (load_file(Path(run, "student", "model.safetensors")) for run in ("run", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_checkpoint_with_measurements_of_another_version_is_refused() -> None:
+    newest = Path("run", "checkpoints", "checkpoint-0-4")
+    progress = json.loads((newest / "progress.json").read_text())
+    progress["measured"]["later"] = 1
+    (newest / "progress.json").write_text(json.dumps(progress))
+    (newest / MANIFEST).unlink()
+    write_manifest(newest)
+    with pytest.raises(ValueError, match=r"checkpoint-0-4 was written by another version of ssm-zoo \(.*'later'\)"):
+        start()
+    assert nothing_is_made()
 
 
 @pytest.mark.usefixtures("work")

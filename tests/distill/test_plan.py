@@ -1,18 +1,20 @@
 """The plan of a run counts what a stage trains, measures what a step needs, and changes nothing."""
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from teachers import make_teacher, save_teacher, small_text, text_windows, trained_teacher
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
 from ssm_zoo.distill import plan as planning
 from ssm_zoo.distill.data import TokenWindows
 from ssm_zoo.distill.plan import RunPlan, make_plan, peak_of, plan_table
-from ssm_zoo.distill.recipe import parse_recipe
+from ssm_zoo.distill.recipe import as_mapping, parse_recipe
 from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill
 from ssm_zoo.distill.student import build_student
@@ -46,7 +48,7 @@ def parts(**stage: Any) -> tuple[Any, ...]:
     )
     student = build_student(teacher, recipe.student, [1, 2])
     windows = TokenWindows(text_windows(60, 1)[:, 0])
-    return recipe, teacher, student, [1, 2], windows, lambda: computing("float32", CPU)
+    return recipe, teacher, student, [1, 2], windows, windows, lambda: computing("float32", CPU)
 
 
 def plan_of(**stage: Any) -> tuple[RunPlan, Any]:
@@ -116,6 +118,30 @@ def test_a_plan_changes_neither_weights_nor_random_numbers() -> None:
     for name, parameter in student.named_parameters():
         assert parameter.equal(before[name]) and parameter.grad is None and parameter.requires_grad, name
     assert "| one | 4 | 512 | 0." in plan_table(found)
+
+
+def test_times_are_those_of_steps_whose_tensors_are_not_counted() -> None:
+    modes: list[bool] = []
+
+    def step(sequences: int) -> None:
+        modes.append(_get_current_dispatch_mode() is not None)
+        time.sleep(0.2 if modes[-1] else 0.01 * sequences)
+
+    _, seconds = planning._extrapolated(step, 12, 2, CPU)
+    assert modes == [True, True, False, False, False]
+    assert seconds == pytest.approx(0.12, rel=0.5)
+
+
+def test_the_time_of_the_evaluations_is_that_of_the_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "seconds_of", lambda *_: 1.0)
+    recipe, *others = parts()
+    found = []
+    for tokens in (64, 10**9):
+        values = {**as_mapping(recipe), "evaluation": {"tokens": tokens}}
+        found.append(make_plan(parse_recipe(values), *others).evaluation_seconds)
+    heldout = len(others[4]) // 32 * 32
+    # A second for a batch of four windows of 32 tokens; teacher, zeroed mixers, control, step 0 and a stage.
+    assert found == pytest.approx([5 * 64 / 128, 5 * heldout / 128])
 
 
 @pytest.fixture

@@ -121,6 +121,8 @@ def test_zeros_take_the_place_of_an_output_that_is_not_finite() -> None:
         ({"heads": 5}, r"`heads` must be at most 4, the key-value heads of 2 converted layers, got 5"),
         ({"distance": 500}, r"`data` must have at least 596 tokens .*, got 400"),
         ({"tokens": 20}, r"`tokens` must be at least sequence_length = 48, one window, got 20"),
+        ({"window": 47}, r"`window` must be below sequence_length - sinks = 47, .*, got 47"),
+        ({"window": 99, "methods": ["uniform"], "heads": 1, "head_method": "restore"}, "`window` must be below"),
         ({"methods": ["restore", "restore"]}, r"`method` must name each method once"),
         ({"methods": []}, r"`methods` must be a list of at least 1 item"),
         ({"head_method": "restore"}, r"`head_method` has no effect without --heads"),
@@ -173,11 +175,29 @@ def test_an_interrupted_selection_goes_on_where_it_stopped(inputs: Path, monkeyp
     monkeypatch.setattr(selection.Selector, "_ablated", interrupted)
     with pytest.raises(KeyboardInterrupt):
         select(settings, "part", progress=False)
-    assert len(json.loads(Path("part/measured.json").read_text())) == 3  # the teacher and two layers
+    path = Path("part/measured.json")
+    measured = json.loads(path.read_text())
+    assert len(measured["values"]) == 3  # the teacher and two layers
     other = settings.model_copy(update={"window": 5})
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(window: 4 there, 5 here\)"):
         select(other, "part", progress=False)
+    for edited in ({**measured, "values": {**measured["values"], "teacher": 0.5}}, {}, {"values": 1, "sha256": "a"}):
+        path.write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=r"measured.json is damaged or was edited. Remove it, so that"):
+            select(settings, "part", progress=False)
+    path.write_text(json.dumps(measured))
     left[0] = 2
     found = select(settings, "part", progress=False)
     assert left[0] == 0
     assert found["methods"] == whole["methods"] and not Path("part/measured.json").exists()
+
+
+@pytest.mark.parametrize("method", ["ablation", "restore", "retrieval"])
+def test_a_teacher_that_computes_no_numbers_chooses_nothing(method: str, inputs: Path) -> None:
+    teacher = trained_teacher()
+    teacher.model.layers[0].mlp.down_proj.weight.data.fill_(3e38)
+    save_teacher(inputs / "teacher", teacher)
+    settings = parse_selection({"teacher": "teacher", "data": ["text.txt"], "methods": [method], **SIZES})
+    with pytest.raises(ValueError, match=r"^teacher: the measurement '\w+' is not finite. Choose another teacher\.$"):
+        select(settings, "out", progress=False)
+    assert {path.name for path in Path("out").iterdir()} == {"run.json"}

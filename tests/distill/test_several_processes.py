@@ -146,3 +146,12 @@ def test_layers_keep_nothing_for_one_another(run: str, place: Path) -> None:
     # Two layers in each of four steps of two stages.
     assert len(found["at_layers"]) == 16 and not any(found["at_layers"])
     assert len(found["of_steps"]) == 8 and all(most > 10 for most in found["of_steps"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["stored-ddp", "stored-fsdp"])
+def test_each_process_reads_its_own_stored_logits(run: str, place: Path) -> None:
+    one, two = (json.loads((place / f"{run}.rows-{process}.json").read_text()) for process in (0, 1))
+    # Five steps of four windows, the first two of each for the first process.
+    assert one == [4 * step + item for step in range(5) for item in (0, 1)]
+    assert two == [4 * step + item for step in range(5) for item in (2, 3)]

@@ -101,6 +101,13 @@ def test_exact_heads_get_no_slots_and_do_not_count() -> None:
     assert divided([every, [], every, *others])[0] == [[0, 0], [], [0, 0], *others]
 
 
+def test_errors_that_are_not_finite_divide_nothing() -> None:
+    teacher = trained_teacher()
+    teacher.model.layers[0].mlp.down_proj.weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match=r"^teacher: the errors of its heads on the training text are not finite\."):
+        divide_slots(Teacher(teacher), [2, 0], SETTINGS, 12, WINDOWS, progress=False)
+
+
 def test_a_run_that_goes_on_keeps_the_division_of_its_slots(tmp_path: Path) -> None:
     save_teacher(tmp_path / "teacher", trained_teacher())
     for name, sentences in (("train", 300), ("heldout", 40)):

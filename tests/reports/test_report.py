@@ -229,6 +229,11 @@ def set_at(*place: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         pytest.param(set_at("format", to=2), "report: `format` must be 1, got 2", id="format"),
         pytest.param(set_at("kind", to="x"), "report: `kind` must be 'distillation', got 'x'", id="kind"),
         pytest.param(
+            set_at("evaluations", 3, "top1_agreement", to=7.0),
+            "report: `evaluations.3.top1_agreement` must be at most 1, got 7.0",
+            id="agreement",
+        ),
+        pytest.param(
             set_at("evaluations", 1, "loss", to="low"),
             "report: `evaluations.1.loss` must be a number, got 'low'",
             id="text-for-a-number",

@@ -4,7 +4,8 @@
 what they read: RECIPE.yaml, each into its own OUTPUT, until STOP, a stage and a step such as "logits/3" ("-": to its
 end). After the word "fsdp", weights are sharded as `examples/launch/fsdp2_1x8.yaml` has it. The main process writes
 OUTPUT.saved.json: for each call of a layer in a layer-wise stage, how many tensors of layers before it are kept for a
-backward pass, and for each step the largest number that was kept in it.
+backward pass, and for each step the largest number that was kept in it. Every process writes OUTPUT.rows-NUMBER.json,
+the windows whose stored logits it read.
 """
 
 import json
@@ -26,6 +27,7 @@ from ssm_zoo.distill import objectives, streaming
 from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill
+from ssm_zoo.distill.stored_logits import StoredLogits
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 
@@ -96,14 +98,23 @@ def run_until(recipe: str, output: str, stop: str) -> None:
             raise KeyboardInterrupt
         return inner(self, *arguments, **options)
 
+    rows: list[int] = []
+    row = StoredLogits.row
+
+    def reading(self: StoredLogits, stage: int, item: int) -> dict[str, Tensor]:
+        rows.append(item)
+        return row(self, stage, item)
+
     with pytest.MonkeyPatch.context() as patch:
         kept = watch(patch)
+        patch.setattr(StoredLogits, "row", reading)
         patch.setattr(Distiller, "training_step", stopping)
         if stop == "-":
             distill(load_recipe(f"{recipe}.yaml"), output)
         else:
             with pytest.raises(KeyboardInterrupt):
                 distill(load_recipe(f"{recipe}.yaml"), output)
+    Path(f"{output}.rows-{PartialState().process_index}.json").write_text(json.dumps(rows), encoding="utf-8")
     if PartialState().is_main_process:
         found = {"at_layers": kept.at_layers, "of_steps": kept.of_steps}
         Path(f"{output}.saved.json").write_text(json.dumps(found), encoding="utf-8")
