@@ -117,6 +117,13 @@ def test_the_gradients_are_those_of_the_published_equations(options: str) -> Non
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()), msg=name)
 
 
+def test_the_matrix_alone_can_be_trained() -> None:
+    """Its gradients, those of the normalisation included, which is not without effect without the norm of the heads."""
+    mixer, x = mixer_of(), (2 * draw(1, 5, WIDTH)).requires_grad_()
+    assert (mixer.hidden_attention(x, layout(x)).sum(-1).abs() > 1 - 1e-9).any()
+    assert torch.autograd.gradcheck(lambda x: mixer.hidden_attention(x, layout(x)), x)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_model_is_the_published_equations(options: str) -> None:
     model, ids = make_model("retnet", **OPTIONS[options]), draw_ids(2, 23)
