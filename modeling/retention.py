@@ -25,7 +25,8 @@ the end of every document, with the same parameters and without the diagonal.
 Deviations from the official code:
 
 * Its forms normalise differently: the recurrent one omits the second division, the chunkwise one sums absolute values
-  within a chunk. Here every form divides as the parallel one, so that they agree before the norm too.
+  within a chunk. Here every form divides as the parallel one of the paper and of release 0.3.0, so that they agree
+  before the norm too. (The parallel form of the present code sums absolute scores, which no recurrence can.)
 * Its cache holds one decay sum for the whole batch, which is wrong for rows with different amounts of padding.
 * It rotates neighbouring channels, here the two halves of a head are paired, as in Llama. A permutation of the rows of
   W_Q and W_K leads from one to the other (`conversion/formats/torchscale_retnet.py`).

@@ -347,6 +347,10 @@ def test_a_causal_checkpoint_has_all_weights_of_an_encoder() -> None:
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
         ({"embedding_multiplier": 0}, "embedding_multiplier must be positive, got 0"),
         (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            r"rope_parameters\['rope_type'\] must be 'default', got 'dynamic'",
+        ),
+        (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             r"rope_parameters\['partial_rotary_factor'\] must be 1",
         ),
