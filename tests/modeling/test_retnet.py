@@ -15,7 +15,7 @@ from ssm_zoo.modeling.cache import restore, snapshot
 from ssm_zoo.modeling.retention import Retention, decay_sums, log_decays
 from ssm_zoo.modeling.token_layout import Sequence, make_sequence
 
-WIDTH, HEADS, P, V = 16, 4, 6, 7
+WIDTH, HEADS, P, V = 16, 4, 6, 9
 OPTIONS: dict[str, dict[str, Any]] = {
     "torchscale": {},
     "fla": {"normalize_scores": False, "elementwise_affine": True, "num_key_value_heads": 2},
