@@ -43,7 +43,8 @@ class ZooRetNetConfig(PreTrainedConfig):
         embedding_multiplier: factor of the token embeddings: 1, or the square root of D in torchscale's models with
             scaled embeddings.
         max_position_embeddings: longest text in training; longer ones are read too.
-        rope_parameters: rotary embedding, as in transformers. By default its frequencies are torchscale's.
+        rope_parameters: rotary embedding, as in transformers, of the type "default". If not given, its frequencies are
+            torchscale's.
         bidirectional: every token sees its whole document, with decays by the distance. Such an encoder has no cache
             and no causal head; a causal checkpoint has all its weights.
         initializer_range: standard deviation of embedding, MLP and head at initialisation; retention has torchscale's.
@@ -125,7 +126,10 @@ class ZooRetNetConfig(PreTrainedConfig):
         for name in ("rms_norm_eps", "embedding_multiplier"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        part = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        rotary = self.rope_parameters or {}
+        if rotary.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters['rope_type'] must be 'default', got {rotary['rope_type']!r}")
+        part = rotary.get("partial_rotary_factor", 1.0)
         if part != 1:
             raise ValueError(f"rope_parameters['partial_rotary_factor'] must be 1, heads are rotated whole, got {part}")
 

@@ -17,7 +17,7 @@ Score normalisation (the paper's, section 2.2): R_nm is divided by sqrt(sum_m ga
 max(|sum_m R_nm|, 1). Both depend on the row alone, so that the norm of a head removes them up to its epsilon. Both are
 computed from what the recurrence carries: the first sum is (1 - gamma^(n+1)) / (1 - gamma), for which the cache counts
 the tokens of each row; the second is the output for an additional value that is always 1. No gradient flows through
-the second one, as in the official code.
+the second one, as in the official code; where the matrix itself is trained, it does.
 
 An encoder (`bidirectional`) has gamma^|n-m|, as in RMT (arXiv 2309.11523), here along one dimension: a second scan from
 the end of every document, with the same parameters and without the diagonal.
@@ -25,7 +25,8 @@ the end of every document, with the same parameters and without the diagonal.
 Deviations from the official code:
 
 * Its forms normalise differently: the recurrent one omits the second division, the chunkwise one sums absolute values
-  within a chunk. Here every form divides as the parallel one, so that they agree before the norm too.
+  within a chunk. Here every form divides as the parallel one of the paper and of release 0.3.0, so that they agree
+  before the norm too. (The parallel form of the present code sums absolute scores, which no recurrence can.)
 * Its cache holds one decay sum for the whole batch, which is wrong for rows with different amounts of padding.
 * It rotates neighbouring channels, here the two halves of a head are paired, as in Llama. A permutation of the rows of
   W_Q and W_K leads from one to the other (`conversion/formats/torchscale_retnet.py`).
@@ -208,6 +209,11 @@ class Retention(nn.Module):
         factors = self.matrix_inputs(sequence.blank(hidden_states), sequence, sequence.places())
         return self.mixing_matrix(*factors, sequence)
 
+    @distillation
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """Return the (B, L, H) log-decays for (B, L, D) hidden states, on which they do not depend."""
+        return log_decays(self.num_heads, hidden_states).expand(*hidden_states.shape[:2], -1)
+
     def mixing_matrix(self, log_decay: Tensor, k: Tensor, q: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) matrix R: o = R v per head, before norm and gate."""
         matrix = ssd_matrix(log_decay, k, q, seq_idx=sequence.seq_idx)
@@ -215,7 +221,7 @@ class Retention(nn.Module):
             ahead = ssd_matrix(*map(sequence.reverse, (log_decay, k, q)), seq_idx=sequence.seq_idx)
             matrix = matrix + sequence.reverse(sequence.reverse(ahead, 2), 3).triu(1)
         if self.normalize_scores:
-            matrix = matrix / matrix.sum(-1, keepdim=True).detach().abs().clamp(min=1)
+            matrix = matrix / matrix.sum(-1, keepdim=True).abs().clamp(min=1)
         return matrix
 
     @distillation

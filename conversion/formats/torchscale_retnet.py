@@ -10,8 +10,8 @@ state dict also holds the angles and the logarithms of the decays, which are fix
 is read, and computed when one is written.
 
 Fields for training, speed and what no forward reads (`dropout`, `chunkwise_recurrent`, `subln`, `xpos_rel_pos`) are
-ignored; of the fields of experts `moe_freq` has to be 0. torchscale's chunkwise and recurrent forms omit a part of the
-score normalisation (`modeling/retention.py`), which changes logits only through the epsilon of the norm of the heads.
+ignored; of the fields of experts `moe_freq` has to be 0. Some of torchscale's forms and releases normalise scores in
+another way than the paper (`modeling/retention.py`), which changes logits through the epsilon of the norm of the heads.
 """
 
 import math

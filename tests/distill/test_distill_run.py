@@ -316,6 +316,7 @@ OTHERS: list[tuple[dict[str, Any], int]] = [
     ({"mixer": "sliding_attention"}, 2),
     ({"mixer": "masked_mixing", "positions": 40, "calibration": "ridge"}, 0),
     ({"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}, 2),
+    ({"mixer": "retention", "calibration": "head_scale"}, 0),
 ]
 
 

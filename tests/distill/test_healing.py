@@ -31,6 +31,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "masked mixing": {"mixer": "masked_mixing", "positions": 48},
     "sliding attention": {"mixer": "sliding_attention", "sliding_window": 6},
     "bounded attention": {"mixer": "bounded_attention", "window": 8, "chunk_size": 4, "sinks": 1, "rows": 12},
+    "retention": {"mixer": "retention"},
 }
 
 

@@ -351,6 +351,7 @@ def test_a_mixer_setting_without_effect_is_refused(mixer: str, field: str, value
         pytest.param("sliding_attention", "conv_kernel", 3, id="convolution-of-attention"),
         pytest.param("sliding_attention", "copy_projections", False, id="random-attention"),
         pytest.param("masked_mixing", "half_life", [2, 32], id="half-life-of-masked-mixing"),
+        pytest.param("retention", "half_life", [2, 32], id="half-life-of-retention"),
     ],
 )
 def test_a_setting_of_the_other_kind_of_mixer_is_refused(mixer: str, field: str, value: Any) -> None:
@@ -360,7 +361,7 @@ def test_a_setting_of_the_other_kind_of_mixer_is_refused(mixer: str, field: str,
         parse_recipe(values(student={"mixer": mixer, field: value}))
 
 
-@pytest.mark.parametrize("mixer", ["sliding_attention", "bounded_attention", "masked_mixing", "mamba2"])
+@pytest.mark.parametrize("mixer", ["sliding_attention", "bounded_attention", "masked_mixing", "mamba2", "retention"])
 def test_every_output_projection_can_be_calibrated(mixer: str) -> None:
     for calibration in ("head_scale", "ridge", "sequential"):
         recipe = parse_recipe(values(student={"mixer": mixer, "calibration": calibration}))

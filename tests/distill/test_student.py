@@ -38,7 +38,9 @@ TEACHERS = [
 
 
 def spec(**changes: Any) -> StudentSpec:
-    start = {} if changes.get("mixer") in ("sliding_attention", "masked_mixing") else {"half_life": (4.0, 4.0)}
+    start = (
+        {} if changes.get("mixer") in ("sliding_attention", "masked_mixing", "retention") else {"half_life": (4.0, 4.0)}
+    )
     return StudentSpec(**{**start, **changes})
 
 
@@ -275,6 +277,20 @@ def test_a_mamba2_mixer_gets_the_projections_after_its_gate(width: int) -> None:
     torch.testing.assert_close(mixed(student, layer, hidden), expected, rtol=RTOL, atol=ATOL)
 
 
+def test_retention_takes_grouped_heads_and_biases_as_they_are() -> None:
+    teacher, layer = make_teacher(attention_bias=True), 1
+    attention = teacher.model.layers[layer].self_attn
+    student = build_student(Teacher(teacher), spec(mixer="retention"), [layer])
+    assert student.config.retention == {"v_head_dim": WIDTH, "use_output_gate": False}
+    mixer = student_mixer(student, layer)
+    copied, given = mixer.state_dict(), attention.state_dict()
+    assert copied.keys() == given.keys() and all(torch.equal(copied[key], given[key]) for key in given)
+    rates = -mixer.log_decay(hidden_states())[0, 0]  # pyright: ignore[reportCallIssue]
+    torch.testing.assert_close(rates, torch.tensor([-math.log1p(-(2.0 ** (-5 - head))) for head in range(HEADS)]))
+    random = build_student(Teacher(teacher), spec(mixer="retention", copy_projections=False), [layer])
+    assert not torch.equal(student_mixer(random, layer).state_dict()["q_proj.weight"], given["q_proj.weight"])
+
+
 def test_sliding_attention_is_the_teacher_within_its_window() -> None:
     teacher = make_teacher()
     window = 40
@@ -404,7 +420,7 @@ def test_zeroed_mixers_say_nothing_until_the_end() -> None:
             assert torch.equal(student(input_ids=ids).logits, silent(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2", "sliding_attention", "masked_mixing"])
+@pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2", "sliding_attention", "masked_mixing", "retention"])
 def test_all_layers_can_be_converted(mixer: str) -> None:
     student = build_student(Teacher(make_teacher(tie_word_embeddings=True)), spec(mixer=mixer), range(4))
     assert student.config.mixer_types == [mixer] * 4

@@ -99,6 +99,29 @@ def test_discrete_mamba2_starts_as_linear_attention_with_the_teachers_queries_an
 
 
 @pytest.mark.parametrize("family", TEACHERS)
+@torch.no_grad()
+def test_retention_starts_with_the_teachers_projections(family: str) -> None:
+    """Decays, norm and normalisation of scores as published; queries, keys, values and output of the teacher."""
+    teacher, layer = make_any_teacher(family), 1
+    student = build_student(Teacher(teacher), StudentSpec(mixer="retention"), [layer]).double()
+    hidden = captured(teacher, layer)["normed_input"].double()
+    view = Teacher(teacher.double()).attention(layer)
+    queries, keys = view.queries_keys(hidden)
+    gamma = 1 - 2.0 ** (-5 - torch.arange(queries.shape[2], dtype=torch.float64))[:, None, None]
+    decay = torch.tril(gamma ** (torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)).clamp(min=0))
+    matrix = torch.einsum("bihp,bjhp->bhij", queries, keys) * view.scaling * decay / decay.sum(-1, True).sqrt()
+    matrix = matrix / matrix.sum(-1, keepdim=True).abs().clamp(min=1)
+    heads = torch.einsum("bhij,bjhp->bihp", matrix, view.values(hidden))
+    heads = heads / (heads.square().mean(-1, keepdim=True) + student.config.rms_norm_eps).sqrt()
+    expected = F.linear(heads.flatten(2), view.o, view.o_bias)
+    mixer: Any = student_mixer(student, layer)
+    actual = mixer(hidden, student.backbone.sequence_of(hidden))[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    alone = mixer.hidden_attention(hidden, student.backbone.sequence_of(hidden))
+    torch.testing.assert_close(alone, matrix, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", TEACHERS)
 def test_a_block_of_the_student_on_the_teachers_stream_gives_the_teachers(family: str) -> None:
     teacher = make_any_teacher(family)
     student, found = build_student(Teacher(teacher), StudentSpec(), []), captured(teacher, 1)

@@ -15,7 +15,7 @@ from ssm_zoo.modeling.cache import restore, snapshot
 from ssm_zoo.modeling.retention import Retention, decay_sums, log_decays
 from ssm_zoo.modeling.token_layout import Sequence, make_sequence
 
-WIDTH, HEADS, P, V = 16, 4, 6, 7
+WIDTH, HEADS, P, V = 16, 4, 6, 9
 OPTIONS: dict[str, dict[str, Any]] = {
     "torchscale": {},
     "fla": {"normalize_scores": False, "elementwise_affine": True, "num_key_value_heads": 2},
@@ -115,6 +115,13 @@ def test_the_gradients_are_those_of_the_published_equations(options: str) -> Non
     for name, actual, wanted in zip(["x", *parameters], *found, strict=True):
         assert wanted.abs().max() > 1e-3, name
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9 * float(wanted.abs().max()), msg=name)
+
+
+def test_the_matrix_alone_can_be_trained() -> None:
+    """Its gradients, those of the normalisation included, which is not without effect without the norm of the heads."""
+    mixer, x = mixer_of(), (2 * draw(1, 5, WIDTH)).requires_grad_()
+    assert (mixer.hidden_attention(x, layout(x)).sum(-1).abs() > 1 - 1e-9).any()
+    assert torch.autograd.gradcheck(lambda x: mixer.hidden_attention(x, layout(x)), x)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -339,6 +346,10 @@ def test_a_causal_checkpoint_has_all_weights_of_an_encoder() -> None:
         ({"hidden_act": "swoosh"}, "hidden_act must be an activation of transformers, got 'swoosh'"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
         ({"embedding_multiplier": 0}, "embedding_multiplier must be positive, got 0"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            r"rope_parameters\['rope_type'\] must be 'default', got 'dynamic'",
+        ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             r"rope_parameters\['partial_rotary_factor'\] must be 1",
