@@ -235,6 +235,7 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory, slots: l
     size, device = scores.shape, q.device
     if (
         q.dim() == 3
+        and slots
         and q.shape[1] % len(slots) == 0
         and k.shape == v.shape == (q.shape[0], len(slots), q.shape[2])
         and keys.shape == values.shape == (q.shape[0], rows, q.shape[2])

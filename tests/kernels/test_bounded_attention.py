@@ -318,6 +318,29 @@ def test_what_triton_does_not_support_is_refused(why: str) -> None:
         bounded_attention_step(q, q[:, :1].detach(), q[:, :1].detach(), memory, **options, implementation="triton")
 
 
+@pytest.mark.parametrize(
+    ("slots", "change", "message"),
+    [
+        pytest.param([1], {}, r"slots must be 2 numbers, one for each key-value head, got \[1\]", id="slots"),
+        pytest.param([], {}, r"slots must be 2 numbers, one for each key-value head, got \[\]", id="no slots"),
+        pytest.param([1, 2], {}, r"keys must be \(B, N, P\) = \(1, 7, 6\), got shape \(1, 6, 6\)", id="rows"),
+        pytest.param(
+            [1, 1], {"values_scales": None}, "keys_scales and values_scales must both be given", id="one of the scales"
+        ),
+        pytest.param([1, 1], {"keys_scales": torch.zeros(1, 5)}, r"keys_scales must be \(B, N\)", id="scales"),
+        pytest.param([1, 1], {"values": torch.zeros(1, 6, 6)}, "values must have an integer dtype", id="dtype"),
+    ],
+)
+def test_a_step_refuses_what_does_not_fit_its_memory(slots: list[int], change: dict[str, Any], message: str) -> None:
+    part, numbers = torch.zeros(1, 6, 6), torch.zeros(1, 6)
+    memory = BoundedMemory(part, part, numbers, numbers.long()).quantised()._replace(**change)
+    before = memory.positions.clone()
+    token = torch.ones(1, 2, 6)
+    with pytest.raises(ValueError, match=message):
+        bounded_attention_step(token, token, token, memory, window=2, slots=slots, chunk_size=2)
+    assert torch.equal(memory.positions, before)
+
+
 def test_attention_is_exact_while_the_memory_holds_everything() -> None:
     q, k, v = draw(2, 40)
     output, _ = bounded_attention(q, k, v, window=8, slots=[32, 40], chunk_size=4)
