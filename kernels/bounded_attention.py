@@ -28,7 +28,20 @@ import torch
 from torch import Tensor
 
 from .bounded_attention_chunks import Chunks, Plan, capped, group_heads
-from .checks import accumulator, check_devices, check_groups, check_seq_idx, check_tensor, empty_batch, without_autocast
+from .bounded_attention_triton import WIDEST_HEAD, bounded_attention_step_triton
+from .checks import (
+    accumulator,
+    check_devices,
+    check_groups,
+    check_integers,
+    check_optional,
+    check_seq_idx,
+    check_tensor,
+    choose_implementation,
+    empty_batch,
+    recorded,
+    without_autocast,
+)
 from .int8_rows import dequantise_rows, quantise_rows
 from .tracing import host_reads, opaque, tracing
 
@@ -139,6 +152,7 @@ def bounded_attention_step(
     decay: float | list[float] = 1.0,
     scale: float | None = None,
     softcap: float | None = None,
+    implementation: str = "auto",
 ) -> Tensor:
     """Run :func:`bounded_attention` for one more token of each row, updating its memory in place, without gradients.
 
@@ -148,13 +162,24 @@ def bounded_attention_step(
         v: (B, KV, P) values.
         memory: of that function, of at least one token in each row.
         window, slots, sinks, chunk_size, decay, scale, softcap: as there; they are not checked again.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support P > 256, memories that
+            are not contiguous, and calls that autograd records.
 
     Returns:
         (B, H, P) in the dtype of `q`.
+
+    Raises:
+        ValueError: if a shape, dtype, device or `implementation` is invalid.
     """
+    _check_step(q, k, v, memory, slots, _memory_rows(slots, sinks, window))
+    # Asked only where it matters: torch on a CPU runs this for every layer and token.
+    served = not (q.is_cuda or implementation == "triton") or _step_in_triton(q, k, v, memory)
+    chosen = choose_implementation(implementation, "bounded_attention_step", q, served)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums, decays = accumulator(q), tuple(_per_head(decay, slots))
     rows = _rows(tuple(slots), sinks, window, chunk_size, decays, q.shape[1], sums, q.device)
+    if chosen == "triton" and q.numel():
+        return bounded_attention_step_triton(q, k, v, memory, rows, window, sinks, scale, softcap or 0.0)
     now = _next_position(memory.positions)
     age, oldest = now % chunk_size, (now // chunk_size + 1) * chunk_size - window
     index = rows.windows + now % window
@@ -202,6 +227,52 @@ def bounded_attention_step(
     elif not complete.is_cpu or bool(complete.any()):
         _evict(memory, rows, window, sinks, oldest, complete)
     return out
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory, slots: list[int], rows: int) -> None:
+    keys, values, scores, positions, keys_scales, values_scales = memory
+    # The usual call, of which a step of decoding has one per layer.
+    size, device = scores.shape, q.device
+    if (
+        q.dim() == 3
+        and slots
+        and q.shape[1] % len(slots) == 0
+        and k.shape == v.shape == (q.shape[0], len(slots), q.shape[2])
+        and keys.shape == values.shape == (q.shape[0], rows, q.shape[2])
+        and size == positions.shape == (q.shape[0], rows)
+        and q.dtype == k.dtype == v.dtype
+        and keys.dtype == values.dtype == (q.dtype if keys_scales is None else torch.int8)
+        and positions.dtype == torch.int64
+        and q.is_floating_point()
+        and scores.is_floating_point()
+        and (keys_scales is None) == (values_scales is None)
+        and (keys_scales is None or values_scales is None or keys_scales.shape == values_scales.shape == size)
+        and all(part is None or part.device == device for part in (k, v, *memory))
+    ):
+        return
+    check_tensor("q", q, (None, None, None), "(B, H, P)")
+    B, H, P = q.shape
+    check_tensor("k", k, (B, None, P), "(B, KV, P)")
+    check_groups("k", k.shape[1], H)
+    check_tensor("v", v, tuple(k.shape), "(B, KV, P)")
+    if k.shape[1] != len(slots):
+        raise ValueError(f"slots must be {k.shape[1]} numbers, one for each key-value head, got {slots}")
+    check_memory = check_tensor if keys_scales is None else check_integers
+    check_memory("keys", keys, (B, rows, P), "(B, N, P)")
+    check_memory("values", values, (B, rows, P), "(B, N, P)")
+    check_tensor("scores", scores, (B, rows), "(B, N)")
+    check_integers("positions", positions, (B, rows), "(B, N)")
+    if (keys_scales is None) != (values_scales is None):
+        raise ValueError("keys_scales and values_scales must both be given or both be None, got one of them")
+    check_optional("keys_scales", keys_scales, (B, rows), "(B, N)")
+    check_optional("values_scales", values_scales, (B, rows), "(B, N)")
+    check_devices(q=q, k=k, v=v, **memory._asdict())
+
+
+def _step_in_triton(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory) -> bool:
+    """Return whether the Triton kernels support a step."""
+    whole = all(part is None or part.is_contiguous() for part in memory)
+    return q.shape[-1] <= WIDEST_HEAD and whole and not recorded(q, k, v, memory.keys, memory.values)
 
 
 def _next_position(positions: Tensor) -> Any:

@@ -16,6 +16,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from ssm_zoo.kernels import checks, ssd_triton
+from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention_step
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
@@ -89,6 +90,16 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
         with torch.no_grad():
             step(x, weight, extras["bias"] if everything else None, token, **OPTIONS)
     with torch.no_grad():
+        slots, places = [300, 0] if everything else [12, 20], {"window": 32, "sinks": 4}
+        rows = sum(slots) + 2 * (32 + 4)
+        past = wide(B, rows, P)
+        numbers = torch.zeros(B, rows), torch.zeros(B, rows, dtype=torch.long)
+        memory = BoundedMemory(past, past, *numbers)
+        extras = {"decay": [0.9, 1.0], "softcap": 50.0}
+        if everything:
+            memory = memory.quantised()
+        token = wide(B, 2, P)
+        bounded_attention_step(wide(B, 6, P), token, token, memory, slots=slots, **places, **some(**extras))
         maps = wide(B, 1, N)
         extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}
         ssd_step(state, wide(B, H, P), wide(B, H), zeros(H), maps, maps, **some(**extras))

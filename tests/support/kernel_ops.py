@@ -9,9 +9,11 @@ import torch
 
 from ssm_zoo.kernels import compat
 from ssm_zoo.kernels.bounded_attention import (
+    BoundedMemory,
     bounded_attention,
     bounded_attention_matrix,
     bounded_attention_reference,
+    bounded_attention_step,
 )
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
@@ -97,6 +99,14 @@ def _row_distances(queries: torch.Tensor, keys: torch.Tensor, implementation: st
     return row_distances(SSDFactors(**factors), queries, keys, 0.7, implementation=implementation)
 
 
+@functools.wraps(bounded_attention_step)
+def _bounded_attention_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, implementation: str = "auto", **memory: torch.Tensor
+) -> torch.Tensor:
+    options: dict[str, Any] = {"window": 2, "slots": [1, 1], "chunk_size": 2, "implementation": implementation}
+    return bounded_attention_step(q, k, v, BoundedMemory(**memory), **options)  # 6 rows
+
+
 OPS: dict[str, Op] = {
     "ssd": Op(ssd, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
     "ssd_reference": Op(ssd_reference, f"x:BLHP dt:BLH A:H {SSD} dt_bias:H"),
@@ -123,6 +133,11 @@ OPS: dict[str, Op] = {
     ),
     "window_attention_matrix": Op(window_attention_matrix, f"q:MHP k:BLGP {WINDOW}", options={"window": 2}),
     "bounded_attention": Op(bounded_attention, BOUNDED, options=BOUNDS),
+    "bounded_attention_step": Op(
+        _bounded_attention_step,
+        "q:BHP k:BGP v:BGP keys:BNP values:BNP scores:BN positions:BN",
+        ("keys", "values", "scores", "positions"),
+    ),
     "bounded_attention_reference": Op(bounded_attention_reference, BOUNDED, options=BOUNDS),
     "bounded_attention_matrix": Op(bounded_attention_matrix, BOUNDED, options=BOUNDS),
     "row_distances": Op(

@@ -1,0 +1,295 @@
+"""`bounded_attention_step` in Triton: launches and kernels.
+
+Symbols as in `bounded_attention.py`: B batch, H query heads, KV key-value heads, J = H / KV query heads of a group, P
+head width, N rows of the memory, w window, s sinks, C chunk size, S slots of a head with its sinks; R rows of a tile.
+
+A program handles the rows of a key-value head. `step_kernel` writes the new token, attends and adds the attention to
+the scores; it walks over the rows twice, since scores take normalised weights. Rows of 8 bits are multiplied as they
+are: scores are q . k_8 times the scale of the key, and the weights of values are multiplied by theirs. `evict_kernel`
+then lets the chunk that leaves the window compete for the slots if it is complete, which no host has to know. There
+are no atomics: every sum has a fixed order, and programs share no rows. Offsets are 64-bit up to a head and 32-bit
+inside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import INTERPRETED, tl, triton
+from .triton_math import dot, narrow, sigmoid, strides, unit_stride
+
+WIDEST_HEAD = 256
+# Rows of a tile and warps, by the largest head width. Compiled by Triton 3.9 for sm_90 nothing spills up to a width of
+# 128, and 400 bytes of registers per thread at 256. No tile has been timed on a device.
+_ROWS = {64: (32, 4), 128: (16, 8), 256: (16, 8)}
+
+
+def bounded_attention_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, memory: Any, rows: Any, window: int, sinks: int, scale: float, softcap: float
+) -> Tensor:
+    """Run a step whose arguments are checked.
+
+    Args:
+        q: (B, H, P) queries, not float64.
+        k, v: (B, KV, P) key and value of the new token.
+        memory: the `BoundedMemory`, contiguous, with float32 scores; changed in place.
+        rows: the constants of the step, a `_Rows`.
+        window: w.
+        sinks: s.
+        scale: factor of the scores of the softmax.
+        softcap: limit of the scores; 0: none.
+
+    Returns:
+        (B, H, P) in the dtype of q.
+    """
+    q, k, v = map(unit_stride, (q, k, v))
+    batch, heads, width = q.shape
+    groups, number, chunk_size = k.shape[1], memory.keys.shape[1], len(rows.steps)
+    o, norms = q.new_empty(q.shape), torch.empty_like(memory.scores)
+    block_p = max(16, triton.next_power_of_2(width))
+    members = heads // groups
+    shared, (size, warps) = {"WIDTH": width, "BLOCK_P": block_p}, _ROWS[max(64, block_p)]
+    with torch.cuda.device_of(q):
+        step_kernel[(batch, groups)](
+            *(q, k, v, memory.keys, memory.values, memory.keys_scales, memory.values_scales, memory.scores),
+            *(memory.positions, rows.windows, rows.begun, rows.rest, norms, o, scale, softcap, number, window),
+            *(chunk_size, *strides(2, q, k, v)),
+            **shared,
+            MEMBERS=members,
+            BLOCK_J=max(16, triton.next_power_of_2(members)),
+            SOFTCAP=softcap > 0,
+            R=size,
+            num_warps=warps,
+            EMULATE=INTERPRETED,
+        )
+        if rows.slots.numel():
+            evict_kernel[(batch, groups)](
+                *(memory.keys, memory.values, memory.keys_scales, memory.values_scales, memory.scores),
+                *(memory.positions, rows.windows, norms, number, window, sinks, chunk_size),
+                **shared,
+                R=64,
+                BLOCK=max(16, triton.next_power_of_2(rows.slots.shape[1] + chunk_size)),
+            )
+    return o
+
+
+@triton.jit
+def _bounds(windows_ptr, head, window):
+    """Return the first row of a head, and that of its window."""
+    near = tl.load(windows_ptr + head)
+    # Heads follow each other. The first one's address stays inside the table.
+    before = tl.load(windows_ptr + tl.maximum(head - 1, 0)) + window
+    return tl.where(head == 0, 0, before).to(tl.int32), near.to(tl.int32)
+
+
+@triton.jit
+def _last_position(positions_ptr, near, window, R: tl.constexpr):
+    """Return the largest position in the window."""
+    r = tl.arange(0, R)
+    latest = tl.full((R,), -1, dtype=tl.int64)
+    for at in range(0, window, R):
+        found = tl.load(positions_ptr + near + at + r, mask=at + r < window, other=-1)
+        latest = tl.maximum(latest, found)
+    return tl.max(latest, 0)
+
+
+@triton.jit
+def _held(x_ptr, held_ptr, QUANTISED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, EMULATE: tl.constexpr):
+    """Load the vector of a new token; return it as the memory holds it and its scale (1 without), both in float32."""
+    p = tl.arange(0, BLOCK_P)
+    x = tl.load(x_ptr + p, mask=p < WIDTH, other=0.0).to(tl.float32)
+    scale = tl.max(tl.full((BLOCK_P,), 1.0, dtype=tl.float32), 0)
+    if QUANTISED:
+        # As `quantise_rows`, to the bit. A maximum may drop NaN: the scale of a vector with a NaN is NaN.
+        most = tl.max(tl.where(x == x, tl.abs(x), 0.0), 0)
+        most = tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, float("nan"), most)
+        scale = narrow(tl.div_rn(most, 127.0 * scale), tl.bfloat16, EMULATE).to(tl.float32)
+        x = tl.div_rn(x, tl.zeros((BLOCK_P,), dtype=tl.float32) + scale)
+        # Where the scale is zero, infinite or NaN, so are the quotients, whose integers have no effect.
+        x = tl.where(tl.abs(x) < 256.0, x, 0.0)
+        # To the nearest integer, ties to even: float32 numbers from 2^23 on have no fraction.
+        x = (x + 12582912.0) - 12582912.0
+        x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+    else:
+        x = narrow(x, held_ptr.dtype.element_ty, EMULATE).to(tl.float32)
+    return x, scale
+
+
+@triton.jit
+def _row_values(x_ptr, scales_ptr, row, new, new_x, new_scale, end, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Load (R, BLOCK_P) rows and their (R) scales, with the new token's in its place, in float32."""
+    p = tl.arange(0, BLOCK_P)
+    mask = (row < end)[:, None] & (p < WIDTH)[None, :]
+    x = tl.load(x_ptr + row[:, None] * WIDTH + p[None, :], mask=mask, other=0).to(tl.float32)
+    x = tl.where((row == new)[:, None], new_x[None, :], x)
+    scales = tl.where(row == new, new_scale, 1.0)
+    if scales_ptr is not None:
+        loaded = tl.load(scales_ptr + row, mask=row < end, other=0.0).to(tl.float32)
+        scales = tl.where(row == new, new_scale, loaded)
+    return x, scales
+
+
+@triton.jit
+def _scores(
+    q, k, key_scales, positions_ptr, row, new, now, near, end, oldest, scale, softcap,
+    SOFTCAP: tl.constexpr, BLOCK_J: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Return the (BLOCK_J, R) scores to base 2, minus infinity at rows that no query sees."""
+    position = tl.load(positions_ptr + row, mask=row < end, other=-1)
+    position = tl.where(row == new, now, position)
+    seen = (row < end) & (position >= tl.where(row >= near, oldest, 0))
+    scores = dot(q, tl.trans(k), tl.zeros((BLOCK_J, R), dtype=tl.float32), False) * (scale * key_scales)[None, :]
+    if SOFTCAP:
+        scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap) - 1.0)
+    return tl.where(seen[None, :], scores * 1.4426950408889634, float("-inf"))  # log2(e)
+
+
+@triton.jit(do_not_specialize=["number"])
+def step_kernel(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, keys_scales_ptr, values_scales_ptr, scores_ptr, positions_ptr,
+    windows_ptr, begun_ptr, rest_ptr, norms_ptr, o_ptr, scale, softcap, number, window, chunk_size,
+    q_batch, q_head, k_batch, k_head, v_batch, v_head,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_J: tl.constexpr, SOFTCAP: tl.constexpr,
+    R: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Write the new token of a head, attend, and update the scores; keep the norms of the values for the eviction."""
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    keys_ptr += batch * number * WIDTH
+    values_ptr += batch * number * WIDTH
+    scores_ptr += batch * number
+    positions_ptr += batch * number
+    norms_ptr += batch * number
+    QUANTISED: tl.constexpr = keys_scales_ptr is not None
+    if QUANTISED:
+        keys_scales_ptr += batch * number
+        values_scales_ptr += batch * number
+    start, near = _bounds(windows_ptr, head, window)
+    end = near + window
+    now = _last_position(positions_ptr, near, window, R) + 1
+    age = now % chunk_size
+    new = near + (now % window).to(tl.int32)
+    oldest = tl.maximum((now // chunk_size + 1) * chunk_size - window, 0)
+    new_k, k_scale = _held(k_ptr + batch * k_batch + head * k_head, keys_ptr, QUANTISED, WIDTH, BLOCK_P, EMULATE)
+    new_v, v_scale = _held(v_ptr + batch * v_batch + head * v_head, values_ptr, QUANTISED, WIDTH, BLOCK_P, EMULATE)
+    j = tl.arange(0, BLOCK_J)
+    p = tl.arange(0, BLOCK_P)
+    r = tl.arange(0, R)
+    mask = (j < MEMBERS)[:, None] & (p < WIDTH)[None, :]
+    q_ptr += batch * q_batch + head * MEMBERS * q_head
+    q = tl.load(q_ptr + j[:, None] * q_head + p[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    highest = tl.full((BLOCK_J,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_J,), dtype=tl.float32)
+    o = tl.zeros((BLOCK_J, BLOCK_P), dtype=tl.float32)
+    for at in range(start, end, R):
+        row = at + r
+        k, key_scales = _row_values(keys_ptr, keys_scales_ptr, row, new, new_k, k_scale, end, WIDTH, BLOCK_P)
+        scores = _scores(
+            q, k, key_scales, positions_ptr, row, new, now, near, end, oldest, scale, softcap, SOFTCAP, BLOCK_J, R
+        )
+        raised = tl.maximum(highest, tl.max(scores, 1))
+        # While nothing has been seen, -inf minus -inf would be NaN.
+        base = tl.where(raised == float("-inf"), 0.0, raised)
+        weights = tl.exp2(scores - base[:, None])
+        kept = tl.exp2(highest - base)
+        total = total * kept + tl.sum(weights, 1)
+        v, scales = _row_values(values_ptr, values_scales_ptr, row, new, new_v, v_scale, end, WIDTH, BLOCK_P)
+        tl.store(norms_ptr + row, tl.sqrt(tl.sum(v * v, 1)) * scales, mask=row < end)
+        o = dot(weights * scales[None, :], v, o * kept[:, None], False)
+        highest = raised
+    o_ptr += (batch * tl.num_programs(1) + head) * (MEMBERS * WIDTH)
+    o = narrow(o / total[:, None], o_ptr.dtype.element_ty, EMULATE)
+    tl.store(o_ptr + j[:, None] * WIDTH + p[None, :], o, mask=mask)
+    lse = highest + tl.log2(total)
+
+    begun = tl.load(begun_ptr + age * number + near)
+    rest = tl.load(rest_ptr + age * number + near)
+    for at in range(start, end, R):
+        row = at + r
+        k, key_scales = _row_values(keys_ptr, keys_scales_ptr, row, new, new_k, k_scale, end, WIDTH, BLOCK_P)
+        scores = _scores(
+            q, k, key_scales, positions_ptr, row, new, now, near, end, oldest, scale, softcap, SOFTCAP, BLOCK_J, R
+        )
+        weights = tl.where((j < MEMBERS)[:, None], tl.exp2(scores - lse[:, None]), 0.0)
+        held = tl.load(scores_ptr + row, mask=(row < end) & (row != new), other=0.0)
+        tl.store(scores_ptr + row, held * begun + tl.sum(weights, 0) * rest, mask=row < end)
+    # No row of the tiles is read after this: a tile takes the new token from registers.
+    new_k, new_v = (
+        narrow(new_k, keys_ptr.dtype.element_ty, EMULATE),
+        narrow(new_v, values_ptr.dtype.element_ty, EMULATE),
+    )
+    tl.store(keys_ptr + new * WIDTH + p, new_k, mask=p < WIDTH)
+    tl.store(values_ptr + new * WIDTH + p, new_v, mask=p < WIDTH)
+    tl.store(positions_ptr + new, now)
+    if QUANTISED:
+        tl.store(keys_scales_ptr + new, narrow(k_scale, tl.bfloat16, EMULATE))
+        tl.store(values_scales_ptr + new, narrow(v_scale, tl.bfloat16, EMULATE))
+
+
+@triton.jit
+def _copy(x_ptr, source, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy a row of a tensor."""
+    p = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + source * WIDTH + p, mask=p < WIDTH)
+    tl.store(x_ptr + target * WIDTH + p, x, mask=p < WIDTH)
+
+
+@triton.jit(do_not_specialize=["number"])
+def evict_kernel(
+    keys_ptr, values_ptr, keys_scales_ptr, values_scales_ptr, scores_ptr, positions_ptr, windows_ptr, norms_ptr,
+    number, window, sinks, chunk_size,
+    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Let the C oldest positions of a head's window compete for its slots, if its chunk is complete.
+
+    Of the slots and of those positions, C are dropped. Positions that win are copied to slots that lose.
+    """
+    batch = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    keys_ptr += batch * number * WIDTH
+    values_ptr += batch * number * WIDTH
+    scores_ptr += batch * number
+    positions_ptr += batch * number
+    norms_ptr += batch * number
+    start, near = _bounds(windows_ptr, head, window)
+    capacity = near - start
+    after = _last_position(positions_ptr, near, window, R) + 1
+    if (capacity > 0) & (after % chunk_size == 0) & (after - window + chunk_size > 0):
+        oldest = after - window
+        # Candidates: the slots, then the positions that leave, which may be negative while the window fills.
+        c = tl.arange(0, BLOCK)
+        slot = c < capacity
+        leaver = (c >= capacity) & (c < capacity + chunk_size)
+        leaving = oldest + c - capacity
+        real = leaver & (leaving >= 0)
+        row = tl.where(slot, start + c, near + tl.where(real, leaving % window, 0).to(tl.int32))
+        read = slot | real
+        position = tl.load(positions_ptr + row, mask=read, other=-1)
+        rank = tl.load(scores_ptr + row, mask=read, other=0.0) * tl.load(norms_ptr + row, mask=read, other=0.0)
+        rank = tl.where((position < sinks) | (rank != rank) | ~read, float("inf"), rank)
+        rank = tl.where(slot & (position < 0), -3.4028234663852886e38, rank)  # loses to all tokens
+        rank = tl.where(leaver & ~real, float("-inf"), rank)
+        dropped = c < 0
+        for _ in range(chunk_size):
+            least = c == tl.argmin(rank, 0)
+            dropped = dropped | least
+            rank = tl.where(least, float("inf"), rank)
+        winner = real & ~dropped
+        loser = slot & dropped
+        winners = tl.sum(winner.to(tl.int32), 0)
+        winner_number = tl.cumsum(winner.to(tl.int32), 0) - 1
+        loser_number = tl.cumsum(loser.to(tl.int32), 0) - 1
+        for pair in range(winners):
+            source = tl.sum(tl.where(winner & (winner_number == pair), row, 0), 0)
+            target = tl.sum(tl.where(loser & (loser_number == pair), row, 0), 0)
+            _copy(keys_ptr, source, target, WIDTH, BLOCK_P)
+            _copy(values_ptr, source, target, WIDTH, BLOCK_P)
+            _copy(scores_ptr, source, target, 1, 1)
+            _copy(positions_ptr, source, target, 1, 1)
+            if keys_scales_ptr is not None:
+                _copy(keys_scales_ptr + batch * number, source, target, 1, 1)
+                _copy(values_scales_ptr + batch * number, source, target, 1, 1)
