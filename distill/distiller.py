@@ -18,6 +18,7 @@ from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
 from ..training.trainer import CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
+from .adapters import PART, plain_name
 from .data import TokenWindows, derived_seed, repeat_a_passage
 from .healing import healed_parameters
 from .objectives import objective
@@ -26,6 +27,8 @@ from .stages import GROUP_RATES, StageSpec
 from .stored_logits import StoredLogits, tokens_before
 from .teacher import Teacher
 
+FEATURE_MAPS = (".B_features", ".C_features")
+"""Last parts of the names of learned feature maps."""
 WEIGHTS, PROGRESS = "model.safetensors", "progress.json"
 """Names of the files in a checkpoint with the student's weights and the measurements."""
 
@@ -245,7 +248,7 @@ class Distiller(ZooTrainer):
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             model: Any = self.model
             whole = model.state_dict() if state_dict is None else state_dict
-            weights = {name: whole[f"student.{name}"] for name in self._every}
+            weights = {plain_name(name): whole[f"student.{name}"] for name in self._every}
             write_progress(Path(output_dir), weights | self._waiting, self._progress)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -273,7 +276,7 @@ class StageProgress(ProgressCallback):
 
 def saved_parameters(student: ZooHybridForCausalLM, recipe: Recipe, layers: Sequence[int]) -> dict[str, Tensor]:
     """Return every parameter that calibration or a stage changes, by name."""
-    saved: dict[str, Tensor] = {}
+    saved, _ = trained_parameters(student, "mixers", layers)
     for stage in recipe.stages:
         mixers, others = trained_parameters(student, stage.train, layers)
         saved |= mixers | others
@@ -300,15 +303,17 @@ def trained_parameters(
 
     Args:
         student: the student.
-        train: "mixers", "mixers+norms" or "all".
+        train: as in the stage's specification.
         layers: converted layers.
     """
     prefixes = tuple(f"backbone.layers.{layer}.mixer." for layer in layers)
+    chosen = {"feature_maps": lambda name: name.endswith(FEATURE_MAPS), "lora": lambda name: PART in name}
     mixers: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
         if name.startswith(prefixes):
-            mixers[name] = parameter
+            if train not in chosen or chosen[train](name):
+                mixers[name] = parameter
         elif train == "all" or (train == "mixers+norms" and group_of(name) == "norms"):
             others[name] = parameter
     return mixers, others

@@ -30,6 +30,7 @@ from ..harness.machine import resident_memory
 from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
 from ..training.sharding import sharded_by
+from .adapters import adapted
 from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
 from .logit_losses import tokens_at_once
@@ -170,7 +171,8 @@ class _Planner:
         recipe, spec = self.recipe, self.recipe.evaluation
         stages = []
         for index, layers in enumerate(self.conversion.stages):
-            with self.conversion.converted(self.student, layers):
+            stage = recipe.stages[index]
+            with self.conversion.converted(self.student, layers), adapted(self.student, stage, layers):
                 stages.append(self.stage(index))
         texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
         self.evaluate(texts[:1])  # imports what an evaluation needs

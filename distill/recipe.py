@@ -53,7 +53,8 @@ class StudentSpec(SettingsBase):
         layers: layers to convert; see `resolve_layers`.
         mixer: the new token mixer.
         conv_kernel: K, width of the short convolution, which starts as the identity.
-        feature_map: function applied to B and C before the state update; only for `discrete_mamba2`.
+        feature_map: function applied to B and C before the state update, "hedgehog" is learned; only for
+            `discrete_mamba2`.
         normalize: divide by the row sums of the mixing matrix, as linear attention does; only for `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C; only for `discrete_mamba2`.
         sliding_window: number of tokens that a query sees, including its own; only for `sliding_attention`.
@@ -82,7 +83,7 @@ class StudentSpec(SettingsBase):
     layers: Layers = "all"
     mixer: Literal[tuple(_STARTS)] = "discrete_mamba2"  # pyright: ignore[reportInvalidTypeForm]
     conv_kernel: ConvKernel = 4
-    feature_map: Literal["identity", "softplus"] = "identity"
+    feature_map: Literal["identity", "softplus", "hedgehog"] = "identity"
     normalize: bool = False
     rotary: bool = False
     sliding_window: Count = 256
@@ -309,6 +310,14 @@ class Recipe(SettingsBase):
         if self.is_healed and self.student.calibration_tokens < least:
             accepted = f"at least {least}, two windows of which one is held out, for a sequential calibration or refit"
             raise wrong("student.calibration_tokens", self.student.calibration_tokens, accepted)
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_feature_maps_that_are_not_learned(self) -> Recipe:
+        for index, stage in enumerate(self.stages):
+            if stage.train == "feature_maps" and self.student.feature_map != "hedgehog":
+                accepted = f"'mixers' or another value with student.feature_map {self.student.feature_map!r}"
+                raise wrong(f"stages.{index}.train", stage.train, f"{accepted}, which has no weights")
         return self
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ from ..training.checkpoints import last_checkpoint, place, save_checkpoint
 from ..training.report import public_sources, write_folder
 from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
+from .adapters import add_adapters, load_adapters, remove_adapters, targets
 from .calibrate import calibrate, fit_output_projections
 from .comparison import Comparison, compare
 from .data import TokenWindows
@@ -291,6 +292,8 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
         words = next(head_of(teacher.model).parameters()).shape[0]
         stored = StoredLogits(recipe.stored_logits, expected, words)
         sources["stored_logits"] = {"source": recipe.stored_logits, "config": stored.fingerprint}
+    if any(stage.train == "lora" for stage in recipe.stages):
+        targets(student, layers)  # raises where there are none
     known = (recipe, output, state, commit, sources, teacher, student, layers, windows["train"], windows["heldout"])
     return _Run(*known, _Progress(), Conversion(teacher, recipe, layers), stored)
 
@@ -401,6 +404,10 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     run.kept.forget("stage")
     stage, conversion = run.recipe.stages[index], run.conversion
     conversion.convert(run.student, conversion.stages[index])
+    if stage.train == "lora":
+        add_adapters(run.student, stage, conversion.layers, run.recipe.seed, 3, index)
+        if found is not None:
+            load_adapters(run.student, load_file(found / WEIGHTS))
     trainer = Distiller(
         run.student,
         run.teacher,
@@ -417,6 +424,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     )
     model, points = train_or_load(trainer, found, stage.steps)
     run.student = model.student.eval()
+    remove_adapters(run.student, merge=True)
     history = curve_of(points)
     seconds, started = history[-1]["seconds"], time.monotonic()
     if stage.refit != "none":

@@ -38,6 +38,8 @@ MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
     "ce_weight": ("objective", ("logit_distillation",)),
     "reverse_weight": ("kl", ("mixed",)),
     "jsd_beta": ("kl", ("jsd",)),
+    "lora_rank": ("train", ("lora",)),
+    "lora_alpha": ("train", ("lora",)),
     "other_learning_rate": ("train", ("all", "mixers+norms")),
     "norm_learning_rate": ("train", ("all", "mixers+norms")),
     "mlp_learning_rate": ("train", ("all",)),
@@ -54,7 +56,17 @@ GROUP_RATES = {
     "embeddings": "embedding_learning_rate",
 }
 """Groups of weights outside of the mixers that may have their own learning rate, with the field that sets it."""
-LATER_FIELDS = ("layers", "text", "matrix_norm", "stream", "reverse_weight", "jsd_beta", *GROUP_RATES.values())
+LATER_FIELDS = (
+    "layers",
+    "lora_rank",
+    "lora_alpha",
+    "text",
+    "matrix_norm",
+    "stream",
+    "reverse_weight",
+    "jsd_beta",
+    *GROUP_RATES.values(),
+)
 
 
 class StageSpec(SettingsBase):
@@ -64,7 +76,10 @@ class StageSpec(SettingsBase):
         name: name of the stage in reports and checkpoints, unique in the recipe.
         objective: matrix orientation and hidden-state alignment are MOHAWK's stages 1 and 2 (arXiv 2408.10189),
             logit distillation is its stage 3. Last-state alignment compares the hidden states that the heads read.
-        train: weights to train: the new mixers, the new mixers and the norms, or all.
+        train: weights to train: the new mixers, the new mixers and the norms, all, only the learned feature maps of the
+            new mixers, or "lora", adapters on their projections, which are merged after the stage.
+        lora_rank: rank of the adapters.
+        lora_alpha: their scale is this divided by the rank.
         layers: layers that are converted from this stage on, out of those of the student; None: all of them. Until its
             stage a layer computes the teacher's attention, frozen. Later stages keep what this one converts.
         tokens: number of tokens that the stage reads, rounded up to a whole step.
@@ -101,11 +116,13 @@ class StageSpec(SettingsBase):
 
     name: Identifier
     objective: Literal["matrix_orientation", "hidden_state_alignment", "last_state_alignment", "logit_distillation"]
-    train: Literal["mixers", "all", "mixers+norms"] = "mixers"
+    train: Literal["mixers", "all", "mixers+norms", "feature_maps", "lora"] = "mixers"
     layers: Layers | None = None
     tokens: Count
     sequence_length: Length = 256
     batch_size: Count
+    lora_rank: Count = 8
+    lora_alpha: Positive = 16.0
     text: Literal["train", "teacher"] = "train"
     repeats: Share = 0.0
     learning_rate: Positive

@@ -8,7 +8,9 @@ Symbols: B batch, L length, D width, H heads, P head width, N state size, K conv
 
 Deviations from Phi-Mamba: the log-decay is passed to the op directly, not through `x / softplus(a)`; the decay has a
 bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and `rotary` bring the
-mixing matrix closer to softmax attention (without them it is Phi-Mamba's).
+mixing matrix closer to softmax attention (without them it is Phi-Mamba's). The feature map "hedgehog" is learned: a
+linear map of each head, and softmax over its channels and over their negatives (Hedgehog, arXiv 2402.04347; LoLCATs,
+arXiv 2410.10254, `src/model/feature_map.py` of HazyResearch/lolcats).
 """
 
 import math
@@ -48,7 +50,7 @@ from .mixer import (
 )
 from .token_layout import Sequence
 
-FEATURE_MAPS = ("identity", "softplus")
+FEATURE_MAPS = ("identity", "softplus", "hedgehog")
 OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1
 _SMALLEST_ROW_SUM = 1e-6
 
@@ -81,6 +83,10 @@ class DiscreteMamba2Mixer(nn.Module):
         self.qk_norm, self.positions = config.qk_norm, position_type(config, layer_idx)
         self.q_norm = make_qk_norm(config, self.num_heads, self.state_size)
         self.k_norm = make_qk_norm(config, self.num_heads, self.state_size)
+        self.B_features = self.C_features = None
+        if self.feature_map == "hedgehog":
+            self.B_features = nn.Parameter(torch.empty(self.num_heads, self.state_size, self.state_size))
+            self.C_features = nn.Parameter(torch.empty(self.num_heads, self.state_size, self.state_size))
         initialise_alone(init_discrete_mamba2_mixer, self)
 
     def forward(
@@ -145,7 +151,7 @@ class DiscreteMamba2Mixer(nn.Module):
     @distillation
     @torch.no_grad()
     def start_from(self, view: Any) -> None:
-        """Start from an attention layer, see `start_from_attention`. With softplus features, queries are not scaled
+        """Start from an attention layer, see `start_from_attention`. With positive features, queries are not scaled
         down: larger arguments give sharper features. The gate remains open. A soft cap of the scores is ignored."""
         query_scale = view.scaling if self.feature_map == "identity" else 1.0
         start_from_attention(self, view, first=0, query_scale=query_scale)
@@ -154,8 +160,8 @@ class DiscreteMamba2Mixer(nn.Module):
         """Compute the inputs of the recurrence from convolved (B, L, ...) projections and (B, L, H) decay logits.
 
         Returns:
-            x (B, L, H, P), B and C (B, L, H, N) with norm, rotary embedding and feature map applied, log-decay
-            (B, L, H) in float32.
+            x (B, L, H, P), B and C (B, L, H, N) with norm, rotary embedding and feature map applied ("hedgehog": 2 N
+            features), log-decay (B, L, H) in float32.
         """
         x, B, C = xBC.split(self.conv_split, dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -167,6 +173,8 @@ class DiscreteMamba2Mixer(nn.Module):
             C, B = rotate(C, cos, sin), rotate(B, cos, sin)
         if self.feature_map == "softplus":
             B, C = F.softplus(B), F.softplus(C)
+        elif self.feature_map == "hedgehog":
+            B, C = hedgehog_features(B, self.B_features), hedgehog_features(C, self.C_features)
         return x, B, C, -F.softplus(a.float() + self.dt_bias)
 
     @distillation
@@ -197,6 +205,13 @@ class DiscreteMamba2Mixer(nn.Module):
         return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
 
 
+def hedgehog_features(x: Tensor, weight: Tensor | None) -> Tensor:
+    """(B, L, H, N) to (B, L, H, 2 N) positive features by (H, N, N) weights: softmax of the mapped x and of -x."""
+    assert weight is not None
+    mapped = torch.einsum("blhn,hnf->blhf", x, weight)
+    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
+
+
 def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
     """Initialise discrete Mamba-2, after its linear layers.
 
@@ -206,6 +221,7 @@ def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
     | z rows of in_proj, z_bias | 0 and OPEN_GATE: the gate is open, whatever the input |
     | dt_bias | half-lives of 4 to 64 tokens, geometric over the heads |
     | D | 1 |
+    | B_features, C_features | identity in each head |
     """
     identity = torch.zeros_like(mixer.conv1d.weight)
     identity[:, :, -1] = 1.0
@@ -220,6 +236,9 @@ def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:
     span = torch.linspace(0.0, 1.0, mixer.num_heads, device=mixer.dt_bias.device, dtype=torch.float32)
     init.copy_(mixer.dt_bias, half_life_to_bias(4.0 * 16.0**span))
     init.ones_(mixer.D)
+    for weight in (mixer.B_features, mixer.C_features):
+        if weight is not None:
+            init.copy_(weight, torch.eye(mixer.state_size, device=weight.device, dtype=weight.dtype).expand_as(weight))
 
 
 @strict
@@ -230,7 +249,7 @@ class DiscreteMamba2Settings(MixerSettings):
     Args:
         state_size: N, state channels of a head; the width of an attention head if not given.
         conv_kernel: K, width of the short convolution, at least 2.
-        feature_map: map on B and C: "identity", or "softplus" (positive features).
+        feature_map: map on B and C: "identity", or with positive features "softplus" or "hedgehog" (learned).
         normalize: divide each output by its row sum, as softmax does; needs positive features.
         rotary: apply the rotary embedding to B and C, as attention does to k and q in a block that has it.
     """
@@ -247,7 +266,7 @@ class DiscreteMamba2Settings(MixerSettings):
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
         if self.normalize and self.feature_map == "identity":
-            raise ValueError("feature_map must be 'softplus' with normalize=True, got 'identity'")
+            raise ValueError("feature_map must be 'softplus' or 'hedgehog' with normalize=True, got 'identity'")
 
     def complete(self, config: Any) -> None:
         if self.state_size is None:
@@ -262,7 +281,7 @@ def _discrete_mamba2_keys(teacher: Any, spec: Any) -> dict[str, Any]:
     if spec.normalize and spec.feature_map == "identity":
         raise ValueError(
             "`student.normalize` must be False with feature_map 'identity', whose row sums may be 0 or negative, got "
-            "True. Set feature_map to 'softplus'"
+            "True. Set feature_map to 'softplus' or 'hedgehog'"
         )
     names = ("conv_kernel", "feature_map", "normalize", "rotary")
     return {"discrete_mamba2": {"state_size": teacher.head_dim} | {name: getattr(spec, name) for name in names}}

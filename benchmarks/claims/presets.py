@@ -169,7 +169,6 @@ def measure(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
         ],
         "predictions": last["tokens"],
         "trained_tokens": tokens,
-        "calibration_tokens": recipe.student.calibration_tokens,
         "training_seconds": round(seconds, 1),
         "seconds_per_1000_tokens": round(1000 * seconds / tokens, 2),
         "run_seconds": round(time.monotonic() - started, 1),
@@ -195,7 +194,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--heldout", default="builtin:wikitext2", help="held-out text")
     parser.add_argument("--tokens", type=positive, default=102_400, help="training tokens of a run")
     parser.add_argument("--tuning-tokens", type=positive, help="of a run of the search; a tenth of --tokens by default")
-    parser.add_argument("--evaluation-tokens", type=positive, default=6144, help="held-out tokens, in windows")
+    parser.add_argument(
+        "--evaluation-tokens", type=positive, default=6144, help="held-out tokens; a third for the search"
+    )
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 8.0, 64.0], help="on the learning rates")
     parser.add_argument("--layers", type=positive, default=15, help="number of converted layers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -217,10 +218,11 @@ def main(arguments: list[str]) -> None:
     num_layers = load_teacher(options.teacher).num_layers
     places = Places(options.teacher, num_layers, options.train, halves(options.heldout, options.work))
     names = {key: nameable(getattr(options, key)) for key in ("teacher", "train", "heldout")}
-    common = {"layers": options.layers, "dtype": options.dtype, "evaluation_tokens": options.evaluation_tokens, **names}
+    common = {"layers": options.layers, "dtype": options.dtype, **names}
+    scored = {"comparison": options.evaluation_tokens, "tuning": max(options.evaluation_tokens // 3, LENGTH)}
 
     def row_of(preset: str, purpose: str, factor: float, tokens: int, seed: int) -> dict[str, Any]:
-        run = Run(preset, purpose, factor, tokens, seed=seed, **common)
+        run = Run(preset, purpose, factor, tokens, seed=seed, evaluation_tokens=scored[purpose], **common)
         recipe = scaled(run, places)
         row = results.run(run, lambda run: measure(run, recipe, options.work / run.name))
         print({key: row.get(key) for key in ("preset", "purpose", "factor", "seed", "loss", "gap", "kl")}, flush=True)

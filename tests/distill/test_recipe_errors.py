@@ -413,8 +413,8 @@ def test_masked_mixing_has_weights_for_every_text() -> None:
         pytest.param("teacher: a\nteacher: b\n", "the key 'teacher' occurs twice", id="key-twice"),
         pytest.param(
             "preset: nope\n",
-            "`preset` must be one of demo, mamba2_hybrid, mamba_in_llama, mohawk, priming, radlads, supra, zoo, "
-            "got 'nope'",
+            "`preset` must be one of demo, lolcats, mamba2_hybrid, mamba_in_llama, mohawk, priming, radlads, supra, "
+            "zoo, got 'nope'",
             id="unknown-preset",
         ),
         pytest.param("preset: ../presets/mohawk\n", "zoo, got '../presets/mohawk'", id="preset-is-no-path"),

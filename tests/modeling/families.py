@@ -270,7 +270,7 @@ FAMILIES: dict[str, Family] = {
         attention_output_bias=False,
         position_types=["rope", "local_rope"],
         ssm_rotary=True,
-        feature_map="softplus",
+        feature_map="hedgehog",
         normalize=True,
     ),
     "hybrid-mixers": _hybrid(

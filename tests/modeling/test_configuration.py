@@ -73,11 +73,11 @@ MALFORMED = [
     (ZooHybridConfig, {"conv_kernel": 0}, r"conv_kernel must be at least 2, got 0"),
     (ZooHybridConfig, {"attention_conv_kernel": 1}, r"full_attention: conv_kernel must be 0 or at least 2, got 1"),
     (ZooHybridConfig, {"sliding_window": 0}, r"sliding_window must be at least 1, got 0"),
-    (ZooHybridConfig, {"feature_map": "relu"}, r"feature_map must be one of identity, softplus, got 'relu'"),
+    (ZooHybridConfig, {"feature_map": "relu"}, r"feature_map must be one of identity, softplus, hedgehog, got 'relu'"),
     (
         ZooHybridConfig,
         {"normalize": True},
-        r"feature_map must be 'softplus' with normalize=True, got 'identity'",
+        r"feature_map must be 'softplus' or 'hedgehog' with normalize=True, got 'identity'",
     ),
     (ZooHybridConfig, {"hidden_act": "swash"}, r"hidden_act must be an activation of transformers, got 'swash'"),
     (ZooHybridConfig, {"rms_norm_eps": -1e-5}, r"rms_norm_eps must be positive, got -1e-05"),

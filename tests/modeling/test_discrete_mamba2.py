@@ -18,6 +18,8 @@ VARIANTS = [
     pytest.param({"feature_map": "softplus"}, id="softplus"),
     pytest.param({"feature_map": "softplus", "normalize": True}, id="normalized"),
     pytest.param({"feature_map": "softplus", "normalize": True, "ssm_rotary": True}, id="everything"),
+    pytest.param({"feature_map": "hedgehog"}, id="learned-features"),
+    pytest.param({"feature_map": "hedgehog", "normalize": True, "ssm_rotary": True}, id="learned-features-normalized"),
     pytest.param({"attention_bias": True, "conv_kernel": 3}, id="biases"),
 ]
 
@@ -49,7 +51,8 @@ def definition(mixer: Any, hidden_states: Tensor) -> Tensor:
     if mixer.in_proj.bias is not None:
         projected = projected + mixer.in_proj.bias
     taps, width = mixer.conv1d.weight[:, 0], mixer.conv1d.weight.shape[-1]
-    outputs, state, row_sum = [], torch.zeros(H, P, N).double(), torch.zeros(H, N).double()
+    features = 2 * N if mixer.feature_map == "hedgehog" else N
+    outputs, state, row_sum = [], torch.zeros(H, P, features).double(), torch.zeros(H, features).double()
     for t, token in enumerate(projected):
         xBC = mixer.conv1d.bias.clone()
         for k in range(width):
@@ -64,6 +67,11 @@ def definition(mixer: Any, hidden_states: Tensor) -> Tensor:
                 B_h, C_h = rotate(B_h, t), rotate(C_h, t)
             if mixer.feature_map == "softplus":
                 B_h, C_h = F.softplus(B_h), F.softplus(C_h)
+            elif mixer.feature_map == "hedgehog":
+                B_h, C_h = (
+                    torch.cat([mapped.exp() / mapped.exp().sum(), (-mapped).exp() / (-mapped).exp().sum()])
+                    for mapped in (B_h @ mixer.B_features[h], C_h @ mixer.C_features[h])
+                )
             decay = torch.sigmoid(-(a[h] + mixer.dt_bias[h]))
             state[h] = decay * state[h] + x_h[:, None] * B_h[None, :]
             row_sum[h] = decay * row_sum[h] + B_h
