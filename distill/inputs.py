@@ -5,11 +5,43 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..modeling.token_mixers import TOKEN_MIXERS
+from ..training.sharding import sharded_by
 from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
 from .fetch import teacher_commit
 from .pseudo_labels import check_prompts
 from .recipe import Recipe
 from .teacher import Teacher, load_teacher
+
+
+def check_stages(recipe: Recipe, processes: int) -> None:
+    """Check that the stages fit the mixer and the processes, before anything is loaded.
+
+    Args:
+        recipe: the recipe.
+        processes: number of processes that `accelerate launch` started.
+
+    Raises:
+        ValueError: naming the field that does not.
+    """
+    start, sharded = TOKEN_MIXERS[recipe.student.mixer].student, sharded_by()
+    for index, stage in enumerate(recipe.stages):
+        if stage.objective == "matrix_orientation" and start is not None and start.is_attention:
+            raise ValueError(
+                f"`stages.{index}.objective` must be 'hidden_state_alignment', 'last_state_alignment' or "
+                f"'logit_distillation' for the mixer {recipe.student.mixer!r}, which is attention already, got "
+                "'matrix_orientation'."
+            )
+        if sharded == "DeepSpeed" and stage.layerwise:
+            raise ValueError(
+                f"`stages.{index}.objective` must be 'logit_distillation' or 'last_state_alignment' under DeepSpeed, "
+                f"which cannot clip each layer's gradient separately, got {stage.objective!r}. FSDP2 supports all "
+                "objectives."
+            )
+        if stage.batch_size % processes:
+            raise ValueError(
+                f"`stages.{index}.batch_size` must be a multiple of the {processes} processes, got {stage.batch_size}."
+            )
 
 
 def load_inputs(

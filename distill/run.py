@@ -37,7 +37,6 @@ from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
 from ..training.checkpoints import last_checkpoint, place, save_checkpoint
 from ..training.report import public_sources, write_folder
-from ..training.sharding import sharded_by
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .adapters import add_adapters, load_adapters, remove_adapters, targets
 from .calibrate import calibrate, fit_output_projections
@@ -45,7 +44,7 @@ from .comparison import Comparison, compare
 from .data import TokenWindows
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .healing import check_blocks
-from .inputs import check_inputs, load_inputs
+from .inputs import check_inputs, check_stages, load_inputs
 from .layer_errors import layer_errors
 from .objectives import loss_name
 from .plan import RunPlan, make_plan
@@ -139,25 +138,7 @@ def distill(
     """
     check_trackers(recipe.report_to)
     state = processes()
-    for index, stage in enumerate(recipe.stages):
-        start = TOKEN_MIXERS[recipe.student.mixer].student
-        if stage.objective == "matrix_orientation" and start is not None and start.is_attention:
-            raise ValueError(
-                f"`stages.{index}.objective` must be 'hidden_state_alignment', 'last_state_alignment' or "
-                f"'logit_distillation' for the mixer {recipe.student.mixer!r}, which is attention already, got "
-                "'matrix_orientation'."
-            )
-        if sharded_by() == "DeepSpeed" and stage.layerwise:
-            raise ValueError(
-                f"`stages.{index}.objective` must be 'logit_distillation' or 'last_state_alignment' under DeepSpeed, "
-                f"which cannot clip each layer's gradient separately, got {stage.objective!r}. FSDP2 supports all "
-                "objectives."
-            )
-        if stage.batch_size % state.num_processes:
-            raise ValueError(
-                f"`stages.{index}.batch_size` must be a multiple of the {state.num_processes} processes, got "
-                f"{stage.batch_size}."
-            )
+    check_stages(recipe, state.num_processes)
     if state.is_main_process:
         check_output_folder(output)
     _refuse_old_checkpoints(Path(output))
