@@ -10,6 +10,9 @@ from .objectives import matrix_distances
 from .student import student_mixer
 from .teacher import Teacher
 
+LAYER_WINDOWS = 2
+"""Held-out windows on which an evaluation measures the errors of each layer: a matrix per head and layer is costly."""
+
 
 @torch.no_grad()
 def layer_errors(student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], ids: Tensor) -> list[dict]:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
-from ..evaluation.language_modeling import evaluate_language_model
+from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, repeat_loss
 from ..harness.machine import resident_memory
 from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
@@ -33,10 +33,12 @@ from ..training.sharding import sharded_by
 from .adapters import adapted
 from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
+from .layer_errors import LAYER_WINDOWS, layer_errors
 from .logit_losses import tokens_at_once
 from .recipe import Recipe
 from .stepwise import Conversion
 from .stored_logits import StoredLogits
+from .student import position_limit
 from .teacher import Teacher
 
 _FLOAT = torch.float32.itemsize
@@ -181,6 +183,9 @@ class _Planner:
         scored = min(spec.tokens, len(self.heldout)) // spec.sequence_length * spec.sequence_length
         # Teacher, zeroed mixers, control and step 0, then after each stage.
         seconds *= scored / texts.numel() * (4 + len(stages))
+        # Recall is measured of all but the zeroed mixers, errors of layers at step 0 and after each stage.
+        seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
+        seconds += seconds_of(lambda: self.errors(texts), self.device) * (1 + len(stages))
         control = _bytes(self.teacher.model)  # about: it is a copy of the teacher with other attention
         comparison = 0
         if spec.final:
@@ -204,6 +209,18 @@ class _Planner:
         teacher, size = self.teacher.model, self.recipe.evaluation.batch_size
         with self.compute():
             evaluate_language_model(self.student, texts, teacher=teacher, batch_size=size, progress=False)
+
+    def recall(self) -> None:
+        """Measure the student's loss on repeated passages, as the evaluations do."""
+        positions, distance = position_limit(self.student), self.recipe.evaluation.repeat_distance
+        if positions is None or 2 * PASSAGE + distance <= positions:
+            with self.compute():
+                repeat_loss(self.student, self.heldout.windows(1)[:, 0], distance)
+
+    def errors(self, texts: Tensor) -> None:
+        """Measure the errors of the converted layers, as the evaluations do."""
+        with self.compute():
+            layer_errors(self.student, self.teacher, self.layers, texts[:LAYER_WINDOWS].to(self.device))
 
     def stage(self, index: int) -> StagePlan:
         """Return the plan of a stage."""

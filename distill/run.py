@@ -45,7 +45,7 @@ from .data import TokenWindows
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .healing import check_blocks
 from .inputs import check_inputs, check_stages, load_inputs
-from .layer_errors import layer_errors
+from .layer_errors import LAYER_WINDOWS, layer_errors
 from .objectives import loss_name
 from .plan import RunPlan, make_plan
 from .pseudo_labels import pseudo_labels
@@ -57,8 +57,6 @@ from .stored_logits import StoredLogits, identity
 from .student import build_control, build_student, position_limit, set_slots, zeroed_mixers
 from .teacher import Teacher
 
-# Held-out windows on which the errors of each layer are measured: a matrix per head and layer is costly.
-_LAYER_WINDOWS = 2
 _KIND = "ssm-zoo distillation run"
 _CONTROL = "window + sinks"
 _REMEDY = "Lower learning_rate, or choose dtype float32."
@@ -362,7 +360,7 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
         row["samples"] = generation_sample(model, run.teacher.tokenizer, spec.prompts, spec.max_new_tokens)
     row["layers"] = []
     if kind in ("start", "stage"):
-        ids = windows[:_LAYER_WINDOWS].to(run.device)
+        ids = windows[:LAYER_WINDOWS].to(run.device)
         row["layers"] = layer_errors(run.student, run.teacher, run.conversion.layers, ids)
     row = finite(row)
     # Only a student before training may have a loss that is not finite.

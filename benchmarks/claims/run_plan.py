@@ -3,7 +3,8 @@
 Three sizes of random Llama teachers and two mixers, each run in a process of its own on the CPU: discrete Mamba-2 in
 every second layer (hidden-state alignment, then logit distillation of all weights), and attention over a bounded memory
 in all layers (logit distillation). WikiText-2, a tokenizer learnt from it. A row has the planned peak of the resident
-memory and the measured one, and the planned and measured seconds of the stages and of the evaluations.
+memory and the measured one, and the planned and measured seconds of the stages and of the evaluations. All seconds are
+CPU time, of one thread: other programs on the machine change it less than the time on the wall.
 
     python benchmarks/claims/run_plan.py
 
@@ -17,8 +18,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
@@ -29,10 +32,13 @@ from result_file import open_results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ssm_zoo.distill import plan as planning
+from ssm_zoo.distill import run as running
 from ssm_zoo.distill.data import read_texts
 from ssm_zoo.distill.plan import RunPlan
 from ssm_zoo.distill.recipe import parse_recipe
 from ssm_zoo.distill.run import distill
+from ssm_zoo.training import trainer
 
 # Width, layers, heads, key-value heads, vocabulary; batch and length of a step.
 SIZES = {
@@ -107,6 +113,9 @@ def recipe_of(case: Case, teacher: Path) -> Any:
 
 def run_in_this_process(case: Case, teacher: Path, output: Path) -> dict[str, Any]:
     """Return the planned and the measured numbers of a run."""
+    clock = SimpleNamespace(monotonic=time.process_time)
+    for module in (planning, trainer, running):
+        module.time = clock  # pyright: ignore[reportAttributeAccessIssue]
     plans: list[RunPlan] = []
 
     def on_plan(plan: RunPlan) -> bool:
