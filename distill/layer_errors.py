@@ -10,8 +10,13 @@ from .objectives import matrix_distances
 from .student import student_mixer
 from .teacher import Teacher
 
-LAYER_WINDOWS = 2
-"""Held-out windows on which an evaluation measures the errors of each layer: a matrix per head and layer is costly."""
+
+def layer_windows(windows: Tensor) -> Tensor:
+    """Return those of the (N, L) held-out windows on which an evaluation measures the errors of each layer.
+
+    Two, or one of 2,048 tokens or more: a matrix per head and layer is costly.
+    """
+    return windows[: 2 if windows.shape[1] < 2048 else 1]
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from ..training.sharding import sharded_by
 from .adapters import adapted
 from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
-from .layer_errors import LAYER_WINDOWS, layer_errors
+from .layer_errors import layer_errors, layer_windows
 from .logit_losses import tokens_at_once
 from .recipe import Recipe
 from .stepwise import Conversion
@@ -220,7 +220,7 @@ class _Planner:
     def errors(self, texts: Tensor) -> None:
         """Measure the errors of the converted layers, as the evaluations do."""
         with self.compute():
-            layer_errors(self.student, self.teacher, self.layers, texts[:LAYER_WINDOWS].to(self.device))
+            layer_errors(self.student, self.teacher, self.layers, layer_windows(texts).to(self.device))
 
     def stage(self, index: int) -> StagePlan:
         """Return the plan of a stage."""

@@ -45,7 +45,7 @@ from .data import TokenWindows
 from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
 from .healing import check_blocks
 from .inputs import check_inputs, check_stages, load_inputs
-from .layer_errors import LAYER_WINDOWS, layer_errors
+from .layer_errors import layer_errors, layer_windows
 from .objectives import loss_name
 from .plan import RunPlan, make_plan
 from .pseudo_labels import pseudo_labels
@@ -360,7 +360,7 @@ def _measure(run: _Run, kind: str, model: PreTrainedModel) -> dict[str, Any]:
         row["samples"] = generation_sample(model, run.teacher.tokenizer, spec.prompts, spec.max_new_tokens)
     row["layers"] = []
     if kind in ("start", "stage"):
-        ids = windows[:LAYER_WINDOWS].to(run.device)
+        ids = layer_windows(windows).to(run.device)
         row["layers"] = layer_errors(run.student, run.teacher, run.conversion.layers, ids)
     row = finite(row)
     # Only a student before training may have a loss that is not finite.

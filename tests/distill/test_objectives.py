@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ssm_zoo.distill.distiller import make_optimizer, trained_parameters
-from ssm_zoo.distill.layer_errors import layer_errors
+from ssm_zoo.distill.layer_errors import layer_errors, layer_windows
 from ssm_zoo.distill.objectives import loss_name, objective
 from ssm_zoo.distill.recipe import StageSpec, StudentSpec
 from ssm_zoo.distill.student import build_student, student_mixer
@@ -377,3 +377,8 @@ def test_shards_of_a_batch_average_to_the_whole(options: dict[str, Any]) -> None
     for name, gradient in gradients(student).items():
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(gradient / 2, expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=name)
+
+
+def test_errors_of_layers_are_measured_on_two_windows_or_a_long_one() -> None:
+    assert len(layer_windows(torch.zeros(5, 2047))) == 2
+    assert len(layer_windows(torch.zeros(5, 2048))) == len(layer_windows(torch.zeros(1, 32))) == 1
