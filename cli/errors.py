@@ -116,7 +116,7 @@ def one_line(error: BaseException) -> str:
     if _is_out_of_memory(error):
         return f"out of memory: {text or type(error).__name__}; use a smaller model, batch or length"
     if _is_left_alone(error):
-        return "another process of this run has ended; its message says why"
+        return f"another process of this run has ended or cannot be reached; its message says why ({text})"
     return _printable(text) or type(error).__name__
 
 

@@ -1,6 +1,6 @@
 """Low-rank adapters on the new mixers for a stage, by peft: put on before it, merged into the weights after it.
 
-A stage with `train: lora` trains the adapters alone, which are float32. The student that follows has no trace of them.
+A stage with `train: lora` trains the adapters alone, which are float32. The student that follows contains no adapters.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class StageWindows(Dataset[dict[str, Tensor]]):
         if int((item + 1) * stage.repeats) > int(item * stage.repeats):
             seed = derived_seed(self.seed, self.index, item)
             row = {name: repeat_a_passage(part, seed) for name, part in row.items()}
-        if self.stored is not None and stage.objective == "logit_distillation":
+        if self.stored is not None and stage.reads_predictions:
             row |= self.stored.row(self.index, item)  # of the window with its repetition
         return row
 
@@ -178,6 +178,7 @@ class Distiller(ZooTrainer):
                 **(gradient_checkpointing() if whole and recipe.gradient_checkpointing else {}),
                 per_device_train_batch_size=stage.batch_size // processes,
                 max_grad_norm=stage.max_grad_norm,
+                ddp_broadcast_buffers=False,  # all are constant, and attention that waits consists of buffers
                 bf16=recipe.dtype == "bfloat16",
                 seed=recipe.seed,
                 disable_tqdm=False,

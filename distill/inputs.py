@@ -88,8 +88,7 @@ def check_inputs(
     tokenizer = teacher.tokenizer
     check_length(windows["heldout"], "data.heldout", recipe.evaluation.sequence_length)
     check_prompts(recipe, teacher)
-    prompted = set() if recipe.data.pseudo_labels is None else {recipe.data.sequence_length}
-    lengths = {recipe.calibration_length, *prompted, *(stage.sequence_length for stage in recipe.stages)}
+    lengths = {recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}
     for length in sorted(lengths):
         check_length(windows["train"], "data.train", length)
     _check_positions(recipe, positions)

@@ -185,7 +185,7 @@ def logit_distillation(
     The teacher runs, or its most likely tokens are given (`stored_logits.py`), or it has no weight beside the
     cross-entropy. `options` are keyword arguments of :func:`logit_loss`.
     """
-    if options.get("ce_weight") == 1:
+    if options.get("ce_weight") == 1:  # see StageSpec.reads_predictions
         mine = student.backbone(ids, use_cache=False).last_hidden_state
         return chunked_loss(mine, head_of(student), (), ids, cross_entropy, learnt, learnt_share)
     if top_ids is None or top_log_probs is None:

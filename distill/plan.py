@@ -183,7 +183,8 @@ class _Planner:
         scored = min(spec.tokens, len(self.heldout)) // spec.sequence_length * spec.sequence_length
         # Teacher, zeroed mixers, control and step 0, then after each stage.
         seconds *= scored / texts.numel() * (4 + len(stages))
-        # Recall is measured of all but the zeroed mixers, errors of layers at step 0 and after each stage.
+        # Recall is measured for all models but the one with zeroed mixers; errors of layers at step 0 and after each
+        # stage.
         seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
         seconds += seconds_of(lambda: self.errors(texts), self.device) * (1 + len(stages))
         control = _bytes(self.teacher.model)  # about: it is a copy of the teacher with other attention

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..evaluation.language_modeling import without_generation_config
 from ..harness.whole_files import write_whole
 from .data import TokenWindows, derived_seed
 from .recipe import Recipe
@@ -67,22 +68,24 @@ def pseudo_labels(
         The text of `data.pseudo_labels.tokens` tokens, in which the continuations are to be learnt.
 
     Raises:
-        ValueError: if a file cannot be read.
+        ValueError: if a file cannot be read, or was written from another training text.
     """
     spec = recipe.data.pseudo_labels
     assert spec is not None
     parts: list[tuple[Tensor, Tensor]] = []
+    known, source = 0, {"train": train.fingerprint()}
     with tqdm(total=spec.tokens, desc="teacher's text", unit="token", disable=not state.is_main_process) as bar:
-        while (known := sum(len(ids) for ids, _ in parts)) < spec.tokens:
-            bar.update(known - bar.n)
+        while known < spec.tokens:
             path = output / FOLDER / f"{len(parts):06}.safetensors"
             if state.is_main_process and not path.is_file():
                 path.parent.mkdir(exist_ok=True)
                 with compute():
                     tensors = write_batch(recipe, teacher, train, len(parts))
-                write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
+                write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary, source))
             state.wait_for_everyone()
-            parts.append(_read(path))
+            parts.append(_read(path, source))
+            known += len(parts[-1][0])
+            bar.update(min(known, spec.tokens) - bar.n)
     ids, learnt = (torch.cat(part)[: spec.tokens] for part in zip(*parts, strict=True))
     return TokenWindows(ids, learnt)
 
@@ -107,33 +110,25 @@ def write_batch(recipe: Recipe, teacher: Teacher, train: TokenWindows, number: i
     assert spec is not None
     if spec.prompt_length:
         # With another seed than those of training and calibration.
-        prompts = train.batch(number, spec.batch_size, length, recipe.seed + 2)[:, : spec.prompt_length]
+        prompts = train.batch(number, spec.batch_size, spec.prompt_length, recipe.seed + 2)
     else:
         prompts = torch.full((spec.batch_size, 1), int(teacher.tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
     model: Any = teacher.model
     end = model.generation_config.eos_token_id
     end = teacher.tokenizer.eos_token_id if end is None else end
     ends = set() if end is None else {end} if isinstance(end, int) else set(end)
-    # Settings that are left out here would be taken from the model's own generation config.
     sampling = GenerationConfig(
         max_new_tokens=length - prompts.shape[1],
         do_sample=True,
-        num_beams=1,
         temperature=spec.temperature,
         top_p=spec.top_p,
         top_k=0,
-        min_p=0.0,
-        typical_p=1.0,
-        epsilon_cutoff=0.0,
-        eta_cutoff=0.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
     )
     prompts = prompts.to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), without_generation_config(model):
         torch.manual_seed(derived_seed(recipe.seed, 2, number))
         mask = torch.ones_like(prompts)
         written = model.generate(input_ids=prompts, attention_mask=mask, generation_config=sampling).cpu()
@@ -146,10 +141,16 @@ def write_batch(recipe: Recipe, teacher: Teacher, train: TokenWindows, number: i
     return {"ids": torch.cat(rows).int(), "learnt": torch.cat(learnt)}
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    """Return ids and learnt tokens of a file."""
+def _read(path: Path, source: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Return ids and learnt tokens of a file that was written from the training text of `source`."""
     try:
-        tensors = load_file(path)
-        return tensors["ids"], tensors["learnt"]
-    except (SafetensorError, OSError, KeyError) as error:
+        with safe_open(path, "pt") as file:
+            found, ids, learnt = file.metadata(), file.get_tensor("ids"), file.get_tensor("learnt")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}. Remove it: the run writes it again.") from None
+    if found != source:
+        raise ValueError(
+            f"data.train: {path} was written from another training text. Give the same text, or remove the folder "
+            f"{path.parent}, so that the teacher's text is written again."
+        )
+    return ids, learnt

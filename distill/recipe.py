@@ -358,8 +358,8 @@ class Recipe(SettingsBase):
 
     @model_validator(mode="after")
     def _refuse_stored_logits_without_effect(self) -> Recipe:
-        if self.stored_logits is not None and all(s.objective != "logit_distillation" for s in self.stages):
-            needed = "a stage with objective 'logit_distillation'"
+        if self.stored_logits is not None and not any(stage.reads_predictions for stage in self.stages):
+            needed = "a stage with objective 'logit_distillation' and a ce_weight below 1"
             raise wrong("stored_logits", self.stored_logits, f"left out, since it has no effect without {needed}")
         return self
 

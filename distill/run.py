@@ -60,7 +60,7 @@ from .teacher import Teacher
 _KIND = "ssm-zoo distillation run"
 _CONTROL = "window + sinks"
 _REMEDY = "Lower learning_rate, or choose dtype float32."
-_REMEDY_OF_THE_TEACHER = "Choose dtype float32 or, if it is, another teacher."
+_REMEDY_OF_THE_TEACHER = "Choose dtype float32, or another teacher if it already is."
 
 
 @dataclass

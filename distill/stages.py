@@ -158,6 +158,11 @@ class StageSpec(SettingsBase):
         return self.objective in LAYERWISE
 
     @property
+    def reads_predictions(self) -> bool:
+        """Whether the teacher's predictions are part of the loss."""
+        return self.objective == "logit_distillation" and self.ce_weight < 1
+
+    @property
     def reached(self) -> set[str]:
         """Groups of weights outside of the mixers on which the loss depends."""
         if not self.layerwise:
@@ -177,6 +182,14 @@ class StageSpec(SettingsBase):
             if getattr(self, field) is not None:
                 key, values = MEANINGFUL_UNDER[field]
                 raise misplaced(field, getattr(self, field), key, values, getattr(self, key))
+        if self.objective == "logit_distillation" and not self.reads_predictions:
+            for field in ("kl", "temperature"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise refused(
+                        field,
+                        f"has no effect with ce_weight {self.ce_weight:g}, with which the loss is the cross-entropy "
+                        f"alone. Remove it (got {getattr(self, field)!r}).",
+                    )
         for group, field in GROUP_RATES.items():
             if group not in self.reached and getattr(self, field) is not None:
                 raise refused(

@@ -44,9 +44,7 @@ def layers_of_stages(recipe: Recipe, num_layers: int) -> list[list[int]]:
             raise ValueError(str(error).replace("`layers`", field, 1)) from None
         unknown = sorted(set(chosen) - set(every))
         if unknown:
-            raise ValueError(
-                f"{field} must be among the layers of `student.layers`, {every}, got {unknown} beside them."
-            )
+            raise ValueError(f"{field} must only name layers of `student.layers`, {every}, got also {unknown}.")
         lost = sorted(set(found[-1]) - set(chosen)) if found else []
         if lost:
             raise ValueError(

@@ -61,8 +61,8 @@ def identity(recipe: Recipe, teacher: Mapping[str, str], data: str) -> dict[str,
 
 
 def stages_of(recipe: Recipe) -> list[int]:
-    """Return the indices of the stages of logit distillation."""
-    return [index for index, stage in enumerate(recipe.stages) if stage.objective == "logit_distillation"]
+    """Return the indices of the stages whose loss depends on the teacher's predictions."""
+    return [index for index, stage in enumerate(recipe.stages) if stage.reads_predictions]
 
 
 def _stage_identity(stages: Sequence[StageSpec], index: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def write_logits(
                     if not bool(log_probs.isfinite().all()):
                         raise ValueError(
                             f"teacher: its predictions for windows {items[0]} to {items[-1]} of stage {stage} are not "
-                            "finite. Choose dtype float32 or, if it is, another teacher."
+                            "finite. Choose dtype float32, or another teacher if it already is."
                         )
                     tensors = {"ids": ids.cpu().contiguous(), "log_probs": log_probs.cpu().contiguous()}
                     write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
@@ -179,7 +179,7 @@ def _check(ids: Tensor, log_probs: Tensor, words: int) -> None:
         raise ValueError("has probabilities that do not sum to 1")
     ordered = ids.sort(dim=-1).values
     if int(ordered[..., 0].min()) < 0 or int(ordered[..., -1].max()) >= words or bool((ordered.diff() == 0).any()):
-        raise ValueError(f"has ids that are not different ones below {words}")
+        raise ValueError(f"has ids that are repeated, or not from 0 to {words - 1}")
 
 
 def _damage(path: Path, shape: tuple[int, int, int], words: int) -> str | None:

@@ -7,7 +7,8 @@ the most likely tokens, and generated text.
 Symbols: B batch, L length, D width, V vocabulary, N windows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "repeat_loss",
     "repeated_share",
     "repeated_texts",
+    "without_generation_config",
 ]
 
 # Bound on the logits in memory at one time, the teacher's included. Full logits of SmolLM2 (V = 49,152) would take
@@ -177,18 +179,14 @@ def generation_sample(
     for prompt, inputs in zip(prompts, encoded, strict=True):
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError(f"`prompts` must be texts of at least one token, got {prompt!r}")
-    # Settings that are left out here would be taken from the model's own generation config.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
     )
     samples, generate = [], cast(Any, model).generate
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), without_generation_config(model), torch.no_grad():
         for prompt, inputs in zip(prompts, encoded, strict=True):
             ids = inputs["input_ids"].to(model.device)
             written = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
@@ -204,6 +202,16 @@ def generation_sample(
                 }
             )
     return samples
+
+
+@contextmanager
+def without_generation_config(model: Any) -> Iterator[None]:
+    """Let `generate` use only the settings that it is given, not those of the model's own generation config."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def compare_continuations(

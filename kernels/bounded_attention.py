@@ -14,8 +14,9 @@ position has received while it was visible, summed over the queries of its group
 With `decay` below 1, attention received n tokens ago counts decay^n. A position that loses is dropped for good.
 
 Sources: heavy-hitter eviction (H2O, arXiv 2306.14048), attention sinks (StreamingLLM, arXiv 2309.17453). Eviction by
-chunks makes a prompt linear in L, and the result does not depend on how the prompt was cut into calls. Few heads look
-far back, so each head has its own number of slots: the memory is ragged, without empty rows.
+chunks makes a prompt linear in L, and the result does not depend on how the prompt was cut into calls, except for
+which of several positions of equal score stay. Few heads look far back, so each head has its own number of slots: the
+memory is ragged, without empty rows.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from .checks import (
 )
 from .int8_rows import dequantise_rows, quantise_rows
 from .tracing import host_reads, opaque, tracing
+
+_POSITIONS = 2**24  # float32 holds all whole numbers up to it
 
 
 class BoundedMemory(NamedTuple):
@@ -231,7 +234,7 @@ def bounded_attention_step(
 
 def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory, slots: list[int], rows: int) -> None:
     keys, values, scores, positions, keys_scales, values_scales = memory
-    # The usual call, of which a step of decoding has one per layer.
+    # The fast path: this runs once per layer and decoded token.
     size, device = scores.shape, q.device
     if (
         q.dim() == 3
@@ -322,7 +325,9 @@ def _evict(memory: BoundedMemory, rows: _Rows, window: int, sinks: int, oldest: 
     norms = memory.values.to(memory.scores.dtype).norm(dim=-1)
     if memory.values_scales is not None:
         norms *= memory.values_scales
-    rank = (memory.scores * norms).masked_fill_(memory.positions < sinks, math.inf)
+    # What is not a number stays, as nothing can be said against it.
+    rank = (memory.scores * norms).nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    rank.masked_fill_(memory.positions < sinks, math.inf)
     rank.masked_fill_(memory.positions < 0, torch.finfo(rank.dtype).min)  # slots without a token lose to all tokens
     batch = torch.arange(len(rank), device=rank.device)[:, None, None]
     leaving = oldest + rows.steps  # (C) or (B, C) positions
@@ -672,4 +677,10 @@ def _check(
         check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")
         check_tensor("initial_state.values", initial_state.values, (B, rows, P), "(B, N, P)")
         check_tensor("initial_state.scores", initial_state.scores, (B, rows), "(B, N)")
+        positions = initial_state.positions
+        if B and host_reads(positions) and (latest := int(positions.max())) + L >= _POSITIONS:
+            raise ValueError(
+                f"initial_state.positions must be below {_POSITIONS - L} for {L} more tokens, since positions are held "
+                f"in float32 while a prompt is read, got {latest}"
+            )
     check_devices(q=q, k=k, v=v, seq_idx=seq_idx)

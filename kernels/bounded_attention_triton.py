@@ -6,9 +6,9 @@ head width, N rows of the memory, w window, s sinks, C chunk size, S slots of a 
 A program handles the rows of a key-value head. `step_kernel` writes the new token, attends and adds the attention to
 the scores; it walks over the rows twice, since scores take normalised weights. Rows of 8 bits are multiplied as they
 are: scores are q . k_8 times the scale of the key, and the weights of values are multiplied by theirs. `evict_kernel`
-then lets the chunk that leaves the window compete for the slots if it is complete, which no host has to know. There
-are no atomics: every sum has a fixed order, and programs share no rows. Offsets are 64-bit up to a head and 32-bit
-inside it.
+then lets the chunk that leaves the window compete for the slots if it is complete, without the host having to check.
+There are no atomics: every sum has a fixed order, and programs share no rows. Offsets are 64-bit up to a head and
+32-bit inside it.
 """
 
 from __future__ import annotations
@@ -283,6 +283,8 @@ def evict_kernel(
         winners = tl.sum(winner.to(tl.int32), 0)
         winner_number = tl.cumsum(winner.to(tl.int32), 0) - 1
         loser_number = tl.cumsum(loser.to(tl.int32), 0) - 1
+        # Each warp may hold all candidates: none may write a row before all have read them.
+        tl.debug_barrier()
         for pair in range(winners):
             source = tl.sum(tl.where(winner & (winner_number == pair), row, 0), 0)
             target = tl.sum(tl.where(loser & (loser_number == pair), row, 0), 0)

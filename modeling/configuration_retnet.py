@@ -20,6 +20,10 @@ def torchscale_rope_theta(head_dim: int) -> float:
     return 10000.0 ** (pairs / (pairs - 1)) if pairs > 1 else 10000.0
 
 
+# Options of attention in other families, which the mixer would read.
+_OF_ATTENTION = ("attention_bias", "attention_output_bias", "qk_norm", "position_types", "query_pre_attn_scalar")
+
+
 @strict
 class ZooRetNetConfig(PreTrainedConfig):
     """RetNet (arXiv 2307.08621). Defaults are torchscale's `retnet_base`.
@@ -46,7 +50,7 @@ class ZooRetNetConfig(PreTrainedConfig):
         rope_parameters: rotary embedding, as in transformers, of the type "default". If not given, its frequencies are
             torchscale's.
         bidirectional: every token sees its whole document, with decays by the distance. Such an encoder has no cache
-            and no causal head; a causal checkpoint has all its weights.
+            and no causal head; a causal checkpoint holds every weight it needs.
         initializer_range: standard deviation of embedding, MLP and head at initialisation; retention has torchscale's.
     """
 
@@ -100,9 +104,17 @@ class ZooRetNetConfig(PreTrainedConfig):
         complete_heads(self)
         if self.v_head_dim is None and self.head_dim is not None:
             self.v_head_dim = 2 * self.head_dim
-        if self.rope_parameters is None:
-            theta = torchscale_rope_theta(int(self.head_dim or 0))
-            self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        if not kwargs.get("rope_scaling"):
+            theta = kwargs.pop("rope_theta", None)
+            given = {"rope_type": "default"} if theta is None else {"rope_type": "default", "rope_theta": theta}
+            self.rope_parameters = {
+                "rope_theta": torchscale_rope_theta(int(self.head_dim or 0)),
+                **given,
+                **(self.rope_parameters or {}),
+            }
+        unused = sorted(name for name in _OF_ATTENTION if kwargs.get(name) not in (None, False))
+        if unused:
+            raise ValueError(f"{unused[0]} must be left out: zoo_retnet has no such option, got {kwargs[unused[0]]!r}")
         super().__post_init__(**kwargs)
 
     @property

@@ -7,7 +7,7 @@ in `retention.py`.
 Block: `h = h + retention(norm(h)); h = h + mlp(norm(h))`, with RMS norms and a gated MLP without biases as in the
 official code, or a plain MLP (section 2.3 of the paper). Names of parameters are Llama's.
 
-Not offered, because the sizes that torchscale publishes have none of it: mixtures of experts, DeepNorm, a norm of the
+Not offered, because the sizes that torchscale publishes have none of them: mixtures of experts, DeepNorm, a norm of the
 embeddings, dropout.
 
 Symbols: B batch, L length, D width.

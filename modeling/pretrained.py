@@ -193,8 +193,8 @@ class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
         super().post_init()
 
     def _initialize_weights(self, module: nn.Module, *custom_code: Any) -> None:
-        """As in transformers, except that modules with `initialise` are never skipped. In custom code, transformers
-        skips a module whose own parameters are all loaded, and thereby every module that has none."""
+        """As in transformers, except that modules with `initialise` and without parameters of their own are not
+        skipped. In custom code, transformers skips a module whose own parameters are all loaded, hence also these."""
         if hasattr(module, "initialise") and next(module.parameters(recurse=False), None) is None:
             custom_code = ()
         super()._initialize_weights(module, *custom_code)

@@ -14,7 +14,7 @@ This is SSD with a constant decay (`kernels/ssd.py`): whole, in chunks and token
 form o = R v, with R_nm = q_n . k_m gamma^(n-m) / sqrt(P) for m <= n.
 
 Score normalisation (the paper's, section 2.2): R_nm is divided by sqrt(sum_m gamma^(n-m)), then each row by
-max(|sum_m R_nm|, 1). Both depend on the row alone, so that the norm of a head removes them up to its epsilon. Both are
+max(|sum_m R_nm|, 1). Both are constant along a row, so the head's norm cancels them, up to its epsilon. Both are
 computed from what the recurrence carries: the first sum is (1 - gamma^(n+1)) / (1 - gamma), for which the cache counts
 the tokens of each row; the second is the output for an additional value that is always 1. No gradient flows through
 the second one, as in the official code; where the matrix itself is trained, it does.
@@ -59,6 +59,9 @@ from .mixer import (
 )
 from .token_layout import Sequence
 
+_HEADS = 144
+"""Largest number of heads: 2^(-5 - h) is 0 in float32 from h = 145 on."""
+
 
 class RetentionLayer(StateLayer, RecurrentLayer):
     """`recurrent_state` (B, H, V, P) in float32, with one more row if scores are normalised, and `counts` (B)."""
@@ -90,6 +93,11 @@ class Retention(nn.Module):
         elementwise_affine: bool = False,
     ) -> None:
         super().__init__()
+        if config.num_attention_heads > _HEADS:
+            raise ValueError(
+                f"num_attention_heads must be at most {_HEADS} with retention, whose further decays are 1 in float32, "
+                f"got {config.num_attention_heads}"
+            )
         self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads = config.num_attention_heads, int(config.num_key_value_heads or 0)
         self.head_dim, self.v_head_dim = int(config.head_dim or 0), v_head_dim
@@ -133,11 +141,14 @@ class Retention(nn.Module):
         ranks = sequence.places() if cache is None else cache.advance(hidden_states, sequence.real)
         factors = self.matrix_inputs(hidden_states, sequence, ranks)
         v = self.for_all_heads(self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.v_head_dim)))
+        dtype = v.dtype
         if self.normalize_scores:
+            if dtype == torch.float16:  # which sums may exceed before they are divided
+                v = v.float()
             v = F.pad(v, (0, 1), value=1.0)  # its output is the row sum of R
         o = self.retain(v, factors, sequence, cache, single)
         if self.normalize_scores:
-            o = o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)
+            o = (o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)).to(dtype)
         y = self.group_norm(o).flatten(2)
         if self.g_proj is not None:
             y = F.silu(self.g_proj(hidden_states)) * y

@@ -172,7 +172,6 @@ def measure(run: Run, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "training_seconds": round(seconds, 1),
         "seconds_per_1000_tokens": round(1000 * seconds / tokens, 2),
         "run_seconds": round(time.monotonic() - started, 1),
-        "peak_memory_bytes": report["peak_memory_bytes"],
     }
 
 

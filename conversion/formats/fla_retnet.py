@@ -4,8 +4,7 @@ Source: flash-linear-attention 0.6.0, `fla/models/retnet` and `fla/layers/multis
 score normalisation, the frequencies of Llama's rotary embedding, and a weight in the norm of the heads.
 
 Fields for speed and for the loss are ignored. Refused are other mixers in some layers (`attn`), feature maps, short
-convolutions and residuals by attention (`attnres_block_size`), and `fuse_norm: false`, with which one key has another
-name.
+convolutions and residuals by attention (`attnres_block_size`), and `fuse_norm: false`, which renames one key.
 """
 
 import math
@@ -122,14 +121,20 @@ def _config(config: ZooRetNetConfig) -> dict[str, Any]:
         "model_type": "retnet",
         "architectures": ["RetNetForCausalLM"],
         **{name: getattr(config, name) for name in _SAME},
-        "expand_k": heads * int(config.head_dim or 0) / width,
-        "expand_v": heads * int(config.v_head_dim or 0) / width,
+        "expand_k": _expansion(heads * int(config.head_dim or 0), width),
+        "expand_v": _expansion(heads * int(config.v_head_dim or 0), width),
         "intermediate_size": config.intermediate_size,
         "num_heads": heads,
         "num_kv_heads": None if config.num_key_value_heads == heads else config.num_key_value_heads,
         "norm_eps": config.rms_norm_eps,
         **{name: accepted for name, (accepted, _) in _FIXED.items()},
     }
+
+
+def _expansion(inner: int, width: int) -> float:
+    """Return a factor of the width whose product, rounded down as the library does, is `inner`."""
+    factor = inner / width
+    return factor if int(width * factor) == inner else math.nextafter(factor, math.inf)
 
 
 def _rules(config: ZooRetNetConfig) -> list[Rule]:

@@ -10,7 +10,7 @@ state dict also holds the angles and the logarithms of the decays, which are fix
 is read, and computed when one is written.
 
 Fields for training, speed and what no forward reads (`dropout`, `chunkwise_recurrent`, `subln`, `xpos_rel_pos`) are
-ignored; of the fields of experts `moe_freq` has to be 0. Some of torchscale's forms and releases normalise scores in
+ignored; `moe_freq` must be 0. Some of torchscale's forms and releases normalise scores in
 another way than the paper (`modeling/retention.py`), which changes logits through the epsilon of the norm of the heads.
 """
 

@@ -392,7 +392,8 @@ def test_a_bug_ends_in_one_line_that_says_so_and_its_traceback_is_in_a_private_f
             RuntimeError(
                 "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10123. Check the logs"
             ),
-            "another process of this run has ended; its message says why",
+            "another process of this run has ended or cannot be reached; its message says why "
+            "([gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10123. Check the logs)",
             id="left-alone",
         ),
         pytest.param(OSError(28, "No space left on device"), "[Errno 28] No space left on device", id="disk-full"),

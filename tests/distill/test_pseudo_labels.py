@@ -61,10 +61,10 @@ def test_prompts_are_cut_from_the_text_and_continued_by_the_likeliest_tokens(tra
     teacher = Teacher(trained_teacher(), small_tokenizer())
     recipe = recipe_of(top_p=1e-6)
     texts = texts_of(write_batch(recipe, teacher, train, 1))
-    windows = train.batch(1, 3, LENGTH, 2)
+    windows = train.batch(1, 3, PROMPT, 2)
     assert len(texts) == 3
     for (prompt, continuation), window in zip(texts, windows, strict=True):
-        assert torch.equal(prompt, window[:PROMPT])
+        assert torch.equal(prompt, window)
         ids = prompt
         for token in continuation:
             with torch.no_grad():
@@ -77,6 +77,7 @@ def test_a_text_ends_with_its_last_token_and_settings_of_the_model_have_no_effec
     plain = write_batch(recipe_of(), Teacher(trained_teacher(), small_tokenizer()), train, 0)
     changed = trained_teacher()
     changed.generation_config.update(top_k=1, repetition_penalty=9.0, temperature=0.01, min_p=0.9, typical_p=0.1)
+    changed.generation_config.update(num_return_sequences=2, min_new_tokens=9, return_dict_in_generate=True)
     again = write_batch(recipe_of(), Teacher(changed, small_tokenizer()), train, 0)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     other = write_batch(recipe_of(), Teacher(changed, small_tokenizer()), train, 1)
@@ -147,6 +148,12 @@ def test_an_interrupted_run_writes_the_same_text_and_trains_on_it(
     with pytest.raises(ValueError, match=r"000001\.safetensors cannot be read: .* Remove it: the run writes it again"):
         distill(recipe, tmp_path / "killed")
     damaged.unlink()
+    # A text that was written from another training text is not trained on.
+    text = (tmp_path / "train.txt").read_text(encoding="utf-8")
+    (tmp_path / "train.txt").write_text(text + small_text(5, seed=2), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data\.train: .*000000\.safetensors was written from another training text"):
+        distill(recipe, tmp_path / "killed")
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"another recipe \(data\.pseudo_labels\.temperature"):
         distill(
             parse_recipe(

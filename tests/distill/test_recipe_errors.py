@@ -272,6 +272,17 @@ def test_a_stage_setting_without_effect_is_refused(objective: str, field: str, v
         parse_recipe(values(stages=[{**stage, field: value}]))
 
 
+@pytest.mark.parametrize(("field", "value"), [("kl", "reverse"), ("temperature", 2.0)])
+def test_a_divergence_without_weight_has_no_settings(field: str, value: Any) -> None:
+    stage = {**values()["stages"][0], "objective": "logit_distillation", "ce_weight": 1.0}
+    parse_recipe(values(stages=[stage]))
+    parse_recipe(values(stages=[{**stage, "ce_weight": 0.9, field: value}]))
+    with pytest.raises(ValueError, match=rf"`stages\.0\.{field}` has no effect with ce_weight 1, .* \(got "):
+        parse_recipe(values(stages=[{**stage, field: value}]))
+    with pytest.raises(ValueError, match=r"`stored_logits` must be left out, .* ce_weight below 1, got 'logits'"):
+        parse_recipe(values(stages=[stage], stored_logits="logits"))
+
+
 @pytest.mark.parametrize(("kl", "field"), [("mixed", "reverse_weight"), ("jsd", "jsd_beta")])
 def test_a_weight_that_leaves_one_divergence_is_refused(kl: str, field: str) -> None:
     stage = {**values()["stages"][0], "objective": "logit_distillation", "kl": kl}

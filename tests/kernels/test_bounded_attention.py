@@ -412,3 +412,13 @@ def test_two_documents_cannot_continue_one_memory() -> None:
     seq_idx = torch.tensor([[0, 0, 0, 1, 1]])
     with pytest.raises(ValueError, match="seq_idx must hold one document in each row"):
         bounded_attention(*draw(1, 5), initial_state=memory, seq_idx=seq_idx, **options)
+
+
+def test_positions_that_float32_does_not_hold_are_refused() -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    _, memory = bounded_attention(*draw(1, 9), **options)
+    far = memory._replace(positions=torch.where(memory.positions >= 0, memory.positions + 2**24 - 13, -1))
+    bounded_attention(*draw(1, 3), initial_state=far, **options)
+    with pytest.raises(ValueError, match=r"must be below 16777211 for 5 more tokens, .* got 16777211"):
+        bounded_attention(*draw(1, 5), initial_state=far, **options)

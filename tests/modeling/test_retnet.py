@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ssm_zoo.modeling import ZooRetNetConfig
 from ssm_zoo.modeling.cache import restore, snapshot
+from ssm_zoo.modeling.configuration_retnet import torchscale_rope_theta
 from ssm_zoo.modeling.retention import Retention, decay_sums, log_decays
 from ssm_zoo.modeling.token_layout import Sequence, make_sequence
 
@@ -371,3 +372,45 @@ def test_initial_weights_are_torchscales() -> None:
         assert 0.95 * bound < weight.abs().max() <= bound, name
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
     assert mixer.group_norm.eps == 1e-6
+
+
+@torch.no_grad()
+def test_sums_beyond_float16_are_divided_before_they_are_rounded() -> None:
+    config = ZooRetNetConfig(vocab_size=4, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    ids, mixer = torch.zeros(1, 512, dtype=torch.long), model.layers[0].mixer
+    # One token again and again, with large queries, keys and values of one direction.
+    state = torch.nn.functional.normalize(model.embeddings.weight[0], dim=0)
+    for name, size in (("q_proj", 3.0), ("k_proj", 3.0), ("v_proj", 4.0)):
+        getattr(mixer, name).weight.copy_(size * state.expand_as(getattr(mixer, name).weight))
+    exact = unnormed(mixer, lambda: model(ids, use_cache=False))
+    model.half()
+    found = unnormed(mixer, lambda: model(ids, use_cache=False))
+    assert found.dtype == torch.float16 and found.isfinite().all()
+    torch.testing.assert_close(found.float(), exact, rtol=1e-2, atol=1e-2)
+    cache = DynamicCache(config=config)
+    steps = unnormed(mixer, lambda: [model(part, past_key_values=cache) for part in ids[:, :40].split(1, dim=1)])
+    torch.testing.assert_close(steps.float(), exact[:, :40], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias must be left out"),
+        ({"qk_norm": "head"}, "qk_norm must be left out"),
+        ({"position_types": ["none", "rotary"]}, "position_types must be left out"),
+    ],
+)
+def test_options_of_attention_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ZooRetNetConfig(**changes)
+
+
+def test_a_base_of_the_rotary_embedding_is_kept() -> None:
+    theta = torchscale_rope_theta(256)
+    assert ZooRetNetConfig().rope_parameters == {"rope_type": "default", "rope_theta": theta}
+    assert ZooRetNetConfig(rope_parameters={"rope_type": "default"}).rope_parameters["rope_theta"] == theta
+    assert ZooRetNetConfig(rope_theta=5e5).rope_parameters["rope_theta"] == 5e5
+    with pytest.raises(ValueError, match="num_attention_heads must be at most 144"):
+        Retention(ZooRetNetConfig(hidden_size=292, num_attention_heads=146), 0, v_head_dim=2)
