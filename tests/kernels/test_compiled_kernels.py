@@ -12,6 +12,7 @@ import pytest
 from ssm_zoo.kernels import checks
 from with_triton import NEEDS_TRITON
 
+SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 # Bytes of shared memory that a program may take, from the CUDA programming guide.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -28,7 +29,7 @@ def kernels() -> set[str]:
 
 @NEEDS_TRITON
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=SWEEP), 90])
 def test_every_kernel_compiles_and_fits(capability: int, tmp_path: Path) -> None:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,7 @@
 """Runs that an earlier version began: they go on, or are refused with the remedy."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import parse_from_scratch
 from ssm_zoo.training.new_model import resolve_configuration
 
+SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 FLAT = {
     "model_type": "zoo_hybrid",
     "hidden_size": 16,
@@ -33,7 +35,7 @@ def record(run: Path, config: dict[str, Any]) -> None:
     (run / "run.json").write_text(json.dumps(marker))
 
 
-@pytest.mark.parametrize("source", ["file", "hub"])
+@pytest.mark.parametrize("source", ["hub", pytest.param("file", marks=SWEEP)])
 def test_a_run_whose_configuration_an_earlier_version_recorded_goes_on(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
