@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..evaluation.language_modeling import without_generation_config
+from ..evaluation.language_modeling import end_tokens, without_generation_config
 from ..harness.whole_files import write_whole
 from .data import TokenWindows, derived_seed
 from .recipe import Recipe
@@ -114,9 +114,7 @@ def write_batch(recipe: Recipe, teacher: Teacher, train: TokenWindows, number: i
     else:
         prompts = torch.full((spec.batch_size, 1), int(teacher.tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
     model: Any = teacher.model
-    end = model.generation_config.eos_token_id
-    end = teacher.tokenizer.eos_token_id if end is None else end
-    ends = set() if end is None else {end} if isinstance(end, int) else set(end)
+    ends = end_tokens(model, teacher.tokenizer)
     sampling = GenerationConfig(
         max_new_tokens=length - prompts.shape[1],
         do_sample=True,

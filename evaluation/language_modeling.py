@@ -20,6 +20,7 @@ from .hidden_states import KeptStates, evaluating, head_input, head_of
 
 __all__ = [
     "compare_continuations",
+    "end_tokens",
     "evaluate_language_model",
     "generation_sample",
     "repeat_loss",
@@ -172,9 +173,7 @@ def generation_sample(
         raise ValueError(f"`prompts` must be a list of texts, got the text {prompts!r}")
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-    end = model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    ends = set() if end is None else {end} if isinstance(end, int) else set(end)
+    ends = end_tokens(model, tokenizer)
     encoded = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
     for prompt, inputs in zip(prompts, encoded, strict=True):
         if inputs["input_ids"].shape[1] == 0:
@@ -202,6 +201,13 @@ def generation_sample(
                 }
             )
     return samples
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end a text: those of the model's generation config, or else the tokenizer's."""
+    end: Any = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 @contextmanager
