@@ -1,7 +1,6 @@
 """The comparison of embedders, at a tiny size: its tasks, what is trained on, its searches and rows."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from retrieval import AFTER, BEFORE, CRANFIELD, PRETRAINING, RESULT, STORIES, TR
 from retrieval_texts import beir_task, split_story, stories_task, write_pairs
 from stories_example import WORDS, write_stories
 from stories_text import Stories, read_stories
+from sweeps import SWEEP
 
 # A comparison of embedders at the tiniest size still takes minutes; the machinery is that of the other comparisons.
-pytestmark = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="takes minutes: make test-sweeps")
+pytestmark = SWEEP
 
 for package in ("sentence_transformers", "bm25s", "Stemmer"):
     pytest.importorskip(package, reason=f"{package} is not installed")

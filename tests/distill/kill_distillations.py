@@ -105,7 +105,7 @@ def newest_checkpoint(folder: Path) -> list[int] | None:
 
 
 def kill(carry_out: Callable[[], object], moments: Sequence[tuple[CodeType, int]], found: Callable[[], Any]) -> list:
-    """What each start of something finds that dies at some moments before it is left alone."""
+    """Kill a process at some moments, then let it finish; return what each start found."""
     starts = []
     for phase, moment in moments:
         starts.append(found())

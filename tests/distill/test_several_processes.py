@@ -1,9 +1,6 @@
 """Two processes, with whole weights or with FSDP2, distil as one does, in every kind of stage, and continue for it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from teachers import make_teacher, save_teacher, small_text, small_tokenizer
+from two_processes import launch
 
 from ssm_zoo.distill.precompute import precompute_logits
 from ssm_zoo.distill.recipe import parse_recipe
@@ -62,25 +60,6 @@ def conversations() -> str:
     return "\n".join(rows)
 
 
-def launch(folder: Path, jobs: list[str]) -> str:
-    """Carry out jobs in two processes on the CPU; return what they print."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-P", "-m", "accelerate.commands.launch"),
-            *("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no"),
-            *(str(Path(distill_in_processes.__file__)), str(folder), *jobs),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of both recipes in one process and in two, and one that was continued in another number."""
@@ -108,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for how in hows:
             jobs += ["fsdp"] if how == "fsdp" else []
             jobs += [f"{name}:{name}-{how}:-" for name in STAGES] + [f"stored:stored-{how}-parts:logits/3"]
-        said = launch(folder, jobs)
+        said = launch(Path(distill_in_processes.__file__), folder, *jobs)
         # In each stage of the runs that share weights, whole or begun by one process.
         assert said.count("the weights are sharded over 2 processes by FSDP2") == 4 + 3 + 3
         for how in hows:

@@ -203,7 +203,7 @@ def test_logits_of_something_else_are_refused(stage: dict[str, Any], changes: di
 
 
 def change(name: str, place: tuple[int, ...], value: float) -> Callable[[Path], object]:
-    """What changes a number in the last file of a folder."""
+    """Return a function that changes a number in the last file of a folder."""
 
     def changed(folder: Path) -> None:
         path = folder / "stage-0-000002.safetensors"

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from sweeps import SWEEP
 
 from ssm_zoo.kernels import checks
 from with_triton import NEEDS_TRITON
 
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 # Bytes of shared memory that a program may take, from the CUDA programming guide.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 

@@ -1,6 +1,5 @@
 """torch.compile of every family: one graph for all lengths and masks, with eager's numbers and gradients."""
 
-import os
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import torch._inductor.config
 import transformers
 from families import ENCODERS, FAMILIES, draw_ids, make_head, make_model
+from sweeps import SWEEP
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import AutoModel, CompileConfig
@@ -23,7 +23,6 @@ QUICK += ["hybrid-mixers", "mamba2-encoder", "mixer-encoder"]
 
 
 # Every head of every family takes many minutes: on request only (`make test-sweeps`).
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 
 
 def some(quick: list[Any], every: list[Any], *others: pytest.MarkDecorator) -> list[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from families import FAMILIES
 from save_together import TRAININGS
+from sweeps import SWEEP
 from tiny_trainings import weights
 from train_distributed import PREPARED, WAYS
 from train_with_trainer import cases
@@ -24,7 +25,6 @@ from train_with_trainer import cases
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, damage
 
 # Every family in every way takes many minutes: on request only.
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 EVERY = ("first", pytest.param("every", marks=[pytest.mark.slow, SWEEP]))
 
 

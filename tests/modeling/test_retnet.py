@@ -211,7 +211,7 @@ def test_padding_does_not_count(lengths: list[int]) -> None:
 
 
 def test_a_scale_that_counts_padding_would_be_noticed() -> None:
-    """What torchscale does: one scale for the batch. The norm hides most of it, the test above does not."""
+    """torchscale keeps one scale for the whole batch. The norm hides most of the error; the test above shows it."""
     mixer, x = mixer_of(), draw(4, 13, WIDTH)
 
     def last(wrong: bool) -> Tensor:

@@ -1,13 +1,13 @@
 """Runs that an earlier version began: they go on, or are refused with the remedy."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from sweeps import SWEEP
 from tiny_trainings import HOW, TEXTS, stop_in
 
 from ssm_zoo.training import from_scratch
@@ -15,7 +15,6 @@ from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import parse_from_scratch
 from ssm_zoo.training.new_model import resolve_configuration
 
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 FLAT = {
     "model_type": "zoo_hybrid",
     "hidden_size": 16,

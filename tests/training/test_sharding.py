@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from families import make_model
 from safetensors.torch import load_file
 from teachers import make_teacher, save_teacher, small_text
 from tiny_checkpoints import save_tokenizer
+from two_processes import launch
 
 LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
 COMMANDS = ("distill", "train", "full", "lora")
@@ -55,27 +53,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs = ["distill:distill-one-then-two:-", "distill:distill-two-then-one:3"]
         for command in COMMANDS:
             jobs += [f"{command}:{command}-two:-", f"{command}:{command}-stopped:3", f"{command}:{command}-stopped:-"]
-        launch(folder, jobs)
+        launch_sharded(folder, jobs)
         train_sharded.run_until("distill", "distill-two-then-one", None, 4)
     return folder
 
 
-def launch(folder: Path, jobs: list[str]) -> None:
+def launch_sharded(folder: Path, jobs: list[str]) -> None:
     """Run jobs in two processes on the CPU, with the launch file for eight GPUs."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-P", "-m", "accelerate.commands.launch"),
-            *("--config_file", str(LAUNCH / "fsdp2_1x8.yaml"), "--num_processes", "2", "--main_process_port", "0"),
-            *(str(Path(train_sharded.__file__)), str(folder), *jobs),
-        ],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("the weights are sharded over 2 processes by FSDP2") >= 12
+    printed = launch(Path(train_sharded.__file__), folder, *jobs, config=LAUNCH / "fsdp2_1x8.yaml")
+    assert printed.count("the weights are sharded over 2 processes by FSDP2") >= 12
 
 
 def curves(report: dict[str, Any]) -> list[list[dict[str, Any]]]:

@@ -1,10 +1,7 @@
 """Streamed training text: mixtures, positions, and runs that are killed and go on to the same bits."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +15,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from tiny_checkpoints import save_tokenizer
 from transformers import Trainer
+from two_processes import launch
 
 from ssm_zoo.training import stream
 from ssm_zoo.training.adapters import load_tokenizer
@@ -181,16 +179,11 @@ def test_processes_share_a_stream(folder: Path, tmp_path: Path, monkeypatch: pyt
         folder, *mixture, method="full", batch_size=2, checkpoint_every=3, learning_rate=1e-3, streaming=True
     )
     alone = finetune_language_model(parse_settings(changed), tmp_path / "alone")
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "ssm_zoo.cli.main", "finetune", "lm", str(folder / "model"), str(tmp_path / "two")]
+    command = ["-m", "ssm_zoo.cli.main", "finetune", "lm", str(folder / "model"), str(tmp_path / "two")]
     command += [*(part for source in mixture for part in ("--train", source)), "--heldout", str(folder / "b.jsonl")]
     command += ["--separator", r"\n\n", "--row-tokens", "32", "--batch-size", "1", "--steps", "8", "--method", "full"]
     command += ["--checkpoint-every", "3", "--learning-rate", "1e-3", "--streaming"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "their-cache")
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(*command, HF_DATASETS_CACHE=str(tmp_path / "their-cache"))
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["processes"] == 2
     assert [p["tokens"] for p in report["history"]] == [p["tokens"] for p in alone["history"]]

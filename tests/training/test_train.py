@@ -3,11 +3,8 @@
 import functools
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from tiny_checkpoints import save_llama, save_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from two_processes import launch
 
 from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
@@ -260,22 +258,17 @@ def test_processes_share_a_step(folder: Path, tmp_path: Path) -> None:
     changed = values(folder, gradient_accumulation=1, evaluate_every=None)
     alone = train_from_scratch(parse_from_scratch({**changed, "batch_size": 4}), tmp_path / "alone")
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(MAMBA2))
-    # accelerate starts several CPU processes only as if they were for GPUs; it takes the device from the variable.
-    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "ssm_zoo.cli.main", "train", str(tmp_path / "model.yaml"), str(tmp_path / "two")]
+    command = ["-m", "ssm_zoo.cli.main", "train", str(tmp_path / "model.yaml"), str(tmp_path / "two")]
     command += ["--train", changed["train"][0], "--heldout", changed["heldout"][0], "--tokenizer", "bytes"]
     command += ["--separator", r"\n\n", "--row-tokens", "128", "--batch-size", "2", "--steps", "10"]
     command += ["--learning-rate", "2e-2", "--checkpoint-every", "4"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    printed = launch(*command)
     report = read_report(tmp_path / "two")
     assert report["processes"] == 2
     assert [p["tokens"] for p in report["history"]] == [p["tokens"] for p in alone["history"]]
     assert [p["loss"] for p in report["history"]] == pytest.approx([p["loss"] for p in alone["history"]], rel=1e-4)
     assert report["evaluations"][-1]["loss"] == pytest.approx(alone["evaluations"][-1]["loss"], rel=1e-4)
-    assert done.stdout.count("held-out loss:") == 1
+    assert printed.count("held-out loss:") == 1
 
 
 # Selective layers

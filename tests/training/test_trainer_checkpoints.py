@@ -14,14 +14,13 @@ import torch
 from embedding_pairs import write_pairs
 from families import make_model
 from safetensors.torch import load_file, save_file
+from sweeps import SWEEP
 from tiny_checkpoints import save_tokenizer
 from tiny_trainings import HOW, TRAININGS, Training, flip, stop_in, weights
 from transformers import PreTrainedModel
 
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
 from ssm_zoo.training.checkpoints import last_checkpoint
-
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
 
 
 @pytest.fixture(scope="module", params=TRAININGS)
