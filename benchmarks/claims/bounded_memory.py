@@ -69,7 +69,7 @@ class Run:
 
 def build(teacher: Teacher, run: Run, train: TokenWindows, options: argparse.Namespace) -> tuple[Any, float]:
     """Return the student of an arm, and the seconds of its calibration."""
-    layers = list(range(teacher.num_layers))
+    layers = options.layers or list(range(teacher.num_layers))
     spec = StudentSpec(
         mixer="bounded_attention",
         rows=options.rows,
@@ -87,11 +87,18 @@ def build(teacher: Teacher, run: Run, train: TokenWindows, options: argparse.Nam
     return student, time.monotonic() - started
 
 
-def scores(student: Any, teacher: Teacher, text: TokenWindows, lengths: list[int]) -> dict[str, Any]:
+def read(source: str, split: str, teacher: Teacher) -> TokenWindows:
+    """Return the tokens of a text."""
+    return TokenWindows(tokenize([part[:CHARACTERS] for part in read_texts(source, split)], teacher.tokenizer))
+
+
+def scores(
+    student: Any, teacher: Teacher, text: TokenWindows, lengths: list[int], tokens: int = TOKENS
+) -> dict[str, Any]:
     """Return the scores of a student on a text, by length and by distance."""
     found: dict[str, Any] = {"by_length": {}, "repeat_loss": {}}
     for length in lengths:
-        windows = text.windows(length)[: TOKENS // length]
+        windows = text.windows(length)[: tokens // length]
         row = evaluate_language_model(student, windows, teacher=teacher.model, batch_size=max(1024 // length, 1))
         kept = {name: row[name] for name in ("loss", "teacher_loss", "kl", "top1_agreement", "tokens")}
         found["by_length"][length] = {**kept, "gap": row["loss"] - row["teacher_loss"]}
@@ -112,6 +119,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--arms", nargs="*", default=["window", "equal", *(arm for arm in DIVISIONS if arm != "exact")])
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER", help="a trained student")
     parser.add_argument("--rows", type=positive, default=340)
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to convert; by default all")
     parser.add_argument("--kv-dtype", choices=["auto", "int8"], default="int8")
     parser.add_argument("--exact", type=pair, nargs="+", default=[], metavar="LAYER,HEAD", help="exact heads")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="another text to score on")
@@ -127,12 +135,9 @@ def main(arguments: list[str]) -> None:
     results = open_results(options, "claims/bounded_memory.py", arguments)
     teacher = load_teacher(options.teacher)
 
-    def read(source: str, split: str) -> TokenWindows:
-        return TokenWindows(tokenize([part[:CHARACTERS] for part in read_texts(source, split)], teacher.tokenizer))
-
-    train = read("builtin:wikitext2", "train")
-    texts = {"wikitext2": read("builtin:wikitext2", "heldout")}
-    texts |= {name: read(path, "heldout") for name, path in (text.split("=", 1) for text in options.text)}
+    train = read("builtin:wikitext2", "train", teacher)
+    texts = {"wikitext2": read("builtin:wikitext2", "heldout", teacher)}
+    texts |= {name: read(path, "heldout", teacher) for name, path in (text.split("=", 1) for text in options.text)}
     memory = options.rows, options.kv_dtype
     trained = dict(each.split("=", 1) for each in options.student)
     for seed in options.seeds:

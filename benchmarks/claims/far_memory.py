@@ -35,22 +35,20 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
 import torch
+from bounded_memory import TOKENS, read, scores
 from circumstances import RESULTS, positive
 from result_file import open_results
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssm_zoo.distill.data import TokenWindows, read_texts, tokenize
 from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.slots import LENGTH, WINDOWS, divide_slots
 from ssm_zoo.distill.student import build_student, set_slots
 from ssm_zoo.distill.teacher import load_teacher
-from ssm_zoo.evaluation.language_modeling import evaluate_language_model, repeat_loss
 from ssm_zoo.modeling.bounded_memory import BoundedAttention
 
 RULES = ("received", "peak", "pooled", "gate", "gate+received", "prior-64", "prior-256", "prior-1024", "oracle")
 FAR = ("far", "far-mean")
-TOKENS = 6144
 FITTING = 4  # windows of LENGTH tokens on which gates and gains are fitted
 GAINS = (0.0, *(math.exp(power) for power in range(-8, 5, 2)))
 RIDGE = 1e-2  # of the mean square of the inputs
@@ -59,7 +57,7 @@ TINY = 1e-6
 
 @dataclass
 class Layer:
-    """What was fitted for a layer: (KV, D + 1 or D + 2) gates for each rule, and (H) gains of the far state."""
+    """Fitted values of a layer: (KV, D + 1) or (KV, D + 2) gates by rule, and (H) gains of the far state."""
 
     gates: dict[str, Tensor] = field(default_factory=dict)
     gains: Tensor | None = None
@@ -221,8 +219,7 @@ class Fits:
         # A token's attention until it leaves the window, and after it; the last tokens have too little future.
         position = torch.arange(L - 256)
         leaves = ((position + w) // C - 1).clamp(min=0)  # the chunk at whose end it leaves
-        whole = attention_to_come(queries, keys, C)
-        first = whole[:, 0] + _first_chunk(queries, keys, C)
+        first = future[:, 0] + _first_chunk(queries, keys, C)
         for head in range(len(keys)):
             after = future[head, leaves, position] * norms[head, position]
             before = (first[head, position] - future[head, leaves, position]) * norms[head, position]
@@ -301,10 +298,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(options.threads)
     results = open_results(options, "claims/far_memory.py", arguments)
     teacher = load_teacher(options.teacher)
-    train, text = (
-        TokenWindows(tokenize([part[:2_000_000] for part in read_texts("builtin:wikitext2", split)], teacher.tokenizer))
-        for split in ("train", "heldout")
-    )
+    train, text = (read("builtin:wikitext2", split, teacher) for split in ("train", "heldout"))
     layers = list(range(teacher.num_layers))
     for seed in options.seeds:
         todo = [rule for rule in options.rules if not results.find({"rule": rule, "seed": seed, "rows": options.rows})]
@@ -325,17 +319,9 @@ def main(arguments: list[str]) -> None:
         if "far" in todo:
             fit_gains(student, fitted, train.batch(1, 1, LENGTH, seed))
         for rule in todo:
-            started, row = time.monotonic(), {"rule": rule, "seed": seed, "rows": options.rows, "by_length": {}}
+            started, row = time.monotonic(), {"rule": rule, "seed": seed, "rows": options.rows}
             with Simulation(rule, fitted).installed():
-                for length in options.lengths:
-                    held = text.windows(length)[: options.tokens // length]
-                    found = evaluate_language_model(student, held, teacher=teacher.model, batch_size=1)
-                    row["by_length"][length] = {
-                        name: found[name] for name in ("loss", "teacher_loss", "kl", "top1_agreement", "tokens")
-                    }
-                row["repeat_loss"] = {
-                    distance: repeat_loss(student, text.windows(1)[:, 0], distance) for distance in (416, 1500)
-                }
+                row |= scores(student, teacher, text, options.lengths, options.tokens)
             print(results.add({**row, "seconds": round(time.monotonic() - started, 1)}), flush=True)
 
 

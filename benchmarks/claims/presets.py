@@ -75,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run finds its teacher and texts, which rows do not say, since folders are private."""
+    """Paths of the teacher and the texts. Rows do not contain them, since they name private folders."""
 
     teacher: str
     num_layers: int
