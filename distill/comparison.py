@@ -97,11 +97,12 @@ def _fits(comparison: Comparison, tokens: int) -> bool:
 
 
 def _by_position(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """Return the loss by position, in as many windows as the held-out text has, up to four."""
+    """Return the loss by position, in up to four windows: no more than the evaluations read, whose states are kept."""
     length = min(comparison.spec.long_length or 8 * comparison.sequence_length, len(comparison.heldout))
     if comparison.positions is not None:
         length = min(length, comparison.positions)
-    count = min(_WINDOWS, len(comparison.heldout) // length)
+    tokens = min(comparison.spec.tokens, len(comparison.heldout))
+    count = min(_WINDOWS, max(tokens // length, 1))
     windows = comparison.heldout[: count * length].view(count, length)
     with comparison.timed("by_position"):
         return evaluate_by_position(comparison.models, windows, teacher=_TEACHER, kept=comparison.kept)
@@ -127,7 +128,12 @@ def _recall(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     with comparison.timed("recall"):
         return {
             kind: key_value_recall(
-                model, comparison.tokenizer, comparison.heldout, limit=comparison.positions, seed=comparison.seed
+                model,
+                comparison.tokenizer,
+                comparison.heldout,
+                pairs=comparison.spec.recall_pairs,
+                limit=comparison.positions,
+                seed=comparison.seed,
             )
             for kind, model in comparison.models.items()
         }

@@ -124,6 +124,7 @@ Count = Annotated[int, accept("a whole number of 1 or more", whole_number(1))]
 Whole = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
 Length = Annotated[int, accept("a whole number of 2 or more (a token and its successor)", whole_number(2))]
 Distances = Annotated[list[int], accept("a list of different whole numbers of 1 or more", _distinct(1))]
+Pairs = Annotated[list[int], accept("a list of different whole numbers of 2 or more", _distinct(2))]
 Contexts = Annotated[
     list[int], accept(f"a list of different whole numbers of {LEAST_CONTEXT} or more", _distinct(LEAST_CONTEXT))
 ]
