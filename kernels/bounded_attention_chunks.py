@@ -233,6 +233,9 @@ class Chunks:
 
     def run(self, decay: list[float]) -> Iterator[tuple[slice, Tensor]]:
         """Run the chunks in order, choosing what the slots hold; yield the (m, R, h, J, C, P) outputs of m chunks."""
+        if self.slots == self.plan.sinks:
+            yield from self._run_without_slots(decay)
+            return
         plan, width = self.plan, self.width
         n, R, h, J, C, P = self.queries.shape
         G, w = R * h, plan.window
@@ -273,6 +276,47 @@ class Chunks:
             yield part, outputs.view(-1, R, h, J, C, P)
         lines_seen = seen[:, 1].masked_fill_(seen[:, 0] < 0, -1).int()
         self.seen = lines_seen.sort(dim=2, descending=True).values[:, :, : self.slots]  # without the free rows
+
+    def _run_without_slots(self, decay: list[float]) -> Iterator[tuple[slice, Tensor]]:
+        """Do what :meth:`run` does for heads without slots: only sinks stay, so that nothing has to be chosen."""
+        plan, width = self.plan, self.width
+        n, R, h, J, C, P = self.queries.shape
+        G, w, s = R * h, plan.window, plan.sinks
+        lines, queries = self.lines.flatten(0, 1), self.queries.view(n, G, J * C, P)
+        fading, fades = self._fading([decay[head] for head in self.heads])
+        sinks, left = self._sinks()
+        there = lines.gather(1, sinks[..., None].expand(-1, -1, 2 * width))
+        windows = self._windows(lines)
+        received = lines.new_empty(n, G, s + w)
+        step = max(1, _BLOCK // (max(G, 1) * (J * C * P + w * 2 * P)))
+        for first in range(0, n, step):
+            part = slice(first, min(first + step, n))
+            near, log_sums = self._near(part, windows)
+            far = capped(torch.matmul(queries[part], there[..., :width].mT), self.softcap)
+            far.masked_fill_(~left[part, :, None], -math.inf)
+            weights = torch.cat([far, log_sums], dim=-1).softmax(-1)
+            far, share = weights[..., :s], weights[..., s:]
+            near.mul_(share)
+            received[part, :, :s] = torch.matmul(fading[part], far)[:, :, 0]
+            received[part, :, s:] = torch.matmul(fading[part], near)[:, :, 0]
+            outputs = torch.matmul(far, there[..., width:]).flatten(0, 1)
+            outputs.baddbmm_(near.flatten(0, 1), windows[part, ..., width:].flatten(0, 1))
+            yield part, outputs.view(-1, R, h, J, C, P)
+        self.used = [s] * n
+        self.seen = torch.where(left, sinks, -1).int()
+        self.pool = _Sinks(self, sinks, received, fades)
+
+    def _sinks(self) -> tuple[Tensor, Tensor]:
+        """Return the (G, s) lines of the sinks, and (n, G, s) whether they have left the window before each chunk."""
+        plan, device = self.plan, self.lines.device
+        position = torch.arange(plan.sinks, device=device)
+        by_position = (self.old + position - plan.first[:, None])[:, None].expand(-1, len(self.heads), -1)
+        held = self.slot_positions[:, :, None] == position[:, None]  # (R, h, s, old)
+        line = torch.where(held.any(3), held.byte().argmax(3), by_position) if self.old else by_position
+        begin = plan.first[:, None] + plan.chunk * (1 + torch.arange(plan.chunks, device=device))  # (R, n) of windows
+        left = (position < begin.T[..., None]) & (position < (plan.start + plan.count)[:, None])  # (n, R, s)
+        line = line.clamp(min=0, max=self.lines.shape[2] - 1)  # any for one that is not there
+        return line.flatten(0, 1), left[:, :, None].expand(-1, -1, len(self.heads), -1).flatten(1, 2)
 
     def _windows(self, lines: Tensor) -> Tensor:
         """(G, lines, 2 P) to (n, G, w, 2 P) keys and values of the windows of all chunks."""
@@ -455,14 +499,49 @@ class _Pool:
         self.bias.view(-1).index_fill_(0, self.free, -math.inf)
 
 
+class _Sinks:
+    """What :class:`_Pool` is at the end of a run, for heads without slots.
+
+    Args:
+        chunks: after its run.
+        sinks: (G, s) lines.
+        received: (n, G, s + w) attention that sinks and window received in each chunk.
+        fades: (n, G, 1) factors of the attention received before, or None.
+    """
+
+    def __init__(self, chunks: Chunks, sinks: Tensor, received: Tensor, fades: Tensor | None) -> None:
+        plan, (n, _, columns) = chunks.plan, received.shape
+        self.table_marks = chunks.marks()
+        scores = self.table_marks[0]
+        if fades is not None:
+            through = fades.flip(0).cumprod(0).flip(0)  # of a chunk and all after it
+            scores.mul_(through[0])
+            received[:-1].mul_(through[1:])
+        chunk = torch.arange(n, device=sinks.device)[:, None]
+        column = torch.arange(columns - plan.sinks, device=sinks.device)
+        line = chunks.old + (chunk + 1) * plan.chunk + column
+        scores.index_add_(1, line.flatten(), received[..., plan.sinks :].transpose(0, 1).flatten(1))
+        scores.scatter_add_(1, sinks, received[..., : plan.sinks].sum(0))
+        self.marks = self.table_marks.gather(2, sinks.expand(5, -1, -1))
+        complete = (plan.start + plan.count) // plan.chunk * plan.chunk
+        last = torch.minimum(complete + plan.chunk - plan.window, plan.start + plan.count)
+        position = torch.arange(plan.sinks, device=sinks.device)
+        kept = (position < last[:, None]).repeat_interleave(len(chunks.heads), 0)
+        self.marks[3] = torch.where(kept, 0.0, -math.inf)
+
+
 def group_heads(plan: Plan, members: int) -> list[list[int]]:
-    """Group the key-value heads of similar numbers of slots: they share a loop, padded to the largest number."""
+    """Group the key-value heads of similar numbers of slots: they share a loop, padded to the largest number.
+
+    Heads without slots stand by themselves: they need no loop.
+    """
     order = sorted(range(len(plan.capacity)), key=lambda head: -plan.capacity[head])
     groups: list[list[int]] = []
     for head in order:
         if groups:
             padded = sum(plan.capacity[groups[-1][0]] - plan.capacity[other] for other in [*groups[-1], head])
-            if padded * plan.documents * members * plan.chunk <= _PADDING:
+            alike = (plan.capacity[head] == plan.sinks) == (plan.capacity[groups[-1][0]] == plan.sinks)
+            if alike and padded * plan.documents * members * plan.chunk <= _PADDING:
                 groups[-1].append(head)
                 continue
         groups.append([head])

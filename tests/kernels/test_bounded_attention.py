@@ -23,6 +23,9 @@ OPTIONS = [
     pytest.param({"window": 8, "slots": [2, 2], "chunk_size": 3, "decay": [0.9, 1.0]}, id="decays"),
     pytest.param({"window": 4, "slots": [0, 1], "sinks": 5, "chunk_size": 4, "decay": 0.95}, id="sinks-before-slots"),
     pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4, "softcap": 0.7}, id="capped"),
+    pytest.param({"window": 4, "slots": [0, 0], "sinks": 3, "chunk_size": 2, "decay": [0.9, 1.0]}, id="sinks-only"),
+    pytest.param({"window": 7, "slots": [0, 0], "sinks": 9, "chunk_size": 3, "softcap": 0.7}, id="late-sinks"),
+    pytest.param({"window": 6, "slots": [0, 0], "chunk_size": 4, "decay": 0.9}, id="window-only"),
     pytest.param({"window": 32, "slots": [8, 8], "sinks": 4, "chunk_size": 16}, id="as-in-models"),
 ]
 SEQ_IDX = torch.tensor([[-1, -1, *[0] * 7, *[3] * 11, *[-1] * 17], [*[0] * 34, -1, 1, 1]])
