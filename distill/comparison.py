@@ -1,8 +1,8 @@
 """Compare teacher, control and trained student once, at the end of a run: how far each of them sees, and at what cost.
 
 The evaluations after every stage are short. This one is made for three models only: loss and divergence by position up
-to several times the training length, repeat loss at several distances, key-value recall, agreement of the greedy
-continuations with the teacher's, seconds of a decode step, and bytes of the cache.
+to several times the training length, repeat loss at several distances, key-value recall, multiple choice, agreement of
+the greedy continuations with the teacher's, seconds of a decode step, and bytes of the cache.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from ..evaluation.decoding import LEAST_CONTEXT, measure_decoding
 from ..evaluation.hidden_states import KeptStates
 from ..evaluation.key_value_recall import key_value_recall
 from ..evaluation.language_modeling import PASSAGE, compare_continuations, repeat_loss
+from ..evaluation.multiple_choice import compare_choices, draw_questions, multiple_choice
 from .recipe import EvaluationSpec
 
 # Windows of the loss by position, at most.
 _WINDOWS = 4
 _TEACHER = "teacher"
+_LEAST_FOR_QUESTIONS = 512  # held-out tokens
 
 
 @dataclass
@@ -81,6 +83,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
             "by_position": _by_position(comparison),
             "repeat": _repeat(comparison),
             "recall": _recall(comparison),
+            "choice": _choice(comparison),
             "continuations": _continuations(comparison),
         }
     parts["decoding"] = _decoding(comparison)
@@ -137,6 +140,29 @@ def _recall(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
             )
             for kind, model in comparison.models.items()
         }
+
+
+def _choice(comparison: Comparison) -> dict[str, dict[str, Any] | None]:
+    """Return the answers to multiple-choice questions, with the share of equal choices as "agreement"; or None."""
+    none = dict.fromkeys(comparison.models)
+    questions = comparison.spec.choice_questions
+    if not questions or len(comparison.heldout) < _LEAST_FOR_QUESTIONS:
+        return none
+    drawn = draw_questions(comparison.heldout, questions, seed=comparison.seed)
+    with comparison.timed("choice"):
+        found = {
+            kind: multiple_choice(model, comparison.tokenizer, drawn, limit=comparison.positions)
+            for kind, model in comparison.models.items()
+        }
+    theirs = found[_TEACHER]
+    if theirs is None:
+        return none
+    rows: dict[str, dict[str, Any] | None] = {}
+    for kind, row in found.items():
+        assert row is not None  # since the teacher's is not: tokenizer, questions and limit are the same
+        agreement = compare_choices(row["choices"], theirs["choices"])
+        rows[kind] = {**{key: value for key, value in row.items() if key != "choices"}, "agreement": agreement}
+    return rows
 
 
 def _continuations(comparison: Comparison) -> dict[str, dict[str, float] | None]:

@@ -168,7 +168,14 @@ class DataSpec(SettingsBase):
 
 
 # Fields of the comparison at the end, which have no effect without it. `as_mapping` leaves them out at their defaults.
-_OF_THE_COMPARISON = ("long_length", "repeat_distances", "recall_pairs", "context_lengths", "prefill_limit")
+_OF_THE_COMPARISON = (
+    "long_length",
+    "repeat_distances",
+    "recall_pairs",
+    "choice_questions",
+    "context_lengths",
+    "prefill_limit",
+)
 
 
 class EvaluationSpec(SettingsBase):
@@ -182,11 +189,13 @@ class EvaluationSpec(SettingsBase):
         prompts: texts that the student continues greedily, for the report.
         max_new_tokens: maximum length of these continuations.
         final: compare teacher, control and student once more after the last stage: loss by position, repeat loss,
-            key-value recall, continuations, speed and cache. The next five fields have an effect only with it.
+            key-value recall, multiple choice, continuations, speed and cache. The next six fields have an effect
+            only with it.
         long_length: tokens of a window for the loss by position; None: eight times `data.sequence_length`. A shorter
             held-out text is one window. There are up to four, of `tokens` tokens together, and at least one.
         repeat_distances: distances of the repeat loss, in tokens.
         recall_pairs: numbers of pairs of a list in the key-value recall.
+        choice_questions: number of multiple-choice questions, each in four orders of its options; 0: none.
         context_lengths: contexts at which decoding is timed and the cache is counted, in tokens.
         prefill_limit: longest of these contexts that is read; for longer ones the cache is filled, see
             `measure_decoding`.
@@ -202,6 +211,7 @@ class EvaluationSpec(SettingsBase):
     long_length: Length | None = None
     repeat_distances: Distances = [416, 1500]
     recall_pairs: Pairs = [4, 16, 64]
+    choice_questions: Whole = 16
     context_lengths: Contexts = [512, 2048]
     prefill_limit: Context = 2048
 

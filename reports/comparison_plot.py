@@ -1,4 +1,4 @@
-"""One picture of teacher, control and student side by side: loss, divergence, recall, speed and cache."""
+"""One picture of teacher, control and student side by side: loss, divergence, recall, answers, speed and cache."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ def draw_comparison(comparison: Comparison) -> Figure | None:
     if teacher.by_position:
         panels += [_losses, _divergences]
     panels += [draw for draw, found in ((_repeat, teacher.repeat), (_recall, teacher.recall)) if found]
+    if teacher.choice is not None:
+        panels.append(_choice)
     if teacher.decoding:
         panels += [_speed, _cache]
     if not panels:
@@ -119,6 +121,21 @@ def _recall(axes: Axes, comparison: Comparison) -> None:
     axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     label_axes(axes, "Key-value recall", "tokens between list and query; dotted: chance")
+
+
+def _choice(axes: Axes, comparison: Comparison) -> None:
+    """Draw bars of the answers to multiple-choice questions: right ones, consistent ones, and the teacher's."""
+    width = 0.27
+    for number, model in enumerate(comparison.models):
+        if model.choice is not None:
+            heights = [model.choice.accuracy, model.choice.consistency, model.choice.agreement]
+            places = [index + (number - 1) * width for index in range(len(heights))]
+            axes.bar(places, heights, width=0.92 * width, color=COLORS[model.kind])
+    axes.plot([-0.45, 0.45], [0.25, 0.25], color=GREY, linestyle=":", linewidth=1.4)
+    axes.set_xticks(range(3), labels=["right", "consistent", "as the teacher"])
+    axes.set_ylim(0.0, 1.05)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    label_axes(axes, "Multiple choice in four orders", "dotted: chance")
 
 
 def _speed(axes: Axes, comparison: Comparison) -> None:

@@ -32,6 +32,10 @@ def comparison_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
             shares = [f"{100 * recall.accuracy:.0f}" for recall in model.recall if recall.pairs == pairs]
             cells.append(f"{'/'.join(shares)} %")
         rows.append((f"recall {pairs} at {'/'.join(distances)}", cells))
+    if comparison.teacher.choice is not None:
+        found = [(model.choice.accuracy, model.choice.agreement) for model in models if model.choice is not None]
+        cells = [f"{100 * right:.0f}/{100 * same:.0f} %" for right, same in found]
+        rows.append(("choice: right/teacher's", cells))
     for index, decoding in enumerate(comparison.teacher.decoding):
         context = count(decoding.context)
         rates = [short(1 / model.decoding[index].decode_seconds) for model in models]
@@ -50,6 +54,7 @@ def comparison_section(comparison: Comparison) -> str:
         *_by_position(comparison, names),
         *_repeat(comparison, names),
         *_recall(comparison, names),
+        *_choice(comparison, names),
         *_continuations(comparison, names),
         *_decoding(comparison, names),
     ]
@@ -97,6 +102,30 @@ def _recall(comparison: Comparison, names: list[str]) -> list[str]:
         "token, by the number of pairs in the list and the tokens of other text between list and query:"
     )
     return [text, table(["Pairs", "Distance", *names, "Chance", "Queries"], rows, left=0)] if rows else []
+
+
+def _choice(comparison: Comparison, names: list[str]) -> list[str]:
+    rows = [
+        [
+            name,
+            percent(found.accuracy),
+            f"{percent(min(found.accuracies))} to {percent(max(found.accuracies))}",
+            percent(found.consistency),
+            percent(max(found.letters)),
+            percent(found.agreement),
+        ]
+        for name, found in zip(names, (model.choice for model in comparison.models), strict=True)
+        if found is not None
+    ]
+    if comparison.teacher.choice is None:
+        return []
+    questions = comparison.teacher.choice.questions
+    text = (
+        f"Multiple choice: which of four texts continues a passage of the held-out text? {questions} questions in four "
+        "orders of the options; chance is 25.0%."
+    )
+    header = ["Model", "Right", "By order", "Same choice in all orders", "Most frequent letter", "The teacher's choice"]
+    return [text, table(header, rows)]
 
 
 def _continuations(comparison: Comparison, names: list[str]) -> list[str]:

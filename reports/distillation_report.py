@@ -133,6 +133,26 @@ class Recall(_Part):
     chance: float
 
 
+class Choice(_Part):
+    """Answers to multiple-choice questions, each asked in four orders of its options; chance is 1/4.
+
+    Attributes:
+        questions: number of questions.
+        accuracy: share of right choices over all questions and orders, in [0, 1].
+        accuracies: that share for each order.
+        consistency: share of questions with the same choice in all orders.
+        letters: share of each letter among the choices.
+        agreement: share of choices that are the teacher's.
+    """
+
+    questions: int
+    accuracy: Share
+    accuracies: list[Share]
+    consistency: Share
+    letters: list[Share]
+    agreement: Share
+
+
 class Continuations(_Part):
     """Agreement of the greedy continuations of the recipe's prompts with the teacher's.
 
@@ -179,6 +199,7 @@ class Compared(_Part):
     by_position: list[PositionBin]
     repeat: list[RepeatLoss]
     recall: list[Recall]
+    choice: Choice | None = None  # reports of earlier versions have none
     continuations: Continuations | None
     decoding: list[Decoding]
 

@@ -70,7 +70,7 @@ def test_three_models_stand_side_by_side(finished: Path) -> None:
         ("window + sinks", "control"),
         ("logits", "stage"),
     ]
-    assert comparison.seconds.keys() == {"by_position", "repeat", "recall", "decoding"}
+    assert comparison.seconds.keys() == {"by_position", "repeat", "recall", "choice", "decoding"}
     rows = {row.kind: row for row in report.evaluations}
     for model in comparison.models:
         assert [(row.start, row.end) for row in model.by_position] == [(0, 128), (128, 256), (256, 300)]

@@ -48,7 +48,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 def test_the_tables_hold_the_numbers_of_the_report() -> None:
     models = example_comparison()["models"]
-    positions, repeats, recalls, continuations, speeds = tables(comparison_section(comparison()))
+    positions, repeats, recalls, choices, continuations, speeds = tables(comparison_section(comparison()))
     assert [cells[0] for cells in positions] == ["0-128", "128-256", "256-512", "512-1,024", "1,024-2,048"]
     for index, cells in enumerate(positions):
         rows = [model["by_position"][index] for model in models]
@@ -63,6 +63,11 @@ def test_the_tables_hold_the_numbers_of_the_report() -> None:
         assert cells[:2] == [str(rows[0]["pairs"]), f"{rows[0]['distance']:,}"]
         assert cells[2:5] == [f"{row['accuracy']:.1%}" for row in rows]
         assert cells[5:] == [f"{1 / rows[0]['pairs']:.1%}", "16"]
+    assert choices == [
+        ["`teacher`", "50.0%", "37.5% to 56.2%", "75.0%", "50.0%", "100.0%"],
+        ["`window + sinks`", "37.5%", "25.0% to 43.8%", "25.0%", "50.0%", "50.0%"],
+        ["`distil`", "46.9%", "34.4% to 53.1%", "62.5%", "50.0%", "87.5%"],
+    ]
     assert continuations == [
         ["`teacher`", "100.0%", "32", "0.0%"],
         ["`window + sinks`", "50.0%", "2", "6.2%"],
@@ -84,7 +89,7 @@ def test_report_and_card_have_the_section_and_the_picture(tmp_path: Path) -> Non
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert text.count("](plots/comparison.png)") == 1, name
         assert table_after(text, HEADING)[0][:3] == ["0-128", "508", "3.6000"], name
-        assert "measured once at the end in 86 seconds" in text
+        assert "measured once at the end in 101 seconds" in text
     assert matplotlib.image.imread(tmp_path / "plots" / "comparison.png").shape[1] > 1200
     del report["comparison"]
     write_report(tmp_path, report)
@@ -114,6 +119,7 @@ def test_the_terminal_shows_repeats_recall_speed_and_cache_in_its_width() -> Non
         ["recall 4 at 0/256/1024", "98/98/98 %", "88/69/25 %", "96/91/76 %"],
         ["recall 16 at 0/256/1024", "94/94/94 %", "84/64/6 %", "91/86/71 %"],
         ["recall 64 at 0/256/1024", "74/74/74 %", "64/45/2 %", "72/67/52 %"],
+        ["choice: right/teacher's", "50/100 %", "38/50 %", "47/88 %"],
         ["tokens/s at 2,048", "13.8", "16.6", "16.6"],
         ["cache at 2,048", "90 MiB", "4.22 MiB", "4.22 MiB"],
         ["tokens/s at 8,192", "9.16", "16.4", "16.4"],
@@ -127,7 +133,7 @@ def test_the_picture_shows_the_numbers_in_one_colour_for_each_model() -> None:
     compared = comparison()
     figure = draw_comparison(compared)
     assert figure is not None
-    losses, divergences, repeats, recalls, speeds, caches = figure.axes
+    losses, divergences, repeats, recalls, choices, speeds, caches = figure.axes
     for line, model in zip(losses.lines, compared.models, strict=True):
         assert list(line.get_ydata()) == [row.loss for row in model.by_position]
         assert line.get_color() == COLORS[model.kind]
@@ -140,6 +146,8 @@ def test_the_picture_shows_the_numbers_in_one_colour_for_each_model() -> None:
     assert len(recalls.lines) == 12
     assert list(recalls.lines[2].get_ydata()) == [row.accuracy for row in compared.models[2].recall[:3]]
     assert list(recalls.lines[3].get_ydata()) == [0.25, 0.25]
+    heights = [[0.5, 0.75, 1.0], [0.375, 0.25, 0.5], [0.46875, 0.625, 0.875]]  # right, consistent, as the teacher
+    assert [bar.get_height() for bar in choices.patches] == [value for own in heights for value in own]
     for axes, values in (
         (speeds, [[1 / row.decode_seconds for row in model.decoding] for model in compared.models]),
         (caches, [[row.cache_bytes / 2**20 for row in model.decoding] for model in compared.models]),
@@ -152,18 +160,18 @@ def test_the_picture_shows_the_numbers_in_one_colour_for_each_model() -> None:
 
 @pytest.mark.parametrize(
     ("part", "panels"),
-    [("by_position", 4), ("repeat", 5), ("recall", 5), ("decoding", 4), ("continuations", 6), (None, 0)],
+    [("by_position", 5), ("repeat", 6), ("recall", 6), ("choice", 6), ("decoding", 5), ("continuations", 7), (None, 0)],
 )
 def test_what_was_not_measured_is_left_out(part: str | None, panels: int) -> None:
     report = compared_report()
     for model in report["comparison"]["models"]:
-        for name in ("by_position", "repeat", "recall", "decoding", "continuations"):
+        for name in ("by_position", "repeat", "recall", "choice", "decoding", "continuations"):
             if part in (name, None):
-                model[name] = None if name == "continuations" else []
+                model[name] = None if name in ("choice", "continuations") else []
     compared = comparison(report)
     figure = draw_comparison(compared)
     assert (0 if figure is None else len(figure.axes)) == panels
-    assert len(tables(comparison_section(compared))) == (0 if part is None else 4)
+    assert len(tables(comparison_section(compared))) == (0 if part is None else 5)
     assert (comparison_rows(compared) == []) == (part is None)
 
 

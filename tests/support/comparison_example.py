@@ -13,7 +13,7 @@ def example_comparison() -> dict[str, Any]:
     """Teacher, control and student of `example_report`; a fresh dict at every call."""
     return {
         "models": [_model(*values) for values in _MODELS],
-        "seconds": {"by_position": 20.5, "repeat": 10.25, "recall": 30.0, "decoding": 25.25},
+        "seconds": {"by_position": 20.5, "repeat": 10.25, "recall": 30.0, "choice": 15.0, "decoding": 25.25},
     }
 
 
@@ -44,6 +44,14 @@ def _model(name: str, kind: str, far: float) -> dict[str, Any]:
             for pairs in (4, 16, 64)
             for distance in (0, 256, 1024)
         ],
+        "choice": {
+            "questions": 16,
+            "accuracy": 0.5 - far / 8,
+            "accuracies": [0.5 - far / 8 + shift for shift in (-0.125, 0.0, 0.0625, 0.0625)],
+            "consistency": 0.75 - far / 2,
+            "letters": [0.5, 0.25, 0.125, 0.125],
+            "agreement": 1 - far / 2,
+        },
         "continuations": {
             "tokens": 64,
             "agreement": 1 - far / 2,
