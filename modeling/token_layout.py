@@ -252,6 +252,7 @@ class Sequence:
         if self.attention_mask is not None:  # the real tokens' columns, in their order
             column = (~self.attention_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, column)
         rows = matrix.new_zeros(batch, heads, length, self.past)
+        column = column.clamp(max=self.past - 1)  # of an empty column it may be the row's first token, a new one
         index = column[:, None, None].expand_as(kept)
         rows = rows.scatter_add(-1, index, kept * (place >= 0)[:, None, None])
         return torch.cat([rows, matrix[..., keys - length :]], dim=-1)
