@@ -325,12 +325,9 @@ class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, 
         if made is not given and isinstance(made, EncoderDecoderCache):
             model_kwargs[CACHE_FIELD] = EncoderDecoderCache(made.self_attention_cache, DynamicCache())
 
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *rest: Any
-    ) -> dict[str, Any]:
-        """As in transformers, without the labels, which `Seq2SeqTrainer` passes to `generate`."""
-        model_kwargs.pop("labels", None)
-        return super()._prepare_encoder_decoder_kwargs_for_generation(inputs_tensor, model_kwargs, *rest)  # pyright: ignore[reportAttributeAccessIssue]
+    def generate(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers, whose `Seq2SeqTrainer` passes the labels as well; they have no effect."""
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Return the (B, L) ids that the decoder reads to predict (B, L) labels: each document one token later.
