@@ -1,7 +1,8 @@
 """Configuration of `zoo_hybrid`."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,22 @@ from .token_mixers import TOKEN_MIXERS
 
 MLP_TYPES = ("gated", "plain", "none")
 NORM_PLACEMENTS = ("before", "after", "both")
+
+
+def _mamba_with(kind: str, attention: Collection[int]) -> dict[str, Any]:
+    """Return the translation study's 24 layers of Mamba with attention without positions in place of some of them."""
+    return {
+        "vocab_size": 32000,
+        "hidden_size": 624,
+        "intermediate_size": 0,
+        "num_hidden_layers": 24,
+        "mixer_types": [kind if index in attention else "mamba" for index in range(24)],
+        "mlp_types": ["none"] * 24,
+        "position_types": ["none"] * 24,
+        "num_attention_heads": 8,
+        "mamba": {"state_size": 16},
+        "tie_word_embeddings": True,
+    }
 
 
 @strict
@@ -62,6 +79,10 @@ class ZooHybridConfig(PreTrainedConfig):
             positions ("masked_mixing") it is their number, which no document may exceed.
         rope_parameters: rotary embedding, as in transformers. `partial_rotary_factor` is the share of a head's channels
             that is rotated, counted from the first: 1 if not given, 0 for attention without positions.
+        hidden_dropout: probability with which channels of the embeddings, and of what a mixer or an MLP adds to the
+            residual stream, are set to 0 in training.
+        bidirectional: every token sees its whole document. Such an encoder has no cache and no causal head, and only
+            mixers whose row of the table says that they can be so.
         recompute_length: `generate` reads the text again, without the cache, once it is longer than this, since a
             rotary embedding of the type "longrope" changes for all positions, as in Phi-3; null: never.
         initializer_range: standard deviation of projections and embedding at initialisation.
@@ -71,6 +92,22 @@ class ZooHybridConfig(PreTrainedConfig):
 
     model_type = "zoo_hybrid"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits", "selection_rate"]
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "mt-mamba-mha": _mamba_with("full_attention", (11, 23)),
+        "mt-mamba-mha-interleaved": _mamba_with("full_attention", range(1, 24, 2)),
+        "mt-mamba-mha-first-middle": _mamba_with("full_attention", (1, 11)),
+        "mt-mamba-local": _mamba_with("sliding_attention", (11, 23)) | {"sliding_attention": {"sliding_window": 64}},
+        "mt-transformer": {
+            "vocab_size": 32000,
+            "hidden_size": 496,
+            "intermediate_size": 1984,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+        },
+    }
 
     vocab_size: int = 49152
     hidden_size: int = 576
@@ -101,6 +138,8 @@ class ZooHybridConfig(PreTrainedConfig):
     learned_positions: bool = False
     max_position_embeddings: int = 8192
     rope_parameters: dict[str, Any] | None = None
+    hidden_dropout: float = 0.0
+    bidirectional: bool = False
     recompute_length: int | None = None
     initializer_range: float = 0.02
     native_model_type: str | None = None
@@ -271,7 +310,18 @@ class ZooHybridConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout must be at least 0 and below 1, got {self.hidden_dropout}")
         self._check_block()
+        both_ways = [kind for kind, row in TOKEN_MIXERS.items() if row.bidirectional]
+        for index, kind in enumerate(mixers if self.bidirectional else []):
+            if kind not in (*both_ways, "none"):
+                raise ValueError(
+                    f"mixer_types[{index}] must be one of {', '.join(both_ways)} with bidirectional=True, got {kind!r}"
+                )
+        for name in ("lm_head_bias", "final_logit_softcapping", "recompute_length") if self.bidirectional else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} must be left out with bidirectional=True, got {getattr(self, name)}")
         for kind in sorted(set(mixers) - {"none"}):
             try:
                 self.settings_of(kind).check(self)
