@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..harness.json_files import parse_json
+from ..harness.published import public_argument
 from ..harness.text_files import read_text_file
 from .sources import DATA_SETS, DATASETS, read_rows, text_at
 
@@ -107,6 +108,14 @@ def concatenated(pairs: ParallelText, most: int, seed: int) -> ParallelText:
             start, count = stop, count + 1
         joined.parts.append(count)
     return joined
+
+
+def public_names(names: Sequence[str]) -> list[str]:
+    """Return names of sources of data without the folders of this machine."""
+    return [
+        public_argument(name) if name.startswith(DATASETS) else ",".join(Path(part).name for part in name.split(","))
+        for name in names
+    ]
 
 
 def _pairs(name: str, field: str, source_field: str | None, target_field: str | None) -> Iterator[tuple[str, str, str]]:

@@ -45,18 +45,16 @@ from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
 from .new_model import changed_keys, configuration_commit, entries_of, resolve_configuration
 from .packing import Row, RowCollator
-from .parallel_text import ParallelText, concatenated, read_parallel
+from .parallel_text import ParallelText, concatenated, public_names, read_parallel
 from .report import (
     base_report,
     measured_coverage,
     measured_once,
-    public_sources,
     report_head,
     write_folder,
     write_plots,
 )
 from .residual_dropout import add_residual_dropout
-from .sources import DATASETS
 from .trainer import check_trackers, compute_dtype, computing, heldout_loss, optimiser_steps, processes
 from .translation_data import SequencePairCollator, TranslationRows, make_translation_rows
 from .translation_settings import TranslationSettings
@@ -296,7 +294,7 @@ def _report(
         "coverage": coverage,
         "data": {
             field: {
-                "sources": public_parallel(getattr(settings, field)),
+                "sources": public_names(getattr(settings, field)),
                 "read": read[field],
                 "rows": len(rows),
                 **rows.counts,
@@ -309,7 +307,7 @@ def _report(
         "seconds": history[-1]["seconds"],
         "history": history,
     }
-    public: dict[str, Any] = {field: public_parallel(getattr(settings, field)) for field in _FIELDS}
+    public: dict[str, Any] = {field: public_names(getattr(settings, field)) for field in _FIELDS}
     if origin is not None:
         based = base_report(settings, common, config.model_type, origin)
         return {**common, **based, "settings": based["settings"] | public}
@@ -317,12 +315,6 @@ def _report(
     public |= {"model": name, "learning_rate": settings.peak_learning_rate}
     common["model"]["config"] = changed_keys(config)
     return {**common, "base": None, "settings": common["settings"] | public}
-
-
-def public_parallel(names: list[str]) -> list[str]:
-    """Return names of sources of pairs without the folders of this machine."""
-    parts = [[name] if name.startswith(DATASETS) else name.split(",") for name in names]
-    return [",".join(public_sources(part)) for part in parts]
 
 
 def _write_results(run: TranslationRun, report: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def test_what_a_killed_save_left_goes_at_the_next_start(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills processes as POSIX has them")
 @pytest.mark.parametrize(
-    "killed", ["lm", *(pytest.param(name, marks=SWEEP) for name in ("train", "embed"))], indirect=True
+    "killed", ["lm", *(pytest.param(name, marks=SWEEP) for name in ("train", "embed", "translate"))], indirect=True
 )
 @pytest.mark.usefixtures("work")
 def test_a_saver_killed_at_any_moment_costs_no_bit(request: pytest.FixtureRequest) -> None:
