@@ -23,7 +23,8 @@ from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
 from ssm_zoo.training.checkpoints import last_checkpoint
 
 
-@pytest.fixture(scope="module", params=TRAININGS)
+# The training to translate resumes in test_translation.py; its saver is that of the others.
+@pytest.fixture(scope="module", params=[name for name in TRAININGS if name != "translate"])
 def killed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Training]:
     """A folder with all that a training reads, with its result in "whole", and killed in its last step in "run"."""
     if request.param == "embed":

@@ -12,7 +12,9 @@ import pytest
 import torch
 from families import VOCAB, make_model
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_checkpoints import save_tokenizer
+from tiny_trainings import stop_in
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -348,6 +350,31 @@ def test_adapters_are_merged_with_the_separator_they_were_trained_with(
     assert measured["loss"] == pytest.approx(report["evaluations"][-1]["loss"], rel=1e-5)
     assert report["evaluations"][-1]["loss"] < report["evaluations"][0]["loss"]
     assert "was added to it" in Path("out/model/README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    """With all weights, batches of similar lengths; with adapters, packed rows and an added separator."""
+    monkeypatch.chdir(shutil.copytree(folder, tmp_path / "work"))
+    how = {"method": method, "residual_dropout": 0.2, "concatenate": 2, "max_tokens": 40, "batch_size": 1, "seed": 3}
+    how |= {"steps": 6, "checkpoint_every": 2, "learning_rate": 0.02}
+    how |= {"packing": False} if method == "full" else {"row_tokens": 83, "dropout": 0.1}
+    settings = parse_translation_settings({**REQUIRED, **how})
+    finetune_translation(settings, "whole")
+    with monkeypatch.context() as patch:
+        stop_in(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_translation(settings, "run")
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    report = finetune_translation(settings, "run")
+    whole = json.loads(Path("whole/report.json").read_text())
+    assert report["evaluations"] == whole["evaluations"]
+    ours, theirs = (load_file(f"{run}/model/model.safetensors") for run in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ValueError, match=r"run holds a run of another recipe \(seed: 3 there, 4 here"):
+        finetune_translation(settings.model_copy(update={"seed": 4}), "run")
 
 
 def test_a_mistake_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
