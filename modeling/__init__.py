@@ -10,6 +10,7 @@ ZooPreTrainedModel.publisher = hub_code
 
 if TYPE_CHECKING:  # for type checkers; at run time the names come from the families found in the folder
     # ruff: noqa: F403
+    from .configuration_encdec import *
     from .configuration_hybrid import *
     from .configuration_mamba import *
     from .configuration_mamba2 import *
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers; at run time the names come from the fami
     from .configuration_retnet import *
     from .configuration_retrieval_mixer import *
     from .configuration_taipan import *
+    from .modeling_encdec import *
     from .modeling_hybrid import *
     from .modeling_mamba import *
     from .modeling_mamba2 import *

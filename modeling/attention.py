@@ -121,6 +121,12 @@ class FullAttentionSettings(MixerSettings):
         if self.conv_kernel < 0 or self.conv_kernel == 1:
             raise ValueError(f"conv_kernel must be 0 or at least 2, got {self.conv_kernel}")
 
+    def check(self, config: Any) -> None:
+        if self.conv_kernel and getattr(config, "bidirectional", False):
+            raise ValueError(
+                f"conv_kernel must be 0 with bidirectional=True, as the convolution is causal, got {self.conv_kernel}"
+            )
+
 
 @strict
 @dataclass
@@ -141,6 +147,7 @@ FULL_ATTENTION = TokenMixer(
     label="softmax attention over the whole context",
     make=lambda config, settings, layer_idx: Attention(config, layer_idx, None, settings.conv_kernel),
     settings=FullAttentionSettings,
+    bidirectional=True,
     cache_layer=lambda settings: "zoo_convolved_attention" if settings.get("conv_kernel") else "full_attention",
     flat={"attention_conv_kernel": "conv_kernel"},
 )

@@ -118,12 +118,14 @@ class ZooModel(ZooPreTrainedModel):
             cache: transformers' newer name of `past_key_values`.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators and `cache_params`, the name of the cache
                 in transformers' Mamba classes, are read. Other accepted keywords (`ACCEPTED_KEYWORDS` in
-                `token_layout.py`) belong to the loss or repeat what is known.
+                `token_layout.py`) belong to the loss or repeat what is known. `block_inputs`, further arguments of the
+                blocks, are passed by families whose blocks read more than their input.
 
         Raises:
             ValueError: if the arguments contradict each other.
             TypeError: for an unknown argument.
         """
+        block_inputs = kwargs.pop("block_inputs", ())
         check_keywords(type(self).__name__, kwargs, ZooModel.forward)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -179,7 +181,11 @@ class ZooModel(ZooPreTrainedModel):
         hidden_states = self.split(hidden_states)
         for block in self.layers:
             hidden_states, attention, *choice = block(
-                hidden_states, sequence, past_key_values=past_key_values, output_attentions=output_attentions
+                hidden_states,
+                sequence,
+                *block_inputs,
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
             )
             if choice:
                 choices.append(choice)

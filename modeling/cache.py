@@ -21,7 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    EncoderDecoderCache,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels.tracing import tracing
@@ -435,6 +441,9 @@ def check_layers(cache: Cache, layer_types: list[str]) -> None:
 
 def snapshot(cache: Cache) -> list[dict[str, Any]]:
     """Copy the contents of `cache` for :func:`restore`, to reuse a prefix or undo a rejected draft."""
+    if isinstance(cache, EncoderDecoderCache):
+        cross = {"layers": snapshot(cache.cross_attention_cache), "is_updated": dict(cache.is_updated)}
+        return [*snapshot(cache.self_attention_cache), cross]
     return [_copied(vars(layer)) for layer in cache.layers]
 
 
@@ -444,6 +453,13 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: if the number of layers differs.
     """
+    if isinstance(cache, EncoderDecoderCache):
+        *own, cross = saved
+        restore(cache.self_attention_cache, own)
+        del cache.cross_attention_cache.layers[len(cross["layers"]) :]  # which the first forward made
+        restore(cache.cross_attention_cache, cross["layers"])
+        cache.is_updated = dict(cross["is_updated"])
+        return
     if len(saved) != len(cache.layers):
         raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
     for layer, state in zip(cache.layers, saved, strict=True):

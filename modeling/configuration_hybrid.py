@@ -62,6 +62,10 @@ class ZooHybridConfig(PreTrainedConfig):
             positions ("masked_mixing") it is their number, which no document may exceed.
         rope_parameters: rotary embedding, as in transformers. `partial_rotary_factor` is the share of a head's channels
             that is rotated, counted from the first: 1 if not given, 0 for attention without positions.
+        hidden_dropout: probability with which channels of the embeddings, and of what a mixer or an MLP adds to the
+            residual stream, are set to 0 in training.
+        bidirectional: every token sees its whole document. Such an encoder has no cache and no causal head, and only
+            mixers whose row of the table says that they can be so.
         recompute_length: `generate` reads the text again, without the cache, once it is longer than this, since a
             rotary embedding of the type "longrope" changes for all positions, as in Phi-3; null: never.
         initializer_range: standard deviation of projections and embedding at initialisation.
@@ -101,6 +105,8 @@ class ZooHybridConfig(PreTrainedConfig):
     learned_positions: bool = False
     max_position_embeddings: int = 8192
     rope_parameters: dict[str, Any] | None = None
+    hidden_dropout: float = 0.0
+    bidirectional: bool = False
     recompute_length: int | None = None
     initializer_range: float = 0.02
     native_model_type: str | None = None
@@ -271,7 +277,18 @@ class ZooHybridConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(f"hidden_dropout must be at least 0 and below 1, got {self.hidden_dropout}")
         self._check_block()
+        both_ways = [kind for kind, row in TOKEN_MIXERS.items() if row.bidirectional]
+        for index, kind in enumerate(mixers if self.bidirectional else []):
+            if kind not in (*both_ways, "none"):
+                raise ValueError(
+                    f"mixer_types[{index}] must be one of {', '.join(both_ways)} with bidirectional=True, got {kind!r}"
+                )
+        for name in ("lm_head_bias", "final_logit_softcapping", "recompute_length") if self.bidirectional else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} must be left out with bidirectional=True, got {getattr(self, name)}")
         for kind in sorted(set(mixers) - {"none"}):
             try:
                 self.settings_of(kind).check(self)

@@ -16,7 +16,6 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ..kernels.tracing import tracing
-from .backbone import ZooModel
 from .cache import CACHE_FIELD, one_cache
 from .layers import as_weight
 from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, warn_of_missing_aux_loss
@@ -28,6 +27,7 @@ logger = logging.get_logger(__name__)
 _TABLES = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 }
@@ -41,7 +41,7 @@ def enter_class_name(auto_class: str, name: str) -> None:
 class ZooHeadModel(ZooPreTrainedModel):
     """Base class of heads, with the backbone under one name, so that a checkpoint of one head loads into another."""
 
-    backbone_class: ClassVar[type[ZooModel]]
+    backbone_class: ClassVar[type[ZooPreTrainedModel]]
     loss_name: ClassVar[str]
     """transformers' name of the loss, which it would otherwise guess from the name of the class."""
 
@@ -71,7 +71,22 @@ class ZooHeadModel(ZooPreTrainedModel):
         self.backbone.set_input_embeddings(value)
 
 
-class ZooForCausalLM(ZooHeadModel, GenerationMixin):
+class ZooGenerates(GenerationMixin):
+    """`generate` for models whose cache layers count columns themselves."""
+
+    @staticmethod
+    def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """Return the 2-D mask: `generate` would make it 4-D for a static cache, but recurrent layers read it too."""
+        return attention_mask
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Return False: caches count columns in Python integers, so that each token would be compiled again."""
+        if generation_config.compile_config is not None:
+            logger.warning_once("`compile_config` has no effect: `generate` does not compile these models")
+        return False
+
+
+class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
     """A language-modelling head over a family's backbone."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -96,11 +111,6 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         """Return the logits for what the head has computed: the same in most families."""
         return logits
 
-    @staticmethod
-    def create_masks_for_generate(*, attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """Return the 2-D mask: `generate` would make it 4-D for a static cache, but recurrent layers read it too."""
-        return attention_mask
-
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
         """As in transformers. Versions before 5.24 call the cache `cache_params` if the class has "mamba" in its name,
         whatever its forward calls it."""
@@ -110,12 +120,6 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)  # pyright: ignore[reportAttributeAccessIssue]
         if renames and "cache_params" in model_kwargs:
             model_kwargs["past_key_values"] = model_kwargs.pop("cache_params")
-
-    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """Return False: caches count columns in Python integers, so that each token would be compiled again."""
-        if generation_config.compile_config is not None:
-            logger.warning_once("`compile_config` has no effect: `generate` does not compile these models")
-        return False
 
     def forward(
         self,

@@ -252,7 +252,10 @@ class GroupedAttention(nn.Module):
         # By the names that transformers' attention functions look for.
         self.num_key_value_groups = self.num_heads // max(self.num_kv_heads, 1)
         scalar = getattr(config, "query_pre_attn_scalar", None)
-        self.scaling, self.is_causal = (self.head_dim if scalar is None else scalar) ** -0.5, True
+        self.scaling, self.is_causal = (
+            (self.head_dim if scalar is None else scalar) ** -0.5,
+            not getattr(config, "bidirectional", False),
+        )
 
     def to_heads(self, projected: Tensor, norm: nn.Module | None, sequence: Sequence) -> Tensor:
         """(B, L, ...) projected queries or keys to (B, L, heads, P): with norm and rotary embedding, if they have them.

@@ -84,6 +84,7 @@ class TokenMixer:
         make: builds the module from the model's configuration, the kind's settings and the index of the block.
         settings: class of the settings.
         cache_layer: kind of the cache layer, or a function of the mapping of settings in a configuration.
+        bidirectional: whether the mixer can read a document in both directions, if the configuration says so.
         bounded: whether the mixer has no positions beyond `max_position_embeddings`.
         student: instructions to replace an attention layer; None if that is not possible.
         tags: tags of model cards on the Hub.
@@ -94,6 +95,7 @@ class TokenMixer:
     make: Callable[[Any, Any, int], nn.Module]
     settings: type[MixerSettings] = MixerSettings
     cache_layer: str | Callable[[Any], str] = "zoo_recurrent"
+    bidirectional: bool = False
     bounded: bool = False
     student: FromAttention | None = None
     tags: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 from .backbone import ZooModel
 from .cache import CACHE_FIELD, layer_of
 from .configuration_hybrid import ZooHybridConfig
-from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClassification
+from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .layers import GatedMLP, PlainMLP, ScaledEmbedding, add_norm, make_norm, soft_capped
 from .pretrained import ZooPreTrainedModel
 from .token_layout import Sequence
@@ -52,6 +52,7 @@ class HybridBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(mlp_type != "none" and before and not config.share_norm)
         self.mlp = make_mlp(config, mlp_type)
         self.mlp_output_layernorm = norm(mlp_type != "none" and after)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -62,12 +63,10 @@ class HybridBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor | None, ...]:
         """(B, L, D) hidden states to (B, L, D), the mixer's matrix if asked for, and the mixer's further outputs."""
         if self.mixer is None:
-            if past_key_values is not None:
-                layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
+            self._skip(hidden_states, past_key_values)
             return hidden_states + self._transform(_apply(self.post_attention_layernorm, hidden_states)), None
         read = _apply(self.input_layernorm, hidden_states)
-        mixed, *others = self.mixer(read, sequence, past_key_values, output_attentions)
-        mixed = _apply(self.mixer_output_layernorm, mixed)
+        mixed, *others = self._mix(read, sequence, past_key_values, output_attentions)
         if self.mlp is None:
             return hidden_states + mixed, *others
         norm = self.post_attention_layernorm
@@ -81,10 +80,22 @@ class HybridBlock(GradientCheckpointingLayer):
         read, hidden_states = add_norm(norm, mixed, hidden_states)
         return hidden_states + self._transform(read), *others
 
+    def _skip(self, hidden_states: Tensor, past_key_values: Cache | None) -> None:
+        """Count the columns of (B, L, D) states in the cache of a block without a mixer."""
+        if past_key_values is not None:
+            layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
+
+    def _mix(self, read: Tensor, *arguments: Any) -> tuple[Any, ...]:
+        """Return what the mixer adds to the stream, from (B, L, D) states behind the norm before it, and its other
+        outputs."""
+        assert self.mixer is not None
+        mixed, *others = self.mixer(read, *arguments)
+        return self.dropout(_apply(self.mixer_output_layernorm, mixed)), *others
+
     def _transform(self, hidden_states: Tensor) -> Tensor:
         """Return what the MLP adds to the stream, from (B, L, D) states behind the norm before it."""
         assert self.mlp is not None
-        return _apply(self.mlp_output_layernorm, self.mlp(hidden_states))
+        return self.dropout(_apply(self.mlp_output_layernorm, self.mlp(hidden_states)))
 
 
 def _apply(norm: nn.Module | None, hidden_states: Tensor) -> Tensor:
@@ -125,6 +136,7 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         self.position_embeddings = None
         if config.learned_positions:
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
     def make_block(self, config: ZooHybridConfig, layer_idx: int) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -139,9 +151,9 @@ class ZooHybridModel(ZooHybridPreTrainedModel, ZooModel):
         return ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_multiplier)
 
     def add_positions(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:
-        if self.position_embeddings is None:
-            return hidden_states
-        return hidden_states + self.position_embeddings(sequence.position_ids)
+        if self.position_embeddings is not None:
+            hidden_states = hidden_states + self.position_embeddings(sequence.position_ids)
+        return self.dropout(hidden_states)
 
     def prepare(self, sequence: Sequence, hidden_states: Tensor) -> None:
         if self.config.is_bounded:
@@ -182,6 +194,12 @@ class ZooHybridForCausalLM(ZooHybridPreTrainedModel, ZooForCausalLM, GenerationM
         return logits if cap is None else soft_capped(logits, cap)
 
 
+class ZooHybridForMaskedLM(ZooHybridPreTrainedModel, ZooForMaskedLM):
+    """The hybrid in both directions with a head that fills in masked tokens."""
+
+    backbone_class = ZooHybridModel
+
+
 class ZooHybridForSequenceClassification(ZooHybridPreTrainedModel, ZooForSequenceClassification):
     """The hybrid with one score or one set of labels for each row."""
 
@@ -196,6 +214,7 @@ class ZooHybridForTokenClassification(ZooHybridPreTrainedModel, ZooForTokenClass
 
 __all__ = [
     "ZooHybridForCausalLM",
+    "ZooHybridForMaskedLM",
     "ZooHybridForSequenceClassification",
     "ZooHybridForTokenClassification",
     "ZooHybridModel",

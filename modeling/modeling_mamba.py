@@ -277,13 +277,14 @@ class MambaSettings(MixerSettings):
     def sizes(self, config: Any) -> ZooMambaConfig:
         """Return the configuration of the mixers; its constructor checks the sizes."""
         sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
-        return ZooMambaConfig(**sizes, **vars(self))
+        return ZooMambaConfig(bidirectional=getattr(config, "bidirectional", False), **sizes, **vars(self))
 
 
 MAMBA = TokenMixer(
     label="Mamba: a state-space layer in which every channel has its own decay",
     make=lambda config, settings, layer_idx: MambaMixer(settings.sizes(config), layer_idx),
     settings=MambaSettings,
+    bidirectional=True,
     tags=("mamba",),
     flat={
         **{name: name for name in ("state_size", "expand", "conv_kernel", "time_step_rank")},

@@ -297,6 +297,7 @@ class Mamba2Settings(MixerSettings):
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_hidden_layers,
             layer_norm_epsilon=config.rms_norm_eps,
+            bidirectional=getattr(config, "bidirectional", False),
             **vars(self),
         )
 
@@ -316,6 +317,7 @@ MAMBA2 = TokenMixer(
     label="Mamba-2: a state-space layer",
     make=lambda config, settings, layer_idx: Mamba2Mixer(settings.sizes(config), layer_idx),
     settings=Mamba2Settings,
+    bidirectional=True,
     student=FromAttention(_mamba2_keys, ("conv_kernel", "half_life", "calibration", "copy_projections")),
     tags=("mamba2",),
     flat={

@@ -305,6 +305,7 @@ RETENTION = TokenMixer(
     label="retention: linear attention with fixed decays",
     make=lambda config, settings, layer_idx: Retention(config, layer_idx, **vars(settings)),
     settings=RetentionSettings,
+    bidirectional=True,
     cache_layer="zoo_retention",
     student=FromAttention(_retention_keys, ("calibration", "copy_projections")),
     tags=("retnet",),

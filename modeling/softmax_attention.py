@@ -51,27 +51,51 @@ def softmax_attention(
     Returns:
         (B, L, H, P), and the (B, H, L, M) attention matrix in float32 if asked for.
     """
-    config: Any = module.config
-    implementation = "eager" if output_attentions else config._attn_implementation
-    if implementation != "eager" and is_flash_attention_requested(requested_attention_implementation=implementation):
+    implementation = implementation_of(module, output_attentions)
+    if is_flash(implementation):
         return _flash(module, q, k, v, sequence, window, key_positions), None
-    if window is None:
+    if not module.is_causal:
+        mask = sequence.document_mask()
+    elif window is None:
         mask = sequence.full_mask(k.shape[2])
     else:
         mask = sequence.window_mask(window, query_positions, key_positions)
+    return attend_under_mask(module, q, k, v, mask, implementation, output_attentions)
+
+
+def attend_under_mask(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, implementation: str, output_attentions: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attend, except by flash attention. Arguments as in :func:`softmax_attention`, and:
+
+    Args:
+        mask: (B or 1, 1, L, M), True where a query sees a key; None: earlier columns if `module.is_causal`, else all.
+        implementation: name of the function.
+    """
     if implementation == "sdpa" and module.softcap is not None:
         implementation = "eager"  # PyTorch's function has no cap
     if implementation == "sdpa":
-        return _sdpa(q, k, v, mask, module.scaling), None  # pyright: ignore[reportArgumentType]
+        return _sdpa(q, k, v, mask, module.scaling, module.is_causal), None
     if implementation == "flex_attention":
-        mask = _block_mask(q, k, mask)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager)
+        mask = _block_mask(q, k, mask, module.is_causal)  # pyright: ignore[reportAssignmentType]
+    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager)
     cap = {} if module.softcap is None else {"softcap": module.softcap}
     y, matrix = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **cap)
     return y, matrix if output_attentions else None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def implementation_of(module: nn.Module, output_attentions: bool) -> str:
+    """Return the name of the function that attends: "eager" alone computes the matrix."""
+    config: Any = module.config
+    return "eager" if output_attentions else config._attn_implementation
+
+
+def is_flash(implementation: str) -> bool:
+    """Return whether a name is that of a flash attention, which takes bounds of documents instead of masks."""
+    return implementation != "eager" and is_flash_attention_requested(requested_attention_implementation=implementation)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = True) -> Tensor:
     """(B, L, H, P) by PyTorch's `scaled_dot_product_attention`.
 
     The query heads of a single token stand in the place of its length, so that a group reads its keys once. Measured on
@@ -83,7 +107,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
         members = q.reshape(q.shape[0], groups, heads // groups, q.shape[3])
         y = F.scaled_dot_product_attention(members, k, v, attn_mask=mask, scale=scale)
         return y.reshape(y.shape[0], 1, heads, y.shape[3])
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scale}
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale}
     if heads == groups:
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
     if mask is None or q.device.type == "cpu":
@@ -112,14 +136,14 @@ def _eager(
     softcap: float | None = None,
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(B, L, H, P), and the (B, H, L, M) softmax in float32; causal where `mask` is None."""
+    """(B, L, H, P), and the (B, H, L, M) softmax in float32; causal, if the module is, where `mask` is None."""
     length, keys = q.shape[2], k.shape[2]
     scores = _by_group(q, k.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = soft_capped(scores, softcap)
-    if mask is None:
+    if mask is None and module.is_causal:
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
-    matrix = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    matrix = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
     return _by_group(matrix.to(v.dtype), v).transpose(1, 2), matrix
 
 
@@ -133,10 +157,10 @@ def _by_group(rows: Tensor, table: Tensor) -> Tensor:
     return (grouped @ table).view(batch, heads, length, table.shape[3])
 
 
-def _block_mask(q: Tensor, k: Tensor, mask: Tensor | None) -> BlockMask | None:
-    """The mask in the form that flex attention takes; None where a single token sees every column."""
+def _block_mask(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> BlockMask | None:
+    """The mask in the form that flex attention takes; None where every token sees every column."""
     length, keys = q.shape[2], k.shape[2]
-    if mask is None and length == 1:
+    if mask is None and (length == 1 or not causal):
         return None
     if mask is None:
 

@@ -145,6 +145,22 @@ class Sequence:
         self._masks.append((None, mask[:, None]))
         return mask[:, None]
 
+    def document_mask(self) -> Tensor | None:
+        """Return the (B, 1, L, L) mask, True where a token sees another one of its document on either side, or itself.
+
+        None if every row is one document without padding.
+        """
+        if self.seq_idx is None:
+            return None
+        length = self.seq_idx.shape[1]
+        found = self._made(0, length)
+        if found is not None:
+            return found
+        mask = (self.seq_idx[:, :, None] == self.seq_idx[:, None, :]) & (self.seq_idx >= 0)[:, None, :]
+        mask = (mask | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
+        self._masks.append((0, mask))
+        return mask
+
     def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
         """Return the (B or 1, 1, L, M) mask, True at a query itself and `window - 1` earlier tokens of its document.
 
@@ -236,6 +252,7 @@ class Sequence:
         if self.attention_mask is not None:  # the real tokens' columns, in their order
             column = (~self.attention_mask).to(torch.int8).argsort(dim=1, stable=True).gather(1, column)
         rows = matrix.new_zeros(batch, heads, length, self.past)
+        column = column.clamp(max=self.past - 1)  # of an empty column it may be the row's first token, a new one
         index = column[:, None, None].expand_as(kept)
         rows = rows.scatter_add(-1, index, kept * (place >= 0)[:, None, None])
         return torch.cat([rows, matrix[..., keys - length :]], dim=-1)

@@ -14,7 +14,10 @@ from ...modeling.layers import llama_rope_parameters
 from ..rules import Rule
 from .format import TRANSFORMER_FIELDS, Format, transformers_format
 
-_PER_MODEL = {"head_dim", "mixer_types", "mlp_types", "rope_parameters", "native_model_type", *TRANSFORMER_FIELDS}
+_PER_MODEL = {
+    *("head_dim", "hidden_dropout", "mixer_types", "mlp_types", "rope_parameters", "native_model_type"),
+    *TRANSFORMER_FIELDS,
+}
 
 BLOCK_SETTINGS: dict[str, Any] = {
     field.name: field.default

@@ -11,6 +11,7 @@ from ssm_zoo import modeling
 from ssm_zoo.modeling import (
     MaskedMixerConfig,
     TaipanConfig,
+    ZooEncDecConfig,
     ZooHybridConfig,
     ZooMamba2Config,
     ZooMambaConfig,
@@ -304,9 +305,73 @@ ENCODERS: dict[str, Family] = {
         n_groups=4, conv_kernel=3, use_bias=True, use_conv_bias=False, time_step_limit=(0.004, 0.5), bidirectional=True
     ),
     "retnet-encoder": _retnet(bidirectional=True),
+    "hybrid-encoder": _hybrid("full_attention", "mamba2", "mamba", "retention", bidirectional=True, state_size=8),
     "mixer-encoder": _mixer("dense", num_heads=2, bidirectional=True),
     "mixer-toeplitz-encoder": _mixer("toeplitz", kernel_size=2, final_norm=True, bidirectional=True),
 }
+
+
+ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "mamba": {
+        "mixer_types": ["mamba", "mamba2"],
+        "mamba2": {"head_dim": 8},
+        "encoder": {"mixer_types": ["mamba", "mamba"], "mlp_types": ["none", "none"], "bidirectional": False},
+    },
+    "transformer": {
+        "mixer_types": ["full_attention", "full_attention"],
+        "mlp_types": ["plain", "plain"],
+        "norm_type": "layer_norm",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "position_types": ["none", "none"],
+        "learned_positions": True,
+        "max_position_embeddings": 40,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "encoder": {"mlp_types": ["plain", "plain"], "position_types": ["none", "none"]},
+    },
+    "mixed": {
+        "num_hidden_layers": 3,
+        "mixer_types": ["retention", "sliding_attention", "none"],
+        "sliding_attention": {"sliding_window": 4},
+        "norm_placement": "both",
+        "qk_norm": "head",
+        "lm_head_bias": True,
+        "final_logit_softcapping": 20.0,
+        "attn_logit_softcapping": 5.0,
+        "encoder": {
+            "num_hidden_layers": 4,
+            "mixer_types": ["full_attention", "mamba2", "retention", "mamba"],
+            "num_attention_heads": 2,
+            "mamba2": {"head_dim": 8},
+        },
+    },
+}
+"""Keys of encoder-decoders, which no causal language model is made of."""
+
+
+def make_encoder_decoder(name: str, *, seed: int = 0, head: bool = True, **changes: Any) -> Any:
+    """As :func:`make_model`, of a row of `ENCODER_DECODERS`, with or without the head."""
+    tiny = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "mamba": {"state_size": 8},
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    classes: Any = modeling.FAMILIES["zoo_encdec"].classes
+    kind = classes["AutoModelForSeq2SeqLM" if head else "AutoModel"]
+    model = kind(ZooEncDecConfig(**(tiny | ENCODER_DECODERS[name] | changes)))
+    perturb(model, seed)
+    return model.eval()
 
 
 def make_config(name: str, **changes: Any) -> PreTrainedConfig:

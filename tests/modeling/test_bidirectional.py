@@ -35,7 +35,8 @@ INPUTS = [
 
 # The two directions of these are scans in each mixer, with parameters of their own; those of a masked mixer are streams
 # (test_masked_mixer.py), and those of retention have the same parameters (test_retnet.py).
-SCANS = [encoder for encoder in ENCODERS if not encoder.startswith(("mixer", "retnet"))]
+# A hybrid may have both kinds of mixers, and attention.
+SCANS = [encoder for encoder in ENCODERS if not encoder.startswith(("mixer", "retnet", "hybrid"))]
 
 
 @pytest.fixture(params=ENCODERS)
@@ -227,7 +228,7 @@ def test_embeddings_are_tied_if_the_configuration_says_so(name: str, tied: bool,
 def test_every_parameter_is_trained(name: str) -> None:
     model = make_head(AutoModelForMaskedLM, name).train()
     model(**masked()).loss.backward()
-    least = 0 if name.startswith("retnet") else 2 * (4 if name in SCANS else 2)
+    least = 2 * (4 if name in SCANS or name == "hybrid-encoder" else 0 if name.startswith("retnet") else 2)
     assert sum(".reverse." in key for key, _ in model.named_parameters()) >= least
     for key, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -275,8 +276,9 @@ def test_lora_on_every_projection(name: str) -> None:
     projections = {"in_proj", "out_proj"} if name != "mixer-toeplitz-encoder" else set()
     projections |= {"up_proj", "down_proj"} if name not in SCANS else set()
     projections |= {"x_proj", "dt_proj"} if name.startswith("mamba-") else set()
-    if name.startswith("retnet"):
+    if name.startswith(("retnet", "hybrid")):
         projections = {"q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        projections |= {"in_proj", "out_proj", "x_proj", "dt_proj"} if name == "hybrid-encoder" else set()
     assert {key.split(".")[-4] for key in trained} == projections
     optimizer = torch.optim.Adam(trained.values(), lr=0.03)
     losses = []
@@ -359,5 +361,41 @@ def test_a_causal_model_fills_in_nothing(family: str) -> None:
 
 def test_a_family_without_the_option_refuses_it() -> None:
     """transformers keeps any keyword of a configuration: it must not pass for an encoder and then scan one way."""
-    with pytest.raises(ValueError, match=r"`bidirectional` must be left out, got True: zoo_hybrid has no such option"):
-        FAMILIES["all-four"].backbone(make_config("all-four", bidirectional=True))
+    with pytest.raises(ValueError, match=r"`bidirectional` must be left out, got True: taipan has no such option"):
+        FAMILIES["taipan"].backbone(make_config("taipan", bidirectional=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mixer_types": ["sliding_attention"] * 4},
+            r"mixer_types\[0\] must be one of full_attention, mamba, mamba2, ",
+        ),
+        (
+            {"full_attention": {"conv_kernel": 4}},
+            "full_attention: conv_kernel must be 0 with bidirectional=True, .* got 4",
+        ),
+        ({"lm_head_bias": True}, "lm_head_bias must be left out with bidirectional=True, got True"),
+    ],
+)
+def test_a_hybrid_refuses_what_reads_one_way(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config("hybrid-encoder", **changes)
+
+
+def test_attention_in_both_directions_is_pytorchs() -> None:
+    """The matrix of a token is the softmax over its document, before the token and behind it."""
+    model = make_head(AutoModel, "hybrid-encoder", mixer_types=["full_attention"] * 4)
+    document, real = labelled({"attention_mask": MASK, "seq_idx": SEQ_IDX})
+    together = (document[:, None] == document) & real[:, None] & real
+    with torch.no_grad():
+        output = model(draw_ids(1, LENGTH), attention_mask=MASK, seq_idx=SEQ_IDX, output_attentions=True)
+        mixer, sequence = model.layers[0].mixer, make_sequence(1, LENGTH, torch.device("cpu"), seq_idx=SEQ_IDX)
+        states = model.layers[0].input_layernorm(model.embeddings(draw_ids(1, LENGTH)))
+        model.prepare(sequence, states)
+        parts = ((mixer.q_proj, 1), (mixer.k_proj, 2))
+        q, k = (mixer.to_heads(part(states), None, sequence).repeat_interleave(by, 2)[0] for part, by in parts)
+        scores = torch.einsum("ihp,jhp->hij", q, k) * mixer.scaling
+    expected = scores.masked_fill(~together, -torch.inf).softmax(-1)[:, real]
+    torch.testing.assert_close(output.attentions[0][0][:, real], expected, rtol=0, atol=1e-5)
