@@ -165,7 +165,7 @@ def _generating(model: Any, form: TranslationFormat, max_new_tokens: int, **opti
         bos_token_id=own.bos_token_id,
         eos_token_id=form.end,
         pad_token_id=form.padding,
-        decoder_start_token_id=model.config.decoder_start_token_id if form.is_encoder_decoder else None,
+        decoder_start_token_id=form.start,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         **options,

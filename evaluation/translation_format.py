@@ -30,6 +30,7 @@ class TranslationFormat:
         after: id after every source: the separator, or the end-of-text token for an encoder-decoder.
         end: id after every target.
         padding: id of padding, which has no effect on results.
+        start: id that an encoder-decoder's decoder reads first; None otherwise.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ class TranslationFormat:
     after: int
     end: int
     padding: int
+    start: int | None = None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text alone."""
@@ -85,7 +87,8 @@ def translation_format(
         name: what errors call the model.
 
     Raises:
-        ValueError: if the tokenizer lacks an end-of-text token, or a separator that is needed.
+        ValueError: if the tokenizer lacks an end-of-text token or a separator that is needed, or the configuration a
+            start token.
     """
     end, separator = tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)
     if not isinstance(end, int):
@@ -97,6 +100,11 @@ def translation_format(
             f"{name}: the tokenizer must have a `sep_token` between source and target, got {problem}. Train the model "
             "with `ssm-zoo finetune translate`, which saves one with it."
         )
+    start = None
+    if both:
+        start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
+        if not isinstance(start, int):
+            raise ValueError(f"{name}: `decoder_start_token_id` or `bos_token_id` must be configured, got None.")
     padding = tokenizer.pad_token_id
     return TranslationFormat(
         tokenizer,
@@ -105,6 +113,7 @@ def translation_format(
         end if both else int(separator or 0),
         end,
         padding if isinstance(padding, int) else end,
+        start,
     )
 
 

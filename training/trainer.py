@@ -244,8 +244,7 @@ def heldout_loss(model: nn.Module, rows: Rows, collator: Callable[..., Row], bat
             # With this argument the loss is the sum over the targets.
             outputs = model(**batch, num_items_in_batch=1)
             total += float(outputs.loss.double())
-            real = batch["seq_idx"] >= 0 if "seq_idx" in batch else batch["attention_mask"] != 0
-            selection.add(outputs, weight=int(real.sum()))
+            selection.add(outputs, weight=int((batch["seq_idx"] >= 0).sum()))
     model.train(training)
     loss = total / rows.targets
     perplexity = math.exp(loss) if loss < 700 else None

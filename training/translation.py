@@ -43,7 +43,7 @@ from ..modeling.pretrained import ZooPreTrainedModel
 from ..reports.translation_card import write_translation_card
 from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
-from .new_model import changed_keys, configuration_commit, entries_of, resolve_configuration
+from .new_model import changed_keys, configuration_commit, entries_of, is_configuration, resolve_configuration
 from .packing import Row, RowCollator
 from .parallel_text import ParallelText, concatenated, public_names, read_parallel
 from .report import (
@@ -56,7 +56,7 @@ from .report import (
 )
 from .residual_dropout import add_residual_dropout
 from .trainer import check_trackers, compute_dtype, computing, heldout_loss, optimiser_steps, processes
-from .translation_data import SequencePairCollator, TranslationRows, make_translation_rows
+from .translation_data import PackedPairCollator, TranslationRows, make_translation_rows
 from .translation_settings import TranslationSettings
 from .translation_tokenizer import Separator, fit_embeddings, learn_joint_vocabulary, set_separator
 from .translation_trainer import train_translation
@@ -100,9 +100,8 @@ class TranslationRun:
     def collator(self) -> Callable[..., Row]:
         if not self.form.is_encoder_decoder:
             return RowCollator(self.form.padding)
-        start = self.config.decoder_start_token_id
-        assert isinstance(start, int)
-        return SequencePairCollator(self.form.padding, start)
+        assert self.form.start is not None
+        return PackedPairCollator(self.form.padding, self.form.start)
 
     @property
     def steps(self) -> int:
@@ -177,10 +176,11 @@ def _prepare(
     make = _new if settings.is_new else _pretrained
     settings, model, tokenizer, separator, recipe, sources = make(settings, output, pairs["train"], state)
     form = translation_format(tokenizer, model.config, "model")
-    if form.is_encoder_decoder and settings.packing:
-        raise ValueError("`packing` must be off for an encoder-decoder, whose rows are padded: give --no-packing.")
-    if form.is_encoder_decoder and not isinstance(model.config.decoder_start_token_id, int):
-        raise ValueError("model: `decoder_start_token_id` must be set in the configuration, got None.")
+    if settings.residual_dropout and getattr(model.config, "hidden_dropout", 0):
+        raise ValueError(
+            f"`residual_dropout` must be 0 for a model with its own hidden_dropout, {model.config.hidden_dropout}, got "
+            f"{settings.residual_dropout}."
+        )
     rows = {
         field: make_translation_rows(found, form, settings, model.config.vocab_size, field)
         for field, found in pairs.items()
@@ -203,7 +203,9 @@ def _new(settings: TranslationSettings, output: Path, pairs: ParallelText, state
     settings = settings.model_copy(update={"revision": commit})
     texts = [*pairs.sources, *pairs.targets]
     tokenizer = learn_joint_vocabulary(texts, entries, progress=state.is_main_process)
-    config = resolve_configuration(settings.model, settings.overrides, tokenizer, revision=commit)
+    config = resolve_configuration(
+        settings.model, settings.overrides, tokenizer, revision=commit, encoder_decoders=True
+    )
     set_seed(settings.seed)
     model = _auto_class(config, settings.model).from_config(config, trust_remote_code=False)
     sources = {} if commit is None else {"config": fingerprint(settings.model, commit)}
@@ -214,6 +216,11 @@ def _pretrained(
     settings: TranslationSettings, output: Path, _pairs: ParallelText, _state: PartialState
 ) -> tuple[Any, ...]:
     """Return settings with a pinned revision, the base model (with adapters), its tokenizer and separator, and more."""
+    if is_configuration(settings.model):
+        raise ValueError(
+            f"`model` must be a model with weights, got {settings.model!r}. Give --train-tokenizer N to train a new "
+            "model of these sizes."
+        )
     settings = pinned(settings, output)
     master = settings.method == "full" or compute_dtype(settings.dtype) == torch.float32
     model, tokenizer, separator = _load(settings, torch.float32 if master else "auto")
@@ -345,4 +352,4 @@ def _set_generation(model: Any, run: TranslationRun) -> None:
     options.eos_token_id, options.pad_token_id = run.form.end, run.form.padding
     options.max_new_tokens = run.settings.max_tokens + 1
     if run.form.is_encoder_decoder:
-        options.decoder_start_token_id = run.config.decoder_start_token_id
+        options.decoder_start_token_id = run.form.start

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..evaluation.translation_format import TranslationFormat
-from .packing import IGNORED, Document, PackedDocuments, Row
+from .packing import IGNORED, Document, PackedDocuments, Row, first_fit_decreasing
 from .parallel_text import ParallelText
 from .texts import check_ids, fingerprint
 from .translation_settings import TranslationSettings
@@ -30,7 +30,7 @@ class TranslationRows:
         fingerprint: SHA-256 of ids and labels.
     """
 
-    rows: "PackedDocuments | SequencePairs"
+    rows: "PackedDocuments | PackedPairs"
     counts: dict[str, Any]
     fingerprint: str
 
@@ -38,61 +38,70 @@ class TranslationRows:
         return len(self.rows)
 
 
-class SequencePairs(Dataset):
-    """What the encoder reads and what the decoder writes, a pair in a row, for :class:`SequencePairCollator`.
+class PackedPairs(Dataset):
+    """Rows for an encoder-decoder, packed in advance, for :class:`PackedPairCollator`.
 
     Args:
-        documents: (length,) ids and (length',) labels of each pair.
+        documents: (length,) ids that the encoder reads and (length',) labels that the decoder predicts, of each pair.
+        budget: maximum number of tokens of a row on either side, at least that of every pair.
+        packing: False puts every pair into its own row.
 
     Attributes:
         tokens: number of ids and labels.
         targets: number of labels, all of which are predicted.
     """
 
-    def __init__(self, documents: Sequence[Document]) -> None:
-        self._documents = list(documents)
+    def __init__(self, documents: Sequence[Document], budget: int, *, packing: bool) -> None:
+        longest = [max(len(ids), len(labels)) for ids, labels in documents]
+        bins = first_fit_decreasing(longest, budget) if packing else [[index] for index in range(len(documents))]
+        self._rows = [[documents[index] for index in items] for items in bins]
         self.tokens = sum(len(ids) + len(labels) for ids, labels in documents)
         self.targets = sum(len(labels) for _, labels in documents)
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        """(length,) "input_ids" and (length',) "labels"."""
-        ids, labels = self._documents[index]
-        return {"input_ids": ids.long(), "labels": labels.long()}
+        """(length,) "input_ids" and "seq_idx", (length',) "labels" and "decoder_seq_idx" of a row, not yet padded."""
+        ids, labels = zip(*self._rows[index], strict=True)
+        return {
+            "input_ids": torch.cat(ids).long(),
+            "seq_idx": _numbers(ids),
+            "labels": torch.cat(labels).long(),
+            "decoder_seq_idx": _numbers(labels),
+        }
+
+
+def _numbers(parts: Sequence[Tensor]) -> Tensor:
+    lengths = torch.tensor([len(part) for part in parts])
+    return torch.arange(len(parts), dtype=torch.int32).repeat_interleave(lengths)
 
 
 @dataclass(frozen=True)
-class SequencePairCollator:
-    """Collator of rows for an encoder-decoder.
+class PackedPairCollator:
+    """Collator that stacks rows of :class:`PackedPairs`, padded on the right to the longest of them.
 
     Attributes:
         pad_token_id: token of the padding, which has no effect on the results.
-        start: token from which the decoder predicts the first label.
+        start: token from which the decoder predicts the first label of a pair.
     """
 
     pad_token_id: int
     start: int
 
     def __call__(self, rows: Sequence[Row]) -> Row:
-        """Return "input_ids" and "attention_mask" (B, L), and "labels" and "decoder_input_ids" (B, L').
+        """(B, L) "input_ids" and "seq_idx"; (B, L') "labels", "decoder_input_ids" and "decoder_seq_idx".
 
-        All are padded on the right. The decoder's input is the start token and the labels without their last.
+        The decoder's input is the start token and the labels without the last, of each pair.
         """
-        ids = self._padded([row["input_ids"] for row in rows], self.pad_token_id)
-        labels = self._padded([row["labels"] for row in rows], IGNORED)
-        decoder = F.pad(labels[:, :-1], (1, 0), value=self.start)
-        return {
-            "input_ids": ids,
-            "attention_mask": self._padded([torch.ones_like(row["input_ids"]) for row in rows], 0),
-            "labels": labels,
-            "decoder_input_ids": decoder.masked_fill(decoder == IGNORED, self.pad_token_id),
+        fill = {"input_ids": self.pad_token_id, "seq_idx": -1, "labels": IGNORED, "decoder_seq_idx": -1}
+        batch = {
+            key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=value)
+            for key, value in fill.items()
         }
-
-    @staticmethod
-    def _padded(rows: list[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        numbers, decoder = batch["decoder_seq_idx"], F.pad(batch["labels"][:, :-1], (1, 0), value=self.start)
+        decoder[:, 1:] = decoder[:, 1:].masked_fill(numbers[:, 1:] != numbers[:, :-1], self.start)
+        return {**batch, "decoder_input_ids": decoder.masked_fill(numbers < 0, self.pad_token_id)}
 
 
 class LengthBuckets(Sampler[int]):
@@ -170,11 +179,8 @@ def make_translation_rows(
     check_ids((max(int(ids.max()), int(labels.max())) for ids, labels in documents), vocab_size)
     # Without packing a row is as long as its pair.
     budget = settings.row_tokens if settings.packing else max(len(ids) for ids, _ in documents)
-    rows = (
-        SequencePairs(documents)
-        if form.is_encoder_decoder
-        else PackedDocuments(documents, budget, packing=settings.packing)
-    )
+    kind = PackedPairs if form.is_encoder_decoder else PackedDocuments
+    rows = kind(documents, budget, packing=settings.packing)
     means = [sum(side) / len(side) for side in zip(*lengths, strict=True)]
     counts = {"pairs": len(documents), "dropped": dropped, "cut": cut}
     counts |= {"source_tokens": means[0], "target_tokens": means[1]}

@@ -53,10 +53,9 @@ class TranslationSettings(FinetuningSettings):
     concatenate: Count = 1
     """Train on random concatenations of up to so many consecutive pairs (CAT-N, arXiv 2407.05489)."""
     packing: Annotated[bool, Option(negative=True)] = True
-    """Put several pairs into a row, or one pair into each padded row, with rows of similar length in a batch. An
-    encoder-decoder needs --no-packing."""
+    """Put several pairs into a row, or one pair into each padded row, with rows of similar length in a batch."""
     row_tokens: Annotated[int, Field(ge=2), Option(default="1024")] = 1024
-    """Tokens of a packed row at most."""
+    """Tokens of a packed row at most; of an encoder-decoder, on either side."""
     batch_size: Annotated[Count, Option(default="4, or 64 with --no-packing")] = 4
     """Rows in one forward pass, in each process."""
     gradient_accumulation: Count = 1

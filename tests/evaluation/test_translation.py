@@ -1,11 +1,12 @@
 """Translations: scores recomputed without cache, batches that do not matter, entities and corpus scores by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from families import make_model
+from families import make_encoder_decoder, make_model
 from tiny_checkpoints import save_tokenizer
 from transformers import AutoTokenizer
 
@@ -68,6 +69,22 @@ def test_beam_scores_count_the_generated_tokens_alone(
     for source, ids, score in zip(SOURCES, found.ids, found.scores, strict=True):
         expected = log_probability(model, form, source, ids) / len(ids) ** exponent
         assert score == pytest.approx(expected, abs=2e-4)
+
+
+def test_an_encoder_decoder_writes_after_its_start_in_batches_that_do_not_matter(form: TranslationFormat) -> None:
+    model = make_encoder_decoder("mixed", pad_token_id=5, bos_token_id=2, eos_token_id=0)
+    both = replace(form, is_encoder_decoder=True, after=form.end, start=2)
+    assert translation_format(form.tokenizer, model.config) == both
+    found = translate(model, both, SOURCES, beams=3, length_penalty=0.5, max_new_tokens=7, scores=True)
+    assert found.scores is not None and len({tuple(ids) for ids in found.ids}) > 1
+    for source, ids, score in zip(SOURCES, found.ids, found.scores, strict=True):
+        prompt = torch.tensor([both.prompt(both.encode([source])[0])])
+        with torch.no_grad():
+            logits = model(input_ids=prompt, decoder_input_ids=torch.tensor([[2, *ids[:-1]]])).logits[0]
+        logs = logits.double().log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+        assert score == pytest.approx(float(logs.sum()) / len(ids) ** 0.5, abs=2e-4)
+    again = translate(model, both, SOURCES, beams=3, length_penalty=0.5, max_new_tokens=7, batch_size=2)
+    assert (again.ids, again.texts) == (found.ids, found.texts)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

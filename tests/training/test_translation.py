@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCAB, make_model
+from families import VOCAB, make_encoder_decoder, make_model
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_checkpoints import save_tokenizer
@@ -25,7 +25,7 @@ from ssm_zoo.training.parallel_text import ParallelText
 from ssm_zoo.training.residual_dropout import add_residual_dropout
 from ssm_zoo.training.trainer import heldout_loss
 from ssm_zoo.training.translation import finetune_translation
-from ssm_zoo.training.translation_data import LengthBuckets, SequencePairCollator, SequencePairs, make_translation_rows
+from ssm_zoo.training.translation_data import LengthBuckets, PackedPairCollator, PackedPairs, make_translation_rows
 from ssm_zoo.training.translation_settings import parse_translation_settings
 from ssm_zoo.training.translation_tokenizer import fit_embeddings, learn_joint_vocabulary, set_separator
 from ssm_zoo.training.translation_trainer import smoothed_loss
@@ -147,16 +147,48 @@ def test_label_smoothing_is_the_mixture_with_the_uniform_distribution(form: Tran
 
 
 def test_a_decoder_reads_the_start_and_its_labels_but_the_last() -> None:
-    items = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]
-    pairs = SequencePairs([(torch.tensor(a), torch.tensor(b)) for a, b in items])
-    assert (len(pairs), pairs.tokens, pairs.targets) == (2, 9, 5)
-    batch = SequencePairCollator(pad_token_id=0, start=11)([pairs[0], pairs[1]])
+    items = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([1], [2])]
+    pairs = [(torch.tensor(ids), torch.tensor(labels)) for ids, labels in items]
+    rows = PackedPairs(pairs, 4, packing=True)
+    assert (len(rows), rows.tokens, rows.targets) == (2, 11, 6)
+    batch = PackedPairCollator(pad_token_id=0, start=11)([rows[0], rows[1]])
     assert {key: tensor.tolist() for key, tensor in batch.items()} == {
-        "input_ids": [[1, 2, 3], [6, 0, 0]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[4, 5, -100], [7, 8, 9]],
-        "decoder_input_ids": [[11, 4, 5], [11, 7, 8]],
+        "input_ids": [[1, 2, 3, 1], [6, 0, 0, 0]],
+        "seq_idx": [[0, 0, 0, 1], [0, -1, -1, -1]],
+        "labels": [[4, 5, 2], [7, 8, 9]],
+        "decoder_input_ids": [[11, 4, 11], [11, 7, 8]],
+        "decoder_seq_idx": [[0, 0, 1], [0, 0, 0]],
     }
+    alone = PackedPairs(pairs, 4, packing=False)
+    assert [alone[index]["labels"].tolist() for index in range(3)] == [labels for _, labels in items]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_of_an_encoder_decoder_give_the_gradients_of_separate_pairs(
+    form: TranslationFormat, packing: bool
+) -> None:
+    both = replace(form, is_encoder_decoder=True, after=form.end, start=2)
+    rows = rows_of(both, packing=packing)
+    model: Any = make_encoder_decoder("mixed", pad_token_id=form.padding, eos_token_id=form.end).double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for source, target in zip(*(both.encode(side) for side in (TEXTS.sources, TEXTS.targets)), strict=True):
+        ids, written = torch.tensor([[*source, form.end]]), [*target, form.end]
+        logs = model(input_ids=ids, decoder_input_ids=torch.tensor([[2, *target]])).logits[0].log_softmax(-1)
+        total = total - logs[torch.arange(len(written)), torch.tensor(written)].sum()
+        count += len(written)
+    total.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert rows.rows.targets == count
+    batch = PackedPairCollator(form.padding, 2)([rows.rows[index] for index in range(len(rows))])
+    loss = model(**batch, num_items_in_batch=1).loss
+    torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-4)
+    held = heldout_loss(model, rows.rows, PackedPairCollator(form.padding, 2), 4)
+    assert held["tokens"] == count and held["loss"] == pytest.approx(total.item() / count, rel=1e-5)
 
 
 def test_pairs_that_are_too_long_are_left_out_or_cut_and_counted(form: TranslationFormat) -> None:
