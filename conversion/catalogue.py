@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .. import modeling
@@ -77,7 +77,7 @@ def _loaded_by(kind: type[PreTrainedConfig]) -> tuple[str, ...]:
 
 
 def _parameters(config: PreTrainedConfig) -> int:
-    for auto in (AutoModelForCausalLM, AutoModel):
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel):
         if type(config) in auto._model_mapping:
             with torch.device("meta"):
                 return auto.from_config(config, trust_remote_code=False).num_parameters()

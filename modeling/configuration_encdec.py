@@ -30,6 +30,7 @@ UNUSED = {
 """Keys of `ZooHybridConfig` that have no effect here, and why."""
 NO_MIXERS = ("selective_attention",)
 """Mixers whose further outputs and loss the model has no place for."""
+_MAMBA_DECODER = {"mixer_types": ["mamba"] * 6, "mamba": {"state_size": 16}, "tie_word_embeddings": True}
 
 
 @strict
@@ -50,7 +51,30 @@ class ZooEncDecConfig(ZooHybridConfig):
     model_type = "zoo_encdec"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "encoder_last_hidden_state"]
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "mt-encdec-mamba": _MAMBA_DECODER
+        | {
+            "encoder": {
+                "num_hidden_layers": 8,
+                "mixer_types": ["mamba"] * 8,
+                "mlp_types": ["none"] * 8,
+                "bidirectional": False,
+            }
+        },
+        "mt-encdec-transformer": {
+            "mlp_types": ["plain"] * 6,
+            "position_types": ["none"] * 6,
+            "learned_positions": True,
+            "max_position_embeddings": 512,
+            "norm_type": "layer_norm",
+            "hidden_act": "gelu",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "encoder": {"mlp_types": ["plain"] * 6, "position_types": ["none"] * 6},
+        },
+        "mt-encdec-transformer-mamba": _MAMBA_DECODER
+        | {"encoder": {"num_hidden_layers": 6, "mlp_types": ["plain"] * 6, "hidden_act": "gelu"}},
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 512

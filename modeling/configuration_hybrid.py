@@ -1,7 +1,8 @@
 """Configuration of `zoo_hybrid`."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,22 @@ from .token_mixers import TOKEN_MIXERS
 
 MLP_TYPES = ("gated", "plain", "none")
 NORM_PLACEMENTS = ("before", "after", "both")
+
+
+def _mamba_with(kind: str, attention: Collection[int]) -> dict[str, Any]:
+    """Return the translation study's 24 layers of Mamba with attention without positions in place of some of them."""
+    return {
+        "vocab_size": 32000,
+        "hidden_size": 624,
+        "intermediate_size": 0,
+        "num_hidden_layers": 24,
+        "mixer_types": [kind if index in attention else "mamba" for index in range(24)],
+        "mlp_types": ["none"] * 24,
+        "position_types": ["none"] * 24,
+        "num_attention_heads": 8,
+        "mamba": {"state_size": 16},
+        "tie_word_embeddings": True,
+    }
 
 
 @strict
@@ -75,6 +92,22 @@ class ZooHybridConfig(PreTrainedConfig):
 
     model_type = "zoo_hybrid"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss", "router_logits", "selection_rate"]
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "mt-mamba-mha": _mamba_with("full_attention", (11, 23)),
+        "mt-mamba-mha-interleaved": _mamba_with("full_attention", range(1, 24, 2)),
+        "mt-mamba-mha-first-middle": _mamba_with("full_attention", (1, 11)),
+        "mt-mamba-local": _mamba_with("sliding_attention", (11, 23)) | {"sliding_attention": {"sliding_window": 64}},
+        "mt-transformer": {
+            "vocab_size": 32000,
+            "hidden_size": 496,
+            "intermediate_size": 1984,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+        },
+    }
 
     vocab_size: int = 49152
     hidden_size: int = 576

@@ -45,6 +45,7 @@ class ZooMambaConfig(PreTrainedConfig):
         "mamba-790m": {"hidden_size": 1536, "num_hidden_layers": 48},
         "mamba-1.4b": {"hidden_size": 2048, "num_hidden_layers": 48},
         "mamba-2.8b": {"hidden_size": 2560, "num_hidden_layers": 64},
+        "mt-mamba": {"vocab_size": 32000, "hidden_size": 610, "num_hidden_layers": 24},
     }
 
     vocab_size: int = 50280

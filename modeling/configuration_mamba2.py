@@ -49,6 +49,7 @@ class ZooMamba2Config(PreTrainedConfig):
         "mamba2-780m": {"hidden_size": 1536, "num_hidden_layers": 48},
         "mamba2-1.3b": {"hidden_size": 2048, "num_hidden_layers": 48},
         "mamba2-2.7b": {"hidden_size": 2560, "num_hidden_layers": 64},
+        "mt-mamba2": {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 36},
     }
 
     vocab_size: int = 50288

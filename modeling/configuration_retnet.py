@@ -73,6 +73,16 @@ class ZooRetNetConfig(PreTrainedConfig):
             "retnet-13b": (5120, 8560, 40, 20),
             "retnet-65b": (8192, 13824, 64, 32),
         }.items()
+    } | {
+        "mt-retnet": {
+            "hidden_size": 512,
+            "v_head_dim": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "embedding_multiplier": 512**0.5,
+        }
     }
 
     vocab_size: int = 32000

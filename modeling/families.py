@@ -23,6 +23,14 @@ Masked mixers have the sizes of their author's code (arXiv 2409.01482); our name
 4096 for TinyStories and 8000 for FineWeb-Edu; the 23, 46, 78, 155 and 168 million sizes have one head, the others four.
 The Toeplitz mixer (arXiv 2605.06683) has the sizes with the lowest loss in its author's logs, the recurrent mixer
 (arXiv 2605.08696) those of the author's training script.
+
+Names with "mt-" are the layouts of the translation study of Pitorro et al. (arXiv 2407.05489), with the sizes of its
+code (deep-spin/ssm-mt@ea386cc, `models/`) and a vocabulary of 32,000 for both languages; the special ids are those of
+the tokenizer. The study keeps Mamba-MHA with attention in the middle and in the last layer. For Mamba with a window its
+code has the same choices of layers; here they are those of Mamba-MHA. The attention of both has no positions.
+Encoder-decoders with Mamba share one embedding between source, target and head, where the code has one for each stack.
+The Transformer under a Mamba decoder has rotary positions here; in the code it has none, and so does not know the order
+of the source.
 """
 
 import importlib

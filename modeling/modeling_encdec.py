@@ -163,8 +163,8 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
                 last token needs no mask.
             past_key_values: `EncoderDecoderCache` to continue, of `DynamicCache(config=model.config)` and
                 `DynamicCache()`.
-            use_cache: return a cache. If not given, `config.use_cache` decides, except that training and packed rows
-                return none.
+            use_cache: return a cache. If not given, `config.use_cache` decides, except that there is none in training,
+                for packed rows, and for targets that are padded in front without a mask.
             seq_idx: (B, M) number of the document of each token of a packed source, non-decreasing, negative at
                 padding.
             decoder_seq_idx: the same for the target, (B, L). A document of the target reads the source document with
@@ -207,15 +207,21 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         if decoder_inputs_embeds is None:
             decoder_inputs_embeds = self.encoder.embeddings(decoder_input_ids)
         assert isinstance(decoder_inputs_embeds, Tensor)
+        length = 0 if past is None else past.get_seq_length()
+        spaces = None
+        if decoder_attention_mask is None and decoder_seq_idx is None and decoder_input_ids is not None and not length:
+            decoder_attention_mask = spaces = self._leading_padding(decoder_input_ids)
+        if spaces is not None and (use_cache or past is not None):
+            raise ValueError(
+                f"decoder_attention_mask must be given for targets that are padded in front (pad_token_id "
+                f"{self.config.pad_token_id}) if they are to be continued from a cache, got None"
+            )
         if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training or seq_idx is not None)
+            use_cache = self.config.use_cache and not (self.training or seq_idx is not None or spaces is not None)
         if self.decoder.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past is None:
             past = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
-        length = 0 if past is None else past.get_seq_length()
-        if decoder_attention_mask is None and decoder_seq_idx is None and decoder_input_ids is not None and not length:
-            decoder_attention_mask = self._leading_padding(decoder_input_ids, past is not None)
 
         states, source = self._source(
             encoder_outputs.last_hidden_state, attention_mask, seq_idx, decoder_seq_idx, decoder_attention_mask
@@ -243,7 +249,7 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _leading_padding(self, ids: Tensor, cached: bool) -> Tensor | None:
+    def _leading_padding(self, ids: Tensor) -> Tensor | None:
         """Return the (B, L) mask of targets that are padded in front, as a collator makes them; None for none.
 
         The first token of a target may have the id of padding: it is the last of those in front.
@@ -254,14 +260,7 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         front = (ids == pad).cumprod(1) != 0
         if pad == self.config.start_token_id:
             front = torch.cat([front[:, 1:], torch.zeros_like(front[:, :1])], dim=1)
-        if not bool(front.any()):
-            return None
-        if cached:
-            raise ValueError(
-                f"decoder_attention_mask must be given for targets that are padded in front (pad_token_id {pad}) if "
-                "they are to be continued from a cache, got None"
-            )
-        return (~front).long()
+        return (~front).long() if bool(front.any()) else None
 
     def _source(
         self,
@@ -325,6 +324,10 @@ class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, 
         made = model_kwargs.get(CACHE_FIELD)
         if made is not given and isinstance(made, EncoderDecoderCache):
             model_kwargs[CACHE_FIELD] = EncoderDecoderCache(made.self_attention_cache, DynamicCache())
+
+    def generate(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers, whose `Seq2SeqTrainer` passes the labels as well; they have no effect."""
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Return the (B, L) ids that the decoder reads to predict (B, L) labels: each document one token later.
@@ -426,6 +429,7 @@ class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, 
         loss = None
         if labels is not None:
             check_labels(labels, logits)
+            labels = labels.contiguous()
             loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, shift_labels=labels, **kwargs)
         parts = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         output = Seq2SeqLMOutput(loss=loss, logits=logits, **parts)

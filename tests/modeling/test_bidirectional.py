@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import ENCODERS, FAMILIES, VOCAB, draw_ids, make_config, make_head, make_model
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
@@ -380,7 +381,7 @@ def test_a_family_without_the_option_refuses_it() -> None:
     ],
 )
 def test_a_hybrid_refuses_what_reads_one_way(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         make_config("hybrid-encoder", **changes)
 
 
@@ -391,7 +392,8 @@ def test_attention_in_both_directions_is_pytorchs() -> None:
     together = (document[:, None] == document) & real[:, None] & real
     with torch.no_grad():
         output = model(draw_ids(1, LENGTH), attention_mask=MASK, seq_idx=SEQ_IDX, output_attentions=True)
-        mixer, sequence = model.layers[0].mixer, make_sequence(1, LENGTH, torch.device("cpu"), seq_idx=SEQ_IDX)
+        layout = {"attention_mask": MASK, "seq_idx": SEQ_IDX}
+        mixer, sequence = model.layers[0].mixer, make_sequence(1, LENGTH, torch.device("cpu"), **layout)
         states = model.layers[0].input_layernorm(model.embeddings(draw_ids(1, LENGTH)))
         model.prepare(sequence, states)
         parts = ((mixer.q_proj, 1), (mixer.k_proj, 2))
