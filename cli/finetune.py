@@ -8,9 +8,10 @@ import typer
 from ..harness.processes import process_number
 from ..training.embedder_settings import EmbedderSettings, parse_embedder_settings
 from ..training.settings import LanguageModelSettings, parse_settings
+from ..training.translation_settings import TranslationSettings, parse_translation_settings
 from .options import Output, Private, PushToHub, with_settings
 from .push import announce, check_push_options, push_folder
-from .sources import model_source
+from .sources import model_folder, model_source
 from .train import print_losses
 
 finetune = typer.Typer(no_args_is_help=True, help="Train a model further, with adapters or all weights.")
@@ -76,4 +77,35 @@ def embed(values: dict[str, Any], output: Output, repo: PushToHub = None, privat
         from ..reports.embedder_card import write_embedder_card
 
         write_embedder_card(folder, report, repo_id=repo)
+        announce(push_folder(folder, repo, private=private))
+
+
+@finetune.command("translate")
+@with_settings(TranslationSettings)
+def translate(values: dict[str, Any], output: Output, repo: PushToHub = None, private: Private = False) -> None:
+    """Train to translate, from pairs of texts: a pretrained model, or with --train-tokenizer a new one.
+
+    Measures the held-out loss before and after; `ssm-zoo evaluate translation` measures the translations. The same
+    command resumes an unfinished run at its last checkpoint.
+    """
+    if values.get("train_tokenizer") is None:
+        values["model"] = model_source(values["model"])
+    elif Path(values["model"]).is_dir():
+        values["model"] = str(model_folder(Path(values["model"])))
+    settings = parse_translation_settings(values)
+    check_push_options(repo, private=private)
+    from ..training.translation import finetune_translation
+
+    report = finetune_translation(settings, output)
+    if process_number():  # of several processes the first one speaks
+        return
+    folder = output / "model"
+    for field, data in report["data"].items():
+        if data["dropped"] or data["cut"]:
+            typer.echo(f"{field}: {data['dropped']:,} pairs left out and {data['cut']:,} cut as too long")
+    print_losses(report, output, folder)
+    if repo is not None:
+        from ..reports.translation_card import write_translation_card
+
+        write_translation_card(folder, report, repo_id=repo)
         announce(push_folder(folder, repo, private=private))

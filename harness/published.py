@@ -56,6 +56,9 @@ def public_argument(argument: str) -> str:
     An argument is a path, or contains paths after `=` and between commas and brackets. So the end of a path is known,
     and it may contain spaces, which :func:`without_folders` cannot allow.
     """
+    paths = argument.split(",")
+    if all(map(_OUTSIDE.match, paths)):  # one, or the two files of parallel text
+        return ",".join(map(_last_name, paths))
     if _OUTSIDE.match(argument):
         return _last_name(argument)
     return "".join(

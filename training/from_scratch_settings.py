@@ -52,9 +52,30 @@ def _configuration(value: Any) -> str | dict[str, Any] | None:
     return value if isinstance(value, dict) or (isinstance(value, str) and value) else None
 
 
-def _warmup(value: Any) -> int | float | None:
+def warmup_of(value: Any) -> int | float | None:
+    """Return a number of warm-up steps or a share of all steps unchanged, and None for anything else."""
     steps = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return value if steps or (isinstance(value, float) and 0 <= value <= 0.5) else None
+
+
+def warmup_length(warmup: int | float, steps: int, *, least: int = 0) -> int:
+    """Return the number of warm-up steps.
+
+    Args:
+        warmup: number of steps, or share of all steps.
+        steps: optimiser steps of the run.
+        least: smallest number that a share stands for.
+
+    Raises:
+        ValueError: if the run is not longer than its warm-up.
+    """
+    length = warmup if isinstance(warmup, int) else max(round(warmup * steps), least)
+    if length >= steps:
+        raise ValueError(
+            f"`warmup` must be shorter than the run, got {length} steps in a run of {steps}. Give fewer, or a share "
+            "from 0.0 to 0.5."
+        )
+    return length
 
 
 class FromScratchSettings(TrainingSettings):
@@ -83,7 +104,7 @@ class FromScratchSettings(TrainingSettings):
     """Learning rate at the end of the cosine."""
     warmup: Annotated[
         int | float,
-        accept("a whole number of steps, or a share from 0.0 to 0.5", _warmup),
+        accept("a whole number of steps, or a share from 0.0 to 0.5", warmup_of),
         Option(metavar="N|SHARE", parse=number, default="mamba 0.05, taipan 2000"),
     ]
     """Number of steps, or share of all steps, in which the learning rate rises from 0."""
@@ -125,13 +146,7 @@ class FromScratchSettings(TrainingSettings):
         Raises:
             ValueError: if the run is not longer than its warm-up.
         """
-        warmup = self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
-        if warmup >= steps:
-            raise ValueError(
-                f"`warmup` must be shorter than the run, got {warmup} steps in a run of {steps}. Give fewer, or a "
-                "share from 0.0 to 0.5."
-            )
-        return warmup
+        return warmup_length(self.warmup, steps)
 
     def optimisation(self, steps: int) -> dict[str, Any]:
         return {

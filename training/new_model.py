@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,7 +26,7 @@ from ..harness.fingerprint import pinned_revision
 from ..harness.text_files import read_text_file
 from ..harness.yaml_values import override, read_yaml
 from ..modeling.families import PRESETS
-from ..modeling.heads import ZooForCausalLM
+from ..modeling.heads import ZooHeadModel
 
 _SUFFIXES = (".yaml", ".yml", ".json")
 # The number of rows of the embedding is rounded up to a multiple of this, as in Mamba's checkpoints.
@@ -38,8 +39,9 @@ def resolve_configuration(
     tokenizer: PreTrainedTokenizerBase,
     *,
     revision: str | None = None,
+    encoder_decoders: bool = False,
 ) -> PreTrainedConfig:
-    """Return the configuration of a new causal language model.
+    """Return the configuration of a new causal language model, or of an encoder-decoder.
 
     Args:
         source: source of the sizes: a preset of `ssm_zoo.modeling.families`; a .yaml or .json file, or a mapping, with
@@ -48,15 +50,16 @@ def resolve_configuration(
         tokenizer: the model's tokenizer, which defines the special ids. Without a `vocab_size` (presets have none) the
             vocabulary is its number of entries, rounded up to a multiple of 8.
         revision: branch, tag or commit of a Hub id.
+        encoder_decoders: also accept encoder-decoders.
 
     Raises:
         ValueError: if there is no such source, it is not of the zoo, a key or value is wrong, or the vocabulary is too
             small for the tokenizer.
     """
-    values = override(_read(source, revision), overrides)
+    values = override(_read(source, revision, encoder_decoders), overrides)
     if not isinstance(values.get("model_type"), str):
-        raise _wrong_model_type(values.get("model_type"))
-    kind = _configuration_class(values.pop("model_type"))
+        raise _wrong_model_type(values.get("model_type"), encoder_decoders)
+    kind = _configuration_class(values.pop("model_type"), encoder_decoders)
     accepted = configuration_keys(kind)
     for key in values:
         if key not in accepted:
@@ -90,9 +93,14 @@ def configuration_commit(source: str | Mapping[str, Any], revision: str | None, 
     return None
 
 
+def is_configuration(source: str) -> bool:
+    """Return whether a source is a preset or a file with a configuration, which has no weights."""
+    return source in PRESETS or (Path(source).suffix in _SUFFIXES and not Path(source).is_dir())
+
+
 def _is_here(source: str) -> bool:
     """Return whether a source is a preset, a file or a folder."""
-    return source in PRESETS or Path(source).suffix in _SUFFIXES or Path(source).is_dir()
+    return is_configuration(source) or Path(source).is_dir()
 
 
 def configuration_keys(kind: type[PreTrainedConfig]) -> list[str]:
@@ -128,7 +136,7 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(source: str | Mapping[str, Any], revision: str | None) -> dict[str, Any]:
+def _read(source: str | Mapping[str, Any], revision: str | None, encoder_decoders: bool) -> dict[str, Any]:
     """Return `model_type` and the keys that a source gives."""
     if isinstance(source, Mapping):
         return dict(source)
@@ -144,10 +152,10 @@ def _read(source: str | Mapping[str, Any], revision: str | None) -> dict[str, An
         if not isinstance(values, dict):
             raise ValueError(f"config: {source!r} must have a mapping of keys to values, got {type(values).__name__}.")
         return values
-    return _read_model(source, revision)
+    return _read_model(source, revision, encoder_decoders)
 
 
-def _read_model(source: str, revision: str | None) -> dict[str, Any]:
+def _read_model(source: str, revision: str | None, encoder_decoders: bool) -> dict[str, Any]:
     """Return the keys of a checkpoint's configuration, without the special ids of its tokenizer."""
     if not Path(source).is_dir() and not _is_hub_id(source):
         close = difflib.get_close_matches(source, _presets(), n=1)
@@ -157,8 +165,8 @@ def _read_model(source: str, revision: str | None) -> dict[str, Any]:
             f"Hub id OWNER/NAME, got {source!r}.{suggestion}"
         )
     config = load_config(source, field="config", revision=revision)
-    kind = _configuration_class(config.model_type)
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kind = _configuration_class(config.model_type, encoder_decoders)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     return {
         "model_type": config.model_type,
         **{key: getattr(config, key) for key in configuration_keys(kind) if key in vars(config) and key not in special},
@@ -173,28 +181,36 @@ def _is_hub_id(source: str) -> bool:
     return "/" in source
 
 
-def _configuration_class(model_type: str) -> type[PreTrainedConfig]:
-    """Return the configuration class of a family of the zoo that has a causal language model."""
+def _configuration_class(model_type: str, encoder_decoders: bool = False) -> type[PreTrainedConfig]:
+    """Return the configuration class of a family of the zoo that has a causal language model, or writes text."""
     try:
         kind = CONFIG_MAPPING[model_type]
     except KeyError:
-        model = None
-    else:
-        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
-    if not (isinstance(model, type) and issubclass(model, ZooForCausalLM)):
-        raise _wrong_model_type(model_type)
+        raise _wrong_model_type(model_type, encoder_decoders) from None
+    if not _writes(kind, encoder_decoders):
+        raise _wrong_model_type(model_type, encoder_decoders)
     return kind
 
 
-def _wrong_model_type(model_type: Any) -> ValueError:
-    return ValueError(f"config: `model_type` must be one of {', '.join(_model_types())}, got {model_type!r}.")
+def _writes(kind: type[PreTrainedConfig], encoder_decoders: bool) -> bool:
+    """Return whether a family of the zoo has a causal language model, or, if asked for, is an encoder-decoder."""
+    tables = [MODEL_FOR_CAUSAL_LM_MAPPING]
+    if encoder_decoders:
+        tables.append(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    models = [table.get(kind, None) for table in tables]
+    return any(isinstance(model, type) and issubclass(model, ZooHeadModel) for model in models)
 
 
-def _model_types() -> list[str]:
-    """Return the families of the zoo that have a causal language model."""
+def _wrong_model_type(model_type: Any, encoder_decoders: bool = False) -> ValueError:
+    accepted = ", ".join(_model_types(encoder_decoders))
+    return ValueError(f"config: `model_type` must be one of {accepted}, got {model_type!r}.")
+
+
+def _model_types(encoder_decoders: bool) -> list[str]:
+    """Return the families of the zoo that write text."""
     exported = [getattr(modeling, name) for name in modeling.__all__]
     kinds = [kind for kind in exported if isinstance(kind, type) and issubclass(kind, PreTrainedConfig)]
-    return sorted(kind.model_type for kind in kinds if MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) is not None)
+    return sorted(kind.model_type for kind in kinds if _writes(kind, encoder_decoders))
 
 
 def _presets() -> list[str]:

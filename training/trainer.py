@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 import torch
 from accelerate import PartialState
@@ -33,8 +33,8 @@ from ..harness.run_folder import read_json_or_none, write_json
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
-from .packing import IGNORED, PackedDocuments, RowCollator
-from .settings import RunSettings, Settings, TrainingSettings
+from .packing import IGNORED, Row, RowCollator
+from .settings import RunSettings, Settings
 from .sharding import sharded_by
 from .stream import TextStream
 from .texts import TextRows
@@ -182,7 +182,20 @@ def computing(dtype: str, device: torch.device) -> Any:
     return nullcontext() if chosen == torch.float32 else torch.autocast(device.type, dtype=chosen)
 
 
-def optimiser_steps(settings: TrainingSettings, rows: int | None, processes: int) -> int:
+class StepSettings(Protocol):
+    """The settings that decide the number of optimiser steps; see `ssm_zoo.training.settings`."""
+
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def gradient_accumulation(self) -> int: ...
+
+
+def optimiser_steps(settings: StepSettings, rows: int | None, processes: int) -> int:
     """Return the number of optimiser steps: `settings.steps`, or the steps of `settings.epochs` over the rows.
 
     `rows` is None for a stream, whose settings always have `steps`.
@@ -194,12 +207,20 @@ def optimiser_steps(settings: TrainingSettings, rows: int | None, processes: int
     return math.ceil(settings.epochs * math.ceil(rows / in_a_step))
 
 
-def heldout_loss(model: nn.Module, rows: PackedDocuments, collator: RowCollator, batch_size: int) -> dict[str, Any]:
-    """Compute the mean language-modelling loss over all predictions of some rows, in evaluation mode.
+class Rows(Protocol):
+    """Rows of a data set, and the number of tokens that they predict."""
+
+    @property
+    def targets(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
+def heldout_loss(model: nn.Module, rows: Rows, collator: Callable[..., Row], batch_size: int) -> dict[str, Any]:
+    """Compute the mean loss over all predictions of some rows, in evaluation mode.
 
     Args:
-        model: a causal language model, or one with adapters.
-        rows: the packed documents.
+        model: a causal language model or an encoder-decoder, or one with adapters.
+        rows: the packed documents, or other rows.
         collator: collator of the rows.
         batch_size: rows in one forward pass.
 
@@ -295,8 +316,9 @@ class LanguageModelTrainer(ZooTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the Trainer's loss and record the auxiliary part of it, which each forward pass of a step shares."""
+        # Before the loss is computed: the Trainer takes the labels out of the inputs if it computes it.
+        targets = inputs["labels"] if self._config.is_encoder_decoder else inputs["labels"][:, 1:]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        targets = inputs["labels"][:, 1:]
         self._predicted += (targets != IGNORED).sum()
         self._selection.add(outputs)
         nothing = torch.zeros_like(self._auxiliary)

@@ -16,10 +16,21 @@ from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import parse_from_scratch
 from ssm_zoo.training.language_model import finetune_language_model
 from ssm_zoo.training.settings import parse_settings
+from ssm_zoo.training.translation import finetune_translation
+from ssm_zoo.training.translation_settings import parse_translation_settings
 
 HOW = {"steps": 6, "checkpoint_every": 2, "batch_size": 2}
 TEXTS = {"train": ["text.txt"], "heldout": ["text.txt"], "row_tokens": 32}
 PAIRS = {"train": ["pairs.jsonl"], "heldout": ["pairs.jsonl"]}
+# All that draws random numbers, and batches of similar lengths.
+TRANSLATION = {
+    "source_field": "anchor",
+    "target_field": "positive",
+    "method": "full",
+    "packing": False,
+    "concatenate": 2,
+    "residual_dropout": 0.2,
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,14 @@ TRAININGS = {
     "embed": Training(
         lambda: finetune_embedder(parse_embedder_settings({**HOW, **PAIRS, "model": "zoo", "rank": 2}), "run"),
         "trained.safetensors",
+        "model",
+        "model",
+    ),
+    "translate": Training(
+        lambda: finetune_translation(
+            parse_translation_settings({**HOW, **PAIRS, **TRANSLATION, "model": "zoo"}), "run"
+        ),
+        "model.safetensors",
         "model",
         "model",
     ),

@@ -23,7 +23,8 @@ from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
 from ssm_zoo.training.checkpoints import last_checkpoint
 
 
-@pytest.fixture(scope="module", params=TRAININGS)
+# The training to translate resumes in test_translation.py; its saver is that of the others.
+@pytest.fixture(scope="module", params=[name for name in TRAININGS if name != "translate"])
 def killed(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Training]:
     """A folder with all that a training reads, with its result in "whole", and killed in its last step in "run"."""
     if request.param == "embed":
@@ -134,7 +135,7 @@ def test_what_a_killed_save_left_goes_at_the_next_start(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills processes as POSIX has them")
 @pytest.mark.parametrize(
-    "killed", ["lm", *(pytest.param(name, marks=SWEEP) for name in ("train", "embed"))], indirect=True
+    "killed", ["lm", *(pytest.param(name, marks=SWEEP) for name in ("train", "embed", "translate"))], indirect=True
 )
 @pytest.mark.usefixtures("work")
 def test_a_saver_killed_at_any_moment_costs_no_bit(request: pytest.FixtureRequest) -> None:
