@@ -8,6 +8,7 @@ Symbols: B batch, L new tokens, V vocabulary.
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -20,7 +21,7 @@ from .cache import CACHE_FIELD, one_cache
 from .layers import as_weight
 from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, warn_of_missing_aux_loss
 from .pretrained import ZooPreTrainedModel, is_bidirectional
-from .token_layout import check_labels
+from .token_layout import check_labels, make_sequence
 
 logger = logging.get_logger(__name__)
 
@@ -194,7 +195,7 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
 
 
 class ZooForSequenceClassification(ZooHeadModel):
-    """A linear `score` without bias on the hidden state of each row's last real token.
+    """A linear `score` without bias on the hidden state of the last real token of each row, or packed document.
 
     Parameter, labels and losses are those of transformers' classification heads on causal models. Those find the last
     token from the ids, and skip a real end-of-text token if padding has the same id; here the mask decides.
@@ -225,7 +226,8 @@ class ZooForSequenceClassification(ZooHeadModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast | tuple:
-        """Label rows. Arguments as in :meth:`ZooModel.forward`, which `kwargs` go to, and:
+        """Label documents, B rows or the documents packed into them. Arguments as in :meth:`ZooModel.forward`, which
+        `kwargs` go to, and:
 
         Args:
             attention_mask: (B, past + L), non-zero at real tokens; the last one among the L is read. Without a mask it
@@ -234,35 +236,50 @@ class ZooForSequenceClassification(ZooHeadModel):
                 several labels at once. `config.problem_type` selects "single_label_classification", "regression" or
                 "multi_label_classification"; if not set, `num_labels` and the dtype decide, as in transformers.
             use_cache: return a cache to continue; False by default.
+            seq_idx, cu_seqlens: documents packed into rows. There is one set of logits and of labels for each document
+                then, in the order of the rows and of the documents in a row. `position_ids` that restart, without a
+                mask, also mark documents.
 
         Returns:
-            `logits` (B, num_labels) in the head's dtype, `loss`, the cache under transformers' name for it,
-            `hidden_states`, `attentions`.
+            `logits` (B or documents, num_labels) in the head's dtype, `loss`, the cache under transformers' name for
+            it, `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: if the arguments contradict each other, or rows hold more than one document.
+            ValueError: if the arguments contradict each other, or the family does not read packed documents.
         """
-        packed = seq_idx is not None or cu_seqlens is not None or kwargs.get("cu_seq_lens_q") is not None
-        if not packed and position_ids is not None and attention_mask is None and not tracing():
-            packed = bool((position_ids.diff(dim=1) != 1).any())
-        if packed:
-            raise ValueError(
-                "seq_idx and cu_seqlens must be None and position_ids must not restart, as a row must be one document "
-                "to get one set of logits. Pad the documents instead"
-            )
+        if cu_seqlens is None and seq_idx is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        cache = one_cache(past_key_values, cache, kwargs.pop("cache_params", None))
         outputs = self.backbone(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=bool(use_cache),
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
             return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        row = torch.arange(hidden_states.shape[0], device=hidden_states.device)
-        pooled = hidden_states[row, self._last_tokens(hidden_states, input_ids, attention_mask)]
+        may_restart = position_ids is not None and attention_mask is None and cache is None and not tracing()
+        layout = None
+        if seq_idx is not None or cu_seqlens is not None or may_restart:
+            layout = make_sequence(
+                hidden_states.shape[0],
+                hidden_states.shape[1],
+                hidden_states.device,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens,
+            )
+        if layout is not None and layout.packed and layout.seq_idx is not None:
+            pooled = hidden_states[last_of_documents(layout.seq_idx)]
+        else:
+            row = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+            pooled = hidden_states[row, self._last_tokens(hidden_states, input_ids, attention_mask)]
         logits = self.score(as_weight(self.score, pooled))
         loss = None
         if labels is not None:
@@ -289,6 +306,19 @@ class ZooForSequenceClassification(ZooHeadModel):
         else:
             return column[-1:]
         return (column * real.to(column.device)).amax(-1)
+
+
+def last_of_documents(seq_idx: Tensor) -> Tensor:
+    """Return (B, L) True at the last real token of every document.
+
+    Args:
+        seq_idx: (B, L) document index, non-decreasing in a row, negative at padding, which may be anywhere.
+    """
+    beyond = torch.iinfo(seq_idx.dtype).max
+    documents = seq_idx.masked_fill(seq_idx < 0, beyond)
+    # Indices do not decrease, so the smallest one from a column on is that of the next real token.
+    following = documents.flip(1).cummin(1).values.flip(1)
+    return (seq_idx >= 0) & (F.pad(following[:, 1:], (0, 1), value=beyond) != seq_idx)
 
 
 class _ZooTokenHead(ZooHeadModel):

@@ -130,13 +130,34 @@ def test_tokens_of_packed_documents_are_as_alone(name: str, head: Any, how: str)
 
 
 @pytest.mark.parametrize("how", packed())
-def test_packed_documents_have_no_score(name: str, how: str) -> None:
+def test_packed_documents_are_scored_as_alone(name: str, how: str) -> None:
     model = classifier(name)
-    with pytest.raises(ValueError, match="seq_idx and cu_seqlens must be None and position_ids must not restart"):
-        model(torch.cat(ROWS, dim=1), **packed()[how])
-    ids = ROWS[0]
-    with torch.no_grad():  # positions alone are no packing
+    with torch.no_grad():
+        close(model(torch.cat(ROWS, dim=1), **packed()[how]).logits, torch.stack(by_itself(model)))
+        ids = ROWS[0]  # positions alone are no packing
         close(model(ids, position_ids=torch.arange(ids.shape[1])[None]).logits, model(ids).logits)
+
+
+def test_gradients_of_packed_documents_are_those_of_padded_rows(name: str) -> None:
+    """Two rows with padding before, between and after the documents, which are longer and shorter than each other."""
+    model = classifier(name)
+    labels = torch.tensor([2, 0, 1, 2])
+    ids, mask = padded("right")
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    rows = torch.full((2, 25), PAD)
+    seq_idx = torch.full((2, 25), -1)
+    for row, first, number, index in ((0, 1, 5, 0), (0, 15, 9, 1), (1, 0, 0, 2), (1, 1, 4, 3)):
+        count = ROWS[index].shape[1]
+        rows[row, first : first + count], seq_idx[row, first : first + count] = ROWS[index][0], number
+    packed_loss = model(rows, seq_idx=seq_idx, labels=labels).loss
+    packed_loss.backward()
+    close(packed_loss, loss)
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=2e-5, msg=key)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
