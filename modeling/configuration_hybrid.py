@@ -64,6 +64,10 @@ class ZooHybridConfig(PreTrainedConfig):
             that is rotated, counted from the first: 1 if not given, 0 for attention without positions.
         recompute_length: `generate` reads the text again, without the cache, once it is longer than this, since a
             rotary embedding of the type "longrope" changes for all positions, as in Phi-3; null: never.
+        prefix_bidirectional: every mixer reads the tokens of a prefix (`prefix_mask`) in both directions, and all other
+            tokens causally (`prefix.py`): full and sliding-window attention, retention and discrete Mamba-2 with the
+            parameters that they have, the Mambas with those that their encoders have for the second direction. Other
+            mixers have no such mode.
         initializer_range: standard deviation of projections and embedding at initialisation.
         native_model_type: model type of transformers from which the model was converted, and to which it is converted
             back if it still can be.
@@ -102,6 +106,7 @@ class ZooHybridConfig(PreTrainedConfig):
     max_position_embeddings: int = 8192
     rope_parameters: dict[str, Any] | None = None
     recompute_length: int | None = None
+    prefix_bidirectional: bool = False
     initializer_range: float = 0.02
     native_model_type: str | None = None
     use_cache: bool = True
@@ -272,6 +277,11 @@ class ZooHybridConfig(PreTrainedConfig):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         self._check_block()
+        without = [kind for kind in sorted(set(mixers) - {"none"}) if not TOKEN_MIXERS[kind].prefix]
+        if self.prefix_bidirectional and without:
+            raise ValueError(
+                f"prefix_bidirectional must be False with the causal mixer_types {', '.join(without)}, got True"
+            )
         for kind in sorted(set(mixers) - {"none"}):
             try:
                 self.settings_of(kind).check(self)

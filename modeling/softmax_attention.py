@@ -54,6 +54,11 @@ def softmax_attention(
     config: Any = module.config
     implementation = "eager" if output_attentions else config._attn_implementation
     if implementation != "eager" and is_flash_attention_requested(requested_attention_implementation=implementation):
+        if sequence.prefix is not None:
+            raise ValueError(
+                f"attn_implementation must be 'sdpa', 'eager' or 'flex_attention' with prefix_mask, got "
+                f"{implementation!r}, which has no mask for a prefix in both directions"
+            )
         return _flash(module, q, k, v, sequence, window, key_positions), None
     if window is None:
         mask = sequence.full_mask(k.shape[2])
