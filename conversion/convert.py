@@ -19,6 +19,7 @@ from ..harness.json_files import json_text
 from ..harness.whole_files import new_folder
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.hub_code import code_licence
+from ..modeling.prefix import has_prefix
 from ..modeling.pretrained import ZooPreTrainedModel, names_in_float32
 from .carried_files import LICENCES, TOKENIZER, carry_files, check_replaceable
 from .checkpoint_keys import fit_keys, strip_prefix, without_wrappers
@@ -327,6 +328,11 @@ def _target_format(to: str, read: _Checkpoint) -> Format:
     Raises:
         ValueError: if the other library has no such model.
     """
+    if has_prefix(read.zoo_config):
+        raise ValueError(
+            f"--to {to}: `prefix_bidirectional` must be False, got True. No other library reads a prefix in both "
+            "directions."
+        )
     formats = [form for form in FORMATS if form.library == to and form.zoo_class is read.zoo_class]
     native = getattr(read.zoo_config, "native_model_type", None)
     for form in sorted(formats, key=lambda form: native is None or form.model_type != native):

@@ -149,6 +149,7 @@ FULL_ATTENTION = TokenMixer(
     settings=FullAttentionSettings,
     bidirectional=True,
     cache_layer=lambda settings: "zoo_convolved_attention" if settings.get("conv_kernel") else "full_attention",
+    prefix=True,
     flat={"attention_conv_kernel": "conv_kernel"},
 )
 SLIDING_ATTENTION = TokenMixer(
@@ -156,6 +157,7 @@ SLIDING_ATTENTION = TokenMixer(
     make=lambda config, settings, layer_idx: Attention(config, layer_idx, settings.sliding_window),
     settings=SlidingAttentionSettings,
     cache_layer="zoo_window",
+    prefix=True,
     student=FromAttention(
         lambda teacher, spec: {"sliding_attention": {"sliding_window": spec.sliding_window}},
         ("sliding_window", "calibration"),

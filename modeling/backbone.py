@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .cache import CACHE_FIELD, check_layers, one_cache
 from .layers import RMSNorm, normed
 from .outputs import ZooModelOutput, routing_outputs
+from .prefix import has_prefix, read_prefix
 from .pretrained import ZooPreTrainedModel, is_bidirectional
 from .token_layout import Sequence, check_keywords, make_sequence
 
@@ -33,8 +34,9 @@ class ZooModel(ZooPreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         declared = {field.name for field in dataclasses.fields(type(config))}
-        if is_bidirectional(config) and "bidirectional" not in declared:
-            raise ValueError(f"`bidirectional` must be left out, got True: {config.model_type} has no such option")
+        for name, asked in (("bidirectional", is_bidirectional), ("prefix_bidirectional", has_prefix)):
+            if asked(config) and name not in declared:
+                raise ValueError(f"`{name}` must be left out, got True: {config.model_type} has no such option")
         super().__init__(config)
         self.embeddings = self.make_embeddings(config)
         self.layers = nn.ModuleList([self.make_block(config, index) for index in range(config.num_hidden_layers)])
@@ -96,6 +98,7 @@ class ZooModel(ZooPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> ZooModelOutput | tuple:
         """Run the blocks.
@@ -116,6 +119,8 @@ class ZooModel(ZooPreTrainedModel):
                 For a recurrent layer it is None if the cache holds tokens that were read without this option.
             return_dict: return a ModelOutput rather than a tuple.
             cache: transformers' newer name of `past_key_values`.
+            prefix_mask: (B, L), non-zero at the tokens of a prefix, the first ones of a document, which a model with
+                `prefix_bidirectional` reads in both directions; only in the forward that begins the document.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators and `cache_params`, the name of the cache
                 in transformers' Mamba classes, are read. Other accepted keywords (`ACCEPTED_KEYWORDS` in
                 `token_layout.py`) belong to the loss or repeat what is known. `block_inputs`, further arguments of the
@@ -153,6 +158,7 @@ class ZooModel(ZooPreTrainedModel):
             cu_seqlens=cu_seqlens,
             past_key_values=past_key_values,
         )
+        sequence.prefix = read_prefix(prefix_mask, sequence, config)
         hidden_states = sequence.blank(hidden_states)
         self.prepare(sequence, hidden_states)
         hidden_states = self.add_positions(hidden_states, sequence)

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from .layers import NORM_TYPES, POSITION_TYPES, QK_NORMS
 from .mixer import MixerSettings, check_heads, check_sizes, complete_heads
+from .prefix import check_prefix_option
 from .token_mixers import TOKEN_MIXERS
 
 MLP_TYPES = ("gated", "plain", "none")
@@ -85,6 +86,10 @@ class ZooHybridConfig(PreTrainedConfig):
             mixers whose row of the table says that they can be so.
         recompute_length: `generate` reads the text again, without the cache, once it is longer than this, since a
             rotary embedding of the type "longrope" changes for all positions, as in Phi-3; null: never.
+        prefix_bidirectional: every mixer reads the tokens of a prefix (`prefix_mask`) in both directions, and all other
+            tokens causally (`prefix.py`): full and sliding-window attention, retention and discrete Mamba-2 with the
+            parameters that they have, the Mambas with those that their encoders have for the second direction. Other
+            mixers have no such mode.
         initializer_range: standard deviation of projections and embedding at initialisation.
         native_model_type: model type of transformers from which the model was converted, and to which it is converted
             back if it still can be.
@@ -141,6 +146,7 @@ class ZooHybridConfig(PreTrainedConfig):
     hidden_dropout: float = 0.0
     bidirectional: bool = False
     recompute_length: int | None = None
+    prefix_bidirectional: bool = False
     initializer_range: float = 0.02
     native_model_type: str | None = None
     use_cache: bool = True
@@ -322,6 +328,12 @@ class ZooHybridConfig(PreTrainedConfig):
         for name in ("lm_head_bias", "final_logit_softcapping", "recompute_length") if self.bidirectional else ():
             if getattr(self, name):
                 raise ValueError(f"{name} must be left out with bidirectional=True, got {getattr(self, name)}")
+        check_prefix_option(self)
+        without = [kind for kind in sorted(set(mixers) - {"none"}) if not TOKEN_MIXERS[kind].prefix]
+        if self.prefix_bidirectional and without:
+            raise ValueError(
+                f"prefix_bidirectional must be False with the causal mixer_types {', '.join(without)}, got True"
+            )
         for kind in sorted(set(mixers) - {"none"}):
             try:
                 self.settings_of(kind).check(self)

@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .prefix import check_prefix_option
+
 
 @strict
 class ZooMambaConfig(PreTrainedConfig):
@@ -27,6 +29,8 @@ class ZooMambaConfig(PreTrainedConfig):
         residual_in_fp32: keep the residual stream in float32.
         bidirectional: scan every document in both directions, so that a token sees all of it. Such an encoder has no
             cache and no causal head.
+        prefix_bidirectional: scan the tokens of a prefix (`prefix_mask`) in both directions, with the parameters that
+            an encoder has for the second one, and all other tokens forwards (`prefix.py`).
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
@@ -62,6 +66,7 @@ class ZooMambaConfig(PreTrainedConfig):
     mixer_rms_weight: bool = False
     residual_in_fp32: bool = True
     bidirectional: bool = False
+    prefix_bidirectional: bool = False
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -97,6 +102,7 @@ class ZooMambaConfig(PreTrainedConfig):
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_prefix_option(self)
         if self.conv_kernel < 2:
             raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
         for name in ("layer_norm_epsilon", "mixer_rms_eps"):

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .prefix import check_prefix_option
+
 
 @strict
 class ZooMamba2Config(PreTrainedConfig):
@@ -27,6 +29,8 @@ class ZooMamba2Config(PreTrainedConfig):
         residual_in_fp32: keep the residual stream in float32.
         bidirectional: scan every document in both directions, so that a token sees all of it. Such an encoder has no
             cache and no causal head.
+        prefix_bidirectional: scan the tokens of a prefix (`prefix_mask`) in both directions, with the parameters that
+            an encoder has for the second one, and all other tokens forwards (`prefix.py`).
         time_step_min: smallest step size at initialisation.
         time_step_max: largest step size at initialisation.
         time_step_floor: step sizes at initialisation are clamped to at least this.
@@ -66,6 +70,7 @@ class ZooMamba2Config(PreTrainedConfig):
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     bidirectional: bool = False
+    prefix_bidirectional: bool = False
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -109,6 +114,7 @@ class ZooMamba2Config(PreTrainedConfig):
             )
         if self.num_heads % self.n_groups:
             raise ValueError(f"n_groups must divide num_heads ({self.num_heads}), got {self.n_groups}")
+        check_prefix_option(self)
         if self.conv_kernel < 2:
             raise ValueError(f"conv_kernel must be at least 2, got {self.conv_kernel}")
         if self.layer_norm_epsilon <= 0:

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .mixer import check_heads, check_sizes, complete_heads
+from .prefix import check_prefix_option
 
 RETNET_MLP_TYPES = ("gated", "plain")
 
@@ -51,6 +52,8 @@ class ZooRetNetConfig(PreTrainedConfig):
             torchscale's.
         bidirectional: every token sees its whole document, with decays by the distance. Such an encoder has no cache
             and no causal head; a causal checkpoint holds every weight it needs.
+        prefix_bidirectional: the tokens of a prefix (`prefix_mask`) see all of it, with decays by the distance, and all
+            others are causal (`prefix.py`); the weights are those of a causal model.
         initializer_range: standard deviation of embedding, MLP and head at initialisation; retention has torchscale's.
     """
 
@@ -103,6 +106,7 @@ class ZooRetNetConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     rope_parameters: dict[str, Any] | None = None
     bidirectional: bool = False
+    prefix_bidirectional: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -139,6 +143,7 @@ class ZooRetNetConfig(PreTrainedConfig):
         """Raise ValueError where the sizes or choices contradict each other."""
         check_sizes(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "v_head_dim")
         check_heads(self)
+        check_prefix_option(self)
         if int(self.head_dim or 0) % 2:
             raise ValueError(f"head_dim must be even, for the rotary embedding, got {self.head_dim}")
         if self.mlp_type not in RETNET_MLP_TYPES:

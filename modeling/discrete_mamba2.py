@@ -10,7 +10,9 @@ Deviations from Phi-Mamba: the log-decay is passed to the op directly, not throu
 bias, `dt_bias`, so that it can be calibrated (0 gives Phi-Mamba); `feature_map`, `normalize` and `rotary` bring the
 mixing matrix closer to softmax attention (without them it is Phi-Mamba's). The feature map "hedgehog" is learned: a
 linear map of each head, and softmax over its channels and over their negatives (Hedgehog, arXiv 2402.04347; LoLCATs,
-arXiv 2410.10254, `src/model/feature_map.py` of HazyResearch/lolcats).
+arXiv 2410.10254, `src/model/feature_map.py` of HazyResearch/lolcats). With `prefix_bidirectional` a second scan with
+the same parameters runs from the end of each prefix to its start (`prefix.py`): token t has of a later token s of its
+prefix the decays of t to s - 1, where the first scan has of an earlier one those of s + 1 to t.
 """
 
 import math
@@ -48,6 +50,8 @@ from .mixer import (
     matrix_rows,
     start_from_attention,
 )
+from .prefix import prefix_alone
+from .retention import matrix_ahead, scan_ahead
 from .token_layout import Sequence
 
 FEATURE_MAPS = ("identity", "softplus", "hedgehog")
@@ -121,6 +125,8 @@ class DiscreteMamba2Mixer(nn.Module):
             )
             if cache is not None:
                 cache.set_states(conv_state, state, length)
+        if sequence.prefix is not None:
+            y = y + scan_ahead(values, log_decay, B, C, prefix_alone(sequence))
         if self.normalize:
             y = y[..., :-1] / y[..., -1:].clamp(min=_SMALLEST_ROW_SUM)
         y = y + self.D.to(y.dtype)[:, None] * x
@@ -200,6 +206,8 @@ class DiscreteMamba2Mixer(nn.Module):
     def mixing_matrix(self, log_decay: Tensor, B: Tensor, C: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) hidden attention: y = M x per head, before the gate, with the skip D on the diagonal."""
         matrix = ssd_matrix(log_decay, B, C, seq_idx=sequence.seq_idx)
+        if sequence.prefix is not None:
+            matrix = matrix + matrix_ahead(log_decay, B, C, prefix_alone(sequence))
         if self.normalize:
             matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=_SMALLEST_ROW_SUM)
         return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
@@ -291,6 +299,7 @@ DISCRETE_MAMBA2 = TokenMixer(
     label="discrete Mamba-2: a state-space layer without a step size",
     make=DiscreteMamba2Mixer,
     settings=DiscreteMamba2Settings,
+    prefix=True,
     student=FromAttention(
         _discrete_mamba2_keys,
         ("conv_kernel", "feature_map", "normalize", "rotary", "half_life", "calibration", "copy_projections"),

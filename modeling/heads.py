@@ -20,6 +20,7 @@ from ..kernels.tracing import tracing
 from .cache import CACHE_FIELD, one_cache
 from .layers import as_weight
 from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, warn_of_missing_aux_loss
+from .prefix import check_prefix_labels, generation_prefix
 from .pretrained import ZooPreTrainedModel, is_bidirectional
 from .token_layout import check_labels, make_sequence
 
@@ -112,6 +113,17 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
         """Return the logits for what the head has computed: the same in most families."""
         return logits
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, with the `prefix_mask` of the prompt only in the forward that reads the prefix."""
+        mask = kwargs.pop("prefix_mask", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if mask is not None:
+            new = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
+            held = inputs.get(CACHE_FIELD)
+            past = 0 if held is None else int(held.get_seq_length())
+            inputs["prefix_mask"] = generation_prefix(mask.to(new.device), new.shape[1], past)
+        return inputs
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
         """As in transformers. Versions before 5.24 call the cache `cache_params` if the class has "mamba" in its name,
         whatever its forward calls it."""
@@ -138,13 +150,15 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> ZooCausalLMOutput | tuple:
         """Next-token logits, and the loss if `labels` are given. Arguments as in :meth:`ZooModel.forward`, and:
 
         Args:
             labels: (B, L) token ids, -100 where there is no loss; shifted inside. In packed rows set the label of
-                each document's first token to -100, as transformers' padding-free collators do.
+                each document's first token to -100, as transformers' padding-free collators do, and those of a prefix
+                that is read in both directions.
             logits_to_keep: compute the logits of that many last positions only (0: all), or of the given
                 positions.
             **kwargs: `num_items_in_batch` is passed to the loss.
@@ -168,6 +182,7 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            prefix_mask=prefix_mask,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -179,6 +194,8 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
         loss = None
         if labels is not None:
             check_labels(labels, logits)
+            if prefix_mask is not None:
+                check_prefix_labels(labels, prefix_mask, kwargs.get("ignore_index", -100))
             loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels[:, 1:], kwargs.get("num_items_in_batch"))

@@ -40,6 +40,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .prefix import prefix_alone
+
 logger = logging.get_logger(__name__)
 
 ALL_OF_THEM = "parameters like `A_log`"
@@ -86,6 +88,7 @@ class TokenMixer:
         cache_layer: kind of the cache layer, or a function of the mapping of settings in a configuration.
         bidirectional: whether the mixer can read a document in both directions, if the configuration says so.
         bounded: whether the mixer has no positions beyond `max_position_embeddings`.
+        prefix: whether the mixer reads prefixes in both directions with `prefix_bidirectional` (`prefix.py`).
         student: instructions to replace an attention layer; None if that is not possible.
         tags: tags of model cards on the Hub.
         flat: top-level keys of configurations from before 2026-11 -> names of the settings.
@@ -97,6 +100,7 @@ class TokenMixer:
     cache_layer: str | Callable[[Any], str] = "zoo_recurrent"
     bidirectional: bool = False
     bounded: bool = False
+    prefix: bool = False
     student: FromAttention | None = None
     tags: tuple[str, ...] = ()
     flat: dict[str, str] = field(default_factory=dict)
@@ -190,10 +194,11 @@ def matrix_rows(matrix: Callable[..., Tensor], factors: tuple[Tensor, ...], sequ
 def scan_both_ways(
     forward: Any, reverse: Any, inputs: tuple[Tensor, ...], sequence: Any, cache: Any, output_attentions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Scan (B, L, ...) inputs forwards and, in an encoder, add a scan of every document from its end.
+    """Scan (B, L, ...) inputs forwards and add a scan from the end of every document, in an encoder, or of its prefix.
 
     Args:
-        forward: has the method `scan(*inputs, sequence, cache, output_attentions)`.
+        forward: has the method `scan(*inputs, sequence, cache, output_attentions)` and the `config`, whose
+            `prefix_bidirectional` restricts the other direction to the prefixes of `sequence`.
         reverse: the same for the other direction; None in a causal model.
         inputs: what is scanned.
         sequence: the `Sequence` of the inputs.
@@ -203,10 +208,19 @@ def scan_both_ways(
     y, attention = forward.scan(*inputs, sequence, cache, output_attentions)
     if reverse is None:
         return y, attention
-    ahead, attention_ahead = reverse.scan(*map(sequence.reverse, inputs), sequence, None, output_attentions)
+    if not forward.config.prefix_bidirectional:
+        ahead, attention_ahead = reverse.scan(*map(sequence.reverse, inputs), sequence, None, output_attentions)
+        if attention is not None:
+            attention = torch.cat([attention, sequence.reverse(sequence.reverse(attention_ahead, 2), 3)], dim=1)
+        return y + sequence.reverse(ahead), attention
+    if sequence.prefix is None:
+        return y, None if attention is None else torch.cat([attention, torch.zeros_like(attention)], dim=1)
+    alone = prefix_alone(sequence)
+    ahead, attention_ahead = reverse.scan(*map(alone.reverse, inputs), alone, None, output_attentions)
     if attention is not None:
-        attention = torch.cat([attention, sequence.reverse(sequence.reverse(attention_ahead, 2), 3)], dim=1)
-    return y + sequence.reverse(ahead), attention
+        attention_ahead = alone.reverse(alone.reverse(attention_ahead, 2), 3)
+        attention = torch.cat([attention, attention_ahead * sequence.prefix[:, None, :, None]], dim=1)
+    return y + alone.blank(alone.reverse(ahead)), attention
 
 
 def is_single_step(hidden_states: Tensor, sequence: Any, cache: Any) -> bool:

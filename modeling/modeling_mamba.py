@@ -12,7 +12,8 @@ An encoder (`bidirectional`) scans every document a second time, from its end, w
 `dt_proj`, decay rates and skip (`reverse`). Both directions share `in_proj`, the gate and `out_proj`, which hold most
 parameters; the gated outputs of the two scans are added before `out_proj`. This is Vision Mamba (arXiv 2401.09417,
 algorithm 1), and Caduceus's BiMamba (arXiv 2403.03234; kuleshov-group/caduceus@0d7fae1), which adds after `out_proj`,
-with the same result if there is no bias. A causal checkpoint loads into an encoder; only `reverse` is new.
+with the same result if there is no bias. A causal checkpoint loads into an encoder; only `reverse` is new. With
+`prefix_bidirectional` the second scan is over prefixes only, and the rest is causal (`prefix.py`).
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
 -> mixer); `dt_proj` is called, where the official code multiplies by its weight and passes its bias to the scan (see
@@ -163,7 +164,7 @@ class MambaMixer(MambaScan):
         # rows in the order x, z
         self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=config.use_bias)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
-        self.reverse = MambaScan(config) if config.bidirectional else None
+        self.reverse = MambaScan(config) if config.bidirectional or config.prefix_bidirectional else None
         initialise_alone(_init_ends, self, config)
 
     def forward(
@@ -175,8 +176,8 @@ class MambaMixer(MambaScan):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, E, L, past + L) mixing matrix if asked for.
 
-        With both directions the matrix is (B, 2 E, L, L): first the channels that look back, then those that look
-        ahead, each over the outputs of its direction's convolution.
+        With both directions, of the text or of prefixes, the matrix has 2 E heads: first the channels that look back,
+        then those that look ahead, each over the outputs of its direction's convolution.
         """
         cache = layer_of(past_key_values, self.layer_idx)
         hidden_states = sequence.blank(hidden_states)
@@ -277,7 +278,8 @@ class MambaSettings(MixerSettings):
     def sizes(self, config: Any) -> ZooMambaConfig:
         """Return the configuration of the mixers; its constructor checks the sizes."""
         sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
-        return ZooMambaConfig(bidirectional=getattr(config, "bidirectional", False), **sizes, **vars(self))
+        modes = {name: getattr(config, name, False) for name in ("bidirectional", "prefix_bidirectional")}
+        return ZooMambaConfig(**modes, **sizes, **vars(self))
 
 
 MAMBA = TokenMixer(
@@ -285,6 +287,7 @@ MAMBA = TokenMixer(
     make=lambda config, settings, layer_idx: MambaMixer(settings.sizes(config), layer_idx),
     settings=MambaSettings,
     bidirectional=True,
+    prefix=True,
     tags=("mamba",),
     flat={
         **{name: name for name in ("state_size", "expand", "conv_kernel", "time_step_rank")},

@@ -11,7 +11,8 @@ An encoder (`bidirectional`) scans every document a second time, from its end, w
 step size bias and skip (`reverse`). Both directions share `in_proj`, the gate, the norm and `out_proj`, which hold
 nearly all parameters; the outputs of the two scans are added before the gate. Caduceus's BiMamba (arXiv 2403.03234;
 kuleshov-group/caduceus@0d7fae1) is the same but adds after `out_proj`, Vision Mamba (arXiv 2401.09417) just before it.
-A causal checkpoint loads into an encoder; only `reverse` is new. It would not load into Hydra's block (arXiv
+A causal checkpoint loads into an encoder; only `reverse` is new. With `prefix_bidirectional` the second scan is over
+prefixes only, and the rest is causal (`prefix.py`). A causal checkpoint would not load into Hydra's block (arXiv
 2407.09941; goombalab/hydra@0daa208), which has a centred convolution and projects B, C and dt for each direction.
 
 Deviations from the official code: the residual is written norm -> mixer -> add (numerically equal to add -> norm
@@ -149,7 +150,7 @@ class Mamba2Mixer(Mamba2Scan):
         self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.use_bias)
         self.norm = GatedRMSNorm(inner, inner // config.n_groups, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
-        self.reverse = Mamba2Scan(config) if config.bidirectional else None
+        self.reverse = Mamba2Scan(config) if config.bidirectional or config.prefix_bidirectional else None
         initialise_alone(_init_projections, self, config)
 
     def forward(
@@ -161,8 +162,8 @@ class Mamba2Mixer(Mamba2Scan):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) to (B, L, D), and the (B, H, L, past + L) mixing matrix if asked for.
 
-        With both directions the matrix is (B, 2 H, L, L): first the heads that look back, then those that look ahead,
-        each over the outputs of its direction's convolution.
+        With both directions, of the text or of prefixes, the matrix has 2 H heads: first the heads that look back, then
+        those that look ahead, each over the outputs of its direction's convolution.
         """
         cache = layer_of(past_key_values, self.layer_idx)
         hidden_states = sequence.blank(hidden_states)
@@ -298,6 +299,7 @@ class Mamba2Settings(MixerSettings):
             num_hidden_layers=config.num_hidden_layers,
             layer_norm_epsilon=config.rms_norm_eps,
             bidirectional=getattr(config, "bidirectional", False),
+            prefix_bidirectional=config.prefix_bidirectional,
             **vars(self),
         )
 
@@ -320,6 +322,7 @@ MAMBA2 = TokenMixer(
     bidirectional=True,
     student=FromAttention(_mamba2_keys, ("conv_kernel", "half_life", "calibration", "copy_projections")),
     tags=("mamba2",),
+    prefix=True,
     flat={
         **{name: name for name in ("state_size", "expand", "n_groups", "conv_kernel", "time_step_limit")},
         "mamba_head_dim": "head_dim",

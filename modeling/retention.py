@@ -20,7 +20,8 @@ the tokens of each row; the second is the output for an additional value that is
 the second one, as in the official code; where the matrix itself is trained, it does.
 
 An encoder (`bidirectional`) has gamma^|n-m|, as in RMT (arXiv 2309.11523), here along one dimension: a second scan from
-the end of every document, with the same parameters and without the diagonal.
+the end of every document, with the same parameters and without the diagonal. With `prefix_bidirectional` the second
+scan is over prefixes only (`prefix.py`), and the sum of decays is over the tokens that a token sees.
 
 Deviations from the official code:
 
@@ -57,6 +58,7 @@ from .mixer import (
     is_single_step,
     matrix_rows,
 )
+from .prefix import prefix_alone
 from .token_layout import Sequence
 
 _HEADS = 144
@@ -176,11 +178,14 @@ class Retention(nn.Module):
         )
         if cache is not None:
             cache.recurrent_state = state
+        turned = self.read_backwards(sequence)
+        return o if turned is None else o + scan_ahead(v, log_decay, k, q, turned)
+
+    def read_backwards(self, sequence: Sequence) -> Sequence | None:
+        """Return the layout of the tokens that are read backwards too: all, those of prefixes, or None for none."""
         if self.bidirectional:
-            ahead = ssd_log_decay(*map(sequence.reverse, (v, log_decay, k, q)), seq_idx=sequence.seq_idx)
-            assert isinstance(ahead, Tensor)
-            o = o + sequence.reverse(ahead) - (q * k).sum(-1, keepdim=True) * v  # both scans have the diagonal
-        return o
+            return sequence
+        return None if sequence.prefix is None else prefix_alone(sequence)
 
     def matrix_inputs(self, hidden_states: Tensor, sequence: Sequence, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the factors of the mixing matrix.
@@ -204,8 +209,11 @@ class Retention(nn.Module):
         log_decay = log_decays(self.num_heads, hidden_states)
         if self.normalize_scores:
             sums = decay_sums(log_decay, ranks)
-            if self.bidirectional:
-                sums = sums + decay_sums(log_decay, sequence.reverse(ranks)) - 1  # the token itself counts once
+            turned = self.read_backwards(sequence)
+            if turned is not None:  # the token itself counts once
+                ranks = ranks.expand(hidden_states.shape[0], -1)
+                ahead = decay_sums(log_decay, turned.reverse(ranks)) - 1
+                sums = sums + (ahead if turned is sequence else turned.blank(ahead))
             q = (q * sums.rsqrt()[..., None]).to(q.dtype)
         return log_decay.expand(*hidden_states.shape[:2], -1), k, q
 
@@ -228,9 +236,9 @@ class Retention(nn.Module):
     def mixing_matrix(self, log_decay: Tensor, k: Tensor, q: Tensor, sequence: Sequence) -> Tensor:
         """(B, H, L, L) matrix R: o = R v per head, before norm and gate."""
         matrix = ssd_matrix(log_decay, k, q, seq_idx=sequence.seq_idx)
-        if self.bidirectional:
-            ahead = ssd_matrix(*map(sequence.reverse, (log_decay, k, q)), seq_idx=sequence.seq_idx)
-            matrix = matrix + sequence.reverse(sequence.reverse(ahead, 2), 3).triu(1)
+        turned = self.read_backwards(sequence)
+        if turned is not None:
+            matrix = matrix + matrix_ahead(log_decay, k, q, turned)
         if self.normalize_scores:
             matrix = matrix / matrix.sum(-1, keepdim=True).abs().clamp(min=1)
         return matrix
@@ -261,6 +269,31 @@ class Retention(nn.Module):
                 for parameter, value in zip(mine.parameters(), theirs.parameters(), strict=True):
                     parameter.copy_(value)
         copy_output(self.o_proj, view)
+
+
+def scan_ahead(values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence) -> Tensor:
+    """Return the (B, L, H, V) outputs of a scan from the end of each document, 0 at padding.
+
+    They are without the diagonal, which the scan from its start has.
+
+    Args:
+        values: (B, L, H, V).
+        log_decay: (B, L, H).
+        k: (B, L, H, P) keys.
+        q: (B, L, H, P) queries.
+        turned: the layout of the tokens that are read.
+    """
+    ahead = ssd_log_decay(*map(turned.reverse, (values, log_decay, k, q)), seq_idx=turned.seq_idx)
+    assert isinstance(ahead, Tensor)
+    ahead = turned.reverse(ahead) - (q * k).sum(-1, keepdim=True) * values
+    return ahead if turned.real is None else ahead.masked_fill(~turned.real[..., None, None], 0)
+
+
+def matrix_ahead(log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence) -> Tensor:
+    """Return the (B, H, L, L) matrix of :func:`scan_ahead`: 0 on the diagonal, below it, and in rows of padding."""
+    ahead = ssd_matrix(*map(turned.reverse, (log_decay, k, q)), seq_idx=turned.seq_idx)
+    ahead = turned.reverse(turned.reverse(ahead, 2), 3).triu(1)
+    return ahead if turned.real is None else ahead * turned.real[:, None, :, None]
 
 
 def log_decays(heads: int, like: Tensor) -> Tensor:
@@ -307,6 +340,7 @@ RETENTION = TokenMixer(
     settings=RetentionSettings,
     bidirectional=True,
     cache_layer="zoo_retention",
+    prefix=True,
     student=FromAttention(_retention_keys, ("calibration", "copy_projections")),
     tags=("retnet",),
 )

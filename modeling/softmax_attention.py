@@ -53,6 +53,11 @@ def softmax_attention(
     """
     implementation = implementation_of(module, output_attentions)
     if is_flash(implementation):
+        if sequence.prefix is not None:
+            raise ValueError(
+                f"attn_implementation must be 'sdpa', 'eager' or 'flex_attention' with prefix_mask, got "
+                f"{implementation!r}, which has no mask for a prefix in both directions"
+            )
         return _flash(module, q, k, v, sequence, window, key_positions), None
     if not module.is_causal:
         mask = sequence.document_mask()

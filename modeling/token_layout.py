@@ -34,6 +34,8 @@ class Sequence:
         packed: whether a row may hold more than one document.
         rotary: (B, L, P) cosines and sines of the rotary embedding, if the family's layers use it.
         local_rotary: those of a second rotary embedding, if some layers use another.
+        prefix: (B, L) True at the tokens of prefixes that are read in both directions (`prefix.py`); None without.
+        alone: the layout of these tokens alone, once a layer has asked for it.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Sequence:
         self.packed = packed
         self.rotary = rotary
         self.local_rotary: tuple[Tensor, Tensor] | None = None
+        self.prefix: Tensor | None = None
+        self.alone: Sequence | None = None
         self._masks: list[tuple[int | None, Tensor]] = []
         self._elsewhere: dict[torch.device, Sequence] = {}
         self._reversal: Tensor | None = None
@@ -86,6 +90,7 @@ class Sequence:
             )
             if self.local_rotary is not None:
                 there.local_rotary = self.local_rotary[0].to(device), self.local_rotary[1].to(device)
+            there.prefix = moved(self.prefix)
         return self._elsewhere[device]
 
     def rotary_tables(self, kind: str) -> tuple[Tensor, Tensor] | None:
@@ -126,7 +131,8 @@ class Sequence:
         so that its softmax is defined.
         """
         length = self.position_ids.shape[1]
-        if self.attention_mask is None and self.seq_idx is None and (keys == length or length == 1 == keys - self.past):
+        whole = self.attention_mask is None and self.seq_idx is None and self.prefix is None
+        if whole and (keys == length or length == 1 == keys - self.past):
             return None
         found = self._made(None, keys)
         if found is not None:
@@ -141,6 +147,8 @@ class Sequence:
         if self.seq_idx is not None and self.past == 0:
             documents = F.pad(self.seq_idx, (0, keys - length), value=-1)
             mask = mask & (self.seq_idx[:, :, None] == documents[:, None, :])
+        if self.prefix is not None:
+            mask = mask | F.pad(self._within_prefixes(self.prefix), (0, keys - length), value=False)
         mask = mask | (key_column == query_column[:, None])
         self._masks.append((None, mask[:, None]))
         return mask[:, None]
@@ -162,7 +170,8 @@ class Sequence:
         return mask
 
     def window_mask(self, window: int, query_positions: Tensor | None, key_positions: Tensor | None) -> Tensor:
-        """Return the (B or 1, 1, L, M) mask, True at a query itself and `window - 1` earlier tokens of its document.
+        """Return the (B or 1, 1, L, M) mask, True at a query itself and `window - 1` earlier tokens of its document, in
+        a prefix also at as many later ones.
 
         Args:
             window: tokens that a query sees, itself included.
@@ -179,11 +188,18 @@ class Sequence:
         length, keys = mask.shape[1:]
         if self.seq_idx is not None and self.past == 0:
             mask = mask & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
+        if self.prefix is not None:
+            mask = mask | (self._within_prefixes(self.prefix) & (distance.abs() < window))
         column = torch.arange(keys, device=mask.device)
         itself = column == keys - length + torch.arange(length, device=mask.device)[:, None]
         mask = (mask | itself)[:, None]
         self._masks.append((window, mask))
         return mask
+
+    def _within_prefixes(self, prefix: Tensor) -> Tensor:
+        """Return the (B, L, L) mask, True where query and key are in the prefix of one document."""
+        pairs = prefix[:, :, None] & prefix[:, None, :]
+        return pairs if self.seq_idx is None else pairs & (self.seq_idx[:, :, None] == self.seq_idx[:, None, :])
 
     def _made(self, window: int | None, keys: int) -> Tensor | None:
         """Return the mask with this window and number of columns that an earlier layer made, or None.

@@ -142,6 +142,8 @@ def _text(data: dict[str, Any]) -> str:
     sources = ", ".join(map(code, data["sources"]))
     if data["documents"] is None:
         return f"{sources}, read as a stream while training."
+    if data["targets"] is None:
+        return f"{sources}, {count(data['documents'])} documents, of which samples were made while training."
     return (
         f"{sources}, {count(data['documents'])} documents with {count(data['targets'])} predicted tokens in "
         f"{count(data['rows'])} rows{filled}."

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from .card_parts import LOAD_MODEL, LOADED_ALONE, OUR_CODE, common_sections, optimisation, write_trained_card
-from .markdown import code, count, fenced, percent
+from .markdown import code, count, fenced, number, percent, table
 
 
 def write_from_scratch_card(folder: Path, report: dict[str, Any], repo_id: str | None = None) -> None:
@@ -41,7 +41,7 @@ def _sections(report: dict[str, Any], repo_id: str | None) -> dict[str, str]:
         "training": optimisation(report, _schedule(report)),
         "adapters": "",
         "settings": "\n\n".join([common["settings"], "CONFIG, with what the tokenizer decided:", _config(report)]),
-        "evaluations": "\n\n".join(filter(None, [common["evaluations"], _selection(report)])),
+        "evaluations": "\n\n".join(filter(None, [common["evaluations"], _objectives(report), _selection(report)])),
         "limits": "\n".join(f"- {sentence}" for sentence in _limits(report)),
         "licence": _licence(report),
     }
@@ -68,6 +68,21 @@ def _schedule(report: dict[str, Any]) -> str:
         f"{settings['weight_decay']:g} of the matrices, gradients clipped to {settings['max_grad_norm']:g} (recipe "
         f"{code(settings['recipe'])})"
     )
+
+
+def _objectives(report: dict[str, Any]) -> str:
+    """Return the table of the losses of several training objectives; empty for the next token alone."""
+    first, last = report["evaluations"][0], report["evaluations"][-1]
+    if "objectives" not in first:
+        return ""
+    points = report["history"]
+    rows = [
+        (code(name), percent(points[-1][f"rate/{name}"]), number(loss), number(last["objectives"][name]))
+        for name, loss in first["objectives"].items()
+    ]
+    header = ("Objective", "Rate at the end", "Held-out loss before (nats per target)", "After")
+    intro = "Trained on samples of several objectives, with a loss on their targets ([figure](plots/objectives.png))."
+    return f"{intro}\n\n{table(header, rows)}"
 
 
 def _selection(report: dict[str, Any]) -> str:

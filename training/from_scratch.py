@@ -13,15 +13,21 @@ folder resumes from the last complete checkpoint.
 
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from ..harness.fingerprint import claim_run, fingerprint, pinned_revision
-from ..harness.published import public_argument
+from ..harness.published import decoration, public_argument
 from ..harness.run_folder import check_output_folder, claimed_folders_end, recorded_recipe, write_json
+from ..modeling.prefix import has_prefix
 from ..reports.from_scratch_card import write_from_scratch_card
+from ..reports.objectives_plot import write_objectives_plot
 from .from_scratch_settings import FromScratchSettings
 from .new_model import (
     BYTES,
@@ -33,11 +39,16 @@ from .new_model import (
     recorded_configuration,
     resolve_configuration,
 )
+from .objective_rows import ObjectiveStream
+from .objective_trainer import ObjectiveTrainer
+from .objectives import TARGET, ObjectiveTokens, add_tokens
 from .report import common_report, measured_once, write_folder, write_plots
 from .texts import make_rows, read_texts
 from .trainer import TrainingRun, check_trackers, optimiser_steps, processes, train
 
 KIND = "ssm-zoo training from scratch"
+_MEASURED_ROWS = 16
+"""Rows of the held-out text on which the loss of each objective is measured."""
 
 
 @claimed_folders_end()
@@ -61,12 +72,18 @@ def train_from_scratch(
     """
     run = _prepare(settings, Path(output))
     before = measured_once(run, "before", lambda: run.evaluate("before"))
-    history, on_the_way = train(run, settings.evaluate_every)
+    make_trainer = None
+    if settings.objectives is not None:
+        make_trainer = partial(ObjectiveTrainer, mix=settings.objectives, steps=run.steps)
+    history, on_the_way = train(run, settings.evaluate_every, make_trainer)
     after = run.evaluate("after")
     evaluations = [{**before, "step": 0}, *on_the_way, {**after, "step": run.steps}]
     report = _report(run, command or _python_command(), evaluations, history)
     if run.state.is_main_process:
         write_plots(run.output, report)
+        if settings.objectives is not None:
+            with decoration("the plot of the objectives"):
+                write_objectives_plot(report, run.output / "plots" / "objectives.png")
         save = run.model.save_pretrained
         write_folder(run.output, "model", save, write_from_scratch_card, report, run.tokenizer)
         write_json(run.output / "report.json", report)
@@ -87,8 +104,12 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     settings = settings.model_copy(
         update={"revision": configuration_commit(settings.config, settings.revision, output)}
     )
+    special = None if settings.objectives is None else add_tokens(tokenizer, settings.objectives)
     config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
-    rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process)
+    replace = None
+    if special is not None:
+        replace = partial(_objective_rows, settings, special, has_prefix(config), state.num_processes)
+    rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process, replace=replace)
     # Raises an error now, rather than when the training begins, if the warm-up is too long.
     settings.warmup_steps(optimiser_steps(settings, rows.length, state.num_processes))
     set_seed(settings.seed)
@@ -108,6 +129,44 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
         claim_run(output, recipe, sources, KIND)
     state.wait_for_everyone()
     return TrainingRun(settings, output, tokenizer, model, rows, state)
+
+
+def _objective_rows(
+    settings: FromScratchSettings,
+    tokens: ObjectiveTokens,
+    prefixes: bool,
+    processes: int,
+    train: Sequence[Tensor],
+    heldout: Sequence[Tensor],
+) -> dict[str, Any]:
+    """Return the rows of the objectives, to train on and to measure: the fields of `TextRows`.
+
+    Raises:
+        ValueError: if a text has tokens of the objectives, or no text is long enough for one of them.
+    """
+    mix = settings.objectives
+    assert mix is not None
+    ours = torch.tensor([*tokens.control.values(), tokens.context, tokens.target, tokens.end, *tokens.sentinels])
+    for field, documents in (("train", train), ("heldout", heldout)):
+        for number, document in enumerate(documents, start=1):
+            if torch.isin(document, ours).any():
+                raise ValueError(
+                    f"{field}: document {number} has a special token of the objectives, such as {TARGET}. Remove it "
+                    "from the text."
+                )
+    rows = settings.batch_size * settings.gradient_accumulation * processes
+
+    def stream(field: str, documents: Sequence[Tensor]) -> ObjectiveStream:
+        try:
+            return ObjectiveStream(
+                documents, mix, tokens, settings.row_tokens, step_rows=rows, seed=settings.seed, prefixes=prefixes
+            )
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+
+    judges = stream("heldout", heldout)
+    measured = {name: judges.of_one(index, _MEASURED_ROWS) for index, name in enumerate(mix.names)}
+    return {"train": stream("train", train), "objectives": measured}
 
 
 def _as_recorded(output: Path, config: PreTrainedConfig, sources: dict[str, dict[str, str]]) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..harness.settings import Option, accept, check, refused, wrong
+from .objective_settings import ObjectiveMix, read_mix
 from .settings import Count, NonNegative, Positive, Text, TrainingSettings
 
 # The 256 bytes and the end-of-text token.
@@ -124,6 +125,18 @@ class FromScratchSettings(TrainingSettings):
     """Gradients of a larger norm are scaled down to it."""
     evaluate_every: Count | None = None
     """Optimiser steps between two held-out losses during training; without it there are none."""
+    objectives: Annotated[
+        ObjectiveMix | None, BeforeValidator(read_mix), Option(metavar="MIX|FILE", parse=lambda text: text)
+    ] = None
+    """Train on a mixture of objectives for recall instead of the next token alone: birdie (fixed rates), birdie_bandit
+    (rates chosen during training) or a .yaml file; needs --steps."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        values = super().identity
+        if self.objectives is None:
+            del values["objectives"]  # runs of earlier versions do not have this key
+        return values
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> FromScratchSettings:
@@ -135,6 +148,24 @@ class FromScratchSettings(TrainingSettings):
             raise refused("train_tokenizer", f"{problem}, got {self.train_tokenizer}")
         if self.final_learning_rate > self.learning_rate:
             raise wrong("final_learning_rate", self.final_learning_rate, f"at most the peak, {self.learning_rate}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_objectives(self) -> FromScratchSettings:
+        if self.objectives is None:
+            return self
+        if self.steps is None:
+            raise refused("steps", "must be given with `objectives`, whose samples have no end, got None")
+        if self.streamed:
+            raise refused(
+                "objectives", "cannot be used with a streamed training text: leave out `streaming` and weights"
+            )
+        if not self.packing:
+            raise refused("packing", "has no effect with `objectives`, whose samples are always packed, got False")
+        bandit = self.objectives.bandit
+        if bandit is not None and bandit.every >= self.steps:
+            problem = f"must be below the {self.steps} steps of the run, or it decides nothing, got {bandit.every}"
+            raise refused("objectives.bandit.every", problem)
         return self
 
     def warmup_steps(self, steps: int) -> int:

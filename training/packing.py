@@ -8,6 +8,11 @@ changes, and the first token of a document is never a target. A batch of B rows 
     seq_idx       (B, L) number of the document in its row, -1 at padding
     position_ids  (B, L) position in the document, 0 at padding
 
+and where its rows have them
+
+    prefix_mask   (B, L) 1 at the tokens of an input that is read in both directions, 0 elsewhere
+    objective     (B, L) number of the training objective of each token, -1 at padding
+
 A document longer than a row is cut into pieces of whole rows. Each piece begins with the last token of the one before,
 as input only, so that every token but the document's first is a target exactly once.
 """
@@ -155,6 +160,7 @@ class RowCollator:
 def pad_rows(rows: Sequence[Row], length: int | None, pad_token_id: int) -> Row:
     """Return (B, L) tensors of rows padded on the right to `length`, or to the longest of them."""
     fill = {"input_ids": pad_token_id, "labels": IGNORED, "seq_idx": -1, "position_ids": 0}
+    fill |= {key: value for key, value in {"prefix_mask": 0, "objective": -1}.items() if key in rows[0]}
     length = max(len(row["input_ids"]) for row in rows) if length is None else length
     return {
         key: torch.stack([F.pad(row[key], (0, length - len(row[key])), value=value) for row in rows])

@@ -22,7 +22,7 @@ from .adapters import print_coverage
 from .packing import PackedDocuments
 from .settings import FinetuningSettings, RunSettings, TrainingSettings
 from .sources import DATASETS
-from .stream import TextStream
+from .stream import PositionedRows
 from .trainer import TrainingRun, compute_dtype
 
 
@@ -140,9 +140,9 @@ def base_report(
     return {"settings": {"model": source} | report["settings"] | public, "base": base}
 
 
-def _measures(rows: PackedDocuments | TextStream, settings: TrainingSettings) -> dict[str, Any]:
+def _measures(rows: PackedDocuments | PositionedRows, settings: TrainingSettings) -> dict[str, Any]:
     """Return the sizes of packed rows; those of a stream are unknown."""
-    if isinstance(rows, TextStream):
+    if isinstance(rows, PositionedRows):
         return {"targets": None, "rows": None, "filled": None}
     filled = rows.tokens / (len(rows) * settings.row_tokens) if settings.packing else None
     return {"targets": rows.targets, "rows": len(rows), "filled": filled}

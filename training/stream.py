@@ -60,8 +60,28 @@ def _rows(source: str, read: Read) -> Iterator[dict[str, str]]:
         yield {"place": place, "text": text}
 
 
-class TextStream(IterableDataset[Row]):
-    """Endless rows for `RowCollator`.
+class PositionedRows(IterableDataset[Row]):
+    """Endless rows for `RowCollator`, with a position to resume from."""
+
+    def position(self, row: int) -> dict[str, Any]:
+        """Return the position before a row, as values that JSON can represent.
+
+        Args:
+            row: number of the row from the beginning, not smaller than in an earlier call.
+        """
+        raise NotImplementedError
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Set the position to one that :meth:`position` returned."""
+        raise NotImplementedError
+
+    def first(self, count: int) -> list[Row]:
+        """Return the first rows, independently of the position."""
+        raise NotImplementedError
+
+
+class TextStream(PositionedRows):
+    """Rows of texts that are read during training.
 
     Args:
         passes: returns the documents of a pass over the sources, given its number: an `IterableDataset` of the
@@ -93,22 +113,15 @@ class TextStream(IterableDataset[Row]):
             yield from rows[max(self._start["row"] - position["first"], 0) :]
 
     def first(self, count: int) -> list[Row]:
-        """Return the first rows of the text, independently of the position."""
         rows = (row for _, window in self._read({"pass": 0, "source": None, "window": 0, "first": 0}) for row in window)
         return list(islice(rows, count))
 
     def position(self, row: int) -> dict[str, Any]:
-        """Return the position before a row, as values that JSON can represent.
-
-        Args:
-            row: number of the row from the beginning of the text, not smaller than in an earlier call.
-        """
         while len(self._windows) > 1 and self._windows[1]["first"] <= row:
             self._windows.popleft()
         return {**(self._windows[0] if self._windows else self._start), "row": row}
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Set the position to one that :meth:`position` returned."""
         self._start = position
 
     def fingerprint(self, sources: Sequence[str]) -> str:

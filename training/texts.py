@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..harness.text_files import read_text_file
 from .conversations import Example, encode_examples, example_of, examples_of, read_examples
+from .objective_rows import FixedRows
 from .packing import Document, PackedDocuments, Row
 from .settings import LanguageModelSettings, TrainingSettings
 from .sources import BUILTIN, DATA_SETS, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
-from .stream import TextStream, mixed
+from .stream import PositionedRows, TextStream, mixed
 
 
 def read_documents(
@@ -121,21 +122,24 @@ class TextRows:
         heldout: to measure the loss on.
         documents: number of documents for "train" and "heldout"; None for a stream.
         fingerprints: SHA-256 of the tokens for "train" and "heldout"; `TextStream.fingerprint` for a stream.
+        objectives: for each training objective, rows of the held-out text to measure its loss on; empty for the next
+            token alone.
     """
 
-    train: PackedDocuments | TextStream
+    train: PackedDocuments | PositionedRows
     heldout: PackedDocuments
     documents: dict[str, int | None]
     fingerprints: dict[str, str]
+    objectives: dict[str, FixedRows]
 
     @property
     def length(self) -> int | None:
         """Rows of a pass over the training text; None of a stream."""
-        return None if isinstance(self.train, TextStream) else len(self.train)
+        return None if isinstance(self.train, PositionedRows) else len(self.train)
 
     def first(self, count: int) -> list[Row]:
         """Return the first rows to train on, or all."""
-        if isinstance(self.train, TextStream):
+        if isinstance(self.train, PositionedRows):
             return self.train.first(count)
         return [self.train[index] for index in range(min(count, len(self.train)))]
 
@@ -177,6 +181,7 @@ def make_rows(
     vocab_size: int,
     *,
     progress: bool,
+    replace: Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, Any]] | None = None,
 ) -> TextRows:
     """Tokenise and pack the texts.
 
@@ -186,23 +191,29 @@ def make_rows(
         tokenizer: the model's tokenizer.
         vocab_size: size of the model's vocabulary.
         progress: show a progress bar.
+        replace: makes fields of the result, in place of packed rows to train on, from the tokens of both texts.
 
     Raises:
         ValueError: if a text has no token to predict, or the model lacks an embedding for one.
     """
-    rows: dict[str, Any] = {}
+    rows: dict[str, Any] = {"objectives": {}}
+    tokens: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}
     for field in _FIELDS:
         if _is_stream(settings, field):
             rows[field] = stream = _stream(settings, tokenizer, vocab_size)
             fingerprints[field] = stream.fingerprint([source for source, _ in settings.mixture])
             continue
-        encoded = _encode(texts[field], tokenizer, vocab_size, progress=progress)
+        tokens[field] = encoded = _encode(texts[field], tokenizer, vocab_size, progress=progress)
         fingerprints[field] = fingerprint(encoded)
+        if field == "train" and replace is not None:
+            continue
         try:
             rows[field] = PackedDocuments(encoded, settings.row_tokens, packing=settings.packing)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
+    if replace is not None:
+        rows |= replace(tokens["train"], tokens["heldout"])
     counts = {field: len(texts[field]) if field in texts else None for field in _FIELDS}
     return TextRows(**rows, documents=counts, fingerprints=fingerprints)
 

@@ -36,7 +36,7 @@ from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_d
 from .packing import IGNORED, Row, RowCollator
 from .settings import RunSettings, Settings
 from .sharding import sharded_by
-from .stream import TextStream
+from .stream import PositionedRows
 from .texts import TextRows
 
 HISTORY = 200
@@ -93,6 +93,14 @@ class SelectionMeans:
         return means
 
 
+class Rows(Protocol):
+    """Rows of a data set, and the number of tokens that they predict."""
+
+    @property
+    def targets(self) -> int: ...
+    def __len__(self) -> int: ...
+
+
 @dataclass
 class TrainingRun(Generic[Settings]):
     """State of a training of a language model.
@@ -128,6 +136,9 @@ class TrainingRun(Generic[Settings]):
         """Optimiser steps of the whole training."""
         return optimiser_steps(self.settings, self.rows.length, self.state.num_processes)
 
+    def _heldout(self, rows: Rows) -> dict[str, Any]:
+        return heldout_loss(self.model, rows, self.collator, self.settings.batch_size)
+
     def compute(self) -> Any:
         """Return the context of every forward and backward pass."""
         return computing(self.settings.dtype, self.device)
@@ -135,7 +146,10 @@ class TrainingRun(Generic[Settings]):
     def evaluate(self, name: str) -> dict[str, Any]:
         """Return the results of :func:`heldout_loss`, with a name for the report."""
         with self.compute():
-            measured = heldout_loss(self.model, self.rows.heldout, self.collator, self.settings.batch_size)
+            measured = self._heldout(self.rows.heldout)
+            if self.rows.objectives:
+                losses = {name: self._heldout(rows)["loss"] for name, rows in self.rows.objectives.items()}
+                measured["objectives"] = losses
         check_numbers(measured, name)
         if self.state.is_main_process:
             tqdm.write(f"{name}: held-out loss {measured['loss']:.4f}")
@@ -205,14 +219,6 @@ def optimiser_steps(settings: StepSettings, rows: int | None, processes: int) ->
     assert rows is not None
     in_a_step = settings.batch_size * settings.gradient_accumulation * processes
     return math.ceil(settings.epochs * math.ceil(rows / in_a_step))
-
-
-class Rows(Protocol):
-    """Rows of a data set, and the number of tokens that they predict."""
-
-    @property
-    def targets(self) -> int: ...
-    def __len__(self) -> int: ...
 
 
 def heldout_loss(model: nn.Module, rows: Rows, collator: Callable[..., Row], batch_size: int) -> dict[str, Any]:
@@ -286,7 +292,7 @@ class LanguageModelTrainer(ZooTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the Trainer's loader, or one for a stream: it does not draw from the model's random numbers."""
-        if not isinstance(self.train_dataset, TextStream):
+        if not isinstance(self.train_dataset, PositionedRows):
             return super().get_train_dataloader()
         rows: Any = DataLoader(
             self.train_dataset,
@@ -300,14 +306,14 @@ class LanguageModelTrainer(ZooTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Also save the position in a stream, without the rows that were read ahead."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if isinstance(self.train_dataset, TextStream) and self.args.should_save:
+        if isinstance(self.train_dataset, PositionedRows) and self.args.should_save:
             in_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             row = self.first_row + (self.state.global_step - self.first_step) * in_a_step
             write_json(Path(output_dir) / STREAM, self.train_dataset.position(row))
 
     def restore_stream(self, checkpoint: Path) -> None:
         """Set a stream to the position that a checkpoint has."""
-        if isinstance(self.train_dataset, TextStream):
+        if isinstance(self.train_dataset, PositionedRows):
             position = read_json_object(checkpoint / STREAM)
             self.train_dataset.go_to(position)
             self.first_row, self.first_step = position["row"], steps_done(checkpoint)
@@ -371,13 +377,16 @@ class CurveCallback(TrainerCallback):
 
 
 def train(
-    run: TrainingRun[Any], evaluate_every: int | None = None
+    run: TrainingRun[Any],
+    evaluate_every: int | None = None,
+    make_trainer: Callable[..., "LanguageModelTrainer"] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Train a language model, from the last complete checkpoint if there is one.
 
     Args:
         run: the run; its model is trained in place.
         evaluate_every: steps between two held-out losses during training; None: there are none.
+        make_trainer: makes the Trainer with the arguments of `LanguageModelTrainer`; None: that class.
 
     Returns:
         The points of the curve, and the held-out losses during training, each with its "step".
@@ -387,12 +396,13 @@ def train(
     """
     settings, config = run.settings, run.model.config
     use_cache = config.use_cache
-    trainer = LanguageModelTrainer(
+    streamed = isinstance(run.rows.train, PositionedRows)
+    trainer = (make_trainer or LanguageModelTrainer)(
         model=run.model,
         args=TrainingArguments(
             gradient_accumulation_steps=settings.gradient_accumulation,
             **trainer_arguments(settings, run.steps, run.output, run.device),
-            **(_STREAMED if settings.streamed else {}),
+            **(_STREAMED if streamed else {}),
         ),
         train_dataset=run.rows.train,
         data_collator=run.collator,
@@ -481,7 +491,12 @@ def train_or_load(
 
 def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the points of the curve in the Trainer's history."""
-    return [{key: point[key] for key in _POINT if key in point} for point in history if "loss" in point]
+
+    def of_objectives(point: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in point.items() if key.startswith(("loss/", "rate/"))}
+
+    points = [point for point in history if "loss" in point]
+    return [{key: point[key] for key in _POINT if key in point} | of_objectives(point) for point in points]
 
 
 def gradient_checkpointing() -> dict[str, Any]:

@@ -443,3 +443,10 @@ def test_the_command_says_it_in_one_line(source: Path) -> None:
 def test_rules_that_do_not_fit_a_model_are_an_error(rules: list[Rule], message: str) -> None:
     with pytest.raises(ValueError, match=f"^rules: .*{message}"):
         Mapper(rules, {"a.d": torch.ones(1), "b.0.c": torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["prefix-mamba2", "prefix-retnet"])
+def test_a_model_that_reads_prefixes_in_both_directions_is_not_converted(tmp_path: Path, name: str) -> None:
+    """The second would lose it: it has no other weights than a causal RetNet."""
+    make_model(name).save_pretrained(tmp_path / "source")
+    refused(tmp_path, "`prefix_bidirectional` must be False, got True", to="fla")

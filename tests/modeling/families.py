@@ -287,6 +287,26 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# They read prefixes in both directions, if they are given a mask; the first is among the families, without one.
+PREFIXED: dict[str, Family] = {
+    "prefix-hybrid": _hybrid(
+        "discrete_mamba2",
+        "full_attention",
+        "retention",
+        "sliding_attention",
+        prefix_bidirectional=True,
+        feature_map="softplus",
+        normalize=True,
+        retention={"v_head_dim": 5},
+        rms_norm_eps=1e-3,
+    ),
+    "prefix-mamba": _mamba(prefix_bidirectional=True),
+    "prefix-mamba2": _mamba2(prefix_bidirectional=True, n_groups=4, conv_kernel=3, time_step_limit=(0.004, 0.5)),
+    "prefix-retnet": _retnet(prefix_bidirectional=True),
+    "prefix-mambas": _hybrid("mamba", "mamba2", prefix_bidirectional=True, state_size=5, time_step_rank=3),
+}
+FAMILIES["prefix-hybrid"] = PREFIXED["prefix-hybrid"]
+
 # They see the tokens ahead, too: no causal language models, but every other head.
 ENCODERS: dict[str, Family] = {
     "mamba-encoder": _mamba(bidirectional=True),
@@ -375,8 +395,8 @@ def make_encoder_decoder(name: str, *, seed: int = 0, head: bool = True, **chang
 
 
 def make_config(name: str, **changes: Any) -> PreTrainedConfig:
-    """Tiny configuration of a registered family or encoder, with `changes`."""
-    return (FAMILIES | ENCODERS)[name].config(**changes)
+    """Tiny configuration of a registered family, encoder or model with prefixes, with `changes`."""
+    return (FAMILIES | PREFIXED | ENCODERS)[name].config(**changes)
 
 
 def make_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -386,7 +406,7 @@ def make_model(name: str, *, seed: int = 0, **changes: Any) -> Any:
     there would not show. Here noise is added to every parameter, but little enough for logits of order 1.
     """
     torch.manual_seed(seed)
-    model = FAMILIES[name].causal_lm(make_config(name, **changes))
+    model = (FAMILIES | PREFIXED)[name].causal_lm(make_config(name, **changes))
     perturb(model, seed)
     return model.eval()
 
