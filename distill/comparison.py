@@ -24,7 +24,7 @@ from ..evaluation.language_modeling import PASSAGE, compare_continuations, repea
 from .recipe import EvaluationSpec
 
 # Windows of the loss by position, at most.
-_WINDOWS = 4
+WINDOWS = 4
 _TEACHER = "teacher"
 
 
@@ -101,7 +101,7 @@ def _by_position(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     length = min(comparison.spec.long_length or 8 * comparison.sequence_length, len(comparison.heldout))
     if comparison.positions is not None:
         length = min(length, comparison.positions)
-    count = min(_WINDOWS, len(comparison.heldout) // length)
+    count = min(WINDOWS, len(comparison.heldout) // length)
     windows = comparison.heldout[: count * length].view(count, length)
     with comparison.timed("by_position"):
         return evaluate_by_position(comparison.models, windows, teacher=_TEACHER, kept=comparison.kept)
