@@ -33,7 +33,8 @@ test-oldest: .venv-oldest/.installed ## run all tests with the oldest transforme
 test-sweeps: $(STAMP) ## compile every head of every family, train each in two processes in every way, and more (PYTEST_ARGS)
 	OMP_NUM_THREADS=1 SSM_ZOO_SWEEPS=1 $(TOOL) pytest -q tests/modeling/test_compile.py tests/modeling/test_distributed.py \
 		tests/training/test_trainer_checkpoints.py tests/training/test_earlier_runs.py \
-		tests/kernels/test_compiled_kernels.py tests/benchmarks/test_retrieval_benchmark.py $(PYTEST_ARGS)
+		tests/kernels/test_compiled_kernels.py tests/benchmarks/test_retrieval_benchmark.py \
+		tests/distill/test_several_processes.py $(PYTEST_ARGS)
 
 # Their source distributions come from the package index once, into ~/.cache/ssm-zoo/contracts (XDG_CACHE_HOME).
 test-contracts: $(VENV)/.contracts ## run transformers' and peft's own tests on every family (CONTRACTS_ARGS adds arguments)

@@ -25,7 +25,7 @@ from ..evaluation.multiple_choice import compare_choices, draw_questions, multip
 from .recipe import EvaluationSpec
 
 # Windows of the loss by position, at most.
-_WINDOWS = 4
+WINDOWS = 4
 _TEACHER = "teacher"
 _LEAST_FOR_QUESTIONS = 512  # held-out tokens
 
@@ -105,7 +105,7 @@ def _by_position(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
     if comparison.positions is not None:
         length = min(length, comparison.positions)
     tokens = min(comparison.spec.tokens, len(comparison.heldout))
-    count = min(_WINDOWS, max(tokens // length, 1))
+    count = min(WINDOWS, max(tokens // length, 1))
     windows = comparison.heldout[: count * length].view(count, length)
     with comparison.timed("by_position"):
         return evaluate_by_position(comparison.models, windows, teacher=_TEACHER, kept=comparison.kept)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -25,12 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
+from ..evaluation.hidden_states import KeptStates
 from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, repeat_loss
 from ..harness.machine import resident_memory
 from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
 from ..training.sharding import sharded_by
 from .adapters import adapted
+from .comparison import WINDOWS
 from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
 from .layer_errors import layer_errors, layer_windows
@@ -163,24 +165,38 @@ class _Planner:
         self.processes = PartialState().num_processes
         self.sharded = sharded_by() is not None
         self.shards = self.processes if self.sharded else 1  # of the student's weights, gradients and moments
-        weights = _bytes(self.student)
-        self.weights = weights // self.shards
+        self.whole = _bytes(self.student)
+        self.weights = self.whole // self.shards
+        self.outside = _resident(self.device) - self.whole
         # Of a sharded student only a part stays in each process.
-        self.resident = _resident(self.device) - (weights - self.weights)
+        self.resident = self.outside + self.weights
+        self.kept = KeptStates()
 
     def plan(self) -> RunPlan:
         """Return the whole plan."""
         recipe, spec = self.recipe, self.recipe.evaluation
+        texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
+        scored = max(min(spec.tokens, len(self.heldout)) // spec.sequence_length, 1) * spec.sequence_length
+        self.kept.name(self.teacher.model, "teacher")
+        self.evaluate(texts)  # imports what an evaluation needs, and keeps the teacher's states
+        in_a_token = self.kept.nbytes / texts.numel()
+
+        def kept(models: int, tokens: int = scored) -> int:
+            """Bytes of the hidden states of some models."""
+            return min(self.kept.limit, int(models * tokens * in_a_token))
+
         stages = []
         for index, layers in enumerate(self.conversion.stages):
             stage = recipe.stages[index]
             with self.conversion.converted(self.student, layers), adapted(self.student, stage, layers):
-                stages.append(self.stage(index))
-        texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
-        self.evaluate(texts[:1])  # imports what an evaluation needs
+                # With the states of teacher and control.
+                stages.append(self.stage(index, kept(2)))
         forward = peak_of(lambda: self.evaluate(texts), self.device)
         seconds = seconds_of(lambda: self.evaluate(texts), self.device)
-        scored = min(spec.tokens, len(self.heldout)) // spec.sequence_length * spec.sequence_length
+        lost = 1 - kept(1) / max(scored * in_a_token, 1)  # share of the states that the teacher computes each time
+        if lost > 0:
+            self.kept.forget("teacher")
+            seconds += lost * (seconds_of(lambda: self.evaluate(texts), self.device) - seconds)
         # Teacher, zeroed mixers, control and step 0, then after each stage.
         seconds *= scored / texts.numel() * (4 + len(stages))
         # Recall is measured for all models but the one with zeroed mixers; errors of layers at step 0 and after each
@@ -192,14 +208,16 @@ class _Planner:
         if spec.final:
             length = max(spec.long_length or 8 * recipe.data.sequence_length, spec.prefill_limit)
             caches = _cache(self.teacher, max(spec.context_lengths, default=0))
-            comparison = self.resident + control + caches + int(forward * max(length / texts.numel(), 1.0))
+            states = kept(3, scored + WINDOWS * length)
+            comparison = self.resident + control + caches + states + int(forward * max(length / texts.numel(), 1.0))
         return RunPlan(
             processes=self.processes,
             device=self.device.type,
             resident=self.resident,
             teacher=_bytes(self.teacher.model),
             student=self.weights,
-            evaluation=self.resident + control + forward,
+            # The control is gone when a stage's states are kept.
+            evaluation=self.resident + forward + max(control + kept(2), kept(3)),
             comparison=comparison,
             stages=stages,
             evaluation_seconds=seconds,
@@ -209,7 +227,9 @@ class _Planner:
         """Score the student on a batch of windows, as the evaluations do."""
         teacher, size = self.teacher.model, self.recipe.evaluation.batch_size
         with self.compute():
-            evaluate_language_model(self.student, texts, teacher=teacher, batch_size=size, progress=False)
+            evaluate_language_model(
+                self.student, texts, teacher=teacher, batch_size=size, kept=self.kept, progress=False
+            )
 
     def recall(self) -> None:
         """Measure the student's loss on repeated passages, as the evaluations do."""
@@ -223,8 +243,12 @@ class _Planner:
         with self.compute():
             layer_errors(self.student, self.teacher, self.layers, layer_windows(texts).to(self.device))
 
-    def stage(self, index: int) -> StagePlan:
-        """Return the plan of a stage."""
+    def stage(self, index: int, kept: int) -> StagePlan:
+        """Return the plan of a stage, while hidden states of a number of bytes are kept."""
+        waiting = self.conversion.waiting.values()
+        # Only parameters are sharded: neither mixers that wait nor the attention in their places, which is buffers.
+        student = _size(self.student.parameters()) // self.shards + _size(self.student.buffers()) + _size(waiting)
+        resident = self.outside + student + kept
         stage, layers = self.recipe.stages[index], self.conversion.stages[index]
         batch, length = stage.batch_size // self.processes, stage.sequence_length
         vocabulary = self.teacher.model.config.get_text_config().vocab_size
@@ -251,7 +275,7 @@ class _Planner:
         on_cpu = self.device.type == "cpu"
         update = _FLOAT * (numbers + (largest // self.shards if on_cpu else numbers))
         saved = saved_parameters(self.student, self.recipe, layers).values()
-        copy = _FLOAT * sum(tensor.numel() for tensor in saved) if on_cpu else 0  # that a checkpoint is written from
+        copy = _size([*saved, *waiting]) if on_cpu else 0  # that a checkpoint is written from
         buckets = _FLOAT * numbers if self.processes > 1 and not self.sharded else 0  # of DDP
         whole = stage.objective == "logit_distillation"
         return StagePlan(
@@ -262,7 +286,7 @@ class _Planner:
             optimiser=optimiser,
             activations=activations,
             logits=_FLOAT * vocabulary * logits if whole else 0,
-            peak=self.resident + optimiser + buckets + max(activations, update, copy),
+            peak=resident + optimiser + buckets + max(activations, update, copy),
             seconds=seconds * stage.steps,
         )
 
@@ -395,7 +419,12 @@ def _extrapolated(step: Callable[[int], object], batch: int, least: int, device:
 
 
 def _bytes(model: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*model.parameters(), *model.buffers()))
+    return _size([*model.parameters(), *model.buffers()])
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _cache(teacher: Teacher, context: int) -> int:

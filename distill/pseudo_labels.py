@@ -4,7 +4,8 @@ Prompts are cut from the training text, and the teacher samples continuations. L
 continuations only, as on the answers of conversations. MambaInLlama (arXiv 2408.15237) trains on such pseudo-labels.
 
 They are written before the training, a batch to a file, each file with a seed of its own: an interrupted run goes on
-with the first file that is missing, to the same text.
+with the files that are missing, to the same text. Several processes write a file each at a time, and never one that
+the text may not need, so that their number changes neither the files nor the text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -62,7 +63,7 @@ def pseudo_labels(
         train: the training text.
         output: folder of the run.
         compute: makes the context of a forward pass in the recipe's dtype.
-        state: accelerate's view of the processes; the main one writes, all read.
+        state: accelerate's view of the processes, which share the files to write; all read all of them.
 
     Returns:
         The text of `data.pseudo_labels.tokens` tokens, in which the continuations are to be learnt.
@@ -74,17 +75,24 @@ def pseudo_labels(
     assert spec is not None
     parts: list[tuple[Tensor, Tensor]] = []
     known, source = 0, {"train": train.fingerprint()}
+    in_a_file = spec.batch_size * recipe.data.sequence_length  # tokens, at most
     with tqdm(total=spec.tokens, desc="teacher's text", unit="token", disable=not state.is_main_process) as bar:
         while known < spec.tokens:
-            path = output / FOLDER / f"{len(parts):06}.safetensors"
-            if state.is_main_process and not path.is_file():
-                path.parent.mkdir(exist_ok=True)
-                with compute():
-                    tensors = write_batch(recipe, teacher, train, len(parts))
-                write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary, source))
+            # Fewer files do not have the tokens that are left.
+            certain = -(-(spec.tokens - known) // in_a_file)
+            numbers = range(len(parts), len(parts) + min(certain, state.num_processes))
+            paths = [output / FOLDER / f"{number:06}.safetensors" for number in numbers]
+            for number, path in list(zip(numbers, paths, strict=True))[state.process_index :: state.num_processes]:
+                if not path.is_file():
+                    path.parent.mkdir(exist_ok=True)
+                    with compute():
+                        content = save(write_batch(recipe, teacher, train, number), source)
+                    # `save_file` replaces the file, and with it the lock that keeps other processes away from it.
+                    write_whole(path, lambda temporary, content=content: temporary.write_bytes(content))
             state.wait_for_everyone()
-            parts.append(_read(path, source))
-            known += len(parts[-1][0])
+            for path in paths:
+                parts.append(_read(path, source))
+                known += len(parts[-1][0])
             bar.update(min(known, spec.tokens) - bar.n)
     ids, learnt = (torch.cat(part)[: spec.tokens] for part in zip(*parts, strict=True))
     return TokenWindows(ids, learnt)

@@ -6,7 +6,7 @@ All of them are made from one dict (`ssm_zoo.reports.distillation_report`), so t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -44,11 +44,13 @@ from ..reports.results import (
     summary_sentence,
     verdicts,
 )
+from .objectives import loss_name
+from .stages import StageSpec
 
-__all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "write_report"]
+__all__ = ["EvaluationRow", "evaluation_table", "finite", "print_table", "stage_entry", "write_report"]
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> None:
+def write_report(folder: Path, report: dict[str, Any], with_plots: Callable[[], object] = lambda: None) -> None:
     """Write `plots/*.png`, `report.md` and, last, `report.json`; each file appears complete or not at all.
 
     Plots of an earlier report for which this report has no data are removed. Numbers that are not finite become null
@@ -57,6 +59,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     Args:
         folder: folder of the run; created if missing.
         report: see `ssm_zoo.reports.distillation_report`.
+        with_plots: writes what needs the plots. It is called before the report, by which a finished run is known.
 
     Raises:
         ValueError: if a key of the report is missing or has a wrong value. Nothing is written in this case.
@@ -71,8 +74,30 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
             drawn.append(name)
     for name in PLOT_CAPTIONS.keys() - set(drawn):
         (plots / name).unlink(missing_ok=True)
+    with_plots()
     write_text_whole(folder / "report.md", _markdown(checked, drawn))
     write_json(folder / "report.json", finite(report))
+
+
+def stage_entry(stage: StageSpec, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Return the part of a report on a trained stage."""
+    return {
+        "name": stage.name,
+        "objective": stage.objective,
+        "tokens": stage.steps * stage.batch_size * stage.sequence_length,
+        "steps": stage.steps,
+        "seconds": seconds,
+        "loss_name": loss_name(stage),
+        "history": [
+            {
+                "step": point["step"],
+                "loss": point["loss"],
+                "learning_rate": point["learning_rate"],
+                "gradient_norm": point["grad_norm"],
+            }
+            for point in history
+        ],
+    }
 
 
 def evaluation_table(report: dict[str, Any]) -> list[EvaluationRow]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from ..conversion.load_model import check_finite
 from ..evaluation.hidden_states import KeptStates, head_of
 from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, generation_sample, repeat_loss
-from ..harness.fingerprint import claim_run, fingerprint
+from ..harness.fingerprint import check_run, claim_run, fingerprint
 from ..harness.json_files import read_json_object
 from ..harness.machine import describe_machine, peak_memory
 from ..harness.processes import command_line
@@ -46,11 +46,10 @@ from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, writ
 from .healing import check_blocks
 from .inputs import check_inputs, check_stages, load_inputs
 from .layer_errors import layer_errors, layer_windows
-from .objectives import loss_name
 from .plan import RunPlan, make_plan
 from .pseudo_labels import pseudo_labels
-from .recipe import Recipe, StageSpec, as_mapping, as_recorded, dump, resolve_layers
-from .report import finite, write_report
+from .recipe import Recipe, as_mapping, as_recorded, dump, resolve_layers
+from .report import finite, stage_entry, write_report
 from .slots import LENGTH, WINDOWS, divide_slots
 from .stepwise import Conversion
 from .stored_logits import StoredLogits, identity
@@ -141,12 +140,15 @@ def distill(
         check_output_folder(output)
     _refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
+    recorded = as_recorded(recipe, recorded_recipe(run.output, _KIND))
     if on_plan is not None:
+        if run.main:
+            check_run(run.output, recorded, run.sources, _KIND)
         parts = (run.recipe, run.teacher, run.student, run.layers, run.train, run.heldout)
         plan = make_plan(*parts, run.compute, run.stored, run.conversion)
         if not on_plan(plan):
             return {}
-    _claim(run)
+    _claim(run, recorded)
     if recipe.data.pseudo_labels is not None:
         run.pseudo = pseudo_labels(recipe, run.teacher, run.train, run.output, run.compute, state)
     # Read now: the source may be gone when the training ends.
@@ -252,9 +254,9 @@ def _sources(recipe: Recipe, split: str) -> list[str]:
 
 
 def _write_results(run: _Run, report: dict[str, Any]) -> None:
-    """Write the report and the student's folder."""
-    write_report(run.output, report)
-    write_folder(run.output, "student", run.student.save_pretrained, write_card, report, run.teacher.tokenizer)
+    """Write plots, the student's folder and, last, the report: a run with a report has finished."""
+    save, tokenizer = run.student.save_pretrained, run.teacher.tokenizer
+    write_report(run.output, report, lambda: write_folder(run.output, "student", save, write_card, report, tokenizer))
 
 
 def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_code: bool) -> _Run:
@@ -277,10 +279,9 @@ def _prepare(recipe: Recipe, output: Path, state: PartialState, trust_remote_cod
     return _Run(*known, _Progress(), Conversion(teacher, recipe, layers), stored)
 
 
-def _claim(run: _Run) -> None:
-    """Claim the folder for the run."""
+def _claim(run: _Run, recorded: dict[str, Any]) -> None:
+    """Claim the folder for the run, with its recipe as the run recorded it."""
     if run.main:
-        recorded = as_recorded(run.recipe, recorded_recipe(run.output, _KIND))
         claim_run(run.output, recorded, run.sources, _KIND)
         write_text_whole(run.output / "recipe.yaml", dump(run.recipe))
     run.state.wait_for_everyone()
@@ -412,7 +413,7 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
             fit_output_projections(run.student, run.teacher, conversion.layers, windows, stage.refit, progress=run.main)
         check_finite(run.student, f"stages.{stage.name}: the student after its refit", _REMEDY)
         seconds += time.monotonic() - started
-    run.progress.stages.append(_stage_entry(stage, history, seconds))
+    run.progress.stages.append(stage_entry(stage, history, seconds))
     _evaluate(run, stage.name, "stage")
     _save(run, index + 1)
 
@@ -457,26 +458,6 @@ def _compare(run: _Run) -> None:
         run.progress.comparison = finite(compare(comparison))
         tqdm.write(f"teacher, control and student side by side ({sum(comparison.seconds.values()):.0f} s)")
     _save(run, len(recipe.stages))
-
-
-def _stage_entry(stage: StageSpec, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    return {
-        "name": stage.name,
-        "objective": stage.objective,
-        "tokens": stage.steps * stage.batch_size * stage.sequence_length,
-        "steps": stage.steps,
-        "seconds": seconds,
-        "loss_name": loss_name(stage),
-        "history": [
-            {
-                "step": point["step"],
-                "loss": point["loss"],
-                "learning_rate": point["learning_rate"],
-                "gradient_norm": point["grad_norm"],
-            }
-            for point in history
-        ],
-    }
 
 
 def read_report(output: str | Path) -> dict[str, Any]:

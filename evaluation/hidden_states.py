@@ -75,6 +75,11 @@ class KeptStates:
         self._names: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
         self._states: dict[tuple[str, torch.Size, bytes], Tensor] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all states."""
+        return sum(states.nbytes for states in self._states.values())
+
     def name(self, model: PreTrainedModel, name: str) -> None:
         """Keep the states of a model under a name; another object with the same weights may share it."""
         self._names[model] = name
@@ -94,7 +99,7 @@ class KeptStates:
         found = self._states.get(key)
         if found is None:
             found = head_input(model, input_ids=ids)
-            if sum(states.nbytes for states in self._states.values()) + found.nbytes <= self.limit:
+            if self.nbytes + found.nbytes <= self.limit:
                 self._states[key] = found
         return found
 

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .run_folder import claim_output_folder, recorded_recipe
+from .run_folder import check_claim, claim_output_folder, recorded_recipe
 
-__all__ = ["claim_run", "fingerprint", "pinned_revision", "sha256_of"]
+__all__ = ["check_run", "claim_run", "fingerprint", "pinned_revision", "sha256_of"]
 
 _PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
@@ -116,6 +116,22 @@ def claim_run(
     Raises:
         ValueError: as `claim_output_folder`, and if a source has changed since the run was started.
     """
+    return claim_output_folder(output, _with_sources(output, recipe, sources, kind), kind)
+
+
+def check_run(output: Path, recipe: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]], kind: str) -> None:
+    """Check that :func:`claim_run` would accept a folder, without claiming it; nothing is written.
+
+    Raises:
+        ValueError: as there.
+    """
+    check_claim(output, _with_sources(output, recipe, sources, kind), kind)
+
+
+def _with_sources(
+    output: Path, recipe: Mapping[str, Any], sources: Mapping[str, Mapping[str, str]], kind: str
+) -> Mapping[str, Any]:
+    """Return what a run records, after comparing its sources with those of the run in the folder."""
     recorded = recorded_recipe(output, kind)
     if recorded:
         earlier: Any = recorded.get("sources")
@@ -126,7 +142,7 @@ def claim_run(
             )
         for name, here in sources.items():
             _check_source(name, earlier.get(name, {}), here, output)
-    return claim_output_folder(output, {**recipe, "sources": sources} if sources else recipe, kind)
+    return {**recipe, "sources": sources} if sources else recipe
 
 
 def _check_source(name: str, there: Mapping[str, str], here: Mapping[str, str], output: Path) -> None:

@@ -25,6 +25,7 @@ except ImportError:  # Windows, where no folder is locked
     fcntl = None
 
 __all__ = [
+    "check_claim",
     "check_output_folder",
     "claim_output_folder",
     "claimed_folders_end",
@@ -144,8 +145,7 @@ def claim_output_folder(
         ValueError: if the folder holds anything else, or a run of another recipe; the error then names the keys that
             differ. Nothing is written in either case.
     """
-    path = Path(path)
-    marker = {"kind": kind, "format": _FORMAT, "recipe": json.loads(json_text(dict(recipe), "recipe"))}
+    path, marker = Path(path), _marker(recipe, kind)
     _check_is_folder(path)
     if path.is_dir():
         taken = _lock(path)
@@ -161,6 +161,23 @@ def claim_output_folder(
     _lock(path)
     write_json(path / _MARKER, marker)
     return None
+
+
+def check_claim(path: str | Path, recipe: Mapping[str, Any], kind: str = "ssm-zoo distillation run") -> None:
+    """Check that :func:`claim_output_folder` would accept a folder, without claiming it; nothing is written.
+
+    Raises:
+        ValueError: as there.
+    """
+    path = Path(path)
+    _check_is_folder(path)
+    if path.is_dir():
+        _earlier_start(path, _marker(recipe, kind))
+
+
+def _marker(recipe: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the content of the marker of a run."""
+    return {"kind": kind, "format": _FORMAT, "recipe": json.loads(json_text(dict(recipe), "recipe"))}
 
 
 def _earlier_start(path: Path, marker: dict[str, Any]) -> dict[str, Any] | None:

@@ -33,6 +33,9 @@ _REPLACED = ".ssm-zoo-replaced-"
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name, then rename it; a replaced file passes its permissions on.
 
+    If several processes write into the same folder, `write` has to write into the file that is there, which is locked,
+    and not to replace it.
+
     Raises:
         ValueError: if something other than a regular file has the name.
     """

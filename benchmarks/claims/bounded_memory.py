@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances
 
 import torch
 from circumstances import RESULTS, positive
-from result_file import open_results
+from result_file import open_results, option_values
 from transformers import AutoModelForCausalLM
 
 import ssm_zoo.modeling  # noqa: F401  (registers the models)
@@ -65,6 +65,7 @@ class Run:
     seed: int
     rows: int
     kv_dtype: str
+    exact: list[list[int]]
 
 
 def build(teacher: Teacher, run: Run, train: TokenWindows, options: argparse.Namespace) -> tuple[Any, float]:
@@ -132,7 +133,11 @@ def main(arguments: list[str]) -> None:
     if bool(options.exact) != ("exact" in options.arms):
         parser.error("--exact names the heads of the arm exact: give both or neither")
     torch.set_num_threads(options.threads)
-    results = open_results(options, "claims/bounded_memory.py", arguments)
+    results = open_results(options, parser, "claims/bounded_memory.py", arguments, free=vars(options))
+    common = option_values(options, ("teacher", "layers", "lengths"))
+    results.complete([*common, "exact"], parser)
+    for row in results.rows:  # the other arms have no exact heads
+        row["exact"] = row["exact"] if row["arm"] == "exact" else []
     teacher = load_teacher(options.teacher)
 
     train = read("builtin:wikitext2", "train", teacher)
@@ -142,7 +147,9 @@ def main(arguments: list[str]) -> None:
     trained = dict(each.split("=", 1) for each in options.student)
     for seed in options.seeds:
         for arm in [*options.arms, *trained]:
-            todo = [run for name in texts if not results.find(vars(run := Run(arm, name, seed, *memory)))]
+            exact = [list(head) for head in options.exact] if arm == "exact" else []
+            runs = [Run(arm, name, seed, *memory, exact) for name in texts]
+            todo = [run for run in runs if not results.find(vars(run) | common)]
             if not todo or (arm not in DIVISIONS and seed != options.seeds[0]):  # these have no seed
                 continue
             if arm in trained:
@@ -151,7 +158,9 @@ def main(arguments: list[str]) -> None:
                 student, seconds = build(teacher, todo[0], train, options)
             for run in todo:
                 found = scores(student, teacher, texts[run.text], options.lengths)
-                print(results.add({**vars(run), **found, "calibration_seconds": round(seconds, 1)}), flush=True)
+                print(
+                    results.add({**vars(run), **common, **found, "calibration_seconds": round(seconds, 1)}), flush=True
+                )
 
 
 if __name__ == "__main__":

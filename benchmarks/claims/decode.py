@@ -217,7 +217,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    file = open_results(options, "claims/decode.py", arguments)
+    free = ("contexts", "steps", "window", "chunk", "prefill")
+    file = open_results(options, parser, "claims/decode.py", arguments, free=free)
     contexts = sorted(set(options.contexts))
     length = contexts[-1] + WARM_UP + options.steps
     ids = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))

@@ -37,7 +37,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances
 import torch
 from bounded_memory import TOKENS, read, scores
 from circumstances import RESULTS, positive
-from result_file import open_results
+from result_file import open_results, option_values
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -296,12 +296,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    results = open_results(options, "claims/far_memory.py", arguments)
+    results = open_results(options, parser, "claims/far_memory.py", arguments, free=vars(options))
+    common = option_values(options, ("rows", "kv_dtype", "teacher", "lengths", "tokens"))
+    results.complete(common, parser)
     teacher = load_teacher(options.teacher)
     train, text = (read("builtin:wikitext2", split, teacher) for split in ("train", "heldout"))
     layers = list(range(teacher.num_layers))
     for seed in options.seeds:
-        todo = [rule for rule in options.rules if not results.find({"rule": rule, "seed": seed, "rows": options.rows})]
+        todo = [rule for rule in options.rules if not results.find({"rule": rule, "seed": seed, **common})]
         if not todo:
             continue
         student = build_student(
@@ -319,7 +321,7 @@ def main(arguments: list[str]) -> None:
         if "far" in todo:
             fit_gains(student, fitted, train.batch(1, 1, LENGTH, seed))
         for rule in todo:
-            started, row = time.monotonic(), {"rule": rule, "seed": seed, "rows": options.rows}
+            started, row = time.monotonic(), {"rule": rule, "seed": seed, **common}
             with Simulation(rule, fitted).installed():
                 row |= scores(student, teacher, text, options.lengths, options.tokens)
             print(results.add({**row, "seconds": round(time.monotonic() - started, 1)}), flush=True)

@@ -211,7 +211,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    file = open_results(options, "claims/from_scratch.py", arguments)
+    free = ("family", "rate", "range", "trial_steps", "steps", "seeds", "confirm")
+    file = open_results(options, parser, "claims/from_scratch.py", arguments, free=free)
     file.drop(lambda row: row["purpose"] == "summary" and row["family"] in options.family)
     comparison = Comparison(file, tokens(), options)
     summaries = [comparison.family(family) for family in options.family]

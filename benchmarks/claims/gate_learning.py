@@ -135,7 +135,8 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     for capacity in options.capacities:
         make(capacity, options.weight, 0)  # before anything is written: what a configuration refuses is an error
-    file = open_results(options, "claims/gate_learning.py", arguments)
+    free = ("capacities", "weight", "rate", "steps", "batch", "seeds", "threads")
+    file = open_results(options, parser, "claims/gate_learning.py", arguments, free=free)
     file.drop(lambda row: "summary" in row)
     found = {
         capacity: [

@@ -85,7 +85,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    results = open_results(options, "claims/healing.py", arguments)
+    free = ("students", "tokens", "threads")
+    results = open_results(options, parser, "claims/healing.py", arguments, free=free)
     teacher = load_teacher(options.teacher)
     train, held_out = (
         TokenWindows(tokenize(read_texts("builtin:wikitext2", split), teacher.tokenizer))

@@ -213,7 +213,8 @@ def main(arguments: list[str]) -> None:
     half = len(stories.held_out) // 2
     encode = partial(ids_of, tokenizer)
     data = Data(encode(stories.train), encode(stories.held_out[:half]), encode(stories.held_out[half:]))
-    file = open_results(options, "claims/inversion.py", arguments)
+    free = ("widths", "rate", "steps", "size", "seeds", "threads")
+    file = open_results(options, parser, "claims/inversion.py", arguments, free=free)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, data, options).compare()), indent=1))
     draw(file.rows, file.path.with_suffix(".png"))

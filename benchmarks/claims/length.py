@@ -192,7 +192,8 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--multiples must begin with 1 and each divide the last, got {options.multiples}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    file = open_results(options, "claims/length.py", arguments)
+    free = ("arm", "rate", "trial_steps", "steps", "seeds", "batch", "window", "threads")
+    file = open_results(options, parser, "claims/length.py", arguments, free=free)
     file.drop(lambda row: row["purpose"] == "summary" and row["arm"] in options.arm)
     data = split(tokens(), options.judge, options.windows, options.multiples)
     comparison = Comparison(file, data, options)

@@ -186,7 +186,8 @@ def halves(source: str, folder: Path) -> dict[str, Path]:
     return found
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parser_of_options() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a folder or Hub id")
     parser.add_argument("--train", default="builtin:wikitext2", help="training text")
@@ -206,14 +207,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for a new file")
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: list[str]) -> None:
     """Carry out the runs that the file does not hold yet, and show all."""
-    options = parse(arguments)
+    parser = parser_of_options()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    results = open_results(options, "claims/presets.py", arguments)
+    # Rows have all of them.
+    results = open_results(options, parser, "claims/presets.py", arguments, free=vars(options))
     num_layers = load_teacher(options.teacher).num_layers
     places = Places(options.teacher, num_layers, options.train, halves(options.heldout, options.work))
     names = {key: nameable(getattr(options, key)) for key in ("teacher", "train", "heldout")}

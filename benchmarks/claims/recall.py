@@ -214,7 +214,8 @@ def main(arguments: list[str]) -> None:
         size = dataclasses.replace(size, models=dataclasses.replace(size.models, state=state, large_state=large))
     for arm in options.arms:
         make(arm, size.models, options.range, 0)  # before anything is written: sizes that do not fit are an error
-    file = open_results(options, "claims/recall.py", arguments)
+    free = ("arms", "rate", "range", "steps", "batch", "seeds", "threads")
+    file = open_results(options, parser, "claims/recall.py", arguments, free=free)
     file.drop(lambda row: row["purpose"] == "summary")
     print(json.dumps(file.add(Comparison(file, size, options).summary()), indent=1))
     draw_curves(file.rows, file.path.with_suffix(".png"))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from circumstances import circumstances, write_rows
+
+# Options that change no result.
+_OF_THE_START = ("output", "resume", "minutes", "work")
 
 
 class ResultFile:
@@ -50,23 +56,82 @@ class ResultFile:
         write_rows(self.rows, self.path)
         return self.rows[-1]
 
+    def complete(self, names: Iterable[str], parser: argparse.ArgumentParser) -> None:
+        """Give rows of an earlier version, which lack some options as fields, those of their commands."""
+        for row in self.rows:
+            for name in names:
+                row.setdefault(name, option_of(row, name, parser, None))
+
     def drop(self, stale: Callable[[dict[str, Any]], bool]) -> None:
         """Drop rows that have to be computed again, e.g. summaries; the file changes with the next row."""
         self.rows = [row for row in self.rows if not stale(row)]
 
 
-def open_results(options: argparse.Namespace, script: str, arguments: list[str], *packages: str) -> ResultFile:
+def open_results(
+    options: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    script: str,
+    arguments: list[str],
+    *packages: str,
+    free: Iterable[str] = (),
+) -> ResultFile:
     """Return the result file that a command line continues (`options.resume`), or a new one in `options.output`.
 
     Args:
         options: the parsed command line; may have `minutes`.
+        parser: what parsed it.
         script: path of the script from benchmarks/.
         arguments: the command line.
         *packages: distributions to name in every row beside the usual ones.
+        free: names of options whose values rows contain, or which choose among the rows. All rows of a file have the
+            same values of the others.
+
+    Raises:
+        SystemExit: if a row of the file was measured with other options.
     """
     now = datetime.now(UTC)
     path = options.resume or options.output / f"{Path(script).stem}-{now:%Y%m%dT%H%M%SZ}.jsonl"
-    return ResultFile(path, circumstances(now, script, arguments, packages), getattr(options, "minutes", None))
+    here = option_values(options, vars(options).keys() - {*_OF_THE_START, *free})
+    about = circumstances(now, script, arguments, packages)
+    file = ResultFile(path, {"options": here, **about} if here else about, getattr(options, "minutes", None))
+    for row in file.rows:
+        for name, value in here.items():
+            if (there := option_of(row, name, parser, value)) != value:
+                raise SystemExit(
+                    f"--resume: {path} has rows with {name} {there}, got {value}. Give the same options, or leave out "
+                    "--resume to begin another file."
+                )
+    return file
+
+
+def option_of(row: dict[str, Any], name: str, parser: argparse.ArgumentParser, default: Any) -> Any:
+    """Return the value of an option with which a row was measured, as JSON has it; paths are their last parts.
+
+    Args:
+        row: the row. That of an earlier version has its command only.
+        name: name of the option.
+        parser: parser of the command.
+        default: what to return if the row does not tell.
+    """
+    if name in row.get("options", {}):
+        return row["options"][name]
+    try:
+        with redirect_stderr(io.StringIO()):  # about options of an earlier version
+            found, _ = parser.parse_known_args(shlex.split(row.get("command", ""))[2:])
+    except SystemExit:
+        return default
+    return option_values(found, [name])[name] if hasattr(found, name) else default
+
+
+def option_values(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return options by name, in order, as values that JSON can hold; paths are reduced to their last parts."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return Path(value).name if isinstance(value, str | Path) else value
+
+    return {name: plain(getattr(options, name)) for name in sorted(names)}
 
 
 def search(

@@ -256,7 +256,8 @@ def main(arguments: list[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     data = read_data(options.text, options.beir, options.vocabulary)
-    file = open_results(options, "claims/retrieval.py", arguments, "sentence-transformers", "bm25s")
+    free = ("rate", "steps", "trial_steps", "tuned", "share", "trial_share", "seeds", "threads")
+    file = open_results(options, parser, "claims/retrieval.py", arguments, "sentence-transformers", "bm25s", free=free)
     file.drop(lambda row: row["purpose"] == "summary")
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(file.add(Comparison(file, data, options, Path(folder)).compare()), indent=1))

@@ -164,7 +164,8 @@ def main(arguments: list[str]) -> None:
         found = run_in_this_process(Case(size, mixer), Path(folder) / "teacher", Path(folder) / "run")
         print(json.dumps(found))
         return
-    results = open_results(options, "claims/run_plan.py", arguments)
+    free = ("sizes", "alone")
+    results = open_results(options, parser, "claims/run_plan.py", arguments, free=free)
     for size in options.sizes:
         for mixer in MIXERS:
             results.run(Case(size, mixer), run_alone)

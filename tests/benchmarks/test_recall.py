@@ -243,14 +243,18 @@ def test_going_on_repeats_no_run_and_adds_what_is_missing(
     assert [row["seeds"] for row in read(path) if row["purpose"] == "summary"] == [[1, 2, 5]]
 
 
-def test_other_states_are_another_comparison(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_states_are_another_comparison_with_a_file_of_its_own(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(recall.SIZES, "cpu", TINY)
     path = tmp_path / "states.jsonl"
     path.write_bytes(finished.read_bytes())
     made: list[int] = []
     monkeypatch.setattr(recall, "execute", lambda run, size, options: made.append(size.models.state) or sys.exit())
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"states\.jsonl has rows with states None, got \[2, 3\]\. Give the same"):
         run("--states", "2", "3", "--resume", str(path))
+    with pytest.raises(SystemExit):
+        run("--states", "2", "3", "--output", str(tmp_path / "other"))
     assert made == [2]
 
 

@@ -22,6 +22,7 @@ from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.training.trainer import computing
 
 CPU = torch.device("cpu")
+KEPT = planning.KeptStates.__init__
 RECIPE = """\
 teacher: teacher
 student: {layers: odd, half_life: [1, 8]}
@@ -33,8 +34,8 @@ evaluation: {tokens: 64, final: false}
 """
 
 
-def parts(**stage: Any) -> tuple[Any, ...]:
-    """The arguments of a plan of a run with one stage."""
+def parts(*, before: dict[str, Any] | None = None, evaluation: int = 64, **stage: Any) -> tuple[Any, ...]:
+    """The arguments of a plan of a run with one stage, and one before it if asked for."""
     teacher = Teacher(make_teacher())
     values = {"objective": "logit_distillation", "train": "all", "tokens": 512, "batch_size": 4, **stage}
     recipe = parse_recipe(
@@ -42,8 +43,11 @@ def parts(**stage: Any) -> tuple[Any, ...]:
             "teacher": "x",
             "student": {"layers": [1, 2], "half_life": [1, 8]},
             "data": {"train": "x", "heldout": "x", "sequence_length": 32},
-            "stages": [{"name": "one", "learning_rate": 1e-3, **values}],
-            "evaluation": {"tokens": 64},
+            "stages": [
+                *([] if before is None else [{"name": "before", "learning_rate": 1e-3, **values, **before}]),
+                {"name": "one", "learning_rate": 1e-3, **values},
+            ],
+            "evaluation": {"tokens": evaluation},
         }
     )
     student = build_student(teacher, recipe.student, [1, 2])
@@ -82,7 +86,8 @@ def test_the_sizes_of_a_stage_are_those_of_its_weights() -> None:
     assert (stage.steps, stage.tokens) == (4, 512)
     assert stage.logits == 4 * 320 * 4 * 32  # all tokens of a step fit into one chunk
     assert stage.activations > 4 * stage.parameters  # with the gradients
-    assert stage.peak == found.resident + stage.optimiser + stage.activations
+    kept = 2 * 4 * 64 * student.config.hidden_size  # states of teacher and control for 64 tokens
+    assert stage.peak == found.resident + kept + stage.optimiser + stage.activations
     assert found.teacher == pytest.approx(4 * Teacher(make_teacher()).model.num_parameters(), rel=0.01)
     assert found.peak == max(stage.peak, found.comparison, found.evaluation)
     mixers, _ = plan_of(objective="hidden_state_alignment", train="mixers")
@@ -104,6 +109,40 @@ def test_the_memory_of_a_large_batch_follows_from_that_of_a_small_one(
     )
     whole, _ = plan_of(objective=objective, train=train, batch_size=12)
     assert found.stages[0].activations == pytest.approx(whole.stages[0].activations, rel=0.03)
+
+
+def test_layers_that_wait_are_held_beside_the_attention_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_extrapolated", lambda *_: (10**9, 0.0))
+    arguments = parts(before={"layers": [1]})
+    first, second = make_plan(*arguments).stages
+    attention = arguments[1].model.model.layers[2].self_attn
+    held = first.peak - first.optimiser - (second.peak - second.optimiser)
+    assert held == 4 * sum(parameter.numel() for parameter in attention.parameters())
+    # Without activations, the largest sum is that in which a checkpoint is written: also of the mixer that waits.
+    monkeypatch.setattr(planning, "_extrapolated", lambda *_: (0, 0.0))
+    mixers = {"objective": "hidden_state_alignment", "train": "mixers", "stream": "student"}
+    arguments = parts(before={"layers": [1]}, **mixers)
+    first, second = make_plan(*arguments).stages
+    assert first.parameters == second.parameters / 2
+    sizes = [parameter.numel() for parameter in arguments[2].backbone.layers[1].mixer.parameters()]
+    assert second.peak - second.optimiser - 4 * (
+        2 * sum(sizes) + max(sizes)
+    ) == first.peak - first.optimiser - held - 8 * sum(sizes)
+
+
+def test_the_hidden_states_that_evaluations_keep_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_extrapolated", lambda *_: (10**9, 0.0))
+    monkeypatch.setattr(planning, "peak_of", lambda *_: 0)
+    resident, width = 10**9, make_teacher().config.hidden_size
+    monkeypatch.setattr(planning, "_resident", lambda *_: resident)
+    for tokens, kept in ((64, 64 * width * 4), (512, 512 * width * 4)):
+        found = make_plan(*parts(evaluation=tokens))
+        (stage,) = found.stages
+        assert stage.peak == resident + stage.optimiser + 10**9 + 2 * kept  # of teacher and control
+        assert found.evaluation == resident + max(found.teacher + 2 * kept, 3 * kept)
+    monkeypatch.setattr(planning.KeptStates, "__init__", lambda self: KEPT(self, 30_000))
+    found = make_plan(*parts(evaluation=512))
+    assert found.stages[0].peak == resident + found.stages[0].optimiser + 10**9 + 30_000
 
 
 def test_a_plan_changes_neither_weights_nor_random_numbers() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from sweeps import SWEEPING
 from teachers import make_teacher, save_teacher, small_text, small_tokenizer
 from two_processes import launch
 
 from ssm_zoo.distill.precompute import precompute_logits
+from ssm_zoo.distill.pseudo_labels import FOLDER
 from ssm_zoo.distill.recipe import parse_recipe
 
 TEMPLATE = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }}\n{% endfor %}"
@@ -32,20 +34,39 @@ STAGES: dict[str, list[dict[str, Any]]] = {
         {**ALIGN, "name": "own", "stream": "student", "refit": "ridge"},
         {**LOGITS, **RATES, "name": "logits", "kl": "mixed", "repeats": 0.5},
     ],
+    # Layers that are converted step by step, adapters, and text that the teacher writes.
+    "steps": [
+        {**ALIGN, "name": "maps", "layers": [3], "train": "feature_maps"},
+        {**LOGITS, "name": "adapters", "layers": [3], "train": "lora", "lora_rank": 2, "text": "teacher"},
+        {**LOGITS, "name": "whole", "train": "all", "text": "teacher", "ce_weight": 0.5},
+    ],
 }
+
+_HOWS = ("ddp", "fsdp")
+RUNS = [f"{name}-{how}" for name in STAGES for how in _HOWS if SWEEPING or (name, how) != ("steps", "fsdp")]
+# Runs that one process begins, two continue and one ends: the recipe, and where the first two stop.
+PARTS = {f"stored-{how}-parts": ("stored", "outputs/3", "logits/3") for how in _HOWS}
+PARTS["steps-ddp-parts"] = ("steps", "text/1", "adapters/3")
+if SWEEPING:
+    PARTS["steps-fsdp-parts"] = ("steps", "text/1", "adapters/3")
+    PARTS["steps-ddp-late"] = ("steps", "maps/3", "whole/3")
 
 
 def recipe_of(name: str) -> dict[str, Any]:
     chat = name == "chat"
     text = "chat.jsonl" if chat else "text.txt"
+    student = {"feature_map": "hedgehog"} if name == "steps" else {}
+    data: dict[str, Any] = {"examples": "messages"} if chat else {}
+    if name == "steps":
+        data["pseudo_labels"] = {"tokens": 150, "prompt_length": 4, "batch_size": 2}
     return {
         "teacher": "teacher",
-        "student": {"layers": "odd", "half_life": [1, 8], "calibration_tokens": 128, "untie": chat},
-        "data": {"train": text, "heldout": text, "sequence_length": 16} | ({"examples": "messages"} if chat else {}),
+        "student": {"layers": "odd", "half_life": [1, 8], "calibration_tokens": 128, "untie": chat, **student},
+        "data": {"train": text, "heldout": text, "sequence_length": 16, **data},
         "stages": [{"batch_size": 4, "learning_rate": 1e-3, **stage} for stage in STAGES[name]],
         "evaluation": {"tokens": 64, "prompts": [], "final": False},
         "checkpoint_every": 2,
-    } | ({} if chat else {"stored_logits": "logits"})
+    } | ({"stored_logits": "logits"} if name == "stored" else {})
 
 
 def conversations() -> str:
@@ -80,30 +101,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         precompute_logits(parse_recipe(values), "logits", top_k=12)
         for name in STAGES:
             distill_in_processes.run_until(name, f"{name}-one", "-")
-        hows = ("ddp", "fsdp")
-        for how in hows:
-            distill_in_processes.run_until("stored", f"stored-{how}-parts", "outputs/3")
+        for run, (name, stop, _) in PARTS.items():
+            distill_in_processes.run_until(name, run, stop)
         jobs = []
-        for how in hows:
+        for how in ("ddp", "fsdp"):
             jobs += ["fsdp"] if how == "fsdp" else []
-            jobs += [f"{name}:{name}-{how}:-" for name in STAGES] + [f"stored:stored-{how}-parts:logits/3"]
+            jobs += [f"{run.partition('-')[0]}:{run}:-" for run in RUNS if run.endswith(how)]
+            jobs += [f"{name}:{run}:{stop}" for run, (name, _, stop) in PARTS.items() if f"-{how}-" in run]
         said = launch(Path(distill_in_processes.__file__), folder, *jobs)
         # In each stage of the runs that share weights, whole or begun by one process.
-        assert said.count("the weights are sharded over 2 processes by FSDP2") == 4 + 3 + 3
-        for how in hows:
-            distill_in_processes.run_until("stored", f"stored-{how}-parts", "-")
+        stages = {"chat-fsdp": 4, "stored-fsdp": 3, "stored-fsdp-parts": 3, "steps-fsdp": 3, "steps-fsdp-parts": 2}
+        sharded = sum(count for run, count in stages.items() if run in RUNS or run in PARTS)
+        assert said.count("the weights are sharded over 2 processes by FSDP2") == sharded
+        for run, (name, *_) in PARTS.items():
+            distill_in_processes.run_until(name, run, "-")
     return folder
 
 
-RUNS = ["chat-ddp", "chat-fsdp", "stored-ddp", "stored-fsdp", "stored-ddp-parts", "stored-fsdp-parts"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [*RUNS, *PARTS])
 def test_two_processes_distil_as_one(run: str, place: Path) -> None:
     name = run.partition("-")[0]
     one, two = (json.loads((place / folder / "report.json").read_text()) for folder in (f"{name}-one", run))
-    assert [one["processes"], two["processes"]] == [1, 1 if run.endswith("parts") else 2]
+    assert [one["processes"], two["processes"]] == [1, 1 if run in PARTS else 2]
     for expected, stage in zip(one["stages"], two["stages"], strict=True):
         for key in ("loss", "learning_rate", "gradient_norm"):
             found = [[point[key] for point in part["history"]] for part in (stage, expected)]
@@ -134,3 +154,15 @@ def test_each_process_reads_its_own_stored_logits(run: str, place: Path) -> None
     # Five steps of four windows, the first two of each for the first process.
     assert one == [4 * step + item for step in range(5) for item in (0, 1)]
     assert two == [4 * step + item for step in range(5) for item in (2, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [run for run in (*RUNS, *PARTS) if run.startswith("steps")])
+def test_two_processes_write_the_files_of_the_teachers_text_that_one_writes(run: str, place: Path) -> None:
+    found = [
+        {path.name: path.read_bytes() for path in (place / name / FOLDER).iterdir()} for name in ("steps-one", run)
+    ]
+    assert found[0] == found[1] and len(found[0]) >= 5
+    if run in RUNS:
+        wrote = [json.loads((place / f"{run}.wrote-{process}.json").read_text()) for process in (0, 1)]
+        assert sorted(wrote[0] + wrote[1]) == list(range(len(found[0]))) and min(map(len, wrote)) >= 2

@@ -1,11 +1,12 @@
 """One of several processes that distil together; started by test_several_processes.py through `accelerate launch`.
 
 `distill_in_processes.py FOLDER RECIPE:OUTPUT:STOP ...` carries out recipes one after the other, in a folder that holds
-what they read: RECIPE.yaml, each into its own OUTPUT, until STOP, a stage and a step such as "logits/3" ("-": to its
-end). After the word "fsdp", weights are sharded as `examples/launch/fsdp2_1x8.yaml` has it. The main process writes
-OUTPUT.saved.json: for each call of a layer in a layer-wise stage, how many tensors of layers before it are kept for a
-backward pass, and for each step the largest number that was kept in it. Every process writes OUTPUT.rows-NUMBER.json,
-the windows whose stored logits it read.
+what they read: RECIPE.yaml, each into its own OUTPUT, until STOP, a stage and a step such as "logits/3", or a file of
+the teacher's text such as "text/1" ("-": to its end). After the word "fsdp", weights are sharded as
+`examples/launch/fsdp2_1x8.yaml` has it. The main process writes OUTPUT.saved.json: for each call of a layer in a
+layer-wise stage, how many tensors of layers before it are kept for a backward pass, and for each step the largest
+number that was kept in it. Every process writes OUTPUT.rows-NUMBER.json, the windows whose stored logits it read, and
+OUTPUT.wrote-NUMBER.json, the files of the teacher's text that it wrote.
 """
 
 import json
@@ -23,7 +24,7 @@ import yaml
 from accelerate import PartialState
 from torch import Tensor
 
-from ssm_zoo.distill import objectives, streaming
+from ssm_zoo.distill import objectives, pseudo_labels, streaming
 from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill
@@ -105,8 +106,18 @@ def run_until(recipe: str, output: str, stop: str) -> None:
         rows.append(item)
         return row(self, stage, item)
 
+    wrote: list[int] = []
+    write = pseudo_labels.write_batch
+
+    def writing(*arguments: Any) -> dict[str, Tensor]:
+        if stage == "text" and arguments[-1] == int(step):
+            raise KeyboardInterrupt
+        wrote.append(arguments[-1])
+        return write(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
         kept = watch(patch)
+        patch.setattr(pseudo_labels, "write_batch", writing)
         patch.setattr(StoredLogits, "row", reading)
         patch.setattr(Distiller, "training_step", stopping)
         if stop == "-":
@@ -115,6 +126,7 @@ def run_until(recipe: str, output: str, stop: str) -> None:
             with pytest.raises(KeyboardInterrupt):
                 distill(load_recipe(f"{recipe}.yaml"), output)
     Path(f"{output}.rows-{PartialState().process_index}.json").write_text(json.dumps(rows), encoding="utf-8")
+    Path(f"{output}.wrote-{PartialState().process_index}.json").write_text(json.dumps(wrote), encoding="utf-8")
     if PartialState().is_main_process:
         found = {"at_layers": kept.at_layers, "of_steps": kept.of_steps}
         Path(f"{output}.saved.json").write_text(json.dumps(found), encoding="utf-8")

@@ -4,4 +4,5 @@ import os
 
 import pytest
 
-SWEEP = pytest.mark.skipif(not os.environ.get("SSM_ZOO_SWEEPS"), reason="a sweep of many minutes: make test-sweeps")
+SWEEPING = bool(os.environ.get("SSM_ZOO_SWEEPS"))
+SWEEP = pytest.mark.skipif(not SWEEPING, reason="a sweep of many minutes: make test-sweeps")

@@ -152,6 +152,22 @@ def test_a_saver_killed_at_any_moment_costs_no_bit(request: pytest.FixtureReques
     assert {tuple(death) for death in deaths} == {(4, 4), (4, 6)} and len(deaths) >= 4
 
 
+def test_the_report_is_written_last(work: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that a run has finished."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ssm_zoo.training.report.shutil.copytree", stop)  # into the folder with the weights
+        work.start()
+    assert not Path("run", "report.json").exists() and not Path("run", work.result).exists()
+    work.start()
+    assert Path("run", "report.json").is_file()
+    ours, theirs = weights("run", work), weights("whole", work)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_weights_that_have_changed_are_not_gone_on_with(work: Training) -> None:
     path = Path("zoo", "model.safetensors")
     tensors = load_file(path)
