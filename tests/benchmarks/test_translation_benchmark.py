@@ -54,7 +54,6 @@ def test_a_file_is_resumed_without_running_again(
     monkeypatch.setattr(translation, "WORDS", (4,))
     line = [
         "--arms",
-        "mamba",
         "encdec-mamba",
         "--pairs",
         "40",
@@ -72,14 +71,12 @@ def test_a_file_is_resumed_without_running_again(
     (path,) = tmp_path.glob("translation-*.jsonl")
     rows = [json.loads(row) for row in path.read_text().splitlines()]
     assert [(row["arm"], row["purpose"]) for row in rows] == [
-        (arm, purpose) for arm in ("mamba", "encdec-mamba") for purpose in ("tuning", "tuning", "comparison")
+        ("encdec-mamba", purpose) for purpose in ("tuning", "tuning", "comparison")
     ]
-    for tuned in (rows[:3], rows[3:]):
-        best = min(tuned[:2], key=lambda row: row["heldout_loss"])
-        assert tuned[2]["learning_rate"] == best["learning_rate"]
-        (scores,) = tuned[2]["tests"].values()
-        assert scores["entities"] == 4 and scores["copied"]["bleu"] >= 0 and scores["texts"] == 4
-    assert abs(rows[5]["parameters"] / rows[2]["parameters"] - 1) <= EQUAL
+    best = min(rows[:2], key=lambda row: row["heldout_loss"])
+    assert rows[2]["learning_rate"] == best["learning_rate"]
+    (scores,) = rows[2]["tests"].values()
+    assert scores["entities"] == 4 and scores["copied"]["bleu"] >= 0 and scores["texts"] == 4
     assert str(tmp_path) not in path.read_text() and "copied source" in printed
     monkeypatch.setattr(translation, "measure", lambda *_: pytest.fail("a run was repeated"))
     translation.main([*line, "--resume", str(path)])
