@@ -158,10 +158,11 @@ def _read(source: str | Mapping[str, Any], revision: str | None, encoder_decoder
 def _read_model(source: str, revision: str | None, encoder_decoders: bool) -> dict[str, Any]:
     """Return the keys of a checkpoint's configuration, without the special ids of its tokenizer."""
     if not Path(source).is_dir() and not _is_hub_id(source):
-        close = difflib.get_close_matches(source, _presets(), n=1)
+        presets = _presets(encoder_decoders)
+        close = difflib.get_close_matches(source, presets, n=1)
         suggestion = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"`config` must be a preset ({', '.join(_presets())}), a .yaml or .json file, a folder of a model, or a "
+            f"`config` must be a preset ({', '.join(presets)}), a .yaml or .json file, a folder of a model, or a "
             f"Hub id OWNER/NAME, got {source!r}.{suggestion}"
         )
     config = load_config(source, field="config", revision=revision)
@@ -213,9 +214,9 @@ def _model_types(encoder_decoders: bool) -> list[str]:
     return sorted(kind.model_type for kind in kinds if _writes(kind, encoder_decoders))
 
 
-def _presets() -> list[str]:
+def _presets(encoder_decoders: bool) -> list[str]:
     """Return the presets of these families."""
-    return [name for name, (kind, _) in PRESETS.items() if MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) is not None]
+    return [name for name, (kind, _) in PRESETS.items() if _writes(kind, encoder_decoders)]
 
 
 def _vocab_size(given: Any, entries: int) -> int:

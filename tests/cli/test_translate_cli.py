@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
 
 from ssm_zoo.cli.main import app
+from ssm_zoo.conversion.publishable import check_publishable
 from ssm_zoo.training.translation_settings import TranslationSettings
 
 PAIRS = [("the cat saw 12 dogs", "le chat vit 12"), ("a dog", "un chien"), ("no", "non"), ("see tom", "voir tom")]
@@ -137,6 +138,7 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
     assert f"chrf: {model['chrf_signature']}" in result.stdout
     limit = found["generation"]["hit_the_limit"]
     assert f"{limit} of 4 translations hit the limit of 6 tokens" in result.stdout
+    check_publishable(tmp_path / "out" / "model")
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     printed: list[str] = []

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.training.parallel_text import ParallelText, concatenated, read_parallel
+from ssm_zoo.harness.published import public_argument
+from ssm_zoo.training.parallel_text import ParallelText, concatenated, public_names, read_parallel
 
 # With a character at which `str.splitlines` would split, a quote and a comma.
 PAIRS = [("one\u2028a", 'eins "a"'), ("two, b", "zwei"), ("three", "drei\u00a0c")]
@@ -110,3 +111,9 @@ def test_concatenations_hold_every_pair_once_and_never_cross_sources() -> None:
     assert sum(sizes[:first]) == 33 and sum(joined.parts) == len(joined)
     assert concatenated(pairs, 5, seed=0) == joined != concatenated(pairs, 5, seed=1)
     assert concatenated(pairs, 1, seed=0) == pairs
+
+
+def test_folders_are_not_published() -> None:
+    names = ["/srv/me/a.en,/srv/me/a.de", "data/a.tsv", "datasets:/srv/me/set,train"]
+    assert public_names(names) == ["a.en,a.de", "a.tsv", "datasets:set,train"]
+    assert public_argument(names[0]) == "a.en,a.de"
