@@ -190,14 +190,14 @@ def _selective_copying(
     objective: ObjectiveSettings, text: Sequence[int], room: int, tokens: ObjectiveTokens, rng: random.Random
 ) -> Sample | None:
     width, (shortest, longest) = objective.span_tokens or 0, objective.delimiter_tokens or (0, 0)
-    lengths = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(objective.spans or 0)]
-    # Control, context, target and end tokens; each span costs its delimiters twice, two sentinels and itself.
-    while lengths:
+    drawn = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(objective.spans or 0)]
+    # As many spans as fit; if none does, one with the shortest delimiters, so that no draw decides whether it fits.
+    for lengths in (*(drawn[:count] for count in range(len(drawn), 0, -1)), [(shortest, shortest)]):
+        # Control, context, target and end tokens; each span costs its delimiters twice, two sentinels and itself.
         overhead = 4 + sum(2 * sum(pair) + 2 + width for pair in lengths)
         length = min(len(text), room - overhead)
         if length >= 2 * width * len(lengths):
             break
-        lengths.pop()
     else:
         return None
     body = list(text[:length])

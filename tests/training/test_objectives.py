@@ -144,6 +144,16 @@ def test_a_vocabulary_without_room_for_delimiters_is_an_error() -> None:
         make_sample(objective("selective_copying", delimiter_tokens=[2, 2]), TEXT, 400, small, random.Random(0))
 
 
+def test_no_draw_decides_whether_a_sample_fits() -> None:
+    """A row could otherwise wait for a lucky draw, and a resumed run be refused."""
+    chosen = objective("selective_copying")
+    smallest = 4 + 2 * 4 + 2 + 8 + 16  # one span with delimiters of two tokens, in a text twice as long
+    for seed in range(30):
+        assert make_sample(chosen, TEXT, smallest - 1, TOKENS, random.Random(seed)) is None
+        sample = make_sample(chosen, TEXT, smallest, TOKENS, random.Random(seed))
+        assert sample is not None and len(sample.ids) == smallest and sample.used == 16
+
+
 def test_short_texts_and_rooms_have_no_sample() -> None:
     for settings in MIXES["birdie"]["objectives"]:
         chosen = check(ObjectiveSettings, settings)

@@ -1,0 +1,167 @@
+"""Phone books: documents to train on, questions that judge a model, and the models and objectives that are compared.
+
+A document is a phone book and looked-up entries of it: entries of two tokens of a name and two of a number, a token
+that ends the book, then some of its names in random order, each with its number, and a token that ends the document.
+All names of a book differ. Only the numbers behind the book can be known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssm_zoo.harness.settings import check
+from ssm_zoo.modeling import ZooMamba2Config, ZooMamba2ForCausalLM
+from ssm_zoo.training.objective_settings import MIXES, ObjectiveMix
+from ssm_zoo.training.objectives import CONTROLLED, ObjectiveTokens
+
+NEXT, FIXED, BANDIT = "next token", "fixed mix", "bandit"
+CAUSAL, PREFIX = "causal", "prefix-bidirectional"
+# Objectives and direction of each arm. A model that reads prefixes in both directions has no prefix in next-token
+# training, and there is nothing to compare.
+ARMS = {
+    f"{objectives}, {direction}": (objectives, direction)
+    for objectives, direction in ((NEXT, CAUSAL), (FIXED, CAUSAL), (FIXED, PREFIX), (BANDIT, CAUSAL), (BANDIT, PREFIX))
+}
+# Largest difference of the numbers of parameters, in parts of the causal model's.
+EQUAL = 0.05
+ENTRY = 4
+# Documents that are assessed at a time.
+PART = 32
+
+
+@dataclass(frozen=True)
+class PhoneBooks:
+    """Sizes of the task.
+
+    Args:
+        entries: numbers of entries; a document to train on has one of them.
+        lookups: entries that are looked up behind the book.
+        symbols: different tokens at each of the four places of an entry.
+        sentinels: sentinel tokens of the objectives.
+    """
+
+    entries: tuple[int, ...]
+    lookups: int
+    symbols: int
+    sentinels: int = 128
+
+    def __post_init__(self) -> None:
+        if min(self.entries) < self.lookups or max(self.entries) > self.symbols**2 or self.lookups < 1:
+            raise ValueError(
+                f"entries must be from lookups ({self.lookups}, at least 1) to symbols**2 ({self.symbols**2}), "
+                f"got {self.entries}"
+            )
+
+    @property
+    def end_of_book(self) -> int:
+        """Return the token behind a book; the one behind a document is next."""
+        return ENTRY * self.symbols
+
+    @property
+    def tokens(self) -> ObjectiveTokens:
+        """Return the ids of the objectives' tokens, behind those of the documents."""
+        first = self.end_of_book + 2
+        control = {name: first + index for index, name in enumerate(CONTROLLED)}
+        first += len(control)
+        sentinels = list(range(first + 3, first + 3 + self.sentinels))
+        return ObjectiveTokens(control, sentinels, first, first + 1, first + 2, list(range(self.end_of_book)))
+
+    @property
+    def vocabulary(self) -> int:
+        """Return V, a multiple of 8."""
+        return -(-(self.tokens.sentinels[-1] + 1) // 8) * 8
+
+    def length(self, entries: int) -> int:
+        """Return the tokens of a document."""
+        return ENTRY * (entries + self.lookups) + 2
+
+    def draw(self, entries: int, batch: int, generator: torch.Generator) -> Tensor:
+        """Draw (B, length) documents."""
+        names = torch.rand(batch, self.symbols**2, generator=generator).argsort(-1)[:, :entries]
+        numbers = torch.randint(self.symbols, (batch, entries, 2), generator=generator)
+        places = [names // self.symbols, names % self.symbols, numbers[..., 0], numbers[..., 1]]
+        book = torch.stack([self.symbols * place + value for place, value in enumerate(places)], dim=-1)
+        asked = torch.rand(batch, entries, generator=generator).argsort(-1)[:, : self.lookups]
+        answers = book.gather(1, asked[..., None].expand(-1, -1, ENTRY))
+        ends = torch.full((batch, 2, 1), self.end_of_book)
+        return torch.cat([book.flatten(1), ends[:, 0], answers.flatten(1), ends[:, 1] + 1], dim=1)
+
+    def documents(self, count: int, generator: torch.Generator) -> list[Tensor]:
+        """Draw documents to train on, equally many of every number of entries."""
+        parts = [self.draw(entries, -(-count // len(self.entries)), generator) for entries in self.entries]
+        return [document for row in zip(*parts, strict=True) for document in row]
+
+    def chance(self, entries: int) -> dict[str, float]:
+        """Return the accuracy of a number that is drawn from all, and of one that is drawn from the book."""
+        return {"any number": self.symbols**-2, "a number of the book": 1 / entries}
+
+
+@torch.no_grad()
+def accuracy(model: Any, task: PhoneBooks, entries: int, documents: Tensor) -> float:
+    """Return the share of the looked-up names whose whole number is the most likely one, given the lookups before it.
+
+    A model that reads prefixes in both directions reads the book and its end as one.
+    """
+    model.eval()
+    book = ENTRY * entries + 1
+    found = 0
+    for part in documents.split(PART):
+        prefix = {}
+        if model.config.prefix_bidirectional:
+            prefix = {"prefix_mask": (torch.arange(part.shape[1]) < book).long().expand(len(part), -1)}
+        answers = model(part, use_cache=False, **prefix).logits[:, book - 1 : -2].argmax(-1).unflatten(1, (-1, ENTRY))
+        wanted = part[:, book:-1].unflatten(1, (-1, ENTRY))
+        found += int((answers == wanted)[..., 2:].all(-1).sum())
+    model.train()
+    return found / (len(documents) * task.lookups)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of Mamba-2: D, blocks, N and P."""
+
+    width: int
+    layers: int
+    state: int
+    head: int
+
+    def make(self, direction: str, vocabulary: int, initializer_range: float, seed: int) -> nn.Module:
+        """Return a freshly initialised model.
+
+        Raises:
+            ValueError: if the two directions differ in parameters by more than `EQUAL`.
+        """
+        counts = []
+        for prefix in (direction == PREFIX, False, True):
+            torch.manual_seed(seed)
+            config = ZooMamba2Config(
+                vocab_size=vocabulary,
+                hidden_size=self.width,
+                num_hidden_layers=self.layers,
+                state_size=self.state,
+                head_dim=self.head,
+                initializer_range=initializer_range,
+                prefix_bidirectional=prefix,
+            )
+            with torch.device("meta" if counts else "cpu"):
+                made = ZooMamba2ForCausalLM(config)
+            counts.append((sum(p.numel() for p in made.parameters()), made))
+        smaller, larger = counts[1][0], counts[2][0]
+        if larger - smaller > EQUAL * smaller:
+            raise ValueError(
+                f"the sizes must let both directions have equal parameters within {EQUAL:.0%}, got {smaller} and "
+                f"{larger}: raise width"
+            )
+        return counts[0][1]
+
+
+def mixture(objectives: str, steps: int) -> ObjectiveMix:
+    """Return the mixture of an arm; its bandit decides 20 times."""
+    if objectives == NEXT:
+        return check(ObjectiveMix, {"objectives": [{"objective": "next_token", "rate": 1.0}]})
+    mix = MIXES["birdie"]
+    return check(ObjectiveMix, mix if objectives == FIXED else {**mix, "bandit": {"every": max(steps // 20, 1)}})

@@ -1,0 +1,106 @@
+"""The phone-book benchmark: its documents, its judge, equal models, and a whole run at a tiny size that is resumed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import birdie
+import pytest
+import torch
+from birdie import Size, judged, main
+from birdie_plot import table
+from birdie_task import ARMS, BANDIT, CAUSAL, EQUAL, FIXED, NEXT, PREFIX, Model, PhoneBooks, accuracy, mixture
+from torch import Tensor
+
+TASK = PhoneBooks((4, 6), 3, 4, sentinels=32)
+TINY = Size(TASK, Model(48, 1, 4, 8), row=80, batch=2, steps=6)
+ARGUMENTS = ["--size", "tiny", "--seeds", "1", "2", "--documents", "20", "--evaluate-every", "3", "--validation", "2"]
+ARGUMENTS += ["--fresh", "3", "--arms", f"{NEXT}, {CAUSAL}", f"{BANDIT}, {PREFIX}"]
+
+
+def test_a_document_is_a_book_and_numbers_that_are_in_it() -> None:
+    documents = TASK.draw(6, 20, torch.Generator().manual_seed(0))
+    assert documents.shape == (20, TASK.length(6)) == (20, 4 * 9 + 2)
+    for row in documents.tolist():
+        assert row[24] == TASK.end_of_book and row[-1] == TASK.end_of_book + 1
+        entries = [tuple(row[at : at + 4]) for at in range(0, 24, 4)]
+        asked = [tuple(row[at : at + 4]) for at in range(25, 37, 4)]
+        assert len({entry[:2] for entry in entries}) == 6
+        assert set(asked) <= set(entries) and len(set(asked)) == 3
+        assert all(value // 4 == place for entry in entries for place, value in enumerate(entry))
+    assert len({tuple(row) for row in documents.tolist()}) == 20
+
+
+def test_tokens_are_apart_and_in_the_vocabulary() -> None:
+    tokens = TASK.tokens
+    special = [*tokens.control.values(), *tokens.sentinels, tokens.context, tokens.target, tokens.end]
+    documents = [TASK.end_of_book, TASK.end_of_book + 1, *tokens.ordinary]
+    assert len({*special, *documents}) == len(special) + len(documents) <= TASK.vocabulary
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+def test_the_judge_counts_whole_numbers(wrong: int) -> None:
+    """A model that copies what is asked, except for one token of the number in some of the lookups."""
+    documents = TASK.draw(4, 5, torch.Generator().manual_seed(0))
+
+    class Oracle:
+        config = SimpleNamespace(prefix_bidirectional=True)
+
+        def __call__(self, ids: Tensor, prefix_mask: Tensor, use_cache: bool) -> Any:
+            assert prefix_mask.sum(-1).tolist() == [17] * len(ids)
+            answers = ids.roll(-1, dims=1).clone()
+            for lookup in range(wrong):
+                answers[:, 16 + 4 * lookup + 2 + lookup % 2] = 0
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(answers, TASK.vocabulary).float())
+
+        def eval(self) -> None: ...
+        def train(self) -> None: ...
+
+    assert accuracy(Oracle(), TASK, 4, documents) == pytest.approx(1 - wrong / 3)
+    assert TASK.chance(4) == {"any number": 1 / 16, "a number of the book": 1 / 4}
+
+
+def test_both_directions_have_equally_many_parameters() -> None:
+    counts = [sum(p.numel() for p in TINY.model.make(d, 100, 0.05, 0).parameters()) for d in (CAUSAL, PREFIX)]
+    assert counts[0] < counts[1] <= (1 + EQUAL) * counts[0]
+    with pytest.raises(ValueError, match="equal parameters within 5%"):
+        Model(8, 1, 16, 4).make(CAUSAL, 8, 0.05, 0)
+    with pytest.raises(ValueError, match="entries must be from lookups"):
+        PhoneBooks((2, 6), 3, 4)
+
+
+def test_the_mixtures_are_those_of_the_arms() -> None:
+    assert mixture(NEXT, 100).names == ["next_token"]
+    assert mixture(FIXED, 100).bandit is None and mixture(FIXED, 100).names == mixture(BANDIT, 100).names
+    assert mixture(BANDIT, 100).bandit.every == 5  # pyright: ignore[reportOptionalMemberAccess]
+    assert set(ARMS.values()) == {(NEXT, CAUSAL), (FIXED, CAUSAL), (FIXED, PREFIX), (BANDIT, CAUSAL), (BANDIT, PREFIX)}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_is_tuned_judged_drawn_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(birdie.SIZES, "tiny", TINY)
+    # The search would go on while the accuracy, here 0 or near it, falls by chance.
+    monkeypatch.setattr(birdie, "judged", lambda row: abs(row["rate"] - 4e-3))
+    main([*ARGUMENTS, "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("birdie-*.jsonl")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    *rows, summary = read(path)
+    assert summary["purpose"] == "summary" and len(rows) == 2 * (3 + 2)
+    assert {(row["arm"], row["rate"]) for row in rows if row["purpose"] == "result"} == {
+        (arm, 4e-3) for arm in summary["arms"]
+    }
+    for row in rows:
+        assert [point["step"] for point in row["curve"]] == [3, 6] and row["tokens"] <= 6 * 2 * 80
+        assert all(sum(point["rates"].values()) == pytest.approx(1) for point in row["curve"])
+        assert row.keys() >= {"hardware", "versions", "date", "command"}
+    result = next(row for row in rows if row["purpose"] == "result")
+    assert judged(result) == 1 - sum(result["curve"][-1]["validation"].values()) / 2
+    text = table(summary)
+    assert "| chance: a number of the book | | | 25.0% | 16.7% |" in text and text.count("\n") == 5
+    monkeypatch.setattr(birdie, "execute", lambda *_: pytest.fail("a run was repeated"))
+    main([*ARGUMENTS, "--resume", str(path)])
+    assert len(read(path)) == len(rows) + 1
