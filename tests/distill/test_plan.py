@@ -216,3 +216,9 @@ def test_a_run_with_a_plan_gives_the_bits_of_one_without(inputs: Path) -> None:
     assert a == b
     # A tiny run takes little beside the program itself.
     assert plans[0].peak == pytest.approx(reports[1]["peak_memory_bytes"], rel=0.4)
+    # No plan is made for a folder that the run would refuse.
+    before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"a holds a run of another recipe \(seed: 0 there, 1 here\)"):
+        distill(load_recipe("recipe.yaml", ["seed=1"]), "a", on_plan=on_plan)
+    assert len(plans) == 1
+    assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()} == before
