@@ -192,13 +192,9 @@ class _Planner:
                 # With the states of teacher and control.
                 stages.append(self.stage(index, kept(2)))
         forward = peak_of(lambda: self.evaluate(texts), self.device)
-        seconds = seconds_of(lambda: self.evaluate(texts), self.device)
-        lost = 1 - kept(1) / max(scored * in_a_token, 1)  # share of the states that the teacher computes each time
-        if lost > 0:
-            self.kept.forget("teacher")
-            seconds += lost * (seconds_of(lambda: self.evaluate(texts), self.device) - seconds)
+        seconds = self.seconds_of_scores(texts, scored, kept(1) / max(scored * in_a_token, 1))
         # Teacher, zeroed mixers, control and step 0, then after each stage.
-        seconds *= scored / texts.numel() * (4 + len(stages))
+        seconds *= 4 + len(stages)
         # Recall is measured for all models but the one with zeroed mixers; errors of layers at step 0 and after each
         # stage.
         seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
@@ -230,6 +226,21 @@ class _Planner:
             evaluate_language_model(
                 self.student, texts, teacher=teacher, batch_size=size, kept=self.kept, progress=False
             )
+
+    def seconds_of_scores(self, texts: Tensor, scored: int, kept: float) -> float:
+        """Return the seconds in which a model is scored on a number of tokens.
+
+        Args:
+            texts: a batch of windows, whose states are kept.
+            scored: the number of tokens.
+            kept: share of the teacher's states that is kept; the others are computed each time.
+        """
+        every = seconds_of(lambda: self.evaluate(texts), self.device)
+        at_all = min(seconds_of(lambda: self.evaluate(texts[:1, :2]), self.device), every)  # however few the tokens are
+        if kept < 1:
+            self.kept.forget("teacher")
+            every += (1 - kept) * (seconds_of(lambda: self.evaluate(texts), self.device) - every)
+        return at_all + (every - at_all) * scored / texts.numel()
 
     def recall(self) -> None:
         """Measure the student's loss on repeated passages, as the evaluations do."""

@@ -1,8 +1,9 @@
 """Compare the plan of a distillation, printed before it starts, with the memory and time that the run takes.
 
-Three sizes of random Llama teachers and two mixers, each run in a process of its own on the CPU: discrete Mamba-2 in
-every second layer (hidden-state alignment, then logit distillation of all weights), and attention over a bounded memory
-in all layers (logit distillation). WikiText-2, a tokenizer learnt from it. A row has the planned peak of the resident
+Three sizes of random Llama teachers and three students, each run in a process of its own on the CPU: discrete Mamba-2
+in every second layer (hidden-state alignment, then logit distillation of all weights), the same in all layers, half of
+which wait for the second stage (logit distillation of all weights in both), and attention over a bounded memory in all
+layers (logit distillation). WikiText-2, a tokenizer learnt from it. A row has the planned peak of the resident
 memory and the measured one, and the planned and measured seconds of the stages and of the evaluations. All seconds are
 CPU time, of one thread: other programs on the machine change it less than the time on the wall.
 
@@ -49,6 +50,7 @@ SIZES = {
 MIXERS: dict[str, dict[str, Any]] = {
     "discrete_mamba2": {"layers": "odd", "mixer": "discrete_mamba2"},
     "bounded_attention": {"layers": "all", "mixer": "bounded_attention", "slots": "equal"},
+    "stepwise": {"layers": "all", "mixer": "discrete_mamba2"},
 }
 STEPS = 3
 
@@ -94,6 +96,8 @@ def recipe_of(case: Case, teacher: Path) -> Any:
     stages = [{**stage, "name": "logits", "objective": "logit_distillation", "train": "all"}]
     if case.mixer == "discrete_mamba2":
         stages.insert(0, {**stage, "name": "align", "objective": "hidden_state_alignment"})
+    if case.mixer == "stepwise":
+        stages.insert(0, {**stages[0], "name": "half", "layers": "odd"})
     return parse_recipe(
         {
             "teacher": str(teacher),
@@ -154,6 +158,7 @@ def main(arguments: list[str]) -> None:
     """Run the cases that the result file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes of the teacher")
+    parser.add_argument("--mixers", nargs="+", choices=list(MIXERS), default=list(MIXERS), help="students")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--resume", type=Path, help="result file to continue")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
@@ -164,10 +169,10 @@ def main(arguments: list[str]) -> None:
         found = run_in_this_process(Case(size, mixer), Path(folder) / "teacher", Path(folder) / "run")
         print(json.dumps(found))
         return
-    free = ("sizes", "alone")
+    free = ("sizes", "mixers", "alone")
     results = open_results(options, parser, "claims/run_plan.py", arguments, free=free)
     for size in options.sizes:
-        for mixer in MIXERS:
+        for mixer in options.mixers:
             results.run(Case(size, mixer), run_alone)
 
 

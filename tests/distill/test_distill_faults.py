@@ -16,6 +16,7 @@ from ssm_zoo.distill.distiller import Distiller
 from ssm_zoo.distill.precompute import precompute_logits
 from ssm_zoo.distill.recipe import parse_recipe
 from ssm_zoo.harness.checkpoint_manifest import MANIFEST, write_manifest
+from ssm_zoo.modeling import ZooHybridForCausalLM
 
 STEPS = 6
 RECIPE: dict[str, Any] = {
@@ -111,6 +112,35 @@ def test_a_damaged_checkpoint_is_passed_over_to_the_same_student(
     assert "checkpoint-0-4 is damaged" in capsys.readouterr().out
     ours, theirs = (load_file(Path(run, "student", "model.safetensors")) for run in ("run", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+
+
+@pytest.mark.usefixtures("work")
+def test_the_report_is_written_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that a run has finished. One that lacks results writes them without training."""
+
+    def save(_student: Any, folder: str) -> None:
+        assert Path(folder).is_dir()
+        raise KeyboardInterrupt
+
+    def step(*_: Any) -> None:
+        raise AssertionError("trained again")
+
+    shutil.rmtree("run")
+    shutil.copytree("whole", "run")
+    for folder in ("student", "plots"):
+        shutil.rmtree(Path("run", folder))
+    for name in ("report.json", "report.md"):
+        Path("run", name).unlink()
+    monkeypatch.setattr(Distiller, "training_step", step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ZooHybridForCausalLM, "save_pretrained", save)
+        start()
+    assert nothing_is_made() and Path("run", "plots", "heldout.png").is_file()
+    start()
+    ours, theirs = (load_file(Path(run, "student", "model.safetensors")) for run in ("run", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+    one, other = (json.loads(Path(run, "report.json").read_text())["evaluations"] for run in ("run", "whole"))
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
 
 
 @pytest.mark.usefixtures("work")

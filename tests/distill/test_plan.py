@@ -1,6 +1,7 @@
 """The plan of a run counts what a stage trains, measures what a step needs, and changes nothing."""
 
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +173,17 @@ def test_times_are_those_of_steps_whose_tensors_are_not_counted() -> None:
 
 
 def test_the_time_of_the_evaluations_is_that_of_the_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "seconds_of", lambda *_: 1.0)
+    # A step, an update, the scores of four windows of 32 tokens, and of one of two; recall; errors of layers.
+    seconds = cycle([1.0, 1.0, 1.0, 0.25, 1.0, 1.0])
+    monkeypatch.setattr(planning, "seconds_of", lambda *_: next(seconds))
     recipe, *others = parts()
     found = []
     for tokens in (64, 10**9):
         values = {**as_mapping(recipe), "evaluation": {"tokens": tokens}}
         found.append(make_plan(parse_recipe(values), *others).evaluation_seconds)
     heldout = len(others[4]) // 32 * 32
-    # A second for a batch of four windows of 32 tokens; teacher, zeroed mixers, control, step 0 and a stage. Recall is
-    # measured of four of them, the errors of layers twice.
-    assert found == pytest.approx([5 * 64 / 128 + 6, 5 * heldout / 128 + 6])
+    # Teacher, zeroed mixers, control, step 0 and a stage; recall of four of them, the errors of layers twice.
+    assert found == pytest.approx([5 * (0.25 + 0.75 * tokens / 128) + 6 for tokens in (64, heldout)])
 
 
 @pytest.fixture
@@ -214,3 +216,9 @@ def test_a_run_with_a_plan_gives_the_bits_of_one_without(inputs: Path) -> None:
     assert a == b
     # A tiny run takes little beside the program itself.
     assert plans[0].peak == pytest.approx(reports[1]["peak_memory_bytes"], rel=0.4)
+    # No plan is made for a folder that the run would refuse.
+    before = {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"a holds a run of another recipe \(seed: 0 there, 1 here\)"):
+        distill(load_recipe("recipe.yaml", ["seed=1"]), "a", on_plan=on_plan)
+    assert len(plans) == 1
+    assert {path: path.read_bytes() for path in Path("a").rglob("*") if path.is_file()} == before

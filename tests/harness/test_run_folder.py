@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ssm_zoo.harness.run_folder import claim_output_folder, write_json
+from ssm_zoo.harness.fingerprint import check_run, claim_run
+from ssm_zoo.harness.run_folder import check_claim, claim_output_folder, write_json
 
 RECIPE = {"teacher": "t", "seed": 0, "stages": [{"name": "a", "tokens": 8}], "student": {"layers": [0, 1]}}
 
@@ -78,3 +79,24 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(path, {"loss": object()})
     assert json.loads(path.read_text()) == {"loss": [1.5, None]}
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_check_refuses_what_a_claim_refuses_and_writes_nothing(tmp_path: Path) -> None:
+    check_claim(tmp_path / "new", RECIPE)
+    assert not (tmp_path / "new").exists()
+    source = {"source": "t", "weights": "1"}
+    claim_run(tmp_path / "run", RECIPE, {"teacher": source}, "a run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    check_run(tmp_path / "run", RECIPE, {"teacher": source}, "a run")
+    for recipe, weights, message in (
+        (RECIPE | {"seed": 1}, "1", r"holds a run of another recipe \(seed: 0 there, 1 here\)"),
+        (RECIPE, "2", "teacher: weights of t changed since the run in .* was started"),
+    ):
+        for accept in (check_run, claim_run):
+            with pytest.raises(ValueError, match=message):
+                accept(tmp_path / "run", recipe, {"teacher": source | {"weights": weights}}, "a run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match=r"is not empty and holds no run\.json"):
+        check_claim(tmp_path / "other", RECIPE)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
