@@ -14,6 +14,7 @@ from transformers.integrations import flex_attention as flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssm_zoo.modeling.cache import CACHE_FIELD, restore, snapshot
+from ssm_zoo.modeling.cross_attention import SourceLayout
 
 PAD, EOS, BOS = 0, 1, 2
 SOURCES = [7, 1, 9, 4]
@@ -108,7 +109,7 @@ def test_cross_attention_by_its_definition(model: Any) -> None:
     sequence = model.backbone.decoder.sequence_of(torch.zeros(2, 5, 16))
     states, source = torch.randn(2, 5, 16).double(), torch.randn(2, 7, 16).double()
     seen = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
-    layout = type(model.backbone._source(source, seen, None, None, None)[1])(seen - 1, None)
+    layout = SourceLayout(seen - 1, None)
     y, matrix = layer(states, source, layout, sequence, None, True)
     members = layer.num_heads // layer.num_kv_heads
     heads = []

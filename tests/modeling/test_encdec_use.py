@@ -360,6 +360,11 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     (TARGET | {"seq_idx": PACKED["seq_idx"]}, "seq_idx and decoder_seq_idx must both be given or both be left out"),
     (TARGET | PACKED | {"decoder_seq_idx": numbers([0, 0, 1, 3, 3])}, "got 3 in row 0, which seq_idx lacks there"),
     (TARGET | PACKED | {"decoder_seq_idx": numbers([1, 0, 1, 2, 2])}, "seq_idx must be non-decreasing"),
+    (TARGET | PACKED | {"decoder_seq_idx": numbers([0, 1])}, r"decoder_seq_idx must be one for each token, \(1, 5\)"),
+    (
+        TARGET | {"labels": LABELS[:1], "decoder_input_ids": None} | PACKED | {"decoder_seq_idx": numbers([0])},
+        "as the lab",
+    ),
     (TARGET | PACKED | {"seq_idx": torch.zeros(1, 7)}, "seq_idx must have an integer dtype"),
     (TARGET | PACKED | {"use_cache": True}, "packed documents .* leave no single state to cache"),
     (
