@@ -339,6 +339,17 @@ def test_generate_from_encoder_outputs_and_embeddings(model: Any) -> None:
             torch.testing.assert_close(again, logits, rtol=0, atol=1e-6)
 
 
+def test_generate_goes_on_from_a_cache(model: Any) -> None:
+    source = draw_ids(2, 6)
+    encoded = model.get_encoder()(source)
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
+    options = {"do_sample": False, "eos_token_id": None}
+    first = model.generate(encoder_outputs=encoded, max_new_tokens=4, **{CACHE_FIELD: cache}, **options)
+    given = {"decoder_input_ids": first, "decoder_attention_mask": torch.ones_like(first), CACHE_FIELD: cache}
+    found = model.generate(encoder_outputs=encoded, max_new_tokens=4, **given, **options)
+    assert torch.equal(found, model.generate(source, max_new_tokens=8, **options))
+
+
 def step(model: Any, encoded: Any, ids: Tensor, cache: EncoderDecoderCache) -> Tensor:
     with torch.no_grad():
         return model(encoder_outputs=encoded, decoder_input_ids=ids, **{CACHE_FIELD: cache}).logits
