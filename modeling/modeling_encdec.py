@@ -213,16 +213,17 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
             decoder_inputs_embeds = self.encoder.embeddings(decoder_input_ids)
         assert isinstance(decoder_inputs_embeds, Tensor)
         length = 0 if past is None else past.get_seq_length()
-        spaces = None
+        padded = False
         if decoder_attention_mask is None and decoder_seq_idx is None and decoder_input_ids is not None and not length:
-            decoder_attention_mask = spaces = self._leading_padding(decoder_input_ids)
-        if spaces is not None and (use_cache or past is not None):
+            decoder_attention_mask = self._leading_padding(decoder_input_ids, past)
+            padded = decoder_attention_mask is not None and not tracing()
+        if padded and (use_cache or past is not None):
             raise ValueError(
                 f"decoder_attention_mask must be given for targets that are padded in front (pad_token_id "
                 f"{self.config.pad_token_id}) if they are to be continued from a cache, got None"
             )
         if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training or seq_idx is not None or spaces is not None)
+            use_cache = self.config.use_cache and not (self.training or seq_idx is not None or padded)
         checkpointing = self.decoder.gradient_checkpointing and self.training
         if checkpointing:
             use_cache = False
@@ -260,18 +261,19 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _leading_padding(self, ids: Tensor) -> Tensor | None:
+    def _leading_padding(self, ids: Tensor, past: Cache | None) -> Tensor | None:
         """Return the (B, L) mask of targets that are padded in front, as a collator makes them; None for none.
 
-        The first token of a target may have the id of padding: it is the last of those in front.
+        The first token of a target may have the id of padding: it is the last of those in front. A graph cannot read
+        whether there is padding, and has a mask in any case, unless it has a cache.
         """
         pad = self.config.pad_token_id
-        if pad is None or tracing() or ids.shape[1] == 1 or ids.numel() == 0:
+        if pad is None or ids.shape[1] == 1 or ids.numel() == 0 or (tracing() and past is not None):
             return None
         front = (ids == pad).cumprod(1) != 0
         if pad == self.config.start_token_id:
             front = torch.cat([front[:, 1:], torch.zeros_like(front[:, :1])], dim=1)
-        return (~front).long() if bool(front.any()) else None
+        return (~front).long() if tracing() or bool(front.any()) else None
 
     def _source(
         self,

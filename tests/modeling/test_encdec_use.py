@@ -104,6 +104,15 @@ def test_padding_in_front_is_not_forgotten_in_a_cache() -> None:
 # Training
 
 
+def test_a_graph_reads_targets_that_are_padded_in_front_without_a_mask() -> None:
+    model = make_encoder_decoder("mamba").train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for side in ("left", "right"):
+        batch = dict(DataCollatorForSeq2Seq(tokenizer(side), model=model)(reversals(5)))
+        with torch.no_grad():
+            assert compiled(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not-reentrant", "reentrant"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bool) -> None:
