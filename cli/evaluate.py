@@ -70,7 +70,7 @@ def retrieval(
     scores best in a pool, with its 95 % interval; and the values of a random ranking. Needs sentence-transformers and
     ir-measures.
     """
-    _check_output(output, "retrieval", overwrite)
+    check_output(output, "retrieval", overwrite)
     sizes = [_number(size, "pools", int) for size in pools.split(",")]
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
@@ -95,14 +95,14 @@ def retrieval(
         query_prompt=query_prompt,
         document_prompt=document_prompt,
     )
-    name = _name(model)
+    name = model_name(model)
     scores = embedder_scores(embedder, data, batch_size=batch_size, progress=True)
     measured = {name: evaluate_retrieval(data, scores, **how), **measured, "chance": chance_levels(data, sizes)}
     _print_retrieval(measured, f"{len(data.queries):,} queries, {len(data.documents):,} documents")
     settings = {"split": split, "pooling": pooling, "max_tokens": embedder.max_seq_length}
     settings |= {"prompts": dict(embedder.prompts), "batch_size": batch_size, "pools": sizes, "seed": seed}
     found = {"queries": len(data.queries), "documents": len(data.documents), "systems": measured}
-    _write(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
+    write_report(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
 
 
 @evaluate.command("lm-eval")
@@ -141,7 +141,7 @@ def lm_eval(
 
     Built-in tasks load their data from the Hub; tasks of your own can use local files. Needs lm-eval.
     """
-    _check_output(output, "lm-eval", overwrite)
+    check_output(output, "lm-eval", overwrite)
     from ..evaluation.lm_eval_tasks import check_lm_eval_numbers, evaluate_lm_eval_tasks, find_lm_eval_tasks
 
     names = [name.strip() for name in tasks.split(",")]
@@ -166,8 +166,8 @@ def lm_eval(
     found = evaluate_lm_eval_tasks(loaded, tokenizer, names, task_manager=manager, seed=seed, **settings)
     _print_lm_eval(found["results"])
     folder = None if include_path is None else include_path.resolve().name
-    described = {"model": _name(model), "tasks": names, "include_path": folder, "dtype": dtype, "seed": seed}
-    _write(output, "lm-eval", {**described, **settings}, found)
+    described = {"model": model_name(model), "tasks": names, "include_path": folder, "dtype": dtype, "seed": seed}
+    write_report(output, "lm-eval", {**described, **settings}, found)
 
 
 @evaluate.command("inversion")
@@ -210,7 +210,7 @@ def inversion(
     overwrite: Overwrite = False,
 ) -> None:
     """Measure how much of the input is left in a model's hidden states, by searching for inputs that produce them."""
-    _check_output(output, "inversion", overwrite)
+    check_output(output, "inversion", overwrite)
     rates = [_number(rate, "learning_rate", float) for rate in learning_rate.split(",")]
     std = None if initial_std == "embedding" else _number(initial_std, "initial_std", float)
     block: Any = target if target == "head" else _number(target, "target", int)
@@ -253,15 +253,15 @@ def inversion(
     numbers: dict[str, Any] = {key: getattr(found, key) for key in ("accuracy", "hamming", "chance", "readable")} | {
         key: getattr(found, key).tolist() for key in ("row_hamming", "objective", "initial", "attempt")
     }
-    _write(
+    write_report(
         output,
         "inversion",
-        {"model": _name(model), "text": text.name, "tokens": tokens, "texts": texts, **settings},
+        {"model": model_name(model), "text": text.name, "tokens": tokens, "texts": texts, **settings},
         numbers,
     )
 
 
-def _name(model: str) -> str:
+def model_name(model: str) -> str:
     """Return what to call a model: the name of its folder, or its Hub id."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
@@ -316,7 +316,7 @@ def _kind(what: str) -> str:
     return f"ssm-zoo evaluation of {what}"
 
 
-def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
+def check_output(path: Path | None, what: str, overwrite: bool) -> None:
     """Check, before anything is measured, that the report can be written.
 
     Raises:
@@ -337,7 +337,7 @@ def _check_output(path: Path | None, what: str, overwrite: bool) -> None:
             )
 
 
-def _write(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
+def write_report(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     if path is None:
         return
     from ..harness.machine import describe_machine

@@ -12,7 +12,7 @@ import typer
 from .convert import convert
 from .distill import distill
 from .errors import ReportingGroup
-from .evaluate import evaluate
+from .evaluate_rerank import evaluate
 from .finetune import finetune
 from .generate import generate
 from .list_models import list_models
