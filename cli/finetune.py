@@ -7,6 +7,7 @@ import typer
 
 from ..harness.processes import process_number
 from ..training.embedder_settings import EmbedderSettings, parse_embedder_settings
+from ..training.reranker_settings import RerankerSettings, parse_reranker_settings
 from ..training.settings import LanguageModelSettings, parse_settings
 from ..training.translation_settings import TranslationSettings, parse_translation_settings
 from .options import Output, Private, PushToHub, with_settings
@@ -108,4 +109,31 @@ def translate(values: dict[str, Any], output: Output, repo: PushToHub = None, pr
         from ..reports.translation_card import write_translation_card
 
         write_translation_card(folder, report, repo_id=repo)
+        announce(push_folder(folder, repo, private=private))
+
+
+@finetune.command("rerank")
+@with_settings(RerankerSettings)
+def rerank(values: dict[str, Any], output: Output, repo: PushToHub = None, private: Private = False) -> None:
+    """Finetune to score how well documents answer queries: a cross-encoder of any family.
+
+    Needs sentence-transformers (the extra "rerank"), which also loads the result. Re-ranks held-out lists before and
+    after. The same command resumes an unfinished run at its last checkpoint.
+    """
+    settings = parse_reranker_settings({**values, "model": model_source(values["model"])})
+    check_push_options(repo, private=private)
+    from ..training.reranker import finetune_reranker
+
+    report = finetune_reranker(settings, output)
+    if process_number():  # of several processes the first one speaks
+        return
+    folder, (before, after) = output / "model", report["evaluations"]
+    first = report["first_stage"]
+    beside = f", {first['ndcg@10']:.4f} in the order of {first['name']}" if first else ""
+    typer.echo(f"held-out nDCG@10: {before['ndcg@10']:.4f} before, {after['ndcg@10']:.4f} after{beside}")
+    typer.echo(f"report: {output / 'report.json'}   model: {folder}")
+    if repo is not None:
+        from ..reports.reranker_card import write_reranker_card
+
+        write_reranker_card(folder, report, repo_id=repo)
         announce(push_folder(folder, repo, private=private))

@@ -119,8 +119,13 @@ def adapters_of(report: dict[str, Any]) -> str:
         )
         for kind, entries in kinds.items()
     ]
-    bare = sorted({entry["module"].rpartition(".")[2] for entry in coverage["without_adapter"]})
-    without = f" Linear layers without an adapter: {', '.join(map(code, bare))}." if bare else ""
+    bare: dict[str, set[str]] = {}
+    for entry in coverage["without_adapter"]:
+        bare.setdefault(entry["reason"], set()).add(entry["module"].rpartition(".")[2])
+    whole = sorted(bare.pop("trained whole", ()))
+    others = sorted(set().union(*bare.values()))
+    without = f" Linear layers without an adapter: {', '.join(map(code, others))}." if others else ""
+    without += f" Trained whole: {', '.join(map(code, whole))}." if whole else ""
     explained = f"*Dead* adapters got no gradient.{without}"
     return "\n\n".join([table(("Projection", "Adapters", "Parameters", "Dead"), rows), explained])
 

@@ -1,4 +1,4 @@
-"""The figures of a training: loss over the steps, held-out losses, selection rates, and retrieval of an embedder."""
+"""The figures of a training: loss over the steps, held-out losses, selection rates, retrieval and ranking."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..harness.whole_files import write_whole
-from .plot_style import BLUE, ORANGE
+from .plot_style import BLUE, GREY, ORANGE
 
 _MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@10": "recall@10", "accuracy@1": "first is right"}
+_RANKING = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "map": "MAP", "recall@10": "recall@10"}
 
 
 def write_loss_plot(report: dict[str, Any], path: Path) -> None:
@@ -35,6 +36,28 @@ def write_embedder_plot(report: dict[str, Any], path: Path) -> None:
     loss.set_xlabel("optimiser step")
     loss.set_ylabel("InfoNCE (nats per pair)")
     _draw_retrieval(retrieval, report)
+    _save(figure, path)
+
+
+def write_reranker_plot(report: dict[str, Any], path: Path) -> None:
+    """Draw a reranker's loss, and its ranking before and after, into a PNG file, never seen half-written."""
+    figure = Figure(figsize=(7.0, 7.0), layout="constrained")
+    loss, ranking = figure.subplots(2, 1)
+    _draw_curve(loss, report)
+    loss.set_xlabel("optimiser step")
+    loss.set_ylabel(f"loss ({report['settings']['loss']})")
+    first = report["first_stage"]
+    systems = [
+        (f"held out, {one['name']}", one, color)
+        for one, color in zip(report["evaluations"], (ORANGE, BLUE), strict=True)
+    ]
+    systems += [(first["name"], first, GREY)] if first else []
+    width = 0.8 / len(systems)
+    for index, (label, measured, color) in enumerate(systems):
+        places = [place + (index - (len(systems) - 1) / 2) * width for place in range(len(_RANKING))]
+        ranking.bar(places, [measured[key] for key in _RANKING], width, color=color, label=label)
+    ranking.set_xticks(range(len(_RANKING)), list(_RANKING.values()))
+    ranking.set_ylim(0, 1)
     _save(figure, path)
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -168,7 +169,7 @@ def adapter_coverage(
         "adapters": for each its "module", "kind" (the last part of that name), "rank", "parameters", "gradients" (the
         norm for each of its weights, None if it received none) and "dead" (whether a gradient is missing, zero or not
         finite); "dead": the names of the dead adapters; "without_adapter": linear layers that have none, with the
-        reason "head" or "not a target"; "trainable_parameters" and "parameters" of the whole model.
+        reason "head", "not a target" or "trained whole"; "trainable_parameters" and "parameters" of the whole model.
     """
     modules = dict(model.get_base_model().named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
@@ -202,6 +203,8 @@ def adapter_coverage(
         for module, training in modes:
             module.training = training
     head = model.get_base_model().get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    whole = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+    inside = [*layers, *whole]
     return {
         "adapters": adapters,
         "dead": [entry["module"] for entry in adapters if entry["dead"]],
@@ -209,8 +212,9 @@ def adapter_coverage(
             {"module": name, "reason": "head" if module is head else "not a target"}
             for name, module in modules.items()
             # A wrapped layer and its adapter's own matrices are below the layer that carries the adapter.
-            if isinstance(module, nn.Linear) and not any(f"{name}.".startswith(f"{carrier}.") for carrier in layers)
-        ],
+            if isinstance(module, nn.Linear) and not any(f"{name}.".startswith(f"{carrier}.") for carrier in inside)
+        ]
+        + [{"module": name, "reason": "trained whole"} for name in whole],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

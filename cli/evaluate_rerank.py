@@ -1,0 +1,144 @@
+"""`ssm-zoo evaluate rerank`: re-rank first-stage lists with rerankers, and compare them."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .evaluation_report import Overwrite, Report, check_output, model_name, write_report
+from .options import Revision, Seed, TrustRemoteCode
+from .sources import model_source
+
+
+def rerank(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a reranker.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, as in BEIR."
+        ),
+    ],
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="SPLIT", help="Judgements to use, if there are several.")
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(
+            "--queries", metavar="FILE", help="Only these queries: an id a line. `finetune rerank` writes heldout.txt."
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", metavar="FILE", help="First-stage lists, a run file in TREC's format; by default BM25's."
+        ),
+    ] = None,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="Documents of each list that are re-ranked.")] = 100,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="SOURCE", help="Another reranker, or a file with its run, to compare; may be repeated."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts in one forward pass.")] = 32,
+    resamples: Annotated[int, typer.Option("--resamples", min=1, help="Resamples of the paired tests.")] = 10_000,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Seed = 0,
+    runs: Annotated[
+        Path | None,
+        typer.Option("--runs", metavar="FOLDER", help="Also write the lists as run files in TREC's format."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the measures (PNG).")] = None,
+    output: Report = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure how well rerankers order the documents that a first stage has found.
+
+    Reports nDCG@10, MRR@10, MAP and recall by ir-measures beside the first stage, with the paired bootstrap interval
+    and the randomisation test of every pair of systems on nDCG@10 and MRR@10. Ties are broken as in trec_eval.
+    --revision is that of MODEL. Needs sentence-transformers and ir-measures, and bm25s without --run (the extra
+    "rerank").
+    """
+    from ..evaluation.compare_rerankers import compare_rerankers, new_names
+    from ..harness.whole_files import check_output_file
+
+    check_output(output, "rerank", overwrite)
+    if plot is not None:
+        check_output_file(plot, "--plot")
+    if runs is not None and runs.exists() and not runs.is_dir():
+        raise ValueError(f"--runs: {runs} must be a folder, and it is a file.")
+    others = [source if Path(source).is_file() else model_source(source) for source in against or []]
+    called = [Path(source).name if Path(source).is_file() else model_name(source) for source in against or []]
+    names = new_names([model_name(model), *called])
+    sources = dict(zip(names, [model_source(model), *others], strict=True))
+    found, lists = compare_rerankers(
+        sources,
+        folder,
+        split=split,
+        only=queries,
+        run=run,
+        depth=depth,
+        batch_size=batch_size,
+        resamples=resamples,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    _print(found)
+    settings = {
+        "model": model_name(model),
+        "folder": folder.resolve().name,
+        "split": split,
+        "only": None if queries is None else queries.name,
+        "run": None if run is None else run.name,
+        "depth": depth,
+        "against": names[1:],
+        "batch_size": batch_size,
+        "resamples": resamples,
+        "seed": seed,
+    }
+    if runs is not None:
+        from ..evaluation.reranking_data import write_run
+
+        runs.mkdir(parents=True, exist_ok=True)
+        for name, scores in lists.items():
+            word = re.sub(r"[^\w.-]+", "_", name)
+            write_run(scores, runs / f"{word}.trec", word)
+            typer.echo(f"run: {runs / f'{word}.trec'}")
+    if plot is not None:
+        from ..reports.reranking_plot import write_reranking_plot
+
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        write_reranking_plot({**found, "settings": settings}, plot)
+        typer.echo(f"plot: {plot}")
+    write_report(output, "rerank", settings, found)
+
+
+def _print(found: dict[str, Any]) -> None:
+    """Print a table of the measures, and one of the comparisons."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, systems = Console(), found["systems"]
+    table = Table(title=f"{found['queries']:,} queries, {found['pairs']:,} pairs", title_justify="left")
+    for heading in ("", *systems):
+        table.add_column(Text(heading), justify="right" if heading else "left")
+    for key in next(iter(systems.values()))["intervals"]:
+        table.add_row(key, *(f"{system[key]:.4f}" for system in systems.values()))
+    console.print(table)
+    table = Table(title="Paired comparisons", title_justify="left")
+    for heading in ("", "measure", "difference", "95 % interval", "p (randomisation)", "p (Holm)"):
+        table.add_column(heading, justify="right" if heading not in ("", "measure") else "left")
+    for each in found["comparisons"]:
+        table.add_row(
+            Text(f"{each['first']} - {each['second']}"),
+            each["measure"],
+            f"{each['difference']:+.4f}",
+            Text(f"[{each['low']:+.4f}, {each['high']:+.4f}]"),
+            f"{each['p_randomisation']:.4f}",
+            f"{each['p_holm']:.4f}",
+        )
+    console.print(table)
