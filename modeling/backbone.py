@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import CACHE_FIELD, check_layers, one_cache
+from .call_arguments import check_keywords
 from .layers import RMSNorm, normed
 from .outputs import ZooModelOutput, routing_outputs
 from .prefix import has_prefix, read_prefix
 from .pretrained import ZooPreTrainedModel, is_bidirectional
-from .token_layout import Sequence, check_keywords, make_sequence
+from .token_layout import Sequence, make_sequence
 
 
 class ZooModel(ZooPreTrainedModel):
@@ -123,8 +124,8 @@ class ZooModel(ZooPreTrainedModel):
                 `prefix_bidirectional` reads in both directions; only in the forward that begins the document.
             **kwargs: `cu_seq_lens_q` of transformers' padding-free collators and `cache_params`, the name of the cache
                 in transformers' Mamba classes, are read. Other accepted keywords (`ACCEPTED_KEYWORDS` in
-                `token_layout.py`) belong to the loss or repeat what is known. `block_inputs`, further arguments of the
-                blocks, are passed by families whose blocks read more than their input.
+                `call_arguments.py`) belong to the loss or repeat what is known. `block_inputs`, further arguments of
+                the blocks, are passed by families whose blocks read more than their input.
 
         Raises:
             ValueError: if the arguments contradict each other.

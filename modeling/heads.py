@@ -18,11 +18,12 @@ from transformers.utils import logging
 
 from ..kernels.tracing import tracing
 from .cache import CACHE_FIELD, one_cache
+from .call_arguments import check_labels
 from .layers import as_weight
 from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, warn_of_missing_aux_loss
 from .prefix import check_prefix_labels, generation_prefix
 from .pretrained import ZooPreTrainedModel, is_bidirectional
-from .token_layout import check_labels, make_sequence
+from .token_layout import make_sequence
 
 logger = logging.get_logger(__name__)
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 
 from ..kernels.tracing import host_reads, tracing
 from .cache import CACHE_FIELD, one_cache
+from .call_arguments import check_integer, check_keywords, check_labels, read_mask
 from .configuration_encdec import ZooEncDecConfig
 from .configuration_hybrid import ZooHybridConfig
 from .cross_attention import CrossAttention, SourceLayout
@@ -30,7 +31,7 @@ from .heads import ZooGenerates, ZooHeadModel
 from .layers import as_weight, make_norm, soft_capped
 from .modeling_hybrid import HybridBlock, ZooHybridModel
 from .pretrained import ZooPreTrainedModel
-from .token_layout import Sequence, check_integer, check_keywords, check_labels, read_mask
+from .token_layout import Sequence
 
 PACK = "pack with seq_idx and decoder_seq_idx, in which a target document has the number of its source document"
 
@@ -173,7 +174,7 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
             return_dict: return a ModelOutput rather than a tuple.
             cache: transformers' newer name of `past_key_values`.
             **kwargs: accepted where they belong to the loss or repeat what is known (`ACCEPTED_KEYWORDS` in
-                `token_layout.py`).
+                `call_arguments.py`).
 
         Raises:
             ValueError: if the arguments contradict each other.

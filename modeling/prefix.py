@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..kernels.tracing import host_reads, tracing
-from .token_layout import Sequence, check_integer
+from .call_arguments import check_integer
+from .token_layout import Sequence
 
 _ORDER = "prefix_mask must mark the first tokens of each document, got a marked token behind one that is not marked"
 _LABELS = (

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -33,7 +33,8 @@ from ..harness.run_folder import read_json_or_none, write_json
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.outputs import add_aux_loss
 from .checkpoints import CheckedTrainer, check_numbers, last_checkpoint, steps_done
-from .packing import IGNORED, Row, RowCollator
+from .heldout import Rows, SelectionMeans, heldout_loss
+from .packing import IGNORED, RowCollator
 from .settings import RunSettings, Settings
 from .sharding import sharded_by
 from .stream import PositionedRows
@@ -49,56 +50,6 @@ STREAM = "stream.json"
 # A resumed run sets the position in a stream instead of reading up to it. It is the same in every process.
 _STREAMED = {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}}
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
-
-
-class SelectionMeans:
-    """Means of the auxiliary outputs of a model with selective layers, over several forward passes.
-
-    The outputs of such a model (Taipan, arXiv 2410.18572) have an `aux_loss`, a scalar that is part of the training
-    `loss` (`add_aux_loss` of `modeling/outputs.py`), and a `selection_rate`, the share of tokens that each selective
-    layer selects. For other models this class has no effect.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weight = 0.0
-
-    def add(self, outputs: Any, weight: float = 1.0) -> None:
-        """Add the outputs of a forward pass.
-
-        Args:
-            outputs: outputs of the model; `aux_loss` is () and `selection_rate` (layers,) or a tuple of ().
-            weight: weight of this pass in the mean.
-        """
-        self._weight += weight
-        for name in ("aux_loss", "selection_rate"):
-            value = getattr(outputs, name, None)
-            if value is not None:
-                tensor = torch.stack(tuple(value)) if isinstance(value, list | tuple) else value
-                part = weight * tensor.detach().double()
-                self._sums[name] = self._sums[name] + part if name in self._sums else part
-
-    def take(self, reduce: Callable[[Tensor], Any] = lambda tensor: tensor) -> dict[str, Any]:
-        """Return the means and start again from zero.
-
-        Args:
-            reduce: computes the mean of a tensor over the processes.
-
-        Returns:
-            "aux_loss", a number, and "selection_rate", a list of numbers in [0, 1], one for each selective layer; empty
-            for a model without such layers.
-        """
-        means = {name: reduce(total / self._weight).tolist() for name, total in self._sums.items()}
-        self._sums, self._weight = {}, 0.0
-        return means
-
-
-class Rows(Protocol):
-    """Rows of a data set, and the number of tokens that they predict."""
-
-    @property
-    def targets(self) -> int: ...
-    def __len__(self) -> int: ...
 
 
 @dataclass
@@ -219,42 +170,6 @@ def optimiser_steps(settings: StepSettings, rows: int | None, processes: int) ->
     assert rows is not None
     in_a_step = settings.batch_size * settings.gradient_accumulation * processes
     return math.ceil(settings.epochs * math.ceil(rows / in_a_step))
-
-
-def heldout_loss(model: nn.Module, rows: Rows, collator: Callable[..., Row], batch_size: int) -> dict[str, Any]:
-    """Compute the mean loss over all predictions of some rows, in evaluation mode.
-
-    Args:
-        model: a causal language model or an encoder-decoder, or one with adapters.
-        rows: the packed documents, or other rows.
-        collator: collator of the rows.
-        batch_size: rows in one forward pass.
-
-    Returns:
-        "loss" in nats per token, "perplexity", its exponential (None if that overflows), and "tokens", the number of
-        predictions; for a model with selective layers also the means of `SelectionMeans` over the tokens.
-    """
-    training, total, selection = model.training, 0.0, SelectionMeans()
-    device = next(model.parameters()).device
-    # With its own generator, so that an evaluation does not change the random numbers of a training.
-    batches: Any = DataLoader(
-        rows,  # pyright: ignore[reportArgumentType]
-        batch_size=batch_size,
-        collate_fn=collator,
-        generator=torch.Generator(),
-    )
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            batch = {key: tensor.to(device) for key, tensor in batch.items()}
-            # With this argument the loss is the sum over the targets.
-            outputs = model(**batch, num_items_in_batch=1)
-            total += float(outputs.loss.double())
-            selection.add(outputs, weight=int((batch["seq_idx"] >= 0).sum()))
-    model.train(training)
-    loss = total / rows.targets
-    perplexity = math.exp(loss) if loss < 700 else None
-    return {"loss": loss, "perplexity": perplexity, "tokens": rows.targets, **selection.take()}
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:

@@ -43,6 +43,7 @@ from ..modeling.pretrained import ZooPreTrainedModel
 from ..reports.translation_card import write_translation_card
 from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
+from .heldout import heldout_loss
 from .new_model import changed_keys, configuration_commit, entries_of, is_configuration, resolve_configuration
 from .packing import Row, RowCollator
 from .parallel_text import ParallelText, concatenated, public_names, read_parallel
@@ -55,7 +56,7 @@ from .report import (
     write_plots,
 )
 from .residual_dropout import add_residual_dropout
-from .trainer import check_trackers, compute_dtype, computing, heldout_loss, optimiser_steps, processes
+from .trainer import check_trackers, compute_dtype, computing, optimiser_steps, processes
 from .translation_data import PackedPairCollator, TranslationRows, make_translation_rows
 from .translation_settings import TranslationSettings
 from .translation_tokenizer import Separator, fit_embeddings, learn_joint_vocabulary, set_separator

@@ -10,8 +10,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from ssm_zoo.modeling import RetrievalMixer, RetrievalMixerConfig
+from ssm_zoo.modeling.call_arguments import read_mask
 from ssm_zoo.modeling.layers import LayerNorm
-from ssm_zoo.modeling.token_layout import read_mask
 from with_triton import NEEDS_TRITON, with_triton
 
 ALL = [*FAMILIES, *ENCODERS]

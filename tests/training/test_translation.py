@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ssm_zoo.evaluation.translation import translate
 from ssm_zoo.evaluation.translation_format import TranslationFormat, translation_format
+from ssm_zoo.training.heldout import heldout_loss
 from ssm_zoo.training.packing import RowCollator
 from ssm_zoo.training.parallel_text import ParallelText
 from ssm_zoo.training.residual_dropout import add_residual_dropout
-from ssm_zoo.training.trainer import heldout_loss
 from ssm_zoo.training.translation import finetune_translation
 from ssm_zoo.training.translation_data import LengthBuckets, PackedPairCollator, PackedPairs, make_translation_rows
 from ssm_zoo.training.translation_settings import parse_translation_settings
