@@ -146,42 +146,54 @@ def test_dropout_acts_on_every_part_and_in_training_alone() -> None:
     assert all(0.2 < share < 0.6 for share in calls)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=["plain", "smoothed"])
-def test_seq2seq_trainer_lowers_the_loss(smoothing: float, tmp_path: Path) -> None:
-    """transformers' trainer and collator as they are, with generation in evaluation."""
-    model = make_encoder_decoder("mamba", head_dim=8)
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=60,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        label_smoothing_factor=smoothing,
-        predict_with_generate=True,
-        generation_max_length=8,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        logging_steps=10,
-        seed=0,
-    )
-    trainer = Seq2SeqTrainer(
+def trainer_of(model: Any, folder: Path, **changes: Any) -> Seq2SeqTrainer:
+    """transformers' trainer and collator as they are, padding on the left, with generation in evaluation."""
+    settings = {
+        "max_steps": 40,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "predict_with_generate": True,
+        "generation_max_length": 8,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "seed": 0,
+    }
+    return Seq2SeqTrainer(
         model=model,
-        args=arguments,
-        train_dataset=reversals(400),  # pyright: ignore[reportArgumentType]
+        args=Seq2SeqTrainingArguments(str(folder), **settings | changes),
+        train_dataset=reversals(200),  # pyright: ignore[reportArgumentType]
         eval_dataset=reversals(16),  # pyright: ignore[reportArgumentType]
         data_collator=DataCollatorForSeq2Seq(tokenizer("left"), model=model),
         processing_class=tokenizer("left"),
         compute_metrics=lambda found: {"ended": float((found.predictions == EOS).any(1).mean())},
     )
+
+
+def test_seq2seq_trainer_lowers_the_loss(tmp_path: Path) -> None:
+    trainer = trainer_of(make_encoder_decoder("mamba", head_dim=8), tmp_path)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert after["eval_loss"] < 0.5 * before and losses[-1] < 0.5 * losses[0]
+    assert after["eval_loss"] < 0.6 * before and losses[-1] < 0.6 * losses[0]
     assert after["eval_ended"] > 0.9
-    if not smoothing:  # a mean over labels, whatever a step is made of
-        assert losses[0] < 1.5 * before
+    assert losses[0] < 1.5 * before  # a mean over labels, whatever a step is made of
+
+
+def test_smoothed_labels_are_not_shifted(tmp_path: Path) -> None:
+    """With smoothing, transformers' trainer keeps the labels to itself and reads the logits."""
+    model = make_encoder_decoder("transformer")
+    trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.1)
+    batch = trainer.data_collator(reversals(5))  # pyright: ignore[reportCallIssue]
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, dict(batch))
+        logs = model(**batch).logits.log_softmax(-1)
+    real = batch["labels"] != -100
+    right = logs[real].gather(1, batch["labels"][real][:, None]).mean()
+    torch.testing.assert_close(loss, -(0.9 * right + 0.1 * logs[real].mean()), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
