@@ -91,7 +91,6 @@ class ZooEncDecPreTrainedModel(ZooPreTrainedModel):
     config: ZooEncDecConfig
     config_class = ZooEncDecConfig
     _no_split_modules = ["HybridBlock", "DecoderBlock"]
-    _skip_keys_device_placement = ["past_key_values", "cross_cache"]
     _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def example_inputs(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -195,7 +194,13 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         if (seq_idx is None) != (decoder_seq_idx is None):
             raise ValueError(f"seq_idx and decoder_seq_idx must both be given or both be left out: {PACK}")
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        options = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        config = self.config
+        options = {
+            "output_hidden_states": config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+            "output_attentions": config.output_attentions if output_attentions is None else output_attentions,
+        }
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids, attention_mask, inputs_embeds=inputs_embeds, seq_idx=seq_idx, return_dict=True, **options
@@ -208,24 +213,31 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
             decoder_inputs_embeds = self.encoder.embeddings(decoder_input_ids)
         assert isinstance(decoder_inputs_embeds, Tensor)
         length = 0 if past is None else past.get_seq_length()
-        spaces = None
+        padded = False
         if decoder_attention_mask is None and decoder_seq_idx is None and decoder_input_ids is not None and not length:
-            decoder_attention_mask = spaces = self._leading_padding(decoder_input_ids)
-        if spaces is not None and (use_cache or past is not None):
+            decoder_attention_mask = self._leading_padding(decoder_input_ids, past)
+            padded = decoder_attention_mask is not None and not tracing()
+        if padded and (use_cache or past is not None):
             raise ValueError(
                 f"decoder_attention_mask must be given for targets that are padded in front (pad_token_id "
                 f"{self.config.pad_token_id}) if they are to be continued from a cache, got None"
             )
         if use_cache is None:
-            use_cache = self.config.use_cache and not (self.training or seq_idx is not None or spaces is not None)
-        if self.decoder.gradient_checkpointing and self.training:
+            use_cache = self.config.use_cache and not (self.training or seq_idx is not None or padded)
+        checkpointing = self.decoder.gradient_checkpointing and self.training
+        if checkpointing:
             use_cache = False
         if use_cache and past is None:
             past = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
 
-        states, source = self._source(
-            encoder_outputs.last_hidden_state, attention_mask, seq_idx, decoder_seq_idx, decoder_attention_mask
-        )
+        if decoder_seq_idx is not None:
+            _check_shape("decoder_seq_idx", decoder_seq_idx, decoder_inputs_embeds)
+            if decoder_attention_mask is not None:
+                _check_shape("decoder_attention_mask", decoder_attention_mask, decoder_inputs_embeds)
+                decoder_seq_idx = decoder_seq_idx.masked_fill(
+                    decoder_attention_mask.to(decoder_seq_idx.device) == 0, -1
+                )
+        states, source = self._source(encoder_outputs.last_hidden_state, attention_mask, seq_idx, decoder_seq_idx)
         outputs = self.decoder(
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
@@ -233,7 +245,7 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
             use_cache=use_cache,
             seq_idx=decoder_seq_idx,
             return_dict=True,
-            block_inputs=(states, source, past if length or use_cache else None),
+            block_inputs=(states, source, None if checkpointing else past),
             **options,
         )
         pairs = None if outputs.attentions is None else tuple(zip(*outputs.attentions, strict=True))
@@ -249,18 +261,19 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _leading_padding(self, ids: Tensor) -> Tensor | None:
+    def _leading_padding(self, ids: Tensor, past: Cache | None) -> Tensor | None:
         """Return the (B, L) mask of targets that are padded in front, as a collator makes them; None for none.
 
-        The first token of a target may have the id of padding: it is the last of those in front.
+        The first token of a target may have the id of padding: it is the last of those in front. A graph cannot read
+        whether there is padding, and has a mask in any case, unless it has a cache.
         """
         pad = self.config.pad_token_id
-        if pad is None or tracing() or ids.shape[1] == 1 or ids.numel() == 0:
+        if pad is None or ids.shape[1] == 1 or ids.numel() == 0 or (tracing() and past is not None):
             return None
         front = (ids == pad).cumprod(1) != 0
         if pad == self.config.start_token_id:
             front = torch.cat([front[:, 1:], torch.zeros_like(front[:, :1])], dim=1)
-        return (~front).long() if bool(front.any()) else None
+        return (~front).long() if tracing() or bool(front.any()) else None
 
     def _source(
         self,
@@ -268,14 +281,11 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         attention_mask: Tensor | None,
         seq_idx: Tensor | None,
         decoder_seq_idx: Tensor | None,
-        decoder_attention_mask: Tensor | None,
     ) -> tuple[Tensor, SourceLayout]:
         """Return the (B, M, D) states of the source with zeros at padding, and which of them the target sees."""
-        size = states.shape[:2]
         real = None
         if attention_mask is not None:
-            if attention_mask.shape != size:
-                raise ValueError(f"attention_mask must be (B, M) = {tuple(size)}, got {tuple(attention_mask.shape)}")
+            _check_shape("attention_mask", attention_mask, states)
             real = read_mask(attention_mask)
         real = None if real is None else real.to(states.device)
         documents = None if real is None else real.long() - 1
@@ -283,12 +293,9 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         if seq_idx is not None and decoder_seq_idx is not None:
             for name, given in (("seq_idx", seq_idx), ("decoder_seq_idx", decoder_seq_idx)):
                 check_integer(name, given)
-            if seq_idx.shape != size:
-                raise ValueError(f"seq_idx must be (B, M) = {tuple(size)}, got {tuple(seq_idx.shape)}")
+            _check_shape("seq_idx", seq_idx, states)
             documents, targets = seq_idx.long().to(states.device), decoder_seq_idx.long().to(states.device)
             documents = documents if real is None else documents.masked_fill(~real, -1)
-            if decoder_attention_mask is not None:
-                targets = targets.masked_fill(decoder_attention_mask.to(targets.device) == 0, -1)
         source = SourceLayout(documents, targets)
         if targets is not None and host_reads(targets):
             blind = source.mask()[1]
@@ -302,6 +309,12 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         if documents is not None:
             states = states.masked_fill((documents < 0)[..., None], 0)
         return states, source
+
+
+def _check_shape(name: str, given: Tensor, states: Tensor) -> None:
+    """Raise ValueError unless an argument has an entry for each token of (B, L, D) states."""
+    if given.shape != states.shape[:2]:
+        raise ValueError(f"{name} must be one for each token, {tuple(states.shape[:2])}, got {tuple(given.shape)}")
 
 
 class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, ZooGenerates, GenerationMixin):
@@ -327,7 +340,7 @@ class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, 
 
     def generate(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """As in transformers, whose `Seq2SeqTrainer` passes the labels as well; they have no effect."""
-        return super().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Return the (B, L) ids that the decoder reads to predict (B, L) labels: each document one token later.
@@ -340,8 +353,12 @@ class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, 
             seq_idx: (B, L) number of the document of each label in packed rows.
 
         Raises:
-            ValueError: if the configuration lacks one of the two tokens.
+            ValueError: if the configuration lacks one of the two tokens, or the shapes differ.
         """
+        if seq_idx is not None and seq_idx.shape != labels.shape:
+            raise ValueError(
+                f"decoder_seq_idx must be {tuple(labels.shape)}, as the labels, got {tuple(seq_idx.shape)}"
+            )
         start, pad = self.config.start_token_id, self.config.pad_token_id
         if start is None:
             raise ValueError(

@@ -206,9 +206,9 @@ def test_a_static_cache_shows_its_filled_columns_alone(monkeypatch: pytest.Monke
     model, ids, seen = make_model("full-discrete"), draw_ids(2, 9), []
     plain = softmax_attention._sdpa
 
-    def noting(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        seen.append((k.shape[2], mask is None))
-        return plain(q, k, v, mask, scale)
+    def noting(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+        seen.append((k.shape[2], mask is None and causal))
+        return plain(q, k, v, mask, scale, causal)
 
     monkeypatch.setattr(softmax_attention, "_sdpa", noting)
     cache = StaticCache(config=model.config, max_cache_len=32)

@@ -14,6 +14,7 @@ from transformers.integrations import flex_attention as flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ssm_zoo.modeling.cache import CACHE_FIELD, restore, snapshot
+from ssm_zoo.modeling.cross_attention import SourceLayout
 
 PAD, EOS, BOS = 0, 1, 2
 SOURCES = [7, 1, 9, 4]
@@ -108,7 +109,7 @@ def test_cross_attention_by_its_definition(model: Any) -> None:
     sequence = model.backbone.decoder.sequence_of(torch.zeros(2, 5, 16))
     states, source = torch.randn(2, 5, 16).double(), torch.randn(2, 7, 16).double()
     seen = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
-    layout = type(model.backbone._source(source, seen, None, None, None)[1])(seen - 1, None)
+    layout = SourceLayout(seen - 1, None)
     y, matrix = layer(states, source, layout, sequence, None, True)
     members = layer.num_heads // layer.num_kv_heads
     heads = []
@@ -336,6 +337,17 @@ def test_generate_from_encoder_outputs_and_embeddings(model: Any) -> None:
         for outputs in (encoded, tuple(encoded.values())[:1]):
             again = model(encoder_outputs=outputs, decoder_inputs_embeds=states).logits
             torch.testing.assert_close(again, logits, rtol=0, atol=1e-6)
+
+
+def test_generate_goes_on_from_a_cache(model: Any) -> None:
+    source = draw_ids(2, 6)
+    encoded = model.get_encoder()(source)
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
+    options = {"do_sample": False, "eos_token_id": None}
+    first = model.generate(encoder_outputs=encoded, max_new_tokens=4, **{CACHE_FIELD: cache}, **options)
+    given = {"decoder_input_ids": first, "decoder_attention_mask": torch.ones_like(first), CACHE_FIELD: cache}
+    found = model.generate(encoder_outputs=encoded, max_new_tokens=4, **given, **options)
+    assert torch.equal(found, model.generate(source, max_new_tokens=8, **options))
 
 
 def step(model: Any, encoded: Any, ids: Tensor, cache: EncoderDecoderCache) -> Tensor:

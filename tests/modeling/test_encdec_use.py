@@ -104,6 +104,15 @@ def test_padding_in_front_is_not_forgotten_in_a_cache() -> None:
 # Training
 
 
+def test_a_graph_reads_targets_that_are_padded_in_front_without_a_mask() -> None:
+    model = make_encoder_decoder("mamba").train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for side in ("left", "right"):
+        batch = dict(DataCollatorForSeq2Seq(tokenizer(side), model=model)(reversals(5)))
+        with torch.no_grad():
+            assert compiled(**batch).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not-reentrant", "reentrant"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bool) -> None:
@@ -360,6 +369,11 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     (TARGET | {"seq_idx": PACKED["seq_idx"]}, "seq_idx and decoder_seq_idx must both be given or both be left out"),
     (TARGET | PACKED | {"decoder_seq_idx": numbers([0, 0, 1, 3, 3])}, "got 3 in row 0, which seq_idx lacks there"),
     (TARGET | PACKED | {"decoder_seq_idx": numbers([1, 0, 1, 2, 2])}, "seq_idx must be non-decreasing"),
+    (TARGET | PACKED | {"decoder_seq_idx": numbers([0, 1])}, r"decoder_seq_idx must be one for each token, \(1, 5\)"),
+    (
+        TARGET | {"labels": LABELS[:1], "decoder_input_ids": None} | PACKED | {"decoder_seq_idx": numbers([0])},
+        "as the lab",
+    ),
     (TARGET | PACKED | {"seq_idx": torch.zeros(1, 7)}, "seq_idx must have an integer dtype"),
     (TARGET | PACKED | {"use_cache": True}, "packed documents .* leave no single state to cache"),
     (
