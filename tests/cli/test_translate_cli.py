@@ -113,17 +113,29 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
     )
     assert printed in result.stdout and "heldout: 0 pairs left out and 1 cut as too long" in result.stdout
     assert report["tokenizer"]["separator"] == "|"
+    assert "4 pairs, joined at random to" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Result], tmp_path: Path) -> None:
-    how = ["--train-tokenizer", 280, "--set", "hidden_size=24", "--steps", 12, "--learning-rate", 0.02]
+    how = ["--train-tokenizer", 280, "--set", "hidden_size=24", "--steps", 120, "--learning-rate", 0.02]
     data = ["--train", "p.en,p.fr", "--heldout", "p.en,p.fr", "--max-tokens", 40, "--row-tokens", 90]
     result = ssm_zoo("finetune", "translate", "encdec.yaml", "out", *data, *how)
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["model"]["encoder_decoder"] and report["settings"]["train"] == ["p.en,p.fr"]
     assert report["evaluations"][-1]["loss"] < report["evaluations"][0]["loss"] - 0.5
-    searched = ["--beams", 3, "--length-penalty", 0.5, "--max-new-tokens", 6, "--lengths", 2, "--output", "deep/e.json"]
+    searched = [
+        "--beams",
+        3,
+        "--length-penalty",
+        0.5,
+        "--max-new-tokens",
+        20,
+        "--lengths",
+        2,
+        "--output",
+        "deep/e.json",
+    ]
     result = ssm_zoo("evaluate", "translation", "out", "p.en,p.fr", "--training-pairs", "p.en,p.fr", *searched)
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
     found = json.loads((tmp_path / "deep" / "e.json").read_text())
@@ -132,12 +144,13 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
     model, copied = found["systems"].values()
     assert [(row["from"], row["to"], row["texts"]) for row in model["by_length"]] == [(1, 1, 1), (2, None, 3)]
     assert copied["entities"]["regular"] == {"recall": 1.0, "entities": 1} and copied["entities"]["entities"] == 1
-    assert len(found["translations"]) == 4 and found["generation"]["texts"] == 4
+    assert found["translations"] == [target for _, target in PAIRS] and model["bleu"] > 99 > copied["bleu"]
+    assert found["generation"]["texts"] == 4
     assert found["settings"]["length_penalty"] == 0.5 and found["settings"]["pairs"] == ["p.en,p.fr"]
     assert f"{model['bleu']:.2f}" in result.stdout and f"bleu: {model['bleu_signature']}" in result.stdout
     assert f"chrf: {model['chrf_signature']}" in result.stdout
     limit = found["generation"]["hit_the_limit"]
-    assert f"{limit} of 4 translations hit the limit of 6 tokens" in result.stdout
+    assert f"{limit} of 4 translations hit the limit of 20 tokens" in result.stdout
     check_publishable(tmp_path / "out" / "model")
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
