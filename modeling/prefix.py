@@ -31,8 +31,10 @@ from ..kernels.tracing import host_reads, tracing
 from .call_arguments import check_integer
 from .token_layout import Sequence
 
-_ORDER = "prefix_mask must mark the first tokens of each document, got a marked token behind one that is not marked"
-_LABELS = (
+_PREFIX_ORDER = (
+    "prefix_mask must mark the first tokens of each document, got a marked token behind one that is not marked"
+)
+_PREFIX_LABELS = (
     "labels must be -100 at the tokens that prefix_mask marks, got others: the tokens of a prefix see each other, so "
     "they would see what they predict"
 )
@@ -86,11 +88,11 @@ def read_prefix(prefix_mask: Tensor | None, sequence: Sequence, config: PreTrain
     if sequence.seq_idx is not None:
         prefix = prefix & (sequence.seq_idx >= 0)
     if not tracing():
-        _check(_in_order(prefix, sequence), _ORDER)
+        _check_mask(_marks_beginnings(prefix, sequence), _PREFIX_ORDER)
     return prefix
 
 
-def _in_order(prefix: Tensor, sequence: Sequence) -> Tensor:
+def _marks_beginnings(prefix: Tensor, sequence: Sequence) -> Tensor:
     """Return whether no token of a (B, L) prefix stands behind a token of its document that is not one."""
     suffix = ~prefix if sequence.seq_idx is None else ~prefix & (sequence.seq_idx >= 0)
     behind = suffix.cumsum(-1)
@@ -109,10 +111,10 @@ def check_prefix_labels(labels: Tensor, prefix_mask: Tensor, ignored: int) -> No
         ignored: label without a loss.
     """
     if not tracing():
-        _check(~((prefix_mask != 0).to(labels.device) & (labels != ignored)).any(), _LABELS)
+        _check_mask(~((prefix_mask != 0).to(labels.device) & (labels != ignored)).any(), _PREFIX_LABELS)
 
 
-def _check(fits: Tensor, message: str) -> None:
+def _check_mask(fits: Tensor, message: str) -> None:
     """Raise ValueError, or on a GPU, whose values are not read, let the device stop, unless `fits` is True."""
     if fits.is_cuda:
         torch._assert_async(fits, message)  # pyright: ignore[reportPrivateImportUsage]

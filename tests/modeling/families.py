@@ -287,7 +287,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# They read prefixes in both directions, if they are given a mask; the first is among the families, without one.
+# They read prefixes in both directions, if they are given a mask; one is among the families, which are given none.
 PREFIXED: dict[str, Family] = {
     "prefix-hybrid": _hybrid(
         "discrete_mamba2",
@@ -305,7 +305,7 @@ PREFIXED: dict[str, Family] = {
     "prefix-retnet": _retnet(prefix_bidirectional=True),
     "prefix-mambas": _hybrid("mamba", "mamba2", prefix_bidirectional=True, state_size=5, time_step_rank=3),
 }
-FAMILIES["prefix-hybrid"] = PREFIXED["prefix-hybrid"]
+FAMILIES["prefix-retnet"] = PREFIXED["prefix-retnet"]
 
 # They see the tokens ahead, too: no causal language models, but every other head.
 ENCODERS: dict[str, Family] = {
