@@ -30,7 +30,7 @@ def test_every_case_is_a_valid_recipe() -> None:
 
 
 def test_the_recorded_times_are_within_a_fifth_of_the_measured_ones() -> None:
-    """Of the rows that have those of evaluations, too; earlier ones were measured while the machine did other work."""
+    """Of the rows that have those of evaluations, too."""
     lines = [
         line for path in RESULTS.glob("run_plan-*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
     ]
