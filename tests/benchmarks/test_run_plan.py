@@ -10,9 +10,13 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_the_recorded_plans_are_within_a_fifth_of_the_measured_peak() -> None:
-    path = max(RESULTS.glob("run_plan-*.jsonl"))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for path in RESULTS.glob("run_plan-*.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     assert {row["size"] for row in rows} == set(run_plan.SIZES)
+    assert {row["mixer"] for row in rows} == set(run_plan.MIXERS)
     for row in rows:
         assert row["planned_bytes"] == row["plan"]["peak"]
         assert row["planned_bytes"] == pytest.approx(row["measured_bytes"], rel=0.2), (row["size"], row["mixer"])
@@ -23,3 +27,16 @@ def test_every_case_is_a_valid_recipe() -> None:
         for mixer in run_plan.MIXERS:
             recipe = run_plan.recipe_of(run_plan.Case(size, mixer), Path("teacher"))
             assert [stage.steps for stage in recipe.stages] == [run_plan.STEPS] * len(recipe.stages)
+
+
+def test_the_recorded_times_are_within_a_fifth_of_the_measured_ones() -> None:
+    """Of the rows that have those of evaluations, too."""
+    lines = [
+        line for path in RESULTS.glob("run_plan-*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    rows = [row for line in lines if "measured_evaluation_seconds" in (row := json.loads(line))]
+    assert {row["mixer"] for row in rows} == set(run_plan.MIXERS)
+    for row in rows:
+        place = row["size"], row["mixer"]
+        assert row["planned_seconds"] == pytest.approx(row["measured_seconds"], rel=0.2), place
+        assert row["planned_evaluation_seconds"] == pytest.approx(row["measured_evaluation_seconds"], rel=0.2), place

@@ -29,14 +29,14 @@ def test_each_choice_has_a_student_and_its_control(arguments: list[str], tmp_pat
     (path,) = (tmp_path / "out").iterdir()
     selection.main([*arguments, "--resume", str(path)])
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {row["method"]: row["layers"] for row in rows} == ROWS and len(rows) == 3
-    first, second, again = rows
-    assert [first[name] for name in ("student", "control")] == [again[name] for name in ("student", "control")]
-    for row in (first, second):
-        assert row["predictions"] == 4 * 63
-        for name in ("student", "control"):
-            assert row[name]["kl"] > 0 and row[name]["repeat_loss"] > 0
-    assert first["student"]["kl"] != second["student"]["kl"] and first["control"]["kl"] != second["control"]["kl"]
+    assert len(rows) == 6 and all(row["layers"] == ROWS[row["method"]] for row in rows)
+    by_place = {(row["student"], row["method"]): row for row in rows}
+    for student, models in (("window", ["scores"]), ("mamba2", ["scores", "control"])):
+        first, second, again = (by_place[student, method] for method in ROWS)
+        assert first.keys() >= {*models} and ("control" in first) == (student == "mamba2")
+        for name in models:
+            assert first[name] == again[name] and first[name]["kl"] != second[name]["kl"] > 0
+            assert first[name]["repeat_loss"] > 0 and first["predictions"] == 4 * 63
     with pytest.raises(SystemExit, match="rows with calibration_tokens 128, got 256"):
         selection.main([*arguments[:3], "256", "--tokens", "256", "--resume", str(path)])
 
