@@ -71,31 +71,34 @@ class Point:
     repeats: int
 
 
-def config_of(arm: str, point: Point, size: int) -> PreTrainedConfig:
-    """Return the configuration of an arm; `size` is the width of its MLP, or the number of blocks of the Mambas."""
+def keys_of(arm: str, point: Point, size: int) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
+    """Return class and keys of an arm; `size` is the width of its MLP, or the number of blocks of the Mambas."""
     common: dict[str, Any] = {
         "vocab_size": point.vocabulary,
         "hidden_size": point.width,
         "num_hidden_layers": point.layers,
-        "num_labels": 1,
-        "pad_token_id": None,
     }
     head = min(_HEAD, point.width // 2)
     heads = {"num_attention_heads": point.width // head}
     if arm == MAMBA:
-        return ZooMambaConfig(**(common | {"num_hidden_layers": size}))
+        return ZooMambaConfig, common | {"num_hidden_layers": size}
     if arm == MAMBA2:
-        return ZooMamba2Config(**(common | {"num_hidden_layers": size, "head_dim": head, "state_size": 64}))
+        return ZooMamba2Config, common | {"num_hidden_layers": size, "head_dim": head, "state_size": 64}
     if arm == RETNET:
         heads = {"num_attention_heads": max(1, point.width // (2 * head))}
-        return ZooRetNetConfig(**common, **heads, intermediate_size=size)
+        return ZooRetNetConfig, common | heads | {"intermediate_size": size}
     mixers = ["full_attention"] * point.layers
     if arm == HYBRID:  # attention in every fourth block, as in published hybrids
         mixers = ["full_attention" if index % 4 == 2 else "mamba2" for index in range(point.layers)]
     longest = max(point.length, 8192)
-    return ZooHybridConfig(
-        **common, **heads, intermediate_size=size, mixer_types=mixers, max_position_embeddings=longest
-    )
+    own = {"intermediate_size": size, "mixer_types": mixers, "max_position_embeddings": longest}
+    return ZooHybridConfig, common | heads | own
+
+
+def config_of(arm: str, point: Point, size: int) -> PreTrainedConfig:
+    """Return the configuration of an arm with one score."""
+    kind, keys = keys_of(arm, point, size)
+    return kind(**keys, num_labels=1, pad_token_id=None)
 
 
 def parameters(config: PreTrainedConfig) -> int:
@@ -105,26 +108,30 @@ def parameters(config: PreTrainedConfig) -> int:
     return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
 
 
-def sized(arm: str, point: Point) -> PreTrainedConfig:
-    """Return the configuration of an arm with as many parameters as the Transformer.
+def equal_size(arm: str, point: Point) -> int:
+    """Return the `size` of :func:`keys_of` with which an arm has as many parameters as the Transformer.
 
     Raises:
         ValueError: if no size comes as near as 5 %.
     """
     usual = 8 * point.width // 3
-    target = parameters(config_of(TRANSFORMER, point, usual))
     if arm == TRANSFORMER:
-        return config_of(arm, point, usual)
+        return usual
+    target = parameters(config_of(TRANSFORMER, point, usual))
     low, high = 1, 4 * usual if arm not in (MAMBA, MAMBA2) else 8 * point.layers
     while low < high:  # the smallest size with the target or more
         middle = (low + high) // 2
         low, high = (low, middle) if parameters(config_of(arm, point, middle)) >= target else (middle + 1, high)
-    sizes = [size for size in (low - 1, low) if size > 0]
-    best = min(sizes, key=lambda size: abs(parameters(config_of(arm, point, size)) - target))
-    config = config_of(arm, point, best)
-    if abs(parameters(config) / target - 1) > _TOLERANCE:
-        raise ValueError(f"`layers` must allow {arm} to have {target:,} parameters, got {parameters(config):,}.")
-    return config
+    counts = {size: parameters(config_of(arm, point, size)) for size in (low - 1, low) if size > 0}
+    best = min(counts, key=lambda size: abs(counts[size] - target))
+    if abs(counts[best] / target - 1) > _TOLERANCE:
+        raise ValueError(f"`layers` must allow {arm} to have {target:,} parameters, got {counts[best]:,}.")
+    return best
+
+
+def sized(arm: str, point: Point) -> PreTrainedConfig:
+    """Return the configuration of an arm with as many parameters as the Transformer."""
+    return config_of(arm, point, equal_size(arm, point))
 
 
 def contrastive(scores: Tensor) -> Tensor:
