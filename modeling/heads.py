@@ -21,9 +21,14 @@ from .cache import CACHE_FIELD, one_cache
 from .layers import as_weight
 from .outputs import ROUTING_FIELDS, ZooCausalLMOutput, add_aux_loss, warn_of_missing_aux_loss
 from .pretrained import ZooPreTrainedModel, is_bidirectional
+from .rollback import RECORDED, recording_layers, stop_recording
 from .token_layout import check_labels
 
 logger = logging.get_logger(__name__)
+
+_OF_TOKENS = ("output_hidden_states", "output_attentions")
+_READ = "_columns_read"
+"""Attribute of a cache during assisted decoding: columns of the prompt that it holds already."""
 
 _TABLES = {
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -117,6 +122,75 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             logger.warning_once("`compile_config` has no effect: `generate` does not compile these models")
         return False
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, but in assisted decoding without what the cache already holds."""
+        read = getattr(kwargs.get(CACHE_FIELD), _READ, 0)
+        if read and kwargs.get("is_first_iteration"):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - read
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _assisted_decoding(self, input_ids: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        """As in transformers, which here would read a prompt in one piece, whatever `prefill_chunk_size` is, and with a
+        cache that holds its first tokens would read these again. A cache of the caller's is left not recording."""
+        cache, settings, mask = kwargs.get(CACHE_FIELD), kwargs["generation_config"], kwargs.get("attention_mask")
+        if cache is None:
+            raise ValueError(
+                "use_cache must be True for assisted decoding, which takes rejected tokens back, got False"
+            )
+        columns = getattr(settings, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+        # Shorter ids than the mask are the new ones alone.
+        if kwargs.get("inputs_embeds") is None and columns == input_ids.shape[1]:
+            read, positions = int(cache.get_seq_length()), kwargs.get("position_ids")
+            if read >= columns:
+                raise ValueError(f"input_ids must go on after the {read} tokens that the cache holds, got {columns}")
+            for part in input_ids[:, read:-1].split(settings.prefill_chunk_size or columns, dim=1):
+                if settings.prefill_chunk_size is None or not part.shape[1]:
+                    break
+                end = read + part.shape[1]
+                self.backbone(
+                    part,
+                    attention_mask=None if mask is None else mask[:, :end],
+                    position_ids=None if positions is None else positions[:, read:end],
+                    cache=cache,
+                    use_cache=True,
+                )
+                read = end
+            setattr(cache, _READ, read)
+        try:
+            return super()._assisted_decoding(input_ids, *rest, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            vars(cache).pop(_READ, None)
+            stop_recording(cache)
+
+    def _read_unrecorded(self, arguments: dict[str, Any], logits_to_keep: int | Tensor) -> dict[str, Any]:
+        """Read the first columns of a long prompt without recording them: no draft is part of them.
+
+        Args:
+            arguments: of the backbone.
+            logits_to_keep: as in :meth:`forward`; assisted decoding keeps those of the draft.
+
+        Returns:
+            The arguments for the other columns: the same if nothing was read.
+        """
+        layers = recording_layers(arguments["cache"])
+        asked = [getattr(self.config, name) if arguments[name] is None else arguments[name] for name in _OF_TOKENS]
+        if not layers or any(asked) or not isinstance(logits_to_keep, int) or not logits_to_keep:
+            return arguments
+        given = [name for name in ("input_ids", "inputs_embeds", "position_ids") if arguments[name] is not None]
+        columns = min(arguments[name].shape[1] for name in given) - max(logits_to_keep, RECORDED)
+        if columns < RECORDED:
+            return arguments
+        first = arguments | {name: arguments[name][:, :columns] for name in given}
+        if arguments["attention_mask"] is not None:
+            past = arguments["cache"].get_seq_length()
+            first["attention_mask"] = arguments["attention_mask"][:, : past + columns]
+        for layer in layers:
+            layer.record_past = False
+        self.backbone(**first)
+        for layer in layers:
+            layer.record_past = True
+        return arguments | {name: arguments[name][:, columns:] for name in given}
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -151,20 +225,23 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             the weighted `aux_loss`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        outputs = self.backbone(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "seq_idx": seq_idx,
+            "cu_seqlens": cu_seqlens,
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "return_dict": True,
             **kwargs,
-        )
+        }
+        if labels is None:
+            arguments = self._read_unrecorded(arguments, logits_to_keep)
+        outputs = self.backbone(**arguments)
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, logits_to_keep]

@@ -24,6 +24,7 @@ from .configuration_hybrid import ZooHybridConfig
 from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClassification
 from .layers import GatedMLP, PlainMLP, ScaledEmbedding, add_norm, make_norm, soft_capped
 from .pretrained import ZooPreTrainedModel
+from .rollback import recorded
 from .token_layout import Sequence
 from .token_mixers import TOKEN_MIXERS
 
@@ -62,11 +63,10 @@ class HybridBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor | None, ...]:
         """(B, L, D) hidden states to (B, L, D), the mixer's matrix if asked for, and the mixer's further outputs."""
         if self.mixer is None:
-            if past_key_values is not None:
-                layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
+            recorded(self._skip, self.layer_idx, hidden_states, sequence, past_key_values, output_attentions)
             return hidden_states + self._transform(_apply(self.post_attention_layernorm, hidden_states)), None
         read = _apply(self.input_layernorm, hidden_states)
-        mixed, *others = self.mixer(read, sequence, past_key_values, output_attentions)
+        mixed, *others = recorded(self.mixer, self.layer_idx, read, sequence, past_key_values, output_attentions)
         mixed = _apply(self.mixer_output_layernorm, mixed)
         if self.mlp is None:
             return hidden_states + mixed, *others
@@ -80,6 +80,11 @@ class HybridBlock(GradientCheckpointingLayer):
             return hidden_states + self._transform(hidden_states), *others
         read, hidden_states = add_norm(norm, mixed, hidden_states)
         return hidden_states + self._transform(read), *others
+
+    def _skip(self, hidden_states: Tensor, sequence: Sequence, past_key_values: Cache | None, _: bool) -> None:
+        """Count the (B, L, D) tokens in the cache."""
+        if past_key_values is not None:
+            layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
 
     def _transform(self, hidden_states: Tensor) -> Tensor:
         """Return what the MLP adds to the stream, from (B, L, D) states behind the norm before it."""
