@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ __all__ = ["draw_length"]
 
 _COLORS = (BLUE, ORANGE, GREEN, GREY, "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 Row = Mapping[str, Any]
-_PANELS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
-    ("Loss by position", "nats per token", lambda row: row["loss"]),
+_PANELS: tuple[tuple[str, str, Callable[[Row], float]], ...] = (
+    ("Loss by position", "nats per token", lambda row: math.nan if row["loss"] is None else row["loss"]),
     ("Reading", "tokens per second", lambda row: row["read"] / row["seconds"]),
     ("Cache", "MiB", lambda row: row["cache_bytes"] / 2**20),
     ("Memory of the process", "MiB", lambda row: row["memory_bytes"] / 2**20),
