@@ -46,7 +46,7 @@ from ssm_zoo.distill.teacher import Teacher, load_teacher
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "bounded": {"layers": "all", "mixer": "bounded_attention", "rows": 512, "slots": "equal"},
-    "hybrid": {"layers": "odd", "half_life": (4.0, 64.0)},
+    "hybrid": {"layers": "odd"},
 }
 WAYS = ("plain", "lookup", "right", "wrong")
 PASSAGE = """The harbour of Vellin has three piers. The northern pier belongs to the fishermen, who leave at four in the
