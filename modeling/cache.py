@@ -453,9 +453,13 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
     """
     if len(saved) != len(cache.layers):
         raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
-    for layer, state in zip(cache.layers, saved, strict=True):
+    layers: list[Any] = cache.layers
+    for layer, state in zip(layers, saved, strict=True):
+        recording = getattr(layer, "recording", None)
         vars(layer).clear()
         vars(layer).update(_copied(state))
+        if hasattr(layer, "recording"):  # a layer goes on recording, or not, but what it recorded is not of this state
+            layer.recording = None if recording is None else copy.deepcopy(recording)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Embeddings need no head: `AutoModel` returns the last hidden states, which sente
 Symbols: B batch, L new tokens, V vocabulary.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -122,6 +123,8 @@ class ZooForCausalLM(ZooHeadModel, GenerationMixin):
             logger.warning_once("`compile_config` has no effect: `generate` does not compile these models")
         return False
 
+    # generate inspects the signature
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, but in assisted decoding without what the cache already holds."""
         read = getattr(kwargs.get(CACHE_FIELD), _READ, 0)

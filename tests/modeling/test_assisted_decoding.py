@@ -169,3 +169,5 @@ def test_a_recording_does_not_grow_without_end(hybrid: Any, monkeypatch: pytest.
         hybrid(draw_ids(1, 1), cache=cache, use_cache=True)
     assert [len(layer.recording.steps) for layer in recording_layers(cache)] == [4, 4, 4]
     assert [layer.recording.steps for layer in recording_layers(copy.deepcopy(cache))] == [[], [], []]
+    restore(cache, snapshot(cache))
+    assert [layer.recording.steps for layer in recording_layers(cache)] == [[], [], []]
