@@ -378,7 +378,7 @@ class HistoryLayer(_CountingLayer):
             ValueError: if the number is positive, or some of the columns may be padding, as it is not known then where
                 the tokens of a row end.
         """
-        certain = int(self.certain)
+        certain, tokens_to_remove = int(self.certain), int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0 or -tokens_to_remove > certain:
             raise ValueError(
                 f"crop takes minus the number of columns to remove, from {-certain} to 0 (columns after the "

@@ -117,6 +117,7 @@ class RecordsPast:
         Raises:
             ValueError: if the number is positive, or more than was recorded.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         steps = [] if self.recording is None else self.recording.steps
         recorded = sum(step.columns for step in steps)
         if not -recorded <= tokens_to_remove <= 0:
