@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..harness.text_files import check_text
+from .evaluate_length import length
 from .evaluate_rerank import rerank
 from .evaluate_translation import translation
 from .evaluation_report import Overwrite, Report, check_output, model_name, write_report
@@ -15,6 +16,7 @@ from .sources import model_source
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
 evaluate.command("rerank")(rerank)
 evaluate.command("translation")(translation)
+evaluate.command("length")(length)
 
 Pooling = Literal["last", "mean"]
 

@@ -146,7 +146,7 @@ def _run(model: PreTrainedModel, handle: Any, states: list[Tensor], place: str, 
     """Run a model until its hook has added to `states`, and remove the hook."""
     call: Callable[..., Any] = model
     try:
-        call(**inputs, use_cache=False)
+        call(**{"use_cache": False, **inputs})
     except _ReachedError:
         return states[0]
     finally:

@@ -175,6 +175,7 @@ class BoundedLayer(ZooLayer):
     _memory = BoundedMemory._fields
     _exact = ("exact_keys", "exact_values", "exact_keys_scales", "exact_values_scales")
     _tensors = (*_memory, *_exact)
+    _replaced = _exact
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("BoundedLayer holds chosen keys and values, not all of them: use memory and set_memory")

@@ -31,6 +31,7 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels.tracing import tracing
+from .rollback import RecordsPast
 
 CACHE_FIELD = next(
     field.name for field in dataclasses.fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values")
@@ -38,11 +39,10 @@ CACHE_FIELD = next(
 """Field of transformers' outputs that holds the cache: "cache" since 5.24, "past_key_values" before."""
 
 
-class ZooLayer(CacheLayerMixin):
+class ZooLayer(RecordsPast, CacheLayerMixin):
     """A cache layer that holds a fixed set of (B, ...) tensors and the number of columns seen."""
 
     is_compileable = False
-    is_croppable = False
     supports_early_init = False
     is_sliding = False
     _layer_type: str | None = None
@@ -65,6 +65,7 @@ class ZooLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _map(self, function: Any) -> None:
+        self.forget_past()
         for name in self._tensors:
             tensor = getattr(self, name)
             if tensor is not None:
@@ -84,6 +85,7 @@ class ZooLayer(CacheLayerMixin):
             setattr(self, name, None)
         self.columns = 0
         self.is_initialized = False
+        self.forget_past()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -99,13 +101,6 @@ class ZooLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Do nothing, as nothing was offloaded."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError(
-                f"{type(self).__name__} keeps a state, not a history: crop({tokens_to_remove}) cannot remove tokens. "
-                "Take a snapshot before they are added and restore it instead."
-            )
 
 
 class RecurrentLayer(ZooLayer):
@@ -168,7 +163,7 @@ class WindowLayer(ZooLayer):
     """
 
     _layer_type = "zoo_window"
-    _tensors = ("keys", "values", "positions", "counts")
+    _tensors = _replaced = ("keys", "values", "positions", "counts")
     is_sliding = True
 
     keys: Tensor | None
@@ -227,6 +222,8 @@ class WindowLayer(ZooLayer):
 
 class _KeysAndValues(ZooLayer):
     """Keys and values (B, H, M, P) of all columns."""
+
+    _replaced = ("keys", "values")
 
     keys: Tensor | None
     values: Tensor | None
@@ -315,17 +312,26 @@ class HistoryLayer(_CountingLayer):
 
     _layer_type = "zoo_history"
     _tensors = ("history", "inner_history", "counts")
-    is_croppable = True
 
     history: Tensor | None
     inner_history: Tensor | None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.certain = 0
+        self.certain: int | Tensor = 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def activate_past_recording(self) -> None:
+        """Do nothing: a history can be cut."""
 
     def advance(self, x: Tensor, real: Tensor | None) -> Tensor:
-        self.certain = self.certain + x.shape[1] if real is None else 0
+        if real is None:
+            self.certain = self.certain + x.shape[1]
+        else:  # columns with padding, and those before them, cannot be removed
+            self.certain = 0 if tracing() else real.all(0).flip(0).cumprod(0).sum()
         return super().advance(x, real)
 
     def append(self, name: str, x: Tensor, positions: Tensor, real: Tensor | None, limit: int) -> Tensor:
@@ -378,15 +384,16 @@ class HistoryLayer(_CountingLayer):
             ValueError: if the number is positive, or some of the columns may be padding, as it is not known then where
                 the tokens of a row end.
         """
-        if tokens_to_remove > 0 or -tokens_to_remove > self.certain:
+        certain, tokens_to_remove = int(self.certain), int(tokens_to_remove)  # transformers 5.17 passes a tensor
+        if tokens_to_remove > 0 or -tokens_to_remove > certain:
             raise ValueError(
-                f"crop takes minus the number of columns to remove, from {-self.certain} to 0 (columns after the "
+                f"crop takes minus the number of columns to remove, from {-certain} to 0 (columns after the "
                 f"last padding), got {tokens_to_remove}"
             )
         if tokens_to_remove and self.counts is not None:
             self.counts = self.counts + tokens_to_remove
             self.columns += tokens_to_remove
-            self.certain += tokens_to_remove
+            self.certain = certain + tokens_to_remove
 
     def reset(self) -> None:
         super().reset()
@@ -462,9 +469,13 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
         return
     if len(saved) != len(cache.layers):
         raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
-    for layer, state in zip(cache.layers, saved, strict=True):
+    layers: list[Any] = cache.layers
+    for layer, state in zip(layers, saved, strict=True):
+        recording = getattr(layer, "recording", None)
         vars(layer).clear()
         vars(layer).update(_copied(state))
+        if hasattr(layer, "recording"):  # a layer goes on recording, or not, but what it recorded is not of this state
+            layer.recording = None if recording is None else copy.deepcopy(recording)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Embeddings need no head: `AutoModel` returns the last hidden states, which sente
 Symbols: B batch, L new tokens, V vocabulary.
 """
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ..kernels.tracing import tracing
+from .assisted_decoding import READ, AssistedDecoding
 from .cache import CACHE_FIELD, one_cache
 from .call_arguments import check_labels
 from .layers import as_weight
@@ -89,7 +91,7 @@ class ZooGenerates(GenerationMixin):
         return False
 
 
-class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
+class ZooForCausalLM(ZooHeadModel, AssistedDecoding, ZooGenerates, GenerationMixin):
     """A language-modelling head over a family's backbone."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -114,9 +116,13 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
         """Return the logits for what the head has computed: the same in most families."""
         return logits
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, with the `prefix_mask` of the prompt only in the forward that reads the prefix."""
-        mask = kwargs.pop("prefix_mask", None)
+        """As in transformers, with the `prefix_mask` of the prompt only in the forward that reads the prefix, and in
+        assisted decoding without what the cache already holds."""
+        mask, read = kwargs.pop("prefix_mask", None), getattr(kwargs.get(CACHE_FIELD), READ, 0)
+        if read and kwargs.get("is_first_iteration"):
+            kwargs["next_sequence_length"] = input_ids.shape[1] - read
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if mask is not None:
             new = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
@@ -171,21 +177,24 @@ class ZooForCausalLM(ZooHeadModel, ZooGenerates, GenerationMixin):
             the weighted `aux_loss`.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        outputs = self.backbone(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            return_dict=True,
-            prefix_mask=prefix_mask,
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": one_cache(past_key_values, cache, kwargs.pop("cache_params", None)),
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "seq_idx": seq_idx,
+            "cu_seqlens": cu_seqlens,
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "return_dict": True,
+            "prefix_mask": prefix_mask,
             **kwargs,
-        )
+        }
+        if labels is None:
+            arguments = self.read_unrecorded(arguments, logits_to_keep)
+        outputs = self.backbone(**arguments)
         hidden_states = outputs.last_hidden_state
         if not isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, logits_to_keep]

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.rms_norm import add_rms_norm, rms_norm
+from .rollback import recorded
 from .token_layout import Sequence
 
 NORM_TYPES = ("rms_norm", "layer_norm", "unit_offset_rms_norm")
@@ -344,6 +345,7 @@ class MixerBlock(GradientCheckpointingLayer):
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = mixer
+        self.layer_idx = int(mixer.layer_idx)  # pyright: ignore[reportArgumentType]
 
     def forward(
         self,
@@ -354,5 +356,6 @@ class MixerBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) hidden states to (B, L, D), and the mixer's matrix if asked for."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        mixed, attention = self.mixer(normed(self.norm, hidden_states), sequence, past_key_values, output_attentions)
+        inputs = normed(self.norm, hidden_states)
+        mixed, attention = recorded(self.mixer, self.layer_idx, inputs, sequence, past_key_values, output_attentions)
         return residual + mixed, attention

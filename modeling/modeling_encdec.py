@@ -31,6 +31,7 @@ from .heads import ZooGenerates, ZooHeadModel
 from .layers import as_weight, make_norm, soft_capped
 from .modeling_hybrid import HybridBlock, ZooHybridModel
 from .pretrained import ZooPreTrainedModel
+from .rollback import recorded
 from .token_layout import Sequence
 
 PACK = "pack with seq_idx and decoder_seq_idx, in which a target document has the number of its source document"
@@ -72,7 +73,7 @@ class DecoderBlock(HybridBlock):
         """
         matrix = None
         if self.mixer is None:
-            self._skip(hidden_states, past_key_values)
+            recorded(self._skip, self.layer_idx, hidden_states, sequence, past_key_values, output_attentions)
         else:
             read = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
             mixed, matrix = self._mix(read, sequence, past_key_values, output_attentions)

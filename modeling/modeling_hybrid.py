@@ -24,6 +24,7 @@ from .configuration_hybrid import ZooHybridConfig
 from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification, ZooForTokenClassification
 from .layers import GatedMLP, PlainMLP, ScaledEmbedding, add_norm, make_norm, soft_capped
 from .pretrained import ZooPreTrainedModel
+from .rollback import recorded
 from .token_layout import Sequence
 from .token_mixers import TOKEN_MIXERS
 
@@ -63,7 +64,7 @@ class HybridBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor | None, ...]:
         """(B, L, D) hidden states to (B, L, D), the mixer's matrix if asked for, and the mixer's further outputs."""
         if self.mixer is None:
-            self._skip(hidden_states, past_key_values)
+            recorded(self._skip, self.layer_idx, hidden_states, sequence, past_key_values, output_attentions)
             return hidden_states + self._transform(_apply(self.post_attention_layernorm, hidden_states)), None
         read = _apply(self.input_layernorm, hidden_states)
         mixed, *others = self._mix(read, sequence, past_key_values, output_attentions)
@@ -80,7 +81,7 @@ class HybridBlock(GradientCheckpointingLayer):
         read, hidden_states = add_norm(norm, mixed, hidden_states)
         return hidden_states + self._transform(read), *others
 
-    def _skip(self, hidden_states: Tensor, past_key_values: Cache | None) -> None:
+    def _skip(self, hidden_states: Tensor, sequence: Sequence, past_key_values: Cache | None, _: bool) -> None:
         """Count the columns of (B, L, D) states in the cache of a block without a mixer."""
         if past_key_values is not None:
             layer_of(past_key_values, self.layer_idx).skip(hidden_states.shape[1])
@@ -89,7 +90,7 @@ class HybridBlock(GradientCheckpointingLayer):
         """Return what the mixer adds to the stream, from (B, L, D) states behind the norm before it, and its other
         outputs."""
         assert self.mixer is not None
-        mixed, *others = self.mixer(read, *arguments)
+        mixed, *others = recorded(self.mixer, self.layer_idx, read, *arguments)
         return self.dropout(_apply(self.mixer_output_layernorm, mixed)), *others
 
     def _transform(self, hidden_states: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ from .heads import (
     enter_class_name,
 )
 from .layers import GatedMLP, LayerNorm, PlainMLP, RMSNorm, init_linear, init_linear_normal, normed
-from .masked_mixing import REPEATS, make_position_mixer
+from .masked_mixing import make_position_mixer
 from .pretrained import ZooPreTrainedModel
+from .rollback import recorded
 from .token_layout import Sequence
 
 _NEXT_TOKEN = "MaskedMixerForMaskedLM(lookahead=2)"
@@ -75,6 +76,7 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MaskedMixerConfig, layer_idx: int) -> None:
         super().__init__()
+        self.layer_idx = layer_idx
         self.mlp_first, self.parallel = bool(config.mlp_first), config.attention == "parallel"
         attends = config.attention != "none"
         self.attention_norm = make_norm(config) if config.attention == "series" else None
@@ -109,7 +111,9 @@ class MaskedMixerBlock(GradientCheckpointingLayer):
         """
         if self.mlp_first:
             hidden_states = hidden_states + self.mlp(normed(self.channel_norm, hidden_states))
-        hidden_states, matrices = self.mix_tokens(hidden_states, sequence, past_key_values, output_attentions)
+        hidden_states, matrices = recorded(
+            self.mix_tokens, self.layer_idx, hidden_states, sequence, past_key_values, output_attentions
+        )
         if not self.mlp_first:
             hidden_states = hidden_states + self.mlp(normed(self.channel_norm, hidden_states))
         found = [matrix for matrix in matrices if matrix is not None]
@@ -200,10 +204,6 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM, Generat
     """A masked mixer with a language-modelling head."""
 
     backbone_class = MaskedMixerModel
-
-    def __init__(self, config: MaskedMixerConfig) -> None:
-        super().__init__(config)
-        self._is_stateful = config.mixing in REPEATS  # a history can be cropped, as assisted decoding needs
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore[reportAttributeAccessIssue]
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

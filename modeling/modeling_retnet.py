@@ -25,6 +25,7 @@ from .heads import ZooForCausalLM, ZooForMaskedLM, ZooForSequenceClassification,
 from .layers import GatedMLP, PlainMLP, RMSNorm, ScaledEmbedding, as_weight, normed
 from .pretrained import ZooPreTrainedModel
 from .retention import Retention
+from .rollback import recorded
 from .token_layout import Sequence
 
 
@@ -33,6 +34,7 @@ class RetNetBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: ZooRetNetConfig, layer_idx: int) -> None:
         super().__init__()
+        self.layer_idx = layer_idx
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = Retention(
             config,
@@ -54,9 +56,8 @@ class RetNetBlock(GradientCheckpointingLayer):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) hidden states to (B, L, D), and the mixing matrix of retention if asked for."""
-        mixed, attention = self.mixer(
-            normed(self.input_layernorm, hidden_states), sequence, past_key_values, output_attentions
-        )
+        read = normed(self.input_layernorm, hidden_states)
+        mixed, attention = recorded(self.mixer, self.layer_idx, read, sequence, past_key_values, output_attentions)
         inputs, residual = self.post_attention_layernorm(mixed, residual=hidden_states)
         return residual + self.mlp(as_weight(self.post_attention_layernorm, inputs)), attention
 

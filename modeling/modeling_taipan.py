@@ -29,6 +29,7 @@ from .heads import ZooForCausalLM, ZooForSequenceClassification, ZooForTokenClas
 from .layers import GatedMLP, MixerBlock, RMSNorm, as_weight, normed
 from .modeling_mamba2 import Mamba2Mixer
 from .pretrained import ZooPreTrainedModel
+from .rollback import recorded
 from .selective_attention import SelectiveAttention
 from .token_layout import Sequence
 
@@ -40,6 +41,7 @@ class SelectiveAttentionBlock(GradientCheckpointingLayer):
         super().__init__()
         self.residual_in_fp32, self.convex = config.residual_in_fp32, config.sal_fusion == "convex"
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layer_idx = layer_idx
         self.mixer = SelectiveAttention(config, config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, int(config.intermediate_size or 0))
@@ -53,7 +55,9 @@ class SelectiveAttentionBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(B, L, D) hidden states to (B, L, D), and the further outputs of `SelectiveAttention`."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        update, *others = self.mixer(
+        update, *others = recorded(
+            self.mixer,
+            self.layer_idx,
             normed(self.input_layernorm, residual),
             sequence,
             past_key_values,

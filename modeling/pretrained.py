@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from .mixer import ALL_OF_THEM, LOAD_IN_FLOAT32, under_fsdp, warn_of_dtype
@@ -161,12 +162,13 @@ def _base(layer: nn.Module) -> nn.Module:
 
 
 class ZooPreTrainedModel(KeepsFloat32, UntiesUnderAdapters, PreTrainedModel):
-    """Base class of all models: stateful, exported with code, some parameters in float32 (`mixer.py`)."""
+    """Base class of all models: exported with code, some parameters in float32 (`mixer.py`)."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _is_stateful = True
+    # A stateful model cannot be assisted. These are not: their caches can be cropped while they record the past.
+    _is_stateful = not hasattr(Cache, "activate_past_recording")
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
 

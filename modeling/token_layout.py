@@ -242,6 +242,24 @@ class Sequence:
         seq_idx = None if self.attention_mask is None else self.attention_mask.to(torch.int32) - 1
         return Sequence(position_ids, seq_idx, self.attention_mask, 0, False)
 
+    def first(self, length: int) -> "Sequence":
+        """Return the :class:`Sequence` of the first `length` new columns, as a call with these alone would make it."""
+
+        def cut(tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if tables is None else (tables[0][:, :length], tables[1][:, :length])
+
+        part = Sequence(
+            self.position_ids[:, :length],
+            None if self.seq_idx is None else self.seq_idx[:, :length],
+            None if self.attention_mask is None else self.attention_mask[:, : self.past + length],
+            self.past,
+            self.packed,
+            rotary=cut(self.rotary),
+        )
+        part.local_rotary = cut(self.local_rotary)
+        part.prefix = None if self.prefix is None else self.prefix[:, :length]
+        return part
+
     def over_columns(self, matrix: Tensor, key_positions: Tensor | None) -> Tensor:
         """Spread rows of attention over all columns of a row, cached ones first.
 

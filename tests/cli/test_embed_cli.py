@@ -48,7 +48,7 @@ def ssm_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
 
 def commands() -> dict[tuple[str, str], Any]:
     group: Any = typer.main.get_command(app)
-    names = [("finetune", "embed"), *(("evaluate", name) for name in ("retrieval", "lm-eval", "inversion"))]
+    names = [("finetune", "embed"), *(("evaluate", name) for name in ("retrieval", "lm-eval", "inversion", "length"))]
     return {name: group.commands[name[0]].commands[name[1]] for name in names}
 
 
@@ -66,7 +66,8 @@ def test_help_needs_no_torch() -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from ssm_zoo.cli.main import app;"
         "assert all(CliRunner().invoke(app, [*name, '--help']).exit_code == 0 for name in"
-        "    [('finetune', 'embed'), ('evaluate', 'retrieval'), ('evaluate', 'lm-eval'), ('evaluate', 'inversion')]);"
+        "    [('finetune', 'embed'), ('evaluate', 'retrieval'), ('evaluate', 'lm-eval'), ('evaluate', 'inversion'),"
+        "    ('evaluate', 'length')]);"
         "assert not {'torch', 'transformers', 'huggingface_hub', 'sentence_transformers', 'lm_eval'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -194,6 +195,20 @@ def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_pa
     assert report["settings"] == settings | {"text": "text.txt"}
 
 
+def test_length_is_printed_written_and_drawn(ssm_zoo: Callable[..., Result], tmp_path: Path) -> None:
+    options = {"tokens": 20, "windows": 2, "chunk": 6, "first": 8, "output": "l.json"}
+    line = [part for name, value in options.items() for part in (f"--{name}", value)]
+    result = ssm_zoo("evaluate", "length", "zoo", "text.txt", *line)
+    assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    report = json.loads((tmp_path / "l.json").read_text())
+    rows = report["by_position"]
+    assert [(row["start"], row["end"], row["tokens"]) for row in rows] == [(0, 8, 14), (8, 16, 16), (16, 20, 8)]
+    assert all(f"{row['loss']:.4f}" in result.stdout for row in rows)
+    settings = {"model": "zoo", "text": "text.txt", "tokens": 20, "windows": 2, "chunk": 6, "first": 8, "dtype": "auto"}
+    assert report["settings"] == settings
+    assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -247,6 +262,16 @@ def test_inversion_is_printed_and_written(ssm_zoo: Callable[..., Result], tmp_pa
             ["evaluate", "inversion", "zoo", "text.txt"],
             "text: .* must have at least 512 tokens, 8 times 64, got 93",
             id="long",
+        ),
+        pytest.param(
+            ["evaluate", "length", "zoo", "text.txt", "--tokens", "9999"],
+            "text: text.txt must have at least 9,999 tokens, 1 times 9,999, got",
+            id="short-text",
+        ),
+        pytest.param(
+            ["evaluate", "length", "zoo", "text.txt", "--output", "x.png"],
+            "--output: the report must not end in .png, the name of its picture, got x.png",
+            id="picture-name",
         ),
         pytest.param(["evaluate", "inversion", "zoo", "no.txt"], "text: there is no file 'no.txt'", id="no-text"),
         pytest.param(

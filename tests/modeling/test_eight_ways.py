@@ -384,17 +384,22 @@ def test_snapshot_of_another_model_raises(model: Any) -> None:
         restore(cache, snapshot(cache)[:1])
 
 
-def test_a_history_can_be_cropped_and_a_state_cannot(model: Any) -> None:
+def test_a_history_can_be_cropped_and_a_state_while_it_records(model: Any) -> None:
     ids, cache = draw_ids(2, LENGTH), DynamicCache(config=model.config)
     with torch.no_grad():
         chunks(model, ids[:, :4], [4], cache)
+        if not set(model.config.layer_types) <= {"zoo_history", "zoo_attention_history", "full_attention"}:
+            saved = snapshot(cache)
+            with pytest.raises(ValueError, match=r"from 0 to 0, got -1: .* keeps a state, not a history"):
+                cache.crop(-1)
+            restore(cache, saved)  # a layer before that one may be a history
+        cache.activate_past_recording()
         chunks(model, draw_ids(2, 3, seed=5), [2, 1], cache)
-        if set(model.config.layer_types) <= {"zoo_history", "zoo_attention_history", "full_attention"}:
-            cache.crop(-3)
-            close(chunks(model, ids[:, 4:], [1, 3, 5], cache), whole(model, ids)[:, 4:])
-            return
-    with pytest.raises(ValueError, match="keeps a state, not a history: crop"):
-        cache.crop(-1)
+        cache.crop(-3)
+        wrong = torch.cat([ids[:, 4:6], draw_ids(2, 2, seed=6)], dim=1)
+        close(chunks(model, wrong, [1, 3], cache)[:, :2], whole(model, ids)[:, 4:6])
+        cache.crop(-2)
+        close(chunks(model, ids[:, 6:], [1, LENGTH - 7], cache), whole(model, ids)[:, 6:])
 
 
 def test_reset_forgets_everything(model: Any) -> None:
