@@ -92,21 +92,3 @@ def _print_length(rows: list[dict[str, Any]]) -> None:
         speed = f"{row['read'] / row['seconds']:,.0f}"
         table.add_row(f"{row['start']:,} to {row['end'] - 1:,}", f"{row['loss']:.4f}", speed, *sizes)
     Console().print(table)
-
-
-def _print_lm_eval(results: dict[str, dict[str, Any]]) -> None:
-    """Print a table with a row for every metric of every task."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("task", "metric")
-    for heading in ("value", "standard error"):
-        table.add_column(heading, justify="right")
-    for task, values in results.items():
-        for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if kind and not metric.endswith("_stderr"):
-                error = values.get(f"{metric}_stderr,{kind}")
-                cells = [f"{cell:.4f}" if isinstance(cell, float) else "" for cell in (value, error)]
-                table.add_row(task, metric if kind == "none" else f"{metric} ({kind})", *cells)
-    Console().print(table)
