@@ -1,0 +1,167 @@
+"""Packed rows of transformers' own models on our ops: documents are kept apart, however they are described."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from native_configurations import VOCABULARY, tiny_native
+from torch import Tensor
+from transformers import DataCollatorWithFlattening, PreTrainedModel
+
+from ssm_zoo.modeling.native_models import MODEL_TYPES, accelerate_transformers
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+LENGTHS = [2, 6, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def models() -> Callable[[str], PreTrainedModel]:
+    made: dict[str, PreTrainedModel] = {}
+
+    def get(model_type: str) -> PreTrainedModel:
+        if model_type not in made:
+            made[model_type] = tiny_native(model_type)
+        return made[model_type]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def described(documents: list[Tensor]) -> dict[str, Any]:
+    """Return all descriptions of the packed row that transformers' collator makes."""
+    options = {"return_flash_attn_kwargs": True, "return_seq_idx": True}
+    batch = DataCollatorWithFlattening(return_tensors="pt", **options)([{"input_ids": each} for each in documents])
+    assert {"position_ids", "seq_idx", "cu_seq_lens_q"} <= batch.keys()
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Return the (L, V) logits of a run and the gradients of all parameters."""
+    model.zero_grad()
+    logits = run()
+    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    (logits * cotangent).mean().backward()
+    return {
+        "logits": logits.detach(),
+        **{name: each.grad for name, each in model.named_parameters() if each.grad is not None},
+    }
+
+
+FORMS = [("seq_idx",), ("cu_seq_lens_q",), ("position_ids",), ("position_ids", "seq_idx", "cu_seq_lens_q")]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_packed_documents_have_the_values_and_gradients_of_separate_ones(
+    model_type: str,
+    models: Callable[[str], PreTrainedModel],
+    documents: list[Tensor],
+    described: dict[str, Any],
+) -> None:
+    model = models(model_type).train()
+    with accelerate_transformers([model_type]):
+        separate = gradients(
+            model, lambda: torch.cat([model(each[None], use_cache=False).logits[0] for each in documents])
+        )
+        for form in FORMS:
+            given = {name: described[name] for name in ("input_ids", *form)}
+            packed = gradients(model, lambda given=given: model(**given).logits[0])
+            torch.testing.assert_close(packed, separate, **TOLERANCE, msg=lambda text, form=form: f"{form}: {text}")
+        with torch.no_grad():  # a mask of ones separates too
+            ones = torch.ones_like(described["input_ids"])
+            for name in ("position_ids", "seq_idx"):
+                given = {"input_ids": described["input_ids"], "attention_mask": ones, name: described[name]}
+                torch.testing.assert_close(model.eval()(**given).logits[0], separate["logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "bamba"])
+def test_documents_stay_apart_where_checkpointing_runs_the_layers_again(
+    model_type: str, models: Callable[[str], PreTrainedModel], described: dict[str, Any]
+) -> None:
+    model, given = models(model_type).train(), {name: described[name] for name in ("input_ids", "position_ids")}
+    with accelerate_transformers([model_type]):
+        plain = gradients(model, lambda: model(**given).logits[0])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            again = gradients(model, lambda: model(**given).logits[0])
+        finally:
+            model.gradient_checkpointing_disable()
+    torch.testing.assert_close(again, plain, **TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "zamba2"])
+def test_padding_inside_and_around_packed_documents_is_passed_over(
+    model_type: str, models: Callable[[str], PreTrainedModel], documents: list[Tensor]
+) -> None:
+    model = models(model_type)
+    seq_idx = torch.tensor([[-1, 0, 0, 1, 1, 1, 1, 1, 1, -1, -1, 2, -1]])
+    row = torch.full_like(seq_idx, 5)
+    row[seq_idx >= 0] = torch.cat(documents[:3])
+    with accelerate_transformers([model_type]), torch.no_grad():
+        found = model(row, seq_idx=seq_idx).logits[seq_idx >= 0]
+        expected = torch.cat([model(each[None], use_cache=False).logits[0] for each in documents[:3]])
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+        if model_type == "mamba":  # without attention, the same by a mask, with documents by position
+            mask = (seq_idx >= 0).long()
+            positions = torch.tensor([[7, 0, 1, 0, 1, 2, 3, 4, 5, 9, 9, 0, 3]])
+            found = model(row, attention_mask=mask, position_ids=positions).logits[seq_idx >= 0]
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_positions_of_padded_batches_are_no_documents(models: Callable[[str], PreTrainedModel]) -> None:
+    """As `generate` counts them: 1 for padding, then 0, 1, 2, ..."""
+    model, mask = models("bamba"), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+    rows = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        expected = model(rows, attention_mask=mask, position_ids=positions)
+        with accelerate_transformers(["bamba"]):
+            found = model(rows, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(found.logits[mask == 1], expected.logits[mask == 1], **TOLERANCE)
+    assert found.cache is not None
+
+
+ROW = torch.arange(3, 11)[None]
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "use_cache": ("mamba", {"seq_idx": DOCUMENTS, "use_cache": True}, "use_cache must not be set with several"),
+    "mask": (
+        "jamba",
+        {"seq_idx": DOCUMENTS, "attention_mask": torch.tensor([[0] + [1] * 7])},
+        "attention_mask must be None with several documents.*negative seq_idx",
+    ),
+    "positions": (
+        "bamba",
+        {"seq_idx": DOCUMENTS, "position_ids": torch.arange(8)[None]},
+        "position_ids must start again exactly where",
+    ),
+    "bounds-end": ("mamba2", {"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "cu_seq_lens_q must end at .* 8, got"),
+    "bounds-differ": (
+        "zamba",
+        {"seq_idx": DOCUMENTS, "cu_seq_lens_q": torch.tensor([0, 3, 8])},
+        "cu_seq_lens_q must bound the documents of seq_idx",
+    ),
+    "decreasing": ("mamba", {"seq_idx": DOCUMENTS.flip(1)}, "seq_idx must not decrease"),
+    "shape": ("nemotron_h", {"seq_idx": DOCUMENTS[:, 1:]}, r"seq_idx must be \(B, L\) = \(1, 8\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_mix_documents_is_refused(case: str, models: Callable[[str], PreTrainedModel]) -> None:
+    model_type, given, message = REFUSED[case]
+    with accelerate_transformers([model_type]), pytest.raises(ValueError, match=message):
+        models(model_type).eval()(ROW, **given)
+
+
+def test_a_cache_is_refused_with_documents(models: Callable[[str], PreTrainedModel]) -> None:
+    model = models("mamba").eval()
+    with accelerate_transformers(["mamba"]), torch.no_grad():
+        cache = model(ROW, use_cache=True).cache
+        with pytest.raises(ValueError, match=r"cache must not be set with several documents in a row.*one by one"):
+            model(ROW, cache=cache, seq_idx=DOCUMENTS)
