@@ -128,7 +128,7 @@ def mamba2_forward(
     z = None if normed else gate.unflatten(-1, (self.num_heads, self.head_dim))
     A = -torch.exp(self.A_log.to(accumulator(x)))
     options = {"dt_softplus": True, "dt_limit": tuple(self.time_step_limit)}
-    if _one_step(state, x, seq_idx, projected, A, self.D, self.dt_bias):
+    if state is not None and _one_step(state, x, seq_idx, projected, A, self.D, self.dt_bias):
         vectors = {"D": self.D, "z": None if z is None else z[:, 0], "dt_bias": self.dt_bias}
         held = state.to(accumulator(state))
         y = ssd_step(held, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **vectors, **options)[:, None]
@@ -208,8 +208,7 @@ def _scan(
         (B, L, D) outputs.
     """
     x, dt, A, B, C, D, z, bias = operands
-    if _one_step(state, x, seq_idx, *operands):
-        assert state is not None
+    if state is not None and _one_step(state, x, seq_idx, *operands):
         held = state.to(accumulator(state))
         vectors = {"D": D, "z": z[:, 0], "dt_bias": bias, "dt_softplus": True}
         y = selective_scan_step(held, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **vectors)[:, None]
@@ -237,9 +236,9 @@ def _scan(
     return y
 
 
-def _one_step(state: Tensor | None, x: Tensor, seq_idx: Tensor | None, *operands: Tensor | None) -> bool:
+def _one_step(state: Tensor, x: Tensor, seq_idx: Tensor | None, *operands: Tensor | None) -> bool:
     """Return whether the one-token step serves: it updates the state in place and records no gradient."""
-    return state is not None and x.shape[1] == 1 and seq_idx is None and not recorded(state, *operands)
+    return x.shape[1] == 1 and seq_idx is None and not recorded(state, *operands)
 
 
 def _entering(state: Tensor | None, *operands: Tensor | None) -> Tensor | None:

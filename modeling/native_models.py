@@ -40,6 +40,7 @@ class _Served(NamedTuple):
     models: tuple[str, ...]
     hybrid: bool = True
     layer: str | None = None
+    needs_mask: bool = False
 
 
 _SERVED = {
@@ -48,7 +49,9 @@ _SERVED = {
     "falcon_mamba": _Served(
         "FalconMambaMixer", mamba_forward, ("FalconMambaModel", "FalconMambaForCausalLM"), hybrid=False
     ),
-    "granitemoehybrid": _Served("GraniteMoeHybridMambaLayer", mamba2_forward, ("GraniteMoeHybridModel",)),
+    "granitemoehybrid": _Served(
+        "GraniteMoeHybridMambaLayer", mamba2_forward, ("GraniteMoeHybridModel",), needs_mask=True
+    ),
     "jamba": _Served("JambaMambaMixer", mamba_forward, ("JambaModel",), layer="JambaMambaDecoderLayer"),
     "mamba": _Served("MambaMixer", mamba_forward, ("MambaModel", "MambaForCausalLM"), hybrid=False),
     "mamba2": _Served("Mamba2Mixer", mamba2_forward, ("Mamba2Model", "Mamba2ForCausalLM"), hybrid=False),
@@ -165,7 +168,7 @@ def _plan(kind: str) -> list[tuple[type, Callable[..., Any]]]:
         plan = [(mixer, hooked(direct)(served.forward))]
         for name in served.models:
             owner = getattr(module, name)
-            plan.append((owner, separating(owner.forward, served.hybrid)))
+            plan.append((owner, separating(owner.forward, served.hybrid, served.needs_mask)))
         if served.layer is not None:
             owner = getattr(module, served.layer)
             plan.append((owner, passing_on(owner.forward)))

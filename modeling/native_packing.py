@@ -9,7 +9,7 @@ without a cache. Here all three forms become one `seq_idx`:
 * Mamba, Mamba-2 and FalconMamba pass on nothing but the attention mask, so the mask carries the documents: int16, zero
   for padding and otherwise the document's number plus one. An ordinary mask reads the same way, as one document.
 * The hybrids pass `seq_idx` on; Jamba's layer, which does not, puts it into the mask of its mixer. Their attention
-  layers get positions that start again with each document.
+  layers get positions that start again with each document; GraniteMoeHybrid's, which ignore them, get a mask.
 
 The documents are arguments of the layers, never state beside them, so that gradient checkpointing, which runs a layer
 again during the backward, finds them again.
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
 from ..kernels.checks import check_cu_seqlens, check_integers
 from ..kernels.tracing import tracing
@@ -48,12 +49,13 @@ def from_mask(attention_mask: Tensor | None, seq_idx: Tensor | None) -> tuple[Te
     return seq_idx, attention_mask
 
 
-def separating(forward: Callable[..., Any], hybrid: bool) -> Callable[..., Any]:
+def separating(forward: Callable[..., Any], hybrid: bool, needs_mask: bool = False) -> Callable[..., Any]:
     """Wrap the forward of a whole model so that it finds the documents of its rows.
 
     Args:
         forward: unbound `forward` of a class of transformers.
         hybrid: whether the model has attention layers and passes `seq_idx` on; otherwise the mask carries it.
+        needs_mask: whether a hybrid's attention is not separated by positions and needs a mask of four axes.
 
     Returns:
         Function with the same signature.
@@ -65,7 +67,8 @@ def separating(forward: Callable[..., Any], hybrid: bool) -> Callable[..., Any]:
         if len(args) > len(names):
             return forward(self, *args, **kwargs)  # which says that there are too many
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        _separate(arguments, hybrid)
+        if _separate(arguments, hybrid) and needs_mask:
+            _mask_attention(self, arguments)
         return forward(self, **arguments)
 
     return wrapped
@@ -83,30 +86,35 @@ def passing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _separate(arguments: dict[str, Any], hybrid: bool) -> None:
-    """Replace what describes the documents in a model's arguments by what reaches its layers."""
+def _separate(arguments: dict[str, Any], hybrid: bool) -> bool:
+    """Replace what describes the documents in a model's arguments by what reaches its layers.
+
+    Returns:
+        Whether the arguments describe several documents.
+    """
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     mask = arguments.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # hybrids also take a dict of masks
     if tokens is None or (mask is not None and mask.dtype == _CARRIER):
-        return  # the model complains, or the class around it has done this
+        return False  # the model complains, or the class around it has done this
     cache = next((name for name in _CACHES if arguments.get(name) is not None), None)
     seq_idx = _documents(arguments, tokens, mask, cache is not None)
     if seq_idx is None:
-        return
+        return False
     if cache is not None or arguments.get("use_cache"):
         name, value = ("use_cache", True) if cache is None else (cache, "a cache")
         raise ValueError(f"{name} must not be set with several documents in a row, got {value}. Run them one by one.")
     arguments["use_cache"] = False
     if hybrid:
         _separate_attention(arguments, seq_idx, mask)
-        return
+        return True
     if mask is not None:
         seq_idx = seq_idx.masked_fill(mask == 0, -1)
     for name in ("seq_idx", *_BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k"):
         arguments.pop(name, None)
     arguments["attention_mask"] = to_mask(seq_idx)
+    return True
 
 
 def _separate_attention(arguments: dict[str, Any], seq_idx: Tensor, mask: Tensor | None) -> None:
@@ -129,6 +137,20 @@ def _separate_attention(arguments: dict[str, Any], seq_idx: Tensor, mask: Tensor
                 "position_ids must start again exactly where seq_idx or cu_seq_lens_q begins a document, because "
                 f"attention is separated by them, got {positions.tolist()} for the documents {seq_idx.tolist()}"
             )
+
+
+def _mask_attention(model: Any, arguments: dict[str, Any]) -> None:
+    """Give the attention layers the mask that transformers makes of positions, unless the caller gave one."""
+    if arguments.get("attention_mask") is not None:
+        return
+    positions = arguments["position_ids"]
+    like = torch.empty(*arguments["seq_idx"].shape, 1, dtype=model.dtype, device=positions.device)
+    arguments["attention_mask"] = create_causal_mask(model.config, like, None, None, positions)
+    if arguments["attention_mask"] is None and arguments.get("cu_seq_lens_q") is None:
+        raise ValueError(
+            "cu_seq_lens_q must be given with several documents in a row and the attention implementation "
+            f"{model.config._attn_implementation!r} of {type(model).__name__}, got None"
+        )
 
 
 def _documents(arguments: dict[str, Any], tokens: Tensor, mask: Tensor | None, cached: bool) -> Tensor | None:

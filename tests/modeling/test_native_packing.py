@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from native_configurations import VOCABULARY, tiny_native
+from native_configurations import VOCABULARY, cache_name, tiny_native
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 from ssm_zoo.modeling.native_models import MODEL_TYPES, accelerate_transformers
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 LENGTHS = [2, 6, 1, 5]
 
 
@@ -124,7 +124,7 @@ def test_positions_of_padded_batches_are_no_documents(models: Callable[[str], Pr
         with accelerate_transformers(["bamba"]):
             found = model(rows, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(found.logits[mask == 1], expected.logits[mask == 1], **TOLERANCE)
-    assert found.cache is not None
+    assert found[cache_name(model)] is not None
 
 
 ROW = torch.arange(3, 11)[None]
@@ -161,7 +161,8 @@ def test_what_would_mix_documents_is_refused(case: str, models: Callable[[str], 
 
 def test_a_cache_is_refused_with_documents(models: Callable[[str], PreTrainedModel]) -> None:
     model = models("mamba").eval()
+    name = cache_name(model)
     with accelerate_transformers(["mamba"]), torch.no_grad():
-        cache = model(ROW, use_cache=True).cache
-        with pytest.raises(ValueError, match=r"cache must not be set with several documents in a row.*one by one"):
-            model(ROW, cache=cache, seq_idx=DOCUMENTS)
+        cache = model(ROW, use_cache=True)[name]
+        with pytest.raises(ValueError, match=rf"{name} must not be set with several documents in a row.*one by one"):
+            model(ROW, seq_idx=DOCUMENTS, **{name: cache})

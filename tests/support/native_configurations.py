@@ -1,5 +1,6 @@
 """Tiny configurations of transformers' own models with Mamba layers, by model type."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -58,3 +59,9 @@ def tiny_native(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedMod
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Return the name of a model's cache, as an argument and in its output; `cache` from transformers 5.23 on."""
+    taken = inspect.signature(model.forward).parameters
+    return next(name for name in ("cache", "cache_params", "past_key_values") if name in taken)
