@@ -42,6 +42,15 @@ def save_tiny_model(folder: Path) -> Path:
     return folder
 
 
+def save_tiny_mamba(folder: Path) -> Path:
+    """Save a random Mamba of transformers' own class with a tokenizer, in place of state-spaces/mamba-130m-hf."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
+    _save_byte_tokenizer(folder)
+    return folder
+
+
 def save_tiny_student(folder: Path) -> Path:
     """Save an untrained student of a random Transformer with its tokenizer, in place of a distilled one."""
     from ssm_zoo.distill.recipe import StudentSpec

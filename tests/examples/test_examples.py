@@ -34,6 +34,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
         r"teacher +held-out loss \d+\.\d+\n(.*\n)*logit_distillation +held-out loss \d+\.\d+\n",
     ),
     "embedder.py": ("runs/embedder/model/model.safetensors", r"query: Robert .*\nfound: \w+.*\n"),
+    "native_mamba_cpu.py": ("runs/native-mamba/model/model.safetensors", LOSS),
     "lora.py": ("runs/lora/adapter/adapter_model.safetensors", LOSS),
     "dpo.py": ("runs/dpo/model/model.safetensors", LOSS),
     "sft.py": ("runs/sft/model/model.safetensors", LOSS),

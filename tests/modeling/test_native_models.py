@@ -199,18 +199,50 @@ def test_twenty_training_steps_have_the_losses_of_transformers(model_type: str) 
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
-def test_a_model_compiles_without_graph_breaks_and_exports(
-    model_type: str, models: Callable[[str], PreTrainedModel]
-) -> None:
+def test_packed_rows_compile_without_graph_breaks(model_type: str, models: Callable[[str], PreTrainedModel]) -> None:
     model, rows = models(model_type), tokens(2, 12)
     packed = torch.tensor([0] * 5 + [1] * 7).expand(2, -1)
     with accelerate_transformers([model_type]), torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
-        for extra in ({}, {"seq_idx": packed}):
-            expected = model(rows, use_cache=False, **extra).logits
-            torch.testing.assert_close(compiled(rows, use_cache=False, **extra).logits, expected, **TOLERANCE)
+        found = compiled(rows, use_cache=False, seq_idx=packed).logits
+        torch.testing.assert_close(found, model(rows, seq_idx=packed).logits, **TOLERANCE)
+
+
+def test_an_exported_program_has_the_values_of_the_model(models: Callable[[str], PreTrainedModel]) -> None:
+    model, rows = models("mamba"), tokens(2, 12)
+    with accelerate_transformers(["mamba"]), torch.no_grad():
         program = torch.export.export(model, (rows,), {"use_cache": False})
         torch.testing.assert_close(program.module()(rows, use_cache=False).logits, model(rows).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_gradients_flow_through_the_cache(model_type: str, models: Callable[[str], PreTrainedModel]) -> None:
+    """transformers' own steps overwrite what their backward needs."""
+    model, rows, found = models(model_type), tokens(1, 6), []
+    name = cache_name(model)
+    with accelerate_transformers([model_type]):
+        for sizes in ([6], [3, 1, 2]):
+            cache, logits = None, []
+            for part in rows.split(sizes, dim=1):
+                output = model(part, use_cache=True, **{name: cache})
+                cache = output[name]
+                logits.append(output.logits)
+            model.zero_grad()
+            torch.cat(logits, dim=1).square().mean().backward()
+            found.append({key: each.grad for key, each in model.named_parameters() if each.grad is not None})
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "zamba"])
+def test_autocast_keeps_scans_in_float32(model_type: str, models: Callable[[str], PreTrainedModel]) -> None:
+    model, rows = models(model_type), tokens(2, 13)
+    with torch.no_grad():
+        wanted = model(rows).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = model(rows).logits.float()
+            with accelerate_transformers([model_type]):
+                ours = model(rows).logits.float()
+    assert 0 < (ours - wanted).square().mean() < 1.5 * (theirs - wanted).square().mean()
 
 
 def test_classes_are_replaced_once_and_put_back_by_whoever_replaced_them() -> None:
