@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..kernels.causal_conv1d import causal_conv1d
 from ..kernels.checks import accumulator, recorded
+from ..kernels.rms_norm import rms_norm
 from ..kernels.selective_scan import selective_scan, selective_scan_step
 from ..kernels.ssd import ssd, ssd_step
 from .native_packing import from_mask
@@ -140,7 +141,15 @@ def mamba2_forward(
         if cache is not None:
             cache.update_recurrent_state(final, self.layer_idx)
     y = y.flatten(2)
-    return self.out_proj((self.norm(y, gate) if normed else y).to(hidden_states.dtype))
+    return self.out_proj((_gated_norm(self.norm, y, gate) if normed else y).to(hidden_states.dtype))
+
+
+def _gated_norm(norm: Any, y: Tensor, gate: Tensor) -> Tensor:
+    """Apply the norm after the gate; in one op, whose backward takes a fifth of the time, if it is just that."""
+    plain = type(norm).__module__.startswith("transformers.") and hasattr(norm, "group_size")
+    if not plain or norm._forward_hooks or norm._forward_pre_hooks or hasattr(norm, "_hf_hook"):
+        return norm(y, gate)
+    return rms_norm(y, norm.weight, norm.variance_epsilon, z=gate, group_size=norm.group_size, norm_before_gate=False)
 
 
 def _states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:

@@ -2,10 +2,11 @@
 
 Both sides are the same model object with the same weights: a block of the published width between embedding and head,
 as small as the mixer's share of the time allows. Before they are timed, their logits, losses and gradients are
-compared. The two are measured in turn, in seconds and in seconds of CPU time, which other work on the machine disturbs
-less. A training step is forward, loss, backward and a step of AdamW. transformers' own training step of Mamba-1 takes
-tens of seconds at L512: give few repeats. At the end both sides train from the same weights on the same short rows, and
-the largest difference of their losses is written.
+compared. They are measured in turn, in seconds and in seconds of CPU time, which other work on the machine disturbs
+less. transformers' Mamba-2 is measured with the chunk length of the published checkpoints and with its fastest one;
+ours chooses its own. A training step is forward, loss, backward and a step of AdamW. transformers' own training step of
+Mamba-1 takes tens of seconds at L512: give few repeats. At the end both sides train from the same weights on the same
+short rows, and the largest difference of their losses is written.
 
     python benchmarks/kernels/native_models.py --repeats 3
 """
@@ -32,6 +33,7 @@ from ssm_zoo.modeling.native_models import accelerate_transformers
 
 MODEL_TYPES = ("mamba2", "mamba")
 VOCABULARY = 512
+PEER_CHUNKS = (32, 64, 128, 256)
 # Of losses, and of gradients relative to their largest entry; both sides work in float32, in different orders.
 AGREEMENT = 1e-4
 
@@ -79,6 +81,22 @@ def timed(model_type: str, ours: bool, run: Callable[[], object]) -> tuple[float
         return time.perf_counter() - start, time.process_time() - cpu
 
 
+def set_chunk(model: PreTrainedModel, size: int) -> None:
+    """Set the chunk length of transformers' scan of Mamba-2."""
+    for module in model.modules():
+        if hasattr(module, "chunk_size"):
+            module.chunk_size = size  # type: ignore[assignment]
+
+
+def fastest_chunk(model_type: str, model: PreTrainedModel, run: Callable[[], object]) -> int:
+    """Return the chunk length with which transformers' run takes least CPU time."""
+    trials = {}
+    for size in PEER_CHUNKS:
+        set_chunk(model, size)
+        trials[size] = min(timed(model_type, False, run)[1] for _ in range(3))
+    return min(trials, key=trials.__getitem__)
+
+
 def agreement(model_type: str, model: PreTrainedModel, kind: Callable[..., Callable], row: Tensor) -> float:
     """Return the largest difference of the two sides' results from the same weights, relative to the largest entry.
 
@@ -99,17 +117,23 @@ def measure(model_type: str, model: PreTrainedModel, kind: Callable[..., Callabl
     """Return medians of both sides and their ratios, above 1 where ours is faster."""
     error = agreement(model_type, model, kind, row)  # also the first call of each side
     run = kind(model, row)
+    sides = {"ours": 0, "theirs": getattr(model.config, "chunk_size", 0)}
+    if model_type == "mamba2":
+        sides["tuned"] = fastest_chunk(model_type, model, run)
     timed(model_type, True, run)
-    times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for _ in range(repeats):
-        for ours in (True, False):
-            times[ours].append(timed(model_type, ours, run))
-    wall, cpu = ({side: statistics.median(each[n] for each in times[side]) for side in times} for n in (0, 1))
-    return {
-        **{"ours_s": wall[True], "theirs_s": wall[False], "ratio": wall[False] / wall[True]},
-        **{"ours_cpu_s": cpu[True], "theirs_cpu_s": cpu[False], "cpu_ratio": cpu[False] / cpu[True]},
-        **{"difference": error, "repeats": repeats},
-    }
+        for side, chunk in sides.items():
+            set_chunk(model, chunk)
+            times[side].append(timed(model_type, side == "ours", run))
+    wall, cpu = ({side: statistics.median(each[n] for each in times[side]) for side in sides} for n in (0, 1))
+    result: dict[str, object] = {"ours_s": wall["ours"], "ours_cpu_s": cpu["ours"]}
+    for side in list(sides)[1:]:
+        prefix = "" if side == "theirs" else f"{side}_"
+        result |= {f"{side}_s": wall[side], f"{prefix}ratio": wall[side] / wall["ours"]}
+        result |= {f"{side}_cpu_s": cpu[side], f"{prefix}cpu_ratio": cpu[side] / cpu["ours"]}
+        result |= {f"{side}_chunk_size": sides[side]} if sides[side] else {}
+    return {**result, "difference": error, "repeats": repeats}
 
 
 def losses(model_type: str, model: PreTrainedModel, row: Tensor, steps: int) -> dict[str, object]:
@@ -128,6 +152,7 @@ def losses(model_type: str, model: PreTrainedModel, row: Tensor, steps: int) -> 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="native_models.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", choices=MODEL_TYPES, nargs="+", default=MODEL_TYPES, help="model types")
     parser.add_argument("--width", type=positive, default=768, help="width of the model, a multiple of 64")
     parser.add_argument("--forward", type=positive, default=1024, help="tokens of the forward")
     parser.add_argument("--training", type=positive, default=512, help="tokens of the training step")
@@ -143,7 +168,7 @@ def main(arguments: list[str]) -> None:
     now = datetime.now(UTC)
     about = circumstances(now, "kernels/native_models.py", arguments)
     rows = []
-    for model_type in MODEL_TYPES:
+    for model_type in options.models:
         model = model_of(model_type, options.width)
         short, long, text = (
             torch.randint(VOCABULARY, (1, length)) for length in (options.training, options.forward, options.losses)
@@ -154,7 +179,8 @@ def main(arguments: list[str]) -> None:
             rows.append({"case": f"{case} d{options.width} B1 float32", **found, **about})
             print(
                 f"{case:28} ours {found['ours_s']:.3f} s   theirs {found['theirs_s']:.3f} s   ratio "
-                f"{found['ratio']:.1f}   of CPU time {found['cpu_ratio']:.1f}",
+                f"{found['ratio']:.1f}   of CPU time {found['cpu_ratio']:.1f}"
+                + (f"   tuned {found['tuned_cpu_ratio']:.1f}" if "tuned_cpu_ratio" in found else ""),
                 flush=True,
             )
         found = losses(model_type, model, text, options.steps)
