@@ -9,7 +9,7 @@ from families import FAMILIES, draw_ids, make_model
 from torch import Tensor
 from transformers import DynamicCache
 
-from ssm_zoo.modeling import heads, rollback
+from ssm_zoo.modeling import assisted_decoding, rollback
 from ssm_zoo.modeling.cache import CACHE_FIELD, restore, snapshot
 from ssm_zoo.modeling.rollback import recording_layers
 
@@ -98,7 +98,7 @@ def test_assisted_sampling_draws_from_the_model(hybrid: Any) -> None:
 @torch.no_grad()
 def test_a_prompt_of_many_tokens_is_read_in_two_parts(hybrid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no draft can be part of is not recorded."""
-    monkeypatch.setattr(heads, "RECORDED", 8)
+    monkeypatch.setattr(assisted_decoding, "RECORDED", 8)
     ids = draw_ids(1, 5).repeat(1, 8)
     lengths: list[int] = []
     hook = hybrid.backbone.register_forward_pre_hook(

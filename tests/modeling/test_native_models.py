@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from native_configurations import SIZES, VOCABULARY, cache_name, tiny_native
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -179,6 +180,22 @@ def test_an_adapter_on_the_convolution_is_refused(models: Callable[[str], PreTra
     inject_adapter_in_model(LoraConfig(target_modules=["conv1d"], r=64), model.base_model.layers)
     with accelerate_transformers(["mamba"]), pytest.raises(ValueError, match=r"conv1d must not have an adapter.*Leave"):
         model(tokens(1, 5))
+
+
+def test_weights_that_are_read_without_their_module_are_brought_by_accelerates_hooks() -> None:
+    model, brought = tiny_native("mamba"), []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            brought.append(type(module))
+            return args, kwargs
+
+    for layer in model.base_model.layers:
+        for name in ("conv1d", "dt_proj"):
+            add_hook_to_module(layer.mixer.get_submodule(name), Hook())
+    with accelerate_transformers(["mamba"]):
+        model(tokens(1, 5))
+    assert brought == 2 * [torch.nn.Conv1d, torch.nn.Linear]
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "jamba", "mamba2"])
