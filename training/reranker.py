@@ -196,6 +196,8 @@ def _prepare(settings: RerankerSettings, output: Path, data: RankingData, state:
 def _lengths(reranker: CrossEncoder, data: RankingData, settings: RerankerSettings) -> dict[str, float]:
     """Return the mean number of "tokens" of the training pairs before the cut, and the share of pairs that are "cut".
 
+    A passage counts as a pair of its own.
+
     Raises:
         ValueError: if a query leaves no room for a document, or the model has no embedding for a token.
     """
@@ -204,7 +206,13 @@ def _lengths(reranker: CrossEncoder, data: RankingData, settings: RerankerSettin
     vocabulary = transformer.model.config.vocab_size
     check_queries(tokenizer, {group.query for group in data.groups}, settings.limit)
     check_queries(tokenizer, set(data.collection.queries.values()), settings.limit)
-    pairs = [(group.query, document) for group in data.groups for document in group.documents]
+    parts: dict[str, list[str]] = {}
+    pairs: list[tuple[str, str]] = []
+    for group in data.groups:
+        for document in group.documents:
+            if document not in parts:
+                parts[document] = settings.rule.parts(tokenizer, document)
+            pairs += [(group.query, part) for part in parts[document]]
     tokens = cut = 0
     for start in range(0, len(pairs), _CHUNK):
         queries, documents = zip(*pairs[start : start + _CHUNK], strict=True)
