@@ -180,6 +180,9 @@ def _verdict(before: Evaluation, after: Evaluation) -> Verdict:
             shares = percent(before.top1_agreement), percent(after.top1_agreement)
             sentence += f"; top-1 agreement {_movement(*shares, after.top1_agreement - before.top1_agreement)}"
         sentence += "."
+    converted = [len(part.layers) for part in (before, after)]
+    if all(converted) and converted[0] != converted[1]:  # layers that are converted step by step
+        sentence += f" It has {count(converted[1])} converted layers, the one before {count(converted[0])}."
     return Verdict(after.name, improved, sentence)
 
 

@@ -282,6 +282,15 @@ def test_a_bad_report_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_with_more_converted_layers_says_so():
+    report = example_report()
+    assert not [part for part in verdicts(parse_report(report)) if "converted layers" in part.sentence]
+    before, after = report["evaluations"][-2:]
+    before["layers"] = before["layers"][:1]
+    *_, last = verdicts(parse_report(report))
+    assert last.sentence.endswith(f". It has {len(after['layers'])} converted layers, the one before 1.")
+
+
 def test_what_is_not_a_mapping_is_refused():
     with pytest.raises(ValueError, match=r"report: the top level must be a mapping with the keys format, .*, got \[\]"):
         parse_report([])
