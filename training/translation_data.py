@@ -151,13 +151,21 @@ def make_translation_rows(
         field: name of the setting, for errors.
 
     Raises:
-        ValueError: if a text has no tokens, the model has no embedding for one, or no pair is short enough.
+        ValueError: if a text has no tokens, or contains the separator or the end; if the model has no embedding for a
+            token; or if no pair is short enough.
     """
     sides = form.encode(pairs.sources), form.encode(pairs.targets)
+    marks = {form.after, form.end}
     for texts, encoded in zip((pairs.sources, pairs.targets), sides, strict=True):
         for text, ids in zip(texts, encoded, strict=True):
             if not ids:
                 raise ValueError(f"{field}: the tokenizer has no token for the text {text!r:.80}.")
+            if marks & set(ids):
+                mark: Any = form.tokenizer.convert_ids_to_tokens((marks & set(ids)).pop())
+                raise ValueError(
+                    f"{field}: the text {text!r:.80} contains {mark!r}, which separates or ends texts. Give another "
+                    "`separator`, or leave the text out."
+                )
     documents: list[Document] = []
     lengths: list[tuple[int, int]] = []
     dropped = cut = 0

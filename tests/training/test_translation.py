@@ -204,6 +204,12 @@ def test_pairs_that_are_too_long_are_left_out_or_cut_and_counted(form: Translati
         rows_of(form, ParallelText(["ab"], ["abc"], [1]), max_tokens=1)
 
 
+def test_a_text_with_the_separator_is_refused(form: TranslationFormat) -> None:
+    """An existing token may be the separator, and texts that contain it could be cut anywhere."""
+    with pytest.raises(ValueError, match=r"train: the text 'b!' contains '!', .* Give another `separator`"):
+        rows_of(form, ParallelText(["a"], ["b!"], [1]))
+
+
 def test_buckets_hold_every_row_once_in_batches_of_similar_lengths() -> None:
     lengths = [int(n) for n in torch.randint(1, 500, (403,), generator=torch.Generator().manual_seed(0))]
     buckets = LengthBuckets(lengths, 4, seed=5)
