@@ -113,10 +113,10 @@ def test_from_every_step_the_rows_go_on_as_they_would_have(row: int, ahead: int)
 
 def test_texts_that_are_too_short_are_an_error() -> None:
     with pytest.raises(
-        ValueError, match=r"no text is long enough for 'selective_copying' in rows of 48 tokens \(the lo"
+        ValueError, match=r"no text is long enough for 'selective_copying' in rows of 37 tokens \(the lo"
     ):
         mix = check(ObjectiveMix, {"objectives": [{"objective": "selective_copying", "rate": 1.0}]})
-        ObjectiveStream(documents(), mix, TOKENS, 48, step_rows=1, seed=0, prefixes=False)
+        ObjectiveStream(documents(), mix, TOKENS, 37, step_rows=1, seed=0, prefixes=False)
 
 
 def test_losses_by_objective_add_up_to_the_loss_of_the_batch() -> None:
