@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
-from .plot_style import BLUE, GREEN, GREY, LABEL, ORANGE, label_axes, new_figure, plain_ticks
+from .plot_style import BLUE, GREEN, GREY, LABEL, ORANGE, label_axes, new_figure
 
 __all__ = ["draw_length"]
 
@@ -31,7 +32,6 @@ def draw_length(models: Mapping[str, Sequence[Row]]) -> Figure:
     """
     if not 1 <= len(models) <= len(_COLORS):
         raise ValueError(f"`models` must be 1 to {len(_COLORS)} models, got {len(models)}")
-    ends = [row["end"] for rows in models.values() for row in rows]
     panels = [panel for panel in _PANELS if panel[0] != "Loss by position" or _has_losses(models)]
     figure = new_figure(3.6 * len(panels), 3.4)
     for index, (title, unit, value) in enumerate(panels):
@@ -39,9 +39,10 @@ def draw_length(models: Mapping[str, Sequence[Row]]) -> Figure:
         for color, (name, rows) in zip(_COLORS, models.items(), strict=False):
             axes.plot([row["end"] for row in rows], [value(row) for row in rows], "o-", color=color, label=name)
         axes.set_xscale("log")
-        plain_ticks(axes.xaxis, [min(ends), 2 * max(ends)])
+        axes.xaxis.set_major_formatter(lambda place, _: f"{place:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if title != "Loss by position":
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * max(value(row) for rows in models.values() for row in rows))
         axes.grid(alpha=0.3)
         label_axes(axes, title, "token position, up to")
         axes.set_ylabel(unit, fontsize=LABEL)
