@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..modeling.cache import CACHE_FIELD, restore, snapshot
+from ..modeling.cache import CACHE_FIELD
+from ..modeling.rollback import restore, snapshot
 from .hidden_states import evaluating
 
 __all__ = ["RecallLists", "draw_lists", "key_value_recall", "word_tokens"]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling.cache import CACHE_FIELD, restore, snapshot
+from ..modeling.cache import CACHE_FIELD
+from ..modeling.rollback import restore, snapshot
 from .hidden_states import evaluating
 
 __all__ = ["ORDERS", "Questions", "compare_choices", "draw_questions", "multiple_choice"]

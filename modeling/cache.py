@@ -14,7 +14,6 @@ Symbols: B batch, H heads, P head width, N state size, D convolution channels, K
 history, L length.
 """
 
-import copy
 import dataclasses
 import warnings
 from typing import Any
@@ -26,7 +25,6 @@ from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
-    EncoderDecoderCache,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -444,49 +442,6 @@ def check_layers(cache: Cache, layer_types: list[str]) -> None:
                 f"{type(cache).__name__}(config=model.config); a prefix of keys and values, as in peft's prefix "
                 "tuning, needs full attention in every layer"
             )
-
-
-def snapshot(cache: Cache) -> list[dict[str, Any]]:
-    """Copy the contents of `cache` for :func:`restore`, to reuse a prefix or undo a rejected draft."""
-    if isinstance(cache, EncoderDecoderCache):
-        cross = {"layers": snapshot(cache.cross_attention_cache), "is_updated": dict(cache.is_updated)}
-        return [*snapshot(cache.self_attention_cache), cross]
-    return [_copied(vars(layer)) for layer in cache.layers]
-
-
-def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
-    """Put a :func:`snapshot` back into a cache with the same layers. The snapshot can be restored again later.
-
-    Raises:
-        ValueError: if the number of layers differs.
-    """
-    if isinstance(cache, EncoderDecoderCache):
-        *own, cross = saved
-        restore(cache.self_attention_cache, own)
-        del cache.cross_attention_cache.layers[len(cross["layers"]) :]  # which the first forward made
-        restore(cache.cross_attention_cache, cross["layers"])
-        cache.is_updated = dict(cross["is_updated"])
-        return
-    if len(saved) != len(cache.layers):
-        raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
-    layers: list[Any] = cache.layers
-    for layer, state in zip(layers, saved, strict=True):
-        recording = getattr(layer, "recording", None)
-        vars(layer).clear()
-        vars(layer).update(_copied(state))
-        if hasattr(layer, "recording"):  # a layer goes on recording, or not, but what it recorded is not of this state
-            layer.recording = None if recording is None else copy.deepcopy(recording)
-
-
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: _copy(value) for name, value in state.items()}
-
-
-def _copy(value: Any) -> Any:
-    """Copy a value; tensors by `clone`, which keeps the autograd graph and drops the rest of a view's storage."""
-    if isinstance(value, tuple):
-        return tuple(_copy(item) for item in value)
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None, cache_params: Cache | None = None) -> Cache | None:

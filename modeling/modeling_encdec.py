@@ -112,6 +112,16 @@ class ZooEncDecDecoder(ZooEncDecPreTrainedModel, ZooHybridModel):
         return DecoderBlock(config, layer_idx)
 
 
+class ZooEncDecEncoder(ZooHybridModel):
+    """The encoder's embedding, blocks and last norm."""
+
+    auto_class = ""
+
+    def forward(self, *args: Any, logits_to_keep: int | None = None, **kwargs: Any) -> Any:
+        """As in the base class; `generate` passes an assistant's encoder `logits_to_keep` too, which is the decoder's."""
+        return super().forward(*args, **kwargs)
+
+
 class ZooEncDecModel(ZooEncDecPreTrainedModel):
     """Encoder and decoder without a head."""
 
@@ -121,7 +131,7 @@ class ZooEncDecModel(ZooEncDecPreTrainedModel):
         super().__init__(config)
         encoder_config = config.encoder_config()
         encoder_config._attn_implementation = config._attn_implementation
-        self.encoder = ZooHybridModel(encoder_config)
+        self.encoder = ZooEncDecEncoder(encoder_config)
         self.decoder = ZooEncDecDecoder(config)
         self.post_init()
 

@@ -9,12 +9,13 @@ the mixer is, needs no second pass through MLPs and head, and costs nothing wher
 Symbols: B batch, L new tokens, D width.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .token_layout import Sequence
 
@@ -186,3 +187,46 @@ def stop_recording(cache: Cache | None) -> None:
     for layer in layers:
         if getattr(layer, "record_past", False):
             layer.record_past = False
+
+
+def snapshot(cache: Cache) -> list[dict[str, Any]]:
+    """Copy the contents of `cache` for :func:`restore`, to reuse a prefix or undo a rejected draft."""
+    if isinstance(cache, EncoderDecoderCache):
+        cross = {"layers": snapshot(cache.cross_attention_cache), "is_updated": dict(cache.is_updated)}
+        return [*snapshot(cache.self_attention_cache), cross]
+    return [_copied(vars(layer)) for layer in cache.layers]
+
+
+def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
+    """Put a :func:`snapshot` back into a cache with the same layers. The snapshot can be restored again later.
+
+    Raises:
+        ValueError: if the number of layers differs.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        *own, cross = saved
+        restore(cache.self_attention_cache, own)
+        del cache.cross_attention_cache.layers[len(cross["layers"]) :]  # which the first forward made
+        restore(cache.cross_attention_cache, cross["layers"])
+        cache.is_updated = dict(cross["is_updated"])
+        return
+    if len(saved) != len(cache.layers):
+        raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
+    layers: list[Any] = cache.layers
+    for layer, state in zip(layers, saved, strict=True):
+        recording = getattr(layer, "recording", None)
+        vars(layer).clear()
+        vars(layer).update(_copied(state))
+        if hasattr(layer, "recording"):  # a layer goes on recording, or not, but what it recorded is not of this state
+            layer.recording = None if recording is None else copy.deepcopy(recording)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: _copy(value) for name, value in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    """Copy a value; tensors by `clone`, which keeps the autograd graph and drops the rest of a view's storage."""
+    if isinstance(value, tuple):
+        return tuple(_copy(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -52,7 +52,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from ssm_zoo.evaluation.decoding import extend_cache, held_bytes
-from ssm_zoo.modeling.cache import restore, snapshot
+from ssm_zoo.modeling.rollback import restore, snapshot
 
 # Steps of each side before those that are timed, and steps of a turn.
 WARM_UP, TURN = 3, 7

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ssm_zoo.modeling import assisted_decoding, rollback
-from ssm_zoo.modeling.cache import CACHE_FIELD, restore, snapshot
-from ssm_zoo.modeling.rollback import recording_layers
+from ssm_zoo.modeling.cache import CACHE_FIELD
+from ssm_zoo.modeling.rollback import recording_layers, restore, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 NEW = 14

@@ -8,7 +8,8 @@ from families import FAMILIES, draw_ids, make_model
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ssm_zoo.modeling.cache import CACHE_FIELD, RecurrentLayer, restore, snapshot
+from ssm_zoo.modeling.cache import CACHE_FIELD, RecurrentLayer
+from ssm_zoo.modeling.rollback import restore, snapshot
 from tolerances import TOLERANCES
 
 PIECES = [(0, 6), (6, 7), (7, 9), (9, 10)]

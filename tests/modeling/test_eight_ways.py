@@ -28,7 +28,7 @@ from ssm_zoo.modeling import (
     position_mixers,
     selective_attention,
 )
-from ssm_zoo.modeling.cache import restore, snapshot
+from ssm_zoo.modeling.rollback import restore, snapshot
 
 # Largest difference of two logits, float32. The logits are of order 1 and 1e-6 away from those in float64.
 TOLERANCE = 1e-5

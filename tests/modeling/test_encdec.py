@@ -13,8 +13,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.integrations import flex_attention as flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ssm_zoo.modeling.cache import CACHE_FIELD, restore, snapshot
+from ssm_zoo.modeling.cache import CACHE_FIELD
 from ssm_zoo.modeling.cross_attention import SourceLayout
+from ssm_zoo.modeling.rollback import restore, snapshot
 
 PAD, EOS, BOS = 0, 1, 2
 SOURCES = [7, 1, 9, 4]

@@ -425,3 +425,12 @@ def test_a_cache_of_another_source_raises(model: Any) -> None:
         model(SOURCE, decoder_input_ids=LABELS[:, :2], cache=cache)
         with pytest.raises(ValueError, match="the same source, which has 6 columns, got the keys of 7"):
             model(SOURCE[:, :6], decoder_input_ids=LABELS[:, 2:], cache=cache)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_assisted_decoding_writes_what_greedy_decoding_writes(name: str) -> None:
+    model, other = make_encoder_decoder(name), make_encoder_decoder(name, seed=1)
+    source = SOURCE[:1]
+    greedy = model.generate(source, max_new_tokens=16, do_sample=False)
+    for assistant in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": other}, {"assistant_model": model}):
+        assert torch.equal(model.generate(source, max_new_tokens=16, do_sample=False, **assistant), greedy)

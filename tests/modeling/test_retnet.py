@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ssm_zoo.modeling import ZooRetNetConfig
-from ssm_zoo.modeling.cache import restore, snapshot
 from ssm_zoo.modeling.configuration_retnet import torchscale_rope_theta
 from ssm_zoo.modeling.retention import Retention, decay_sums, log_decays
+from ssm_zoo.modeling.rollback import restore, snapshot
 from ssm_zoo.modeling.token_layout import Sequence, make_sequence
 
 WIDTH, HEADS, P, V = 16, 4, 6, 9
