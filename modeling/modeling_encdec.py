@@ -118,7 +118,7 @@ class ZooEncDecEncoder(ZooHybridModel):
     auto_class = ""
 
     def forward(self, *args: Any, logits_to_keep: int | None = None, **kwargs: Any) -> Any:
-        """As in the base class; `generate` passes an assistant's encoder `logits_to_keep` too, which is the decoder's."""
+        """As in the base class. `generate` gives an assistant's encoder the decoder's `logits_to_keep`, too."""
         return super().forward(*args, **kwargs)
 
 

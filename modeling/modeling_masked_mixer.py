@@ -210,7 +210,7 @@ class MaskedMixerForCausalLM(MaskedMixerPreTrainedModel, ZooForCausalLM, Generat
         """As in transformers. With `context_overflow="window"` only the last part of a row that is too long is read."""
         if self.config.context_overflow == "window":
             input_ids, kwargs = windowed_inputs(input_ids, self.config.max_position_embeddings, kwargs)
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # pyright: ignore[reportArgumentType]
 
 
 class MaskedMixerForMaskedLM(MaskedMixerPreTrainedModel, ZooForMaskedLM):
