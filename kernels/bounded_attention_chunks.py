@@ -273,7 +273,7 @@ class Chunks:
                 if pool.rows and (self.old or (chunk + 2) * C > w):
                     pool.choose(slice(begin, begin + C))
             outputs.flatten(0, 1).baddbmm_(near.mul_(shares).flatten(0, 1), windows[part, ..., width:].flatten(0, 1))
-            yield part, outputs.view(-1, R, h, J, C, P)
+            yield part, outputs.view(part.stop - part.start, R, h, J, C, P)
         lines_seen = seen[:, 1].masked_fill_(seen[:, 0] < 0, -1).int()
         self.seen = lines_seen.sort(dim=2, descending=True).values[:, :, : self.slots]  # without the free rows
 
@@ -301,7 +301,7 @@ class Chunks:
             received[part, :, s:] = torch.matmul(fading[part], near)[:, :, 0]
             outputs = torch.matmul(far, there[..., width:]).flatten(0, 1)
             outputs.baddbmm_(near.flatten(0, 1), windows[part, ..., width:].flatten(0, 1))
-            yield part, outputs.view(-1, R, h, J, C, P)
+            yield part, outputs.view(part.stop - part.start, R, h, J, C, P)
         self.used = [s] * n
         self.seen = torch.where(left, sinks, -1).int()
         self.pool = _Sinks(self, sinks, received, fades)
@@ -337,14 +337,14 @@ class Chunks:
         m, (_, R, h, J, C, P) = part.stop - part.start, self.queries.shape
         keys = windows[part, ..., : self.width].flatten(0, 1)
         scores = torch.bmm(self.queries[part].view(m * R * h, J * C, P), keys.mT)
-        scores = capped(scores, self.softcap).view(m, R, h, J, C, -1)
+        scores = capped(scores, self.softcap).view(m, R, h, J, C, scores.shape[-1])  # R may be 0
         scores += self.near_bias[part, :, None, None]
         # A query beyond its document may see nothing; its result is not used, but must be finite.
         top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
         scores = scores.sub_(top).exp_()
         total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         scores /= total
-        return scores.view(m, R * h, J * C, -1), top.add_(total.log_()).view(m, R * h, J * C, 1)
+        return scores.view(m, R * h, J * C, scores.shape[-1]), top.add_(total.log_()).view(m, R * h, J * C, 1)
 
     def _fading(self, decay: list[float]) -> tuple[Tensor, Tensor | None]:
         """Return (n, G, 1, J C) factors of the attention that a query gives, and (n, G, 1) of that given before."""

@@ -432,7 +432,7 @@ def layer_of(cache: Cache | None, layer_idx: int) -> Any:
 
 
 def check_layers(cache: Cache, layer_types: list[str]) -> None:
-    """Raise ValueError if `cache` was not made for a model with these `layer_types`."""
+    """Raise ValueError if `cache` was not made for a model with these `layer_types`, or was cut in part by `crop`."""
     for index, layer_type in enumerate(layer_types):
         layer = cache.layers[index] if index < len(cache.layers) else None
         # Compared by name: a model loaded with its own code has its own classes.
@@ -441,6 +441,14 @@ def check_layers(cache: Cache, layer_types: list[str]) -> None:
                 f"past_key_values: layer {index} must be a {layer_type!r} layer, got {layer}. Make the cache with "
                 f"{type(cache).__name__}(config=model.config); a prefix of keys and values, as in peft's prefix "
                 "tuning, needs full attention in every layer"
+            )
+    if not tracing():
+        layers: list[Any] = cache.layers
+        lengths = {length for layer in layers if isinstance(length := layer.get_seq_length(), int)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"past_key_values: all layers must have read equally many tokens, got {sorted(lengths)}, as after a "
+                "`crop` that was refused. Restore a snapshot, or make the cache again"
             )
 
 

@@ -94,7 +94,7 @@ def check_keywords(model: str, given: dict[str, Any], forward: Callable[..., Any
     if not unknown:
         return
     known = list(inspect.signature(forward).parameters)[1:-1]  # between `self` and `**kwargs`
-    close = difflib.get_close_matches(unknown[0], [*known, *sorted(ACCEPTED_KEYWORDS)], n=1)
+    close = difflib.get_close_matches(unknown[0], known, n=1)
     hint = f"Did you mean `{close[0]}`?" if close else f"It takes {', '.join(known)}"
     raise TypeError(f"{model}.forward has no argument `{unknown[0]}`. {hint}")
 

@@ -12,7 +12,7 @@ from .token_mixers import TOKEN_MIXERS
 OF_THE_MODEL = (
     *("vocab_size", "hidden_size", "embedding_multiplier", "tie_word_embeddings", "lm_head_bias"),
     *("final_logit_softcapping", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "native_model_type"),
-    *("recompute_length", "use_parallel_residual", "share_norm"),
+    *("recompute_length", "use_parallel_residual", "share_norm", "prefix_bidirectional"),
 )
 """Keys of `ZooHybridConfig` that an encoder cannot have for itself."""
 NOT_INHERITED = (
@@ -26,6 +26,7 @@ UNUSED = {
     "share_norm": "a block reads the source between its mixer and its MLP",
     "recompute_length": "generate never reads the text again",
     "native_model_type": "no other library has this family",
+    "prefix_bidirectional": "the encoder reads the source in both directions",
 }
 """Keys of `ZooHybridConfig` that have no effect here, and why."""
 NO_MIXERS = ("selective_attention",)

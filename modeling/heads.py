@@ -205,6 +205,8 @@ class ZooForCausalLM(ZooHeadModel, AssistedDecoding, ZooGenerates, GenerationMix
         if labels is not None:
             check_labels(labels, logits)
             if prefix_mask is not None:
+                if kwargs.get("shift_labels") is not None:
+                    raise ValueError("shift_labels must be left out with prefix_mask: pass labels, -100 in the prefix")
                 check_prefix_labels(labels, prefix_mask, kwargs.get("ignore_index", -100))
             loss = self.loss(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training:

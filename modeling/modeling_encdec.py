@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 from ..kernels.tracing import host_reads, tracing
+from .assisted_decoding import AssistedDecoding
 from .cache import CACHE_FIELD, one_cache
 from .call_arguments import check_integer, check_keywords, check_labels, read_mask
 from .configuration_encdec import ZooEncDecConfig
@@ -329,7 +330,9 @@ def _check_shape(name: str, given: Tensor, states: Tensor) -> None:
         raise ValueError(f"{name} must be one for each token, {tuple(states.shape[:2])}, got {tuple(given.shape)}")
 
 
-class ZooEncDecForConditionalGeneration(ZooEncDecPreTrainedModel, ZooHeadModel, ZooGenerates, GenerationMixin):
+class ZooEncDecForConditionalGeneration(
+    ZooEncDecPreTrainedModel, ZooHeadModel, AssistedDecoding, ZooGenerates, GenerationMixin
+):
     """Encoder and decoder with a language-modelling head, e.g. for translation."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.encoder.embeddings.weight"}

@@ -149,7 +149,8 @@ def generation_prefix(prefix_mask: Tensor, new: int, past: int) -> Tensor | None
     if bool((prefix_mask[:, past or new :] != 0).any()):
         raise ValueError(
             "prefix_mask: the tokens of a prefix see each other and cannot be read in several chunks. Leave out "
-            f"prefill_chunk_size, and begin with an empty cache; got {past} tokens in the cache and {new} new ones"
+            "prefill_chunk_size, begin with an empty cache, and give the mask the length of the prompt; got a mask of "
+            f"{prefix_mask.shape[1]} columns, {past} tokens in the cache and {new} new ones"
         )
     if past:
         return None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from .token_layout import Sequence
 
@@ -48,6 +48,10 @@ class Recording:
     def __deepcopy__(self, memo: Any) -> "Recording":
         """Return an empty recording: the steps of this one belong to this cache."""
         return Recording()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as an empty recording, for the same reason."""
+        return Recording, ()
 
     def add(self, step: Step) -> None:
         """Append a step, and drop those that are older than needed."""
@@ -169,6 +173,12 @@ def recorded(
     if getattr(layer, "recording", None) is not None:
 
         def replay(length: int) -> None:
+            prefix = sequence.prefix
+            if prefix is not None and bool(prefix[:, length:].any()):
+                raise ValueError(
+                    "crop cannot remove tokens of a prefix that was read in both directions, since the others have "
+                    "seen them. Take a snapshot before the prefix, and restore it"
+                )
             rest = {name: None if stream is None else stream[:, :length] for name, stream in streams.items()}
             call(hidden_states[:, :length], sequence.first(length), past_key_values, output_attentions, **rest)
 
@@ -183,6 +193,8 @@ def recording_layers(cache: Cache | None) -> list[Any]:
 
 def stop_recording(cache: Cache | None) -> None:
     """Let all layers stop recording: what was recorded would take memory as long as the cache is used."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     layers: list[Any] = [] if cache is None else cache.layers
     for layer in layers:
         if getattr(layer, "record_past", False):
@@ -205,15 +217,23 @@ def restore(cache: Cache, saved: list[dict[str, Any]]) -> None:
     """
     if isinstance(cache, EncoderDecoderCache):
         *own, cross = saved
+        layers = cache.cross_attention_cache.layers
+        if set(cross) != {"layers", "is_updated"} or len(own) != len(cache.self_attention_cache.layers):
+            count = len(cache.self_attention_cache.layers)
+            raise ValueError(
+                f"snapshot must be that of an EncoderDecoderCache of {count} layers, got {len(own)} layers"
+            )
+        # The first forward makes the layers of cross-attention.
+        del layers[len(cross["layers"]) :]
+        layers.extend(DynamicLayer() for _ in range(len(cross["layers"]) - len(layers)))
         restore(cache.self_attention_cache, own)
-        del cache.cross_attention_cache.layers[len(cross["layers"]) :]  # which the first forward made
         restore(cache.cross_attention_cache, cross["layers"])
         cache.is_updated = dict(cross["is_updated"])
         return
     if len(saved) != len(cache.layers):
         raise ValueError(f"snapshot must have the {len(cache.layers)} layers of the cache, got {len(saved)}")
-    layers: list[Any] = cache.layers
-    for layer, state in zip(layers, saved, strict=True):
+    held: list[Any] = cache.layers
+    for layer, state in zip(held, saved, strict=True):
         recording = getattr(layer, "recording", None)
         vars(layer).clear()
         vars(layer).update(_copied(state))
