@@ -63,11 +63,11 @@ class _Reader:
         waiting = [list(rest) for rest in self._waiting]
         return {"pass": self._pass, "read": self._read, "waiting": waiting, "drawn": self.drawn}
 
-    def find(self, least: int) -> int:
-        """Return the place, among the waiting texts, of the first with so many tokens left; there must be one."""
-        for place, (text, offset) in enumerate(self._waiting):
-            if len(self._texts[text]) - offset >= least:
-                return place
+    def find(self, tokens: int) -> int:
+        """Return the index of the first waiting text that has so many tokens left, after reading on if none has."""
+        for index, (text, offset) in enumerate(self._waiting):
+            if len(self._texts[text]) - offset >= tokens:
+                return index
         while True:
             if self._read == len(self._order):
                 self._pass, self._read = self._pass + 1, 0
@@ -75,19 +75,19 @@ class _Reader:
             text = self._order[self._read]
             self._read += 1
             self._waiting = [*self._waiting[-_WAITING + 1 :], (text, 0)]
-            if len(self._texts[text]) >= least:
+            if len(self._texts[text]) >= tokens:
                 return len(self._waiting) - 1
 
-    def text(self, place: int) -> list[int]:
+    def text(self, index: int) -> list[int]:
         """Return what is left of a waiting text."""
-        text, offset = self._waiting[place]
+        text, offset = self._waiting[index]
         return self._texts[text][offset:]
 
-    def use(self, place: int, tokens: int) -> None:
+    def use(self, index: int, tokens: int) -> None:
         """Go on behind some tokens of a waiting text, which no longer waits if fewer than two remain."""
-        text, offset = self._waiting[place]
+        text, offset = self._waiting[index]
         rest = [(text, offset + tokens)] if len(self._texts[text]) - offset - tokens > 1 else []
-        self._waiting[place : place + 1] = rest
+        self._waiting[index : index + 1] = rest
 
     def _shuffled(self) -> list[int]:
         order = list(range(len(self._texts)))
@@ -111,7 +111,7 @@ class ObjectiveStream(PositionedRows):
         rates: returns the rates of the rows of a step; the mixture's own until it is replaced.
 
     Raises:
-        ValueError: if no text, or no such row, is long enough for one of the objectives.
+        ValueError: if the rows, or all texts, are too short for one of the objectives.
     """
 
     def __init__(
