@@ -4,8 +4,8 @@ Prompts are cut from the training text, and the teacher samples continuations. L
 continuations only, as on the answers of conversations. MambaInLlama (arXiv 2408.15237) trains on such pseudo-labels.
 
 They are written before the training, a batch to a file, each file with a seed of its own: an interrupted run goes on
-with the files that are missing, to the same text. Several processes write a file each at a time, and never one that
-the text may not need, so that their number changes neither the files nor the text.
+with the files that are missing, to the same text. Several processes write a file each at a time, and never write a file
+that might turn out not to be needed, so that their number changes neither the files nor the text.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def pseudo_labels(
     in_a_file = spec.batch_size * recipe.data.sequence_length  # tokens, at most
     with tqdm(total=spec.tokens, desc="teacher's text", unit="token", disable=not state.is_main_process) as bar:
         while known < spec.tokens:
-            # Fewer files do not have the tokens that are left.
+            # At least this many more files are needed.
             certain = -(-(spec.tokens - known) // in_a_file)
             numbers = range(len(parts), len(parts) + min(certain, state.num_processes))
             paths = [output / FOLDER / f"{number:06}.safetensors" for number in numbers]

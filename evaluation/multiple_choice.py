@@ -75,9 +75,11 @@ def draw_questions(text: Tensor, questions: int, *, passage: int = 96, option: i
         start = index * last // max(questions - 1, 1)
         digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        outside = torch.cat([text[:start], text[start + passage + option :]])
-        pieces = torch.randperm(len(outside) // option, generator=generator)[: ORDERS - 1].tolist()
-        others = [outside[piece * option : (piece + 1) * option] for piece in pieces]
+        # Pieces of each side by itself: none goes from one side of the passage to the other.
+        before, behind = start // option, start + passage + option
+        pieces = torch.randperm(before + (len(text) - behind) // option, generator=generator)[: ORDERS - 1].tolist()
+        begins = [piece * option if piece < before else behind + (piece - before) * option for piece in pieces]
+        others = [text[begin : begin + option] for begin in begins]
         answer = int(torch.randint(ORDERS, (), generator=generator))
         others.insert(answer, text[start + passage : start + passage + option])
         passages.append(text[start : start + passage])

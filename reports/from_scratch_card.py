@@ -75,12 +75,25 @@ def _objectives(report: dict[str, Any]) -> str:
     first, last = report["evaluations"][0], report["evaluations"][-1]
     if "objectives" not in first:
         return ""
-    points = report["history"]
+    points, names = report["history"], list(first["objectives"])
+    samples = [sum(point[f"samples/{name}"] for point in points) for name in names]
     rows = [
-        (code(name), percent(points[-1][f"rate/{name}"]), number(loss), number(last["objectives"][name]))
-        for name, loss in first["objectives"].items()
+        (
+            code(name),
+            percent(points[-1][f"rate/{name}"]),
+            percent(made / sum(samples)),
+            number(first["objectives"][name]),
+            number(last["objectives"][name]),
+        )
+        for name, made in zip(names, samples, strict=True)
     ]
-    header = ("Objective", "Rate at the end", "Held-out loss before (nats per target)", "After")
+    header = (
+        "Objective",
+        "Rate at the end",
+        "Share of all samples",
+        "Held-out loss before (nats per target)",
+        "After",
+    )
     intro = "Trained on samples of several objectives, with a loss on their targets ([figure](plots/objectives.png))."
     return f"{intro}\n\n{table(header, rows)}"
 

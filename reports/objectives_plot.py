@@ -32,7 +32,7 @@ def write_objectives_plot(report: dict[str, Any], path: Path) -> None:
         losses.plot(*zip(*measured, strict=True), marker="o", linestyle="", markersize=4, color=line["color"])
     label_axes(losses, "Loss of each objective: training (lines) and held out (points)", "")
     losses.set_ylabel("loss (nats per target)")
-    label_axes(rates, "Share of the samples", "optimiser step")
+    label_axes(rates, "Rate of each objective (share of the samples)", "optimiser step")
     rates.set_ylabel("rate")
     rates.set_ylim(bottom=0)
     losses.legend(fontsize=7, ncols=2)

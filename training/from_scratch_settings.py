@@ -163,9 +163,16 @@ class FromScratchSettings(TrainingSettings):
         if not self.packing:
             raise refused("packing", "has no effect with `objectives`, whose samples are always packed, got False")
         bandit = self.objectives.bandit
-        if bandit is not None and bandit.every >= self.steps:
-            problem = f"must be below the {self.steps} steps of the run, or it decides nothing, got {bandit.every}"
-            raise refused("objectives.bandit.every", problem)
+        if bandit is not None:
+            # A decision applies from the second step after it, and the first one has no losses to compare.
+            decisions = sum(bandit.decides(done, self.steps) for done in range(1, self.steps - 1))
+            if decisions < 2:
+                problem = (
+                    f"must leave two decisions that apply in the {self.steps} steps of the run, of which only the "
+                    f"second compares losses, got {bandit.every}, which leaves {decisions}. Lower it or the warmup, or "
+                    "raise `steps`"
+                )
+                raise refused("objectives.bandit.every", problem)
         return self
 
     def warmup_steps(self, steps: int) -> int:

@@ -57,7 +57,7 @@ class Rates:
     def end_of_step(self, done: int) -> None:
         """Decide, if a decision is due after `done` optimiser steps."""
         bandit = self._mix.bandit
-        if bandit is None or done % bandit.every or done < bandit.warmup * self._steps:
+        if bandit is None or not bandit.decides(done, self._steps):
             return
         for index, (total, count) in enumerate(zip(self._sums, self._counts, strict=True)):
             if not count:

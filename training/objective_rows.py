@@ -5,7 +5,12 @@ that depend on the seed and the number of the step alone, at the rates of that s
 of a step and a place in the texts, and a resumed training makes the same rows.
 
 The texts of a pass are in an order of their own. A sample takes as many tokens of a text as the room in its row allows,
-the next one goes on behind it. A row is closed when the next sample has no room in it.
+the next one goes on behind it.
+
+Every objective that is drawn gets its sample, so that the rates are the shares of the samples whatever the lengths of
+the texts. If a text is too short for the objective, the sample is made of the next text that is long enough, and the
+short one waits for another objective. If the room in the row is too small, the row is closed, and the sample is the
+first of the next row.
 """
 
 from __future__ import annotations
@@ -21,43 +26,68 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .objective_settings import ObjectiveMix
-from .objectives import ObjectiveTokens, Sample, make_sample
+from .objectives import ObjectiveTokens, Sample, least, make_sample
 from .packing import IGNORED, Row
 from .stream import PositionedRows
 
 _ROOM = 8
 """Room in tokens below which a row is closed."""
+_WAITING = 256
+"""Texts that wait for an objective for which they are long enough. If there are more, the one that was read first is
+passed over until the next pass."""
+_BEGINNING: dict[str, Any] = {"pass": 0, "read": 0, "waiting": [], "drawn": None}
 
 
 class _Reader:
-    """A place in texts that are read in passes, each in its own order."""
+    """A place in texts that are read in passes, each in its own order.
 
-    def __init__(self, texts: Sequence[list[int]], seed: int, place: Sequence[int]) -> None:
+    Args:
+        texts: the texts.
+        seed: seed of the orders.
+        place: value of :attr:`place` to go on from.
+
+    Attributes:
+        drawn: number of an objective whose sample had no room in the last row, or None.
+    """
+
+    def __init__(self, texts: Sequence[list[int]], seed: int, place: dict[str, Any]) -> None:
         self._texts, self._seed = texts, seed
-        self._pass, self._index, self._offset = place
+        self._pass, self._read, self.drawn = place["pass"], place["read"], place["drawn"]
+        # The number of each text that has tokens left, and of the first of them.
+        self._waiting: list[tuple[int, int]] = [(text, offset) for text, offset in place["waiting"]]
         self._order = self._shuffled()
 
     @property
-    def place(self) -> list[int]:
-        """Number of the pass, of the text in it, and of the next token."""
-        return [self._pass, self._index, self._offset]
+    def place(self) -> dict[str, Any]:
+        """The place, as values that JSON can represent."""
+        waiting = [list(rest) for rest in self._waiting]
+        return {"pass": self._pass, "read": self._read, "waiting": waiting, "drawn": self.drawn}
 
-    def text(self) -> list[int]:
-        """Return the rest of the text."""
-        return self._texts[self._order[self._index]][self._offset :]
+    def find(self, tokens: int) -> int:
+        """Return the index of the first waiting text that has so many tokens left, after reading on if none has."""
+        for index, (text, offset) in enumerate(self._waiting):
+            if len(self._texts[text]) - offset >= tokens:
+                return index
+        while True:
+            if self._read == len(self._order):
+                self._pass, self._read = self._pass + 1, 0
+                self._order = self._shuffled()
+            text = self._order[self._read]
+            self._read += 1
+            self._waiting = [*self._waiting[-_WAITING + 1 :], (text, 0)]
+            if len(self._texts[text]) >= tokens:
+                return len(self._waiting) - 1
 
-    def use(self, tokens: int) -> None:
-        """Go on behind some tokens; to the next text if fewer than two remain."""
-        self._offset += tokens
-        if len(self.text()) < 2:
-            self.skip()
+    def text(self, index: int) -> list[int]:
+        """Return what is left of a waiting text."""
+        text, offset = self._waiting[index]
+        return self._texts[text][offset:]
 
-    def skip(self) -> None:
-        """Go on to the next text."""
-        self._index, self._offset = self._index + 1, 0
-        if self._index == len(self._order):
-            self._pass, self._index = self._pass + 1, 0
-            self._order = self._shuffled()
+    def use(self, index: int, tokens: int) -> None:
+        """Go on behind some tokens of a waiting text, which no longer waits if fewer than two remain."""
+        text, offset = self._waiting[index]
+        rest = [(text, offset + tokens)] if len(self._texts[text]) - offset - tokens > 1 else []
+        self._waiting[index : index + 1] = rest
 
     def _shuffled(self) -> list[int]:
         order = list(range(len(self._texts)))
@@ -81,7 +111,7 @@ class ObjectiveStream(PositionedRows):
         rates: returns the rates of the rows of a step; the mixture's own until it is replaced.
 
     Raises:
-        ValueError: if no text is long enough for one of the objectives in such a row.
+        ValueError: if the rows, or all texts, are too short for one of the objectives.
     """
 
     def __init__(
@@ -98,11 +128,11 @@ class ObjectiveStream(PositionedRows):
         self._texts = [document.tolist() for document in documents if len(document) > 1]
         self._mix, self._tokens, self._budget, self._prefixes = mix, tokens, budget, prefixes
         self._step_rows, self._seed = step_rows, seed
-        self._start: dict[str, Any] = {"row": 0, "step": 0, "place": [0, 0, 0]}
+        self._start: dict[str, Any] = {"row": 0, "step": 0, "place": _BEGINNING}
         self._steps: deque[dict[str, Any]] = deque()
         self.rates: Callable[[int], list[float]] = lambda step: mix.rates
-        for index in range(len(mix.objectives)):
-            self._check(index)
+        self._least = [least(objective) for objective in mix.objectives]
+        self._check()
 
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows from the position, by default from the beginning."""
@@ -125,11 +155,16 @@ class ObjectiveStream(PositionedRows):
         return {**found, "row": row}
 
     def go_to(self, position: dict[str, Any]) -> None:
+        if not isinstance(position["place"], dict):
+            raise ValueError(
+                "output folder: its checkpoint is of an earlier version, which made other samples of the objectives. "
+                "Finish the run with the version that began it, or give another folder."
+            )
         self._start = position
 
     def first(self, count: int) -> list[Row]:
         rows: list[Row] = []
-        step, place = 0, [0, 0, 0]
+        step, place = 0, _BEGINNING
         while len(rows) < count:
             made, place = self._rows(step, place, self._mix.rates)
             rows, step = [*rows, *made], step + 1
@@ -138,20 +173,25 @@ class ObjectiveStream(PositionedRows):
     def of_one(self, objective: int, rows: int) -> FixedRows:
         """Return some rows of samples of one objective, to measure its loss."""
         rates = [float(index == objective) for index in range(len(self._mix.objectives))]
-        reader, rng = _Reader(self._texts, self._seed, [0, 0, 0]), _random(self._seed, "objective", objective)
+        reader, rng = _Reader(self._texts, self._seed, _BEGINNING), _random(self._seed, "objective", objective)
         return FixedRows([self._row(reader, rates, rng) for _ in range(rows)])
 
-    def _check(self, objective: int) -> None:
-        """Raise ValueError if none of the texts is long enough for an objective."""
-        settings, rng = self._mix.objectives[objective], _random(self._seed, "check", objective)
-        if not any(make_sample(settings, text, self._budget, self._tokens, rng) for text in self._texts):
-            longest = max((len(text) for text in self._texts), default=0)
-            raise ValueError(
-                f"objectives: no text is long enough for {settings.name!r} in rows of {self._budget} tokens (the "
-                f"longest has {longest}). Raise row_tokens, leave the objective out, or give longer texts."
-            )
+    def _check(self) -> None:
+        """Raise ValueError if the rows, or all texts, are too short for one of the objectives."""
+        longest = max((len(text) for text in self._texts), default=0)
+        for name, (text, room) in zip(self._mix.names, self._least, strict=True):
+            if self._budget < room:
+                raise ValueError(
+                    f"objectives: {name!r} needs rows of at least {room} tokens, got {self._budget}. Raise row_tokens, "
+                    "or leave the objective out."
+                )
+            if longest < text:
+                raise ValueError(
+                    f"objectives: no text is long enough for {name!r}, which needs {text} tokens (the longest has "
+                    f"{longest}). Leave the objective out, or give longer texts."
+                )
 
-    def _rows(self, step: int, place: Sequence[int], rates: list[float]) -> tuple[list[Row], list[int]]:
+    def _rows(self, step: int, place: dict[str, Any], rates: list[float]) -> tuple[list[Row], dict[str, Any]]:
         """Return the rows of a step, from a place in the texts, and the place behind them."""
         reader, rng = _Reader(self._texts, self._seed, place), _random(self._seed, "step", step)
         return [self._row(reader, rates, rng) for _ in range(self._step_rows)], reader.place
@@ -160,15 +200,17 @@ class ObjectiveStream(PositionedRows):
         samples: list[tuple[int, Sample]] = []
         room = self._budget
         while room >= _ROOM or not samples:
-            (objective,) = rng.choices(range(len(rates)), rates)
-            settings = self._mix.objectives[objective]
-            sample = make_sample(settings, reader.text(), room, self._tokens, rng)
-            while sample is None and not samples:  # the rest of the text is too short
-                reader.skip()
-                sample = make_sample(settings, reader.text(), room, self._tokens, rng)
-            if sample is None:
+            if reader.drawn is None:
+                (reader.drawn,) = rng.choices(range(len(rates)), rates)
+            objective: int = reader.drawn
+            shortest, smallest = self._least[objective]
+            if room < smallest:
                 break
-            reader.use(sample.used)
+            text = reader.find(shortest)
+            sample = make_sample(self._mix.objectives[objective], reader.text(text), room, self._tokens, rng)
+            assert sample is not None
+            reader.use(text, sample.used)
+            reader.drawn = None
             samples.append((objective, sample))
             room -= len(sample.ids)
         return self._packed(samples)

@@ -102,6 +102,10 @@ class BanditSettings(SettingsBase):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
     """Difference of two mean rewards that makes one objective e times as frequent as the other."""
 
+    def decides(self, done: int, steps: int) -> bool:
+        """Return whether there is a decision after `done` of the `steps` optimiser steps of a training."""
+        return done % self.every == 0 and done >= self.warmup * steps
+
     @model_validator(mode="before")
     @classmethod
     def _from_lists(cls, values: Any) -> Any:

@@ -19,7 +19,7 @@ from .packing import IGNORED
 from .trainer import LanguageModelTrainer
 
 RATES = "objectives.json"
-"""Name of the file in a checkpoint with the state of the rates and of the losses since the last point."""
+"""Name of the file in a checkpoint with the rates' state and with the losses and samples since the last point."""
 
 
 class _EndOfStep(TrainerCallback):
@@ -34,7 +34,7 @@ class ObjectiveTrainer(LanguageModelTrainer):
     """Trainer on the rows of an `ObjectiveStream`.
 
     A point of the curve also has "loss/NAME", the mean loss per target of an objective since the last point, if it had
-    a sample, and "rate/NAME", its rate in the next step's rows.
+    a sample, "samples/NAME", its number of samples since then, and "rate/NAME", its rate in the next step's rows.
 
     Args:
         mix: the mixture of the stream.
@@ -48,55 +48,57 @@ class ObjectiveTrainer(LanguageModelTrainer):
         self._mix, self._rates = mix, Rates(mix, steps)
         assert isinstance(self.train_dataset, ObjectiveStream)
         self.train_dataset.rates = self._rates.at
-        self._step_losses = torch.zeros(2, len(mix.objectives), dtype=torch.float64, device=self.args.device)
-        self._point_losses = [[0.0] * len(mix.objectives) for _ in range(2)]
+        self._step = torch.zeros(3, len(mix.objectives), dtype=torch.float64, device=self.args.device)
+        self._point = [[0.0] * len(mix.objectives) for _ in range(3)]
         self.add_callback(_EndOfStep(self))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss and record the part of each objective."""
-        inputs = dict(inputs)
+        """Compute the loss and record the part and the samples of each objective."""
+        inputs, count = dict(inputs), len(self._mix.objectives)
         objective = inputs.pop("objective")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self._step_losses += losses_by(objective, outputs.logits.detach(), inputs["labels"], len(self._mix.objectives))
+        self._step[:2] += losses_by(objective, outputs.logits.detach(), inputs["labels"], count)
+        first = (inputs["position_ids"] == 0) & (inputs["seq_idx"] >= 0)
+        self._step[2] += torch.bincount(objective[first], minlength=count)
         return (loss, outputs) if return_outputs else loss
 
     def end_of_step(self, done: int) -> None:
-        """Give the losses of a step to the rates and to the next point of the curve."""
-        reduced: Any = self.accelerator.reduce(self._step_losses, reduction="sum")
-        sums, counts = reduced.tolist()
-        self._step_losses = torch.zeros_like(self._step_losses)
+        """Give the losses of a step to the rates and to the next point of the curve, which also gets the samples."""
+        reduced: Any = self.accelerator.reduce(self._step, reduction="sum")
+        sums, counts, samples = reduced.tolist()
+        self._step = torch.zeros_like(self._step)
         self._rates.add(sums, counts)
         self._rates.end_of_step(done)
-        self._point_losses = [
+        self._point = [
             [total + part for total, part in zip(totals, parts, strict=True)]
-            for totals, parts in zip(self._point_losses, (sums, counts), strict=True)
+            for totals, parts in zip(self._point, (sums, counts, samples), strict=True)
         ]
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Add the losses and rates of the objectives to a point of the curve."""
+        """Add the losses, samples and rates of the objectives to a point of the curve."""
         if "loss" in logs:
-            sums, counts = self._point_losses
             rates = self._rates.at(self.state.global_step)
-            for name, total, count, rate in zip(self._mix.names, sums, counts, rates, strict=True):
+            for name, total, count, samples, rate in zip(self._mix.names, *self._point, rates, strict=True):
                 if count:
                     logs[f"loss/{name}"] = total / count
+                logs[f"samples/{name}"] = int(samples)
                 logs[f"rate/{name}"] = rate
-            self._point_losses = [[0.0] * len(sums) for _ in range(2)]
+            self._point = [[0.0] * len(rates) for _ in range(3)]
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            write_json(Path(output_dir) / RATES, {"rates": self._rates.state(), "point": self._point_losses})
+            write_json(Path(output_dir) / RATES, {"rates": self._rates.state(), "point": self._point})
 
     def restore_stream(self, checkpoint: Path) -> None:
-        """Set the stream, the rates and the losses since the last point to what a checkpoint has."""
+        """Set the stream, the rates and what was recorded since the last point to what a checkpoint has."""
         super().restore_stream(checkpoint)
         state = read_json_object(checkpoint / RATES)
         self._rates.restore(state["rates"])
-        self._point_losses = state["point"]
+        self._point = state["point"]
 
 
 def losses_by(objective: Tensor, logits: Tensor, labels: Tensor, count: int) -> Tensor:

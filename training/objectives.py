@@ -104,6 +104,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, mix: ObjectiveMix) -> Objecti
     )
 
 
+def least(objective: ObjectiveSettings) -> tuple[int, int]:
+    """Return the smallest numbers of tokens of a text and of a room for which `make_sample` makes a sample."""
+    if objective.objective in ("next_token", "prefix_lm"):
+        return 2, 2
+    if objective.objective == "selective_copying":
+        width, shortest = objective.span_tokens or 0, (objective.delimiter_tokens or (0, 0))[0]
+        return 2 * width, 2 * width + _overhead([(shortest, shortest)], width)
+    return 2, 7
+
+
 def make_sample(
     objective: ObjectiveSettings, text: Sequence[int], room: int, tokens: ObjectiveTokens, rng: random.Random
 ) -> Sample | None:
@@ -193,9 +203,7 @@ def _selective_copying(
     drawn = [(rng.randint(shortest, longest), rng.randint(shortest, longest)) for _ in range(objective.spans or 0)]
     # As many spans as fit; if none does, one with the shortest delimiters, so that no draw decides whether it fits.
     for lengths in (*(drawn[:count] for count in range(len(drawn), 0, -1)), [(shortest, shortest)]):
-        # Control, context, target and end tokens; each span costs its delimiters twice, two sentinels and itself.
-        overhead = 4 + sum(2 * sum(pair) + 2 + width for pair in lengths)
-        length = min(len(text), room - overhead)
+        length = min(len(text), room - _overhead(lengths, width))
         if length >= 2 * width * len(lengths):
             break
     else:
@@ -214,6 +222,12 @@ def _selective_copying(
         target += [tokens.sentinels[sentinel], *body[starts[span] : starts[span] + width]]
     shown = [*question, *context] if objective.question == "before" else [*context, *question]
     return _joined([tokens.control["selective_copying"], *shown], [*target, tokens.end], length, tokens)
+
+
+def _overhead(lengths: Sequence[tuple[int, int]], width: int) -> int:
+    """Return the tokens of a selective copying beside its text, given the lengths of the spans' delimiters."""
+    # Control, context, target and end tokens; each span costs its delimiters twice, two sentinels and itself.
+    return 4 + sum(2 * sum(pair) + 2 + width for pair in lengths)
 
 
 def _delimiters(

@@ -408,7 +408,7 @@ def curve_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the points of the curve in the Trainer's history."""
 
     def of_objectives(point: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in point.items() if key.startswith(("loss/", "rate/"))}
+        return {key: value for key, value in point.items() if key.startswith(("loss/", "samples/", "rate/"))}
 
     points = [point for point in history if "loss" in point]
     return [{key: point[key] for key in _POINT if key in point} | of_objectives(point) for point in points]

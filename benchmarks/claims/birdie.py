@@ -209,13 +209,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--minutes", type=float, help="begin no further run after so many")
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file, of equal --size")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     size = SIZES[options.size]
     size.model.make(PREFIX, size.task.vocabulary, options.range, 0)  # sizes that do not fit are an error now
-    file = open_results(options, "claims/birdie.py", arguments)
+    free = ("arms", "rate", "range", "steps", "batch", "seeds", "threads")
+    file = open_results(options, parser, "claims/birdie.py", arguments, free=free)
     file.drop(lambda row: row["purpose"] == "summary")
     summary = file.add(Comparison(file, options).summary())
     print(table(summary))

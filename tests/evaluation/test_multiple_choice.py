@@ -69,6 +69,14 @@ def test_a_question_is_a_passage_its_continuation_and_three_other_texts() -> Non
     assert torch.equal(again.options, drawn.options) and not torch.equal(other.options, drawn.options)
 
 
+def test_no_option_goes_from_one_side_of_the_passage_to_the_other() -> None:
+    drawn = draw_questions(text(64), 40, passage=7, option=5)
+    assert drawn.options.diff().unique().tolist() == [1]
+    for passage, options in zip(drawn.passages, drawn.options, strict=True):
+        tokens = torch.cat([passage, options.flatten()]).tolist()
+        assert len(set(tokens)) == len(tokens)
+
+
 def test_a_model_that_knows_the_text_is_right_in_every_order_and_reads_each_text_by_itself() -> None:
     drawn = draw_questions(text(), 6, passage=30, option=5)
     model: Any = Counter(30)

@@ -16,7 +16,7 @@ from ssm_zoo.modeling import ZooMamba2ForCausalLM
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import parse_from_scratch
 from ssm_zoo.training.objective_rows import ObjectiveStream
-from ssm_zoo.training.objective_settings import ObjectiveMix
+from ssm_zoo.training.objective_settings import MIXES, ObjectiveMix
 from ssm_zoo.training.objective_trainer import losses_by
 from ssm_zoo.training.objectives import ObjectiveTokens
 from ssm_zoo.training.packing import IGNORED, RowCollator
@@ -98,6 +98,78 @@ def test_next_token_alone_reads_every_text_once_a_pass() -> None:
     assert targets[: len(whole)] != targets[len(whole) : 2 * len(whole)]
 
 
+def birdie(texts: list[Tensor]) -> ObjectiveStream:
+    """Return rows of 1,024 tokens of the objectives of Birdie, some of which need 16 or 32 tokens of a text."""
+    tokens = ObjectiveTokens(**{**vars(TOKENS), "sentinels": list(range(100, 228)), "ordinary": list(range(300, 600))})
+    return ObjectiveStream(
+        texts, check(ObjectiveMix, MIXES["birdie"]), tokens, 1024, step_rows=4, seed=0, prefixes=True
+    )
+
+
+SHORT = [1000 + torch.arange(12)] * 400 + [1000 + torch.arange(60)] * 20
+"""Texts of which most are too short for selective copying."""
+KINDS = ("next_token", "selective_copying")
+
+
+@pytest.mark.parametrize("texts", [SHORT, [1000 + torch.arange(40)] * 99, [1000 + torch.arange(2000)] * 9])
+def test_rows_are_full_and_the_rates_their_shares_whatever_the_lengths_of_the_texts(texts: list[Tensor]) -> None:
+    rows, rates = list(itertools.islice(birdie(texts), 160)), torch.tensor(check(ObjectiveMix, MIXES["birdie"]).rates)
+    samples = torch.cat([row["objective"][row["position_ids"] == 0] for row in rows])
+    count = len(samples)
+    deviations = (count * rates * (1 - rates)).sqrt()
+    assert ((torch.bincount(samples, minlength=len(rates)) - count * rates).abs() < 3.5 * deviations).all()
+    assert sum(len(row["input_ids"]) for row in rows) > 0.98 * 160 * 1024
+
+
+def test_texts_too_short_for_an_objective_wait_for_another_one() -> None:
+    """With fewer texts than may wait, none is passed over: the beginning of each is read once in every pass."""
+    texts = [1000 * (text + 1) + torch.arange(12 if text % 2 else 60) for text in range(60)]
+    mix = check(ObjectiveMix, {"objectives": [{"objective": kind, "rate": 1.0} for kind in KINDS]})
+    rows = ObjectiveStream(texts, mix, TOKENS, 256, step_rows=1, seed=0, prefixes=False)
+    read = torch.zeros(61)
+    for row in itertools.islice(rows, 200):
+        for sample in row["seq_idx"].unique():
+            ids = row["input_ids"][row["seq_idx"] == sample].unique()
+            read[ids[(ids >= 1000) & (ids % 1000 == 0)] // 1000] += 1
+    assert read[1:].min() > 4 and read[1:].max() - read[1:].min() <= 1
+
+
+@pytest.mark.parametrize("row", [4, 40, 120])
+def test_waiting_texts_and_a_drawn_objective_are_part_of_the_position(row: int) -> None:
+    first, rest = birdie(SHORT), birdie(SHORT)
+    expected = list(itertools.islice(first, row + 6))
+    position = json.loads(json.dumps(first.position(row)))
+    assert 0 < len(position["place"]["waiting"]) <= 256
+    rest.go_to(position)
+    for ours, theirs in zip(rest, expected[row:], strict=False):
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_objective_without_room_is_the_first_of_the_next_row_and_step() -> None:
+    """Rows of 48 tokens have room for one sample of at least 38 and for little more."""
+    mix = check(ObjectiveMix, {"objectives": [{"objective": kind, "rate": 1.0} for kind in KINDS]})
+
+    def made() -> ObjectiveStream:
+        return ObjectiveStream([1000 + torch.arange(16)] * 9, mix, TOKENS, 48, step_rows=1, seed=0, prefixes=False)
+
+    rows, again = made(), made()
+    found = list(itertools.islice(rows, 400))
+    positions = [rows.position(row) for row in range(400)]
+    drawn = [position["place"]["drawn"] for position in positions]
+    assert {None, 1} == set(drawn)
+    assert all(row["objective"][0] == 1 for row, before in zip(found, drawn, strict=True) if before == 1)
+    samples = torch.cat([row["objective"][row["position_ids"] == 0] for row in found])
+    assert abs(float(samples.double().mean()) - 0.5) < 3 * 0.5 / len(samples) ** 0.5
+    at = drawn.index(1)
+    again.go_to(positions[at])
+    assert torch.equal(next(iter(again))["input_ids"], found[at]["input_ids"])
+
+
+def test_a_position_of_an_earlier_version_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"output folder: its checkpoint is of an earlier version, which made other"):
+        stream().go_to({"row": 3, "step": 1, "place": [0, 2, 5]})
+
+
 @pytest.mark.parametrize("row", [0, 3, 6, 21])
 @pytest.mark.parametrize("ahead", [0, 1, 4])
 def test_from_every_step_the_rows_go_on_as_they_would_have(row: int, ahead: int) -> None:
@@ -112,11 +184,17 @@ def test_from_every_step_the_rows_go_on_as_they_would_have(row: int, ahead: int)
 
 
 def test_texts_that_are_too_short_are_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"no text is long enough for 'selective_copying' in rows of 37 tokens \(the lo"
+    mix = check(ObjectiveMix, {"objectives": [{"objective": "selective_copying", "rate": 1.0}]})
+    for texts, budget, message in (
+        (documents(), 37, "'selective_copying' needs rows of at least 38 tokens, got 37. Raise row_tokens"),
+        (
+            [torch.arange(15)],
+            48,
+            r"no text is long enough for 'selective_copying', which needs 16 tokens \(the longest",
+        ),
     ):
-        mix = check(ObjectiveMix, {"objectives": [{"objective": "selective_copying", "rate": 1.0}]})
-        ObjectiveStream(documents(), mix, TOKENS, 37, step_rows=1, seed=0, prefixes=False)
+        with pytest.raises(ValueError, match=message):
+            ObjectiveStream(texts, mix, TOKENS, budget, step_rows=1, seed=0, prefixes=False)
 
 
 def test_losses_by_objective_add_up_to_the_loss_of_the_batch() -> None:
@@ -211,7 +289,11 @@ def test_losses_and_rates_of_the_objectives_are_reported(run: Path) -> None:
     assert all(any(f"loss/{name}" in point for name in names) for point in points)
     assert (run / "plots" / "objectives.png").read_bytes().startswith(b"\x89PNG")
     card = (run / "model" / "README.md").read_text()
-    assert "| `copying` |" in card and "24 documents, of which samples were made while training" in card
+    assert (
+        "| Share of all samples |" in card
+        and "| `copying` |" in card
+        and "24 documents, of which samples were made while training" in card
+    )
     assert (run / "model" / "plots" / "objectives.png").exists()
 
 
@@ -253,12 +335,25 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert curves[0] == curves[1] and reports[0]["evaluations"] == reports[1]["evaluations"]
 
 
-def test_a_causal_model_reads_the_same_samples(run: Path, texts: Path, tmp_path: Path) -> None:
-    """At fixed rates and without a bandit: inputs are simply causal."""
+def test_a_causal_model_reads_the_same_samples(
+    run: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At fixed rates and without a bandit: inputs are simply causal. The report counts the samples of the rows."""
+    rows, collate = [], RowCollator.__call__
+
+    def record(self: RowCollator, batch: Any) -> Any:
+        rows.extend(row for row in batch if "objective" in row)
+        return collate(self, batch)
+
+    monkeypatch.setattr(RowCollator, "__call__", record)
     report = train_from_scratch(settings(texts, config=CONFIG, objectives=MIX, steps=2), tmp_path / "run")
     whole = read_report(run)
     assert [point["tokens"] for point in report["history"]] == [p["tokens"] for p in whole["history"][:2]]
     assert report["history"][-1]["rate/copying"] == 0.25
+    for number, point in enumerate(report["history"]):
+        first = [row["objective"][row["position_ids"] == 0] for row in rows[4 * number : 4 * number + 4]]
+        expected = torch.bincount(torch.cat(first), minlength=4).tolist()
+        assert [point[f"samples/{name}"] for name in ("next_token", "prefix_lm", "infilling", "copying")] == expected
     assert report["settings"]["objectives"]["objectives"][3]["name"] == "copying"
 
 
@@ -267,7 +362,7 @@ def test_a_causal_model_reads_the_same_samples(run: Path, texts: Path, tmp_path:
     [
         ({"config": CONFIG | {"vocab_size": 264}}, "`vocab_size` must be at least 284, the number of entries"),
         ({"train": ["marked.txt"]}, r"train: document 1 has a special token of the objectives, such as <\|target\|>"),
-        ({"heldout": ["short.txt"]}, "heldout: objectives: no text is long enough for 'infilling'"),
+        ({"heldout": ["short.txt"]}, "heldout: objectives: 'infilling' needs rows of at least 7 tokens, got 4"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(

@@ -14,7 +14,7 @@ from ssm_zoo.training.from_scratch_settings import parse_from_scratch
 from ssm_zoo.training.new_model import learn_vocabulary
 from ssm_zoo.training.objective_rates import Rates, reward
 from ssm_zoo.training.objective_settings import MIXES, ObjectiveMix, ObjectiveSettings
-from ssm_zoo.training.objectives import ObjectiveTokens, Sample, add_tokens, make_sample
+from ssm_zoo.training.objectives import ObjectiveTokens, Sample, add_tokens, least, make_sample
 
 TEXT = [1000 + index for index in range(500)]  # every token once, so that places can be found again
 SENTINELS = 32
@@ -154,6 +154,21 @@ def test_no_draw_decides_whether_a_sample_fits() -> None:
         assert sample is not None and len(sample.ids) == smallest and sample.used == 16
 
 
+@pytest.mark.parametrize("sentinels", [1, SENTINELS])
+def test_the_least_text_and_room_decide_alone_whether_there_is_a_sample(sentinels: int) -> None:
+    tokens = ObjectiveTokens(**{**vars(TOKENS), "sentinels": TOKENS.sentinels[:sentinels]})
+    chosen = [check(ObjectiveSettings, settings) for settings in MIXES["birdie"]["objectives"]]
+    chosen += [objective("prefix_lm", prefix=0.99, corruption=0.9), objective("infilling", corruption=0.9, mean_span=1)]
+    for settings in chosen:
+        text, room = least(settings)
+        for length in (1, 2, 3, text - 1, text, text + 1, 90):
+            for space in (1, 2, 3, 6, 7, 8, room - 1, room, room + 1, 200):
+                if settings.objective == "selective_copying" and sentinels == 1 and space == 200:
+                    continue  # with more spans than sentinels, which the settings refuse
+                sample = make_sample(settings, TEXT[:length], space, tokens, random.Random(0))
+                assert (sample is not None) == (length >= text and space >= room), (settings.name, length, space)
+
+
 def test_short_texts_and_rooms_have_no_sample() -> None:
     for settings in MIXES["birdie"]["objectives"]:
         chosen = check(ObjectiveSettings, settings)
@@ -269,7 +284,13 @@ OBJECTIVES = [{"objective": "next_token", "rate": 1.0}, {"objective": "copying",
         ({"objectives": [OBJECTIVES[0]] * 2}, "must have different names, got 'next_token' 2 times"),
         ({"objectives": OBJECTIVES, "sentinels": 9}, "sentinels` has no effect without prefix_lm, infilling"),
         ({"objectives": OBJECTIVES[:1], "bandit": {}}, "bandit` has no effect with one objective"),
-        ({"objectives": OBJECTIVES, "bandit": {"every": 20}}, "bandit.every` must be below the 20 steps"),
+        (
+            {"objectives": OBJECTIVES, "bandit": {"every": 20}},
+            "`objectives.bandit.every` must leave two decisions that apply in the 20 steps of the run, of which only "
+            "the second compares losses, got 20, which leaves 0.",
+        ),
+        ({"objectives": OBJECTIVES, "bandit": {"every": 10}}, "got 10, which leaves 1. Lower it or the warmup, or"),
+        ({"objectives": OBJECTIVES, "bandit": {"every": 7, "warmup": 0.5}}, "got 7, which leaves 1."),
         ({"objectives": OBJECTIVES, "rates": "fixed"}, "`objectives.rates` is unknown"),
     ],
 )
@@ -296,6 +317,17 @@ def test_settings_that_objectives_do_not_use_are_refused(changes: dict[str, Any]
     with pytest.raises(ValueError) as caught:
         settings(objectives="birdie", **changes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("every", "warmup"), [(9, 0.05), (9, 0.45), (4, 0.5), (1, 0.5)])
+def test_two_decisions_of_a_bandit_are_enough(every: int, warmup: float) -> None:
+    """The second one has rewards, and its rates are those of a step of the run."""
+    mix = settings(objectives={"objectives": OBJECTIVES, "bandit": {"every": every, "warmup": warmup}}).objectives
+    rates = Rates(mix, steps=20)
+    for done in range(1, 21):
+        rates.add([200.0, 2.0 - 0.05 * done], [100.0, 1.0])
+        rates.end_of_step(done)
+    assert rates.at(19)[1] > rates.at(19)[0]
 
 
 def test_a_mixture_is_read_from_a_file_and_part_of_the_identity(tmp_path: Path) -> None:
