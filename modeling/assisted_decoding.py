@@ -23,7 +23,8 @@ class AssistedDecoding(GenerationMixin):
         """As in transformers, with drafts that end before `max_length`: those of prompt lookup would go beyond it, and
         beyond the positions that a model has."""
         drafts = super()._get_candidate_generator(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        settings, get_candidates = kwargs.get("generation_config", args[0] if args else None), drafts.get_candidates
+        settings: Any = kwargs["generation_config"] if "generation_config" in kwargs else args[0]
+        get_candidates = drafts.get_candidates
         last = settings.max_length - 1  # the verification adds a token of its own
 
         def cut(input_ids: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> None:
     if options.tokens < 2:
         parser.error(f"--tokens must be at least 2, got {options.tokens}")
     torch.set_num_threads(options.threads)
-    file = open_results(options, "claims/assisted.py", arguments)
+    file = open_results(options, parser, "claims/assisted.py", arguments, free={"students"})
     teacher = load_teacher(options.teacher)
     ids = prompt_of(teacher)
     for name in options.students:

@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="continue this result file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    file = open_results(options, "claims/long_context.py", arguments)
+    file = open_results(options, parser, "claims/long_context.py", arguments, free={"models"})
     found = {}
     for name in options.models:
         run = Run(name, options.tokens, options.chunk)

@@ -246,7 +246,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--resume", type=Path, help="result file to continue")
     options = parser.parse_args(arguments)
-    results = open_results(options, "claims/reranking.py", arguments, "sentence-transformers", "ir-measures", "bm25s")
+    packages, free = ("sentence-transformers", "ir-measures", "bm25s"), {"corpora", "arms", "seeds", "rates"}
+    results = open_results(options, parser, "claims/reranking.py", arguments, *packages, free=free)
     compare_arms(options, results)
 
 

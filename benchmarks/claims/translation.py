@@ -242,7 +242,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["synthetic"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -263,14 +264,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for a new file")
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: list[str]) -> None:
     """Carry out the runs that the file does not hold yet, and print a table for each task."""
-    options = parse(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    results = open_results(options, "claims/translation.py", arguments, "sacrebleu")
+    free = {"tasks", "arms", "seeds", "rates"}
+    results = open_results(options, parser, "claims/translation.py", arguments, "sacrebleu", free=free)
     for task in options.tasks:
         print(table_of(compare(results, options, task)), flush=True)
 

@@ -229,7 +229,8 @@ def main(arguments: list[str]) -> None:
         return
     if options.pairs > GROUP and options.pairs % GROUP:
         parser.error(f"--pairs must be a multiple of {GROUP}, or less, got {options.pairs}")
-    results = open_results(options, "kernels/reranking_speed.py", arguments)
+    free = {"arms", "modes", "lengths", "alone"}
+    results = open_results(options, parser, "kernels/reranking_speed.py", arguments, free=free)
     shared = (options.pairs, options.width, options.layers, options.vocabulary, options.dtype, options.repeats)
     points = [
         Point(arm, mode, length, *shared)
