@@ -105,7 +105,6 @@ def train_translation(
         ValueError: if the loss, the gradient or a weight is not finite.
     """
     config, smoothing = model.config, settings.label_smoothing
-    use_cache = config.use_cache
     trainer = TranslationTrainer(
         model=model,
         args=TrainingArguments(
@@ -119,9 +118,7 @@ def train_translation(
     )
     if not settings.packing:
         trainer.sort_rows([len(rows.rows[index]["input_ids"]) for index in range(len(rows))])
-    config.use_cache = use_cache  # the Trainer turns it off, and the model would be saved that way
     found = last_checkpoint(output / CHECKPOINTS, main=main)
     trained, points = train_or_load(trainer, found, steps)
-    trained.config.use_cache = use_cache
     measured = [{"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point]
     return trained, curve_of(points), measured
