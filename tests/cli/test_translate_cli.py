@@ -162,6 +162,24 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
     again = ssm_zoo("evaluate", "translation", "out", "p.en,p.fr", "--limit", 2, "--max-new-tokens", 41, *searched[-2:])
     assert again.exit_code == 0, again.stderr
     assert json.loads((tmp_path / "deep" / "e.json").read_text())["translations"][1] == printed[0].strip()
+    # A model with the name of the baseline keeps its scores.
+    (tmp_path / "out" / "model").rename(tmp_path / "copy")
+    again = ssm_zoo("evaluate", "translation", "copy", "p.en,p.fr", "--beams", 1, "--output", "named.json")
+    assert again.exit_code == 0, again.stderr
+    systems = json.loads((tmp_path / "named.json").read_text())["systems"]
+    assert list(systems) == ["copy (2)", "copy"] and systems["copy"] | {"by_length": 0} == copied | {"by_length": 0}
+    assert systems["copy (2)"]["bleu"] > systems["copy"]["bleu"]
+
+
+def test_a_tokenizer_that_is_not_installed_is_told_before_anything_is_read(
+    ssm_zoo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sacrebleu.tokenizers import tokenizer_ja_mecab
+
+    monkeypatch.setattr(tokenizer_ja_mecab, "MeCab", None)
+    result = ssm_zoo("evaluate", "translation", "missing", "missing.en,missing.fr", "--tokenize", "ja-mecab")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "`tokenize`: sacrebleu cannot use 'ja-mecab': Japanese tokenization requires" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,7 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
         ("evaluate translation zoo p.en,p.fr --lengths 4,3", "`lengths` must be ascending numbers"),
         ("evaluate translation zoo p.en,p.fr --limit 0", "`limit` must be at least 1, got 0"),
         ("evaluate translation zoo p.en,p.fr --tokenize no", "`tokenize` must be among 13a, .*got 'no'"),
+        ("evaluate translation zoo p.en,p.fr --output q.png", "must not end in .png, the name of its picture"),
         ("evaluate translation zoo p.en,p.fr --output p.json", "p.png, the picture's name, exists"),
         ("evaluate translation zoo p.en,p.fr --output p.jsonl", "p.jsonl exists and is no earlier"),
         ("finetune translate zoo out --train p.en,q.fr --heldout p.en,p.fr", "there is no file 'q.fr'"),
