@@ -85,7 +85,8 @@ def translation(
     check_lengths(bounds)
     check_decoding(beams, length_penalty, max_new_tokens, batch_size)
     _check_tokenizer(tokenize)
-    from ..training.parallel_text import public_names, read_parallel
+    from ..training.parallel_text import read_parallel
+    from ..training.sources import public_sources
 
     reading: Any = {"source_field": source_field, "target_field": target_field, "reverse": reverse}
     texts = read_parallel(pairs, "pairs", **reading)
@@ -119,8 +120,8 @@ def translation(
 
     settings = {
         "model": model_name(model),
-        "pairs": public_names(pairs),
-        "training_pairs": public_names(training_pairs or []),
+        "pairs": public_sources(pairs),
+        "training_pairs": public_sources(training_pairs or []),
         **reading,
         "limit": limit,
         **searching,

@@ -4,41 +4,35 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from families import VOCAB, make_encoder_decoder, make_model
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_checkpoints import save_tokenizer
 from tiny_trainings import stop_in
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ssm_zoo.evaluation.translation import translate
 from ssm_zoo.evaluation.translation_format import TranslationFormat, translation_format
-from ssm_zoo.modeling import outputs as modeling_outputs
 from ssm_zoo.training.heldout import heldout_loss
 from ssm_zoo.training.packing import RowCollator
 from ssm_zoo.training.parallel_text import ParallelText
 from ssm_zoo.training.residual_dropout import add_residual_dropout
 from ssm_zoo.training.translation import finetune_translation
 from ssm_zoo.training.translation_data import (
-    EpochOfRows,
-    LengthBuckets,
     PackedPairCollator,
     PackedPairs,
     make_translation_rows,
 )
 from ssm_zoo.training.translation_settings import parse_translation_settings
 from ssm_zoo.training.translation_tokenizer import fit_embeddings, learn_joint_vocabulary, set_separator
-from ssm_zoo.training.translation_trainer import TranslationTrainer, smoothed_loss
+from ssm_zoo.training.translation_trainer import smoothed_loss
 
 TEXTS = ParallelText(
     ["ab cd", "e", "fgh i", "abc", "cd cd cd", "ef"], ["ba dc", "e", "hgf i", "cba", "dc dc dc", "fe"], [6]
@@ -220,75 +214,6 @@ def test_a_text_with_the_separator_is_refused(form: TranslationFormat) -> None:
         rows_of(form, ParallelText(["a"], ["b!"], [1]))
 
 
-def test_buckets_hold_every_row_once_in_batches_of_similar_lengths() -> None:
-    lengths = [int(n) for n in torch.randint(1, 500, (403,), generator=torch.Generator().manual_seed(0))]
-    buckets = LengthBuckets(lengths, 4, seed=5)
-    orders = []
-    for epoch in (0, 1, 0):
-        buckets.set_epoch(epoch)
-        orders.append(list(buckets))
-    assert sorted(orders[0]) == list(range(403)) == sorted(orders[1]) and len(buckets) == 403
-    assert orders[0] == orders[2] != orders[1]
-    batches = [[lengths[i] for i in orders[0][start : start + 4]] for start in range(0, 403, 4)]
-    assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 15 < 250
-    firsts = [batch[0] for batch in batches]
-    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
-
-
-def test_other_seeds_have_other_orders_in_every_epoch() -> None:
-    """Orders of seed + epoch would make the second epoch of a seed the first of the next."""
-    orders = []
-    for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        buckets = LengthBuckets([1] * 40, 4, seed)
-        buckets.set_epoch(epoch)
-        orders.append(tuple(buckets))
-    assert len(set(orders)) == 4
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_epoch_has_the_order_of_an_uninterrupted_one(processes: int, accumulation: int) -> None:
-    """In every process, as the Trainer does it: the epoch is set, and batches before the checkpoint left out."""
-
-    def batches(process: int, epoch: int, skipped: int) -> list[list[int]]:
-        buckets = LengthBuckets(list(range(24)), 2 * processes, 0)
-        told, args = EpochOfRows(buckets), SimpleNamespace(gradient_accumulation_steps=accumulation)
-        plain: Any = DataLoader(list(range(24)), batch_size=2, sampler=buckets)  # pyright: ignore[reportArgumentType]
-        loader: Any = prepare_data_loader(plain, num_processes=processes, process_index=process)
-        if skipped:  # a run that begins here
-            found, first = skip_first_batches(loader, skipped), epoch
-        else:
-            found, first = loader, 0
-        for number in range(first, epoch + 1):
-            step = (number * len(loader) + skipped) // accumulation
-            told.on_epoch_begin(args, SimpleNamespace(global_step=step), None, train_dataloader=loader)
-            found.set_epoch(number)
-            taken = [batch.tolist() for batch in found]
-        return taken
-
-    for process in range(processes):
-        for epoch in (1, 2):
-            whole = batches(process, epoch, 0)
-            assert batches(process, epoch, 2) == whole[2:] and whole != batches(process, 0, 0)
-
-
-def test_the_auxiliary_loss_is_part_of_the_smoothed_one_without_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(modeling_outputs.logger, "warning_once", told.append)
-    model: Any = make_model("taipan", router_aux_loss_coef=0.5).train()
-    smoothed = partial(smoothed_loss, epsilon=0.1, config=model.config)
-    trainer = TranslationTrainer(
-        model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True), compute_loss_func=smoothed
-    )
-    ids = torch.arange(12).view(1, 12)
-    loss, found = trainer.compute_loss(model, {"input_ids": ids, "labels": ids}, True, torch.tensor(22))
-    plain = smoothed_loss(SimpleNamespace(logits=found.logits), ids, epsilon=0.1, config=model.config) * 11 / 22
-    assert found.aux_loss > 0 and not told
-    torch.testing.assert_close(loss, plain + 0.5 * found.aux_loss * 11 / 22)
-
-
 def test_a_new_vocabulary_has_the_studys_special_ids_and_normalises() -> None:
     tokenizer = learn_joint_vocabulary(["low lower lowest", "bas plus bas"] * 4, 270, progress=False)
     assert [tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "</s>", "<sep>", "<s>")] == [0, 1, 2, 3]
@@ -362,7 +287,6 @@ def _added(block: Any) -> Any:
         ({"train_tokenizer": 400, "separator": "|"}, "`separator` has no effect with `train_tokenizer`, got '|'"),
         ({"train_tokenizer": 259}, "`train_tokenizer` must be at least 260, got 259"),
         ({"overrides": ["a=1"]}, "`overrides` has no effect without `train_tokenizer`"),
-        ({"max_tokens": 600}, "`row_tokens` must be at least 1203, .* got 1024"),
         ({"packing": False, "row_tokens": 900}, "`row_tokens` has no effect without `packing`, got 900"),
         ({"warmup": 0}, "`warmup` must be above 0 with schedule 'inverse_sqrt'"),
         ({"warmup": 0.6}, "`warmup` must be a whole number of steps, or a share from 0.0 to 0.5, got 0.6"),
@@ -375,6 +299,19 @@ def _added(block: Any) -> Any:
 def test_settings_that_contradict_or_have_no_effect_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_translation_settings({**REQUIRED, **values})
+
+
+def test_rows_have_room_for_the_longest_pair_in_the_sequences_of_the_model(form: TranslationFormat) -> None:
+    both, started = replace(form, is_encoder_decoder=True, after=form.end), replace(form, before=(3,))
+    side = [5] * 600
+    for made, longest in ((form, 1202), (started, 1203), (both, 601)):
+        assert made.longest(600) == longest == max(map(len, made.example(side, side)))
+    default = parse_translation_settings({**REQUIRED, "max_tokens": 600})
+    assert [default.check_row_tokens(number).row_tokens for number in (1202, 601)] == [1202, 1024]
+    given = parse_translation_settings({**REQUIRED, "max_tokens": 600, "row_tokens": 700})
+    assert given.check_row_tokens(601) is given
+    with pytest.raises(ValueError, match=r"`row_tokens` must be at least 1202, .* `max_tokens` 600 a side .* got 700"):
+        given.check_row_tokens(1202)
 
 
 def test_defaults_depend_on_what_is_trained() -> None:
@@ -405,6 +342,7 @@ def test_a_new_model_learns_and_its_card_runs(folder: Path, monkeypatch: pytest.
     assert [point["learning_rate"] for point in report["history"]] == pytest.approx(rates)
     assert report["model"]["config"]["hidden_size"] == 24 and report["base"] is None
     assert [report["data"][part][key] for part in ("train", "heldout") for key in ("read", "pairs")] == [6] * 4
+    assert report["data"]["heldout"]["in_training"] == 6 and "in_training" not in report["data"]["train"]
     assert report["tokenizer"] | {"entries": 0} == {
         "entries": 0,
         "prompt_starts": [],
@@ -418,7 +356,9 @@ def test_a_new_model_learns_and_its_card_runs(folder: Path, monkeypatch: pytest.
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
     assert model.generation_config.max_new_tokens == 61 and model.config.eos_token_id == 1
     card = Path("out/model/README.md").read_text()
-    assert "pipeline_tag: translation" in card and str(tmp_path) not in card
+    assert (
+        "6 of them are also trained on." in card and "pipeline_tag: translation" in card and str(tmp_path) not in card
+    )
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     printed: list[str] = []
     exec(snippet.replace("<this repository>", "out/model"), {"print": printed.append})
@@ -481,6 +421,7 @@ def test_a_mistake_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
         "heldout: 'bad.tsv', line 2 must have two texts": {"heldout": ["bad.tsv"]},
         "`model` must be a causal language model or an encoder-decoder of the zoo": {"model": "llama"},
         "config: `vocab_size` must be at least 262": {**NEW, "model": "zoo.yaml", "overrides": ["vocab_size=100"]},
+        "`row_tokens` must be at least 202, ": {"max_tokens": 100, "row_tokens": 201},
         "`warmup` must be shorter than the run, got 9 steps in a run of 3": {"steps": 3, "warmup": 9},
         "`revision` must be left out for the folder zoo": {"revision": "v1"},
     }
