@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .evaluation_report import Overwrite, Report, check_output, model_name, write_report
+from .evaluation_report import Overwrite, Report, check_output, check_picture, model_name, write_report
 from .options import Dtype, Revision, TrustRemoteCode
 from .sources import model_source
 
@@ -31,15 +31,7 @@ def length(
     With --output a picture of the same name is written beside the report.
     """
     check_output(output, "length", overwrite)
-    picture = None if output is None else output.with_suffix(".png")
-    if picture is not None and output is not None:
-        from ..harness.whole_files import check_output_file
-
-        if picture == output:
-            raise ValueError(f"--output: the report must not end in .png, the name of its picture, got {output}")
-        check_output_file(picture, "--output")
-        if picture.exists() and not output.exists() and not overwrite:
-            raise ValueError(f"--output: {picture} exists. Choose another name, or replace it with --overwrite.")
+    picture = check_picture(output, overwrite)
     for field, value, least in (
         ("tokens", tokens, 2),
         ("windows", windows, 1),

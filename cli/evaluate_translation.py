@@ -1,10 +1,10 @@
-"""`ssm-zoo evaluate translation`: what a model makes of texts, beside the texts themselves."""
+"""`ssm-zoo evaluate translation`: measure a model's translations, next to the untranslated source."""
 
 from typing import Annotated, Any
 
 import typer
 
-from .evaluation_report import Overwrite, Report, check_output, model_name, write_report
+from .evaluation_report import Overwrite, Report, check_output, check_picture, model_name, write_report
 from .options import Dtype, Revision, TrustRemoteCode
 from .sources import model_source
 
@@ -72,12 +72,11 @@ def translation(
     translations are written, too, and a picture with the same name. Needs sacrebleu (the extra "metrics").
     """
     check_output(output, _KIND, overwrite)
-    picture = None if output is None else output.with_suffix(".png")
-    if picture is not None and picture.exists() and not (overwrite or (output is not None and output.exists())):
-        raise ValueError(f"--output: {picture}, the picture's name, exists. Choose another name, or use --overwrite.")
+    picture = check_picture(output, overwrite)
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}.")
     bounds = [_bound(text) for text in lengths.split(",")] if lengths else []
+    from ..evaluation.compare_rerankers import new_names
     from ..evaluation.metrics.metric import require_package
     from ..evaluation.translation import check_decoding, translate
     from ..evaluation.translation_scores import check_lengths, count_entities, score_translations, shared_entities
@@ -86,7 +85,8 @@ def translation(
     check_lengths(bounds)
     check_decoding(beams, length_penalty, max_new_tokens, batch_size)
     _check_tokenizer(tokenize)
-    from ..training.parallel_text import public_names, read_parallel
+    from ..training.parallel_text import read_parallel
+    from ..training.sources import public_sources
 
     reading: Any = {"source_field": source_field, "target_field": target_field, "reverse": reverse}
     texts = read_parallel(pairs, "pairs", **reading)
@@ -100,9 +100,10 @@ def translation(
     searching = {"beams": beams, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
     found = translate(loaded, form, sources, **searching, batch_size=batch_size, progress=True)
     scoring: Any = {"training_counts": counts, "lengths": bounds, "tokenize": tokenize}
+    copy, name = new_names(["copy", model_name(model)])
     systems = {
-        model_name(model): score_translations(found.texts, sources, references, **scoring),
-        "copy": score_translations(sources, sources, references, **scoring),
+        name: score_translations(found.texts, sources, references, **scoring),
+        copy: score_translations(sources, sources, references, **scoring),
     }
     generation = {
         "texts": len(sources),
@@ -119,8 +120,8 @@ def translation(
 
     settings = {
         "model": model_name(model),
-        "pairs": public_names(pairs),
-        "training_pairs": public_names(training_pairs or []),
+        "pairs": public_sources(pairs),
+        "training_pairs": public_sources(training_pairs or []),
         **reading,
         "limit": limit,
         **searching,
@@ -129,6 +130,7 @@ def translation(
         "tokenize": tokenize,
         "dtype": dtype,
         "revision": revision,
+        "trust_remote_code": trust_remote_code,
     }
     results = {"systems": systems, "generation": generation, "translations": found.texts}
     write_report(output, _KIND, settings, results)
@@ -166,6 +168,11 @@ def _check_tokenizer(name: str) -> None:
 
     if name not in BLEU.TOKENIZERS:
         raise ValueError(f"`tokenize` must be among {', '.join(sorted(BLEU.TOKENIZERS))}, got {name!r}.")
+    try:
+        BLEU(tokenize=name)
+    except (ImportError, RuntimeError, OSError, AssertionError) as error:  # a package, or a file to download
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"`tokenize`: sacrebleu cannot use {name!r}: {reason}") from None
 
 
 def _print(systems: dict[str, dict[str, Any]], generation: dict[str, Any], limit: int) -> None:

@@ -48,6 +48,27 @@ def check_output(path: Path | None, what: str, overwrite: bool) -> None:
             )
 
 
+def check_picture(path: Path | None, overwrite: bool) -> Path | None:
+    """Return the name of the picture beside a report, after checking that it can be written; without a report, None.
+
+    Raises:
+        ValueError: if it cannot, has the report's own name, or would replace a file without an earlier report beside.
+    """
+    if path is None:
+        return None
+    from ..harness.whole_files import check_output_file
+
+    picture = path.with_suffix(".png")
+    if path.suffix.lower() == ".png":
+        raise ValueError(f"--output: the report must not end in .png, the name of its picture, got {path}.")
+    check_output_file(picture, "--output")
+    if picture.exists() and not (path.exists() or overwrite):
+        raise ValueError(
+            f"--output: {picture}, the picture's name, exists. Choose another name, or replace it with --overwrite."
+        )
+    return picture
+
+
 def write_report(path: Path | None, kind: str, settings: dict[str, Any], found: dict[str, Any]) -> None:
     """Write results with their settings, the command and the machine, and print where; None: nothing is written."""
     if path is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 IGNORED = -100
+"""Label of a token that is not a target."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class TranslationFormat:
             return torch.tensor(prompt, dtype=torch.int32), torch.tensor(written, dtype=torch.int32)
         labels = [IGNORED] * len(prompt) + written
         return torch.tensor(prompt + written, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+
+    def longest(self, most: int) -> int:
+        """Return the number of ids of a pair with `most` tokens a side: its sequence, or the longer of its two."""
+        return len(self.before) + 1 + (most if self.is_encoder_decoder else 2 * most + 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, without special tokens and without surrounding white space."""

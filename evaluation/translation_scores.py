@@ -2,9 +2,10 @@
 
 BLEU and chrF are computed once over all texts: a mean over batches or texts is another number. An entity is found
 without a tagger: it is a word that stands in the source and in the reference letter by letter, and that has a digit, a
-capital letter, or a mark inside as identifiers have it (`os.path`, `my_name`). Words of one letter and the first word
-of either text, unless it has more than its initial capital or a digit, are none. (arXiv 2407.05489 asks NLTK for names
-in the reference and keeps those that the source contains.)
+capital letter, or a mark inside as identifiers have it (`os.path`, `my_name`). Words of one letter, and the first word
+of either text unless it has more than its initial capital or a digit, do not count as entities. A translation keeps an
+entity if it is one of its words. (arXiv 2407.05489 asks NLTK for names in the reference and keeps those that the source
+contains.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from .metrics import BLEU, ChrF, EntityRecall
+from .metrics.translation import words_of
 
 __all__ = ["LENGTHS", "count_entities", "score_translations", "shared_entities"]
 
@@ -30,7 +32,7 @@ _MARKED = re.compile(r"\w[._@/:\\-]\w|_")
 
 def shared_entities(source: str, target: str) -> list[str]:
     """Return the entities that a source and its translation have in common, in the order of the translation."""
-    words = [_words(text) for text in (source, target)]
+    words = [words_of(text) for text in (source, target)]
     first = {side[0] for side in words if side and _is_plain(side[0])}
     there = set(words[0])
     return [word for word in dict.fromkeys(words[1]) if word in there - first and _is_entity(word)]
@@ -47,13 +49,8 @@ def count_entities(sources: Iterable[str], targets: Iterable[str], entities: Ite
     wanted = {entity for each in entities for entity in each}
     counts: Counter[str] = Counter()
     for source, target in zip(sources, targets, strict=True):
-        counts.update(wanted & set(_words(source)) & set(_words(target)))
+        counts.update(wanted & set(words_of(source)) & set(words_of(target)))
     return {entity: counts[entity] for entity in sorted(wanted)}
-
-
-def _words(text: str) -> list[str]:
-    """Return the words of a text without the punctuation around them."""
-    return [word for word in (re.sub(r"^[\W_]+|[\W_]+$", "", piece) for piece in text.split()) if word]
 
 
 def _is_plain(word: str) -> bool:
@@ -142,7 +139,7 @@ def _entities(
     entities = [shared_entities(source, target) for source, target in zip(sources, references, strict=True)]
     if not any(entities):
         return {"recall": None, "entities": 0}
-    metric = EntityRecall(training_counts=counts)
+    metric = EntityRecall(training_counts=counts, whole_words=True)
     found = metric.compute(predictions=list(hypotheses), references=entities)
     result: dict[str, Any] = {"recall": found["entity_recall"], "entities": found["entities"]}
     if counts is not None:

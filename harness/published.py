@@ -57,8 +57,8 @@ def public_argument(argument: str) -> str:
     and it may contain spaces, which :func:`without_folders` cannot allow.
     """
     paths = argument.split(",")
-    if all(map(_OUTSIDE.match, paths)):  # one, or the two files of parallel text
-        return ",".join(map(_last_name, paths))
+    if all(map(_OUTSIDE.match, paths)) or all(map(_is_file, paths)):  # one, or the two files of parallel text
+        return ",".join(_last_name(path) if _OUTSIDE.match(path) else without_folders(path) for path in paths)
     if _OUTSIDE.match(argument):
         return _last_name(argument)
     return "".join(
@@ -72,6 +72,11 @@ def public_command(command: str) -> str:
         return shlex.join(map(public_argument, shlex.split(command)))
     except ValueError:  # the quotes are not balanced
         return without_folders(command)
+
+
+def _is_file(path: str) -> bool:
+    """Return whether the last name of a path has a suffix, as names of files have."""
+    return re.search(r"\w\.\w+$", _last_name(path)) is not None
 
 
 def _last_name(path: str) -> str:

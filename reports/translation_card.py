@@ -119,8 +119,9 @@ def _pairs(report: dict[str, Any], field: str) -> str:
     sides = f"a side of more than {count(most)} tokens"
     left_out = f"; {count(data['dropped'])} with {sides} were left out" if data["dropped"] else ""
     cut = f"; {count(data['cut'])} with {sides} were cut" if data["cut"] else ""
+    trained = f" {count(data['in_training'])} of them are also trained on." if data.get("in_training") else ""
     names = ", ".join(map(code, data["sources"]))
-    return f"{names}, {count(data['read'])} pairs{together} ({lengths}{left_out}{cut})."
+    return f"{names}, {count(data['read'])} pairs{together} ({lengths}{left_out}{cut}).{trained}"
 
 
 def _tokenizer(report: dict[str, Any]) -> str:

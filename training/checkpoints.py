@@ -52,8 +52,16 @@ class CheckedTrainer(_Base):
     _saving = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        config = getattr(options["model"] if "model" in options else arguments[0], "config", None)
+        self._use_cache = getattr(config, "use_cache", None)
         super().__init__(*arguments, **options)
+        self.keep_use_cache(self.model)
         self.sharding = Sharding(self)
+
+    def keep_use_cache(self, model: Any) -> None:
+        """Set `use_cache` of a model to what it was: the Trainer turns it off, and it would be saved that way."""
+        if self._use_cache is not None:
+            model.config.use_cache = self._use_cache
 
     def checkpoint_name(self) -> str:
         """Return the name of a checkpoint that is saved at this step."""

@@ -48,11 +48,11 @@ from .report import (
     base_report,
     measured_coverage,
     measured_once,
-    public_sources,
     report_head,
     write_folder,
     write_plots,
 )
+from .sources import public_sources
 from .texts import check_ids
 from .trainer import check_trackers, compute_dtype, computing, processes
 

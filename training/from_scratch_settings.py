@@ -10,8 +10,8 @@ from ..harness.settings import Option, accept, check, refused, wrong
 from .objective_settings import ObjectiveMix, read_mix
 from .settings import Count, NonNegative, Positive, Text, TrainingSettings
 
-# The 256 bytes and the end-of-text token.
-_SMALLEST_VOCABULARY = 257
+SMALLEST_VOCABULARY = 257
+"""Entries of the smallest byte-level vocabulary: the 256 bytes and the end-of-text token."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Mamba (arXiv 2312.00752), appendix E.2, the improved recipe; Mamba-2 (arXiv 2405.21060) takes it over.
@@ -95,7 +95,7 @@ class FromScratchSettings(TrainingSettings):
     """Replace a configuration key, e.g. hidden_size=256; may be repeated."""
     tokenizer: Annotated[Text | None, Option(metavar="TOKENIZER")] = None
     """Folder or Hub id of a tokenizer, or bytes, whose tokens are the 256 bytes."""
-    train_tokenizer: Annotated[int | None, Field(ge=_SMALLEST_VOCABULARY), Option(metavar="N")] = None
+    train_tokenizer: Annotated[int | None, Field(ge=SMALLEST_VOCABULARY), Option(metavar="N")] = None
     """Learn a byte-level BPE with N entries from the training text, instead of --tokenizer."""
     recipe: Literal["mamba", "taipan"] = "mamba"
     """Recipe that supplies the settings of optimiser and schedule that are not given."""

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100
-"""Label of a token that is not a target."""
+from ..evaluation.translation_format import IGNORED
 
 Row = dict[str, Tensor]
 Document = tuple[Tensor, Tensor]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..harness.json_files import parse_json
-from ..harness.published import public_argument
 from ..harness.text_files import read_text_file
 from .sources import DATA_SETS, DATASETS, read_rows, text_at
 
@@ -33,6 +32,11 @@ class ParallelText:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def also_in(self, others: "ParallelText") -> int:
+        """Return the number of pairs here that are there, too."""
+        there = set(zip(others.sources, others.targets, strict=True))
+        return sum(pair in there for pair in zip(self.sources, self.targets, strict=True))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the texts and their order, in hexadecimal."""
@@ -108,14 +112,6 @@ def concatenated(pairs: ParallelText, most: int, seed: int) -> ParallelText:
             start, count = stop, count + 1
         joined.parts.append(count)
     return joined
-
-
-def public_names(names: Sequence[str]) -> list[str]:
-    """Return names of sources of data without the folders of this machine."""
-    return [
-        public_argument(name) if name.startswith(DATASETS) else ",".join(Path(part).name for part in name.split(","))
-        for name in names
-    ]
 
 
 def _pairs(name: str, field: str, source_field: str | None, target_field: str | None) -> Iterator[tuple[str, str, str]]:

@@ -14,14 +14,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..harness.machine import describe_machine
-from ..harness.published import decoration, public_argument
+from ..harness.published import decoration
 from ..harness.run_folder import read_json_or_none, write_json
 from ..harness.whole_files import new_folder
 from ..reports.training_plots import write_loss_plot
 from .adapters import print_coverage
 from .packing import PackedDocuments
 from .settings import FinetuningSettings, RunSettings, TrainingSettings
-from .sources import DATASETS
+from .sources import public_sources
 from .stream import PositionedRows
 from .trainer import TrainingRun, compute_dtype
 
@@ -146,11 +146,6 @@ def _measures(rows: PackedDocuments | PositionedRows, settings: TrainingSettings
         return {"targets": None, "rows": None, "filled": None}
     filled = rows.tokens / (len(rows) * settings.row_tokens) if settings.packing else None
     return {"targets": rows.targets, "rows": len(rows), "filled": filled}
-
-
-def public_sources(sources: list[str]) -> list[str]:
-    """Return names of sources without the folders of this machine."""
-    return [public_argument(text) if text.startswith(DATASETS) else Path(text).name for text in sources]
 
 
 def write_plots(

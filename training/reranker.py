@@ -46,12 +46,12 @@ from .report import (
     base_report,
     measured_coverage,
     measured_once,
-    public_sources,
     report_head,
     write_folder,
     write_plots,
 )
 from .reranker_settings import RerankerSettings
+from .sources import public_sources
 from .texts import check_ids
 from .trainer import check_trackers, computing, processes
 

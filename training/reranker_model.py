@@ -171,6 +171,8 @@ def _make(settings: RerankerSettings, dtype: torch.dtype | str) -> CrossEncoder:
             processing_kwargs={"text": {"truncation": TRUNCATION}},
         )
     model: Any = transformer.model
+    # sentence-transformers turns it off, and the model would be saved that way.
+    model.config.use_cache = load_config(settings.model, revision=settings.revision).use_cache
     # Loaded once more without memory for the weights: sentence-transformers does not report missing ones.
     load_model(
         settings.model,

@@ -1,11 +1,12 @@
 """Sources of training data: files of rows, data sets of the library `datasets`, texts that ship with the package."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..harness.published import public_argument
 from ..harness.text_files import read_json_lines_of, read_text_file
 
 DATASETS, BUILTIN = "datasets:", "builtin:"
@@ -17,6 +18,19 @@ DATA_SETS = "'datasets:PATH,SPLIT' or 'datasets:PATH,CONFIG,SPLIT'"
 _WEIGHTED = re.compile(r"(.+)@(\d+\.?\d*|\.\d+)", re.DOTALL)
 # Rows of a parquet file that are in memory at a time.
 _BATCH = 1024
+
+
+def public_sources(sources: Sequence[str]) -> list[str]:
+    """Return names of sources without the folders of this machine; of the two files of parallel text, both names."""
+
+    def public(source: str) -> str:
+        if source.startswith(DATASETS):
+            return public_argument(source)
+        files = source.split(",")
+        two = len(files) == 2 and all(Path(file).suffix or Path(file).is_file() for file in files)
+        return ",".join(Path(file).name for file in files) if two else Path(source).name
+
+    return list(map(public, sources))
 
 
 def split_weight(source: str) -> tuple[str, float | None]:

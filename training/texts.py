@@ -191,7 +191,8 @@ def make_rows(
         tokenizer: the model's tokenizer.
         vocab_size: size of the model's vocabulary.
         progress: show a progress bar.
-        replace: makes fields of the result, in place of packed rows to train on, from the tokens of both texts.
+        replace: builds the training rows, and further fields of the result, from the tokens of both texts, instead of
+            packing them.
 
     Raises:
         ValueError: if a text has no token to predict, or the model lacks an embedding for one.

@@ -309,8 +309,7 @@ def train(
     Raises:
         ValueError: if the loss is not finite.
     """
-    settings, config = run.settings, run.model.config
-    use_cache = config.use_cache
+    settings = run.settings
     streamed = isinstance(run.rows.train, PositionedRows)
     trainer = (make_trainer or LanguageModelTrainer)(
         model=run.model,
@@ -323,12 +322,10 @@ def train(
         data_collator=run.collator,
         callbacks=[CurveCallback(run.evaluate, evaluate_every)],
     )
-    config.use_cache = use_cache  # the Trainer turns it off, and the model would be saved that way
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.state.is_main_process)
     if found is not None:
         trainer.restore_stream(found)
     run.model, points = train_or_load(trainer, found, run.steps)
-    run.model.config.use_cache = use_cache
     return curve_of(points), [
         {"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point
     ]
@@ -400,6 +397,7 @@ def train_or_load(
     else:  # the Trainer would do one more step
         history = read_json_or_none(found / _STATE)["log_history"]
     model = trainer.whole_model()
+    trainer.keep_use_cache(model)
     check_finite(model, f"{trainer.stage_name}the trained model", "Lower learning_rate.")
     return model, history
 

@@ -46,7 +46,7 @@ from .checkpoints import check_numbers
 from .heldout import heldout_loss
 from .new_model import changed_keys, configuration_commit, entries_of, is_configuration, resolve_configuration
 from .packing import Row, RowCollator
-from .parallel_text import ParallelText, concatenated, public_names, read_parallel
+from .parallel_text import ParallelText, concatenated, read_parallel
 from .report import (
     base_report,
     measured_coverage,
@@ -56,6 +56,7 @@ from .report import (
     write_plots,
 )
 from .residual_dropout import add_residual_dropout
+from .sources import public_sources
 from .trainer import check_trackers, compute_dtype, computing, optimiser_steps, processes
 from .translation_data import PackedPairCollator, TranslationRows, make_translation_rows
 from .translation_settings import TranslationSettings
@@ -138,11 +139,15 @@ def finetune_translation(settings: TranslationSettings, output: str | Path) -> d
     output = Path(output)
     check_trackers(settings.report_to)
     pairs = {field: read_parallel(getattr(settings, field), field, **settings.reading) for field in _FIELDS}
-    read = {field: len(found) for field, found in pairs.items()}
+    read = {field: {"read": len(found)} for field, found in pairs.items()}
+    read["heldout"]["in_training"] = trained = pairs["heldout"].also_in(pairs["train"])
     pairs["train"] = concatenated(pairs["train"], settings.concatenate, settings.seed)
     state = processes()
     if state.is_main_process:
         check_output_folder(output)
+        if trained:
+            of = f"{trained:,} of {len(pairs['heldout']):,}"
+            tqdm.write(f"heldout: {of} pairs are also in train, so the held-out loss is too low")
     run = _prepare(settings, output, pairs, state)
     settings = run.settings
     # Read now: the source may be gone when the training ends.
@@ -182,6 +187,7 @@ def _prepare(
             f"`residual_dropout` must be 0 for a model with its own hidden_dropout, {model.config.hidden_dropout}, got "
             f"{settings.residual_dropout}."
         )
+    settings = settings.check_row_tokens(form.longest(settings.max_tokens))
     rows = {
         field: make_translation_rows(found, form, settings, model.config.vocab_size, field)
         for field, found in pairs.items()
@@ -285,7 +291,7 @@ def _report(
     evaluations: list[dict[str, Any]],
     coverage: Mapping[str, Any] | None,
     history: list[dict[str, Any]],
-    read: Mapping[str, int],
+    read: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
     settings, config = run.settings, run.config
     tokenizer: Any = run.form.tokenizer
@@ -302,8 +308,8 @@ def _report(
         "coverage": coverage,
         "data": {
             field: {
-                "sources": public_names(getattr(settings, field)),
-                "read": read[field],
+                "sources": public_sources(getattr(settings, field)),
+                **read[field],
                 "rows": len(rows),
                 **rows.counts,
             }
@@ -315,7 +321,7 @@ def _report(
         "seconds": history[-1]["seconds"],
         "history": history,
     }
-    public: dict[str, Any] = {field: public_names(getattr(settings, field)) for field in _FIELDS}
+    public: dict[str, Any] = {field: public_sources(getattr(settings, field)) for field in _FIELDS}
     if origin is not None:
         based = base_report(settings, common, config.model_type, origin)
         return {**common, **based, "settings": based["settings"] | public}

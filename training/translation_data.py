@@ -1,5 +1,7 @@
 """Rows of a training to translate: pairs become ids and labels, packed or in padded rows of similar length."""
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback
 
 from ..evaluation.translation_format import TranslationFormat
 from .packing import IGNORED, Document, PackedDocuments, Row, first_fit_decreasing
@@ -107,7 +110,8 @@ class PackedPairCollator:
 class LengthBuckets(Sampler[int]):
     """Rows in a random order in which those of one batch have similar lengths.
 
-    An epoch's order depends on the seed and the number of the epoch alone, so a resumed run continues it.
+    An epoch's order depends on the seed and the number of the epoch alone, so a resumed run continues it, if
+    :class:`EpochOfRows` tells the epoch.
 
     Args:
         lengths: of the rows.
@@ -125,17 +129,37 @@ class LengthBuckets(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        # Not the sum of both, by which epoch 1 of seed 0 would be epoch 0 of seed 1.
+        draw = random.Random(f"{self._seed}/{self._epoch}/rows")
+        order = list(range(len(self._lengths)))
+        draw.shuffle(order)
         batches: list[list[int]] = []
         for start in range(0, len(order), _POOL * self._batch):
             pool = sorted(order[start : start + _POOL * self._batch], key=lambda index: -self._lengths[index])
             batches += [pool[first : first + self._batch] for first in range(0, len(pool), self._batch)]
         # A batch that is not full comes last, where the loader expects it.
         last = [batches.pop()] if batches and len(batches[-1]) < self._batch else []
-        mixed = torch.randperm(len(batches), generator=generator).tolist()
-        for batch in [*(batches[index] for index in mixed), *last]:
+        draw.shuffle(batches)
+        for batch in [*batches, *last]:
             yield from batch
+
+
+class EpochOfRows(TrainerCallback):
+    """Tells the order of the rows which epoch begins, also when a run is resumed.
+
+    In several processes accelerate nests the samplers of a resumed epoch so that the Trainer does not reach the order.
+
+    Args:
+        order: order of the rows of a training.
+    """
+
+    def __init__(self, order: LengthBuckets) -> None:
+        self._order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        # Not `state.epoch`, which counts by the processes of the checkpoint.
+        steps = max(math.ceil(len(train_dataloader) / args.gradient_accumulation_steps), 1)
+        self._order.set_epoch(state.global_step // steps)
 
 
 def make_translation_rows(

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ..harness.settings import Option, accept, check, refused, wrong
-from .from_scratch_settings import number, warmup_length, warmup_of
+from .from_scratch_settings import SMALLEST_VOCABULARY, number, warmup_length, warmup_of
 from .settings import Count, FinetuningSettings, NonNegative, Positive, Sources, Text
 
-# The 256 bytes and four special tokens.
-_SMALLEST_VOCABULARY = 260
+# With PAD, SEP and BOS.
+_SMALLEST = SMALLEST_VOCABULARY + 3
 
 
 class TranslationSettings(FinetuningSettings):
@@ -39,7 +39,7 @@ class TranslationSettings(FinetuningSettings):
     """Field of the translations; in a .tsv file the number of its column."""
     reverse: bool = False
     """Translate from the target to the source."""
-    train_tokenizer: Annotated[int | None, Field(ge=_SMALLEST_VOCABULARY), Option(metavar="N")] = None
+    train_tokenizer: Annotated[int | None, Field(ge=_SMALLEST), Option(metavar="N")] = None
     """Train a new model, with a byte-level BPE of N entries for both languages learnt from the training pairs."""
     overrides: Annotated[list[Text], Option(name="--set", metavar="KEY=VALUE")] = []
     """Replace a configuration key of a new model, e.g. hidden_size=256; may be repeated."""
@@ -54,7 +54,7 @@ class TranslationSettings(FinetuningSettings):
     """Train on random concatenations of up to so many consecutive pairs (CAT-N, arXiv 2407.05489)."""
     packing: Annotated[bool, Option(negative=True)] = True
     """Put several pairs into a row, or one pair into each padded row, with rows of similar length in a batch."""
-    row_tokens: Annotated[int, Field(ge=2), Option(default="1024")] = 1024
+    row_tokens: Annotated[int, Field(ge=2), Option(default="1024, or as many as the longest pair may have")] = 1024
     """Tokens of a packed row at most; of an encoder-decoder, on either side."""
     batch_size: Annotated[Count, Option(default="4, or 64 with --no-packing")] = 4
     """Rows in one forward pass, in each process."""
@@ -93,6 +93,24 @@ class TranslationSettings(FinetuningSettings):
         new = self.learning_rate_of_new_models if self.is_new else None
         return self.learning_rate or new or self.learning_rates[self.method]
 
+    def check_row_tokens(self, longest: int) -> TranslationSettings:
+        """Return the settings with rows that have room for the longest pair, if `row_tokens` is not given.
+
+        Args:
+            longest: tokens of a pair with `max_tokens` on both sides, in the sequences of the model.
+
+        Raises:
+            ValueError: if `row_tokens` is given and less.
+        """
+        if not self.packing or self.row_tokens >= longest:
+            return self
+        if "row_tokens" in self.model_fields_set:
+            raise ValueError(
+                f"`row_tokens` must be at least {longest}, so that a pair with `max_tokens` {self.max_tokens} a side "
+                f"fits into a row, got {self.row_tokens}."
+            )
+        return self.model_copy(update={"row_tokens": longest})
+
     @property
     def reading(self) -> dict[str, Any]:
         """The arguments of `read_parallel` on the form of the data."""
@@ -119,11 +137,6 @@ class TranslationSettings(FinetuningSettings):
                 raise refused("separator", f"has no effect with `train_tokenizer`, got {self.separator!r}")
         elif self.overrides:
             raise refused("overrides", f"has no effect without `train_tokenizer`, got {self.overrides!r}")
-        # A source, the separator, a target, its end, and perhaps a beginning-of-text token.
-        longest = 2 * self.max_tokens + 3
-        if self.packing and self.row_tokens < longest:
-            accepted = f"at least {longest}, so that a pair with `max_tokens` {self.max_tokens} a side fits into a row"
-            raise wrong("row_tokens", self.row_tokens, accepted)
         if not self.packing and "row_tokens" in self.model_fields_set:
             raise refused("row_tokens", f"has no effect without `packing`, got {self.row_tokens}")
         if self.schedule == "inverse_sqrt" and self.warmup == 0:

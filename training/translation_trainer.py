@@ -24,7 +24,7 @@ from .trainer import (
     train_or_load,
     trainer_arguments,
 )
-from .translation_data import LengthBuckets, TranslationRows
+from .translation_data import EpochOfRows, LengthBuckets, TranslationRows
 from .translation_settings import TranslationSettings
 
 
@@ -53,15 +53,24 @@ def smoothed_loss(
 
 
 class TranslationTrainer(LanguageModelTrainer):
-    """Trainer of a translating model; with the lengths of its rows it puts rows of similar length into a batch."""
+    """Trainer of a translating model, which can put rows of similar length into a batch."""
 
-    lengths: list[int] | None = None
+    _order: LengthBuckets | None = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.compute_loss_func is not None:
+            # The model computes no loss then. It would warn that the loss lacks the auxiliary one, which is added.
+            self.model_accepts_loss_kwargs = False
+
+    def sort_rows(self, lengths: list[int]) -> None:
+        """Put rows of similar length, given the length of each, into a batch."""
+        batch = self.args.train_batch_size * self.args.world_size
+        self._order = LengthBuckets(lengths, batch, int(self.args.data_seed or 0))
+        self.add_callback(EpochOfRows(self._order))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.world_size
-        return LengthBuckets(self.lengths, batch, int(self.args.data_seed or 0))
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
 
 
 def train_translation(
@@ -96,7 +105,6 @@ def train_translation(
         ValueError: if the loss, the gradient or a weight is not finite.
     """
     config, smoothing = model.config, settings.label_smoothing
-    use_cache = config.use_cache
     trainer = TranslationTrainer(
         model=model,
         args=TrainingArguments(
@@ -109,10 +117,8 @@ def train_translation(
         callbacks=[CurveCallback(evaluate, settings.evaluate_every)],
     )
     if not settings.packing:
-        trainer.lengths = [len(row["input_ids"]) for row in (rows.rows[index] for index in range(len(rows)))]
-    config.use_cache = use_cache  # the Trainer turns it off, and the model would be saved that way
+        trainer.sort_rows([len(rows.rows[index]["input_ids"]) for index in range(len(rows))])
     found = last_checkpoint(output / CHECKPOINTS, main=main)
     trained, points = train_or_load(trainer, found, steps)
-    trained.config.use_cache = use_cache
     measured = [{"step": point["step"], **point["evaluation"]} for point in points if "evaluation" in point]
     return trained, curve_of(points), measured

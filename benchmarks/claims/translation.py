@@ -17,8 +17,8 @@ Schedule, batches, label smoothing and dropout are the same for all. Beside the 
     python benchmarks/claims/translation.py --tasks synthetic --threads 2 --work FOLDER
     python benchmarks/claims/translation.py --tasks en-de length --data FOLDER --threads 2 --work FOLDER
 
-A row is written after each run. `--resume FILE` continues the file; an interrupted run goes on in `--work` after its
-last checkpoint. At the end the tables are printed.
+A row is written after each run. `--resume FILE` continues the file with the same threads and data; an interrupted run
+goes on in `--work` after its last checkpoint. At the end the tables are printed.
 """
 
 from __future__ import annotations
@@ -217,28 +217,34 @@ def compare(results: ResultFile, options: argparse.Namespace, task: str) -> list
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
-    """Return a table of one task: the means over the seeds, with the least and the most."""
+    """Return a table of one task: the means over the seeds that did not diverge, with the least and the most."""
     score = "entity_recall" if rows[0]["task"] == "synthetic" else "bleu"
     digits = 3 if score == "entity_recall" else 2
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        if "tests" in row:
-            groups.setdefault((row["arm"], row["concatenate"]), []).append(row)
-    names = [name for group in list(groups.values())[:1] for name in group[0]["tests"]]
-    lines = [f"{rows[0]['task']}: {score}", " | ".join(["arm", "parameters", *names])]
-    for (arm, concatenate), group in groups.items():
+        groups.setdefault((row["arm"], row["concatenate"]), []).append(row)
+    names = list(next((row["tests"] for row in rows if "tests" in row), {}))
+    lines = [f"{rows[0]['task']}: {score}", " | ".join(["arm", "parameters", "seeds", *names])]
+    for (arm, concatenate), seeds in groups.items():
+        group = [row for row in seeds if "tests" in row]
+        diverged = len(seeds) - len(group)
+        label = ARMS[arm] + (f", CAT-{concatenate}" if concatenate > 1 else "")
+        numbers = f"{len(seeds)}, {diverged} diverged" if diverged else str(len(seeds))
+        if not group:
+            lines.append(" | ".join([label, "-", numbers, *("-" for _ in names)]))
+            continue
         cells = []
         for name in names:
             values = [row["tests"][name][score] for row in group]
             spread = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        label = ARMS[arm] + (f", CAT-{concatenate}" if concatenate > 1 else "")
-        lines.append(" | ".join([label, f"{group[0]['parameters']:,}", *cells]))
-    if score == "bleu" and groups:
-        first = next(iter(groups.values()))[0]["tests"]
-        lines.append(" | ".join(["copied source", "-", *(f"{first[name]['copied']['bleu']:.2f}" for name in names)]))
+        lines.append(" | ".join([label, f"{group[0]['parameters']:,}", numbers, *cells]))
+    if score == "bleu" and names:
+        first = next(row["tests"] for row in rows if "tests" in row)
+        copied = (f"{first[name]['copied']['bleu']:.2f}" for name in names)
+        lines.append(" | ".join(["copied source", "-", "-", *copied]))
     if score == "entity_recall":
-        lines.append(" | ".join(["copied source", "-", *("1 by definition" for _ in names)]))
+        lines.append(" | ".join(["copied source", "-", "-", *("1 by definition" for _ in names)]))
     return "\n".join(lines)
 
 
@@ -272,7 +278,8 @@ def main(arguments: list[str]) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    free = {"tasks", "arms", "seeds", "rates"}
+    # Rows have these as fields, or are chosen by them.
+    free = vars(options).keys() - {"threads", "data"}
     results = open_results(options, parser, "claims/translation.py", arguments, "sacrebleu", free=free)
     for task in options.tasks:
         print(table_of(compare(results, options, task)), flush=True)

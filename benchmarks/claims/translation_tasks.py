@@ -20,7 +20,7 @@ class Language:
 
     A sentence has a name at a random place. Its translation has the translation of every word in the same order, except
     that a modifier (a third of the words) and the word behind it exchange places. Names are random letters and digits
-    that begin with a capital, drawn anew for every sentence, so that those of a test are not in training; nothing but
+    that begin with a capital, drawn again for every sentence, so that those of a test are not in training; nothing but
     copying produces them.
 
     Attributes:

@@ -1,6 +1,7 @@
 """Metrics of translations: BLEU and chrF by sacrebleu, and the share of names that are kept."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ _TEXTS = [
     {"predictions": Value("string"), "references": [Value("string")]},
     {"predictions": Value("string"), "references": Value("string")},
 ]
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, divided by white space, without the punctuation around them."""
+    return [word for word in (re.sub(r"^[\W_]+|[\W_]+$", "", piece) for piece in text.split()) if word]
 
 
 class SacrebleuMetric(ZooMetric):
@@ -70,6 +76,8 @@ class ChrF(SacrebleuMetric):
 class EntityRecall(ZooMetric):
     """Share of the entities that occur in the translations, letter by letter ("entity_recall"), and their number.
 
+    An entity occurs wherever its letters do, so "5" is in "1957"; with `whole_words` only as a word.
+
     Inputs: `predictions`, texts; `references`, for every text the list of entities that it should contain, e.g. the
     names that source and reference have in common. Texts without entities do not count.
 
@@ -80,19 +88,23 @@ class EntityRecall(ZooMetric):
 
     INPUTS = {"predictions": Value("string"), "references": [Value("string")]}
 
-    def __init__(self, *, training_counts: Mapping[str, int] | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, training_counts: Mapping[str, int] | None = None, whole_words: bool = False, **options: Any
+    ) -> None:
         """Create an empty metric.
 
         Args:
+            whole_words: entities are single words, and occur where one of :func:`words_of` equals them.
             training_counts: for each entity the number of training pairs that have it on both sides; one that is not
                 named has none.
             **options: see :class:`ZooMetric`.
         """
-        self.training_counts = training_counts
+        self.training_counts, self.whole_words = training_counts, whole_words
         super().__init__(**options)
 
     def _compute(self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        pairs = zip(predictions, references, strict=True)
+        texts = [set(words_of(text)) for text in predictions] if self.whole_words else predictions
+        pairs = zip(texts, references, strict=True)
         found = [(entity, entity in text) for text, entities in pairs for entity in entities]
         if not found:
             raise ValueError("`references` must name at least one entity, got none in any text")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import translation
@@ -83,3 +84,21 @@ def test_a_file_is_resumed_without_running_again(
     assert path.read_text().count("\n") == len(rows)
     with pytest.raises(SystemExit, match="--data must be the folder of multi30k for the task en-de"):
         translation.main([*line, "--tasks", "en-de"])
+    with pytest.raises(SystemExit, match=r"has rows with threads 1, got 2\. Give the same options"):
+        translation.main([*line, "--threads", "2", "--resume", str(path)])
+
+
+def test_a_table_counts_the_seeds_that_diverged() -> None:
+    def row(arm: str, bleu: float | None) -> dict[str, Any]:
+        tests = {"1 sentences": {"bleu": bleu, "copied": {"bleu": 3.0}}}
+        measured = {"diverged": "nan"} if bleu is None else {"parameters": 1000, "tests": tests}
+        return {"task": "en-de", "arm": arm, "concatenate": 1, **measured}
+
+    rows = [row("mamba", None), row("mamba", 20.0), row("mamba", 30.0), row("retnet", None), row("mamba-mha", 10.0)]
+    assert translation.table_of(rows).splitlines()[1:] == [
+        "arm | parameters | seeds | 1 sentences",
+        f"{ARMS['mamba']} | 1,000 | 3, 1 diverged | 25.00 (20.00-30.00)",
+        f"{ARMS['retnet']} | - | 1, 1 diverged | -",
+        f"{ARMS['mamba-mha']} | 1,000 | 1 | 10.00",
+        "copied source | - | - | 3.00",
+    ]

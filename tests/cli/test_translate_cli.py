@@ -122,6 +122,7 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
     result = ssm_zoo("finetune", "translate", "encdec.yaml", "out", *data, *how)
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "heldout: 4 of 4 pairs are also in train, so the held-out loss is too low" in result.stdout
     assert report["model"]["encoder_decoder"] and report["settings"]["train"] == ["p.en,p.fr"]
     assert report["evaluations"][-1]["loss"] < report["evaluations"][0]["loss"] - 0.5
     searched = [
@@ -162,6 +163,24 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
     again = ssm_zoo("evaluate", "translation", "out", "p.en,p.fr", "--limit", 2, "--max-new-tokens", 41, *searched[-2:])
     assert again.exit_code == 0, again.stderr
     assert json.loads((tmp_path / "deep" / "e.json").read_text())["translations"][1] == printed[0].strip()
+    # A model with the name of the baseline keeps its scores.
+    (tmp_path / "out" / "model").rename(tmp_path / "copy")
+    again = ssm_zoo("evaluate", "translation", "copy", "p.en,p.fr", "--beams", 1, "--output", "named.json")
+    assert again.exit_code == 0, again.stderr
+    systems = json.loads((tmp_path / "named.json").read_text())["systems"]
+    assert list(systems) == ["copy (2)", "copy"] and systems["copy"]["bleu"] == copied["bleu"]
+    assert systems["copy (2)"]["bleu"] > systems["copy"]["bleu"]
+
+
+def test_a_tokenizer_that_is_not_installed_is_told_before_anything_is_read(
+    ssm_zoo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sacrebleu.tokenizers import tokenizer_ja_mecab
+
+    monkeypatch.setattr(tokenizer_ja_mecab, "MeCab", None)
+    result = ssm_zoo("evaluate", "translation", "missing", "missing.en,missing.fr", "--tokenize", "ja-mecab")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "`tokenize`: sacrebleu cannot use 'ja-mecab': Japanese tokenization requires" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -175,6 +194,7 @@ def test_an_encoder_decoder_is_trained_and_evaluated(ssm_zoo: Callable[..., Resu
         ("evaluate translation zoo p.en,p.fr --lengths 4,3", "`lengths` must be ascending numbers"),
         ("evaluate translation zoo p.en,p.fr --limit 0", "`limit` must be at least 1, got 0"),
         ("evaluate translation zoo p.en,p.fr --tokenize no", "`tokenize` must be among 13a, .*got 'no'"),
+        ("evaluate translation zoo p.en,p.fr --output q.png", "must not end in .png, the name of its picture"),
         ("evaluate translation zoo p.en,p.fr --output p.json", "p.png, the picture's name, exists"),
         ("evaluate translation zoo p.en,p.fr --output p.jsonl", "p.jsonl exists and is no earlier"),
         ("finetune translate zoo out --train p.en,q.fr --heldout p.en,p.fr", "there is no file 'q.fr'"),

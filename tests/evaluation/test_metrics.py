@@ -191,6 +191,9 @@ def test_bleu_and_chrf_are_those_of_sacrebleu_with_one_reference_and_two() -> No
 def test_entity_recall_is_the_share_of_entities_in_the_texts() -> None:
     entities = [[], ["Ann Lee", "Bergen", "Lee"], ["Nothing"]]
     assert EntityRecall().compute(predictions=TEXTS, references=entities) == {"entity_recall": 0.75, "entities": 4}
+    parts = {"predictions": ["in 1957, (Bergen)"], "references": [["5", "57", "Bergen", "1957"]]}
+    assert EntityRecall().compute(**parts)["entity_recall"] == 1
+    assert EntityRecall(whole_words=True).compute(**parts)["entity_recall"] == 0.5
     with pytest.raises(ValueError, match="`references` must name at least one entity"):
         EntityRecall().compute(predictions=["x"], references=[[]])
 

@@ -220,6 +220,9 @@ def test_scores_are_those_of_the_corpus_and_of_its_bins() -> None:
         "regular": {"recall": 1.0, "entities": 1},
         "frequent": {"recall": 1.0, "entities": 1},
     }
+    # Not kept: a number in another one, and a name in a longer word.
+    inside = score_translations(["von 1957 in Bonner (Rom), 5"], ["in 7 Bonn Rom 5"], ["7 of Bonn in Rom 5"])
+    assert inside["entities"] == {"recall": 0.5, "entities": 4}
     # Of the copied sources nothing is lost, whatever they are worth as translations.
     copied = score_translations(sources, sources, references, training_counts={}, lengths=[4])
     assert copied["entities"]["recall"] == 1 and copied["entities"]["frequent"] == {"recall": None, "entities": 0}

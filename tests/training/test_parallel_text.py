@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ssm_zoo.harness.published import public_argument
-from ssm_zoo.training.parallel_text import ParallelText, concatenated, public_names, read_parallel
+from ssm_zoo.training.parallel_text import ParallelText, concatenated, read_parallel
+from ssm_zoo.training.sources import public_sources
 
 # With a character at which `str.splitlines` would split, a quote and a comma.
 PAIRS = [("one\u2028a", 'eins "a"'), ("two, b", "zwei"), ("three", "drei\u00a0c")]
@@ -114,6 +115,17 @@ def test_concatenations_hold_every_pair_once_and_never_cross_sources() -> None:
 
 
 def test_folders_are_not_published() -> None:
-    names = ["/srv/me/a.en,/srv/me/a.de", "data/a.tsv", "datasets:/srv/me/set,train"]
-    assert public_names(names) == ["a.en,a.de", "a.tsv", "datasets:set,train"]
+    names = ["/srv/me/a.en,/srv/me/a.de", "data/a.tsv", "datasets:/srv/me/set,train", "a.en.gz,/srv/b.de.gz"]
+    assert public_sources([*names, "/srv/me, her/a.txt"]) == [
+        "a.en,a.de",
+        "a.tsv",
+        "datasets:set,train",
+        "a.en.gz,b.de.gz",
+        "a.txt",
+    ]
     assert public_argument(names[0]) == "a.en,a.de"
+
+
+def test_pairs_that_two_texts_share_are_counted() -> None:
+    heldout = ParallelText(["a", "b", "c", "a"], ["x", "y", "z", "x"], [4])
+    assert heldout.also_in(ParallelText(["c", "a", "b"], ["z", "x", "other"], [3])) == 3

@@ -223,6 +223,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     forwards = killed_after(monkeypatch, 1000)
     finetune_reranker(settings, output)
     assert len(forwards) == 6 - 4
+    assert json.loads((output / "model" / "config.json").read_text())["use_cache"]
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (output, expected))
     assert ours.keys() == theirs.keys() and "score.weight" in ours
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -25,7 +25,11 @@ from ssm_zoo.training.packing import RowCollator
 from ssm_zoo.training.parallel_text import ParallelText
 from ssm_zoo.training.residual_dropout import add_residual_dropout
 from ssm_zoo.training.translation import finetune_translation
-from ssm_zoo.training.translation_data import LengthBuckets, PackedPairCollator, PackedPairs, make_translation_rows
+from ssm_zoo.training.translation_data import (
+    PackedPairCollator,
+    PackedPairs,
+    make_translation_rows,
+)
 from ssm_zoo.training.translation_settings import parse_translation_settings
 from ssm_zoo.training.translation_tokenizer import fit_embeddings, learn_joint_vocabulary, set_separator
 from ssm_zoo.training.translation_trainer import smoothed_loss
@@ -210,21 +214,6 @@ def test_a_text_with_the_separator_is_refused(form: TranslationFormat) -> None:
         rows_of(form, ParallelText(["a"], ["b!"], [1]))
 
 
-def test_buckets_hold_every_row_once_in_batches_of_similar_lengths() -> None:
-    lengths = [int(n) for n in torch.randint(1, 500, (403,), generator=torch.Generator().manual_seed(0))]
-    buckets = LengthBuckets(lengths, 4, seed=5)
-    orders = []
-    for epoch in (0, 1, 0):
-        buckets.set_epoch(epoch)
-        orders.append(list(buckets))
-    assert sorted(orders[0]) == list(range(403)) == sorted(orders[1]) and len(buckets) == 403
-    assert orders[0] == orders[2] != orders[1]
-    batches = [[lengths[i] for i in orders[0][start : start + 4]] for start in range(0, 403, 4)]
-    assert sum(max(batch) - min(batch) for batch in batches) / len(batches) < 15 < 250
-    firsts = [batch[0] for batch in batches]
-    assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
-
-
 def test_a_new_vocabulary_has_the_studys_special_ids_and_normalises() -> None:
     tokenizer = learn_joint_vocabulary(["low lower lowest", "bas plus bas"] * 4, 270, progress=False)
     assert [tokenizer.convert_tokens_to_ids(token) for token in ("<pad>", "</s>", "<sep>", "<s>")] == [0, 1, 2, 3]
@@ -298,7 +287,6 @@ def _added(block: Any) -> Any:
         ({"train_tokenizer": 400, "separator": "|"}, "`separator` has no effect with `train_tokenizer`, got '|'"),
         ({"train_tokenizer": 259}, "`train_tokenizer` must be at least 260, got 259"),
         ({"overrides": ["a=1"]}, "`overrides` has no effect without `train_tokenizer`"),
-        ({"max_tokens": 600}, "`row_tokens` must be at least 1203, .* got 1024"),
         ({"packing": False, "row_tokens": 900}, "`row_tokens` has no effect without `packing`, got 900"),
         ({"warmup": 0}, "`warmup` must be above 0 with schedule 'inverse_sqrt'"),
         ({"warmup": 0.6}, "`warmup` must be a whole number of steps, or a share from 0.0 to 0.5, got 0.6"),
@@ -311,6 +299,19 @@ def _added(block: Any) -> Any:
 def test_settings_that_contradict_or_have_no_effect_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_translation_settings({**REQUIRED, **values})
+
+
+def test_rows_have_room_for_the_longest_pair_in_the_sequences_of_the_model(form: TranslationFormat) -> None:
+    both, started = replace(form, is_encoder_decoder=True, after=form.end), replace(form, before=(3,))
+    side = [5] * 600
+    for made, longest in ((form, 1202), (started, 1203), (both, 601)):
+        assert made.longest(600) == longest == max(map(len, made.example(side, side)))
+    default = parse_translation_settings({**REQUIRED, "max_tokens": 600})
+    assert [default.check_row_tokens(number).row_tokens for number in (1202, 601)] == [1202, 1024]
+    given = parse_translation_settings({**REQUIRED, "max_tokens": 600, "row_tokens": 700})
+    assert given.check_row_tokens(601) is given
+    with pytest.raises(ValueError, match=r"`row_tokens` must be at least 1202, .* `max_tokens` 600 a side .* got 700"):
+        given.check_row_tokens(1202)
 
 
 def test_defaults_depend_on_what_is_trained() -> None:
@@ -341,6 +342,7 @@ def test_a_new_model_learns_and_its_card_runs(folder: Path, monkeypatch: pytest.
     assert [point["learning_rate"] for point in report["history"]] == pytest.approx(rates)
     assert report["model"]["config"]["hidden_size"] == 24 and report["base"] is None
     assert [report["data"][part][key] for part in ("train", "heldout") for key in ("read", "pairs")] == [6] * 4
+    assert report["data"]["heldout"]["in_training"] == 6 and "in_training" not in report["data"]["train"]
     assert report["tokenizer"] | {"entries": 0} == {
         "entries": 0,
         "prompt_starts": [],
@@ -354,7 +356,9 @@ def test_a_new_model_learns_and_its_card_runs(folder: Path, monkeypatch: pytest.
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
     assert model.generation_config.max_new_tokens == 61 and model.config.eos_token_id == 1
     card = Path("out/model/README.md").read_text()
-    assert "pipeline_tag: translation" in card and str(tmp_path) not in card
+    assert (
+        "6 of them are also trained on." in card and "pipeline_tag: translation" in card and str(tmp_path) not in card
+    )
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     printed: list[str] = []
     exec(snippet.replace("<this repository>", "out/model"), {"print": printed.append})
@@ -417,6 +421,7 @@ def test_a_mistake_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
         "heldout: 'bad.tsv', line 2 must have two texts": {"heldout": ["bad.tsv"]},
         "`model` must be a causal language model or an encoder-decoder of the zoo": {"model": "llama"},
         "config: `vocab_size` must be at least 262": {**NEW, "model": "zoo.yaml", "overrides": ["vocab_size=100"]},
+        "`row_tokens` must be at least 202, ": {"max_tokens": 100, "row_tokens": 201},
         "`warmup` must be shorter than the run, got 9 steps in a run of 3": {"steps": 3, "warmup": 9},
         "`revision` must be left out for the folder zoo": {"revision": "v1"},
     }
