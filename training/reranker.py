@@ -53,7 +53,7 @@ from .report import (
 )
 from .reranker_settings import RerankerSettings
 from .texts import check_ids
-from .trainer import check_trackers, computing, processes
+from .trainer import check_trackers, computing, optimiser_steps, processes
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -94,9 +94,7 @@ class RerankerRun:
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole training."""
-        from .reranker_trainer import reranker_steps
-
-        return reranker_steps(self.settings, len(self.data.groups), self.state.num_processes)
+        return optimiser_steps(self.settings, len(self.data.groups), self.state.num_processes)
 
     @property
     def collator(self) -> Any:

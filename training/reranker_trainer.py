@@ -131,21 +131,35 @@ class Groups(Dataset):
         return self._groups[index]
 
 
-def group_loss(model: nn.Module, batch: Batch, loss: str) -> Tensor:
-    """Return the () loss of a batch of :class:`GroupCollator` by a name in `LOSSES`."""
+def number_of_terms(batch: Batch, loss: str) -> Tensor:
+    """Return the () number of terms of a batch of :class:`GroupCollator`, over which a loss in `LOSSES` is the mean."""
+    return LOSSES[loss].terms(batch["grades"], (batch["slots"] >= 0).any(-1))
+
+
+def group_loss(model: nn.Module, batch: Batch, loss: str, terms: Tensor | None = None) -> Tensor:
+    """Return the () loss of a batch of :class:`GroupCollator` by a name in `LOSSES`.
+
+    Args:
+        model: the model.
+        batch: the batch.
+        loss: name of the loss.
+        terms: () number of terms of the whole step, if the batch is a part of it; None: that of the batch.
+    """
     inputs = {key: tensor for key, tensor in batch.items() if key not in ("slots", "grades", "teacher")}
     logits: Tensor = model(**inputs).logits[:, 0].float()
     slots = batch["slots"]
     passages = logits[slots.clamp(min=0)].masked_fill(slots < 0, -math.inf)
     present = (slots >= 0).any(-1)
     scores = passages.amax(-1).masked_fill(~present, 0)
-    return LOSSES[loss](scores, batch["grades"], present, batch.get("teacher"))
+    total = LOSSES[loss].total(scores, batch["grades"], present, batch.get("teacher"))
+    return total / (number_of_terms(batch, loss) if terms is None else terms).clamp(min=1)
 
 
 class RerankerTrainer(ZooTrainer):
     """Trainer of a reranker, which adds the auxiliary loss of a model that selects tokens.
 
-    The curve's loss is the ranking loss alone.
+    The loss of a step is the mean over the terms of all its batches in all processes, however they are split. The
+    curve's loss is the ranking loss alone.
     """
 
     def __init__(self, *arguments: Any, loss: str, **options: Any) -> None:
@@ -154,8 +168,8 @@ class RerankerTrainer(ZooTrainer):
         self._selection = SelectionMeans()
         self._penalties: list[Tensor] = []
         self._auxiliary = torch.zeros((), device=self.args.device)  # auxiliary part of the loss since the last point
-        # The loss is a mean over the batch: the Trainer divides it by the number of batches in a step.
-        self.model_accepts_loss_kwargs = False
+        # The loss is divided by the terms of the whole step: the Trainer does not divide it by the number of batches.
+        self.model_accepts_loss_kwargs = True
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         model: Any = self.model
@@ -174,13 +188,24 @@ class RerankerTrainer(ZooTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Compute the part of the step's loss that these groups have, times the processes: gradients are averaged."""
         self._penalties = []
-        loss = group_loss(model, inputs, self._loss)
+        processes = self.accelerator.num_processes
+        loss = group_loss(model, inputs, self._loss, num_items_in_batch) * processes
         if self._penalties:
-            penalty = torch.stack(self._penalties).mean().to(loss.device, loss.dtype)
+            share = 1.0
+            if num_items_in_batch is not None:
+                share = processes * number_of_terms(inputs, self._loss) / num_items_in_batch.clamp(min=1)
+            penalty = (share * torch.stack(self._penalties).mean()).to(loss.device, loss.dtype)
             loss = loss + penalty
-            self._auxiliary += penalty.detach() / self.args.gradient_accumulation_steps
+            self._auxiliary += penalty.detach()
         return (loss, {}) if return_outputs else loss
+
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """Return the batches of a step in this process, and the number of terms of the step in all processes."""
+        batches, _ = super().get_batch_samples(*arguments, **options)
+        terms = sum((number_of_terms(batch, self._loss) for batch in batches), torch.zeros((), dtype=torch.int64))
+        return batches, self.accelerator.reduce(terms.to(self.args.device), reduction="sum")
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -190,12 +215,6 @@ class RerankerTrainer(ZooTrainer):
             self._auxiliary = torch.zeros_like(self._auxiliary)
             logs |= self._selection.take(lambda tensor: self.accelerator.reduce(tensor, reduction="mean"))
         super().log(logs, start_time)
-
-
-def reranker_steps(settings: RerankerSettings, groups: int, processes: int) -> int:
-    """Return the optimiser steps of the whole training."""
-    in_a_step = settings.batch_size * settings.gradient_accumulation * processes
-    return settings.steps or math.ceil(settings.epochs * math.ceil(groups / in_a_step))
 
 
 def train_reranker(
