@@ -12,7 +12,7 @@ from .embedder import require_sentence_transformers
 from .long_documents import long_documents
 from .metrics.metric import require_package
 from .reranking import load_reranker, means, measure_names, measure_run, rerank
-from .reranking_data import JudgedCollection, bm25_run, cut, read_judged, read_run
+from .reranking_data import JudgedCollection, bm25_run, cut, read_judged, read_run, without_list
 from .significance import compare, holm, interval
 
 TESTED = ("ndcg@10", "mrr@10")
@@ -65,9 +65,10 @@ def compare_rerankers(
 
     Returns:
         The results: "queries", "pairs", "first_stage" (its name), "systems" (name to the mean of each measure, its
-        "intervals", 95 % by bootstrap, the values "by_query", and for a reranker its "rule" for long documents and its
-        "max_tokens") and "comparisons" ("first", "second", "measure", the values of `significance.compare`, and
-        "p_holm", the randomisation test corrected for the number of pairs of systems). And the lists by name.
+        "intervals", 95 % by bootstrap, the values "by_query", the number of queries "without_list", and for a reranker
+        its "rule" for long documents and its "max_tokens") and "comparisons" ("first", "second", "measure", the values
+        of `significance.compare`, and "p_holm", the randomisation test corrected for the number of pairs of systems).
+        And the lists by name.
 
     Raises:
         ValueError: naming file and line, if the data is malformed; naming the source, if it is no reranker or the
@@ -108,6 +109,7 @@ def compare_rerankers(
         name: {
             **means(of),
             "intervals": {key: interval(list(by.values()), resamples=resamples, seed=seed) for key, by in of.items()},
+            "without_list": without_list(runs[name]),
             **rules.get(name, {}),
             "by_query": {key: of[key] for key in measure_names(depth)},
         }
