@@ -170,7 +170,7 @@ def mine_groups(judged: JudgedCollection, run: Run, settings: RerankerSettings, 
     """
     groups: list[Group] = []
     for number, query in enumerate(judged.queries):
-        text, relevant = judged.queries[query], judged.relevant(query)
+        query_text, relevant = judged.queries[query], judged.relevant(query)
         same = {judged.documents[document] for document in relevant}
         listed = trec_order(run[query])[: settings.depth][settings.skip :]
         candidates = list(
@@ -182,21 +182,28 @@ def mine_groups(judged: JudgedCollection, run: Run, settings: RerankerSettings, 
                 and judged.documents[document] not in same
             )
         )
-        positives = {judged.documents[one]: grade for one, grade in relevant.items() if judged.documents[one].strip()}
-        left_out["relevant documents without text"] += len(relevant) - len(positives)
+        positives: dict[str, int] = {}
+        for document, grade in relevant.items():
+            text = judged.documents[document]
+            if not text.strip():
+                left_out["relevant documents without text"] += 1
+                continue
+            # Once for each text, with the highest of its grades.
+            left_out["relevant documents with the text of another"] += text in positives
+            positives[text] = max(grade, positives.get(text, 0))
         if not candidates:
             left_out["queries without negatives"] += 1
             continue
         places = np.random.default_rng([settings.seed, number])
         if settings.loss in LISTWISE:
             texts, most = list(positives), max(1, (settings.negatives + 1) // 2)
-            texts = [texts[index] for index in sorted(places.permutation(len(texts))[:most])]
-            if texts:
-                drawn = _drawn(candidates, settings.negatives + 1 - len(texts), places)
-                groups.append(_group(text, {one: positives[one] for one in texts}, drawn))
+            chosen = [texts[index] for index in sorted(places.permutation(len(texts))[:most])]
+            if chosen:
+                drawn = _drawn(candidates, settings.negatives + 1 - len(chosen), places)
+                groups.append(_group(query_text, {one: positives[one] for one in chosen}, drawn))
             continue
         groups += [
-            _group(text, {positive: grade}, _drawn(candidates, settings.negatives, places))
+            _group(query_text, {positive: grade}, _drawn(candidates, settings.negatives, places))
             for positive, grade in positives.items()
         ]
     return groups
@@ -303,21 +310,29 @@ def _numbers(value: Any, name: str, place: str, *, least: float) -> list[float]:
 
 
 def _shaped(groups: Sequence[tuple[str, Group]], settings: RerankerSettings) -> Iterator[Group]:
-    """Give groups from files the form that the loss reads; at most `settings.negatives` of the others, by the seed."""
+    """Convert groups from files to the form that the loss expects.
+
+    They have at most `settings.negatives` negatives, drawn by the seed. A list keeps its order, and all documents
+    with a label above 0.
+    """
     for number, (place, group) in enumerate(groups):
         if settings.loss == "margin_mse" and group.teacher is None:
             raise ValueError(f"{place}: `scores` of a teacher are missing, which the loss 'margin_mse' needs.")
-        if settings.loss in LISTWISE:
-            yield group
-            continue
         places = np.random.default_rng([settings.seed, number])
         positives = [index for index, label in enumerate(group.labels) if label > 0]
         negatives = [index for index, label in enumerate(group.labels) if label == 0]
+        if settings.loss in LISTWISE:
+            yield _part(group, sorted([*positives, *_drawn(negatives, settings.negatives, places)]))
+            continue
         for positive in positives:
-            chosen = [positive, *_drawn(negatives, settings.negatives, places)]
-            columns = (group.documents, group.labels, group.teacher)
-            parts = [None if column is None else tuple(column[index] for index in chosen) for column in columns]
-            yield Group(group.query, *parts)  # pyright: ignore[reportArgumentType]
+            yield _part(group, [positive, *_drawn(negatives, settings.negatives, places)])
+
+
+def _part(group: Group, chosen: Sequence[int]) -> Group:
+    """Return the group with some of its documents, in this order."""
+    columns = (group.documents, group.labels, group.teacher)
+    parts = [None if column is None else tuple(column[index] for index in chosen) for column in columns]
+    return Group(group.query, *parts)  # pyright: ignore[reportArgumentType]
 
 
 def _sha256(value: Any) -> str:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ..evaluation.long_documents import LongDocuments
+from ..evaluation.long_documents import TRUNCATION, LongDocuments
 from ..modeling.backbone import ZooModel
 from .checkpoints import last_checkpoint
 from .packing import first_fit_decreasing, pad_rows
 from .ranking_groups import Group
 from .ranking_losses import LOSSES
-from .reranker_model import TRUNCATION
 from .reranker_settings import RerankerSettings
 from .trainer import (
     CHECKPOINTS,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from families import make_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -27,8 +28,9 @@ from sentence_transformers import CrossEncoder
 
 from ssm_zoo.evaluation.reranking import load_reranker, means, measure_run, rerank
 from ssm_zoo.evaluation.reranking_data import bm25_run, read_judged
+from ssm_zoo.reports.reranker_card import _evaluations
 from ssm_zoo.training.ranking_groups import Group, read_ranking_data
-from ssm_zoo.training.reranker import finetune_reranker
+from ssm_zoo.training.reranker import RerankerRun, finetune_reranker
 from ssm_zoo.training.reranker_model import adapt, backbone_of, finished_reranker, load_reranker_to_train
 from ssm_zoo.training.reranker_settings import parse_reranker_settings
 from ssm_zoo.training.reranker_trainer import GroupCollator, RerankerTrainer, group_loss, train_reranker
@@ -177,7 +179,13 @@ def test_it_learns_and_is_measured_before_and_after(folder: Path, run: Path) -> 
     assert [point["step"] for point in report["history"]] == list(range(1, 7))
     assert report["first_stage"]["name"] == "BM25"
     assert report["data"]["train"]["groups"] == 20 and report["data"]["train"]["pairs"] == 80
-    assert report["data"]["heldout"] == {"sources": ["beir"], "split": True, "queries": 2, "pairs": 12}
+    assert report["data"]["heldout"] == {
+        "sources": ["beir"],
+        "split": True,
+        "queries": 2,
+        "pairs": 12,
+        "without_list": 0,
+    }
     assert report["coverage"]["dead"] == []
     whole = [entry for entry in report["coverage"]["without_adapter"] if entry["reason"] == "trained whole"]
     assert [entry["module"] for entry in whole] == ["score"]
@@ -328,6 +336,19 @@ def test_processes_share_the_terms_of_a_step(folder: Path, tmp_path: Path, monke
         assert terms == 6
         losses.append(trainer.compute_loss(model, batch, num_items_in_batch=terms))
     torch.testing.assert_close(sum(losses) / 2, group_loss(model, collator([first, second]), "binary"))
+
+
+def test_held_out_lists_of_files_are_ranked_whole(folder: Path, tmp_path: Path) -> None:
+    """The first-stage lists are cut; a file has no order by which the relevant document could be cut off."""
+    row = {"query": "held", "positive": "aaaa yes", "negatives": [f"aaaa {letter} no" for letter in "bcdef"]}
+    (tmp_path / "held.jsonl").write_text(json.dumps(row))
+    settings = parse_reranker_settings(reranker_values(folder, heldout=[str(tmp_path / "held.jsonl")], depth=3))
+    data, state = read_ranking_data(settings), PartialState(cpu=True)
+    run = RerankerRun(settings, tmp_path, load_reranker_to_train(settings), data, {}, state)
+    measured = run.evaluate("before", run.reranker)
+    assert measured["recall@10"] == 1 and measured["map"] >= 1 / 6 and "recall@3" not in measured
+    report = {"evaluations": [measured, measured], "first_stage": None, "settings": settings.model_dump()}
+    assert "first stage" not in _evaluations(report) and "recall@3" not in _evaluations(report).lower()
 
 
 def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path, tmp_path: Path) -> None:
