@@ -129,6 +129,7 @@ def translation(
         "tokenize": tokenize,
         "dtype": dtype,
         "revision": revision,
+        "trust_remote_code": trust_remote_code,
     }
     results = {"systems": systems, "generation": generation, "translations": found.texts}
     write_report(output, _KIND, settings, results)

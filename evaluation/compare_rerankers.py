@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,12 @@ def new_names(names: Sequence[str]) -> list[str]:
             made = f"{name} ({number})"
         found.append(made)
     return found
+
+
+def first_stage_name(run: str | Path | None, systems: Iterable[str]) -> str:
+    """Return the name of the first stage among the systems: BM25, or the name of its run file."""
+    name = "BM25" if run is None else Path(run).name
+    return f"{name} (first stage)" if name in systems else name
 
 
 def compare_rerankers(
@@ -79,11 +85,8 @@ def compare_rerankers(
     judged = read_judged(folder, split)
     if only is not None:
         judged = judged.only(_ids(only, judged))
-    if run is None:
-        first, lists = "BM25", bm25_run(judged, depth)
-    else:
-        first, lists = Path(run).name, cut(read_run(run, "run", judged), depth)
-    first = first if first not in sources else f"{first} (first stage)"
+    lists = bm25_run(judged, depth) if run is None else cut(read_run(run, "run", judged), depth)
+    first = first_stage_name(run, sources)
     # Run files are read before any model is loaded, so that a mistake in one is found at once.
     ranked: dict[str, _RunOf] = {
         name: cut(read_run(source, "against", judged), depth)

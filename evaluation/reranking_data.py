@@ -53,6 +53,12 @@ class JudgedCollection:
         )
 
 
+def folder_and_split(source: str) -> tuple[str, str | None]:
+    """Split FOLDER or FOLDER,SPLIT; a folder whose name has a comma is taken whole."""
+    name, comma, split = source.rpartition(",")
+    return (name, split) if comma and not Path(source).is_dir() else (source, None)
+
+
 def qrels_of(folder: Path) -> list[str]:
     """Return the names of the judgements in a folder in BEIR's layout."""
     return sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))

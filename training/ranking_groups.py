@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.reranking_data import JudgedCollection, Run, bm25_run, cut, read_judged, read_run, trec_order
+from ..evaluation.reranking_data import (
+    JudgedCollection,
+    Run,
+    bm25_run,
+    cut,
+    folder_and_split,
+    read_judged,
+    read_run,
+    trec_order,
+)
 from .ranking_losses import LISTWISE
 from .reranker_settings import RerankerSettings
 from .sources import read_rows
@@ -79,7 +88,7 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
     left_out: Counter[str] = Counter()
     folder = judged = None
     if settings.in_folder:
-        folder, split = _folder(settings.train[0])
+        folder, split = folder_and_split(settings.train[0])
         judged = read_judged(folder, split, field="train")
     collection, run, first_stage = None, None, None
     if not settings.heldout:
@@ -94,7 +103,7 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
             collection = collection_of(_read_files(settings.heldout, "heldout"))
             run = {query: dict.fromkeys(grades, 0.0) for query, grades in collection.grades.items()}
         else:
-            collection = read_judged(*_folder(settings.heldout[0]), field="heldout")
+            collection = read_judged(*folder_and_split(settings.heldout[0]), field="heldout")
             run, first_stage = _lists(collection, settings.heldout_run, "heldout_run", settings.depth)
     if judged is not None:
         assert train_lists is not None
@@ -106,12 +115,6 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
         raise ValueError(f"`train` must have a positive with at least one negative; left out: {reasons}.")
     _refuse_overlap({group.query for group in groups}, collection)
     return RankingData(groups, left_out, collection, run, first_stage)
-
-
-def _folder(source: str) -> tuple[str, str | None]:
-    """Split FOLDER or FOLDER,SPLIT; a folder whose name has a comma is taken whole."""
-    name, comma, split = source.rpartition(",")
-    return (name, split) if comma and not Path(source).is_dir() else (source, None)
 
 
 def _lists(
