@@ -335,7 +335,7 @@ def test_processes_share_the_terms_of_a_step(folder: Path, tmp_path: Path, monke
         _, terms = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         assert terms == 6
         losses.append(trainer.compute_loss(model, batch, num_items_in_batch=terms))
-    torch.testing.assert_close(sum(losses) / 2, group_loss(model, collator([first, second]), "binary"))
+    torch.testing.assert_close(torch.stack(losses).mean(), group_loss(model, collator([first, second]), "binary"))
 
 
 def test_held_out_lists_of_files_are_ranked_whole(folder: Path, tmp_path: Path) -> None:
