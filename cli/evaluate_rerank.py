@@ -1,12 +1,13 @@
 """`ssm-zoo evaluate rerank`: re-rank first-stage lists with rerankers, and compare them."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .evaluation_report import Overwrite, Report, check_output, model_name, write_report
+from .evaluation_report import Report, check_output, model_name, write_report
 from .options import Revision, Seed, TrustRemoteCode
 from .sources import model_source
 
@@ -14,9 +15,11 @@ from .sources import model_source
 def rerank(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a reranker.")],
     folder: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="FOLDER", help="Folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, as in BEIR."
+            metavar="FOLDER",
+            help="Folder with corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, as in BEIR; FOLDER,SPLIT is the same as "
+            "--split.",
         ),
     ],
     split: Annotated[
@@ -52,7 +55,13 @@ def rerank(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw the measures (PNG).")] = None,
     output: Report = None,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace FILE even if it is not an earlier result of this command, and run files with the same names.",
+        ),
+    ] = False,
 ) -> None:
     """Measure how well rerankers order the documents that a first stage has found.
 
@@ -61,21 +70,26 @@ def rerank(
     --revision is that of MODEL. Needs sentence-transformers and ir-measures, and bm25s without --run (the extra
     "rerank").
     """
-    from ..evaluation.compare_rerankers import compare_rerankers, new_names
+    from ..evaluation.compare_rerankers import compare_rerankers, first_stage_name, new_names
+    from ..evaluation.reranking_data import folder_and_split, write_run
+    from ..harness.published import decoration
     from ..harness.whole_files import check_output_file
 
     check_output(output, "rerank", overwrite)
     if plot is not None:
         check_output_file(plot, "--plot")
-    if runs is not None and runs.exists() and not runs.is_dir():
-        raise ValueError(f"--runs: {runs} must be a folder, and it is a file.")
+    place, named = folder_and_split(folder)
+    if named is not None and split is not None:
+        raise ValueError(f"`folder` and --split must not both name the judgements, got {folder!r} and {split!r}.")
+    split = split or named
     others = [source if Path(source).is_file() else model_source(source) for source in against or []]
     called = [Path(source).name if Path(source).is_file() else model_name(source) for source in against or []]
     names = new_names([model_name(model), *called])
     sources = dict(zip(names, [model_source(model), *others], strict=True))
+    files = {} if runs is None else _run_files(runs, [*names, first_stage_name(run, names)], overwrite)
     found, lists = compare_rerankers(
         sources,
-        folder,
+        place,
         split=split,
         only=queries,
         run=run,
@@ -89,7 +103,7 @@ def rerank(
     _print(found)
     settings = {
         "model": model_name(model),
-        "folder": folder.resolve().name,
+        "folder": Path(place).resolve().name,
         "split": split,
         "only": None if queries is None else queries.name,
         "run": None if run is None else run.name,
@@ -98,22 +112,49 @@ def rerank(
         "batch_size": batch_size,
         "resamples": resamples,
         "seed": seed,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
     }
-    if runs is not None:
-        from ..evaluation.reranking_data import write_run
-
-        runs.mkdir(parents=True, exist_ok=True)
-        for name, scores in lists.items():
-            word = re.sub(r"[^\w.-]+", "_", name)
-            write_run(scores, runs / f"{word}.trec", word)
-            typer.echo(f"run: {runs / f'{word}.trec'}")
-    if plot is not None:
-        from ..reports.reranking_plot import write_reranking_plot
-
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        write_reranking_plot({**found, "settings": settings}, plot)
-        typer.echo(f"plot: {plot}")
     write_report(output, "rerank", settings, found)
+    for name, path in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_run(lists[name], path, path.stem)
+        typer.echo(f"run: {path}")
+    if plot is not None:
+        with decoration("the plot"):
+            from ..reports.reranking_plot import write_reranking_plot
+
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            write_reranking_plot({**found, "settings": settings}, plot)
+            typer.echo(f"plot: {plot}")
+
+
+def _run_files(folder: Path, names: Sequence[str], overwrite: bool) -> dict[str, Path]:
+    """Return the run file of each system, after checking that all can be written.
+
+    Raises:
+        ValueError: naming the file that cannot, or that would be replaced without --overwrite.
+    """
+    from ..harness.whole_files import check_output_file, check_writable
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--runs: {folder} must be a folder, and it is a file.")
+    check_writable(folder, [folder, *folder.absolute().parents], "--runs")
+    files: dict[str, Path] = {}
+    taken: set[str] = set()
+    for name in names:
+        word = made = re.sub(r"[^\w.-]+", "_", name)
+        number = 1
+        # Some file systems do not distinguish upper and lower case.
+        while made.casefold() in taken:
+            number += 1
+            made = f"{word}-{number}"
+        taken.add(made.casefold())
+        files[name] = folder / f"{made}.trec"
+        check_output_file(files[name], "--runs")
+        if files[name].exists() and not overwrite:
+            raise ValueError(f"--runs: {files[name]} exists. Choose another folder, or replace it with --overwrite.")
+    return files
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -129,6 +170,9 @@ def _print(found: dict[str, Any]) -> None:
     for key in next(iter(systems.values()))["intervals"]:
         table.add_row(key, *(f"{system[key]:.4f}" for system in systems.values()))
     console.print(table)
+    for name, system in systems.items():
+        if system["without_list"]:
+            typer.echo(f"{name}: {system['without_list']:,} queries have no list and count as 0")
     table = Table(title="Paired comparisons", title_justify="left")
     for heading in ("", "measure", "difference", "95 % interval", "p (randomisation)", "p (Holm)"):
         table.add_column(heading, justify="right" if heading not in ("", "measure") else "left")

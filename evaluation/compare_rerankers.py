@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .embedder import require_sentence_transformers
 from .long_documents import long_documents
 from .metrics.metric import require_package
 from .reranking import load_reranker, means, measure_names, measure_run, rerank
-from .reranking_data import JudgedCollection, bm25_run, cut, read_judged, read_run
+from .reranking_data import JudgedCollection, bm25_run, cut, read_judged, read_run, without_list
 from .significance import compare, holm, interval
 
 TESTED = ("ndcg@10", "mrr@10")
@@ -30,6 +30,12 @@ def new_names(names: Sequence[str]) -> list[str]:
             made = f"{name} ({number})"
         found.append(made)
     return found
+
+
+def first_stage_name(run: str | Path | None, systems: Iterable[str]) -> str:
+    """Return the name of the first stage among the systems: BM25, or the name of its run file."""
+    name = "BM25" if run is None else Path(run).name
+    return f"{name} (first stage)" if name in systems else name
 
 
 def compare_rerankers(
@@ -65,9 +71,10 @@ def compare_rerankers(
 
     Returns:
         The results: "queries", "pairs", "first_stage" (its name), "systems" (name to the mean of each measure, its
-        "intervals", 95 % by bootstrap, the values "by_query", and for a reranker its "rule" for long documents and its
-        "max_tokens") and "comparisons" ("first", "second", "measure", the values of `significance.compare`, and
-        "p_holm", the randomisation test corrected for the number of pairs of systems). And the lists by name.
+        "intervals", 95 % by bootstrap, the values "by_query", the number of queries "without_list", and for a reranker
+        its "rule" for long documents and its "max_tokens") and "comparisons" ("first", "second", "measure", the values
+        of `significance.compare`, and "p_holm", the randomisation test corrected for the number of pairs of systems).
+        And the lists by name.
 
     Raises:
         ValueError: naming file and line, if the data is malformed; naming the source, if it is no reranker or the
@@ -78,11 +85,8 @@ def compare_rerankers(
     judged = read_judged(folder, split)
     if only is not None:
         judged = judged.only(_ids(only, judged))
-    if run is None:
-        first, lists = "BM25", bm25_run(judged, depth)
-    else:
-        first, lists = Path(run).name, cut(read_run(run, "run", judged), depth)
-    first = first if first not in sources else f"{first} (first stage)"
+    lists = bm25_run(judged, depth) if run is None else cut(read_run(run, "run", judged), depth)
+    first = first_stage_name(run, sources)
     # Run files are read before any model is loaded, so that a mistake in one is found at once.
     ranked: dict[str, _RunOf] = {
         name: cut(read_run(source, "against", judged), depth)
@@ -108,6 +112,7 @@ def compare_rerankers(
         name: {
             **means(of),
             "intervals": {key: interval(list(by.values()), resamples=resamples, seed=seed) for key, by in of.items()},
+            "without_list": without_list(runs[name]),
             **rules.get(name, {}),
             "by_query": {key: of[key] for key in measure_names(depth)},
         }

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 CONFIG_KEY = "reranking"
 """Key of a model's configuration with the rule for long documents."""
+TRUNCATION = "only_second"
+"""The tokenizer's truncation of pairs in which the document alone is cut."""
 
 
 @dataclass(frozen=True)

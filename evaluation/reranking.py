@@ -15,7 +15,7 @@ from torch import nn
 from ..conversion.load_model import check_finite, quiet_loading
 from ..conversion.remote_code import check_remote_code
 from .embedder import require_sentence_transformers
-from .long_documents import LongDocuments, long_documents
+from .long_documents import TRUNCATION, LongDocuments, long_documents
 from .reranking_data import JudgedCollection, Run, cut, trec_order
 
 if TYPE_CHECKING:
@@ -87,15 +87,21 @@ def pair_scores(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if a query is too long to leave room for a document, or a score is not finite.
+        ValueError: if a score is not finite, or a query leaves no room for a document in a model that cuts documents
+            alone. Others cut the query, too.
     """
     parts: dict[str, list[str]] = {}
     for _, document in pairs:
         if document not in parts:
             parts[document] = rule.parts(reranker.tokenizer, document)
     limit = reranker.max_seq_length
-    if limit is not None:
-        check_queries(reranker.tokenizer, {query for query, _ in pairs}, limit)
+    if limit is not None and _cuts_documents_alone(reranker):
+        queries = {query for query, _ in pairs}
+        check_queries(
+            *(reranker.tokenizer, queries, limit),
+            name="the reranker's limit of tokens",
+            remedy="Shorten the query, or leave it out.",
+        )
     texts = [(query, part) for query, document in pairs for part in parts[document]]
     if not texts:
         return []
@@ -112,8 +118,28 @@ def pair_scores(
     return best
 
 
-def check_queries(tokenizer: Any, queries: set[str], limit: int) -> None:
+def _cuts_documents_alone(reranker: CrossEncoder) -> bool:
+    transformer: Any = reranker[0]
+    options = getattr(transformer, "processing_kwargs", None) or {}
+    return {**options.get("common", {}), **options.get("text", {})}.get("truncation") == TRUNCATION
+
+
+def check_queries(
+    tokenizer: Any,
+    queries: set[str],
+    limit: int,
+    *,
+    name: str = "`max_tokens`",
+    remedy: str = "Raise it, or shorten the query.",
+) -> None:
     """Check that every query leaves room for at least one token of a document: only documents are cut.
+
+    Args:
+        tokenizer: tokenizer with the template of pairs.
+        queries: texts of the queries.
+        limit: tokens of a pair at most.
+        name: what to call the limit in an error.
+        remedy: last sentence of the error.
 
     Raises:
         ValueError: naming the longest query.
@@ -123,9 +149,8 @@ def check_queries(tokenizer: Any, queries: set[str], limit: int) -> None:
     longest = max(range(len(texts)), key=lambda index: len(encoded[index]), default=None)
     if longest is not None and len(encoded[longest]) >= limit:
         raise ValueError(
-            f"`max_tokens`, {limit:,}, must leave room for a document beside every query, but the query "
-            f"{texts[longest]!r:.80} and the template have {len(encoded[longest]):,} tokens. Raise it, or shorten the "
-            "query."
+            f"{name}, {limit:,}, must leave room for a document beside every query, but the query "
+            f"{texts[longest]!r:.80} and the template have {len(encoded[longest]):,} tokens. {remedy}"
         )
 
 
@@ -134,7 +159,7 @@ def rerank(
     collection: JudgedCollection,
     run: Run,
     *,
-    depth: int = 100,
+    depth: int | None = 100,
     rule: LongDocuments | None = None,
     batch_size: int = 32,
     progress: bool = False,
@@ -145,7 +170,7 @@ def rerank(
         reranker: the cross-encoder.
         collection: texts of queries and documents.
         run: first-stage lists.
-        depth: documents of each list, by `trec_order`; the others are not in the result.
+        depth: documents of each list, by `trec_order`; the others are not in the result. None: all.
         rule: rule for long documents; None: that of the model's configuration.
         batch_size: texts in one forward pass.
         progress: show a progress bar.
@@ -167,13 +192,13 @@ def rerank(
     return {query: {document: next(scores) for document in documents} for query, documents in lists.items()}
 
 
-def measure_names(depth: int) -> dict[str, str]:
-    """Return the measures of a run cut at `depth`: our names, and those of ir_measures."""
+def measure_names(depth: int | None) -> dict[str, str]:
+    """Return the measures of a run cut at `depth`, or whole with None: our names, and those of ir_measures."""
     names = {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "map": "AP", "recall@10": "R@10"}
-    return names | ({f"recall@{depth}": f"R@{depth}"} if depth != 10 else {})
+    return names | ({f"recall@{depth}": f"R@{depth}"} if depth not in (None, 10) else {})
 
 
-def measure_run(collection: JudgedCollection, run: Run, depth: int) -> dict[str, dict[str, float]]:
+def measure_run(collection: JudgedCollection, run: Run, depth: int | None) -> dict[str, dict[str, float]]:
     """Measure a run by ir_measures, query by query.
 
     nDCG has trec_eval's linear gain of the grades. Recall, MRR and MAP count every grade above 0 alike, among all
@@ -182,7 +207,7 @@ def measure_run(collection: JudgedCollection, run: Run, depth: int) -> dict[str,
     Args:
         collection: the judgements.
         run: the lists, of which the best `depth` documents count; a query without a list has the value 0.
-        depth: as above.
+        depth: as above; None: all documents, without a recall at this depth.
 
     Returns:
         Name of each measure to query id to its value in [0, 1].

@@ -53,6 +53,12 @@ class JudgedCollection:
         )
 
 
+def folder_and_split(source: str) -> tuple[str, str | None]:
+    """Split FOLDER or FOLDER,SPLIT; a folder whose name has a comma is taken whole."""
+    name, comma, split = source.rpartition(",")
+    return (name, split) if comma and not Path(source).is_dir() else (source, None)
+
+
 def qrels_of(folder: Path) -> list[str]:
     """Return the names of the judgements in a folder in BEIR's layout."""
     return sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
@@ -156,25 +162,31 @@ def trec_order(scores: Mapping[str, float]) -> list[str]:
     return sorted(by_id, key=lambda document: -np.float32(scores[document]))
 
 
-def cut(run: Run, depth: int) -> dict[str, dict[str, float]]:
-    """Return the best `depth` documents of every query, best first."""
+def cut(run: Run, depth: int | None) -> dict[str, dict[str, float]]:
+    """Return the best `depth` documents of every query, or all with None, best first."""
     return {query: {one: scores[one] for one in trec_order(scores)[:depth]} for query, scores in run.items()}
+
+
+def without_list(run: Run) -> int:
+    """Return the number of queries with an empty list."""
+    return sum(not documents for documents in run.values())
 
 
 def read_run(path: str | Path, field: str, collection: JudgedCollection) -> dict[str, dict[str, float]]:
     """Read a run file in TREC's format: query id, "Q0", document id, rank, score and name, with spaces between them.
 
     As in trec_eval, the scores decide the order and the ranks are not read. Lists of queries without judgements in this
-    split are left out, since a file may serve several splits.
+    split are left out, since a file may serve several splits. A query without a line has an empty list, since a system
+    that finds nothing writes none: see :func:`without_list`.
 
     Args:
         path: the file.
         field: what to call it in an error.
-        collection: the queries, which must all have a list, and the documents.
+        collection: the queries and the documents.
 
     Raises:
         ValueError: naming the file and the line, if a line is malformed, an id is unknown, a document is twice in a
-            list, or a score is not finite; or naming the first query without a list.
+            list, or a score is not finite; or if no query has a list.
     """
     run: dict[str, dict[str, float]] = {}
     for number, line in enumerate(read_text_file(path, field).split("\n"), start=1):
@@ -201,13 +213,12 @@ def read_run(path: str | Path, field: str, collection: JudgedCollection) -> dict
         if document in run.setdefault(query, {}):
             raise ValueError(f"{place} has document {document!r} again in the list of query {query!r}.")
         run[query][document] = value
-    missing = [query for query in collection.queries if query not in run]
-    if missing:
+    if not run.keys() & collection.queries.keys():
         raise ValueError(
-            f"{field}: {str(path)!r} must have a list for every query with judgements; {len(missing):,} have none, the "
-            f"first is {missing[0]!r}."
+            f"{field}: {str(path)!r} must have a list for at least one of the {len(collection.queries):,} queries with "
+            "judgements, and has none. Check the split."
         )
-    return {query: run[query] for query in collection.queries}
+    return {query: run.get(query, {}) for query in collection.queries}
 
 
 def write_run(run: Run, path: Path, name: str) -> None:

@@ -274,7 +274,8 @@ class ZooForSequenceClassification(ZooHeadModel):
             it, `hidden_states`, `attentions`.
 
         Raises:
-            ValueError: if the arguments contradict each other, or the family does not read packed documents.
+            ValueError: if the arguments contradict each other, the labels are not one for each row or document, or the
+                family does not read packed documents.
         """
         if cu_seqlens is None and seq_idx is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -312,6 +313,12 @@ class ZooForSequenceClassification(ZooHeadModel):
         logits = self.score(as_weight(self.score, pooled))
         loss = None
         if labels is not None:
+            # A loss would broadcast another number of labels, as of padding rows without a document.
+            if labels.shape[:1] != logits.shape[:1]:
+                raise ValueError(
+                    f"`labels` must have one entry for each of the {logits.shape[0]} rows or packed documents, got "
+                    f"shape {tuple(labels.shape)}."
+                )
             loss = self.loss(logits, labels, pooled_logits=logits.float(), config=self.config)
             if self.training:
                 loss = add_aux_loss(loss, outputs, self.config, labels)

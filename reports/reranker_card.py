@@ -61,8 +61,9 @@ def _sections(report: dict[str, Any], repo_id: str | None) -> dict[str, str]:
         "title": code(repo_id.rpartition("/")[2] if repo_id else f"{name}, a reranker"),
         "introduction": f"{linked_source(source)} ({code(report['base']['model_type'])}), finetuned with ssm-zoo to "
         f"score how well a document answers a query: {method_of(report)}{merged}. Higher is better; the score is a "
-        f"logit, no probability. The tokenizer makes this text of a pair, {code(repr(report['template'])[1:-1])}, and "
-        f"cuts the document, never the query, at {count(reranking['max_tokens'])} tokens in all.{_rule(reranking)}",
+        f"logit and is not a probability. The tokenizer makes this text of a pair, "
+        f"{code(repr(report['template'])[1:-1])}, and cuts the document, never the "
+        f"query, at {count(reranking['max_tokens'])} tokens in all.{_rule(reranking)}",
         "summary": _summary(report),
         "loading": "With torch, transformers and sentence-transformers; the code of the model is in this repository. "
         "`AutoModelForSequenceClassification` of transformers loads it, too: call the tokenizer with (query, document) "
@@ -101,12 +102,13 @@ def _data(report: dict[str, Any]) -> str:
     out = [f"{count(number)} {reason}" for reason, number in train["left_out"].items()]
     left = f" Left out: {', '.join(out)}." if out else ""
     source = "a part of the same queries" if held["split"] else ", ".join(map(code, held["sources"]))
+    empty = f"; {count(held['without_list'])} have an empty list and count as 0" if held["without_list"] else ""
     cut = f", {percent(train['cut'])} cut" if train["cut"] else ""
     return (
         f"To train on: {', '.join(map(code, train['sources']))}, {count(train['groups'])} groups of "
         f"{count(train['queries'])} queries with {count(train['pairs'])} pairs ({train['tokens']:.0f} tokens on "
         f"average{cut}).{left} Held out: {source}, {count(held['queries'])} queries with {count(held['pairs'])} "
-        "documents in their lists."
+        f"documents in their lists{empty}."
     )
 
 
@@ -125,14 +127,17 @@ def _training(report: dict[str, Any]) -> str:
 def _evaluations(report: dict[str, Any]) -> str:
     before, after = report["evaluations"]
     first, depth = report["first_stage"], report["settings"]["depth"]
-    names = _MEASURES | ({f"recall@{depth}": f"Recall@{depth}"} if f"recall@{depth}" not in _MEASURES else {})
+    # Lists from files are whole.
+    names = _MEASURES | ({f"recall@{depth}": f"Recall@{depth}"} if first and depth != 10 else {})
     systems = [before, after, *([first] if first else [])]
     rows = [(name, *(number(system[key]) for system in systems)) for key, name in names.items()]
     headings = ("Held out", "Before", "After", *([first["name"]] if first else []))
-    explained = (
-        f"Each list has the best {count(depth)} documents of the first stage at most. nDCG has trec_eval's linear "
-        "gain; equal scores are ordered as trec_eval does."
+    whose = (
+        f"the best {count(depth)} documents of the first stage at most"
+        if first
+        else "all documents that the files give for its query, in no order"
     )
+    explained = f"Each list has {whose}. nDCG has trec_eval's linear gain; equal scores are ordered as trec_eval does."
     return "\n\n".join([table(headings, rows), explained])
 
 

@@ -23,16 +23,16 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-from torch import Tensor, nn
+from torch import nn
 
 from ..modeling.backbone import ZooModel
-from .checkpoints import CheckedTrainer, last_checkpoint
+from .checkpoints import last_checkpoint
 from .embedder_settings import EmbedderSettings
 from .pairs import Pairs
 from .trainer import (
     CHECKPOINTS,
+    AuxiliaryLoss,
     CurveCallback,
-    SelectionMeans,
     curve_of,
     decayed_parameters,
     train_or_load,
@@ -42,30 +42,19 @@ from .trainer import (
 _TRAINED = "trained.safetensors"
 
 
-class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
+class EmbedderTrainer(AuxiliaryLoss, SentenceTransformerTrainer):
     """sentence-transformers' Trainer, with the zoo's rule of weight decay and its auxiliary loss.
 
     A checkpoint contains only the trained weights, since the base model is unchanged. The curve's loss is InfoNCE
     alone.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._selection = SelectionMeans()
-        self._penalties: list[Tensor] = []
-        self._auxiliary = torch.zeros((), device=self.args.device)  # what is in the loss of it since the last point
-
     def train(self, *arguments: Any, **options: Any) -> Any:
         with ExitStack() as stack:
             for module in self.model.modules():
                 if isinstance(module, ZooModel):
-                    stack.enter_context(_noting(module, self._note_choices))
+                    stack.enter_context(_noting(module, self.note))
             return super().train(*arguments, **options)
-
-    def _note_choices(self, model: ZooModel, outputs: Any) -> None:
-        if model.training and getattr(outputs, "aux_loss", None) is not None:
-            self._selection.add(outputs)
-            self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Add no callback: it would look for models and data sets on the Hub."""
@@ -76,23 +65,10 @@ class EmbedderTrainer(CheckedTrainer, SentenceTransformerTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self._penalties = []
-        loss: Any = super().compute_loss(model, inputs, False, num_items_in_batch)  # pyright: ignore[reportArgumentType]
-        if self._penalties:
-            # The columns are embedded one by one, each with its own auxiliary loss.
-            penalty = torch.stack(self._penalties).mean().to(loss.device, loss.dtype)
-            loss = loss + penalty
-            self._auxiliary += penalty.detach()
+        compute: Any = super().compute_loss
+        # The columns are embedded one by one, each with its own auxiliary loss.
+        loss = self.with_auxiliary(lambda: compute(model, inputs, False, num_items_in_batch))
         return (loss, {}) if return_outputs else loss
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
-            auxiliary: Any = self.accelerator.reduce(self._auxiliary, reduction="mean")
-            logs["loss"] -= float(auxiliary) / max(self.state.global_step - last, 1)
-            self._auxiliary = torch.zeros_like(self._auxiliary)
-            logs |= self._selection.take(lambda tensor: self.accelerator.reduce(tensor, reduction="mean"))
-        super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None

@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.reranking_data import JudgedCollection, Run, bm25_run, cut, read_judged, read_run, trec_order
+from ..evaluation.reranking_data import (
+    JudgedCollection,
+    Run,
+    bm25_run,
+    cut,
+    folder_and_split,
+    read_judged,
+    read_run,
+    trec_order,
+)
 from .ranking_losses import LISTWISE
 from .reranker_settings import RerankerSettings
 from .sources import read_rows
@@ -79,7 +88,7 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
     left_out: Counter[str] = Counter()
     folder = judged = None
     if settings.in_folder:
-        folder, split = _folder(settings.train[0])
+        folder, split = folder_and_split(settings.train[0])
         judged = read_judged(folder, split, field="train")
     collection, run, first_stage = None, None, None
     if not settings.heldout:
@@ -94,7 +103,7 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
             collection = collection_of(_read_files(settings.heldout, "heldout"))
             run = {query: dict.fromkeys(grades, 0.0) for query, grades in collection.grades.items()}
         else:
-            collection = read_judged(*_folder(settings.heldout[0]), field="heldout")
+            collection = read_judged(*folder_and_split(settings.heldout[0]), field="heldout")
             run, first_stage = _lists(collection, settings.heldout_run, "heldout_run", settings.depth)
     if judged is not None:
         assert train_lists is not None
@@ -106,12 +115,6 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
         raise ValueError(f"`train` must have a positive with at least one negative; left out: {reasons}.")
     _refuse_overlap({group.query for group in groups}, collection)
     return RankingData(groups, left_out, collection, run, first_stage)
-
-
-def _folder(source: str) -> tuple[str, str | None]:
-    """Split FOLDER or FOLDER,SPLIT; a folder whose name has a comma is taken whole."""
-    name, comma, split = source.rpartition(",")
-    return (name, split) if comma and not Path(source).is_dir() else (source, None)
 
 
 def _lists(
@@ -170,7 +173,7 @@ def mine_groups(judged: JudgedCollection, run: Run, settings: RerankerSettings, 
     """
     groups: list[Group] = []
     for number, query in enumerate(judged.queries):
-        text, relevant = judged.queries[query], judged.relevant(query)
+        query_text, relevant = judged.queries[query], judged.relevant(query)
         same = {judged.documents[document] for document in relevant}
         listed = trec_order(run[query])[: settings.depth][settings.skip :]
         candidates = list(
@@ -182,21 +185,28 @@ def mine_groups(judged: JudgedCollection, run: Run, settings: RerankerSettings, 
                 and judged.documents[document] not in same
             )
         )
-        positives = {judged.documents[one]: grade for one, grade in relevant.items() if judged.documents[one].strip()}
-        left_out["relevant documents without text"] += len(relevant) - len(positives)
+        positives: dict[str, int] = {}
+        for document, grade in relevant.items():
+            text = judged.documents[document]
+            if not text.strip():
+                left_out["relevant documents without text"] += 1
+                continue
+            # Once for each text, with the highest of its grades.
+            left_out["relevant documents with the text of another"] += text in positives
+            positives[text] = max(grade, positives.get(text, 0))
         if not candidates:
             left_out["queries without negatives"] += 1
             continue
         places = np.random.default_rng([settings.seed, number])
         if settings.loss in LISTWISE:
             texts, most = list(positives), max(1, (settings.negatives + 1) // 2)
-            texts = [texts[index] for index in sorted(places.permutation(len(texts))[:most])]
-            if texts:
-                drawn = _drawn(candidates, settings.negatives + 1 - len(texts), places)
-                groups.append(_group(text, {one: positives[one] for one in texts}, drawn))
+            chosen = [texts[index] for index in sorted(places.permutation(len(texts))[:most])]
+            if chosen:
+                drawn = _drawn(candidates, settings.negatives + 1 - len(chosen), places)
+                groups.append(_group(query_text, {one: positives[one] for one in chosen}, drawn))
             continue
         groups += [
-            _group(text, {positive: grade}, _drawn(candidates, settings.negatives, places))
+            _group(query_text, {positive: grade}, _drawn(candidates, settings.negatives, places))
             for positive, grade in positives.items()
         ]
     return groups
@@ -303,21 +313,29 @@ def _numbers(value: Any, name: str, place: str, *, least: float) -> list[float]:
 
 
 def _shaped(groups: Sequence[tuple[str, Group]], settings: RerankerSettings) -> Iterator[Group]:
-    """Give groups from files the form that the loss reads; at most `settings.negatives` of the others, by the seed."""
+    """Convert groups from files to the form that the loss expects.
+
+    They have at most `settings.negatives` negatives, drawn by the seed. A list keeps its order, and all documents
+    with a label above 0.
+    """
     for number, (place, group) in enumerate(groups):
         if settings.loss == "margin_mse" and group.teacher is None:
             raise ValueError(f"{place}: `scores` of a teacher are missing, which the loss 'margin_mse' needs.")
-        if settings.loss in LISTWISE:
-            yield group
-            continue
         places = np.random.default_rng([settings.seed, number])
         positives = [index for index, label in enumerate(group.labels) if label > 0]
         negatives = [index for index, label in enumerate(group.labels) if label == 0]
+        if settings.loss in LISTWISE:
+            yield _part(group, sorted([*positives, *_drawn(negatives, settings.negatives, places)]))
+            continue
         for positive in positives:
-            chosen = [positive, *_drawn(negatives, settings.negatives, places)]
-            columns = (group.documents, group.labels, group.teacher)
-            parts = [None if column is None else tuple(column[index] for index in chosen) for column in columns]
-            yield Group(group.query, *parts)  # pyright: ignore[reportArgumentType]
+            yield _part(group, [positive, *_drawn(negatives, settings.negatives, places)])
+
+
+def _part(group: Group, chosen: Sequence[int]) -> Group:
+    """Return the group with some of its documents, in this order."""
+    columns = (group.documents, group.labels, group.teacher)
+    parts = [None if column is None else tuple(column[index] for index in chosen) for column in columns]
+    return Group(group.query, *parts)  # pyright: ignore[reportArgumentType]
 
 
 def _sha256(value: Any) -> str:

@@ -1,8 +1,10 @@
 """Losses of scores within groups: a query with M documents, of which some may be missing.
 
-All take (G, M) scores, labels and a mask and return a () loss in float32. sentence-transformers has the same losses,
-but computes the scores inside them, pair by pair in padded rows; here they come from packed rows. The tests compare the
-values with its losses.
+All take (G, M) scores, labels and a mask and return () in float32: the sum over their terms, which are groups,
+documents or pairs. The loss is this sum divided by the number of terms. A step of several batches or processes divides
+by the number of all its terms, so that the loss does not depend on how the groups are split. sentence-transformers has
+the same losses, but computes the scores inside them, pair by pair in padded rows; here they come from packed rows. The
+tests compare the values with its losses.
 
 Symbols: G groups, M documents of the largest group.
 """
@@ -11,17 +13,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RankingLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 _FAR = -1e16
 
 
+class RankingLoss(NamedTuple):
+    """A loss as the sum over its terms.
+
+    Attributes:
+        total: sum of the terms, from scores, labels, mask and the teacher's scores or None.
+        terms: number of the terms, from labels and mask: () int64.
+    """
+
+    total: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    terms: Callable[[Tensor, Tensor], Tensor]
+
+    def mean(self, scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | None) -> Tensor:
+        """Return the () loss of groups that are not part of a larger step; 0 without a term."""
+        return self.total(scores, labels, present, teacher) / self.terms(labels, present).clamp(min=1)
+
+
 def localised_contrastive(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | None) -> Tensor:
-    """Return the mean over the groups of -log softmax of the first document's score (LCE, arXiv 2101.08751).
+    """Return the sum over the groups of -log softmax of the first document's score (LCE, arXiv 2101.08751).
 
     Args:
         scores: (G, M), the positive first.
@@ -29,11 +47,11 @@ def localised_contrastive(scores: Tensor, labels: Tensor, present: Tensor, teach
         present: (G, M) False where a group has no document.
         teacher: not read.
     """
-    return -_logs(scores, present)[:, 0].mean()
+    return -_logs(scores, present)[:, 0].sum()
 
 
 def binary(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | None) -> Tensor:
-    """Return the mean over all documents of the binary cross-entropy; a label above 0 is relevant.
+    """Return the sum over all documents of the binary cross-entropy; a label above 0 is relevant.
 
     Args:
         scores: (G, M) logits.
@@ -41,11 +59,14 @@ def binary(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | No
         present: (G, M) False where a group has no document.
         teacher: not read.
     """
-    return F.binary_cross_entropy_with_logits(scores.float()[present], (labels > 0).float()[present])
+    relevant = (labels > 0).float()[present]
+    return F.binary_cross_entropy_with_logits(scores.float()[present], relevant, reduction="sum")
 
 
 def margin_mse(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | None) -> Tensor:
-    """Return the mean squared difference of margins, first document minus another, to the teacher's (arXiv 2010.02666).
+    """Return the sum of squared differences between our margins and the teacher's (MarginMSE, arXiv 2010.02666).
+
+    A margin is the score of the first document minus that of another.
 
     Args:
         scores: (G, M), the positive first.
@@ -55,11 +76,11 @@ def margin_mse(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor 
     """
     assert teacher is not None
     ours, theirs = (values.float()[:, :1] - values.float()[:, 1:] for values in (scores, teacher))
-    return (ours - theirs)[present[:, 1:]].square().mean()
+    return (ours - theirs)[present[:, 1:]].square().sum()
 
 
 def listnet(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | None) -> Tensor:
-    """Return the mean over the groups of the cross-entropy from softmax of the labels to softmax of the scores.
+    """Return the sum over the groups of the cross-entropy from softmax of the labels to softmax of the scores.
 
     ListNet with the top-one probabilities (Cao et al., ICML 2007).
 
@@ -70,13 +91,13 @@ def listnet(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | N
         teacher: not read.
     """
     wanted = labels.float().masked_fill(~present, -math.inf).softmax(-1)
-    return -(wanted * _logs(scores, present)).sum(-1).mean()
+    return -(wanted * _logs(scores, present)).sum()
 
 
 def lambda_loss(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor | None) -> Tensor:
     """Return LambdaLoss with the weights of NDCG-Loss2++ (Wang et al., CIKM 2018), mu = 10, sigma = 1.
 
-    It is the mean, over the pairs of a group whose labels differ, of -log2 of the probability of the right order, times
+    It is the sum, over the pairs of a group whose labels differ, of -log2 of the probability of the right order, times
     the pair's weight: the difference of their gains, by that of discounts of the distance of their ranks and of the
     ranks themselves. The ranks are those by the scores.
 
@@ -102,7 +123,7 @@ def lambda_loss(scores: Tensor, labels: Tensor, present: Tensor, teacher: Tensor
     ).abs()
     above = (grades[:, :, None] > grades[:, None, :]) & there[:, :, None] & there[:, None, :]
     losses = weight * F.logsigmoid(ranked[:, :, None] - ranked[:, None, :]) / math.log(2)
-    return -losses.masked_fill(~above, 0).sum() / above.sum().clamp(min=1)
+    return -losses.masked_fill(~above, 0).sum()
 
 
 def _logs(scores: Tensor, present: Tensor) -> Tensor:
@@ -110,12 +131,30 @@ def _logs(scores: Tensor, present: Tensor) -> Tensor:
     return scores.float().masked_fill(~present, _FAR).log_softmax(-1).masked_fill(~present, 0)
 
 
+def _groups(labels: Tensor, present: Tensor) -> Tensor:
+    return present.any(-1).sum()
+
+
+def _documents(labels: Tensor, present: Tensor) -> Tensor:
+    return present.sum()
+
+
+def _margins(labels: Tensor, present: Tensor) -> Tensor:
+    return present[:, 1:].sum()
+
+
+def _pairs(labels: Tensor, present: Tensor) -> Tensor:
+    """Return the number of pairs of documents in a group whose labels differ."""
+    above = labels[:, :, None] > labels[:, None, :]
+    return (above & present[:, :, None] & present[:, None, :]).sum()
+
+
 LOSSES: dict[str, RankingLoss] = {
-    "lce": localised_contrastive,
-    "binary": binary,
-    "margin_mse": margin_mse,
-    "listnet": listnet,
-    "lambda": lambda_loss,
+    "lce": RankingLoss(localised_contrastive, _groups),
+    "binary": RankingLoss(binary, _documents),
+    "margin_mse": RankingLoss(margin_mse, _margins),
+    "listnet": RankingLoss(listnet, _groups),
+    "lambda": RankingLoss(lambda_loss, _pairs),
 }
 LISTWISE = ("listnet", "lambda")
 """Losses that read a list of graded documents, the others one positive and its negatives."""

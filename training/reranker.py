@@ -31,6 +31,7 @@ from ..conversion.load_model import check_finite
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.metrics.metric import require_package
 from ..evaluation.reranking import check_queries, means, measure_run, rerank
+from ..evaluation.reranking_data import without_list
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line
 from ..harness.provenance import provenance
@@ -53,7 +54,7 @@ from .report import (
 from .reranker_settings import RerankerSettings
 from .sources import public_sources
 from .texts import check_ids
-from .trainer import check_trackers, computing, processes
+from .trainer import check_trackers, computing, optimiser_steps, processes
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -92,11 +93,14 @@ class RerankerRun:
         return transformer.model
 
     @property
+    def depth(self) -> int | None:
+        """Documents of each held-out list that are re-ranked; None: all, in groups from files, which have no order."""
+        return None if self.data.first_stage is None else self.settings.depth
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of the whole training."""
-        from .reranker_trainer import reranker_steps
-
-        return reranker_steps(self.settings, len(self.data.groups), self.state.num_processes)
+        return optimiser_steps(self.settings, len(self.data.groups), self.state.num_processes)
 
     @property
     def collator(self) -> Any:
@@ -116,12 +120,12 @@ class RerankerRun:
                 reranker,
                 data.collection,
                 data.run,
-                depth=settings.depth,
+                depth=self.depth,
                 rule=settings.rule,
                 batch_size=settings.batch_size * 4,
             )
         model.train(training)
-        measured = means(measure_run(data.collection, ranked, settings.depth))
+        measured = means(measure_run(data.collection, ranked, self.depth))
         check_numbers(measured, name)
         if self.state.is_main_process:
             tqdm.write(f"{name}: nDCG@10 {measured['ndcg@10']:.4f}, MRR@10 {measured['mrr@10']:.4f}")
@@ -248,7 +252,7 @@ def _report(
     head["settings"] |= files
     first = None
     if data.first_stage is not None:
-        first = {"name": data.first_stage, **means(measure_run(data.collection, data.run, settings.depth))}
+        first = {"name": data.first_stage, **means(measure_run(data.collection, data.run, run.depth))}
     listed = sum(len(documents) for documents in data.run.values())
     return {
         **head,
@@ -270,6 +274,7 @@ def _report(
                 "split": not settings.heldout,
                 "queries": len(data.collection.queries),
                 "pairs": listed,
+                "without_list": without_list(data.run),
             },
         },
         "first_stage": first,

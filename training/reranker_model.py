@@ -31,15 +31,13 @@ from transformers import (
 
 from ..conversion.load_model import check_finite, load_config, load_model, load_tokenizer, quiet_loading
 from ..evaluation.embedder import HEADS
-from ..evaluation.long_documents import CONFIG_KEY
+from ..evaluation.long_documents import CONFIG_KEY, TRUNCATION
 from ..modeling.heads import ZooForSequenceClassification
 from ..modeling.pretrained import is_bidirectional
 from .adapters import add_adapters
 from .reranker_settings import RerankerSettings
 from .trainer import compute_dtype
 
-TRUNCATION = "only_second"
-"""Truncation of pairs: the document alone is cut."""
 _DOCUMENT, _QUERY = "Document:\n", "Query:\n"
 _GAP = "\n\n"
 
@@ -193,7 +191,7 @@ def _make(settings: RerankerSettings, dtype: torch.dtype | str) -> CrossEncoder:
     # Only for a caller without a mask. If padding is the end token, its id says nothing about where a text ends.
     model.config.pad_token_id = None if tokenizer.pad_token_id == end_of(tokenizer) else tokenizer.pad_token_id
     setattr(model.config, CONFIG_KEY, settings.rule.entry())
-    # A list-wise score is no probability, and a sigmoid would make large ones equal.
+    # A list-wise score is not a probability, and a sigmoid would make large ones equal.
     return CrossEncoder(modules=[transformer], activation_fn=nn.Identity(), device="cpu")
 
 

@@ -40,12 +40,14 @@ class RerankerSettings(FinetuningSettings):
     """lce: cross-entropy of the positive among its group; binary: cross-entropy of each document; margin_mse: margins
     of a teacher's scores, which the files bring; listnet and lambda: graded lists."""
     negatives: Count = 7
-    """Documents in a group besides the positive, drawn from the first-stage list of its query."""
+    """Documents in a group besides the positive, drawn from the first-stage list of its query; from a group of a .jsonl
+    file at most as many with label 0 are drawn."""
     depth: Count = 100
-    """Documents of a first-stage list that are used: to draw negatives from, and to re-rank for the measurements."""
+    """Documents of a first-stage list that are used: to draw negatives from, and to re-rank for the measurements. Lists
+    from .jsonl files are used whole."""
     skip: Annotated[int, Field(ge=0)] = 0
-    """Documents at the top of a first-stage list that are no negatives, since they may be relevant without being
-    judged."""
+    """Documents at the top of a first-stage list that are not used as negatives, since they may be relevant without
+    being judged."""
     run: Annotated[Text | None, Option(metavar="FILE")] = None
     """First-stage lists for the folder in --train, as a run file in TREC's format; by default BM25's."""
     heldout_run: Annotated[Text | None, Option(metavar="FILE")] = None
@@ -102,6 +104,8 @@ class RerankerSettings(FinetuningSettings):
             raise refused(
                 "loss", "'margin_mse' needs a teacher's scores, which .jsonl files may have; `train` is a folder"
             )
+        if not self.in_folder and self.heldout[0].endswith(".jsonl") and self.depth != 100:
+            raise refused("depth", f"has no effect where `train` and `heldout` are no folders, got {self.depth}")
         if self.skip >= self.depth:
             raise wrong("skip", self.skip, f"less than `depth`, {self.depth}")
         if self.skip and not self.in_folder:

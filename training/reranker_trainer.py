@@ -18,18 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ..evaluation.long_documents import LongDocuments
+from ..evaluation.long_documents import TRUNCATION, LongDocuments
 from ..modeling.backbone import ZooModel
 from .checkpoints import last_checkpoint
 from .packing import first_fit_decreasing, pad_rows
 from .ranking_groups import Group
 from .ranking_losses import LOSSES
-from .reranker_model import TRUNCATION
 from .reranker_settings import RerankerSettings
 from .trainer import (
     CHECKPOINTS,
+    AuxiliaryLoss,
     CurveCallback,
-    SelectionMeans,
     ZooTrainer,
     curve_of,
     train_or_load,
@@ -131,71 +130,69 @@ class Groups(Dataset):
         return self._groups[index]
 
 
-def group_loss(model: nn.Module, batch: Batch, loss: str) -> Tensor:
-    """Return the () loss of a batch of :class:`GroupCollator` by a name in `LOSSES`."""
+def number_of_terms(batch: Batch, loss: str) -> Tensor:
+    """Return the () number of terms of a batch of :class:`GroupCollator`, over which a loss in `LOSSES` is the mean."""
+    return LOSSES[loss].terms(batch["grades"], (batch["slots"] >= 0).any(-1))
+
+
+def group_loss(model: nn.Module, batch: Batch, loss: str, terms: Tensor | None = None) -> Tensor:
+    """Return the () loss of a batch of :class:`GroupCollator` by a name in `LOSSES`.
+
+    Args:
+        model: the model.
+        batch: the batch.
+        loss: name of the loss.
+        terms: () number of terms of the whole step, if the batch is a part of it; None: that of the batch.
+    """
     inputs = {key: tensor for key, tensor in batch.items() if key not in ("slots", "grades", "teacher")}
     logits: Tensor = model(**inputs).logits[:, 0].float()
     slots = batch["slots"]
     passages = logits[slots.clamp(min=0)].masked_fill(slots < 0, -math.inf)
     present = (slots >= 0).any(-1)
     scores = passages.amax(-1).masked_fill(~present, 0)
-    return LOSSES[loss](scores, batch["grades"], present, batch.get("teacher"))
+    total = LOSSES[loss].total(scores, batch["grades"], present, batch.get("teacher"))
+    return total / (number_of_terms(batch, loss) if terms is None else terms).clamp(min=1)
 
 
-class RerankerTrainer(ZooTrainer):
-    """Trainer of a reranker, which adds the auxiliary loss of a model that selects tokens.
+class RerankerTrainer(AuxiliaryLoss, ZooTrainer):
+    """Trainer of a reranker.
 
-    The curve's loss is the ranking loss alone.
+    The loss of a step is the mean over the terms of all its batches in all processes, however they are split. The
+    auxiliary loss of a model that selects tokens is added, and the curve's loss is the ranking loss alone.
     """
 
     def __init__(self, *arguments: Any, loss: str, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._loss = loss
-        self._selection = SelectionMeans()
-        self._penalties: list[Tensor] = []
-        self._auxiliary = torch.zeros((), device=self.args.device)  # auxiliary part of the loss since the last point
-        # The loss is a mean over the batch: the Trainer divides it by the number of batches in a step.
-        self.model_accepts_loss_kwargs = False
+        # The loss is divided by the terms of the whole step: the Trainer does not divide it by the number of batches.
+        self.model_accepts_loss_kwargs = True
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         model: Any = self.model
-        hooks = [one.register_forward_hook(self._note) for one in model.modules() if isinstance(one, ZooModel)]
+        zoo = [one for one in model.modules() if isinstance(one, ZooModel)]
+        hooks = [one.register_forward_hook(lambda model, _, outputs: self.note(model, outputs)) for one in zoo]
         try:
             return super().train(*arguments, **options)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _note(self, model: Any, inputs: Any, outputs: Any) -> None:
-        if model.training and getattr(outputs, "aux_loss", None) is not None:
-            self._selection.add(outputs)
-            self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self._penalties = []
-        loss = group_loss(model, inputs, self._loss)
-        if self._penalties:
-            penalty = torch.stack(self._penalties).mean().to(loss.device, loss.dtype)
-            loss = loss + penalty
-            self._auxiliary += penalty.detach() / self.args.gradient_accumulation_steps
+        """Compute the part of the step's loss that these groups have, times the processes: gradients are averaged."""
+        processes = self.accelerator.num_processes
+        share: Tensor | float = 1.0
+        if num_items_in_batch is not None:
+            share = processes * number_of_terms(inputs, self._loss) / num_items_in_batch.clamp(min=1)
+        loss = self.with_auxiliary(lambda: group_loss(model, inputs, self._loss, num_items_in_batch) * processes, share)
         return (loss, {}) if return_outputs else loss
 
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
-            auxiliary: Any = self.accelerator.reduce(self._auxiliary, reduction="mean")
-            logs["loss"] -= float(auxiliary) / max(self.state.global_step - last, 1)
-            self._auxiliary = torch.zeros_like(self._auxiliary)
-            logs |= self._selection.take(lambda tensor: self.accelerator.reduce(tensor, reduction="mean"))
-        super().log(logs, start_time)
-
-
-def reranker_steps(settings: RerankerSettings, groups: int, processes: int) -> int:
-    """Return the optimiser steps of the whole training."""
-    in_a_step = settings.batch_size * settings.gradient_accumulation * processes
-    return settings.steps or math.ceil(settings.epochs * math.ceil(groups / in_a_step))
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """Return the batches of a step in this process, and the number of terms of the step in all processes."""
+        batches, _ = super().get_batch_samples(*arguments, **options)
+        terms = sum((number_of_terms(batch, self._loss) for batch in batches), torch.zeros((), dtype=torch.int64))
+        return batches, self.accelerator.reduce(terms.to(self.args.device), reduction="sum")
 
 
 def train_reranker(

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -187,6 +187,46 @@ class ZooTrainer(CheckedTrainer, Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameters(model)
+
+
+class AuxiliaryLoss(CheckedTrainer):
+    """Mixin for a Trainer with a loss of its own, which adds the auxiliary loss of a model that selects tokens.
+
+    The Trainer has :meth:`note` called after every forward pass, and computes its loss in :meth:`with_auxiliary`. The
+    curve's loss is without the auxiliary part.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._selection = SelectionMeans()
+        self._penalties: list[Tensor] = []
+        self._auxiliary = torch.zeros((), device=self.args.device)  # auxiliary part of the loss since the last point
+
+    def note(self, model: Any, outputs: Any) -> None:
+        """Note the auxiliary loss of a forward pass in training."""
+        if model.training and getattr(outputs, "aux_loss", None) is not None:
+            self._selection.add(outputs)
+            self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
+
+    def with_auxiliary(self, compute: Callable[[], Tensor], share: Tensor | float = 1.0) -> Tensor:
+        """Return the computed loss plus `share` of the mean of the auxiliary losses of its forward passes."""
+        self._penalties = []  # without the passes that a backward pass has done again
+        loss = compute()
+        if not self._penalties:
+            return loss
+        penalty = (share * torch.stack(self._penalties).mean()).to(loss.device, loss.dtype)
+        self._auxiliary += penalty.detach()
+        return loss + penalty
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Take the auxiliary part out of the loss of a point of the curve, and add the means of the selection."""
+        if "loss" in logs:
+            mean: Any = partial(self.accelerator.reduce, reduction="mean")
+            last = max((point["step"] for point in self.state.log_history if "loss" in point), default=0)
+            logs["loss"] -= float(mean(self._auxiliary)) / max(self.state.global_step - last, 1)
+            self._auxiliary = torch.zeros_like(self._auxiliary)
+            logs |= self._selection.take(mean)
+        super().log(logs, start_time)
 
 
 class LanguageModelTrainer(ZooTrainer):

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config, ZooMambaConfig, ZooRetNetConfig
-from ssm_zoo.training.ranking_losses import localised_contrastive
+from ssm_zoo.training.ranking_losses import LOSSES
 
 TRANSFORMER, MAMBA, MAMBA2, RETNET, HYBRID = "transformer", "mamba", "mamba2", "retnet", "hybrid"
 ARMS = (TRANSFORMER, MAMBA, MAMBA2, RETNET, HYBRID)
@@ -137,7 +137,7 @@ def sized(arm: str, point: Point) -> PreTrainedConfig:
 def contrastive(scores: Tensor) -> Tensor:
     """Return the loss of (pairs, 1) scores, in groups of `GROUP` whose first is the positive."""
     matrix = scores.view(-1, min(GROUP, scores.shape[0]))
-    return localised_contrastive(matrix, matrix.detach(), torch.ones_like(matrix, dtype=torch.bool), None)
+    return LOSSES["lce"].mean(matrix, matrix.detach(), torch.ones_like(matrix, dtype=torch.bool), None)
 
 
 def make_pass(point: Point, model: PreTrainedModel, ids: Tensor) -> Callable[[], object]:

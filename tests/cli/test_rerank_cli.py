@@ -19,6 +19,7 @@ pytest.importorskip("bm25s", reason="bm25s is not installed")
 from embedding_pairs import save_model
 from ranking_data import write_beir
 
+from ssm_zoo.cli.evaluate_rerank import _run_files
 from ssm_zoo.cli.main import app
 from ssm_zoo.training.reranker_settings import RerankerSettings
 
@@ -88,11 +89,23 @@ def test_results_of_a_training_are_printed(folder: Path) -> None:
     assert len((folder / "out" / "heldout.txt").read_text().split()) == 6
 
 
-def test_systems_are_compared_on_the_held_out_queries(ssm_zoo: Command, tmp_path: Path) -> None:
-    result = ssm_zoo(
-        "evaluate", "rerank", "out", "beir", "--queries", "out/heldout.txt", "--depth", 20, "--runs", "runs"
-    )
+def test_systems_are_compared_on_the_held_out_queries(
+    ssm_zoo: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_plot(*arguments: Any) -> None:
+        raise OSError("the disk is full")
+
+    line = ("evaluate", "rerank", "out", "beir,test", "--queries", "out/heldout.txt", "--depth", 20, "--runs", "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr("ssm_zoo.reports.reranking_plot.write_reranking_plot", no_plot)
+        result = ssm_zoo(*line, "--output", "first.json", "--plot", "first.png")
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    assert "the plot: the disk is full; going on without it" in result.stderr
+    settings = json.loads((tmp_path / "first.json").read_text())["settings"]
+    assert settings["split"] == "test" and settings["folder"] == "beir" and settings["revision"] is None
+    assert settings["trust_remote_code"] is False
+    again = ssm_zoo(*line)
+    assert again.exit_code == 2 and re.search(r"--runs: runs/out.trec exists. Choose another folder, or", again.stderr)
     assert "6 queries, 36 pairs" in result.stdout and "p (Holm)" in result.stdout.replace("\n", " ")
     result = ssm_zoo(
         *("evaluate", "rerank", "out", "beir", "--queries", "out/heldout.txt", "--depth", 20, "--split", "test"),
@@ -126,6 +139,12 @@ MISTAKES = [
     (("evaluate", "rerank", "out", "beir", "--queries", "ids"), "line 2: 'q99' must be the id of a query with a"),
     (("evaluate", "rerank", "out", "beir", "--run", "bad.trec"), "run: 'bad.trec', line 1 must have six columns"),
     (("evaluate", "rerank", "out", "beir", "--against", "bad.trec"), "against: 'bad.trec', line 1 must have six"),
+    (("evaluate", "rerank", "out", "beir,dev"), "the judgements must be one of .*, test, got 'dev'."),
+    (("evaluate", "rerank", "out", "beir,dev", "--split", "test"), "`folder` and --split must not both name the judg"),
+    (
+        ("evaluate", "rerank", "out", "beir", "--runs", "ids/lists"),
+        "--runs: ids/lists cannot be made, because",
+    ),
     (("evaluate", "rerank", "out", "beir", "--runs", "ids"), "--runs: ids must be a folder, and it is a file."),
     (("evaluate", "rerank", "out", "beir", "--output", "ids"), "--output: ids exists and is no earlier ssm-zoo eval"),
     (("finetune", "rerank", "zoo", "new", "--train", "beir", "--loss", "margin_mse"), "`loss` 'margin_mse' needs a"),
@@ -144,6 +163,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     result = ssm_zoo(*line, *(("--plot", "o.png") if line[0] == "evaluate" else ()))
     assert result.exit_code == 2 and re.search(message, result.stderr), f"{result.stderr}\n{result.exception!r}"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_every_system_has_a_run_file_of_its_own(tmp_path: Path) -> None:
+    files = _run_files(tmp_path / "runs", ["org/model", "org_model", "ORG_model", "a (2)"], overwrite=False)
+    names = [path.stem for path in files.values()]
+    assert names == ["org_model", "org_model-2", "ORG_model-3", "a_2_"]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_help_explains_every_option_without_torch() -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,18 +25,30 @@ from transformers import AutoTokenizer
 
 from ssm_zoo.evaluation.long_documents import LongDocuments, long_documents
 from ssm_zoo.evaluation.reranking import means, measure_run, rerank
-from ssm_zoo.evaluation.reranking_data import JudgedCollection, bm25_run, cut, read_judged, read_run, write_run
+from ssm_zoo.evaluation.reranking_data import (
+    JudgedCollection,
+    bm25_run,
+    cut,
+    read_judged,
+    read_run,
+    without_list,
+    write_run,
+)
 from ssm_zoo.evaluation.significance import compare, holm, interval
 
 
 class Letters(CrossEncoder):
     """A reranker that counts the letters "s" of the document, and adds a wave over its length and characters."""
 
-    def __init__(self) -> None:
+    def __init__(self, truncation: bool | str = "only_second") -> None:
         nn.Module.__init__(self)
+        self.__dict__["module"] = SimpleNamespace(processing_kwargs={"text": {"truncation": truncation}})
         self.__dict__["tokenizer_in_use"] = lambda queries, texts, **options: {
             "input_ids": [list(query) for query in queries]
         }
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__dict__["module"]
 
     tokenizer = property(lambda self: self.__dict__["tokenizer_in_use"])  # pyright: ignore[reportAssignmentType]
     max_seq_length = 100  # pyright: ignore[reportAssignmentType]
@@ -262,15 +275,28 @@ def test_a_split_is_asked_for_where_there_are_several(beir: Path) -> None:
         ("q0 Q0 d0-0 1 nan a", r"line 13: the score must be a finite number, got 'nan'"),
         ("q0 Q0 d0-0 1 x a", r"line 13: the score must be a finite number, got 'x'"),
         ("q0 Q0 d0-1 1 0.5 a", r"line 13 has document 'd0-1' again in the list of query 'q0'"),
-        (None, r"must have a list for every query with judgements; 1 have none, the first is 'q11'"),
+        (None, r"must have a list for at least one of the 11 queries with judgements, and has none. Check the split."),
     ],
 )
 def test_a_mistake_in_a_run_names_the_line(beir: Path, tmp_path: Path, line: str | None, message: str) -> None:
     lines = [f"q{number} Q0 d{number}-1 1 0.5 a" for number in range(12)]
-    lines = lines[:-1] if line is None else [*lines, line]
+    lines = lines[:1] if line is None else [*lines, line]
     (tmp_path / "a.trec").write_text("\n".join(lines))
+    judged = read_judged(beir)
     with pytest.raises(ValueError, match=message):
-        read_run(tmp_path / "a.trec", "run", read_judged(beir))
+        read_run(tmp_path / "a.trec", "run", judged.only(list(judged.queries)[1:]) if line is None else judged)
+
+
+def test_a_query_without_lines_has_an_empty_list(beir: Path, tmp_path: Path) -> None:
+    """As BM25 gives it for a query that shares no word with a document; `write_run` writes no line for it."""
+    queries = (beir / "queries.jsonl").read_text().replace("find llla", "zzz")
+    (beir / "queries.jsonl").write_text(queries)
+    judged = read_judged(beir)
+    lists = bm25_run(judged, 3)
+    write_run(lists, tmp_path / "a.trec", "BM25")
+    again = read_run(tmp_path / "a.trec", "run", judged)
+    assert list(again) == list(judged.queries) and again["q11"] == {} and without_list(again) == 1
+    assert {query: list(scores) for query, scores in again.items()} == {q: list(of) for q, of in lists.items()}
 
 
 def test_scores_and_queries_are_checked(beir: Path) -> None:
@@ -282,8 +308,10 @@ def test_scores_and_queries_are_checked(beir: Path) -> None:
         rerank(reranker, judged, lists, rule=LongDocuments())
     Letters.max_seq_length = 9  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with pytest.raises(ValueError, match=r"`max_tokens`, 9, must leave room for a document .* have 9 tokens"):
+        with pytest.raises(ValueError, match=r"limit of tokens, 9, must leave room .* have 9 tokens. Shorten"):
             rerank(Letters(), judged, lists, rule=LongDocuments())
+        # Other cross-encoders cut the query, too.
+        assert rerank(Letters(truncation=True), judged, lists, rule=LongDocuments()).keys() == lists.keys()
     finally:
         Letters.max_seq_length = 100  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -258,6 +258,18 @@ def test_losses_of_rows(case: str, dtype: torch.dtype) -> None:
     assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_labels_are_as_many_as_rows_or_packed_documents(count: int) -> None:
+    """A regression would broadcast one label over all documents."""
+    model = classifier("mamba2", num_labels=count, problem_type="regression")
+    packed = {"input_ids": draw_ids(1, 9), "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]], dtype=torch.int32)}
+    for arguments, documents in (({"input_ids": draw_ids(3, 5)}, 3), (packed, 3)):
+        for wrong in (1, documents + 1):
+            with pytest.raises(ValueError, match=rf"`labels` must have one entry for each of the 3 .*\({wrong},"):
+                model(**arguments, labels=torch.zeros(wrong, count))
+        assert model(**arguments, labels=torch.zeros(documents, count)).loss.isfinite()
+
+
 def test_loss_of_tokens(name: str) -> None:
     model = tagger(name)
     ids, mask = padded("right")

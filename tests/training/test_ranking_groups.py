@@ -65,7 +65,16 @@ def test_what_is_relevant_is_never_a_negative() -> None:
     (group,) = mine_groups(judged, run, settings_of(Path("x"), negatives=5, depth=5), left_out)
     assert set(group.documents[1:]) == {"top", "below"}
     assert mine_groups(judged, {"q": {"a": 1.0}}, settings, left_out) == []
-    assert left_out["queries without negatives"] == 1
+    assert left_out["queries without negatives"] == 1 and left_out["relevant documents with the text of another"] == 0
+
+
+def test_a_repeated_text_is_one_positive_with_its_highest_grade() -> None:
+    documents = {"a": "right", "b": "right", "c": " ", "d": "wrong"}
+    judged = JudgedCollection({"q": "?"}, documents, {"q": {"a": 2, "b": 1, "c": 1}}, frozenset("q"))
+    left_out: Counter[str] = Counter()
+    (group,) = mine_groups(judged, {"q": {"d": 1.0}}, settings_of(Path("x")), left_out)
+    assert group.documents == ("right", "wrong") and group.labels == (2.0, 0.0)
+    assert left_out == {"relevant documents without text": 1, "relevant documents with the text of another": 1}
 
 
 def test_queries_are_split_by_the_seed(beir: Path) -> None:
@@ -135,6 +144,9 @@ def test_files_of_groups_are_read(tmp_path: Path) -> None:
     assert dict(data.collection.grades["q0"]) == {"d0": 2, "d1": 0, "d2": 1, "d3": 0} and data.first_stage is None
     whole = read_ranking_data(settings_of(tmp_path, **files, loss="lambda")).groups
     assert whole[1].documents == ("u", "v", "w", "z") and whole[1].labels == (0.0, 2.0, 0.0, 1.0)
+    fewer = read_ranking_data(settings_of(tmp_path, **files, loss="listnet", negatives=1)).groups
+    assert fewer[1].labels in [(0.0, 2.0, 1.0), (2.0, 0.0, 1.0)] and fewer[1].documents[-1] == "z"
+    assert fewer[2].documents[0] == "p" and len(fewer[2].documents) == 2 == len(fewer[2].teacher or ())
     changed = read_ranking_data(settings_of(tmp_path, **files, loss="lambda", seed=1))
     assert changed.fingerprints() == read_ranking_data(settings_of(tmp_path, **files, loss="lambda")).fingerprints()
     assert changed.fingerprints() != data.fingerprints()
@@ -191,6 +203,10 @@ SETTINGS = [
     ({"heldout_run": "r"}, "`heldout_run` has no effect where `heldout` is no folder, got 'r'"),
     ({"loss": "margin_mse"}, "`loss` 'margin_mse' needs a teacher's scores, which .jsonl files may have"),
     ({"skip": 100}, "`skip` must be less than `depth`, 100, got 100"),
+    (
+        {"train": ["a.jsonl"], "heldout": ["b.jsonl"], "depth": 9},
+        "`depth` has no effect where `train` and",
+    ),
     ({"train": ["a.jsonl"], "heldout": ["b"], "skip": 2}, "`skip` has no effect where `train` is no folder, got 2"),
     ({"stride": 64}, "`stride` has no effect with documents 'firstp', got 64"),
     ({"documents": "maxp", "stride": 300}, "`stride` must be at most `passage_tokens`, 256, got 300"),

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from families import make_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_checkpoints import save_llama, save_tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 pytest.importorskip("ir_measures", reason="ir-measures is not installed")
@@ -27,11 +28,12 @@ from sentence_transformers import CrossEncoder
 
 from ssm_zoo.evaluation.reranking import load_reranker, means, measure_run, rerank
 from ssm_zoo.evaluation.reranking_data import bm25_run, read_judged
-from ssm_zoo.training.ranking_groups import read_ranking_data
-from ssm_zoo.training.reranker import finetune_reranker
+from ssm_zoo.reports.reranker_card import _evaluations
+from ssm_zoo.training.ranking_groups import Group, read_ranking_data
+from ssm_zoo.training.reranker import RerankerRun, finetune_reranker
 from ssm_zoo.training.reranker_model import adapt, backbone_of, finished_reranker, load_reranker_to_train
 from ssm_zoo.training.reranker_settings import parse_reranker_settings
-from ssm_zoo.training.reranker_trainer import GroupCollator, group_loss, train_reranker
+from ssm_zoo.training.reranker_trainer import GroupCollator, RerankerTrainer, group_loss, train_reranker
 
 LORA = {"rank": 8, "dropout": 0.05, "learning_rate": 2e-2}
 PAIRS = [("find aaaa", "aaaa x1 no"), ("b", "cccc " * 30), ("a much longer query", "d")]
@@ -177,7 +179,13 @@ def test_it_learns_and_is_measured_before_and_after(folder: Path, run: Path) -> 
     assert [point["step"] for point in report["history"]] == list(range(1, 7))
     assert report["first_stage"]["name"] == "BM25"
     assert report["data"]["train"]["groups"] == 20 and report["data"]["train"]["pairs"] == 80
-    assert report["data"]["heldout"] == {"sources": ["beir"], "split": True, "queries": 2, "pairs": 12}
+    assert report["data"]["heldout"] == {
+        "sources": ["beir"],
+        "split": True,
+        "queries": 2,
+        "pairs": 12,
+        "without_list": 0,
+    }
     assert report["coverage"]["dead"] == []
     whole = [entry for entry in report["coverage"]["without_adapter"] if entry["reason"] == "trained whole"]
     assert [entry["module"] for entry in whole] == ["score"]
@@ -271,25 +279,77 @@ def test_other_ways_learn_too(folder: Path, tmp_path: Path, model: str, changes:
     assert config["reranking"] == settings.rule.entry() and config["reranking"]["rule"] == settings.documents
 
 
-def first_point(folder: Path, output: Path, model: str = "mamba2", **changes: Any) -> dict[str, Any]:
-    """The curve of a single step of all weights, without the measurements around it."""
+def first_point(
+    folder: Path, output: Path, model: str = "mamba2", sizes: tuple[int, ...] = (), **changes: Any
+) -> dict[str, Any]:
+    """The curve of a single step of all weights, without the measurements around it; `sizes`: only groups of these."""
     values = reranker_values(folder, model, method="full", steps=1, warmup=0.0, **changes)
     settings = parse_reranker_settings(values)
     reranker = load_reranker_to_train(settings)
     collator = GroupCollator(reranker.tokenizer, settings.rule, settings.packing)
     groups = read_ranking_data(settings).groups
+    if sizes:
+        groups = [
+            Group(group.query, group.documents[:size], group.labels[:size])
+            for group, size in zip(groups, sizes, strict=False)
+        ]
     _, history = train_reranker(
         backbone_of(reranker), collator, groups, settings, 1, output, torch.device(reranker.device)
     )
     return history[0]
 
 
-def test_accumulated_batches_are_one(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["binary", "lambda"])
+def test_accumulated_batches_are_one(folder: Path, tmp_path: Path, loss: str) -> None:
+    """Groups of different sizes; the last step of an epoch has fewer batches than the others."""
     points = [
-        first_point(folder, tmp_path / str(size), batch_size=size, gradient_accumulation=4 // size) for size in (4, 2)
+        first_point(
+            *(folder, tmp_path / str(size)),
+            sizes=(2, 4, 3),
+            batch_size=size,
+            gradient_accumulation=4 // size,
+            loss=loss,
+        )
+        for size in (4, 2, 1)
     ]
+    assert points[0]["grad_norm"] == pytest.approx(points[2]["grad_norm"], rel=1e-3)
     assert points[0]["loss"] == pytest.approx(points[1]["loss"], abs=1e-4)
     assert points[0]["grad_norm"] == pytest.approx(points[1]["grad_norm"], rel=1e-3)
+
+
+def test_processes_share_the_terms_of_a_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over two processes, which gradients are averaged to, is the loss of all groups together."""
+    settings = parse_reranker_settings(reranker_values(folder, loss="binary"))
+    reranker = load_reranker_to_train(settings)
+    model: Any = backbone_of(reranker).eval()
+    collator = GroupCollator(reranker.tokenizer, settings.rule, True)
+    first, second = read_ranking_data(settings).groups[:2]
+    second = Group(second.query, second.documents[:2], second.labels[:2])
+    batches = [collator([first]), collator([second])]
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = RerankerTrainer(model=model, args=arguments, loss="binary")
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    losses = []
+    for batch, of_the_other in zip(batches, (2, 4), strict=True):
+        reduced = lambda tensor, reduction, other=of_the_other: tensor + other  # noqa: E731
+        monkeypatch.setattr(trainer.accelerator, "reduce", reduced)
+        _, terms = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        assert terms == 6
+        losses.append(trainer.compute_loss(model, batch, num_items_in_batch=terms))
+    torch.testing.assert_close(torch.stack(losses).mean(), group_loss(model, collator([first, second]), "binary"))
+
+
+def test_held_out_lists_of_files_are_ranked_whole(folder: Path, tmp_path: Path) -> None:
+    """The first-stage lists are cut; a file has no order by which the relevant document could be cut off."""
+    row = {"query": "held", "positive": "aaaa yes", "negatives": [f"aaaa {letter} no" for letter in "bcdef"]}
+    (tmp_path / "held.jsonl").write_text(json.dumps(row))
+    settings = parse_reranker_settings(reranker_values(folder, heldout=[str(tmp_path / "held.jsonl")], depth=3))
+    data, state = read_ranking_data(settings), PartialState(cpu=True)
+    run = RerankerRun(settings, tmp_path, load_reranker_to_train(settings), data, {}, state)
+    measured = run.evaluate("before", run.reranker)
+    assert measured["recall@10"] == 1 and measured["map"] >= 1 / 6 and "recall@3" not in measured
+    report = {"evaluations": [measured, measured], "first_stage": None, "settings": settings.model_dump()}
+    assert "first stage" not in _evaluations(report) and "recall@3" not in _evaluations(report).lower()
 
 
 def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path, tmp_path: Path) -> None:
@@ -300,7 +360,8 @@ def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path
         config = json.loads((tmp_path / f"model-{weight}" / "config.json").read_text())
         config["selective_attention"]["router_aux_loss_coef"] = weight
         (tmp_path / f"model-{weight}" / "config.json").write_text(json.dumps(config))
-        train = {"train": [str(folder / "beir")], "batch_size": 2}
+        # Two groups are one batch, fewer than the two that a step may have.
+        train = {"train": [str(folder / "beir")], "batch_size": 2, "gradient_accumulation": 2, "sizes": (4, 4)}
         points[weight] = first_point(tmp_path, tmp_path / f"run-{weight}", f"model-{weight}", **train)
     assert points[3.0]["loss"] == pytest.approx(points[0.0]["loss"], abs=1e-3)
     assert points[3.0]["grad_norm"] != pytest.approx(points[0.0]["grad_norm"], rel=1e-4)
