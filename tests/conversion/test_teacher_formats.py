@@ -114,6 +114,7 @@ def test_settings_of_blocks_keep_a_model_out_of_formats_that_lack_them() -> None
     changes = {
         "norm_type": "layer_norm",
         "bidirectional": True,
+        "prefix_bidirectional": True,
         "norm_placement": "after",
         "qk_norm": "head",
         "use_parallel_residual": True,
