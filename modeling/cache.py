@@ -444,7 +444,8 @@ def check_layers(cache: Cache, layer_types: list[str]) -> None:
             )
     if not tracing():
         layers: list[Any] = cache.layers
-        lengths = {length for layer in layers if isinstance(length := layer.get_seq_length(), int)}
+        # Layers without a length hold nothing that was read, as those of a mixer that keeps no state.
+        lengths = {length for layer in layers if isinstance(length := layer.get_seq_length(), int) and length}
         if len(lengths) > 1:
             raise ValueError(
                 f"past_key_values: all layers must have read equally many tokens, got {sorted(lengths)}, as after a "
