@@ -11,7 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
+from ..modeling.cache import CACHE_FIELD
 from ..modeling.layers import soft_capped
 
 
@@ -102,6 +104,12 @@ class KeptStates:
             if self.nbytes + found.nbytes <= self.limit:
                 self._states[key] = found
         return found
+
+
+def last_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Return the (B, V) logits in float32 after (B, L) tokens, which are added to the cache."""
+    fields: dict[str, Any] = {CACHE_FIELD: cache}
+    return model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1, **fields).logits[:, -1].float()
 
 
 def block_output(model: PreTrainedModel, number: int, **inputs: Any) -> Tensor:

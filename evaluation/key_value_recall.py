@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..modeling.cache import CACHE_FIELD
 from ..modeling.rollback import restore, snapshot
-from .hidden_states import evaluating
+from .hidden_states import evaluating, last_logits
 
 __all__ = ["RecallLists", "draw_lists", "key_value_recall", "word_tokens"]
 
@@ -199,7 +198,7 @@ def _right_answers(
 def _read(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
     """Read (T) tokens into a cache."""
     for chunk in ids.split(_CHUNK) if len(ids) else ():
-        _last_logits(model, chunk[None], cache)
+        last_logits(model, chunk[None], cache)
 
 
 def _ask(model: PreTrainedModel, queries: Tensor, cache: Cache) -> Tensor:
@@ -209,11 +208,5 @@ def _ask(model: PreTrainedModel, queries: Tensor, cache: Cache) -> Tensor:
         copy = DynamicCache(config=model.config)
         restore(copy, saved)
         copy.batch_repeat_interleave(len(rows))
-        parts.append(_last_logits(model, rows, copy))
+        parts.append(last_logits(model, rows, copy))
     return torch.cat(parts)
-
-
-def _last_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    """Return the (B, V) logits after (B, L) tokens, which are added to the cache."""
-    fields = {CACHE_FIELD: cache}
-    return model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1, **fields).logits[:, -1].float()

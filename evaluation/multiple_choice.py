@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling.cache import CACHE_FIELD
 from ..modeling.rollback import restore, snapshot
-from .hidden_states import evaluating
+from .hidden_states import evaluating, last_logits
 
 __all__ = ["ORDERS", "Questions", "compare_choices", "draw_questions", "multiple_choice"]
 
@@ -117,11 +116,11 @@ def multiple_choice(
     with evaluating(model), torch.no_grad():
         for passage, options in zip(questions.passages, questions.options, strict=True):
             cache = DynamicCache(config=model.config)
-            _logits(model, passage[None], cache)
+            last_logits(model, passage[None], cache)
             copy, rows = DynamicCache(config=model.config), words.orders(options)
             restore(copy, snapshot(cache))
             copy.batch_repeat_interleave(ORDERS)
-            choices.append(_logits(model, rows, copy)[:, words.letters].argmax(-1).cpu())
+            choices.append(last_logits(model, rows, copy)[:, words.letters].argmax(-1).cpu())
     letters = torch.stack(choices)  # (Q, 4)
     chosen = (letters + torch.arange(ORDERS)) % ORDERS
     right = chosen == questions.answers[:, None]
@@ -180,9 +179,3 @@ class _Words:
             ]
             rows.append(torch.cat([self.question, *lines, self.answer]))
         return torch.stack(rows)
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Return the (B, V) logits after (B, L) tokens, which are added to the cache."""
-    fields: dict[str, Any] = {CACHE_FIELD: cache}
-    return model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1, **fields).logits[:, -1].float()
