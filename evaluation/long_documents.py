@@ -1,4 +1,4 @@
-"""How a reranker scores documents that do not fit beside the query.
+"""Scoring of documents that are too long to be read whole together with the query.
 
 * "firstp": the beginning of the document, as many tokens as fit;
 * "longp": the same with a longer limit (1,536 tokens in "State Space Models are Strong Text Rerankers");

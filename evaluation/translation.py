@@ -32,7 +32,7 @@ __all__ = ["Translations", "check_decoding", "translate"]
 
 @dataclass(frozen=True)
 class Translations:
-    """What a model wrote, in the order of the sources.
+    """Translations by a model, in the order of the sources.
 
     Attributes:
         texts: the translations.

@@ -22,7 +22,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TranslationFormat:
-    """How texts become ids.
+    """Conversion of texts to token ids.
 
     Attributes:
         tokenizer: the model's tokenizer.

@@ -500,7 +500,7 @@ class _Pool:
 
 
 class _Sinks:
-    """What :class:`_Pool` is at the end of a run, for heads without slots.
+    """The sinks of heads without slots at the end of a run, with the attributes of :class:`_Pool` that are read then.
 
     Args:
         chunks: after its run.

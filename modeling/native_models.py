@@ -33,7 +33,7 @@ from .native_packing import passing_on, separating
 
 
 class _Served(NamedTuple):
-    """What is replaced for a model type: the mixer's forward, and the models (and layers) that documents go through."""
+    """The replacements for a model type: the mixer's forward, and models (and layers) that pass documents on."""
 
     mixer: str
     forward: Callable[..., Any]
@@ -68,7 +68,7 @@ _originals: dict[str, list[tuple[type, Callable[..., Any]]]] = {}
 
 
 class Acceleration:
-    """What a call of :func:`accelerate_transformers` replaced; a context that puts it back at its end.
+    """Methods that a call of :func:`accelerate_transformers` replaced; as a context manager it restores them.
 
     Attributes:
         model_types: the model types that this call replaced, without those that were replaced before.

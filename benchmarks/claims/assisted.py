@@ -108,7 +108,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def measure(model: PreTrainedModel, ids: Tensor, tokens: int, draft: int, turns: int) -> dict[str, dict[str, Any]]:
-    """Decode in all ways, in turn; return what the rows say, by way."""
+    """Time all ways of decoding in turn, and return the measurements of each by its name."""
     text = decode(model, ids, tokens, "plain", draft, None)
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     rows: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""The benchmark of rerankers at a tiny size: arms of equal size, rows with what they say, resumption."""
+"""The benchmark of rerankers at a tiny size: arms of equal size, the contents of the rows, resumption."""
 
 import json
 import shlex
