@@ -74,9 +74,10 @@ def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     """A folder of this test's own for the code of checkpoints, which transformers imports as `transformers_modules`.
 
     That package is imported once a process, from the folder of whichever test came first: a later test with a folder of
-    its own would not find its code there.
+    its own would not find its code there. The checkpoint's code registers cache layers of its own with transformers;
+    the package's are registered again afterwards, as the later tests' caches are to be made of classes still imported.
     """
-    from transformers import dynamic_module_utils
+    from transformers import cache_utils, dynamic_module_utils
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
@@ -85,6 +86,9 @@ def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     folder = tmp_path / "modules"
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
     monkeypatch.syspath_prepend(str(folder))
+    for table in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+        for layer_type, layer in table.items():
+            monkeypatch.setitem(table, layer_type, layer)
     forget()
     yield folder
     forget()
