@@ -97,6 +97,7 @@ def bounded_attention(
     softcap: float | None = None,
     initial_state: BoundedMemory | None = None,
     seq_idx: Tensor | None = None,
+    implementation: str = "auto",
 ) -> tuple[Tensor, BoundedMemory]:
     """Attend to a window and to slots.
 
@@ -114,6 +115,9 @@ def bounded_attention(
         softcap: c, positive: scaled scores s become c tanh(s / c) before the softmax; None: they stay.
         initial_state: memory to go on from, quantised or not; rows must then hold one document each.
         seq_idx: (B, L) document index, non-decreasing, negative at padding. None: each row is one document.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton chooses the slots and computes the
+            outputs of heads with slots; heads without, and the backward, need no loop over chunks and run in torch.
+            P > 256 is not supported.
 
     Returns:
         (B, L, H, P) in the dtype of `q`, zero at padding, and the memory after the last document of each row, with keys
@@ -121,14 +125,17 @@ def bounded_attention(
         and v, and the keys and values of `initial_state`; the choice of slots has none.
 
     Raises:
-        ValueError: if a shape, dtype, device or number does not fit, or a row continues a memory with two documents.
+        ValueError: if a shape, dtype, device, number or `implementation` does not fit, or a row continues a memory with
+            two documents.
     """
     initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
+    served = q.shape[-1] <= WIDEST_HEAD
+    kernels = choose_implementation(implementation, "bounded_attention", q, served, traceable=True) == "triton"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     state = None if initial_state is None else _packed(initial_state, sums)
-    options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale, softcap or 0.0)
+    options = (window, sinks, slots, chunk_size, _per_head(decay, slots), scale, softcap or 0.0, kernels)
     if q.shape[0] == 0:
         o = empty_batch(tuple(q.shape), q.dtype, q, k, v)
         packed = q.new_zeros(0, _memory_rows(slots, sinks, window), 2 * q.shape[-1] + 2, dtype=sums)
@@ -443,10 +450,10 @@ def bounded_attention_matrix(
     members = H // k.shape[2]
     matrix = torch.zeros(B * L, k.shape[2], members, columns, dtype=sums, device=q.device)
     with without_autocast(q):
-        for heads in group_heads(plan, members):
+        for heads in group_heads(plan, members, kernels=False):
             chunks = Chunks(plan, heads, q, k, v, state, scale, softcap)
             with torch.no_grad():
-                for _ in chunks.run(_per_head(decay, slots)):
+                for _ in chunks.run(_per_head(decay, slots), kernels=False):
                     pass
             of_head = torch.tensor(heads, device=q.device)
             for part, index, weights, _ in chunks.blocks():
@@ -552,6 +559,7 @@ class _Bounded(torch.autograd.Function):
         decay: list[float],
         scale: float,
         softcap: float,
+        kernels: bool,
     ) -> tuple[Tensor, Tensor]:
         B, L, H, P = q.shape
         plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
@@ -562,9 +570,9 @@ class _Bounded(torch.autograd.Function):
         seen: list[Tensor] = []
         groups: list[tuple[list[int], list[int]]] = []
         with without_autocast(q):
-            for heads in group_heads(plan, members):
+            for heads in group_heads(plan, members, kernels):
                 chunks = Chunks(plan, heads, q, k, v, state, scale, softcap)
-                for part, outputs in chunks.run(decay):
+                for part, outputs in chunks.run(decay, kernels):
                     plan.put(out, heads, part, outputs)
                 memory, rows = chunks.memory()
                 present = plan.last >= 0
@@ -611,7 +619,7 @@ class _Bounded(torch.autograd.Function):
                     for index, head in enumerate(heads):
                         own = plan.narrow(dlines[:, index].gather(1, held), head)
                         dstate[:, plan.rows(head), : 2 * P] = own
-        return dq.view(q.shape), dk, dv, dstate, *[None] * 8
+        return dq.view(q.shape), dk, dv, dstate, *[None] * 9
 
 
 def _empty_results(
@@ -627,6 +635,7 @@ def _empty_results(
     decay: list[float],
     scale: float,
     softcap: float,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = _memory_rows(slots, sinks, window)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], rows, 2 * q.shape[3] + 2, dtype=accumulator(q))
@@ -636,7 +645,7 @@ _traced = opaque(
     _Bounded,
     "bounded_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? state, Tensor? seq_idx, int window, int sinks, int[] slots, int chunk_size, "
-    "float[] decay, float scale, float softcap",
+    "float[] decay, float scale, float softcap, bool kernels",
     _empty_results,
 )
 

@@ -18,10 +18,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bounded_attention_triton import bounded_attention_chunks_triton
 from .checks import accumulator
 from .tracing import host_reads
 
@@ -231,10 +233,16 @@ class Chunks:
         position = newest[:, None] - (newest[:, None] - row) % self.plan.window
         return self.old + position - self.plan.first[:, None], position
 
-    def run(self, decay: list[float]) -> Iterator[tuple[slice, Tensor]]:
-        """Run the chunks in order, choosing what the slots hold; yield the (m, R, h, J, C, P) outputs of m chunks."""
+    def run(self, decay: list[float], kernels: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Run the chunks in order, choosing what the slots hold; yield the (m, R, h, J, C, P) outputs of m chunks.
+
+        With `kernels` in Triton, unless no head of the group has slots.
+        """
         if self.slots == self.plan.sinks:
             yield from self._run_without_slots(decay)
+            return
+        if kernels:
+            yield self._run_in_triton(decay)
             return
         plan, width = self.plan, self.width
         n, R, h, J, C, P = self.queries.shape
@@ -276,6 +284,35 @@ class Chunks:
             yield part, outputs.view(part.stop - part.start, R, h, J, C, P)
         lines_seen = seen[:, 1].masked_fill_(seen[:, 0] < 0, -1).int()
         self.seen = lines_seen.sort(dim=2, descending=True).values[:, :, : self.slots]  # without the free rows
+
+    def _run_in_triton(self, decay: list[float]) -> tuple[slice, Tensor]:
+        """Do what :meth:`run` does in one launch."""
+        plan, slots = self.plan, self.slots
+        n, R, h, J, C, P = self.queries.shape
+        fading, fades = self._fading([decay[head] for head in self.heads])
+        table_marks = self.marks()
+        capacity = torch.tensor([plan.capacity[head] for head in self.heads], device=self.lines.device)
+        held = torch.full((R * h, slots), -1, dtype=torch.int32, device=self.lines.device)
+        if self.old:
+            line = torch.arange(slots, device=held.device, dtype=torch.int32)
+            held = torch.where(table_marks[3, :, :slots] < 0, held, line)
+        chunks = (plan.start - plan.first - plan.window + plan.count + C - 1) // C
+        outputs, seen = bounded_attention_chunks_triton(
+            *(self.queries, self.lines, table_marks, fading.reshape(n, R * h, J * C)),
+            *(None if fades is None else fades.reshape(n, R * h), plan.first, chunks, capacity, held, self.old),
+            *(plan.window, self.softcap or 0.0),
+        )
+        self.seen = seen[:-1].sort(dim=2, descending=True).values[:, :, :slots]
+        rows = [slots + C if self.old else 0]
+        for chunk in range(n - 1):
+            grown = bool(self.old) or (chunk + 2) * C > plan.window
+            rows.append(min(max(rows[-1] + C, 2 * C), slots + C) if grown else rows[-1])
+        self.used = rows
+        last = seen[-1].long()
+        marks = table_marks.gather(2, last.clamp(min=0).expand(5, -1, -1))
+        marks[3].masked_fill_(last < 0, -math.inf)
+        self.pool = _Held(table_marks, marks)
+        return slice(0, n), outputs.view(n, R, h, J, C, P)
 
     def _run_without_slots(self, decay: list[float]) -> Iterator[tuple[slice, Tensor]]:
         """Do what :meth:`run` does for heads without slots: only sinks stay, so that nothing has to be chosen."""
@@ -499,6 +536,13 @@ class _Pool:
         self.bias.view(-1).index_fill_(0, self.free, -math.inf)
 
 
+class _Held(NamedTuple):
+    """What the slots hold at the end of a run in Triton, with the attributes of :class:`_Pool` that are read then."""
+
+    table_marks: Tensor
+    marks: Tensor
+
+
 class _Sinks:
     """The sinks of heads without slots at the end of a run, with the attributes of :class:`_Pool` that are read then.
 
@@ -530,10 +574,10 @@ class _Sinks:
         self.marks[3] = torch.where(kept, 0.0, -math.inf)
 
 
-def group_heads(plan: Plan, members: int) -> list[list[int]]:
+def group_heads(plan: Plan, members: int, kernels: bool) -> list[list[int]]:
     """Group the key-value heads of similar numbers of slots: they share a loop, padded to the largest number.
 
-    Heads without slots stand by themselves: they need no loop.
+    Heads without slots stand by themselves: they need no loop. In Triton all others share a launch.
     """
     order = sorted(range(len(plan.capacity)), key=lambda head: -plan.capacity[head])
     groups: list[list[int]] = []
@@ -541,7 +585,7 @@ def group_heads(plan: Plan, members: int) -> list[list[int]]:
         if groups:
             padded = sum(plan.capacity[groups[-1][0]] - plan.capacity[other] for other in [*groups[-1], head])
             alike = (plan.capacity[head] == plan.sinks) == (plan.capacity[groups[-1][0]] == plan.sinks)
-            if alike and padded * plan.documents * members * plan.chunk <= _PADDING:
+            if alike and (kernels or padded * plan.documents * members * plan.chunk <= _PADDING):
                 groups[-1].append(head)
                 continue
         groups.append([head])

@@ -1,4 +1,4 @@
-"""`bounded_attention_step` in Triton: launches and kernels.
+"""`bounded_attention`, forward, and `bounded_attention_step` in Triton: launches and kernels.
 
 Symbols as in `bounded_attention.py`: B batch, H query heads, KV key-value heads, J = H / KV query heads of a group, P
 head width, N rows of the memory, w window, s sinks, C chunk size, S slots of a head with its sinks; R rows of a tile.
@@ -7,6 +7,12 @@ A program handles the rows of a key-value head. `step_kernel` writes the new tok
 the scores; it walks over the rows twice, since scores take normalised weights. Rows of 8 bits are multiplied as they
 are: scores are q . k_8 times the scale of the key, and the weights of values are multiplied by theirs. `evict_kernel`
 then lets the chunk that leaves the window compete for the slots if it is complete, without the host having to check.
+
+`chunks_kernel` reads a prompt. A program takes the chunks of a document in turn for a key-value head, since the slots
+of a chunk depend on the attention in all chunks before it; torch launches a dozen operations for each. Keys, values and
+scores stay in the table of lines. What the slots hold is a list of lines for each chunk, which is all that the backward
+needs.
+
 There are no atomics: every sum has a fixed order, and programs share no rows. Offsets are 64-bit up to a head and
 32-bit inside it.
 """
@@ -25,6 +31,9 @@ WIDEST_HEAD = 256
 # Rows of a tile and warps, by the largest head width. Compiled by Triton 3.9 for sm_90 nothing spills up to a width of
 # 128, and 400 bytes of registers per thread at 256. No tile has been timed on a device.
 _ROWS = {64: (32, 4), 128: (16, 8), 256: (16, 8)}
+# Queries at most, rows and warps of a tile of `chunks_kernel`. At most 320 bytes per thread spill; twice the tile or
+# half the warps would spill two to ten times as many. Programs are few: one for each document and head.
+_CHUNKS = {64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 16, 8)}
 
 
 def bounded_attention_step_triton(
@@ -74,6 +83,69 @@ def bounded_attention_step_triton(
                 BLOCK=max(16, triton.next_power_of_2(rows.slots.shape[1] + chunk_size)),
             )
     return o
+
+
+def bounded_attention_chunks_triton(
+    queries: Tensor,
+    lines: Tensor,
+    marks: Tensor,
+    fading: Tensor,
+    fades: Tensor | None,
+    first: Tensor,
+    chunks: Tensor,
+    capacity: Tensor,
+    held: Tensor,
+    old: int,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Run the chunks of all documents in order, choosing what the slots hold.
+
+    Symbols as in `bounded_attention_chunks.py`: n chunks, R documents, h heads, G = R h, J query heads of each; T lines
+    of a table, and M slots of the head that has most.
+
+    Args:
+        queries: (n, R, h, J, C, P) contiguous, scaled.
+        lines: (R, h, T, 2 P) contiguous keys and values; the last w + n C are those of positions.
+        marks: (5, G, T) contiguous marks of the lines; the scores are changed in place.
+        fading: (n, G, J C) contiguous factors of the attention that each query gives.
+        fades: (n, G) contiguous factors of the attention given before; None: 1.
+        first: (R) int64 position of the first line of positions.
+        chunks: (R) int64 number of chunks to run for each document.
+        capacity: (h) int64 slots of each head.
+        held: (G, M) int32 lines in the slots at the start, negative where there is none.
+        old: first line of positions: M with a memory to go on from, else 0.
+        window: w.
+        softcap: limit of the scores; 0: none.
+
+    Returns:
+        (n, G, J C, P) outputs, of chunks that are run, and (n + 1, G, M + C) int32 lines that the slots hold at the
+        start of each chunk and, last, at the end; negative where there is none.
+    """
+    n, documents, heads, members, chunk_size, width = queries.shape
+    groups, slots = documents * heads, held.shape[1]
+    outputs = queries.new_zeros(n, groups, members * chunk_size, width)
+    seen = torch.full((n + 1, groups, slots + chunk_size), -1, dtype=torch.int32, device=lines.device)
+    seen[0, :, :slots] = held
+    sums = queries.new_empty(groups, members * chunk_size)
+    block_p = max(16, triton.next_power_of_2(width))
+    most, size, warps = _CHUNKS[max(64, block_p)]
+    block_q = max(16, min(most, triton.next_power_of_2(members * chunk_size)))
+    with torch.cuda.device_of(queries):
+        chunks_kernel[(groups,)](
+            *(queries, lines, marks, fading, fades, first, chunks, capacity, seen, sums, outputs),
+            *(softcap, n, heads, lines.shape[2], window, members * chunk_size, slots, old),
+            CHUNK=chunk_size,
+            WIDTH=width,
+            BLOCK_P=block_p,
+            BLOCK_Q=block_q,
+            SOFTCAP=softcap > 0,
+            R=size,
+            BLOCK=max(16, triton.next_power_of_2(slots + chunk_size)),
+            num_warps=warps,
+            EMULATE=INTERPRETED,
+        )
+    return outputs, seen
 
 
 @triton.jit
@@ -295,3 +367,143 @@ def evict_kernel(
             if keys_scales_ptr is not None:
                 _copy(keys_scales_ptr + batch * number, source, target, 1, 1)
                 _copy(values_scales_ptr + batch * number, source, target, 1, 1)
+
+
+@triton.jit
+def _tile(
+    q, lines_ptr, seen_ptr, query, at, near, begin, origin, window, softcap,
+    CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, SOFTCAP: tl.constexpr,
+    R: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Return the (BLOCK_Q, R) scores to base 2 of R rows, minus infinity at those that are not seen, and their lines.
+
+    Rows are those of the slots, of which there are `near`, then those of the window, whose first has the line `begin`
+    and the position `origin`. A line is negative where nothing is seen.
+    """
+    row = at + tl.arange(0, R)
+    p = tl.arange(0, BLOCK_P)
+    column = row - near
+    line = tl.load(seen_ptr + row, mask=row < near, other=-1)
+    there = (column >= 0) & (column < window) & (origin + column >= 0)
+    line = tl.where(there, begin + column, line)
+    mask = (line >= 0)[:, None] & (p < WIDTH)[None, :]
+    k = tl.load(lines_ptr + line.to(tl.int64)[:, None] * (2 * WIDTH) + p[None, :], mask=mask, other=0.0)
+    scores = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, R), dtype=tl.float32), EMULATE)
+    if SOFTCAP:
+        scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap) - 1.0)
+    seen = (line >= 0)[None, :] & (column[None, :] <= (query % CHUNK)[:, None] + window - CHUNK)
+    return tl.where(seen, scores * 1.4426950408889634, float("-inf")), line  # log2(e)
+
+
+@triton.jit(do_not_specialize=["number", "length"])
+def chunks_kernel(
+    q_ptr, lines_ptr, marks_ptr, fading_ptr, fades_ptr, first_ptr, chunks_ptr, capacity_ptr, seen_ptr, sums_ptr, o_ptr,
+    softcap, number, heads, length, window, queries, slots, old,
+    CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, SOFTCAP: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Attend chunk by chunk for a document and a head; after each, let what leaves the window compete for the slots."""
+    group = tl.program_id(0).to(tl.int64)
+    groups = tl.num_programs(0).to(tl.int64)
+    document = group // heads
+    origin = tl.load(first_ptr + document) + CHUNK
+    chunks = tl.load(chunks_ptr + document)
+    rows = (tl.load(capacity_ptr + group % heads) + CHUNK).to(tl.int32)
+    lines_ptr += group * length * (2 * WIDTH)
+    scores_ptr = marks_ptr + group * length
+    plane = groups * length  # numbers of a kind of marks
+    seen_ptr += group * (slots + CHUNK)
+    seen_step = groups * (slots + CHUNK)
+    q_ptr += group * queries * WIDTH
+    o_ptr += group * queries * WIDTH
+    fading_ptr += group * queries
+    sums_ptr += group * queries
+    p = tl.arange(0, BLOCK_P)
+    b = tl.arange(0, BLOCK)
+    near = tl.where(old > 0, rows - CHUNK, 0)
+    for chunk in range(0, chunks):
+        begin = (old + (chunk + 1) * CHUNK).to(tl.int32)
+        for block in range(0, queries, BLOCK_Q):
+            query = block + tl.arange(0, BLOCK_Q)
+            place = query[:, None] * WIDTH + p[None, :]
+            mask = (query < queries)[:, None] & (p < WIDTH)[None, :]
+            q = tl.load(q_ptr + place, mask=mask, other=0.0)
+            highest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+            total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+            o = tl.zeros((BLOCK_Q, BLOCK_P), dtype=tl.float32)
+            for at in range(0, near + window, R):
+                scores, line = _tile(
+                    q, lines_ptr, seen_ptr, query, at, near, begin, origin, window, softcap,
+                    CHUNK, WIDTH, BLOCK_P, BLOCK_Q, SOFTCAP, R, EMULATE,
+                )  # fmt: skip
+                raised = tl.maximum(highest, tl.max(scores, 1))
+                # While nothing has been seen, -inf minus -inf would be NaN.
+                base = tl.where(raised == float("-inf"), 0.0, raised)
+                weights = tl.exp2(scores - base[:, None])
+                kept = tl.exp2(highest - base)
+                total = total * kept + tl.sum(weights, 1)
+                there = (line >= 0)[:, None] & (p < WIDTH)[None, :]
+                v_ptr = lines_ptr + line.to(tl.int64)[:, None] * (2 * WIDTH) + WIDTH + p[None, :]
+                o = dot(weights, tl.load(v_ptr, mask=there, other=0.0), o * kept[:, None], EMULATE)
+                highest = raised
+            # A query beyond its document may see nothing; its result is not used, but must be finite.
+            found = total > 0.0
+            total = tl.where(found, total, 1.0)
+            tl.store(o_ptr + place, o / total[:, None], mask=mask)
+            tl.store(sums_ptr + query, tl.where(found, highest + tl.log2(total), 0.0), mask=query < queries)
+        fade = tl.max(tl.full((R,), 1.0, dtype=tl.float32), 0)
+        if fades_ptr is not None:
+            fade = tl.load(fades_ptr + chunk * groups + group)
+        # The sums were written by other threads than those that read them.
+        tl.debug_barrier()
+        for at in range(0, near + window, R):
+            received = tl.zeros((R,), dtype=tl.float32)
+            line = tl.full((R,), -1, dtype=tl.int32)
+            for block in range(0, queries, BLOCK_Q):
+                query = block + tl.arange(0, BLOCK_Q)
+                mask = (query < queries)[:, None] & (p < WIDTH)[None, :]
+                q = tl.load(q_ptr + query[:, None] * WIDTH + p[None, :], mask=mask, other=0.0)
+                scores, line = _tile(
+                    q, lines_ptr, seen_ptr, query, at, near, begin, origin, window, softcap,
+                    CHUNK, WIDTH, BLOCK_P, BLOCK_Q, SOFTCAP, R, EMULATE,
+                )  # fmt: skip
+                factor = tl.load(fading_ptr + query, mask=query < queries, other=0.0)
+                weights = tl.exp2(scores - tl.load(sums_ptr + query, mask=query < queries, other=0.0)[:, None])
+                received += tl.sum(weights * factor[:, None], 0)
+            held = tl.load(scores_ptr + line, mask=line >= 0, other=0.0)
+            tl.store(scores_ptr + line, held * fade + received, mask=line >= 0)
+        tl.debug_barrier()
+        line = tl.load(seen_ptr + b, mask=b < rows, other=-1)
+        if (old > 0) | ((chunk + 2) * CHUNK > window):
+            # The chunk that leaves the window takes the first rows that are free: there are at least as many.
+            free = (b < rows) & (line < 0)
+            leaving = tl.cumsum(free.to(tl.int32), 0) - 1
+            entering = free & (leaving < CHUNK)
+            leaving += begin
+            hidden = tl.load(scores_ptr + 3 * plane + leaving, mask=entering, other=0.0) < 0.0
+            line = tl.where(entering & ~hidden, leaving, line)
+            rank = tl.load(scores_ptr + line, mask=line >= 0, other=0.0)
+            rank *= tl.load(scores_ptr + plane + line, mask=line >= 0, other=0.0)
+            rank += tl.load(scores_ptr + 2 * plane + line, mask=line >= 0, other=0.0)
+            # What is not a number stays, as nothing can be said against it. Empty rows are dropped first. All that may
+            # be dropped is finite, so that the C lowest are found even if more than all but C of them have to stay.
+            rank = tl.where(rank != rank, float("inf"), rank)
+            rank = tl.minimum(tl.maximum(rank, 0.0), 3.4028234663852886e38)
+            rank = tl.where(line < 0, -1.0, rank)
+            rank = tl.where(b < rows, rank, float("inf"))
+            dropped = b < 0
+            for _ in range(CHUNK):
+                least = b == tl.argmin(tl.where(dropped, float("inf"), rank), 0)
+                dropped = dropped | least
+            line = tl.where(dropped, -1, line)
+            near = tl.minimum(near + CHUNK, rows)
+        q_ptr += groups * queries * WIDTH
+        o_ptr += groups * queries * WIDTH
+        fading_ptr += groups * queries
+        seen_ptr += seen_step
+        origin += CHUNK
+        tl.store(seen_ptr + b, line, mask=b < rows)
+        tl.debug_barrier()
+    # The last list is that at the end, whatever the number of chunks.
+    line = tl.load(seen_ptr + b, mask=b < rows, other=-1)
+    tl.store(seen_ptr + (number - chunks) * seen_step + b, line, mask=b < rows)

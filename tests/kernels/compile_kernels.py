@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from ssm_zoo.kernels import checks, ssd_triton
-from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention_step
+from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_step
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
@@ -99,6 +99,7 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
         if everything:
             memory = memory.quantised()
         token = wide(B, 2, P)
+        bounded_attention(wide(B, 64, 6, P), *[wide(B, 64, 2, P)] * 2, slots=slots, **places, **some(**extras))
         bounded_attention_step(wide(B, 6, P), token, token, memory, slots=slots, **places, **some(**extras))
         maps = wide(B, 1, N)
         extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from bounded_memories import OPTIONS, SEQ_IDX, draw
 from torch import Tensor
 
-from ssm_zoo.kernels import bounded_attention_chunks, bounded_attention_triton
+from ssm_zoo.kernels import bounded_attention_chunks
 from ssm_zoo.kernels.bounded_attention import (
     BoundedMemory,
     bounded_attention,
@@ -14,30 +15,6 @@ from ssm_zoo.kernels.bounded_attention import (
     bounded_attention_reference,
     bounded_attention_step,
 )
-from tolerances import TOLERANCES
-from with_triton import DEVICE, NEEDS_TRITON, moved
-
-OPTIONS = [
-    pytest.param({"window": 1, "slots": [0, 0], "chunk_size": 1}, id="itself"),
-    pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4}, id="ragged"),
-    pytest.param({"window": 8, "slots": [2, 2], "chunk_size": 3, "decay": [0.9, 1.0]}, id="decays"),
-    pytest.param({"window": 4, "slots": [0, 1], "sinks": 5, "chunk_size": 4, "decay": 0.95}, id="sinks-before-slots"),
-    pytest.param({"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4, "softcap": 0.7}, id="capped"),
-    pytest.param({"window": 4, "slots": [0, 0], "sinks": 3, "chunk_size": 2, "decay": [0.9, 1.0]}, id="sinks-only"),
-    pytest.param({"window": 7, "slots": [0, 0], "sinks": 9, "chunk_size": 3, "softcap": 0.7}, id="late-sinks"),
-    pytest.param({"window": 6, "slots": [0, 0], "chunk_size": 4, "decay": 0.9}, id="window-only"),
-    pytest.param({"window": 32, "slots": [8, 8], "sinks": 4, "chunk_size": 16}, id="as-in-models"),
-]
-SEQ_IDX = torch.tensor([[-1, -1, *[0] * 7, *[3] * 11, *[-1] * 17], [*[0] * 34, -1, 1, 1]])
-
-
-def draw(batch: int, length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """(B, L, 4, 6) queries, and keys and values of 2 heads."""
-    generator = torch.Generator().manual_seed(100 * batch + length)
-    return [
-        torch.randn(batch, length, heads, 6, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-        for heads in (4, 2, 2)
-    ]
 
 
 def in_parts(inputs: list[Tensor], lengths: list[int], options: dict[str, Any]) -> tuple[Tensor, BoundedMemory]:
@@ -212,113 +189,6 @@ def test_rows_of_different_lengths_step_together() -> None:
             output = bounded_attention_step(*now, memory, **options)
             wanted = torch.stack([expected[row, length + step] for row, length in enumerate(lengths)])
             torch.testing.assert_close(output, wanted, rtol=0, atol=1e-12)
-
-
-def memory_of(dtype: torch.dtype, lengths: tuple[int, int], int8: bool, options: dict[str, Any]) -> BoundedMemory:
-    """The memory of two rows after as many tokens."""
-    inputs = draw(2, 40, dtype)
-    parts = [
-        bounded_attention(*[x[row : row + 1, :length] for x in inputs], **options)[1]
-        for row, length in enumerate(lengths)
-    ]
-    memory = BoundedMemory(*[torch.cat(each).detach() for each in zip(*[part[:4] for part in parts], strict=True)])
-    return memory.quantised() if int8 else memory
-
-
-def on_device(memory: BoundedMemory) -> BoundedMemory:
-    return BoundedMemory(*[None if part is None else moved(part.clone(), DEVICE) for part in memory])
-
-
-def in_order(memory: BoundedMemory, options: dict[str, Any]) -> list[Tensor]:
-    """All parts of the memory, the rows of each head in order of their positions, without those that are empty."""
-    found, first = [], 0
-    for number in options["slots"]:
-        rows = slice(first, first + number + options.get("sinks", 0) + options["window"])
-        first = rows.stop
-        order = memory.positions[:, rows].argsort(dim=1, stable=True)
-        held = memory.positions[:, rows].gather(1, order) >= 0
-        for part in memory:
-            if part is not None:
-                index = order[..., None].expand(-1, -1, part.shape[-1]) if part.ndim == 3 else order
-                found.append(part[:, rows].gather(1, index)[held])
-    return found
-
-
-@NEEDS_TRITON
-@pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize(
-    ("case", "dtype", "int8", "lengths"),
-    [
-        pytest.param(1, torch.float32, True, (3, 17), id="8 bits"),
-        pytest.param(2, torch.float32, False, (17, 17), id="decays"),
-        pytest.param(3, torch.bfloat16, False, (1, 9), id="bfloat16, a head without slots"),
-        pytest.param(4, torch.bfloat16, True, (2, 8), id="bfloat16 of 8 bits, capped"),
-        pytest.param(0, torch.float32, False, (1, 2), id="itself"),
-    ],
-)
-@torch.no_grad()
-def test_triton_steps_are_those_of_torch(
-    case: int, dtype: torch.dtype, int8: bool, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tiles of 16 rows and of one or two more; rows whose chunks are complete at different steps; two runs equal."""
-    monkeypatch.setitem(bounded_attention_triton._ROWS, 64, (16, 4))
-    options = OPTIONS[case].values[0]
-    assert isinstance(options, dict)
-    if case == 1:
-        options = options | {"slots": [12, 0], "sinks": 0}
-    start = memory_of(dtype, lengths, int8, options)
-    memories = [start._replace(**{name: part.clone() for name, part in start._asdict().items() if part is not None})]
-    memories += [on_device(start), on_device(start)]
-    inputs = draw(2, 40, dtype)
-    for step in range(6):
-        now = [torch.stack([x[row, length + step] for row, length in enumerate(lengths)]) for x in inputs]
-        expected = bounded_attention_step(*now, memories[0], **options, implementation="torch")
-        there = [moved(x, DEVICE) for x in now]
-        found = [bounded_attention_step(*there, each, **options, implementation="triton") for each in memories[1:]]
-        rtol, atol = TOLERANCES[dtype]
-        torch.testing.assert_close(found[0].cpu(), expected, rtol=rtol, atol=atol)
-        assert torch.equal(*found) and found[0].dtype == dtype
-    mine = in_order(BoundedMemory(*[moved(part, "cpu") for part in memories[1]]), options)
-    for part, wanted in zip(mine, in_order(memories[0], options), strict=True):
-        if part.dtype == torch.float32 and part.ndim == 1:  # scores
-            torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5)
-        else:
-            assert torch.equal(part, wanted)
-    for part, again in zip(memories[1], memories[2], strict=True):
-        assert part is again is None or torch.equal(part, again)
-
-
-@NEEDS_TRITON
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-@torch.no_grad()
-def test_triton_quantises_a_new_row_to_the_bit() -> None:
-    """Ties, zeros, numbers whose scale underflows, infinity and NaN."""
-    options: dict[str, Any] = {"window": 2, "slots": [0], "chunk_size": 1, "scale": 1.0}
-    ties = torch.tensor([127.0, 0.5, 1.5, -2.5, -126.5, 3.25])
-    rows = [ties, 0 * ties, 1e-42 * ties, ties.where(ties != 1.5, torch.inf), ties.where(ties != 1.5, torch.nan)]
-    x = torch.stack([*rows, 0.013 * ties])[:, None]
-    empty = [torch.zeros(len(x), 2, 6), torch.zeros(len(x), 2, 6), torch.zeros(len(x), 2)]
-    memory = BoundedMemory(*empty, torch.tensor([0, -1]).repeat(len(x), 1)).quantised()
-    there = on_device(memory)
-    bounded_attention_step(x, x, x.flip(-1), memory, **options, implementation="torch")
-    bounded_attention_step(
-        *[moved(part, DEVICE) for part in (x, x, x.flip(-1))], there, **options, implementation="triton"
-    )
-    for mine, wanted in zip(there, memory, strict=True):
-        if mine is not None and mine is not there.scores:
-            torch.testing.assert_close(mine.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
-    assert memory.keys[0, 1].tolist() == [127, 0, 2, -2, -126, 3]
-
-
-@pytest.mark.parametrize("why", ["wide", "recorded"])
-def test_what_triton_does_not_support_is_refused(why: str) -> None:
-    width = 257 if why == "wide" else 6
-    part = torch.zeros(1, 3, width)
-    memory = BoundedMemory(part, part.clone(), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long))
-    q = torch.zeros(1, 2, width, requires_grad=why == "recorded")
-    options: dict[str, Any] = {"window": 2, "slots": [1], "chunk_size": 2}
-    with pytest.raises(ValueError, match="'triton' of bounded_attention_step is not available for these arguments"):
-        bounded_attention_step(q, q[:, :1].detach(), q[:, :1].detach(), memory, **options, implementation="triton")
 
 
 @pytest.mark.parametrize(
