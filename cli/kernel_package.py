@@ -34,9 +34,9 @@ def kernel_package(
         check_kernel_package(folder)
         typer.echo(f"{folder}: a whole kernel package")
         return
-    written = write_kernel_package(folder, repo_id=repo_id)
+    write_kernel_package(folder, repo_id=repo_id)
     names = sum(map(len, EXPORTS.values()))
-    typer.echo(f"{written}: version {VERSION} for {' and '.join(BACKENDS)}, {names} functions and classes")
+    typer.echo(f"{folder}: version {VERSION} for {' and '.join(BACKENDS)}, {names} functions and classes")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ names = [
 layers = {{
     name: LayerRepository("{repo_id}", layer_name=name, version={version}, trust_remote_code=True) for name in names
 }}
-model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba2-130m-hf")
+model = AutoModelForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")
 with use_kernel_mapping({{name: {{"cpu": layer}} for name, layer in layers.items()}}, inherit_mapping=False):
     kernelize(model, mode=Mode.INFERENCE, device="cpu")
 ```
@@ -108,7 +108,8 @@ so all models of a type in the process share the replacement.
 
 The fused functions of a training step decline, so that adapters of the projections and activations other than SiLU have
 effect: the mixer then calls the convolution and the scan of this package. Packed rows (`seq_idx`, `cu_seq_lens_q`) are
-kept apart in Mamba-2 and in short convolutions. transformers' Mamba-1 layers do not pass documents on.
+kept apart where transformers passes these arguments on. `Mamba2ForCausalLM` and most models with Mamba-1 drop them.
+Zamba hands them to its convolution only, so that its scan mixes documents: do not pack there.
 
 ## Functions
 

@@ -13,6 +13,9 @@ as modules, with the convolution and the scan of this file between them. The fus
 the projections, past any adapter, and neither padding nor an activation other than SiLU. Computed on our ops, they
 would be no faster.
 
+The convolution cannot tell for whom it works. Zamba hands it the documents of packed rows, but not to its scan, which
+then mixes them, as it does with mamba_ssm.
+
 Symbols: B batch, L length, D channels, H heads, P head width, G groups, N state size, K convolution width, S sequences.
 """
 
