@@ -37,7 +37,7 @@ VERSION = 1
 """Major version: the number of the branch, v1. It increases when a name of `EXPORTS` changes incompatibly."""
 
 BACKENDS = ("cpu", "cuda")
-"""Backends that the kernels are tested for."""
+"""Backends whose paths are tested; those for CUDA under Triton's interpreter, so far."""
 
 EXPORTS: dict[str, tuple[str, ...]] = {
     "ssd": (
