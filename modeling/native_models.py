@@ -11,11 +11,11 @@ the `forward` of the mixer classes is replaced (:mod:`native_mixers`), and that 
 packed rows (:mod:`native_packing`). Weights, configurations, caches, `generate`, peft and the Trainer stay as they are.
 On a CUDA device the ops take their Triton kernels.
 
-Why classes and not transformers' mechanism for kernels: `model.kernelize()` and `KernelConfig` need the package
-`kernels` and one call per model, and replace single functions behind the mixer's `forward`. That forward gives
-Mamba-1's scan neither documents nor the cached state, reads the weight of `dt_proj` past its adapters, and in training
-hands raw weights of all projections to a fused function. No function put there can mend that. A class is also one place
-for models that exist and models to come, and can be put back.
+Why classes and not transformers' mechanism for kernels: `kernels.kernelize` needs the package `kernels` and one call
+per model, and replaces single functions behind the mixer's `forward` (:mod:`~ssm_zoo.kernels.hub_layers` has ours).
+That forward gives Mamba-1's scan neither documents nor the cached state, and reads the weight of `dt_proj` past its
+adapters; `Mamba2ForCausalLM` does not pass documents on to it. No function put there can mend that. A class is also one
+place for models that exist and models to come, and can be put back.
 
 The module lies in `modeling/` because it knows transformers' models; `kernels/` imports torch only.
 """
@@ -97,9 +97,9 @@ class Acceleration:
 def accelerate_transformers(model_types: Iterable[str] | None = None) -> Acceleration:
     """Let transformers' own classes compute their Mamba layers with the ops of this package.
 
-    Call it before or after a model is made; models that exist are served too, unless accelerate's hooks or
-    `model.kernelize()` have replaced the forward of their modules. Model types that are served already stay as they
-    are. The call affects the process; to undo it, use the result as a context or call :func:`restore_transformers`.
+    Call it before or after a model is made; models that exist are served too, unless accelerate's hooks have replaced
+    the forward of their modules. Model types that are served already stay as they are. The call affects the process; to
+    undo it, use the result as a context or call :func:`restore_transformers`.
 
     Args:
         model_types: some of :data:`MODEL_TYPES`, e.g. `["mamba", "jamba"]`; all of them if not given.
