@@ -202,7 +202,8 @@ def _columns(tile, columns, row_stride, WIDTH: tl.constexpr, PACKED: tl.constexp
         offsets = ((first + c) // WIDTH).to(tl.int64) * row_stride + (first + c) % WIDTH
         inside = first + c < columns
     else:
-        base = (base + first // WIDTH) * row_stride + first % WIDTH
+        # Not `first % WIDTH`, for which Triton 3.6 forgets that it is a multiple of C, and loads single elements.
+        base = (base + tile // (WIDTH // C)) * row_stride + tile % (WIDTH // C) * C
         offsets = c
         inside = c < C
     return base, offsets, inside
@@ -455,7 +456,7 @@ def mix_step_triton(
     if not B:
         return y
     with torch.cuda.device_of(history):
-        _step_kernel[triton.cdiv(P, C), shares, B * H](
+        _step_kernel[B * H, triton.cdiv(P, C), shares](
             *(history, weight, positions, partial),
             *epilogue,
             *(limit, H, *history.stride()),
@@ -470,7 +471,7 @@ def mix_step_triton(
             num_warps=4,
         )
         if partial is not None:
-            _sum_kernel[triton.cdiv(P, C), B * H](
+            _sum_kernel[B * H, triton.cdiv(P, C)](
                 *(positions, partial, *epilogue, limit, H, shares, positions.stride(0)),
                 WIDTH=P,
                 S=share,
@@ -514,11 +515,11 @@ def _step_kernel(
     EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Compute the sum over a share of the places, or the result if there is a single share."""
-    row = (tl.program_id(2) // heads).to(tl.int64)
-    head = (tl.program_id(2) % heads).to(tl.int64)
-    first = tl.program_id(1) * S
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    first = tl.program_id(2) * S
     position = tl.load(positions_ptr + row * positions_row).to(tl.int64)
-    feature = tl.program_id(0) * C + tl.arange(0, C)
+    feature = tl.program_id(1) * C + tl.arange(0, C)
     last = tl.minimum(position, limit - 1).to(tl.int32)  # place
     r = tl.arange(0, R)
     history_ptr += row * history_row + head * history_head + first.to(tl.int64) * history_place
@@ -540,7 +541,7 @@ def _step_kernel(
             limit, row, head, heads, feature, WIDTH, EMULATE,
         )  # fmt: skip
     else:
-        place = ((row * heads + head) * tl.num_programs(1) + tl.program_id(1)) * WIDTH + feature
+        place = ((row * heads + head) * tl.num_programs(2) + tl.program_id(2)) * WIDTH + feature
         tl.store(partial_ptr + place, y, mask=feature < tl.where(first <= last, WIDTH, 0))
 
 
@@ -555,10 +556,10 @@ def _sum_kernel(
     WIDTH: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add the shares up to that of the position, and store the result."""
-    row = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
     position = tl.load(positions_ptr + row * positions_row).to(tl.int64)
-    feature = tl.program_id(0) * C + tl.arange(0, C)
+    feature = tl.program_id(1) * C + tl.arange(0, C)
     last = tl.minimum(position, limit - 1).to(tl.int32)
     partial_ptr += (row * heads + head) * shares * WIDTH + feature
     y = tl.zeros((C,), dtype=tl.float32)

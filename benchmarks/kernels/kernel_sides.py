@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from collections.abc import Callable
@@ -36,6 +37,20 @@ class Side:
 Builder = Callable[[Setup], Side]
 
 CUDA_SCAN = "selective_scan_cuda"
+
+
+def forget_tuning() -> None:
+    """Clear what Triton's autotuners have chosen so far.
+
+    The keys of mamba_ssm's and fla's kernels hold neither length nor batch: the tiles that are best for the small case
+    that is checked would be used for the large one that is timed.
+    """
+    if find_spec("triton") is None:
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    for tuner in [thing for thing in gc.get_objects() if issubclass(type(thing), Autotuner)]:
+        tuner.cache.clear()
 
 
 def require(name: str, attribute: str) -> Any:

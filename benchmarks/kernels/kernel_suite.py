@@ -39,6 +39,7 @@ from kernel_cases import (
 )
 from kernel_check import allowed, error_of, sampled
 from kernel_peers import PEERS, Builder, NotMeasuredError
+from kernel_sides import forget_tuning
 from kernel_timing import Clock, captured
 from roofline import chunk_state_bytes, compute_ceiling, cost, floor_seconds, measure_ceilings
 from tqdm import tqdm
@@ -149,6 +150,7 @@ class Bench:
         try:
             small = build(mine.small)
             row["error"] = self._check(small.ours(small.run()), mine.expected, allowed(case, ours=False))
+            forget_tuning()
             side = build(mine.setup)
             theirs, first = self._warm(side.run, case, side.ours)
             row["difference"] = self._check(first, mine.first, allowed(case, ours=False))

@@ -243,6 +243,28 @@ def test_a_wrong_peer_is_refused_and_a_failing_one_says_why(monkeypatch: pytest.
     assert (broken["status"], broken["reason"]) == ("not measured", "RuntimeError: no such device")
 
 
+def test_a_peer_is_tuned_again_at_the_size_that_is_timed(monkeypatch: pytest.MonkeyPatch):
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    tuner, found = object.__new__(autotuner.Autotuner), []
+    tuner.cache = {}
+    right = PEERS["rms_norm"]["torch rms_norm"]
+
+    def tuned(setup: Any) -> Any:
+        side = right(setup)
+
+        def run() -> Any:
+            found.append(tuner.cache.setdefault(("key without sizes",), setup.case.sizes))
+            return side.run()
+
+        return dataclasses.replace(side, run=run)
+
+    monkeypatch.setattr("kernel_suite.PEERS", {"rms_norm": {"tuned": tuned}})
+    case = Case("rms_norm", FORWARD, {"B": 1, "L": 400, "D": 8}, torch.float32)
+    assert bench().rows(case)[1]["status"] == "measured"
+    assert found[0] == case.reduced.sizes != case.sizes
+    assert len(found) > 1 and all(sizes == case.sizes for sizes in found[1:])
+
+
 @pytest.mark.parametrize("mode", [FORWARD, EAGER])
 def test_a_ratio_is_ours_over_the_peers_and_shares_are_of_the_ceilings(monkeypatch: pytest.MonkeyPatch, mode: str):
     counted = []
