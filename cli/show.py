@@ -51,7 +51,7 @@ def show(
             "--max-tokens", min=2, max=_MOST_TOKENS, help="Read only the first tokens: a matrix has their square."
         ),
     ] = 64,
-    dtype: Dtype = "auto",
+    dtype: Dtype = "float32",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

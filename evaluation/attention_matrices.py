@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..modeling.families import FAMILIES
+from ..modeling.native_models import MODEL_TYPES
 from .attention_statistics import first_row, head_statistics, row_shares
 from .hidden_states import evaluating
 
@@ -171,14 +172,25 @@ def _places(model: PreTrainedModel, stack: str, count: int, field: str) -> list[
     total, config = _num_layers(model, stack), model.config.get_text_config()
     if count == total:
         return list(range(total))
-    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or []
-    places = [layer for layer, kind in enumerate(kinds) if "attention" in str(kind) and "linear" not in str(kind)]
+    places = [layer for layer, kind in enumerate(_layer_kinds(config)) if _attends(kind)]
     if len(places) != count:
         raise ValueError(
-            f"{field}: a model of type {config.model_type} returns {count} matrices for {total} layers, and its "
-            "configuration does not tell which layers they belong to."
+            f"{field}: a model of type {config.model_type} returns matrices for {count} of {total} layers, and its "
+            "configuration does not tell which ones."
         )
     return places
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """Return the kinds of the layers of a hybrid of transformers; empty if the configuration does not have them."""
+    return [
+        str(kind) for kind in getattr(config, "layers_block_type", None) or getattr(config, "layer_types", []) or []
+    ]
+
+
+def _attends(kind: str) -> bool:
+    """Return whether a layer of a hybrid of transformers has softmax attention, perhaps beside another mixer."""
+    return kind == "hybrid" or ("attention" in kind and "linear" not in kind)
 
 
 def _num_layers(model: PreTrainedModel, stack: str) -> int:
@@ -211,9 +223,10 @@ def _mixer_names(model: PreTrainedModel, stack: str) -> list[str]:
     if stack == "cross":
         return ["cross-attention"] * _num_layers(model, stack)
     if blocks is None:
-        kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-        total = _num_layers(model, stack)
-        return [str(kind) for kind in kinds] if len(kinds) == total else ["attention"] * total
+        total, kinds = _num_layers(model, stack), _layer_kinds(model.config.get_text_config())
+        if len(kinds) != total:
+            return ["attention"] * total
+        return [kind if "attention" in kind else f"attention ({kind})" for kind in kinds]
     base: Any = model.base_model
     config = (base if stack == "layers" else base.encoder if stack == "encoder" else base.decoder).config
     kinds = getattr(config, "mixer_types", None)
@@ -335,11 +348,14 @@ def _stack(
             continue
         early = None if blocks is None or name == "cross" else described.get(id(blocks[layer]))
         found[layer] = early or _describe(matrix[0], layer, mixers[layer], _heads_of(layer, layers, heads))
+        if name == "cross":  # places of two texts have no distance
+            found[layer].statistics.pop("distance", None)
         if not bool(found[layer].shares.isfinite().all()):
             raise ValueError(f"{field}: the matrices of layer {layer} are not finite. Try another dtype, e.g. float32.")
     kept = tuple(each for layer, each in found.items() if layers is None or layer in layers)
-    # In the zoo, a block without a matrix has no mixer; in transformers, it may have one of another sort.
-    known = blocks is not None or len(found) == total
+    # In the zoo, a block without a matrix has no mixer; in transformers, it may have one of another sort, or both.
+    others = any("attention" not in kind or "linear" in kind for kind in _layer_kinds(model.config.get_text_config()))
+    known = blocks is not None or (len(found) == total and not others and model.config.model_type not in MODEL_TYPES)
     shares = tuple(found[layer].shares if layer in found else None for layer in range(total)) if known else None
     return AttentionStack(name, total, kept, shares)
 

@@ -28,8 +28,9 @@ __all__ = ["MatrixRow", "draw_distances", "draw_matrices"]
 
 _SEQUENTIAL, _DIVERGING = "Blues", "RdBu"
 _UNSEEN = (0.86, 0.86, 0.86)
-# Token labels need about this many inches each, and all labelled panels together at most so many tokens.
-_TOKEN_INCHES, _LABELLED_TOKENS, _MOST_LABELS = 0.125, 320, 64
+# Token labels need about this many inches each. A figure with labels has at most so many panels, tokens in all of them
+# together, and tokens in one.
+_TOKEN_INCHES, _LABELLED_PANELS, _LABELLED_TOKENS, _MOST_LABELS = 0.125, 12, 320, 64
 _PANEL, _SPACE = 84, 8  # pixels of a small panel at least, and between two of them
 _MOST_PIXELS = 24_000_000  # of a figure's panels
 _DPI = 140
@@ -68,9 +69,9 @@ def draw_matrices(
         keys: texts of the M tokens.
         title: of the figure.
     """
-    panels = sum(len(matrix) for row in rows for matrix in row.matrices)
-    tokens = max(len(queries), len(keys))
-    if panels * tokens <= _LABELLED_TOKENS and tokens <= _MOST_LABELS:
+    lines = [len(matrices) for row in rows for matrices in row.matrices if len(matrices)]
+    panels, tokens = len(lines) * max(lines), max(len(queries), len(keys))
+    if panels <= _LABELLED_PANELS and panels * tokens <= _LABELLED_TOKENS and tokens <= _MOST_LABELS:
         return _labelled(rows, names, queries, keys, title)
     return _mosaic(rows, names, title)
 
@@ -81,39 +82,38 @@ def draw_distances(layers: Sequence[dict[str, Any]]) -> Figure:
     Args:
         layers: rows of `evaluation.attention_report.describe_stack` that have "to_teacher".
     """
-    widest = max(len(row["to_teacher"]["js"]["heads"]) for row in layers)
-    figure = new_figure(2.2 + 2 * min(max(0.42 * widest, 2.6), 9.0), min(max(1.9 + 0.3 * len(layers), 3.2), 12.0))
-    panels = figure.subplots(1, 2)
-    for axes, (key, title, limit, colors) in zip(
-        panels,
-        (
-            ("js", "Distance to the teacher", None, "viridis_r"),
-            ("same_top", "Same top token", 1.0, "viridis"),
-        ),
-        strict=True,
-    ):
-        grid = np.full((len(layers), widest), math.nan)
+    heads = max(len(row["to_teacher"]["js"]["heads"]) for row in layers)
+    width, height = min(max(2.6 + 0.36 * len(layers), 5.0), 18.0), min(max(1.1 + 0.3 * heads, 1.9), 9.0)
+    figure = new_figure(width, 2 * height)
+    panels = figure.subplots(2, 1)
+    kinds = (("js", "Distance to the teacher", "JS divergence,\nbits", None, "viridis_r"),)
+    kinds += (("same_top", "Same top token as the teacher", "share of\nthe queries", 1.0, "viridis"),)
+    for axes, (key, title, unit, limit, colors) in zip(panels, kinds, strict=True):
+        grid = np.full((heads, len(layers)), math.nan)
         for index, row in enumerate(layers):
             values = row["to_teacher"][key]["heads"]
-            grid[index, : len(values)] = [math.nan if value is None else value for value in values]
+            grid[: len(values), index] = [math.nan if value is None else value for value in values]
+        limit = limit or max(np.nan_to_num(grid).max(), 1e-3)
         colormap = matplotlib.colormaps[colors].with_extremes(bad="0.9")
         image = axes.imshow(
             np.ma.masked_invalid(grid), cmap=colormap, vmin=0.0, vmax=limit, aspect="auto", interpolation="nearest"
         )
-        step = math.ceil(len(layers) / 32)
-        labels = [_layer_label(row) for row in layers]
-        axes.set_yticks(range(0, len(layers), step), labels=labels[::step])
-        axes.set_xticks(range(0, widest, math.ceil(widest / 16)))
-        axes.set_ylabel("layer", fontsize=LABEL)
-        label_axes(axes, title, "head")
-        bar = figure.colorbar(image, ax=axes)
-        bar.set_label("JS divergence, bits" if key == "js" else "share of the queries", fontsize=LABEL)
+        step = math.ceil(len(layers) / 40)
+        axes.set_xticks(range(0, len(layers), step), labels=[_layer_label(row) for row in layers][::step])
+        shown = next((row["heads"] for row in layers if len(row["to_teacher"]["js"]["heads"]) == heads), None)
+        names = [str(head) for head in shown] if shown and len(shown) == heads else ["mean"] * heads
+        step = math.ceil(heads / 16)
+        axes.set_yticks(range(0, heads, step), labels=names[::step])
+        axes.set_ylabel("head", fontsize=LABEL)
+        label_axes(axes, title, "layer")
+        bar = figure.colorbar(image, ax=axes, pad=0.01)
+        bar.set_label(unit, fontsize=LABEL)
         bar.ax.tick_params(labelsize=TICK)
     return figure
 
 
 def _layer_label(row: dict[str, Any]) -> str:
-    return f"{row['layer']} (mean)" if row["to_teacher"]["of"] == "mean" else str(row["layer"])
+    return f"{row['layer']}\nmean" if row["to_teacher"]["of"] == "mean" else str(row["layer"])
 
 
 def _labelled(
@@ -126,24 +126,28 @@ def _labelled(
     height = max(2.4, _TOKEN_INCHES * len(queries) + 0.8)
     figure = new_figure(1.6 + width * columns, 1.3 + height * len(lines))
     grid = figure.subplots(len(lines), columns, squeeze=False)
-    for panels, (row, model) in zip(grid, lines, strict=True):
+    counts = [len(row.matrices[model]) for row, model in lines]
+    for line, (panels, (row, model)) in enumerate(zip(grid, lines, strict=True)):
         for column, axes in enumerate(panels):
             if column >= len(row.matrices[model]):
                 axes.set_axis_off()
                 continue
-            unseen = _unseen(row.matrices[model])
-            axes.imshow(_colored(row.matrices[model][column], unseen), interpolation="nearest", aspect="auto")
+            matrices = row.matrices[model]
+            colors = _colored(matrices[column], _unseen(matrices), _is_signed(matrices))
+            axes.imshow(colors, interpolation="nearest", aspect="auto")
             head = row.heads[model][column]
             axes.set_title(f"head {head}" if head.isdecimal() else head, fontsize=LABEL, parse_math=False)
-            _token_ticks(axes.xaxis, keys, rotation=90)
-            _token_ticks(axes.yaxis, queries)
+            lowest = all(count <= column for count in counts[line + 1 :])
+            _token_ticks(axes.xaxis, keys if lowest else [], rotation=90)
+            _token_ticks(axes.yaxis, queries if column == 0 else [])
         label = " ".join(
             filter(None, (f"layer {row.layer}" if row.layer.isdecimal() else row.layer, row.mixers[model]))
         )
         panels[0].set_ylabel(f"{names[model]}\n{label}", fontsize=LABEL, parse_math=False)
     axes = list(figure.axes)
     for signed, label in _scales(rows):
-        _fill_bar(figure.colorbar(_mappable(signed), ax=axes, shrink=0.9, aspect=30, pad=0.01), signed, label)
+        shrink = min(0.9, 5.0 / figure.get_figheight())
+        _fill_bar(figure.colorbar(_mappable(signed), ax=axes, shrink=shrink, aspect=30, pad=0.01), signed, label)
     figure.suptitle(title, fontsize=TITLE, parse_math=False)
     return figure
 
@@ -166,7 +170,7 @@ def _mosaic(rows: Sequence[MatrixRow], names: Sequence[str], title: str) -> Figu
     scale = max(1, math.ceil(min(_PANEL, largest) / side))  # pixels of a weight
     panel = scale * side + _SPACE
     labels = [_layer_labels(rows, model) for model in range(len(names))]
-    tops = [44 + (10 * max(map(len, each)) if _turned(each) else 30) for each in labels]
+    tops = [44 + (12 * max(map(len, each)) if _turned(each) else 30) for each in labels]
     scales = _scales(rows)
     width = max(_LEFT + panel * len(rows) + 20, 560 + 500 * len(scales))
     height = _HEADER + sum(top + panel * count for top, count in zip(tops, heads, strict=True)) + 10
@@ -200,7 +204,11 @@ def _image(rows: Sequence[MatrixRow], model: int, panel: int, scale: int, pool: 
         matrices = row.matrices[model]
         unseen = _unseen(matrices) if len(matrices) else None
         for line, matrix in enumerate(matrices):
-            block = _colored(*_pooled(matrix, unseen, pool)).repeat(scale, axis=0).repeat(scale, axis=1)
+            block = (
+                _colored(*_pooled(matrix, unseen, pool), _is_signed(matrices))
+                .repeat(scale, axis=0)
+                .repeat(scale, axis=1)
+            )
             top, left = line * panel, column * panel
             image[top : top + block.shape[0], left : left + block.shape[1]] = np.round(255 * block)
     return image[:-_SPACE, :-_SPACE]
@@ -261,15 +269,17 @@ def _pooled(matrix: np.ndarray, unseen: np.ndarray | None, size: int) -> tuple[n
     return found, None if unseen is None else np.triu(np.ones(found.shape, dtype=bool), 1)
 
 
-def _colored(matrix: np.ndarray, unseen: np.ndarray | None) -> np.ndarray:
+def _is_signed(matrices: np.ndarray) -> bool:
+    """Return whether a layer has negative weights."""
+    return bool(np.any(matrices < 0))
+
+
+def _colored(matrix: np.ndarray, unseen: np.ndarray | None, signed: bool) -> np.ndarray:
     """Return the (L, M, 3) colours of (L, M) weights."""
     largest = np.abs(matrix).max()
     relative = matrix / largest if largest > 0 else np.zeros_like(matrix)
     roots = np.sign(relative) * np.sqrt(np.abs(relative))
-    if np.any(matrix < 0):
-        colors = matplotlib.colormaps[_DIVERGING](roots / 2 + 0.5)
-    else:
-        colors = matplotlib.colormaps[_SEQUENTIAL](roots)
+    colors = matplotlib.colormaps[_DIVERGING](roots / 2 + 0.5) if signed else matplotlib.colormaps[_SEQUENTIAL](roots)
     found = colors[..., :3]
     if unseen is not None:
         found[unseen] = _UNSEEN
@@ -277,8 +287,8 @@ def _colored(matrix: np.ndarray, unseen: np.ndarray | None) -> np.ndarray:
 
 
 def _scales(rows: Sequence[MatrixRow]) -> list[tuple[bool, str]]:
-    """Return the scales that are in use, and their labels: of non-negative and of signed panels."""
-    signs = {bool(np.any(head < 0)) for row in rows for matrix in row.matrices for head in matrix}
+    """Return the scales that are in use, and their labels: of layers without and with negative weights."""
+    signs = {_is_signed(matrices) for row in rows for matrices in row.matrices if len(matrices)}
     found = [(False, "weight, relative to the largest of its panel")] if False in signs else []
     return [*found, (True, "signed weight, relative to the largest of its panel")] if True in signs else found
 
