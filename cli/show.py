@@ -78,10 +78,12 @@ def show(
         "max_tokens": max_tokens,
         "dtype": dtype,
     }
+    commits: dict[str, str | None] = {"model": revision}
     if output is not None:
         from ..evaluation.attention_folder import check_attention_folder
 
-        settings["sources"] = _fingerprints(sources, revision)
+        commits = _commits(sources, revision, output)
+        settings["sources"] = _fingerprints(sources, commits)
         check_attention_folder(output, settings)
 
     from transformers.utils import logging
@@ -94,9 +96,9 @@ def show(
     reader = TextReader(
         texts["text"], texts["target"], max_tokens=max_tokens, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    stacks = [reader.read(sources["model"], field="MODEL", revision=revision, **chosen)]
+    stacks = [reader.read(sources["model"], field="MODEL", revision=commits["model"], **chosen)]
     if teacher is not None:
-        stacks.append(reader.read(sources["teacher"], field="--teacher", **chosen))
+        stacks.append(reader.read(sources["teacher"], field="--teacher", revision=commits.get("teacher"), **chosen))
         check_same_layers(*stacks)
     tokens = {side: token_texts(reader.tokenizer, ids) for side, ids in reader.ids.items()}
     described = [describe_stack(*pair) for pair in zip(*stacks, strict=True)]
@@ -158,13 +160,17 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fingerprints(sources: dict[str, str], revision: str | None) -> dict[str, dict[str, str]]:
+def _commits(sources: dict[str, str], revision: str | None, output: Path) -> dict[str, str | None]:
+    """Return the commit of each Hub id; None for a folder."""
+    from ..harness.fingerprint import pinned_revision
+
+    given = {"model": revision}
+    return {name: pinned_revision(source, given.get(name), output, name) for name, source in sources.items()}
+
+
+def _fingerprints(sources: dict[str, str], commits: dict[str, str | None]) -> dict[str, dict[str, str]]:
     """Return what distinguishes the models from others of the same name, without their paths."""
     from ..harness.fingerprint import fingerprint
 
-    found = {}
-    for name, source in sources.items():
-        commit = (revision if name == "model" else None) or "main"
-        parts = fingerprint(source, commit)
-        found[name] = {key: value for key, value in parts.items() if key != "source"}
-    return found
+    found = {name: fingerprint(source, commits[name]) for name, source in sources.items()}
+    return {name: {key: each[key] for key in each if key != "source"} for name, each in found.items()}

@@ -68,7 +68,7 @@ def test_an_infinite_divergence_has_no_number_in_the_report() -> None:
         def __init__(self, matrix: torch.Tensor) -> None:
             self.layers = (layer(matrix),)
 
-    (row,) = describe_stack(Stack(OTHER), Stack(SIGNED))["layers"]  # pyright: ignore[reportArgumentType]
+    (row,) = describe_stack(Stack(OTHER), Stack(SIGNED))["layers"]
     assert row["to_teacher"]["kl"] == {"mean": None, "heads": [None]}
     assert row["to_teacher"]["of"] == "heads" and 0 < row["to_teacher"]["js"]["mean"] < 1
 
