@@ -151,8 +151,9 @@ def _heading(names: list[str], read: int, total: int) -> str:
     part = f"{read:,} tokens" if read == total else f"the first {read:,} of {total:,} tokens (--max-tokens)"
     beside = "" if len(names) == 1 else f", beside {names[1]} (behind the slash)"
     return (
-        f"{names[0]} on {part}{beside}. distance: tokens between query and key; first: share on the first token; "
-        f"entropy: nats, at most {math.log(read):.2f}; means over heads and queries, of absolute weights."
+        f"{names[0]} on {part}{beside}; means over heads and queries, of absolute weights\n"
+        "distance: tokens between query and key; first: share on the first token; "
+        f"entropy: nats, at most {math.log(read):.2f}"
     )
 
 

@@ -75,8 +75,8 @@ class AttentionStack:
         name: "layers", or "encoder", "decoder" or "cross" (cross-attention) of an encoder-decoder.
         num_layers: number of layers of the stack, also of those without a matrix.
         layers: the chosen layers that have matrices.
-        shares: for every layer the (L, M) mean of its heads' shares, None where it has no matrix; the whole is None if
-            it is unknown for a layer that mixes tokens in another way than by attention.
+        shares: for every layer the (L, M) mean of its heads' shares, None for a layer without a mixer. All is None if
+            a layer also mixes tokens in a way that its matrix does not show, as Mamba layers of transformers do.
     """
 
     name: str
@@ -111,26 +111,28 @@ def read_attention(
 
     Raises:
         ValueError: if the model has no matrices or reads no tokens, the matrices would take more than 4 GiB, a layer or
-            head does not exist, or a weight is not finite.
+            head does not exist, more than `MANY_HEADS` heads are chosen, or a weight is not finite.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must be of shape (1, L) with L >= 2, got {tuple(input_ids.shape)}.")
     kind = model.config.model_type
     if model.main_input_name != "input_ids":
         raise ValueError(f"{field}: a model of type {kind} reads {model.main_input_name} and no text.")
-    two = bool(getattr(model.config, "is_encoder_decoder", False))
-    if decoder_input_ids is not None and not two:
+    if heads is not None and len(heads) > MANY_HEADS:
+        raise ValueError(f"heads: at most {MANY_HEADS} heads can be shown one by one, got {len(heads)}.")
+    has_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if decoder_input_ids is not None and not has_decoder:
         raise ValueError(f"{field}: a target text needs an encoder-decoder, got a model of type {kind}.")
     ids: dict[str, Tensor] = {"input_ids": input_ids.to(model.device)}
-    if two:
+    if has_decoder:
         start = input_ids[:, :1] if decoder_input_ids is None else decoder_input_ids
         ids["decoder_input_ids"] = start.to(model.device)
     with evaluating(model), torch.no_grad():
         two_tokens = _matrices(model, {name: each[:, :2] for name, each in ids.items()}, field)
-        if two and decoder_input_ids is None:
+        if has_decoder and decoder_input_ids is None:
             two_tokens = {"encoder": two_tokens["encoder"]}
         _check_choice(model, two_tokens, layers, heads, field)
-        _check_size(two_tokens, ids, field)
+        _check_size(model, two_tokens, ids, field)
         described: dict[int, LayerAttention] = {}
         handles = _describe_early(model, two_tokens, ids, described, layers, heads)
         try:
@@ -183,9 +185,8 @@ def _places(model: PreTrainedModel, stack: str, count: int, field: str) -> list[
 
 def _layer_kinds(config: Any) -> list[str]:
     """Return the kinds of the layers of a hybrid of transformers; empty if the configuration does not have them."""
-    return [
-        str(kind) for kind in getattr(config, "layers_block_type", None) or getattr(config, "layer_types", []) or []
-    ]
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or []
+    return [str(kind) for kind in kinds]
 
 
 def _attends(kind: str) -> bool:
@@ -260,16 +261,19 @@ def _check_choice(
             raise ValueError(f"heads: layer {layer} of {field} has the heads 0 to {count - 1}, got {wrong[0]}.")
 
 
-def _check_size(two_tokens: dict[str, dict[int, Tensor | None]], ids: dict[str, Tensor], field: str) -> None:
+def _check_size(
+    model: PreTrainedModel, two_tokens: dict[str, dict[int, Tensor | None]], ids: dict[str, Tensor], field: str
+) -> None:
     """Raise a ValueError if the matrices of a text would not fit into memory, after a forward over two tokens."""
     length = {name: each.shape[1] for name, each in ids.items()}
     source, target = length["input_ids"], length.get("decoder_input_ids", 0)
     sizes = {"layers": source**2, "encoder": source**2, "decoder": target**2, "cross": source * target}
     kept, most = 0, 0
     for name, matrices in two_tokens.items():
+        early = _blocks(model, name) is not None  # see `_describe_early`
         for matrix in matrices.values():
             heads = 0 if matrix is None else matrix.shape[1]
-            kept += 4 * min(heads, MANY_HEADS) * sizes[name]
+            kept += 4 * (min(heads, MANY_HEADS) if early else heads) * sizes[name]
             most = max(most, 4 * heads * sizes[name])
     needed = kept + 4 * most  # a layer's own computation holds a few copies of its matrices
     if needed > _MOST_BYTES:

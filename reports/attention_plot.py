@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -31,8 +32,8 @@ _UNSEEN = (0.86, 0.86, 0.86)
 # Token labels need about this many inches each. A figure with labels has at most so many panels, tokens in all of them
 # together, and tokens in one.
 _TOKEN_INCHES, _LABELLED_PANELS, _LABELLED_TOKENS, _MOST_LABELS = 0.125, 12, 320, 64
-_PANEL, _SPACE = 84, 8  # pixels of a small panel at least, and between two of them
-_MOST_PIXELS = 24_000_000  # of a figure's panels
+_PANEL, _LARGE_PANEL, _SPACE = 84, 600, 8  # pixels of a panel at least, and if there are few; and between two of them
+_USUAL_PIXELS, _MOST_PIXELS = 2_000_000, 24_000_000  # of a figure's panels
 _DPI = 140
 _LEFT, _HEADER = 110, 92  # pixels beside and above the panels
 
@@ -57,7 +58,8 @@ class MatrixRow:
 def draw_matrices(
     rows: Sequence[MatrixRow], names: Sequence[str], queries: Sequence[str], keys: Sequence[str], title: str
 ) -> Figure:
-    """Draw matrices as a grid: heads from top to bottom, layers from left to right, the models one below the other.
+    """Draw matrices as a grid: heads from top to bottom, layers from left to right, the models one below the other or,
+    if that would be too tall, beside each other.
 
     A few panels with few tokens get the tokens as labels; then layers and models are one below the other, and heads
     side by side.
@@ -167,26 +169,33 @@ def _mosaic(rows: Sequence[MatrixRow], names: Sequence[str], title: str) -> Figu
     largest = math.isqrt(_MOST_PIXELS // (len(rows) * sum(heads)))  # side of a panel
     pool = math.ceil(length / largest)
     side = math.ceil(length / pool)
-    scale = max(1, math.ceil(min(_PANEL, largest) / side))  # pixels of a weight
+    wanted = min(_LARGE_PANEL, max(_PANEL, math.isqrt(_USUAL_PIXELS // (len(rows) * sum(heads)))), largest)
+    scale = max(1, math.ceil(wanted / side))  # pixels of a weight
     panel = scale * side + _SPACE
     labels = [_layer_labels(rows, model) for model in range(len(names))]
     tops = [44 + (12 * max(map(len, each)) if _turned(each) else 30) for each in labels]
+    sizes = [(panel * len(rows) - _SPACE, panel * count - _SPACE) for count in heads]
+    stacked = (_LEFT + sizes[0][0], sum(top + size[1] for top, size in zip(tops, sizes, strict=True)))
+    if stacked[1] > 1.5 * stacked[0]:  # the models beside each other
+        places = [(_LEFT + index * (_LEFT + sizes[0][0]), max(tops)) for index in range(len(names))]
+    else:
+        ends = accumulate(top + size[1] + _SPACE for top, size in zip(tops, sizes, strict=True))
+        places = [(_LEFT, end - _SPACE - size[1]) for end, size in zip(ends, sizes, strict=True)]
     scales = _scales(rows)
-    width = max(_LEFT + panel * len(rows) + 20, 560 + 500 * len(scales))
-    height = _HEADER + sum(top + panel * count for top, count in zip(tops, heads, strict=True)) + 10
+    right = max(left + size[0] for (left, _), size in zip(places, sizes, strict=True))
+    width = max(right + 20, 560 + 500 * len(scales))
+    height = _HEADER + 10 + max(top + size[1] for (_, top), size in zip(places, sizes, strict=True))
     figure = new_figure(width / _DPI, height / _DPI)
     figure.set_layout_engine("none")
-    place = _HEADER
-    for model, (name, top, count) in enumerate(zip(names, tops, heads, strict=True)):
+    for model, ((left, top), size) in enumerate(zip(places, sizes, strict=True)):
         mixers = {row.mixers[model] for row in rows if len(row.matrices[model])}
-        text = f"{name}: {mixers.pop()}" if len(mixers) == 1 and mixers != {""} else name
-        figure.text(_LEFT / width, 1 - (place + 24) / height, text, fontsize=LABEL, weight="bold", parse_math=False)
-        place += top
-        size = (panel * len(rows) - _SPACE, panel * count - _SPACE)
-        axes = figure.add_axes((_LEFT / width, 1 - (place + size[1]) / height, size[0] / width, size[1] / height))
+        text = f"{names[model]}: {mixers.pop()}" if len(mixers) == 1 and mixers != {""} else names[model]
+        heading = 1 - (_HEADER + top - tops[model] + 24) / height
+        figure.text(left / width, heading, text, fontsize=LABEL, weight="bold", parse_math=False)
+        bottom = 1 - (_HEADER + top + size[1]) / height
+        axes = figure.add_axes((left / width, bottom, size[0] / width, size[1] / height))
         axes.imshow(_image(rows, model, panel, scale, pool), interpolation="nearest", aspect="auto")
         _mosaic_ticks(axes, rows, model, labels[model], panel)
-        place += panel * count
     figure.text(_LEFT / width, 1 - 50 / height, title, fontsize=TITLE, parse_math=False)
     for index, (signed, label) in enumerate(reversed(scales)):
         left = width - 40 - 420 - 500 * index
@@ -301,7 +310,7 @@ def _mappable(signed: bool) -> ScalarMappable:
 
 def _fill_bar(bar: Any, signed: bool, label: str) -> None:
     """Set the ticks and the label of a bar of colours."""
-    places = [-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0] if signed else [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
+    places = [-1.0, -0.25, 0.0, 0.25, 1.0] if signed else [0.0, 0.01, 0.1, 0.25, 0.5, 1.0]
     bar.set_ticks(places, labels=[f"{100 * place:g} %" if place else "0" for place in places])
     bar.set_label(label, fontsize=TICK)
     bar.ax.tick_params(labelsize=TICK - 1)

@@ -59,7 +59,7 @@ def report_of(folder: str) -> dict[str, Any]:
 
 def test_the_matrices_are_those_of_the_model(show: Callable[..., Result], models: Path) -> None:
     printed = succeeds(show(models / "zoo", TEXT, "--output", "out", "--rollout", "--max-tokens", 5))
-    assert "zoo on the first 5 of 7 tokens (--max-tokens)." in printed
+    assert "zoo on the first 5 of 7 tokens (--max-tokens); means" in printed
     assert re.search(r"^ +0 +discrete_mamba2 +4 +\d", printed, re.MULTILINE)
     assert re.search(r"^Rollout of zoo to the last token 's' \(4\): \d", printed, re.MULTILINE)
     assert {path.name for path in Path("out").iterdir()} == {

@@ -159,6 +159,8 @@ def test_bad_choices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         read_attention(model, IDS, layers=[2], field="MODEL")
     with pytest.raises(ValueError, match="heads: layer 0 of MODEL has the heads 0 to 3, got 4"):
         read_attention(model, IDS, heads=[4], field="MODEL")
+    with pytest.raises(ValueError, match="heads: at most 32 heads can be shown one by one, got 33"):
+        read_attention(model, IDS, heads=range(33))
     with pytest.raises(ValueError, match="target text needs an encoder-decoder, got a model of type zoo_mamba2"):
         read_attention(model, IDS, TARGET)
     half = make_model("half-blocks", mixer_types=["none", "full_attention", "none"], mlp_types=["gated"] * 3)

@@ -75,6 +75,14 @@ def test_many_panels_are_one_image_of_heads_by_layers_for_each_model() -> None:
     saved(figure)
 
 
+def test_models_with_many_heads_and_few_layers_are_beside_each_other() -> None:
+    row = MatrixRow("0", ("mamba2", "attention"), (causal(9, 30), causal(9, 30)), (tuple("012345678"),) * 2)
+    figure = draw_matrices([row, row], ["student", "teacher"], ["a"] * 30, ["a"] * 30, "Title")
+    student, teacher = (axes.get_position() for axes in figure.axes if axes.images)
+    assert (student.y0, student.y1) == (teacher.y0, teacher.y1)
+    assert student.x1 < teacher.x0 < teacher.x1 <= 1
+
+
 def test_long_texts_are_reduced_to_their_largest_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssm_zoo.reports.attention_plot._MOST_PIXELS", 4 * 50**2)
     matrix = np.zeros((4, 99, 99))
