@@ -23,7 +23,7 @@ from .embedder import HEADS, POOLERS
 
 __all__ = ["TextReader", "decoder_inputs", "load_attention_model"]
 
-# By the end of a class's name. Other models are loaded without their head, of which no matrix depends.
+# By the end of a class's name. Other models are loaded without their head, on which no matrix depends.
 _CLASSES: dict[str, Any] = {
     "ForCausalLM": AutoModelForCausalLM,
     "LMHeadModel": AutoModelForCausalLM,
