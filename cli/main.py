@@ -21,6 +21,7 @@ from .push import push
 from .report import report
 from .reproduce import reproduce
 from .select import select
+from .show import show
 from .sources import model_source, student_folder
 from .train import train
 
@@ -102,6 +103,7 @@ def card(
 app.command()(report)
 app.command()(convert)
 app.command()(generate)
+app.command()(show)
 app.command()(push)
 app.command("list")(list_models)
 app.command()(reproduce)

@@ -53,7 +53,7 @@ def succeeds(result: Result) -> str:
 
 
 COMMANDS = {"distill", "select", "train", "finetune", "evaluate", "export", "card", "convert", "generate", "push"}
-COMMANDS |= {"list", "report", "reproduce"}
+COMMANDS |= {"list", "report", "reproduce", "show"}
 
 
 def fails(result: Result, message: str) -> None:

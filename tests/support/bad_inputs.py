@@ -47,11 +47,13 @@ INVERSION = "evaluate inversion mamba2 text.txt --tokens 4 --texts 2 --steps 2 -
 EXPORT = "export zoo out --no-verify"
 CONVERT = "convert mamba out --no-verify"
 GENERATE = "generate zoo abc --max-new-tokens 2"
+SHOW = "show zoo @text.txt --max-tokens 5 --output out"
 CARD = "card run"
 REPORT = "report run --output out"
 PUSH = "push zoo tester/model"
 DEMO = "demo --output out --hub-stand-in stand_in.py"
 WHOLE = (DISTILL, SELECT, TRAIN, LM, LM_JSONL, EMBED, RETRIEVAL, INVERSION, EXPORT, CONVERT, GENERATE, CARD, REPORT)
+WHOLE += (SHOW,)
 
 
 @dataclass(frozen=True)
@@ -374,6 +376,8 @@ _OPTIONS: list[tuple[str, str, tuple[str, ...], str]] = [
     (GENERATE, "--top-p", ("2", "nan", "0.5"), "top-p"),
     (GENERATE, "--seed", ("-1", "1", "99999999999999999999999"), "seed"),
     (GENERATE, "--dtype", ("float77",), "dtype"),
+    (SHOW, "--layers", ("99", "x", "", "2-1"), "layers"),
+    (SHOW, "--output", ("text.txt", "beir"), "--output"),
     (SELECT, "--layers", ("0", "99", "x"), "layers"),
     (SELECT, "--method", ("nope", "restore,restore", ""), "method"),
     (SELECT, "--heads", ("-1", "99"), "heads"),
