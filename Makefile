@@ -12,7 +12,7 @@ PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs test test-sweeps test-oldest test-contracts test-gpu lint format type bench bench-gpu
-.PHONY: kernel-package dev
+.PHONY: gpu-session kernel-package dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -64,6 +64,9 @@ bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH
 
 bench-gpu: $(STAMP) ## time the kernels beside their peers; without a CUDA device at small sizes (BENCH_ARGS adds arguments)
 	$(RUN) benchmarks/kernels/gpu_kernels.py $(BENCH_ARGS)
+
+gpu-session: ## prove and time the kernels on a GPU, in steps, with $(PYTHON) as it is (GPU_SESSION_ARGS adds arguments)
+	$(PYTHON) benchmarks/kernels/gpu_session.py $(GPU_SESSION_ARGS)
 
 KERNEL_PACKAGE ?= dist/ssm-zoo-kernels
 kernel-package: $(STAMP) ## write the kernels as a Kernel Hub repository into dist/ (KERNEL_PACKAGE_ARGS adds arguments)
