@@ -94,7 +94,11 @@ _NAME = "{identifier}"
 if _NAME not in sys.modules:
     _spec = importlib.util.spec_from_file_location(_NAME, Path(__file__).resolve().parents[1] / "__init__.py")
     sys.modules[_NAME] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_NAME])
+    try:
+        _spec.loader.exec_module(sys.modules[_NAME])
+    except BaseException:
+        del sys.modules[_NAME]
+        raise
 __all__ = sys.modules[_NAME].__all__
 globals().update((name, getattr(sys.modules[_NAME], name)) for name in __all__)
 '''
@@ -129,8 +133,9 @@ def write_kernel_package(folder: str | Path, *, repo_id: str | None = None) -> P
     digest = hashlib.sha256("\0".join(part for item in sources.items() for part in item).encode()).hexdigest()[:12]
     texts = {"build.toml": _build_file(repo_id), "README.md": kernel_card(NAME, VERSION, EXPORTS, repo_id)}
     licence = code_licence()
-    if licence is not None:
-        texts["LICENSE"] = licence
+    if licence is None:
+        raise ValueError("LICENSE of ssm-zoo was not found: install ssm-zoo with its licence file, or use a checkout.")
+    texts["LICENSE"] = licence
     texts |= {f"torch-ext/{_MODULE}/{name}": text for name, text in sources.items()}
     for backend in BACKENDS:
         identifier = f"_{_MODULE}_{backend}_{digest}"
@@ -149,7 +154,7 @@ def check_kernel_package(folder: str | Path) -> None:
     """Raise a ValueError unless a folder is a kernel package as it was written: no file changed, missing or added."""
     problem = _problem(Path(folder))
     if problem is not None:
-        raise ValueError(f"folder: {folder} is no whole kernel package: {problem}. Write it again.")
+        raise ValueError(f"folder: {folder} is not a complete kernel package: {problem}. Write it again.")
 
 
 def _sources() -> dict[str, str]:

@@ -83,6 +83,7 @@ def write_attention(
     tensors |= {f"{prefix}rollout": flow.float() for prefix, flow in zip(_PREFIXES, flows, strict=False)}
     labels = {side: [token["text"] for token in tokens] for side, tokens in report["tokens"].items()}
     with new_folder(output, overwrite=True) as folder:
+        check_attention_folder(output, report["settings"])  # again, as reading the models took its time
         (folder / _MATRICES).write_bytes(save(tensors, metadata={"format": "pt"}))
         for pair in zip(*stacks, strict=True):
             draw_stack(pair, names, labels).savefig(folder / f"{pair[0].name}.png", format="png")

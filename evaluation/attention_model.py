@@ -58,8 +58,11 @@ def load_attention_model(
     options: dict[str, Any] = {"field": field, "revision": revision, "trust_remote_code": trust_remote_code}
     kind: Any = AutoModelForCausalLM
     if find_adapter_config_file(str(source), revision=revision or "main") is None:
-        architecture = (load_config(source, **options).architectures or [""])[0]
+        config = load_config(source, **options)
+        architecture = (config.architectures or [""])[0]
         kind = next((each for end, each in _CLASSES.items() if architecture.endswith(end)), AutoModel)
+        if kind is AutoModelForSeq2SeqLM and not config.is_encoder_decoder:
+            kind = AutoModelForCausalLM  # e.g. Gemma3ForConditionalGeneration, which also reads pictures
     if kind is AutoModel:
         options |= {"may_lack": POOLERS, "may_add": HEADS}
     return load_model(source, kind, dtype=dtype, attn_implementation="eager", **options)

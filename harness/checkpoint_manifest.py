@@ -35,6 +35,10 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing or damaged"
     for name, expected in files.items():
         path = folder / name
+        if not isinstance(expected, dict) or {"size", "sha256"} - expected.keys():
+            return f"{MANIFEST} is damaged at {name}"
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{MANIFEST} names {name}, which is outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:

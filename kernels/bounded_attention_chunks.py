@@ -298,8 +298,15 @@ class Chunks:
             held = torch.where(table_marks[3, :, :slots] < 0, held, line)
         chunks = (plan.start - plan.first - plan.window + plan.count + C - 1) // C
         outputs, seen = bounded_attention_chunks_triton(
-            *(self.queries, self.lines, table_marks, fading.reshape(n, R * h, J * C)),
-            *(None if fades is None else fades.reshape(n, R * h), plan.first, chunks, capacity, held, self.old),
+            *(self.queries, self.lines, table_marks, fading.reshape(n, R * h, J * C).contiguous()),
+            *(
+                None if fades is None else fades.reshape(n, R * h).contiguous(),
+                plan.first,
+                chunks,
+                capacity,
+                held,
+                self.old,
+            ),
             *(plan.window, self.softcap or 0.0),
         )
         self.seen = seen[:-1].sort(dim=2, descending=True).values[:, :, :slots]
@@ -577,7 +584,8 @@ class _Sinks:
 def group_heads(plan: Plan, members: int, kernels: bool) -> list[list[int]]:
     """Group the key-value heads of similar numbers of slots: they share a loop, padded to the largest number.
 
-    Heads without slots stand by themselves: they need no loop. In Triton all others share a launch.
+    Heads without slots stand by themselves: they need no loop. In Triton heads share a launch if one has at most twice
+    the slots of another.
     """
     order = sorted(range(len(plan.capacity)), key=lambda head: -plan.capacity[head])
     groups: list[list[int]] = []
@@ -585,7 +593,8 @@ def group_heads(plan: Plan, members: int, kernels: bool) -> list[list[int]]:
         if groups:
             padded = sum(plan.capacity[groups[-1][0]] - plan.capacity[other] for other in [*groups[-1], head])
             alike = (plan.capacity[head] == plan.sinks) == (plan.capacity[groups[-1][0]] == plan.sinks)
-            if alike and (kernels or padded * plan.documents * members * plan.chunk <= _PADDING):
+            shared = kernels and plan.capacity[groups[-1][0]] <= 2 * plan.capacity[head]
+            if alike and (shared or padded * plan.documents * members * plan.chunk <= _PADDING):
                 groups[-1].append(head)
                 continue
         groups.append([head])

@@ -447,10 +447,10 @@ def chunks_kernel(
                 o = dot(weights, tl.load(v_ptr, mask=there, other=0.0), o * kept[:, None], EMULATE)
                 highest = raised
             # A query beyond its document may see nothing; its result is not used, but must be finite.
-            found = total > 0.0
-            total = tl.where(found, total, 1.0)
+            empty = total == 0.0
+            total = tl.where(empty, 1.0, total)
             tl.store(o_ptr + place, o / total[:, None], mask=mask)
-            tl.store(sums_ptr + query, tl.where(found, highest + tl.log2(total), 0.0), mask=query < queries)
+            tl.store(sums_ptr + query, tl.where(empty, 0.0, highest + tl.log2(total)), mask=query < queries)
         fade = tl.max(tl.full((R,), 1.0, dtype=tl.float32), 0)
         if fades_ptr is not None:
             fade = tl.load(fades_ptr + chunk * groups + group)
@@ -484,11 +484,11 @@ def chunks_kernel(
             line = tl.where(entering & ~hidden, leaving, line)
             rank = tl.load(scores_ptr + line, mask=line >= 0, other=0.0)
             rank *= tl.load(scores_ptr + plane + line, mask=line >= 0, other=0.0)
-            rank += tl.load(scores_ptr + 2 * plane + line, mask=line >= 0, other=0.0)
-            # What is not a number stays, as nothing can be said against it. Empty rows are dropped first. All that may
-            # be dropped is finite, so that the C lowest are found even if more than all but C of them have to stay.
-            rank = tl.where(rank != rank, float("inf"), rank)
-            rank = tl.minimum(tl.maximum(rank, 0.0), 3.4028234663852886e38)
+            # The order: empty rows are dropped first, then the lowest scores, then scores that are not numbers, which
+            # cannot be compared, and sinks last. All ranks are finite: infinity marks rows that are dropped already.
+            rank = tl.where(rank != rank, 2e38, tl.minimum(tl.maximum(rank, 0.0), 1e38))
+            always = tl.load(scores_ptr + 2 * plane + line, mask=line >= 0, other=0.0)
+            rank = tl.where(always > 0.0, 3e38, rank)
             rank = tl.where(line < 0, -1.0, rank)
             rank = tl.where(b < rows, rank, float("inf"))
             dropped = b < 0

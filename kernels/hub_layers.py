@@ -109,6 +109,7 @@ class causal_conv1d_fn(nn.Module):  # noqa: N801
         **kwargs: Any,
     ) -> Any:
         """Convolve (B, D, L) inputs with (D, K) taps; documents are kept apart, as in :func:`_documents`."""
+        _refuse(kwargs, "initial_states", "return_final_states", "final_states_out")
         seq_idx = _documents(kwargs, hidden_states.shape[0], hidden_states.shape[2])
         return convolve(hidden_states, weight, bias, seq_idx=seq_idx, activation=activation)
 
@@ -156,6 +157,7 @@ class mamba_chunk_scan_combined(nn.Module):  # noqa: N801
 
         `chunk_size` has no effect: the op has its own. A gate `z`, (B, L, H, P), is applied if it is given.
         """
+        _refuse(kwargs, "return_varlen_states")
         return ssd(
             hidden_states,
             dt,
@@ -292,6 +294,7 @@ class selective_state_update(nn.Module):  # noqa: N801
         **kwargs: Any,
     ) -> Any:
         """Run one token of (B, [H,] P) inputs and update `state`."""
+        _refuse(kwargs, "state_batch_indices", "dt_limit")
         return update(state, hidden_states, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
 
 
@@ -299,11 +302,18 @@ _BOUNDS = ("cu_seqlens", "cu_seq_lens_q")
 _DOCUMENTS = ("seq_idx", *_BOUNDS)
 
 
+def _refuse(options: dict[str, Any], *names: str) -> None:
+    """Raise ValueError if an argument is given that the op would need and this layer does not pass on."""
+    for name in names:
+        if options.get(name) is not None and options[name] is not False:
+            raise ValueError(f"{name} is not supported by this layer. Call the function of the same name instead.")
+
+
 def _documents(options: dict[str, Any], batch: int, length: int) -> Tensor | None:
     """Return the (B, L) document index of each token, from any of the arguments that transformers passes on.
 
     `seq_idx` is taken as it is. `cu_seqlens` or `cu_seq_lens_q`, (S + 1) bounds of the sequences of a single row, are
-    used without it; that they end at L is checked on the CPU only.
+    used without it; that they do not decrease is checked on the CPU only.
     """
     if options.get("seq_idx") is not None:
         return options["seq_idx"]
@@ -314,7 +324,12 @@ def _documents(options: dict[str, Any], batch: int, length: int) -> Tensor | Non
     check_integers(name, bounds, (max(bounds.numel(), 2),), "(number of sequences + 1)")
     if batch != 1:
         raise ValueError(f"{name} must come with a single row, got {batch} rows. Pass seq_idx.")
-    if host_reads(bounds) and int(bounds[-1]) != length:
-        raise ValueError(f"{name} must end at the number of tokens, {length}, got {int(bounds[-1])}. Pass seq_idx.")
+    if host_reads(bounds):
+        if int(bounds[0]) != 0 or int(bounds[-1]) != length or bool((bounds.diff() < 0).any()):
+            raise ValueError(
+                f"{name} must rise from 0 to the number of tokens, {length}, got {bounds.tolist()}. Pass seq_idx."
+            )
+    else:
+        torch._assert_async((bounds[0] == 0) & (bounds[-1] == length))
     tokens = torch.arange(length, device=bounds.device, dtype=bounds.dtype)
     return torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)[None]

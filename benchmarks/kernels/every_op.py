@@ -91,6 +91,10 @@ def cases(device: torch.device, length: int) -> Iterator[Case]:
     yield "window_attention", window_attention, {**kept, "window": 40, "index": index, "seq_idx": seq_idx}
     heads = {"q": half(2, L, 6, 64), "k": half(2, L, 2, 64), "v": half(2, L, 2, 64)}
     yield "bounded_attention", _bounded, {**heads, **MEMORY, "seq_idx": seq_idx}
+    for width, chunk_size in ((128, 16), (256, 5)):
+        heads = {"q": half(1, L, 2, width), "k": half(1, L, 2, width), "v": half(1, L, 2, width)}
+        options = {"window": 20, "slots": [7, 40], "chunk_size": chunk_size, "softcap": 5.0}
+        yield f"bounded_attention, width {width}, in two parts", _bounded_in_parts, {**heads, "options": options}
     student = {"log_decay": decays(2, L, 4), "B": full(2, L, 4, 24), "C": full(2, L, 4, 24), "scale": full(2, L, 4)}
     teacher = {"queries": full(2, L, 4, 64), "keys": full(2, L, 4, 64)}
     yield "row_distances", _row_distances, {**student, **teacher}
@@ -102,13 +106,22 @@ def _row_distances(queries: Tensor, keys: Tensor, implementation: str, **factors
 
 
 def _bounded(implementation: str, **arguments: Any) -> Any:
-    """The outputs, and sums over the rows of the memory, whose order may differ."""
+    """Return the outputs, and sums over the rows of the memory, whose order may differ."""
     output, memory = bounded_attention(**arguments, implementation=implementation)
     return output, memory.keys.sum(1), memory.values.sum(1)
 
 
+def _bounded_in_parts(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], implementation: str) -> Any:
+    """Return the outputs of the second half, which goes on from the memory of the first, and sums over its rows."""
+    first = q.shape[1] // 2
+    options = options | {"implementation": implementation}
+    memory = bounded_attention(q[:, :first], k[:, :first], v[:, :first], **options)[1]
+    output, memory = bounded_attention(q[:, first:], k[:, first:], v[:, first:], initial_state=memory, **options)
+    return output, memory.keys.sum(1), memory.values.sum(1)
+
+
 def _bounded_step(q: Tensor, k: Tensor, v: Tensor, past: Tensor, int8: bool, implementation: str) -> Any:
-    """A step after 40 tokens of `past`, and the memory after it."""
+    """Run a step after the tokens of `past`; return its output and the scores of the memory after it."""
     q, k, v, past = (x.detach() for x in (q, k, v, past))
     heads = past.repeat_interleave(q.shape[1] // k.shape[1], dim=2)
     memory = bounded_attention(heads, past, past, **MEMORY, implementation="torch")[1]

@@ -284,7 +284,7 @@ def plan(options: argparse.Namespace, small: bool, finished: set[str]) -> tuple[
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark; 1 if a kernel of ours was refused."""
+    """Run the benchmark; 1 if a kernel of ours was refused in this call, or the device stopped answering."""
     begin = time.monotonic()
     options = parse_arguments(arguments)
     now = datetime.now(UTC)
@@ -328,7 +328,9 @@ def main(arguments: list[str]) -> int:
         from kernel_plots import main as draw
 
         draw([str(path)])
-    return int(any(row["status"] == REFUSED and row["peer"] is None for row in rows))
+    tried = {case.name for case in chosen}
+    refused = any(row["status"] == REFUSED and row["peer"] is None and row["case"] in tried for row in rows)
+    return int(refused or bench.lost)
 
 
 def complete(rows: list[Row], about: Row) -> list[Row]:

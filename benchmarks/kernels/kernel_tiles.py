@@ -89,7 +89,11 @@ def main(arguments: list[str]) -> int:
     use_checkout()
     from kernel_cases import full_cases, our_run, prepare
     from kernel_check import error_of, sampled
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
+    # What a kernel cannot be compiled or launched with; all else, e.g. an illegal access, stops the run.
+    limits = (CompilationError, OutOfResources, PTXASError)
     about = circumstances(datetime.now(UTC), "kernels/kernel_tiles.py", arguments, ("triton",))
     rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     done = {(row["case"], json.dumps(row["changes"])) for row in rows}
@@ -106,7 +110,7 @@ def main(arguments: list[str]) -> int:
                     found = error_of(sampled(run()), expected)
                     run()
                     row |= {"error": found[0] if found else None, "microseconds": microseconds(run)}
-            except Exception as error:  # e.g. more shared memory than there is
+            except limits as error:
                 row["reason"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             rows.append(row | about)
             write_rows(rows, options.output)

@@ -12,7 +12,7 @@ import every_op
 import kernel_tiles
 import pytest
 import torch
-from gpu_session import BARS, CUT_OFF, FAILED, PASSED, UNAVAILABLE, WAITING, Step, links, main, plan, session
+from gpu_session import BARS, CUT_OFF, FAILED, PASSED, UNAVAILABLE, WAITING, Step, digest_of, links, main, plan, session
 from kernel_cases import full_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,12 +31,13 @@ def test_steps_end_in_every_way_and_only_those_that_have_not_passed_run_again(tm
     steps = [
         Step("good", python(count.format(str(tmp_path / "good")))),
         Step("bad", python("print('what was wrong'); raise SystemExit(3)")),
-        Step("absent", ["no-such-program"], ["no-such-program"]),
+        Step("absent", ["no-such-program"], ("no-such-program",)),
+        Step("all skipped", python("print('3 skipped')"), says=" passed"),
     ]
     for calls in (1, 2):
         assert session(steps, tmp_path / "out", 60, {"hardware": "h"}) == 1
         rows = rows_of(tmp_path / "out")
-        assert [row["status"] for row in rows.values()] == [PASSED, FAILED, UNAVAILABLE]
+        assert [row["status"] for row in rows.values()] == [PASSED, FAILED, UNAVAILABLE, FAILED]
         assert (tmp_path / "good").read_text() == "x", calls
     assert rows["bad"]["exit"] == 3 and "what was wrong" in rows["bad"]["tail"]
     assert rows["absent"]["reason"] == "no-such-program is not installed"
@@ -59,6 +60,27 @@ def test_a_step_is_stopped_with_its_children_and_the_next_call_goes_on(
     assert [row["status"] for row in rows_of(tmp_path / "out").values()] == [PASSED, PASSED]
 
 
+def test_what_was_cut_off_comes_after_what_waits_and_other_sources_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_session.LEAST_SECONDS", 0.5)
+    steps = [Step("too long", python("import time; time.sleep(60)")), Step("later", python("pass"))]
+    assert session(steps, tmp_path, 1, {"sources": "a"}) == 2
+    assert session(steps, tmp_path, 3, {"sources": "a"}) == 2
+    assert [row["status"] for row in rows_of(tmp_path).values()] == [CUT_OFF, PASSED]
+    assert session(steps, tmp_path, 0, {"sources": "b"}) == 2
+    assert [row["status"] for row in rows_of(tmp_path).values()] == [WAITING, WAITING]
+
+
+def test_sources_device_and_versions_decide_the_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("gpu_session.ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "ssd.py").write_text("x = 1")
+    found = {digest_of({"gpu": "a", "versions": {}}), digest_of({"gpu": "b", "versions": {}})}
+    (tmp_path / "kernels" / "ssd.py").write_text("x = 2")
+    assert len(found | {digest_of({"gpu": "a", "versions": {}})}) == 3
+
+
 def test_a_file_that_is_not_ours_is_refused(tmp_path: Path) -> None:
     (tmp_path / "session.jsonl").write_text('{"case": 1}\n')
     with pytest.raises(SystemExit, match=r"session.jsonl:1: not a row of this script; choose another --output"):
@@ -67,10 +89,13 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_has_every_kernel_test_and_each_group_has_cases(tmp_path: Path) -> None:
-    steps = plan(tmp_path, workers=1)
+    steps = plan(tmp_path, 1, "sources")
     assert len({step.name for step in steps}) == len(steps)
     tests = {Path(step.command[-1]).name for step in steps if step.name.startswith("proof")}
     assert tests == {path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    for step in steps:
+        where = tmp_path / "sources"
+        assert step.name not in ("tiles", "bars: all others") or str(where) in " ".join(step.command)
     for group in BARS:
         assert any(re.search(group, case.name) for case in full_cases()), group
     assert steps[-1].name == "bars: all others" and "--only" not in steps[-1].command
@@ -78,6 +103,8 @@ def test_the_plan_has_every_kernel_test_and_each_group_has_cases(tmp_path: Path)
 
 def test_the_checkout_is_importable_without_an_installation(tmp_path: Path) -> None:
     code = "import ssm_zoo.kernels.ssd as m, ssm_zoo.training; print(m.__file__)"
+    (tmp_path / "ssm_zoo").mkdir()
+    (tmp_path / "ssm_zoo" / "kernels").symlink_to(tmp_path / "nowhere")  # of an earlier call
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = [{str(links(tmp_path))!r}]; "]
     command[-1] += f"sys.path += {[path for path in sys.path if 'site-packages' in path]!r}; {code}"
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -139,7 +139,7 @@ def test_a_folder_that_is_no_unchanged_package_is_reported_and_kept(
     with pytest.raises(ValueError, match=f"folder must be new, empty or an unchanged .*{message}"):
         write_kernel_package(folder)
     assert without_bytecode(folder) == before
-    with pytest.raises(ValueError, match=f"no whole kernel package: {message}"):
+    with pytest.raises(ValueError, match=f"not a complete kernel package: {message}"):
         check_kernel_package(folder)
 
 

@@ -7,7 +7,7 @@ import torch
 from bounded_memories import OPTIONS, SEQ_IDX, draw
 from torch import Tensor
 
-from ssm_zoo.kernels import bounded_attention_triton
+from ssm_zoo.kernels import bounded_attention_chunks, bounded_attention_triton
 from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_step
 from tolerances import TOLERANCES
 from with_triton import DEVICE, NEEDS_TRITON, moved
@@ -104,22 +104,28 @@ def without_departed(memory: BoundedMemory, options: dict[str, Any]) -> BoundedM
 @NEEDS_TRITON
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(
-    ("case", "how"),
+    ("options", "how"),
     [
-        pytest.param(0, "whole", id="itself"),
-        pytest.param(1, "packed", id="ragged, packed"),
-        pytest.param(2, "continued", id="decays, continued"),
-        pytest.param(3, "packed", id="a head without slots, packed"),
-        pytest.param(4, "continued", id="capped, continued"),
-        pytest.param(8, "whole", id="several blocks of queries"),
+        pytest.param({"window": 1, "slots": [2, 1], "chunk_size": 1}, "whole", id="chunks of one token"),
+        pytest.param({"window": 4, "slots": [20, 1], "chunk_size": 3}, "continued", id="slots left empty, continued"),
+        pytest.param(OPTIONS[1].values[0], "packed", id="ragged, packed"),
+        pytest.param(OPTIONS[2].values[0], "continued", id="decays, continued"),
+        pytest.param(OPTIONS[3].values[0], "packed", id="a head without slots, packed"),
+        pytest.param(OPTIONS[4].values[0], "continued", id="capped, continued"),
+        pytest.param(OPTIONS[8].values[0], "whole", id="several blocks of queries"),
     ],
 )
-def test_triton_reads_a_prompt_as_torch_does(case: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_reads_a_prompt_as_torch_does(
+    options: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outputs, memory and all gradients, with tiles of 16 rows and of 16 queries; two runs are equal."""
     monkeypatch.setitem(bounded_attention_triton._CHUNKS, 64, (16, 16, 4))
-    options = OPTIONS[case].values[0]
-    assert isinstance(options, dict)
-    dtype = torch.bfloat16 if case == 1 else torch.float32
+    launch, launched = bounded_attention_chunks.bounded_attention_chunks_triton, []
+    monkeypatch.setattr(
+        bounded_attention_chunks, "bounded_attention_chunks_triton", lambda *given: launched.append(1) or launch(*given)
+    )
+    ragged = options is OPTIONS[1].values[0]
+    dtype = torch.bfloat16 if ragged else torch.float32
     inputs = draw(2, 37, dtype)
     more: dict[str, Any] = {"seq_idx": SEQ_IDX} if how == "packed" else {}
     held: list[Tensor] = []
@@ -151,7 +157,8 @@ def test_triton_reads_a_prompt_as_torch_does(case: int, how: str, monkeypatch: p
     ]
     for part, other in zip(*[in_order(each, options) for each in memories], strict=True):
         torch.testing.assert_close(part, other, rtol=max(rtol, 1e-4) if part.dtype == dtype else 1e-4, atol=1e-5)
-    if case == 1:
+    assert launched
+    if ragged:
         again, also, _ = run("triton", DEVICE)
         assert torch.equal(found, again) and all(torch.equal(*each) for each in zip(mine[:4], also[:4], strict=True))
 
@@ -170,14 +177,29 @@ def test_triton_reads_prompts_of_no_tokens_or_one(batch: int, length: int) -> No
 
 @NEEDS_TRITON
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
-def test_a_token_that_is_not_a_number_stays_in_a_slot_of_triton() -> None:
-    """As in torch: nothing can be said against it; and all others are still kept and dropped as they should be."""
+def test_a_value_that_is_not_a_number_stays_in_a_slot_of_triton() -> None:
+    """As in torch, since its score cannot be compared with others; the other slots are filled as usual."""
     q, k, v = (x.detach() for x in draw(1, 40, torch.float32))
     v[0, 2] = torch.nan
     options: dict[str, Any] = {"window": 4, "slots": [3, 3], "chunk_size": 2}
     found = bounded_attention(*[moved(x, DEVICE) for x in (q, k, v)], **options, implementation="triton")[1]
     positions = found.positions.cpu().view(2, 7)[:, :3]
     assert (positions == 2).any(1).all() and (positions >= 0).all()
+
+
+@NEEDS_TRITON
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_what_is_not_a_number_is_not_hidden_by_triton(where: str) -> None:
+    """The queries that see it give NaN, and its share of the scores is NaN, as in torch."""
+    q, k, v = (x.detach() for x in draw(1, 14, torch.float32))
+    (q if where == "q" else k)[0, 4] = torch.nan
+    options: dict[str, Any] = {"window": 2, "slots": [3, 3], "sinks": 1, "chunk_size": 2}
+    for device, implementation in ((DEVICE, "triton"), ("cpu", "torch")):
+        given = [moved(x, device) for x in (q, k, v)]
+        output, memory = bounded_attention(*given, **options, implementation=implementation)
+        assert output[0, 4].isnan().all() and output[0, :4].isfinite().all(), implementation
+        assert memory.scores.isnan().any(), implementation
 
 
 @NEEDS_TRITON

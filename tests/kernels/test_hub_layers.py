@@ -117,7 +117,7 @@ def test_convolution_and_scan_keep_documents_apart(name: str) -> None:
     ("rows", "bounds", "message"),
     [
         (2, [0, 3, 9], "cu_seqlens must come with a single row, got 2 rows"),
-        (1, [0, 3, 8], "cu_seqlens must end at the number of tokens, 9, got 8"),
+        (1, [0, 3, 8], "cu_seqlens must rise from 0 to the number of tokens, 9, got"),
         (1, [[0, 3, 9]], r"cu_seqlens must be \(number of sequences \+ 1\)"),
         (1, [0.0, 9.0], "cu_seqlens must have an integer dtype"),
     ],
