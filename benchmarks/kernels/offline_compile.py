@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction
 from ssm_zoo.kernels import checks, ssd_triton, tracing, window_attention
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# One for all: a fake tensor that a case keeps belongs to its mode.
+_FAKE = FakeTensorMode()
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -114,7 +116,6 @@ class OfflineCompiler:
     def __init__(self, capability: int, processors: int) -> None:
         self.launches: list[Launch] = []
         self._binaries: dict[str, Binary] = {}
-        self._fake = FakeTensorMode()
         knobs.nvidia.dump_ptxas_log = True
         driver.set_active(_NoDevice(capability))  # type: ignore[arg-type]
         JITFunction.__getitem__ = lambda kernel, grid: self._launcher(kernel, grid)  # type: ignore[method-assign]
@@ -139,7 +140,7 @@ class OfflineCompiler:
             fake: whether its tensors are fake; some ops select by masks between launches, which needs values.
         """
         self.launches = []
-        with self._fake if fake else contextlib.nullcontext():
+        with _FAKE if fake else contextlib.nullcontext():
             run()
         return self.launches
 
