@@ -82,13 +82,14 @@ class _NoDevice:
             return {"multiprocessor_count": 132, "max_shared_mem": 227 * 1024}
 
     def __init__(self, capability: int) -> None:
+        self.capability = capability
         self.target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps what it has compiled for a device
+        return self.capability  # Triton keeps what it has compiled for a device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -270,12 +270,16 @@ def _assign(loop: Loop, instructions: list[Instruction], source: str, taken: tup
     own = [instructions[number] for number in loop.own]
     if len(own) <= _SHORTEST and any(one.kind in _WAITING for one in own):
         return  # waits for something, inside or outside a loop of the source
-    nests = Counter(_around(one.frames, source) for one in own)
-    candidates = [one for one in max(nests, key=lambda nest: nests[nest]) if one not in taken]
+    # Before Triton 3.9 the lines of a called function come without the call, so that they say nothing.
+    nests = Counter(nest for one in own if set(nest := _around(one.frames, source)).difference(taken))
+    nest = max(nests, key=lambda nest: nests[nest]) if nests else ()
+    candidates = [one for one in nest if one not in taken]
     # The counter of a loop is raised at the line of its `for`. A loop that was unrolled has none.
     heads = {line for one in own for path, line in one.frames if path == source}
     counted = [one for one in candidates if one.first in heads]
     loop.source = next(iter(counted or candidates), None)
+    if loop.source is None:
+        raise ValueError(f"{source}: no loop of the source belongs to one of {len(own)} instructions: {own[0].text}")
     for inner in loop.inner:
         _assign(inner, instructions, source, taken if loop.source is None else (*taken, loop.source))
 
