@@ -12,7 +12,7 @@ PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs test test-sweeps test-oldest test-contracts test-gpu lint format type bench bench-gpu
-.PHONY: gpu-session kernel-package dev
+.PHONY: gpu-session kernel-package kernel-resources dev
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -34,7 +34,7 @@ test-oldest: .venv-oldest/.installed ## run all tests with the oldest transforme
 test-sweeps: $(STAMP) ## compile every head of every family, train each in two processes in every way, and more (PYTEST_ARGS)
 	OMP_NUM_THREADS=1 SSM_ZOO_SWEEPS=1 $(TOOL) pytest -q tests/modeling/test_compile.py tests/modeling/test_distributed.py \
 		tests/training/test_trainer_checkpoints.py tests/training/test_earlier_runs.py \
-		tests/kernels/test_compiled_kernels.py tests/kernels/test_hub_layers.py \
+		tests/kernels/test_compiled_kernels.py tests/kernels/test_hub_layers.py tests/kernels/test_kernel_resources.py \
 		tests/benchmarks/test_retrieval_benchmark.py tests/distill/test_several_processes.py $(PYTEST_ARGS)
 
 # Their source distributions come from the package index once, into ~/.cache/ssm-zoo/contracts (XDG_CACHE_HOME).
@@ -65,8 +65,11 @@ bench: $(STAMP) ## time the CPU paths of the kernels against transformers (BENCH
 bench-gpu: $(STAMP) ## time the kernels beside their peers; without a CUDA device at small sizes (BENCH_ARGS adds arguments)
 	$(RUN) benchmarks/kernels/gpu_kernels.py $(BENCH_ARGS)
 
-gpu-session: ## prove and time the kernels on a GPU, in steps, with $(PYTHON) as it is (GPU_SESSION_ARGS adds arguments)
+gpu-session: ## test and time the kernels on a GPU, in steps, with $(PYTHON) as it is (GPU_SESSION_ARGS adds arguments)
 	$(PYTHON) benchmarks/kernels/gpu_session.py $(GPU_SESSION_ARGS)
+
+kernel-resources: $(STAMP) ## compile every Triton kernel without a GPU, predict times (RESOURCES_ARGS adds arguments)
+	OMP_NUM_THREADS=1 nice $(RUN) benchmarks/kernels/resources.py --plot $(RESOURCES_ARGS)
 
 KERNEL_PACKAGE ?= dist/ssm-zoo-kernels
 kernel-package: $(STAMP) ## write the kernels as a Kernel Hub repository into dist/ (KERNEL_PACKAGE_ARGS adds arguments)

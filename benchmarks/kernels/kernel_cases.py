@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from mixers import mamba1_parts, mamba2_parts
 from torch import Tensor
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
@@ -246,7 +245,11 @@ def mixer(kind: str) -> Op:
     The reference is our mixer in float64, where the ops take their torch path. That they agree with the definitions
     and with transformers at all is what the tests show.
     """
-    parts = mamba2_parts if kind == "mamba2_mixer" else mamba1_parts
+
+    def parts(width: int) -> Any:
+        from mixers import mamba1_parts, mamba2_parts  # imports transformers, which the other ops do not need
+
+        return (mamba2_parts if kind == "mamba2_mixer" else mamba1_parts)(width)
 
     def inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
         parameters = parts(s["D"]).parameters(dtype, device)
