@@ -116,8 +116,8 @@ def bounded_attention(
         initial_state: memory to go on from, quantised or not; rows must then hold one document each.
         seq_idx: (B, L) document index, non-decreasing, negative at padding. None: each row is one document.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton chooses the slots and computes the
-            outputs of heads with slots; heads without, and the backward, need no loop over chunks and run in torch.
-            P > 256 is not supported.
+            outputs of heads with slots, products as three of TF32 each; heads without, and the backward, need no loop
+            over chunks and run in torch. P > 256 is not supported.
 
     Returns:
         (B, L, H, P) in the dtype of `q`, zero at padding, and the memory after the last document of each row, with keys

@@ -31,9 +31,10 @@ WIDEST_HEAD = 256
 # Rows of a tile and warps, by the largest head width. Compiled by Triton 3.9 for sm_90 nothing spills up to a width of
 # 128, and 400 bytes of registers per thread at 256. No tile has been timed on a device.
 _ROWS = {64: (32, 4), 128: (16, 8), 256: (16, 8)}
-# Queries at most, rows and warps of a tile of `chunks_kernel`. At most 320 bytes per thread spill; twice the tile or
-# half the warps would spill two to ten times as many. Programs are few: one for each document and head.
-_CHUNKS = {64: (64, 32, 8), 128: (32, 16, 8), 256: (16, 16, 8)}
+# Queries at most, rows and warps of a tile of `chunks_kernel`. Compiled by Triton 3.9 for sm_90, about 100 bytes per
+# thread spill up to a width of 64 and 200 up to 128. Its products are three of TF32 each, almost as precise as float32,
+# which would take twice the time (predicted).
+_CHUNKS = {64: (64, 32, 4), 128: (32, 32, 4), 256: (16, 16, 8)}
 
 
 def bounded_attention_step_triton(
@@ -143,7 +144,6 @@ def bounded_attention_chunks_triton(
             R=size,
             BLOCK=max(16, triton.next_power_of_2(slots + chunk_size)),
             num_warps=warps,
-            EMULATE=INTERPRETED,
         )
     return outputs, seen
 
@@ -373,7 +373,7 @@ def evict_kernel(
 def _tile(
     q, lines_ptr, seen_ptr, query, at, near, begin, origin, window, softcap,
     CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, SOFTCAP: tl.constexpr,
-    R: tl.constexpr, EMULATE: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """Return the (BLOCK_Q, R) scores to base 2 of R rows, minus infinity at those that are not seen, and their lines.
 
@@ -388,7 +388,7 @@ def _tile(
     line = tl.where(there, begin + column, line)
     mask = (line >= 0)[:, None] & (p < WIDTH)[None, :]
     k = tl.load(lines_ptr + line.to(tl.int64)[:, None] * (2 * WIDTH) + p[None, :], mask=mask, other=0.0)
-    scores = dot(q, tl.trans(k), tl.zeros((BLOCK_Q, R), dtype=tl.float32), EMULATE)
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if SOFTCAP:
         scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap) - 1.0)
     seen = (line >= 0)[None, :] & (column[None, :] <= (query % CHUNK)[:, None] + window - CHUNK)
@@ -400,7 +400,7 @@ def chunks_kernel(
     q_ptr, lines_ptr, marks_ptr, fading_ptr, fades_ptr, first_ptr, chunks_ptr, capacity_ptr, seen_ptr, sums_ptr, o_ptr,
     softcap, number, heads, length, window, queries, slots, old,
     CHUNK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, SOFTCAP: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, EMULATE: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attend chunk by chunk for a document and a head; after each, let what leaves the window compete for the slots."""
     group = tl.program_id(0).to(tl.int64)
@@ -434,7 +434,7 @@ def chunks_kernel(
             for at in range(0, near + window, R):
                 scores, line = _tile(
                     q, lines_ptr, seen_ptr, query, at, near, begin, origin, window, softcap,
-                    CHUNK, WIDTH, BLOCK_P, BLOCK_Q, SOFTCAP, R, EMULATE,
+                    CHUNK, WIDTH, BLOCK_P, BLOCK_Q, SOFTCAP, R,
                 )  # fmt: skip
                 raised = tl.maximum(highest, tl.max(scores, 1))
                 # While nothing has been seen, -inf minus -inf would be NaN.
@@ -444,7 +444,9 @@ def chunks_kernel(
                 total = total * kept + tl.sum(weights, 1)
                 there = (line >= 0)[:, None] & (p < WIDTH)[None, :]
                 v_ptr = lines_ptr + line.to(tl.int64)[:, None] * (2 * WIDTH) + WIDTH + p[None, :]
-                o = dot(weights, tl.load(v_ptr, mask=there, other=0.0), o * kept[:, None], EMULATE)
+                o = tl.dot(
+                    weights, tl.load(v_ptr, mask=there, other=0.0), acc=o * kept[:, None], input_precision="tf32x3"
+                )
                 highest = raised
             # A query beyond its document may see nothing; its result is not used, but must be finite.
             empty = total == 0.0
@@ -465,7 +467,7 @@ def chunks_kernel(
                 q = tl.load(q_ptr + query[:, None] * WIDTH + p[None, :], mask=mask, other=0.0)
                 scores, line = _tile(
                     q, lines_ptr, seen_ptr, query, at, near, begin, origin, window, softcap,
-                    CHUNK, WIDTH, BLOCK_P, BLOCK_Q, SOFTCAP, R, EMULATE,
+                    CHUNK, WIDTH, BLOCK_P, BLOCK_Q, SOFTCAP, R,
                 )  # fmt: skip
                 factor = tl.load(fading_ptr + query, mask=query < queries, other=0.0)
                 weights = tl.exp2(scores - tl.load(sums_ptr + query, mask=query < queries, other=0.0)[:, None])
