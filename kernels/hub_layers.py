@@ -330,6 +330,6 @@ def _documents(options: dict[str, Any], batch: int, length: int) -> Tensor | Non
                 f"{name} must rise from 0 to the number of tokens, {length}, got {bounds.tolist()}. Pass seq_idx."
             )
     else:
-        torch._assert_async((bounds[0] == 0) & (bounds[-1] == length))
+        torch._assert_async((bounds[0] == 0) & (bounds[-1] == length))  # pyright: ignore[reportPrivateImportUsage]
     tokens = torch.arange(length, device=bounds.device, dtype=bounds.dtype)
     return torch.searchsorted(bounds[1:].contiguous(), tokens, right=True)[None]
