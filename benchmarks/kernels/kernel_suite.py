@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -120,8 +120,13 @@ class Bench:
 
     def rows(self, case: Case) -> list[Row]:
         """Return our row and one per peer."""
+        return list(self.sides(case))
+
+    def sides(self, case: Case) -> Iterator[Row]:
+        """Yield our row and one per peer, each as soon as it is measured."""
         if case.mode == GRAPH and self.device.type != "cuda":
-            return not_measured(case, NEEDS_DEVICE, self.full)
+            yield from not_measured(case, NEEDS_DEVICE, self.full)
+            return
         ours = describe(case, None, self.full)
         self.clock.free()
         try:
@@ -133,13 +138,14 @@ class Bench:
             ours |= self._time(case, run) | self._memory(setup, run)
         except (*self.failures, WrongResultError) as error:
             ours |= self._failed(error)
-            others = [
-                describe(case, peer, self.full) | _without(f"ours is {ours['status']}: {ours['reason']}")
-                for peer in PEERS[case.op]
-            ]
-            return [ours, *others]
+            yield ours
+            for peer in PEERS[case.op]:
+                yield describe(case, peer, self.full) | _without(f"ours is {ours['status']}: {ours['reason']}")
+            return
+        yield ours
         mine = Measured(small, expected, setup, run, first)
-        return [ours, *(self._peer(peer, build, mine) for peer, build in PEERS[case.op].items())]
+        for peer, build in PEERS[case.op].items():
+            yield self._peer(peer, build, mine)
 
     def _peer(self, peer: str, build: Builder, mine: Measured) -> Row:
         """Measure a peer and free all its tensors, because the inputs of all peers might not fit in memory together."""
@@ -232,7 +238,7 @@ class Bench:
 
 
 def load(path: Path, about: Row) -> list[Row]:
-    """Return the rows of an earlier run that are kept: all but those of cases that were not tried.
+    """Return the rows of an earlier run that are kept: those of cases that were tried on all sides.
 
     Raises:
         ValueError: if the file is none of ours, or its rows were measured on other hardware or with other versions.
@@ -251,7 +257,10 @@ def load(path: Path, about: Row) -> list[Row]:
                     "start a new file"
                 )
         rows.append(row)
-    return rows
+    found = {(row["case"], row["peer"]) for row in rows}
+    ours = {row["case"]: row["op"] for row in rows if "op" in row}
+    whole = {case for case, op in ours.items() if all((case, peer) in found for peer in (None, *PEERS[op]))}
+    return [row for row in rows if row["case"] in whole or "op" not in row]
 
 
 def pattern(text: str) -> re.Pattern[str]:
@@ -312,8 +321,9 @@ def main(arguments: list[str]) -> int:
             if options.minutes is not None and time.monotonic() - begin > 60 * options.minutes:
                 break
             bar.set_postfix_str(case.name)
-            rows += complete(bench.rows(case), about)
-            write_rows(rows, path)
+            for row in bench.sides(case):  # a peer may compile for minutes
+                rows += complete([row], about)
+                write_rows(rows, path)
             if bench.lost:
                 break
     print(report(rows))
