@@ -214,7 +214,7 @@ def test_lora_on_every_projection_learns_and_merges(name: str, tmp_path: Path) -
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     model.eval()
     with torch.no_grad():
         wanted = model(input_ids=SOURCE, labels=LABELS).logits
