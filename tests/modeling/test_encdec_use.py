@@ -206,7 +206,7 @@ def test_lora_on_every_projection_learns_and_merges(name: str, tmp_path: Path) -
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     expected = {f"base_model.model.{key}.lora_{part}.default.weight" for key in linear for part in "AB"}
     assert trained.keys() == expected and any("cross_attention.k_proj" in key for key in expected)
-    optimizer, losses = torch.optim.Adam(trained.values(), lr=0.03), []
+    optimizer, losses = torch.optim.Adam(trained.values(), lr=0.01), []
     for _ in range(15):
         loss = model(input_ids=SOURCE, labels=LABELS).loss
         optimizer.zero_grad()
@@ -214,7 +214,7 @@ def test_lora_on_every_projection_learns_and_merges(name: str, tmp_path: Path) -
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.85 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     model.eval()
     with torch.no_grad():
         wanted = model(input_ids=SOURCE, labels=LABELS).logits
