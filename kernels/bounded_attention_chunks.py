@@ -290,6 +290,8 @@ class Chunks:
         plan, slots = self.plan, self.slots
         n, R, h, J, C, P = self.queries.shape
         fading, fades = self._fading([decay[head] for head in self.heads])
+        fading = fading.reshape(n, R * h, J * C).contiguous()
+        fades = None if fades is None else fades.reshape(n, R * h).contiguous()
         table_marks = self.marks()
         capacity = torch.tensor([plan.capacity[head] for head in self.heads], device=self.lines.device)
         held = torch.full((R * h, slots), -1, dtype=torch.int32, device=self.lines.device)
@@ -298,23 +300,12 @@ class Chunks:
             held = torch.where(table_marks[3, :, :slots] < 0, held, line)
         chunks = (plan.start - plan.first - plan.window + plan.count + C - 1) // C
         outputs, seen = bounded_attention_chunks_triton(
-            *(self.queries, self.lines, table_marks, fading.reshape(n, R * h, J * C).contiguous()),
-            *(
-                None if fades is None else fades.reshape(n, R * h).contiguous(),
-                plan.first,
-                chunks,
-                capacity,
-                held,
-                self.old,
-            ),
+            *(self.queries, self.lines, table_marks, fading, fades, plan.first, chunks, capacity, held, self.old),
             *(plan.window, self.softcap or 0.0),
         )
         self.seen = seen[:-1].sort(dim=2, descending=True).values[:, :, :slots]
-        rows = [slots + C if self.old else 0]
-        for chunk in range(n - 1):
-            grown = bool(self.old) or (chunk + 2) * C > plan.window
-            rows.append(min(max(rows[-1] + C, 2 * C), slots + C) if grown else rows[-1])
-        self.used = rows
+        # As many as have left the window, at most.
+        self.used = [slots if self.old else min(max((chunk + 1) * C - plan.window, 0), slots) for chunk in range(n)]
         last = seen[-1].long()
         marks = table_marks.gather(2, last.clamp(min=0).expand(5, -1, -1))
         marks[3].masked_fill_(last < 0, -math.inf)

@@ -205,6 +205,12 @@ def _row_values(x_ptr, scales_ptr, row, new, new_x, new_scale, end, WIDTH: tl.co
 
 
 @triton.jit
+def _capped(scores, softcap):
+    """Return softcap tanh(scores / softcap)."""
+    return softcap * (2.0 * sigmoid(2.0 * scores / softcap) - 1.0)
+
+
+@triton.jit
 def _scores(
     q, k, key_scales, positions_ptr, row, new, now, near, end, oldest, scale, softcap,
     SOFTCAP: tl.constexpr, BLOCK_J: tl.constexpr, R: tl.constexpr,
@@ -215,7 +221,7 @@ def _scores(
     seen = (row < end) & (position >= tl.where(row >= near, oldest, 0))
     scores = dot(q, tl.trans(k), tl.zeros((BLOCK_J, R), dtype=tl.float32), False) * (scale * key_scales)[None, :]
     if SOFTCAP:
-        scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap) - 1.0)
+        scores = _capped(scores, softcap)
     return tl.where(seen[None, :], scores * 1.4426950408889634, float("-inf"))  # log2(e)
 
 
@@ -390,7 +396,7 @@ def _tile(
     k = tl.load(lines_ptr + line.to(tl.int64)[:, None] * (2 * WIDTH) + p[None, :], mask=mask, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     if SOFTCAP:
-        scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap) - 1.0)
+        scores = _capped(scores, softcap)
     seen = (line >= 0)[None, :] & (column[None, :] <= (query % CHUNK)[:, None] + window - CHUNK)
     return tl.where(seen, scores * 1.4426950408889634, float("-inf")), line  # log2(e)
 

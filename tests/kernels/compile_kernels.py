@@ -7,15 +7,15 @@ TRITON_INTERPRET must not be set.
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "kernels"))
 
-from ssm_zoo.kernels import checks, ssd_triton
+import torch
+from offline_compile import OfflineCompiler
+from torch import Tensor
+
 from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_step
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
@@ -27,22 +27,6 @@ from ssm_zoo.kernels.window_attention import window_attention
 
 B, L, H, P, N, D, K = 1, 4096, 4, 64, 128, 128, 4
 OPTIONS: dict[str, Any] = {"implementation": "triton"}
-
-
-class NoDevice:
-    """What Triton asks of a driver before it compiles."""
-
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def zeros(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,23 +95,11 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    shared: dict[str, int] = {}
-
-    def compile_only(kernel: Any, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-            name = f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
-            shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
-
-        return launch
-
-    driver.set_active(NoDevice(capability))  # type: ignore[arg-type]
-    JITFunction.__getitem__ = compile_only  # type: ignore[method-assign]
-    checks.INTERPRETED = True  # so that tensors on the CPU are taken
-    ssd_triton._INTERPRETED_PROCESSORS, ssd_triton._INTERPRETED_CAPABILITY = 132, capability // 10
-    run_the_ops(torch.bfloat16, everything=True)
-    run_the_ops(torch.float32, everything=False)
+    compiler, shared = OfflineCompiler(int(sys.argv[1]), processors=132), {}
+    for dtype, everything in ((torch.bfloat16, True), (torch.float32, False)):
+        # The ops run on real tensors: some select by masks between launches.
+        for launch in compiler.record(lambda dtype=dtype, full=everything: run_the_ops(dtype, full), fake=False):
+            shared[launch.kernel] = max(shared.get(launch.kernel, 0), launch.binary.shared)
     print(json.dumps(shared))
 
 
