@@ -21,5 +21,5 @@ def test_the_allocator_is_tuned_unless_the_user_has_done_so(monkeypatch: pytest.
         monkeypatch.setenv("GLIBC_TUNABLES", own)
     monkeypatch.setattr(subprocess, "run", run)
     demo._command("distill", "demo", "runs/demo", environment={"HF_TOKEN": "x"})
-    assert given[0]["GLIBC_TUNABLES"] == (own or demo._ALLOCATOR["GLIBC_TUNABLES"])
+    assert given[0]["GLIBC_TUNABLES"] == (own or demo.ALLOCATOR["GLIBC_TUNABLES"])
     assert given[0]["HF_TOKEN"] == "x" and "PATH" in given[0]
