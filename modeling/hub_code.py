@@ -5,6 +5,7 @@ Only the package uses this module: a model loaded from exported code is saved wi
 
 import importlib.metadata
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ def code_of(model: Any) -> dict[str, str]:
     """Return the code that loads a model without this package, by file name; see :mod:`exported_code`."""
     modules = (model.own_class().__module__, type(model.config).__module__)
     rows = getattr(model.config, "used_rows", dict)()
-    return collect_code([Path(str(sys.modules[name].__file__)) for name in modules], rows)
+    paths = tuple(Path(str(sys.modules[name].__file__)) for name in modules)
+    return dict(_collected(paths, frozenset((table, frozenset(keys)) for table, keys in rows.items())))
+
+
+@cache
+def _collected(paths: tuple[Path, ...], rows: frozenset[tuple[str, frozenset[str]]]) -> dict[str, str]:
+    """Return what `collect_code` does; computed once, as it takes a second and checkpoints are saved often."""
+    return collect_code(paths, dict(rows))
 
 
 def write_code(folder: Path, model: Any) -> None:
