@@ -1,13 +1,19 @@
-"""`causal_conv1d` and `causal_conv1d_step` in Triton: tables for packed rows, launches, gradients and kernels.
+"""`causal_conv1d` and `causal_conv1d_step` in Triton: order of packed rows, launches, gradients and kernels.
 
 Symbols: B batch, L length, D channels, K convolution width; s_t the sum before the activation, ds its gradient.
 
-The source of a tap is an integer: the position of a token in the row, or -1 ... -(K-1) for an entry of the initial
-state (-1 is the newest), or -K for zero. Without documents, tap j of token t has the source t - j. For packed and
-padded rows a (B, L+1, K) int32 table holds the sources; it is small compared with x, and one kernel serves both cases.
+A program walks over a span of tokens of one row, with the last K-1 inputs of its channels in registers, so that each
+input is loaded once. Channels are next to each other in memory and in a thread: a load moves 16 bytes. Spans are short
+where a row or a batch would not occupy a GPU otherwise; each loads the K-1 inputs before it, and the backward computes
+K-1 gradients after it. No result but the order of the sums over tokens depends on the length of a span.
+
+Packed and padded rows are walked by rank: first the real tokens, in order, then the padding. A (B, L) int32 table holds
+the position of each rank, as its complement (negative) where a token opens another document, which clears the window.
 
 If a pointer is None, its part of a kernel is removed at compile time.
 """
+
+# ruff: noqa: RUF005 - Triton has no starred tuples
 
 from __future__ import annotations
 
@@ -18,18 +24,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
-from .triton_math import sigmoid, strides
+from .triton_math import strides
 
-# The backward kernel evaluates K sums of K taps per token, unrolled: 16 tiles for K = 4, 49 for K = 7.
 WIDTHS = (2, 3, 4)
 
-# (tokens, channels, warps) per program. The K taps of a tile overlap and come from the L1 cache. The backward holds
-# about ten float32 tiles at once: with 8 elements of each per thread it compiles without spilled registers for K = 4
-# with documents and an initial state, with 16 it does not (Triton 3.9, sm_80 and sm_90). With 64 tokens, the partial
-# sums of dweight cause a sixth of the traffic of a bfloat16 x.
-_FORWARD_TILE = (32, 64, 4)
-_BACKWARD_TILE = (64, 32, 8)
-# (channels, warps) of programs that hold one K-wide window per channel.
+# A program is one warp, whose threads each load 16 bytes of a token.
+_TOKEN_BYTES = 512
+# Tokens that are loaded together, so that several loads are under way. The backward holds 16 float32 numbers for each
+# channel beside them: with 4 tokens it needs 234 registers for K = 4 and bfloat16 (Triton 3.9, sm_90), and spills none.
+_FORWARD_TOGETHER, _BACKWARD_TOGETHER = 8, 4
+# Tokens of a span: the most that leave _PROGRAMS programs, 16 for each multiprocessor of an H100. The backward stores
+# K+1 float32 sums for each span and channel, with 32 tokens as much as a third of a bfloat16 x.
+_SPANS = (128, 64, 32, 16)
+_BACKWARD_SPANS = (128, 64, 32)
+_PROGRAMS = 2048
+# (channels, warps) of a program of the step, which holds one K-wide window per channel.
 _WINDOW_TILE = (128, 4)
 
 
@@ -75,8 +84,8 @@ class _CausalConv1d(torch.autograd.Function):
     Backward, with ds_t = dy_t act'(s_t):  dx_t = sum_j w_j ds_{t+j} + the gradient through the final state,
     dw_j = sum_{b,t} ds_t x_{t-j},  dbias = sum_{b,t} ds_t. Entries of the initial state count as tokens before the row.
 
-    Only the arguments are saved. The backward recomputes s at each of the K tokens that a token contributes to, which
-    avoids the two more passes over memory that a buffer for ds would take.
+    Only the arguments are saved. The backward recomputes s. It carries the unfinished gradients of the last K-1 inputs
+    and, of weight and bias, the sums over its span, which are added up at the end in a fixed order.
     """
 
     @staticmethod
@@ -84,32 +93,23 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight, bias, initial_state, seq_idx, ctx.silu, return_final_state = arguments
         batch, length, channels = x.shape
         width = weight.shape[1]
-        sources = None if seq_idx is None else _tap_sources(seq_idx, width)
+        order, rows = (None, None) if seq_idx is None else _order_of_tokens(seq_idx)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        state = None
+        state = x.new_empty(batch, channels, width - 1) if return_final_state else None
+        near = _channels_together(x)
+        grid, spans, tokens, block = _spans(near, _SPANS)
         with torch.cuda.device_of(x):
-            tokens, block, warps = _FORWARD_TILE
-            forward_kernel[(triton.cdiv(length, tokens), triton.cdiv(channels, block), batch)](
-                *(x, weight, bias, initial_state, sources, y, length, channels),
-                *(*strides(3, x), *strides(2, weight), *strides(1, bias), *strides(3, initial_state)),
+            forward_kernel[grid](
+                *(near, weight, bias, initial_state, order, rows, y, state),
+                *(length, channels, spans, tokens),
+                *(*strides(3, near), *strides(2, weight), *strides(1, bias), *strides(3, initial_state)),
                 WIDTH=width,
                 SILU=ctx.silu,
-                BLOCK_L=tokens,
+                TOGETHER=_FORWARD_TOGETHER,
                 BLOCK_D=block,
-                num_warps=warps,
+                num_warps=1,
             )
-            if return_final_state:
-                state = x.new_empty(batch, channels, width - 1)
-                block, warps = _WINDOW_TILE
-                final_state_kernel[(batch, triton.cdiv(channels, block))](
-                    *(x, initial_state, sources, state, length, channels),
-                    *strides(3, x, initial_state),
-                    WIDTH=width,
-                    WINDOW=triton.next_power_of_2(width),
-                    BLOCK_D=block,
-                    num_warps=warps,
-                )
-        ctx.save_for_backward(x, weight, bias, initial_state, seq_idx, sources)
+        ctx.save_for_backward(x, weight, bias, initial_state, order, rows)
         ctx.set_materialize_grads(False)
         return y, state
 
@@ -117,32 +117,32 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, dstate = gradients
-        x, weight, bias, initial_state, seq_idx, sources = ctx.saved_tensors
+        x, weight, bias, initial_state, order, rows = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_initial = ctx.needs_input_grad[:4]
         batch, length, channels = x.shape
         width = weight.shape[1]
         if dy is None:  # only the final state was used
             dy = x.new_zeros(()).expand(x.shape)
-        targets = None if seq_idx is None else _tap_targets(seq_idx, width)
-        tokens, block, warps = _BACKWARD_TILE
-        halo = width - 1 if needs_initial else 0  # entries of the initial state come before the tokens
-        blocks = triton.cdiv(length + halo, tokens)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        dinitial = torch.empty_like(initial_state, memory_format=torch.contiguous_format) if needs_initial else None
-        partial = None
+        dinitial = partial = None
+        if needs_initial:
+            dinitial = initial_state.new_empty(batch, width - 1, channels)
+        if dstate is not None:
+            dstate = dstate.transpose(1, 2).contiguous()
+        x, dy = _channels_together(x), _channels_together(dy)
+        grid, spans, tokens, block = _spans(x, _BACKWARD_SPANS)
         if needs_weight or needs_bias:
-            partial = x.new_empty(batch * blocks, width + 1, channels, dtype=torch.float32)
+            partial = x.new_empty(batch * spans, width + 1, channels, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            backward_kernel[(blocks, triton.cdiv(channels, block), batch)](
-                *(x, weight, bias, initial_state, sources, targets, dy, dstate, dx, dinitial, partial),
-                *(length, channels),
-                *(*strides(3, x), *strides(2, weight), *strides(1, bias), *strides(3, initial_state, dy, dstate)),
+            backward_kernel[grid](
+                *(x, weight, bias, initial_state, order, rows, dy, dstate, dx, dinitial, partial),
+                *(length, channels, spans, tokens),
+                *(*strides(3, x), *strides(2, weight), *strides(1, bias), *strides(3, initial_state, dy)),
                 WIDTH=width,
-                HALO=halo,
                 SILU=ctx.silu,
-                BLOCK_L=tokens,
+                TOGETHER=_BACKWARD_TOGETHER,
                 BLOCK_D=block,
-                num_warps=warps,
+                num_warps=1,
             )
         dweight = dbias = None
         if partial is not None:
@@ -151,17 +151,34 @@ class _CausalConv1d(torch.autograd.Function):
                 dweight = total[:width].t().to(weight.dtype)
             if needs_bias and bias is not None:
                 dbias = total[width].to(bias.dtype)
-        return dx, dweight, dbias, dinitial, None, None, None
+        return dx, dweight, dbias, None if dinitial is None else dinitial.transpose(1, 2), None, None, None
 
 
-def _real_tokens_first(seq_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Number the real tokens of each row without waiting for the device.
+def _channels_together(tensor: Tensor) -> Tensor:
+    """Return the (B, L, D) tensor, copied if its channels are apart in memory.
+
+    A program that walks over tokens would fetch a sector for each number. Expanded numbers are not copied.
+    """
+    return tensor if tensor.stride(2) in (0, 1) else tensor.contiguous()
+
+
+def _spans(x: Tensor, choices: tuple[int, ...]) -> tuple[tuple[int], int, int, int]:
+    """Return the grid for the longest spans that are enough, spans of a row, tokens of each, channels of a program."""
+    batch, length, channels = x.shape
+    block = _TOKEN_BYTES // x.element_size()
+    columns = batch * triton.cdiv(channels, block)
+    tokens = next((each for each in choices if columns * triton.cdiv(length, each) >= _PROGRAMS), choices[-1])
+    spans = triton.cdiv(length, tokens)
+    return (columns * spans,), spans, tokens, block
+
+
+def _order_of_tokens(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Order the tokens of each row without waiting for the device.
 
     Returns:
-        rank: (B, L) number of real tokens before each real token.
-        count: (B, 1) number of real tokens.
-        order: (B, L) positions of the real tokens in order, then of the padding.
-        documents: (B, L) documents in that order.
+        order: (B, L) int32 positions of the real tokens in order, then of the padding; the complement of the position
+            of a real token that opens another document than the row's first.
+        rows: (B, 2) int32 number of real tokens, and rank of the first token of the last document (0 without one).
     """
     real = seq_idx >= 0
     rank = real.cumsum(1) - 1
@@ -169,220 +186,318 @@ def _real_tokens_first(seq_idx: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     position = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(rank)
     place = torch.where(real, rank, count + position - rank - 1)  # a permutation of the row
     order = torch.empty_like(rank).scatter_(1, place, position)
-    return rank, count, order, seq_idx.gather(1, order)
-
-
-def _tap_sources(seq_idx: Tensor, width: int) -> Tensor:
-    """Return the (B, L+1, K) int32 sources of the taps of every token (module docstring), -K for padding.
-
-    The last entry stands for a token after the row, in the document of the row's last real token. Its taps 1 ... K-1
-    are the final state in reverse order.
-    """
-    seq_idx = seq_idx.long()
-    rank, count, order, documents = _real_tokens_first(seq_idx)
-    last = documents.gather(1, (count - 1).clamp(min=0))
-    own = torch.cat([seq_idx, last], dim=1)[..., None]
-    real = torch.cat([seq_idx >= 0, torch.ones_like(last, dtype=torch.bool)], dim=1)[..., None]
-    taps = torch.arange(width, device=seq_idx.device)
-    source = torch.cat([rank, count], dim=1)[..., None] - taps  # as a rank
-    # The initial state precedes the first real token and belongs to its document.
-    nearest = source.clamp(0, seq_idx.shape[1] - 1).flatten(1)
-    same = documents.gather(1, nearest).view_as(source) == own
-    position = torch.where(source < 0, source, order.gather(1, nearest).view_as(source))
-    return torch.where(real & same & (source < count[..., None]), position, -width).int()
-
-
-def _tap_targets(seq_idx: Tensor, width: int) -> Tensor:
-    """Return a (B, K-1+L, K+1) int32 table of the readers of each entry of the initial state and of each token.
-
-    Column j < K is the position of the token whose tap j reads the entry, or -1. Column K is the place of the entry in
-    the final state, or -1.
-    """
-    seq_idx = seq_idx.long()
-    batch, length = seq_idx.shape
-    gap = width - 1
-    rank, count, order, documents = _real_tokens_first(seq_idx)
-    before = torch.arange(-gap, 0, device=seq_idx.device).expand(batch, gap)
-    ranks = torch.cat([before, rank], dim=1)
-    own = torch.cat([documents[:, :1].expand(batch, gap), seq_idx], dim=1)
-    real = torch.cat([torch.ones_like(before, dtype=torch.bool), seq_idx >= 0], dim=1)
-    target = ranks[..., None] + torch.arange(width, device=seq_idx.device)  # as a rank
-    nearest = target.clamp(0, length - 1).flatten(1)
-    same = documents.gather(1, nearest).view_as(target) == own[..., None]
-    inside = (target >= 0) & (target < count[..., None])
-    tokens = torch.where(real[..., None] & same & inside, order.gather(1, nearest).view_as(target), -1)
-    place = ranks - count + gap
-    last = documents.gather(1, (count - 1).clamp(min=0))
-    place = torch.where(real & (own == last) & (place >= 0), place, -1)
-    return torch.cat([tokens, place[..., None]], dim=2).int()
+    documents = seq_idx.gather(1, order)
+    opens = torch.zeros_like(real)
+    opens[:, 1:] = (documents[:, 1:] != documents[:, :-1]) & (position[:, 1:] < count)
+    last = torch.where(opens, position, 0).amax(1, keepdim=True)
+    return torch.where(opens, ~order, order).int(), torch.cat([count, last], dim=1).int()
 
 
 @triton.jit
-def _tap_source(sources_ptr, row, token, tap, inside, WIDTH: tl.constexpr):
-    """Return the (BLOCK_L) sources of a tap, -K outside; `row` is the index of the row's first token in the table."""
-    if sources_ptr is not None:
-        entry = (row + token) * WIDTH + tap
-        source = tl.load(sources_ptr + entry, mask=inside, other=-WIDTH)
-    else:
-        source = tl.where(inside, token - tap, -WIDTH)
-    return source
+def _load(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tap_values(
-    x_ptr, initial_ptr, source, d, inside_d, x_token, x_channel, initial_channel, initial_tap, WIDTH: tl.constexpr
-):
-    """Return the (BLOCK_L, BLOCK_D) float32 values at the sources; pointers are those of the batch row."""
-    offset = source.to(tl.int64)[:, None] * x_token + d[None, :] * x_channel
-    values = tl.load(x_ptr + offset, mask=(source >= 0)[:, None] & inside_d[None, :], other=0.0).to(tl.float32)
-    if initial_ptr is not None:
-        place = source + (WIDTH - 1)
-        held = (source < 0) & (place >= 0)
-        offset = place.to(tl.int64)[:, None] * initial_tap + d[None, :] * initial_channel
-        values += tl.load(initial_ptr + offset, mask=held[:, None] & inside_d[None, :], other=0.0).to(tl.float32)
+def _part(channels, spans, BLOCK_D: tl.constexpr):
+    """Return a program's row (int64), its span and its (BLOCK_D) channels; programs of one span follow each other."""
+    blocks = tl.cdiv(channels, BLOCK_D)
+    program = tl.program_id(0)
+    d = program % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    return (program // blocks // spans).to(tl.int64), program // blocks % spans, d
+
+
+@triton.jit
+def _weights(weight_ptr, d, weight_channel, weight_tap, inside, WIDTH: tl.constexpr):
+    """Return WIDTH (BLOCK_D) weights, that of the current token first."""
+    weights = ()
+    for tap in tl.static_range(WIDTH):
+        weights = weights + (_load(weight_ptr + d * weight_channel + (WIDTH - 1 - tap) * weight_tap, inside),)
+    return weights
+
+
+@triton.jit
+def _tokens(order_ptr, begin, length, NUMBER: tl.constexpr):
+    """Return positions (int64) of consecutive ranks, and whether another document begins there, from the row's table.
+
+    Nothing without a table, where positions are ranks.
+    """
+    positions = ()
+    openings = ()
+    if order_ptr is not None:
+        for i in tl.static_range(NUMBER):
+            entry = tl.load(order_ptr + begin + i, mask=begin + i < length, other=0)
+            positions = positions + (tl.where(entry < 0, ~entry, entry).to(tl.int64),)
+            openings = openings + (entry < 0,)
+    return positions, openings
+
+
+@triton.jit
+def _inputs(start, step, order_ptr, positions, begin, count, d, channels, NUMBER: tl.constexpr):
+    """Return the (BLOCK_D) inputs of consecutive ranks, zeros beyond those of real tokens.
+
+    `start` points to the row's channels, `step` (int64) lies between tokens. Without a table the addresses are sums,
+    which take fewer instructions than a product for each token.
+    """
+    values = ()
+    for i in tl.static_range(NUMBER):
+        pointer = start + begin * step + i * step if order_ptr is None else start + positions[i] * step
+        mask = d < tl.where(begin + i < count, channels, 0)
+        values = values + (tl.load(pointer, mask=mask, other=0.0).to(tl.float32),)
     return values
 
 
 @triton.jit
-def _tap_weight(weight_ptr, d, inside_d, tap, weight_channel, weight_tap, WIDTH: tl.constexpr):
-    """Return the (BLOCK_D) float32 weights of the input `tap` tokens back."""
-    offset = d * weight_channel + (WIDTH - 1 - tap) * weight_tap
-    return tl.load(weight_ptr + offset, mask=inside_d, other=0.0).to(tl.float32)
+def _zeros(NUMBER: tl.constexpr, BLOCK_D: tl.constexpr):
+    result = ()
+    for _ in tl.static_range(NUMBER):
+        result = result + (tl.zeros((BLOCK_D,), tl.float32),)
+    return result
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
+def _clear(window, opens, WIDTH: tl.constexpr):
+    """Return zeros where another document begins."""
+    result = ()
+    for back in tl.static_range(WIDTH - 1):
+        result = result + (tl.where(opens, 0.0, window[back]),)
+    return result
+
+
+@triton.jit
+def _window_before(
+    x_ptr, initial_ptr, order_ptr, rank, d, channels, x_step, initial_channel, initial_tap,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return the WIDTH - 1 inputs before a rank, newest first, and the number of taps that the last of them uses.
+
+    Pointers are those of the row. Ranks before 0 are entries of the initial state.
+    """
+    window = _zeros(WIDTH - 1, BLOCK_D)
+    reach = rank * 0 + WIDTH
+    for i in tl.static_range(WIDTH - 1):
+        earlier = rank - (WIDTH - 1) + i
+        position = tl.cast(earlier, tl.int64)
+        if order_ptr is not None:
+            entry = tl.load(order_ptr + earlier, mask=earlier >= 0, other=0)
+            position = tl.where(entry < 0, ~entry, entry).to(tl.int64)
+            window = _clear(window, entry < 0, WIDTH)
+            reach = tl.where(entry < 0, 1, tl.minimum(reach + 1, WIDTH))
+        mask = d < tl.where(earlier >= 0, channels, 0)
+        value = tl.load(x_ptr + position * x_step, mask=mask, other=0.0).to(tl.float32)
+        if initial_ptr is not None:
+            offset = d.to(tl.int64) * initial_channel + (earlier + WIDTH - 1) * initial_tap
+            mask = d < tl.where(earlier < 0, channels, 0)
+            value += tl.load(initial_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        window = (value,) + window[: WIDTH - 2]
+    return window, reach
+
+
+@triton.jit
+def _gate(total):
+    """Return the sigmoid as the square of a reciprocal root, which takes one instruction; a division takes five."""
+    root = tl.rsqrt(1.0 + tl.exp2(total * -1.4426950408889634))  # log2(e)
+    return root * root
+
+
+@triton.jit(do_not_specialize=["length", "spans"])
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, initial_ptr, sources_ptr, y_ptr,
-    length, channels,
+    x_ptr, weight_ptr, bias_ptr, initial_ptr, order_ptr, rows_ptr, y_ptr, state_ptr,
+    length, channels, spans, tokens,
     x_batch, x_token, x_channel, weight_channel, weight_tap, bias_channel, initial_batch, initial_channel,
     initial_tap,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside_t = t < length
-    inside_d = d < channels
-    x_ptr += b * x_batch
+    b, span, d = _part(channels, spans, BLOCK_D)
+    inside = d < channels
+    x_step = tl.cast(x_token, tl.int64)
+    y_step = tl.cast(channels, tl.int64)
+    x_ptr += b * x_batch + d * x_channel
+    y_ptr += b * length * channels + d
+    count = length
     if initial_ptr is not None:
         initial_ptr += b * initial_batch
-
-    total = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
+    if order_ptr is not None:
+        order_ptr += b * length
+        count = tl.load(rows_ptr + b * 2)
+    weights = _weights(weight_ptr, d.to(tl.int64), weight_channel, weight_tap, inside, WIDTH)
+    bias = tl.zeros((BLOCK_D,), tl.float32)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + d * bias_channel, mask=inside_d, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(WIDTH):
-        source = _tap_source(sources_ptr, b * (length + 1), t, tap, inside_t, WIDTH)
-        values = _tap_values(
-            x_ptr, initial_ptr, source, d, inside_d, x_token, x_channel, initial_channel, initial_tap, WIDTH
-        )
-        total += values * _tap_weight(weight_ptr, d, inside_d, tap, weight_channel, weight_tap, WIDTH)[None, :]
-    if SILU:
-        total *= sigmoid(total)
-    # Tap 0 of a real token is the token itself; padding has no source.
-    real = _tap_source(sources_ptr, b * (length + 1), t, 0, inside_t, WIDTH) >= 0
-    total = tl.where(real[:, None], total, 0.0)
-    offset = (b * length + t)[:, None] * channels + d[None, :]
-    tl.store(y_ptr + offset, total.to(y_ptr.dtype.element_ty), mask=inside_t[:, None] & inside_d[None, :])
+        bias = _load(bias_ptr + d.to(tl.int64) * bias_channel, inside)
 
-
-@triton.jit(do_not_specialize=["length"])
-def final_state_kernel(
-    x_ptr, initial_ptr, sources_ptr, state_ptr,
-    length, channels,
-    x_batch, x_token, x_channel, initial_batch, initial_channel, initial_tap,
-    WIDTH: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = tl.arange(0, WINDOW)  # place in the state, oldest first
-    inside_d = d < channels
-    inside = place < WIDTH - 1
-    x_ptr += b * x_batch
-    if initial_ptr is not None:
-        initial_ptr += b * initial_batch
-    tap = WIDTH - 1 - place  # tap of a token after the row
-    source = _tap_source(sources_ptr, b * (length + 1), length, tap, inside, WIDTH)
-    values = _tap_values(
-        x_ptr, initial_ptr, source, d, inside_d, x_token, x_channel, initial_channel, initial_tap, WIDTH
-    )
-    offset = (b * channels + d)[None, :] * (WIDTH - 1) + place[:, None]
-    tl.store(state_ptr + offset, values.to(state_ptr.dtype.element_ty), mask=inside[:, None] & inside_d[None, :])
-
-
-@triton.jit(do_not_specialize=["length"])
-def backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, initial_ptr, sources_ptr, targets_ptr, dy_ptr, dstate_ptr, dx_ptr, dinitial_ptr,
-    partial_ptr,
-    length, channels,
-    x_batch, x_token, x_channel, weight_channel, weight_tap, bias_channel, initial_batch, initial_channel,
-    initial_tap, dy_batch, dy_token, dy_channel, dstate_batch, dstate_channel, dstate_tap,
-    WIDTH: tl.constexpr, HALO: tl.constexpr, SILU: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L) - HALO  # negative: initial state, as for sources
-    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside_t = t < length
-    inside_d = d < channels
-    x_ptr += b * x_batch
-    if initial_ptr is not None:
-        initial_ptr += b * initial_batch
-    entry = (b * (length + WIDTH - 1) + t + (WIDTH - 1)) * (WIDTH + 1)  # in the table of targets
-
-    gradient = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
-    for tap in tl.static_range(WIDTH):
-        # Tap 0 is always needed: the sums over tokens are taken there, because the reading token is t itself.
-        if tap == 0 or dx_ptr is not None or dinitial_ptr is not None:
-            if targets_ptr is not None:
-                target = tl.load(targets_ptr + entry + tap, mask=inside_t, other=-1)
-            else:
-                target = tl.where(t + tap < length, t + tap, -1)
-            read = target >= 0
-            offset = b * dy_batch + target.to(tl.int64)[:, None] * dy_token + d[None, :] * dy_channel
-            ds = tl.load(dy_ptr + offset, mask=read[:, None] & inside_d[None, :], other=0.0).to(tl.float32)
+    first = span * tokens
+    window, _ = _window_before(
+        x_ptr, initial_ptr, order_ptr, tl.minimum(first, count), d, channels,
+        x_step, initial_channel, initial_tap, WIDTH, BLOCK_D,
+    )  # fmt: skip
+    for begin in range(first, tl.minimum(first + tokens, length), TOGETHER):
+        # All loads come before the stores, which for all that the compiler knows could change what is loaded.
+        positions, openings = _tokens(order_ptr, begin, length, TOGETHER)
+        values = _inputs(x_ptr, x_step, order_ptr, positions, begin, count, d, channels, TOGETHER)
+        for i in tl.static_range(TOGETHER):
+            if order_ptr is not None:
+                window = _clear(window, openings[i], WIDTH)
+            total = bias + values[i] * weights[0]
+            for tap in tl.static_range(1, WIDTH):
+                total += window[tap - 1] * weights[tap]
             if SILU:
-                s = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
-                if bias_ptr is not None:
-                    s += tl.load(bias_ptr + d * bias_channel, mask=inside_d, other=0.0).to(tl.float32)[None, :]
-                for other in tl.static_range(WIDTH):
-                    source = _tap_source(sources_ptr, b * (length + 1), target, other, read, WIDTH)
-                    values = _tap_values(
-                        x_ptr, initial_ptr, source, d, inside_d,
-                        x_token, x_channel, initial_channel, initial_tap, WIDTH,
-                    )  # fmt: skip
-                    w = _tap_weight(weight_ptr, d, inside_d, other, weight_channel, weight_tap, WIDTH)
-                    s += values * w[None, :]
-                gate = sigmoid(s)
-                ds *= gate * (1.0 + s * (1.0 - gate))
-            w = _tap_weight(weight_ptr, d, inside_d, tap, weight_channel, weight_tap, WIDTH)
-            gradient += ds * w[None, :]
-            if tap == 0 and partial_ptr is not None:
-                program = b * tl.num_programs(0) + tl.program_id(0)
-                sums_ptr = partial_ptr + program * (WIDTH + 1) * channels + d
-                for other in tl.static_range(WIDTH):
-                    source = _tap_source(sources_ptr, b * (length + 1), target, other, read, WIDTH)
-                    values = _tap_values(
-                        x_ptr, initial_ptr, source, d, inside_d,
-                        x_token, x_channel, initial_channel, initial_tap, WIDTH,
-                    )  # fmt: skip
-                    tl.store(sums_ptr + (WIDTH - 1 - other) * channels, tl.sum(ds * values, axis=0), mask=inside_d)
-                tl.store(sums_ptr + WIDTH * channels, tl.sum(ds, axis=0), mask=inside_d)
+                total *= _gate(total)
+            if order_ptr is not None:
+                total = tl.where(begin + i < count, total, 0.0)
+            pointer = y_ptr + begin * y_step + i * y_step if order_ptr is None else y_ptr + positions[i] * y_step
+            mask = d < tl.where(begin + i < length, channels, 0)
+            tl.store(pointer, total.to(y_ptr.dtype.element_ty), mask=mask)
+            window = (values[i],) + window[: WIDTH - 2]
+    if state_ptr is not None:  # noqa: SIM102
+        if span == spans - 1:
+            window, _ = _window_before(
+                x_ptr, initial_ptr, order_ptr, count, d, channels,
+                x_step, initial_channel, initial_tap, WIDTH, BLOCK_D,
+            )  # fmt: skip
+            for back in tl.static_range(WIDTH - 1):
+                offset = (b * channels + d) * (WIDTH - 1) + (WIDTH - 2 - back)
+                tl.store(state_ptr + offset, window[back].to(state_ptr.dtype.element_ty), mask=inside)
 
+
+@triton.jit
+def _backward_step(
+    rank, value, dy, opens, window, unfinished, sums, reach,
+    order_ptr, dstate_ptr, dx_ptr, dinitial_ptr,
+    weights, bias, d, channels, length, count, last, first,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, OWN: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Take a token of the span (OWN) or of the next, whose gradients the last inputs of the span still need.
+
+    Returns window, unfinished, sums and reach after it. The gradient of the input WIDTH - 1 tokens back is complete, as
+    no later token uses it, and stored.
+    """
+    PACKED: tl.constexpr = order_ptr is not None
+    if PACKED:
+        window = _clear(window, opens, WIDTH)
+        reach = tl.where(opens, 1, tl.minimum(reach + 1, WIDTH))
+    ds = dy
+    if SILU:
+        total = bias + value * weights[0]
+        for tap in tl.static_range(1, WIDTH):
+            total += window[tap - 1] * weights[tap]
+        gate = _gate(total)
+        ds *= gate * (1.0 + total * (1.0 - gate))
+    if PACKED:
+        ds = tl.where(rank < count, ds, 0.0)
+    if SUMS and OWN:
+        grown = (sums[0] + ds * value,)
+        for tap in tl.static_range(1, WIDTH):
+            grown = grown + (sums[tap] + ds * window[tap - 1],)
+        sums = grown + (sums[WIDTH] + ds,)
+    if dx_ptr is not None or dinitial_ptr is not None:
+        own = ds * weights[0]
+        if OWN and dstate_ptr is not None:
+            place = rank - count + (WIDTH - 1)
+            mask = d < tl.where((place >= 0) & (rank < count) & (rank >= last), channels, 0)
+            own += tl.load(dstate_ptr + place * channels, mask=mask, other=0.0).to(tl.float32)
+        remaining = (own,)
+        for tap in tl.static_range(1, WIDTH):
+            part = ds
+            if PACKED:
+                part = tl.where(tap < reach, ds, 0.0)
+            remaining = remaining + (unfinished[tap - 1] + part * weights[tap],)
+        unfinished = remaining[: WIDTH - 1]
+        complete = remaining[WIDTH - 1]
+        earlier = rank - (WIDTH - 1)
+        if dx_ptr is not None:
+            stored = (earlier >= first) & (earlier < length)
+            position = tl.cast(earlier, tl.int64)
+            if PACKED:
+                entry = tl.load(order_ptr + earlier, mask=stored, other=0)
+                position = tl.where(entry < 0, ~entry, entry).to(tl.int64)
+            mask = d < tl.where(stored, channels, 0)
+            tl.store(dx_ptr + position * channels, complete.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dinitial_ptr is not None:
+            pointer = dinitial_ptr + (earlier + WIDTH - 1) * channels
+            mask = d < tl.where(earlier < 0, channels, 0)
+            tl.store(pointer, complete.to(dinitial_ptr.dtype.element_ty), mask=mask)
+    return (value,) + window[: WIDTH - 2], unfinished, sums, reach
+
+
+@triton.jit(do_not_specialize=["length", "spans"])
+def backward_kernel(
+    x_ptr, weight_ptr, bias_ptr, initial_ptr, order_ptr, rows_ptr, dy_ptr, dstate_ptr, dx_ptr, dinitial_ptr,
+    partial_ptr,
+    length, channels, spans, tokens,
+    x_batch, x_token, x_channel, weight_channel, weight_tap, bias_channel, initial_batch, initial_channel,
+    initial_tap, dy_batch, dy_token, dy_channel,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    PACKED: tl.constexpr = order_ptr is not None
+    b, span, d = _part(channels, spans, BLOCK_D)
+    inside = d < channels
+    x_step = tl.cast(x_token, tl.int64)
+    dy_step = tl.cast(dy_token, tl.int64)
+    x_ptr += b * x_batch + d * x_channel
+    dy_ptr += b * dy_batch + d * dy_channel
+    count = length
+    last = 0
+    if initial_ptr is not None:
+        initial_ptr += b * initial_batch
+    if PACKED:
+        order_ptr += b * length
+        count = tl.load(rows_ptr + b * 2)
+        last = tl.load(rows_ptr + b * 2 + 1)
     if dstate_ptr is not None:
-        if targets_ptr is not None:
-            place = tl.load(targets_ptr + entry + WIDTH, mask=inside_t, other=-1)
-        else:
-            place = tl.where(inside_t, t - length + (WIDTH - 1), -1)
-        offset = b * dstate_batch + place.to(tl.int64)[:, None] * dstate_tap + d[None, :] * dstate_channel
-        held = (place >= 0)[:, None] & inside_d[None, :]
-        gradient += tl.load(dstate_ptr + offset, mask=held, other=0.0).to(tl.float32)
+        dstate_ptr += b * (WIDTH - 1) * channels + d
     if dx_ptr is not None:
-        offset = (b * length + t)[:, None] * channels + d[None, :]
-        mask = (inside_t & (t >= 0))[:, None] & inside_d[None, :]
-        tl.store(dx_ptr + offset, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
+        dx_ptr += b * length * channels + d
     if dinitial_ptr is not None:
-        offset = (b * channels + d)[None, :] * (WIDTH - 1) + (t + (WIDTH - 1))[:, None]
-        mask = (t < 0)[:, None] & inside_d[None, :]
-        tl.store(dinitial_ptr + offset, gradient.to(dinitial_ptr.dtype.element_ty), mask=mask)
+        dinitial_ptr += b * (WIDTH - 1) * channels + d
+    weights = _weights(weight_ptr, d.to(tl.int64), weight_channel, weight_tap, inside, WIDTH)
+    bias = tl.zeros((BLOCK_D,), tl.float32)
+    if bias_ptr is not None:
+        bias = _load(bias_ptr + d.to(tl.int64) * bias_channel, inside)
+
+    first = span * tokens
+    window, reach = _window_before(
+        x_ptr, initial_ptr, order_ptr, tl.minimum(first, count), d, channels,
+        x_step, initial_channel, initial_tap, WIDTH, BLOCK_D,
+    )  # fmt: skip
+    sums = _zeros(WIDTH + 1, BLOCK_D)  # of weights, that of the current token first, and of bias
+    unfinished = _zeros(WIDTH - 1, BLOCK_D)  # gradients of the last inputs, newest first
+    if dstate_ptr is not None and dinitial_ptr is not None:
+        unfinished = ()  # a short row leaves entries of the initial state in the final state
+        for back in tl.static_range(WIDTH - 1):
+            place = WIDTH - 2 - back - count
+            mask = d < tl.where((span == 0) & (place >= 0) & (last == 0), channels, 0)
+            unfinished = unfinished + (tl.load(dstate_ptr + place * channels, mask=mask, other=0.0).to(tl.float32),)
+
+    size = tl.minimum(tokens, length - first)
+    end = first + tl.cdiv(size, TOGETHER) * TOGETHER
+    for begin in range(first, end, TOGETHER):
+        # All loads come before the stores, which for all that the compiler knows could change what is loaded.
+        positions, openings = _tokens(order_ptr, begin, length, TOGETHER)
+        values = _inputs(x_ptr, x_step, order_ptr, positions, begin, count, d, channels, TOGETHER)
+        outer = _inputs(dy_ptr, dy_step, order_ptr, positions, begin, count, d, channels, TOGETHER)
+        for i in tl.static_range(TOGETHER):
+            window, unfinished, sums, reach = _backward_step(
+                begin + i, values[i], outer[i], openings[i] if PACKED else False, window, unfinished, sums, reach,
+                order_ptr, dstate_ptr, dx_ptr, dinitial_ptr,
+                weights, bias, d, channels, length, count, last, first,
+                WIDTH, SILU, True, partial_ptr is not None,
+            )  # fmt: skip
+    if dx_ptr is not None or dinitial_ptr is not None:
+        positions, openings = _tokens(order_ptr, end, length, WIDTH - 1)
+        values = _inputs(x_ptr, x_step, order_ptr, positions, end, count, d, channels, WIDTH - 1)
+        outer = _inputs(dy_ptr, dy_step, order_ptr, positions, end, count, d, channels, WIDTH - 1)
+        for i in tl.static_range(WIDTH - 1):
+            window, unfinished, sums, reach = _backward_step(
+                end + i, values[i], outer[i], openings[i] if PACKED else False, window, unfinished, sums, reach,
+                order_ptr, dstate_ptr, dx_ptr, dinitial_ptr,
+                weights, bias, d, channels, length, count, last, first,
+                WIDTH, SILU, False, partial_ptr is not None,
+            )  # fmt: skip
+    if partial_ptr is not None:
+        sums_ptr = partial_ptr + (b * spans + span) * (WIDTH + 1) * channels + d
+        for tap in tl.static_range(WIDTH):
+            tl.store(sums_ptr + (WIDTH - 1 - tap) * channels, sums[tap], mask=inside)
+        tl.store(sums_ptr + WIDTH * channels, sums[WIDTH], mask=inside)
 
 
 @triton.jit
@@ -407,7 +522,7 @@ def step_kernel(
     if bias_ptr is not None:
         total += tl.load(bias_ptr + d * bias_channel, mask=inside_d, other=0.0).to(tl.float32)
     if SILU:
-        total *= sigmoid(total)
+        total *= _gate(total)
     tl.store(y_ptr + b * channels + d, total.to(y_ptr.dtype.element_ty), mask=inside_d)
     # Each entry moves to the place of its neighbour, which another thread may not have read yet.
     tl.debug_barrier()

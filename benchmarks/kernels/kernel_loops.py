@@ -75,6 +75,10 @@ def _chunks(a: Arguments, launch: Launch) -> tuple[float, ...]:
     return a["number"], queries, rows, rows, queries, a["CHUNK"]
 
 
+def _convolution(a: Arguments, launch: Launch) -> tuple[float, ...]:
+    return (_up(a["length"], a["TOGETHER"]) / a["spans"],)
+
+
 _Trips = Callable[[Arguments, Launch], tuple[float, ...]]
 _TRIPS: dict[str, _Trips] = {
     "ssd_triton.walk_kernel": _walk,
@@ -82,6 +86,8 @@ _TRIPS: dict[str, _Trips] = {
     "ssd_triton.chunk_gradients_kernel": lambda a, _: (a["TOGETHER"], _up(a["WIDTH"], a["BLOCK_P"])),
     "selective_scan_triton.forward_kernel": lambda a, _: (_up(a["length"], a["CHUNK"]),),
     "selective_scan_triton.backward_kernel": _scan_backward,
+    "causal_conv1d_triton.forward_kernel": _convolution,
+    "causal_conv1d_triton.backward_kernel": _convolution,
     "rms_norm_triton._backward_kernel": lambda a, _: (_up(a["ROWS"], a["BLOCK_R"]),),
     "position_mix_triton.mix_kernel": _mix,
     "position_mix_triton.weight_products_kernel": _weight_products,
@@ -102,11 +108,10 @@ _TRIPS: dict[str, _Trips] = {
     "bounded_attention_triton._last_position": lambda a, _: (_up(a["window"], a["R"]),),
 }
 
-# Kernels that read a part of each row: backwards that run in sections, and the last inputs of a convolution.
+# Kernels that read a part of each row: backwards that run in sections.
 _SECTIONS: dict[str, Callable[[Arguments], float]] = {
     "ssd_triton.walk_kernel": lambda a: min(a["count"] * a["Q"] / a["length"], 1.0),
     "ssd_triton.chunk_gradients_kernel": lambda a: a["count"] / a["chunks"],
-    "causal_conv1d_triton.final_state_kernel": lambda a: (a["WIDTH"] - 1) / a["length"],
     "selective_scan_triton.backward_kernel": lambda a: min(a["span_count"] * a["SPAN"] / a["length"], 1.0),
 }
 

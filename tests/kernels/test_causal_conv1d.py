@@ -172,8 +172,8 @@ def test_packed_rows_in_bfloat16_match_the_oracle(op: Callable[..., Any], layout
 
 
 @pytest.mark.parametrize("op", [TORCH, TRITON])
-def test_documents_and_padding_across_tiles_match_the_oracle(op: Callable[..., Any]) -> None:
-    """Tiles hold 32 tokens forward and 64 backward; documents, gaps and states reach over their edges."""
+def test_documents_and_padding_across_spans_match_the_oracle(op: Callable[..., Any]) -> None:
+    """Spans hold 16 tokens forward and 32 backward; documents, gaps and states reach over their edges."""
     documents = [0] * 30 + [-1] * 3 + [0] * 2 + [1] * 27 + [2, 3, -1, 3, 3, -1, 4] + [4] * 60 + [-1] * 2
     layout = [documents, [-1] * 65 + documents[:-65]]
     check_against_oracle(op, draw(2, len(documents), 3, 4), torch.float32, "silu", layout)

@@ -81,6 +81,10 @@ def test_numbers_are_held_for_every_kernel() -> None:
             assert launched and {name.partition(" ")[0] for name in kernels} == launched
             norms = [numbers for name, numbers in kernels.items() if name.startswith("rms_norm_triton._forward")]
             assert norms and all(numbers["narrow_loads"] == numbers["spilled_bytes"] == 0 for numbers in norms)
+            backward = [
+                numbers for name, numbers in kernels.items() if name.startswith("causal_conv1d_triton.backward")
+            ]
+            assert backward and all(numbers["narrow_stores"] == numbers["spilled_bytes"] == 0 for numbers in backward)
 
 
 @pytest.mark.parametrize(

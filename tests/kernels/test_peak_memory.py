@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peak_memory import IdleKernel, PeakMemory, nbytes, peak_of_gradients
-from ssm_zoo.kernels import position_mix_triton, selective_scan_triton
+from ssm_zoo.kernels import causal_conv1d_triton, position_mix_triton, selective_scan_triton
 from ssm_zoo.kernels._triton import HAS_TRITON
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d
 from ssm_zoo.kernels.position_mix import masked_mix
@@ -119,6 +119,23 @@ def test_convolution() -> None:
 
     peak, needed = peak_of_gradients(op, leaves(draw(1, LENGTH, channels), draw(channels, 4), draw(channels)))
     assert peak <= 1.2 * needed
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(("batch", "length"), [(8, 2048), (1, 16384), (64, 64)])
+def test_kernels_of_the_convolution(batch: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without storage and without kernels: beyond what is needed, the sums of each span."""
+    for name in ("forward_kernel", "backward_kernel"):
+        monkeypatch.setattr(causal_conv1d_triton, name, IdleKernel())
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=torch.bfloat16, device="meta").requires_grad_()
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (causal_conv1d_triton.causal_conv1d_triton(x, weight, bias, "silu", None, None, False)[0],)
+
+    peak, needed = peak_of_gradients(op, [zeros(batch, length, 4352), zeros(4352, 4), zeros(4352)])
+    assert peak <= 1.2 * needed, (peak, needed)
 
 
 def test_masked_mixing_copies_a_panel_of_its_weights() -> None:
