@@ -41,14 +41,16 @@ class ZooCausalLMOutput(CausalLMOutputWithPast):
     selection_rate: Tensor | None = None
 
 
-def routing_outputs(choices: list[tuple[Tensor, Tensor]], real: Tensor | None, capacity: float) -> dict[str, Any]:
+def routing_outputs(
+    choices: list[tuple[Tensor, Tensor]], real: Tensor | None, capacities: list[Tensor | float]
+) -> dict[str, Any]:
     """Return the output fields of a model with layers that select tokens.
 
     Args:
         choices: for each such layer the (B, L, 2) scores and the (B, L) decisions, 1 or 0 and 0 at padding, through
             which gradients reach the scores.
         real: (B, L) False at padding, None if there is none.
-        capacity: C, the share of the tokens that a layer should select.
+        capacities: C, the share of the tokens that each of them should select.
     """
     decisions = torch.stack([decision for _, decision in choices])  # (N, B, L)
     count = decisions.new_full(decisions.shape[1:2], decisions.shape[2]) if real is None else real.sum(-1).float()
@@ -56,7 +58,8 @@ def routing_outputs(choices: list[tuple[Tensor, Tensor]], real: Tensor | None, c
     # Taipan, eq. 7, for every row separately, since the cost of decoding a row depends on that row's selection. A row
     # of padding does not count.
     rows = (count > 0).float()
-    penalty = ((capacity - rates).square() * rows).sum() / rows.sum().clamp(min=1)
+    capacity = torch.stack([torch.as_tensor(each, dtype=rates.dtype, device=rates.device) for each in capacities])
+    penalty = ((capacity[:, None] - rates).square() * rows).sum() / rows.sum().clamp(min=1)
     with torch.no_grad():
         selection_rate = decisions.sum((1, 2)) / count.sum().clamp(min=1)
     logits = tuple(scores for scores, _ in choices)
