@@ -1,8 +1,8 @@
 """Which training makes Taipan's gate select tokens, those that need attention, and what is attention then worth?
 
 Taipan's paper (arXiv 2410.18572) trains the gate with Gumbel noise and a loss that pulls the rate of the noisy choice
-to the capacity. In evaluation there is no noise, and such a gate may select nothing. Here ways to train it are compared,
-on two tasks:
+to the capacity. In evaluation there is no noise, and such a gate may select nothing. Here ways to train it are
+compared, on two tasks:
 
 * `recall`: multi-query associative recall as in `recall.py`, 2, 4 and 8 pairs in turn, of the Taipan there with 4 state
   channels, too few for a Mamba-2 to answer 8 queries;
