@@ -33,7 +33,7 @@ class TaipanConfig(PreTrainedConfig):
         attention_capacity: C, share of the tokens that a layer selects; in (0, 1].
         gumbel_tau: temperature of the gate's choice in training, positive; only gradients depend on it if
             `sal_selection` is "capacity".
-        router_aux_loss_coef: weight of the capacity loss, which is added to the loss in training.
+        router_aux_loss_coef: weight of the capacity loss, which is added to the loss in training, with "gumbel" only.
         sal_selection: "capacity": a threshold, which follows the gate's scores in training and is saved with the
             model, selects the share C; the share of a single row may be another. "gumbel": the paper's choice with
             noise, where the capacity loss alone pulls the rate to C, and that with the noise: in evaluation, without,

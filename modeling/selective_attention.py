@@ -168,6 +168,11 @@ class SelectiveAttention(GroupedAttention):
         """
         return self.training and isinstance(self.gate, nn.Linear) and self.gate.weight.requires_grad
 
+    @property
+    def wanted_rate(self) -> float | None:
+        """The rate that the capacity loss pulls to; None with a threshold, which holds the rate over many batches."""
+        return None if self.has_threshold else self.capacity
+
     def share(self) -> Tensor | float:
         """Return the share of the tokens to select now: the capacity, or more while it falls in the warm-up."""
         if not (self.has_threshold and self.warmup_steps and self.follows):
