@@ -12,7 +12,10 @@ That is `sal_selection="gumbel"`. Its capacity loss holds the rate of the noisy 
 token can keep that rate without ever selecting one when the noise is gone: trained that way, it selected 0 to 0.02 % of
 the tokens (docs/results.md). The default, `sal_selection="capacity"`, has no noise and a threshold on the margin:
 
-    m_t = 1 if z_t > 0,   z_t = s_t[1] - s_t[0] - threshold,   a_t = sigmoid(z_t)
+    m_t = 1 if z_t > 0,   z_t = s_t[1] - s_t[0] - threshold
+
+The weight a_t is that of the paper, without the threshold. One that is near zero below the threshold would leave tokens
+that are wrongly not selected almost without a gradient.
 
 After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
 if fewer. So the rate is C over many batches, not in each, and training selects as evaluation does, by the tokens before
@@ -24,10 +27,10 @@ Choices where the paper is open or ambiguous:
 
 * The gradient of m is straight-through, with the probability of class 1 as the surrogate. Equation 3 as printed uses
   the probability of the chosen class, which has the wrong sign for class 0.
-* Noise is added in training only. In evaluation every selected token has a > 1/2, and decoding is deterministic.
+* Noise is added in training only, and decoding is deterministic: with "gumbel" a selected token then has a > 1/2.
 * A token that is not selected gives the gate no gradient of the language model's loss, since its o is not computed
-  (the gradient of the capacity loss does reach it). `sal_dense_training` computes o for every token, which gives the
-  exact straight-through gradient.
+  (that of the capacity loss, or of the threshold, does reach it). `sal_dense_training` computes o for every token,
+  which gives the exact straight-through gradient.
 * The projections run over all tokens and attention over the selected ones, because adapters that depend on the row of a
   batch or the place in it need both axes.
 * A query sees all tokens of its window, selected or not (equation 4). Figure 2 draws selected keys only, which
@@ -116,10 +119,11 @@ class SelectiveAttention(GroupedAttention):
         scores = self.gate(hidden_states)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         margin = scores[..., 1] - scores[..., 0]
+        above = margin
         if self.has_threshold:
-            margin = self.over_threshold(margin, sequence.real)
-            scores = torch.stack([scores[..., 0], scores[..., 0] + margin], dim=-1)
-        selected, decision = self.decide(margin, sequence.real)
+            above = self.over_threshold(margin, sequence.real)
+            scores = torch.stack([scores[..., 0], scores[..., 0] + above], dim=-1)
+        selected, decision = self.decide(above, sequence.real)
         keys, values, positions = self.keys(hidden_states, selected, sequence, past_key_values)
 
         queries = selected
