@@ -46,8 +46,10 @@ class TaipanConfig(PreTrainedConfig):
             no keys.
         sal_fusion: "convex": the output of attention replaces a share of the residual stream (equation 5); "residual":
             it is added.
-        sal_dense_training: compute attention for all tokens in training. The gate's straight-through gradient is then
-            exact; otherwise tokens that are not selected give it none. Needs `sal_key_source="all"`.
+        sal_dense_training: compute attention for all tokens in training, as a layer with a sliding window does. The
+            gate's straight-through gradient is then exact; otherwise tokens that are not selected give it none. Needs
+            `sal_key_source="all"`. If not given, it is so with `sal_selection="capacity"` where the keys allow it:
+            trained without, such a gate selected no query in an experiment (docs/results.md).
         intermediate_size: width of the MLP of the selective attention blocks; 8/3 `hidden_size`, rounded up to a
             multiple of 256, if not given.
         state_size: N, state channels of a Mamba-2 head.
@@ -85,7 +87,7 @@ class TaipanConfig(PreTrainedConfig):
     sal_warmup_steps: int = 0
     sal_key_source: str = "all"
     sal_fusion: str = "convex"
-    sal_dense_training: bool = False
+    sal_dense_training: bool | None = None
     intermediate_size: int | None = None
     state_size: int = 128
     expand: int = 2

@@ -76,6 +76,8 @@ class SelectiveAttention(GroupedAttention):
         self.layer_idx = layer_idx
         self.window, self.tau = settings.sliding_window, settings.gumbel_tau
         self.key_source, self.dense_training = settings.sal_key_source, settings.sal_dense_training
+        if self.dense_training is None:
+            self.dense_training = settings.sal_selection == "capacity" and self.key_source == "all"
         self.capacity, self.warmup_steps = settings.attention_capacity, settings.sal_warmup_steps
         self.gate = nn.Linear(config.hidden_size, 2)
         self.has_threshold = settings.sal_selection == "capacity"
@@ -325,7 +327,7 @@ class SelectiveAttentionSettings(MixerSettings):
     sal_selection: str = "capacity"
     sal_warmup_steps: int = 0
     sal_key_source: str = "all"
-    sal_dense_training: bool = False
+    sal_dense_training: bool | None = None
 
     def check(self, config: Any) -> None:
         check_selective_attention(self)

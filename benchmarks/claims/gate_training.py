@@ -76,7 +76,9 @@ class Way:
     warmup: bool = False
 
 
-GUMBEL, CAPACITY, DENSE = {"sal_selection": "gumbel"}, {"sal_selection": "capacity"}, {"sal_dense_training": True}
+GUMBEL: dict[str, Any] = {"sal_selection": "gumbel", "sal_dense_training": False}
+CAPACITY: dict[str, Any] = {"sal_selection": "capacity", "sal_dense_training": False}
+DENSE = {"sal_dense_training": True}
 WAYS = {
     "paper": Way("the paper's: noise, capacity loss", GUMBEL),
     "paper-dense": Way("the same, attention of all tokens in training", GUMBEL | DENSE),
