@@ -185,8 +185,11 @@ class ZooModel(ZooPreTrainedModel):
         all_hidden_states: list[Tensor] = [hidden_states] if output_hidden_states else []
         attentions: list[Any] = []
         choices: list[Any] = []
+        capacities: list[float | None] = []
         hidden_states = self.split(hidden_states)
         for block in self.layers:
+            if hasattr(mixer := getattr(block, "mixer", None), "begin_pass"):
+                mixer.begin_pass()
             hidden_states, attention, *choice = block(
                 hidden_states,
                 sequence,
@@ -196,6 +199,7 @@ class ZooModel(ZooPreTrainedModel):
             )
             if choice:
                 choices.append(choice)
+                capacities.append(block.mixer.wanted_rate)
             if output_attentions:
                 attentions.append(attention)
             if output_hidden_states and len(all_hidden_states) < len(self.layers):
@@ -208,6 +212,6 @@ class ZooModel(ZooPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             **{CACHE_FIELD: past_key_values if use_cache else None},
-            **(routing_outputs(choices, sequence.real, config.attention_capacity) if choices else {}),
+            **(routing_outputs(choices, sequence.real, capacities) if choices else {}),
         )
         return output if return_dict else output.to_tuple()

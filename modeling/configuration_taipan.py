@@ -30,18 +30,26 @@ class TaipanConfig(PreTrainedConfig):
         num_key_value_heads: key and value heads of attention; H if not given.
         head_dim: P, width of an attention head; `hidden_size / num_attention_heads` if not given.
         sliding_window: tokens that a query sees, itself included. There is no positional embedding.
-        attention_capacity: C, share of the tokens that a layer should select; in (0, 1]. The loss pulls the rate to C,
-            but nothing enforces it. C is the rate in training, with the gate's noise. In evaluation, without noise, a
-            token is selected if the gate finds that more likely than not. A gate that does not yet tell tokens apart
-            therefore selects none if C is below one half: look at `selection_rate`.
-        gumbel_tau: temperature of the gate's choice in training, positive.
-        router_aux_loss_coef: weight of the capacity loss, which is added to the loss in training.
+        attention_capacity: C, share of the tokens that a layer selects; in (0, 1].
+        gumbel_tau: temperature of the gate's choice in training, positive; only gradients depend on it if
+            `sal_selection` is "capacity".
+        router_aux_loss_coef: weight of the capacity loss, which is added to the loss in training, with "gumbel" only.
+        sal_selection: "capacity": a threshold, which follows the gate's scores in training and is saved with the
+            model, selects the share C; the share of a single row may be another. "gumbel": the paper's choice with
+            noise, where the capacity loss alone pulls the rate to C, and that with the noise: in evaluation, without,
+            a token is selected if the gate finds that more likely than not, and a gate that is sure of no token
+            selects none if C is below one half. Look at `selection_rate`.
+        sal_warmup_steps: forward passes in training in which the share falls from all tokens to C, so that attention
+            can learn before the gate has to choose; with "capacity" only. Several passes that are one step of an
+            optimizer count each.
         sal_key_source: "all": a query sees all tokens of its window; "selected": only selected tokens, the others have
             no keys.
         sal_fusion: "convex": the output of attention replaces a share of the residual stream (equation 5); "residual":
             it is added.
-        sal_dense_training: compute attention for all tokens in training. The gate's straight-through gradient is then
-            exact; otherwise tokens that are not selected give it none. Needs `sal_key_source="all"`.
+        sal_dense_training: compute attention for all tokens in training, as a layer with a sliding window does. The
+            gate's straight-through gradient is then exact; otherwise tokens that are not selected give it none. Needs
+            `sal_key_source="all"`. If not given, it is so with `sal_selection="capacity"` where the keys allow it:
+            trained without, such a gate selected no query in an experiment (docs/results.md).
         intermediate_size: width of the MLP of the selective attention blocks; 8/3 `hidden_size`, rounded up to a
             multiple of 256, if not given.
         state_size: N, state channels of a Mamba-2 head.
@@ -75,9 +83,11 @@ class TaipanConfig(PreTrainedConfig):
     attention_capacity: float = 0.15
     gumbel_tau: float = 1.0
     router_aux_loss_coef: float = 1.0
+    sal_selection: str = "capacity"
+    sal_warmup_steps: int = 0
     sal_key_source: str = "all"
     sal_fusion: str = "convex"
-    sal_dense_training: bool = False
+    sal_dense_training: bool | None = None
     intermediate_size: int | None = None
     state_size: int = 128
     expand: int = 2

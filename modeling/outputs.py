@@ -22,7 +22,7 @@ class ZooModelOutput(BaseModelOutputWithPast):
     """transformers' output, with further fields of models that select tokens.
 
     Attributes:
-        aux_loss: () capacity loss of all selecting layers, not yet multiplied by its coefficient.
+        aux_loss: () capacity loss of the selecting layers that have one, not yet multiplied by its coefficient.
         router_logits: (B, L, 2) scores of not attending and of attending, for each such layer.
         selection_rate: (N) share of the real tokens that each such layer selected.
     """
@@ -41,14 +41,16 @@ class ZooCausalLMOutput(CausalLMOutputWithPast):
     selection_rate: Tensor | None = None
 
 
-def routing_outputs(choices: list[tuple[Tensor, Tensor]], real: Tensor | None, capacity: float) -> dict[str, Any]:
+def routing_outputs(
+    choices: list[tuple[Tensor, Tensor]], real: Tensor | None, capacities: list[float | None]
+) -> dict[str, Any]:
     """Return the output fields of a model with layers that select tokens.
 
     Args:
         choices: for each such layer the (B, L, 2) scores and the (B, L) decisions, 1 or 0 and 0 at padding, through
             which gradients reach the scores.
         real: (B, L) False at padding, None if there is none.
-        capacity: C, the share of the tokens that a layer should select.
+        capacities: for each of them C, the share of the tokens that it should select; None: another means holds it.
     """
     decisions = torch.stack([decision for _, decision in choices])  # (N, B, L)
     count = decisions.new_full(decisions.shape[1:2], decisions.shape[2]) if real is None else real.sum(-1).float()
@@ -56,7 +58,12 @@ def routing_outputs(choices: list[tuple[Tensor, Tensor]], real: Tensor | None, c
     # Taipan, eq. 7, for every row separately, since the cost of decoding a row depends on that row's selection. A row
     # of padding does not count.
     rows = (count > 0).float()
-    penalty = ((capacity - rates).square() * rows).sum() / rows.sum().clamp(min=1)
+    penalties = [
+        ((capacity - rate).square() * rows).sum() / rows.sum().clamp(min=1)
+        for capacity, rate in zip(capacities, rates, strict=True)
+        if capacity is not None
+    ]
+    penalty = torch.stack(penalties).sum() if penalties else None
     with torch.no_grad():
         selection_rate = decisions.sum((1, 2)) / count.sum().clamp(min=1)
     logits = tuple(scores for scores, _ in choices)

@@ -8,14 +8,29 @@ s gate scores, m decisions, a mixing weights, o outputs of attention, h the resi
     s_t = gate(x_t),  m_t = argmax(s_t + Gumbel noise) in training, argmax(s_t) otherwise,  a_t = softmax(s_t)[1],
     h_t + m_t a_t (o_t - h_t)   ("convex", equation 5)     or     h_t + m_t a_t o_t   ("residual")
 
+That is `sal_selection="gumbel"`. Its capacity loss holds the rate of the noisy choice, and a gate that is not sure of a
+token can keep that rate without ever selecting one when the noise is gone: trained that way, it selected 0 to 0.02 % of
+the tokens (docs/results.md). The default, `sal_selection="capacity"`, has no noise and a threshold on the margin:
+
+    m_t = 1 if z_t > 0,   z_t = s_t[1] - s_t[0] - threshold
+
+The weight a_t is that of the paper, without the threshold. One that is near zero below the threshold would leave tokens
+that are wrongly not selected almost without a gradient.
+
+After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
+if fewer. So the rate is C over many batches, not in each, and training selects as evaluation does, by the tokens before
+alone. Gradients also go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one
+token likelier makes the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that
+attention learns before the gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
+
 Choices where the paper is open or ambiguous:
 
 * The gradient of m is straight-through, with the probability of class 1 as the surrogate. Equation 3 as printed uses
   the probability of the chosen class, which has the wrong sign for class 0.
-* Noise is added in training only. In evaluation every selected token has a > 1/2, and decoding is deterministic.
+* Noise is added in training only, and decoding is deterministic: with "gumbel" a selected token then has a > 1/2.
 * A token that is not selected gives the gate no gradient of the language model's loss, since its o is not computed
-  (the gradient of the capacity loss does reach it). `sal_dense_training` computes o for every token, which gives the
-  exact straight-through gradient.
+  (that of the capacity loss, or of the threshold, does reach it). `sal_dense_training` computes o for every token,
+  which gives the exact straight-through gradient.
 * The projections run over all tokens and attention over the selected ones, because adapters that depend on the row of a
   batch or the place in it need both axes.
 * A query sees all tokens of its window, selected or not (equation 4). Figure 2 draws selected keys only, which
@@ -23,12 +38,15 @@ Choices where the paper is open or ambiguous:
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from ..kernels.tracing import tracing
@@ -39,6 +57,10 @@ from .mixer import MixerSettings, TokenMixer
 from .token_layout import Sequence
 
 KEY_SOURCES = ("all", "selected")
+SELECTIONS = ("capacity", "gumbel")
+
+# Correction of the threshold, in standard deviations of the margins, where all tokens are selected and none should be.
+_PACE = 0.15
 
 
 class SelectiveAttention(GroupedAttention):
@@ -47,13 +69,30 @@ class SelectiveAttention(GroupedAttention):
     `config` has the sizes of the heads, `settings` the keys of :class:`SelectiveAttentionSettings`.
     """
 
+    float32_parameters = ("threshold", "correction")
+
     def __init__(self, config: Any, settings: Any, layer_idx: int, *, bias: bool = False) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.window, self.tau = settings.sliding_window, settings.gumbel_tau
         self.key_source, self.dense_training = settings.sal_key_source, settings.sal_dense_training
+        if self.dense_training is None:
+            self.dense_training = settings.sal_selection == "capacity" and self.key_source == "all"
+        self.capacity, self.warmup_steps = settings.attention_capacity, settings.sal_warmup_steps
         self.gate = nn.Linear(config.hidden_size, 2)
+        self.has_threshold = settings.sal_selection == "capacity"
+        if self.has_threshold:
+            self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
+            self.register_buffer("correction", torch.zeros((), dtype=torch.float32))
+            self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        self.closed = False  # set by `without_attention`
         self.add_projections(config, bias, layer_idx)
+
+    def initialise(self) -> None:
+        """Set the threshold to zero, as at the begin of training."""
+        if self.has_threshold:
+            for buffer in (self.threshold, self.correction, self.passes):
+                init.zeros_(buffer)
 
     def forward(
         self,
@@ -82,7 +121,11 @@ class SelectiveAttention(GroupedAttention):
         scores = self.gate(hidden_states)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         margin = scores[..., 1] - scores[..., 0]
-        selected, decision = self.decide(margin, sequence.real)
+        above = margin
+        if self.has_threshold:
+            above = self.over_threshold(margin, sequence.real)
+            scores = torch.stack([scores[..., 0], scores[..., 0] + above], dim=-1)
+        selected, decision = self.decide(above, sequence.real)
         keys, values, positions = self.keys(hidden_states, selected, sequence, past_key_values)
 
         queries = selected
@@ -123,23 +166,81 @@ class SelectiveAttention(GroupedAttention):
         update = torch.where(queries[..., None], (weight * kept).to(kept.dtype), 0)
         return update, attention, scores, decision
 
+    @property
+    def follows(self) -> bool:
+        """Whether the threshold moves with the gate's scores.
+
+        Not with a frozen gate or one with adapters: adapters are saved without the threshold, so it stays.
+        """
+        return self.training and isinstance(self.gate, nn.Linear) and self.gate.weight.requires_grad
+
+    @property
+    def wanted_rate(self) -> float | None:
+        """The rate that the capacity loss pulls to; None with a threshold, which holds the rate over many batches."""
+        return None if self.has_threshold else self.capacity
+
+    def share(self) -> Tensor | float:
+        """Return the share of the tokens to select now: the capacity, or more while it falls in the warm-up."""
+        if not (self.has_threshold and self.warmup_steps and self.follows):
+            return self.capacity
+        left = (1 - (self.passes - 1) / self.warmup_steps).clamp(min=0, max=1)
+        return self.capacity + (1 - self.capacity) * left
+
+    @torch.no_grad()
+    def begin_pass(self) -> None:
+        """Move the threshold by the correction of the last pass, before a pass in training.
+
+        Gradient checkpointing repeats the passes of the blocks, and finds the threshold as it was.
+        """
+        if self.has_threshold and self.follows:
+            self.threshold.add_(self.correction)
+            self.correction.zero_()
+            self.passes.add_(1)
+
+    def over_threshold(self, margin: Tensor, real: Tensor | None) -> Tensor:
+        """Return (B, L) margins less the threshold; in training also take down the correction that the batch asks for.
+
+        Args:
+            margin: (B, L) score of attending minus score of not attending.
+            real: (B, L) False at padding, which does not count; None if there is none.
+        """
+        threshold = self.threshold if self.follows else self.threshold + self.correction
+        if not (self.training and margin.numel()):
+            return margin - threshold
+        with torch.no_grad():
+            counts = torch.ones_like(margin) if real is None else real.to(margin.dtype)
+            soft = ((margin - threshold) / self.tau).sigmoid()
+            slope = soft * (1 - soft) * counts
+            slope = slope / slope.sum().clamp(min=torch.finfo(slope.dtype).tiny)
+            if self.follows:
+                total = counts.sum().clamp(min=1)
+                mean = (margin * counts).sum() / total
+                spread = ((margin - mean).square() * counts).sum().div(total).sqrt()
+                surplus = ((margin > threshold) * counts).sum() / total - self.share() * (counts.sum() > 0)
+                self.correction.copy_(_PACE * spread * surplus)
+        moved = (slope * margin).sum()
+        return margin - threshold - (moved - moved.detach())
+
     def decide(self, margin: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Select the tokens that attend.
 
         Args:
-            margin: (B, L) score of attending minus score of not attending.
+            margin: (B, L) score of attending minus score of not attending, less the threshold.
             real: (B, L) False at padding, which never attends; None if there is none.
 
         Returns:
             (B, L) booleans; and the same as numbers, through which gradients reach the scores in training.
         """
         if self.training:
-            probability = ((margin + logistic_noise(margin)) / self.tau).sigmoid()
+            noisy = margin if self.has_threshold else margin + logistic_noise(margin)
+            probability = (noisy / self.tau).sigmoid()
             selected = probability > 0.5
             decision = selected + (probability - probability.detach())
         else:
             selected = margin > 0
             decision = selected.to(margin.dtype)
+        if self.closed:
+            selected, decision = torch.zeros_like(selected), decision * 0
         if real is not None:
             selected, decision = selected & real, decision * real
         return selected, decision
@@ -165,6 +266,24 @@ class SelectiveAttention(GroupedAttention):
         return k, v, positions
 
 
+@contextmanager
+def without_attention(model: nn.Module) -> Iterator[list[SelectiveAttention]]:
+    """Let no token of a model attend in evaluation while the context lasts: what is lost is what attention does.
+
+    Yields:
+        The model's layers of selective attention, none if it has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SelectiveAttention)]
+    before = [layer.closed for layer in layers]
+    try:
+        for layer in layers:
+            layer.closed = True
+        yield layers
+    finally:
+        for layer, closed in zip(layers, before, strict=True):
+            layer.closed = closed
+
+
 def logistic_noise(like: Tensor) -> Tensor:
     """Draw the difference of two Gumbel variables, which is logistic, in the shape and dtype of `like`."""
     return torch.rand_like(like).clamp_(1e-7, 1 - 1e-7).logit()
@@ -180,6 +299,13 @@ def check_selective_attention(config: Any) -> None:
         raise ValueError(f"gumbel_tau must be positive, got {config.gumbel_tau}")
     if not 0 <= config.router_aux_loss_coef < math.inf:
         raise ValueError(f"router_aux_loss_coef must not be negative, got {config.router_aux_loss_coef}")
+    if config.sal_selection not in SELECTIONS:
+        raise ValueError(f"sal_selection must be one of {', '.join(SELECTIONS)}, got {config.sal_selection!r}")
+    if config.sal_warmup_steps < 0 or (config.sal_warmup_steps and config.sal_selection != "capacity"):
+        raise ValueError(
+            f"sal_warmup_steps must be at least 0, and 0 unless sal_selection is 'capacity', got "
+            f"{config.sal_warmup_steps} with {config.sal_selection!r}"
+        )
     if config.sal_key_source not in KEY_SOURCES:
         raise ValueError(f"sal_key_source must be one of {', '.join(KEY_SOURCES)}, got {config.sal_key_source!r}")
     if config.sal_dense_training and config.sal_key_source != "all":
@@ -198,8 +324,10 @@ class SelectiveAttentionSettings(MixerSettings):
     attention_capacity: float = 0.15
     gumbel_tau: float = 1.0
     router_aux_loss_coef: float = 1.0
+    sal_selection: str = "capacity"
+    sal_warmup_steps: int = 0
     sal_key_source: str = "all"
-    sal_dense_training: bool = False
+    sal_dense_training: bool | None = None
 
     def check(self, config: Any) -> None:
         check_selective_attention(self)
@@ -224,6 +352,8 @@ SELECTIVE_ATTENTION = TokenMixer(
             "attention_capacity",
             "gumbel_tau",
             "router_aux_loss_coef",
+            "sal_selection",
+            "sal_warmup_steps",
             "sal_key_source",
             "sal_dense_training",
         )

@@ -99,11 +99,17 @@ def _objectives(report: dict[str, Any]) -> str:
 
 
 def _selection(report: dict[str, Any]) -> str:
-    """Return a sentence on the share of held-out tokens that selective layers select; empty without such layers."""
-    rates = report["evaluations"][-1].get("selection_rate")
-    if not rates:
+    """Return sentences on the share of held-out tokens that selective layers select, and on the loss without them;
+    empty without such layers."""
+    last = report["evaluations"][-1]
+    if not (rates := last.get("selection_rate")):
         return ""
-    return f"Of the held-out tokens, the selective layers select, in order: {', '.join(map(percent, rates))}."
+    text = f"Of the held-out tokens, the selective layers select, in order: {', '.join(map(percent, rates))}."
+    if (without := last.get("loss_without_attention")) is not None:
+        text += (
+            f" If none of them attends, the held-out loss is {number(without)} instead of {number(last['loss'])} nats."
+        )
+    return text
 
 
 def _limits(report: dict[str, Any]) -> list[str]:

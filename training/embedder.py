@@ -233,7 +233,7 @@ def _check_choices(model: nn.Module, settings: EmbedderSettings) -> None:
     selects = any(isinstance(module, SelectiveAttention) for module in model.modules())
     if selects and settings.mini_batch_size is not None:
         raise ValueError(
-            "`mini_batch_size` must be left out for a model with selective attention, whose auxiliary loss needs whole "
+            "`mini_batch_size` must be left out for a model with selective attention, whose gate needs whole "
             f"batches, got {settings.mini_batch_size}."
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..modeling.selective_attention import without_attention
 from .packing import Row
 
 
@@ -72,26 +73,36 @@ def heldout_loss(model: nn.Module, rows: Rows, collator: Callable[..., Row], bat
 
     Returns:
         "loss" in nats per token, "perplexity", its exponential (None if that overflows), and "tokens", the number of
-        predictions; for a model with selective layers also the means of `SelectionMeans` over the tokens.
+        predictions; for a model with selective layers also the means of `SelectionMeans` over the tokens, and
+        "loss_without_attention", the loss when no token attends: what attention is worth is the difference.
     """
-    training, total, selection = model.training, 0.0, SelectionMeans()
+    training, selection = model.training, SelectionMeans()
     device = next(model.parameters()).device
-    # With its own generator, so that an evaluation does not change the random numbers of a training.
-    batches: Any = DataLoader(
-        rows,  # pyright: ignore[reportArgumentType]
-        batch_size=batch_size,
-        collate_fn=collator,
-        generator=torch.Generator(),
-    )
-    model.eval()
-    with torch.no_grad():
+
+    def total(selection: SelectionMeans) -> float:
+        # With its own generator, so that an evaluation does not change the random numbers of a training.
+        batches: Any = DataLoader(
+            rows,  # pyright: ignore[reportArgumentType]
+            batch_size=batch_size,
+            collate_fn=collator,
+            generator=torch.Generator(),
+        )
+        sums = 0.0
         for batch in batches:
             batch = {key: tensor.to(device) for key, tensor in batch.items()}
             # With this argument the loss is the sum over the targets.
             outputs = model(**batch, num_items_in_batch=1)
-            total += float(outputs.loss.double())
+            sums += float(outputs.loss.double())
             selection.add(outputs, weight=int((batch["seq_idx"] >= 0).sum()))
+        return sums
+
+    found: dict[str, Any] = {}
+    model.eval()
+    with torch.no_grad():
+        loss = total(selection) / rows.targets
+        with without_attention(model) as layers:
+            if layers:
+                found["loss_without_attention"] = total(SelectionMeans()) / rows.targets
     model.train(training)
-    loss = total / rows.targets
     perplexity = math.exp(loss) if loss < 700 else None
-    return {"loss": loss, "perplexity": perplexity, "tokens": rows.targets, **selection.take()}
+    return {"loss": loss, "perplexity": perplexity, "tokens": rows.targets, **selection.take(), **found}

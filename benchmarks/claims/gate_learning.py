@@ -1,8 +1,9 @@
 """Does Taipan's gate learn which tokens need attention, and does its capacity loss hold the share of them?
 
 The task is recall among fillers (`recall_task.py`): few tokens are queries, and only there attention helps. A Taipan of
-a Mamba-2 layer and a layer of selective attention is trained with its capacity loss (arXiv 2410.18572, equation 7), and
-on the way the share of tokens that the gate selects is measured, on validation sequences, at the queries and elsewhere:
+a Mamba-2 layer and a layer of selective attention is trained as its paper says, with noise and a capacity loss (arXiv
+2410.18572, equation 7; other ways are in `gate_training.py`), and on the way the share of tokens that the gate selects
+is measured, on validation sequences, at the queries and elsewhere:
 
 * as it trains, with the gate's noise: the share that the capacity loss is about;
 * as it decodes, without: the tokens whose score says that attending is likelier than not.
@@ -64,8 +65,8 @@ def make(capacity: float, weight: float, seed: int) -> TaipanForCausalLM:
     torch.manual_seed(seed)
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": WIDTH, "num_attention_heads": 1}
     sizes |= {"state_size": 16, "mamba_head_dim": WIDTH, "sal_every": 1, "vocab_size": TASK.vocabulary}
-    config = TaipanConfig(**sizes, attention_capacity=capacity, router_aux_loss_coef=weight, initializer_range=0.05)
-    return TaipanForCausalLM(config)
+    sizes |= {"attention_capacity": capacity, "router_aux_loss_coef": weight, "sal_selection": "gumbel"}
+    return TaipanForCausalLM(TaipanConfig(**sizes, initializer_range=0.05))
 
 
 def execute(run: Run, options: argparse.Namespace) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def make(arm: str, vocabulary: int, window: int, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     if arm == TAIPAN:
         sizes = {"num_hidden_layers": GROUP + 1, "sal_every": GROUP, "intermediate_size": INNER}
-        return TaipanForCausalLM(TaipanConfig(**common, **attention, **sizes, sliding_window=window))
+        own: dict[str, Any] = {"sliding_window": window, "sal_selection": "gumbel"}  # the paper's
+        return TaipanForCausalLM(TaipanConfig(**common, **attention, **sizes, **own))
     if arm == MAMBA2:
         return ZooMamba2ForCausalLM(ZooMamba2Config(**common, num_hidden_layers=ALONE))
     sizes = {"num_hidden_layers": BLOCKS, "intermediate_size": BLOCK_INNER}

@@ -107,5 +107,6 @@ def build(arm: str, sizes: Sizes, fit: int, initializer_range: float) -> nn.Modu
     common |= {"intermediate_size": fit, "num_attention_heads": 1}
     if arm == TRANSFORMER:
         return ZooHybridForCausalLM(ZooHybridConfig(**common))
-    own = {"sal_every": 1, "state_size": sizes.state, "mamba_head_dim": sizes.width}
+    own: dict[str, Any] = {"sal_every": 1, "state_size": sizes.state, "mamba_head_dim": sizes.width}
+    own["sal_selection"] = "gumbel"  # the paper's; `gate_training.py` compares others
     return TaipanForCausalLM(TaipanConfig(**common, **own, attention_capacity=sizes.capacity))

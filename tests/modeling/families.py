@@ -97,7 +97,10 @@ def _taipan(**sizes: Any) -> Family:
         "intermediate_size": 24,
         "sliding_window": 5,
         "attention_capacity": 0.3,
-        "router_aux_loss_coef": 0.0,  # of a row: packed documents would not train as they do alone
+        # Capacity loss and threshold depend on the other rows: packed documents would not train as they do alone. What
+        # they do is tested in test_taipan.py.
+        "sal_selection": "gumbel",
+        "router_aux_loss_coef": 0.0,
         "mamba_head_dim": 8,
         "state_size": 8,
     }
@@ -219,7 +222,12 @@ FAMILIES: dict[str, Family] = {
         time_step_limit=(0.02, 0.6),
     ),
     "selective-mamba2": _hybrid(
-        "selective_attention", "mamba2", "selective_attention", state_size=8, router_aux_loss_coef=0.0
+        "selective_attention",
+        "mamba2",
+        "selective_attention",
+        state_size=8,
+        sal_selection="gumbel",
+        router_aux_loss_coef=0.0,
     ),
     "taipan": _taipan(),
     "taipan-options": _taipan(

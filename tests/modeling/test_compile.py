@@ -69,13 +69,27 @@ def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return states if mask is None else states[mask.bool()]
 
 
-def trained(call: Any, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Outputs and gradients of one step; a gate draws the same noise each time."""
+def gate_buffers(model: Any) -> dict[str, torch.Tensor]:
+    """What gates move in training."""
+    return {name: b for name, b in model.named_buffers() if name.endswith(("threshold", "correction", "passes"))}
+
+
+def start_again(model: Any) -> None:
+    """A step does not depend on those before: no gradients, gates as at first, and the noise that they draw."""
     model.zero_grad()
+    for buffer in gate_buffers(model).values():
+        buffer.zero_()
     torch.manual_seed(0)
+
+
+def trained(call: Any, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of one step, and what it moved."""
+    start_again(model)
     y = outputs(call, inputs)
     y.square().sum().backward()
-    return {"outputs": y.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    moved = {name: buffer.clone() for name, buffer in gate_buffers(model).items()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"outputs": y.detach()} | gradients | moved
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -165,8 +179,7 @@ def check_head(
             labels = labels[:, -1] if problem.startswith("single") else labels[:, :2].double()
         results = []
         for call in (compiled, model):
-            model.zero_grad()
-            torch.manual_seed(0)  # of a gate's noise
+            start_again(model)
             loss = call(**inputs, labels=labels).loss
             loss.backward()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

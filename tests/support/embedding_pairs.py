@@ -22,9 +22,9 @@ def write_pairs(path: Path, number: int, first: int = 0) -> None:
             file.write(f"{json.dumps(row)}\n")
 
 
-def save_model(folder: Path, name: str) -> None:
+def save_model(folder: Path, name: str, **changes: Any) -> None:
     """A causal language model of a registered family, or an encoder, with a tokenizer of characters."""
-    model = make_head(AutoModel, name) if name in ENCODERS else make_model(name)
+    model = make_head(AutoModel, name, **changes) if name in ENCODERS else make_model(name, **changes)
     model.save_pretrained(folder)
     save_tokenizer(folder)
 

@@ -247,7 +247,7 @@ def test_other_ways_learn_too(folder: Path, tmp_path: Path, model: str, changes:
 
 def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path, tmp_path: Path) -> None:
     """The first point of the curve is InfoNCE alone; the gradient has both."""
-    base = make_model("selective-mamba2")
+    base = make_model("selective-mamba2", sal_selection="gumbel")
     runs = {}
     for weight in (0.0, 3.0):
         path = tmp_path / f"model-{weight}"

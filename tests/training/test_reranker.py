@@ -42,7 +42,7 @@ PAIRS = [("find aaaa", "aaaa x1 no"), ("b", "cccc " * 30), ("a much longer query
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("reranker")
-    for name in ("mamba2", "mamba2-encoder", "all-four", "selective-mamba2"):
+    for name in ("mamba2", "mamba2-encoder", "all-four"):
         save_model(made / name, name)
     write_beir(made / "beir", graded=True)
     return made
@@ -356,10 +356,9 @@ def test_the_auxiliary_loss_of_a_model_that_chooses_tokens_is_added(folder: Path
     """The point of the curve is the ranking loss alone; the gradient has both."""
     points = {}
     for weight in (0.0, 3.0):
-        shutil.copytree(folder / "selective-mamba2", tmp_path / f"model-{weight}")
-        config = json.loads((tmp_path / f"model-{weight}" / "config.json").read_text())
-        config["selective_attention"]["router_aux_loss_coef"] = weight
-        (tmp_path / f"model-{weight}" / "config.json").write_text(json.dumps(config))
+        save_model(
+            tmp_path / f"model-{weight}", "selective-mamba2", sal_selection="gumbel", router_aux_loss_coef=weight
+        )
         # Two groups are one batch, fewer than the two that a step may have.
         train = {"train": [str(folder / "beir")], "batch_size": 2, "gradient_accumulation": 2, "sizes": (4, 4)}
         points[weight] = first_point(tmp_path, tmp_path / f"run-{weight}", f"model-{weight}", **train)

@@ -75,7 +75,7 @@ def test_the_auxiliary_loss_is_part_of_the_smoothed_one_without_a_warning(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(modeling_outputs.logger, "warning_once", told.append)
-    model: Any = make_model("taipan", router_aux_loss_coef=0.5).train()
+    model: Any = make_model("taipan", router_aux_loss_coef=0.5, sal_selection="gumbel").train()
     smoothed = partial(smoothed_loss, epsilon=0.1, config=model.config)
     trainer = TranslationTrainer(
         model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True), compute_loss_func=smoothed
