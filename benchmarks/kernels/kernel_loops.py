@@ -25,8 +25,8 @@ def _walk(a: Arguments, launch: Launch) -> tuple[float, ...]:
 
 
 def _scan_backward(a: Arguments, launch: Launch) -> tuple[float, ...]:
-    chunks = min(a["SPAN"], a["length"]) / a["CHUNK"]
-    return a["span_count"], chunks, chunks
+    tokens = a["length"] / launch.grid[1]
+    return a["together"], _up(tokens, a["SPAN"]), min(a["SPAN"], a["length"]) / a["CHUNK"]
 
 
 def _mix(a: Arguments, launch: Launch) -> tuple[float, ...]:
@@ -84,7 +84,9 @@ _TRIPS: dict[str, _Trips] = {
     "ssd_triton.walk_kernel": _walk,
     "ssd_triton.output_kernel": lambda a, _: (_up(a["WIDTH"], a["BLOCK_P"]),),
     "ssd_triton.chunk_gradients_kernel": lambda a, _: (a["TOGETHER"], _up(a["WIDTH"], a["BLOCK_P"])),
-    "selective_scan_triton.forward_kernel": lambda a, _: (_up(a["length"], a["CHUNK"]),),
+    "selective_scan_triton.summary_kernel": lambda a, _: (_up(a["segment"], a["CHUNK"]),),
+    "selective_scan_triton.carry_kernel": lambda a, _: (_up(a["segments"], a["STEPS"]),),
+    "selective_scan_triton.forward_kernel": lambda a, launch: (_up(a["length"] / launch.grid[1], a["CHUNK"]),),
     "selective_scan_triton.backward_kernel": _scan_backward,
     "causal_conv1d_triton.forward_kernel": _convolution,
     "causal_conv1d_triton.backward_kernel": _convolution,
@@ -112,7 +114,6 @@ _TRIPS: dict[str, _Trips] = {
 _SECTIONS: dict[str, Callable[[Arguments], float]] = {
     "ssd_triton.walk_kernel": lambda a: min(a["count"] * a["Q"] / a["length"], 1.0),
     "ssd_triton.chunk_gradients_kernel": lambda a: a["count"] / a["chunks"],
-    "selective_scan_triton.backward_kernel": lambda a: min(a["span_count"] * a["SPAN"] / a["length"], 1.0),
 }
 
 

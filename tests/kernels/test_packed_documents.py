@@ -40,6 +40,8 @@ PACKED = [
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selective_scan_torch, "_CHUNK", 8)
     monkeypatch.setattr(selective_scan_triton, "_SPAN", 8)
+    monkeypatch.setattr(selective_scan_triton, "_SHORTEST_SEGMENT", 8)
+    monkeypatch.setattr(selective_scan_triton, "_FEWEST_SEGMENTS", 2)
 
 
 def draw(name: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -87,8 +87,8 @@ def test_kernels_of_the_selective_scan(
     batch: int, length: int, channels: int, size: int, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without storage and without kernels."""
-    monkeypatch.setattr(selective_scan_triton, "forward_kernel", IdleKernel())
-    monkeypatch.setattr(selective_scan_triton, "backward_kernel", IdleKernel())
+    for name in ("summary", "carry", "forward", "backward"):
+        monkeypatch.setattr(selective_scan_triton, f"{name}_kernel", IdleKernel())
 
     def zeros(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(sizes, dtype=dtype, device="meta").requires_grad_()

@@ -56,6 +56,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_path, "_CHUNK", Q)
     monkeypatch.setattr(torch_path, "_STATES", 12)
     monkeypatch.setattr(triton_path, "_SPAN", Q)
+    monkeypatch.setattr(triton_path, "_SHORTEST_SEGMENT", Q)
+    monkeypatch.setattr(triton_path, "_FEWEST_SEGMENTS", 2)
 
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -327,7 +329,7 @@ def test_default_chunks_equal_the_reference(
 ) -> None:
     """State carried over many chunks of the size that users get."""
     monkeypatch.undo()
-    assert torch_path._CHUNK > Q and triton_path._SPAN > Q
+    assert torch_path._CHUNK > Q and triton_path._SPAN > Q and triton_path._FEWEST_SEGMENTS == 3
     values = leaves(draw((1, length, 2, 1, 2)), torch.float32)
     values["A"].data.mul_(0.01)
     seq_idx = torch.arange(length)[None] // 37 if packed else None
@@ -416,18 +418,40 @@ def test_runs_are_complete_and_bit_identical(
 
 @NEEDS_TRITON
 @pytest.mark.usefixtures("poisoned_empty")
-@pytest.mark.parametrize("spans", [1, 2])
-def test_sections_do_not_matter(spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels' backward in four sections, in two, or in one piece: the same bits."""
-    values = leaves(draw((2, 3 * Q + 5, 6, 2, 3)), torch.float32)
-    seq_idx = torch.tensor([[0] * (Q + 3) + [1] * (2 * Q + 2), [-1] * 4 + [0] * (3 * Q - 1) + [-1] * 2])
-    runs = []
-    for count in (spans, 4):
-        monkeypatch.setattr(triton_path._Call, "spans_of_a_section", lambda call, count=count: count)
-        y, state = with_triton(selective_scan)(**values, seq_idx=seq_idx, return_final_state=True, dt_softplus=True)
-        runs.append(differentiate(y, state, values))
-    for name, gradient in runs[0].items():
-        assert gradient.isfinite().all() and torch.equal(gradient, runs[1][name]), name
+@pytest.mark.parametrize(("spans", "together"), [(1, 2), (2, 1)])
+def test_divisions_do_not_matter(spans: int, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four segments or two, and programs of one tile of channels or of several: the values of the reference."""
+    values = leaves(draw((1, 3 * Q + 5, 24, 1, 2)), torch.float32)
+    monkeypatch.setattr(triton_path, "_MOST_CHANNELS", 8)  # three tiles
+    monkeypatch.setattr(triton_path._Call, "segment", lambda *_: spans * Q)
+    monkeypatch.setattr(triton_path._Call, "backward_division", lambda _: (spans * Q, together))
+    seq_idx = torch.tensor([[-1] * 4 + [0] * (Q - 1) + [1] * (2 * Q) + [-1] * 2])
+    results = []
+    for op in (selective_scan_reference, with_triton(selective_scan)):
+        y, state = op(**values, seq_idx=seq_idx, return_final_state=True, dt_softplus=True)
+        results.append({"y": y, "state": state} | differentiate(y, state, values))
+    for name, expected in results[0].items():
+        close(results[1][name], expected, torch.float32, name)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize(
+    ("batch", "length", "size", "segments"),
+    [(1, 2048, 16, 32), (8, 2048, 16, 4), (16, 2048, 16, 1), (1, 1 << 20, 16, 32), (1, 80, 16, 1), (2, 1 << 14, 64, 4)],
+)
+def test_rows_are_divided_while_there_are_too_few_programs(
+    batch: int, length: int, size: int, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    wide, maps = torch.empty(batch, length, 1024, device="meta"), torch.empty(batch, length, 1, size, device="meta")
+    call = triton_path._Call(wide, wide, maps.new_empty(1024, size), maps, maps, *[None] * 4, True)
+    segment = call.segment(call.tiles(triton_path._STATES)[0] * batch, triton_path._SHORTEST_SEGMENT)
+    assert -(-length // segment) == segments
+    assert segment == length or segment % triton_path._SPAN == 0
+    segment, together = call.backward_division()
+    assert segment == length or segment % triton_path._SPAN == 0
+    tiles, _ = call.tiles(triton_path._STATES)
+    assert -(-length // segment) * -(-tiles // together) * batch <= triton_path._PROGRAMS
 
 
 def test_autocast_leaves_the_sums_in_float32() -> None:
