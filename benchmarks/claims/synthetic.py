@@ -165,6 +165,11 @@ def judged(row: dict[str, Any]) -> float:
     return row["trained"] if row["solved"] else row["steps"] * (2 - min(max(score, 0.0), 1.0))
 
 
+def chosen(task: str, options: argparse.Namespace) -> list[str]:
+    """Return the arms of a task that the command line asks for."""
+    return [arm for arm in SETTINGS[task].arms if options.arms is None or arm in options.arms]
+
+
 class Comparison:
     """The comparison, whose runs are those of a result file.
 
@@ -191,9 +196,8 @@ class Comparison:
             SystemExit: if the time is up.
         """
         for task in self.options.tasks:
-            for arm in SETTINGS[task].arms:
-                if self.options.arms is None or arm in self.options.arms:
-                    self.found[task, arm] = self.results(task, arm)
+            for arm in chosen(task, self.options):
+                self.found[task, arm] = self.results(task, arm)
 
     def results(self, task: str, arm: str) -> list[dict[str, Any]]:
         """Return the rows of an arm's seeds, after tuning."""
@@ -263,7 +267,7 @@ def main(arguments: list[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for task in options.tasks:
-        for arm in SETTINGS[task].arms:
+        for arm in chosen(task, options):
             make(arm, SETTINGS[task].sizes(), 0)  # before anything is written: sizes that do not fit are an error
     free = ("tasks", "arms", "rate", "steps", "batch", "seeds", "threads")
     file = open_results(options, parser, "claims/synthetic.py", arguments, free=free)
