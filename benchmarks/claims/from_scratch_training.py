@@ -68,7 +68,7 @@ def held_out_loss(model: nn.Module, ids: Tensor, batch: int, length: int = LENGT
 
 
 class Trainer:
-    """AdamW, decay 0.1 of matrices, clip 1, warm-up, then a cosine. A_log counts as no matrix.
+    """AdamW, decay of matrices, clip 1, warm-up, then a cosine. A_log counts as no matrix.
 
     Args:
         model: to train.
@@ -77,6 +77,7 @@ class Trainer:
         loss: takes the model and what `step` is given, and returns the mean loss.
         warmup: steps in which the rate rises; a tenth of `steps` if not given.
         floor: what the cosine falls to, in parts of the rate; 1 for a constant rate after the warm-up.
+        decay: weight decay of matrices.
     """
 
     def __init__(
@@ -87,12 +88,13 @@ class Trainer:
         loss: Callable[[nn.Module, Any], Tensor] = loss_of,
         warmup: int | None = None,
         floor: float = 0.1,
+        decay: float = 0.1,
     ) -> None:
         self.model, self.loss = model, loss
         matrices = {key: p.dim() > 1 and not key.endswith("A_log") for key, p in model.named_parameters()}
         groups = [
-            {"params": [p for key, p in model.named_parameters() if matrices[key] == decayed], "weight_decay": decay}
-            for decayed, decay in ((True, 0.1), (False, 0.0))
+            {"params": [p for key, p in model.named_parameters() if matrices[key] == decayed], "weight_decay": value}
+            for decayed, value in ((True, decay), (False, 0.0))
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
         rising = max(steps // 10, 1) if warmup is None else warmup
