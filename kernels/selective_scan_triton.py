@@ -16,6 +16,9 @@ Every program writes its partial sums of dB and dC, and every segment those of d
 in a fixed order. There are no atomics, so that two runs are bit-identical.
 """
 
+# Triton unrolls loops that add to tuples; for Python's types they stay empty.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import math
@@ -251,7 +254,7 @@ class _Call:
         def total(rows: Tensor | None, like: Tensor | None) -> Tensor | None:
             return None if rows is None or like is None else rows.sum((0, 1)).to(like.dtype)
 
-        dA = total(dA, self.A)
+        dA = dA.sum((0, 1)).to(self.A.dtype)
         dB, dC = (parts[:, index].sum(0).to(like.dtype) for index, like in ((0, self.B), (1, self.C)))
         return dx, ddt, dA.t().contiguous(), dB, dC, total(dD, self.D), dz, total(dbias, self.dt_bias), dinitial
 

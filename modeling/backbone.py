@@ -188,7 +188,8 @@ class ZooModel(ZooPreTrainedModel):
         capacities: list[float | None] = []
         hidden_states = self.split(hidden_states)
         for block in self.layers:
-            if hasattr(mixer := getattr(block, "mixer", None), "begin_pass"):
+            mixer: Any = getattr(block, "mixer", None)
+            if hasattr(mixer, "begin_pass"):
                 mixer.begin_pass()
             hidden_states, attention, *choice = block(
                 hidden_states,
@@ -199,7 +200,7 @@ class ZooModel(ZooPreTrainedModel):
             )
             if choice:
                 choices.append(choice)
-                capacities.append(block.mixer.wanted_rate)
+                capacities.append(mixer.wanted_rate)
             if output_attentions:
                 attentions.append(attention)
             if output_hidden_states and len(all_hidden_states) < len(self.layers):

@@ -70,6 +70,9 @@ class SelectiveAttention(GroupedAttention):
     """
 
     float32_parameters = ("threshold", "correction")
+    threshold: Tensor
+    correction: Tensor
+    passes: Tensor
 
     def __init__(self, config: Any, settings: Any, layer_idx: int, *, bias: bool = False) -> None:
         super().__init__()
