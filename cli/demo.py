@@ -34,7 +34,7 @@ _SECONDS = 60
 ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 }
-"""On Linux, keep the memory of freed tensors and ask for huge pages: a quarter less CPU time for a training step."""
+"""On Linux, keep the memory of freed tensors and ask for huge pages, which saves CPU time in training ("On a CPU" in docs/training.md)."""
 
 _PROMPT = "The largest city in the north of England is"
 

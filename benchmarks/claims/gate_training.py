@@ -41,7 +41,7 @@ from from_scratch_training import LENGTH, VOCABULARY, Trainer, batches, held_out
 from length import training_loss
 from recall import FRESH, SIZES, VALIDATION
 from recall_task import Task, assess, draw, recall_loss
-from result_file import open_results
+from result_file import ResultFile, open_results
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,6 +53,7 @@ from matplotlib import pyplot as plt
 
 RECALL, LANGUAGE = "recall", "language"
 STATE = 4
+LINES = ("-", "--", ":")
 # Tokens of the held-out text that judge, and what a query of the language model sees.
 JUDGED, WINDOW = 32768, 64
 # Share of the steps after which annealed noise is gone, and in which the share of selected tokens falls.
@@ -215,9 +216,19 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return ends
 
 
+def summarise(file: ResultFile) -> None:
+    """Add and print a summary of each way, for each capacity."""
+    runs = [row for row in file.rows if "curve" in row]
+    for task, way, capacity in sorted({(row["task"], row["way"], row["capacity"]) for row in runs}):
+        rows = [row for row in runs if (row["task"], row["way"], row["capacity"]) == (task, way, capacity)]
+        about = {"summary": task, "of": way, "with capacity": capacity, "seeds": [row["seed"] for row in rows]}
+        print(json.dumps(file.add({**about, **summary_of(rows)})))
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw a line for each run: recall of the most pairs with and without attention, queries and others selected; or
     the loss."""
+    capacities = sorted({row["capacity"] for row in rows})
     tasks = [task for task in (RECALL, LANGUAGE) if any(row["task"] == task for row in rows)]
     figure, axes = plt.subplots(len(tasks), 3, figsize=(18, 5 * len(tasks)), squeeze=False)
     pairs = str(max(SIZES["cpu"].pairs))
@@ -239,12 +250,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for axis, (title, value) in zip(line, panels[task].items(), strict=True):
             named = set()
             for row in (row for row in rows if row["task"] == task):
-                name = row["way"]
-                label = None if name in named else f"{name}: {WAYS[name].words}"
-                named.add(name)
+                name, capacity = row["way"], row["capacity"]
+                label = None if (name, capacity) in named else f"{name}, capacity {capacity:g}: {WAYS[name].words}"
+                named.add((name, capacity))
                 steps = [point["step"] for point in row["curve"]]
-                color = f"C{list(WAYS).index(name)}"
-                axis.plot(steps, [value(point) for point in row["curve"]], color=color, label=label, alpha=0.8)
+                style = {
+                    "color": f"C{list(WAYS).index(name)}",
+                    "linestyle": LINES[capacities.index(capacity) % len(LINES)],
+                }
+                axis.plot(steps, [value(point) for point in row["curve"]], label=label, alpha=0.8, **style)
             axis.set(title=f"{task}: {title}", xlabel="step")
             axis.grid(alpha=0.3)
         line[0].legend(fontsize="small")
@@ -287,12 +301,7 @@ def main(arguments: list[str]) -> None:
                 file.run(
                     run, lambda run, execute=execute, steps=steps, points=points: execute(run, max(steps // points, 1))
                 )
-    for task in (RECALL, LANGUAGE):
-        for way in WAYS:
-            rows = [row for row in file.rows if (row.get("task"), row.get("way")) == (task, way)]
-            if rows:
-                seeds = [row["seed"] for row in rows]
-                print(json.dumps(file.add({"summary": task, "of": way, "seeds": seeds, **summary_of(rows)})))
+    summarise(file)
     plot([row for row in file.rows if "curve" in row], file.path.with_suffix(".png"))
     print(f"wrote {file.path}")
 
