@@ -34,7 +34,7 @@ _SECONDS = 60
 ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 }
-"""On Linux, keep the memory of freed tensors and ask for huge pages, which saves CPU time in training ("On a CPU" in docs/training.md)."""
+"""On Linux, keep the memory of freed tensors and ask for huge pages: less CPU time (docs/training.md, "On a CPU")."""
 
 _PROMPT = "The largest city in the north of England is"
 
