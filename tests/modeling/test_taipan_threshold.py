@@ -1,0 +1,154 @@
+"""The threshold by which Taipan's gate selects as many tokens as its capacity says, and what attention is worth."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import draw_ids
+from selective_models import block_of, make_model, states
+from torch import Tensor
+
+from ssm_zoo.modeling import TaipanForCausalLM
+from ssm_zoo.modeling.selective_attention import without_attention
+from ssm_zoo.training.heldout import heldout_loss
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_pass_asks_for_a_correction_and_the_next_one_makes_it(padded: bool) -> None:
+    mixer = block_of(attention_capacity=0.25).mixer
+    margin, real = states(2, 10, seed=4), None
+    mixer.threshold.fill_(0.1)
+    known = margin.flatten()
+    if padded:
+        real = torch.arange(10) < torch.tensor([[10], [3]])
+        known = margin[real]
+        margin = torch.where(real, margin, 70.0)  # what stands at padding has no say
+    for _ in range(2):  # gradient checkpointing repeats a pass
+        above = mixer.over_threshold(margin, real)
+        torch.testing.assert_close(above, margin - 0.1, rtol=0, atol=1e-6)
+    expected = 0.15 * known.std(unbiased=False) * ((known > 0.1).double().mean() - 0.25)
+    assert mixer.correction.item() == pytest.approx(expected.item(), rel=1e-5) and mixer.threshold.item() < 0.11
+    mixer.eval()
+    torch.testing.assert_close(mixer.over_threshold(margin, real), margin - 0.1 - expected, rtol=0, atol=1e-6)
+    mixer.train().begin_pass()
+    assert mixer.threshold.item() == pytest.approx(0.1 + expected.item()) and mixer.correction == 0
+
+
+def test_the_threshold_has_the_derivative_of_a_soft_choice() -> None:
+    mixer = block_of(attention_capacity=0.4, gumbel_tau=0.6).mixer
+    mixer.threshold.zero_()
+    margin = states(1, 9, seed=4).requires_grad_()
+
+    def solved(values: Tensor) -> float:
+        low, high = -20.0, 20.0
+        wanted = (margin.detach() / 0.6).sigmoid().sum()
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if ((values - middle) / 0.6).sigmoid().sum() > wanted else (low, middle)
+        return low
+
+    (found,) = torch.autograd.grad(mixer.over_threshold(margin, None)[0, 0], margin)
+    for i in range(9):
+        step = torch.zeros(1, 9, dtype=torch.float64)
+        step[0, i] = 1e-5
+        slope = (solved(margin.detach() + step) - solved(margin.detach() - step)) / 2e-5
+        assert found[0, i].item() == pytest.approx((i == 0) - slope, abs=1e-7)
+
+
+def test_without_a_real_token_the_threshold_stays() -> None:
+    for batch, length in ((0, 5), (2, 5)):
+        model = make_model("taipan").train()
+        mixer = model.backbone.layers[2].mixer
+        mixer.threshold.fill_(0.2)
+        ids = draw_ids(batch, length)
+        for _ in range(2):
+            output = model(ids, attention_mask=torch.zeros_like(ids))
+        assert output.selection_rate.item() == 0 and mixer.threshold.item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("name", ["taipan", "taipan-options", "selective-mamba2"])
+def test_the_rate_becomes_the_capacity_in_training_and_in_evaluation(name: str) -> None:
+    model, ids = make_model(name, attention_capacity=0.5), draw_ids(8, 32)
+    assert ((model(ids).selection_rate - 0.5).abs() > 0.05).any()
+    model.train()
+    for _ in range(150):
+        rates = model(ids).selection_rate
+    torch.testing.assert_close(rates, torch.full_like(rates, 0.5), rtol=0, atol=0.02)
+    model.eval()
+    output = model(ids)
+    torch.testing.assert_close(output.selection_rate, rates, rtol=0, atol=0.04)
+    for scores, rate in zip(output.router_logits, output.selection_rate, strict=True):
+        assert (scores[..., 1] > scores[..., 0]).float().mean() == rate
+
+
+def test_the_share_falls_in_the_warm_up_and_there_is_no_capacity_loss() -> None:
+    model, ids = make_model("taipan", attention_capacity=0.25, sal_warmup_steps=4).train(), draw_ids(1, 16)
+    mixer = model.backbone.layers[2].mixer
+    for share in (1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25):
+        output = model(ids)
+        assert float(mixer.share()) == share
+        assert output.aux_loss is None
+    assert model.eval().backbone.layers[2].mixer.share() == 0.25
+
+
+def test_a_frozen_gate_keeps_its_threshold() -> None:
+    """Adapters are saved without the threshold, so training them may not move it."""
+    model, ids = make_model("taipan"), draw_ids(2, 16)
+    mixer = model.backbone.layers[2].mixer
+    mixer.threshold.fill_(0.1)
+    mixer.gate.requires_grad_(False)
+    expected = model(ids).selection_rate
+    model.train()
+    for _ in range(2):
+        assert torch.equal(model(ids).selection_rate, expected)
+    assert mixer.threshold.item() == pytest.approx(0.1) and mixer.passes == 0
+
+
+def test_the_threshold_is_saved_and_stays_float32(tmp_path: Path) -> None:
+    model = make_model("taipan", attention_capacity=0.25)
+    ids = draw_ids(2, 16)
+    model.train()(ids)
+    model.save_pretrained(tmp_path)
+    mixer = model.backbone.layers[2].mixer
+    loaded = TaipanForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).backbone.layers[2].mixer
+    for name in ("threshold", "correction", "passes"):
+        assert torch.equal(getattr(loaded, name), getattr(mixer, name)), name
+    assert mixer.correction != 0 and loaded.gate.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["taipan", "selective-mamba2"])
+def test_without_attention_is_a_gate_that_never_opens(name: str) -> None:
+    model, ids = make_model(name), draw_ids(2, 13)
+    before = model(ids).logits
+    with without_attention(model) as layers:
+        closed = model(ids)
+    assert closed.selection_rate.max() == 0 and torch.equal(model(ids).logits, before)
+    with torch.no_grad():
+        for layer in layers:
+            layer.gate.bias.copy_(torch.tensor([60.0, -60.0]))
+    assert torch.equal(model(ids).logits, closed.logits) and not torch.equal(before, closed.logits)
+
+
+@pytest.mark.parametrize("name", ["taipan", "mamba2"])
+def test_the_held_out_loss_tells_what_attention_is_worth(name: str) -> None:
+    class Rows(list[Tensor]):
+        targets = 3 * 10
+
+    def collate(rows: list[Tensor]) -> Any:
+        ids = torch.stack(rows)
+        return {"input_ids": ids, "labels": ids, "seq_idx": torch.zeros_like(ids)}
+
+    model, rows = make_model(name).train(), Rows(draw_ids(3, 11))
+    found = heldout_loss(model, rows, collate, 2)
+    assert model.training
+    ids = torch.stack(rows)
+    model.eval()
+    assert found["loss"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+    with without_attention(model):
+        expected = model(ids, labels=ids).loss.item()
+    if name == "taipan":
+        assert found["loss_without_attention"] == pytest.approx(expected, rel=1e-5)
+        assert abs(expected - found["loss"]) > 1e-3 and found["selection_rate"][0] > 0
+    else:
+        assert "loss_without_attention" not in found
