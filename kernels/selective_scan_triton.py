@@ -155,11 +155,11 @@ class _Call:
         self.groups, self.size = groups, size
         self.block_n = triton.next_power_of_2(size)
 
-    def tiles(self, states: int) -> tuple[int, dict[str, Any]]:
-        """Return the number of tiles of a group for so many states of a warp, and launch options."""
-        block_d = min(triton.next_power_of_2(self.per_group), max(states // self.block_n, 1), _MOST_CHANNELS)
+    def tiles(self) -> tuple[int, dict[str, Any]]:
+        """Return the number of tiles of a group, and launch options."""
+        block_d = min(triton.next_power_of_2(self.per_group), max(_STATES // self.block_n, 1), _MOST_CHANNELS)
         options = {"BLOCK_D": block_d, "BLOCK_N": self.block_n, "SOFTPLUS": self.dt_softplus}
-        options["num_warps"] = max(block_d * self.block_n // states, 1)
+        options["num_warps"] = max(block_d * self.block_n // _STATES, 1)
         return triton.cdiv(self.per_group, block_d), options
 
     def operands(self, tiles: int) -> tuple[Any, ...]:
@@ -173,7 +173,7 @@ class _Call:
     def forward(self, initial: Tensor | None, y: Tensor, final: Tensor, saved: Tensor | None) -> None:
         """Write the (B, L, D) outputs, the final state and, if `saved` is given, the state entering each span."""
         step = self.length == 1
-        tiles, options = self.tiles(_STATES)
+        tiles, options = self.tiles()
         segment = self.segment(tiles * self.groups * self.batch, _SHORTEST_SEGMENT)
         segments = triton.cdiv(self.length, segment)
         carried = self.carried(segments, segment, None) if segments > 1 else None
@@ -196,7 +196,7 @@ class _Call:
         added = self.A.new_empty(self.batch, segments, self.size, self.channels, dtype=torch.float32)
         sums = added.new_empty(self.batch, segments, self.channels)
         inputs, maps, gate = (self.x, self.B, None) if dy is None else (dy, self.C, self.z)
-        tiles, options = self.tiles(_STATES)
+        tiles, options = self.tiles()
         summary_kernel[tiles * self.groups, segments - 1, self.batch](
             *(inputs, self.dt, self.A, maps, gate, self.dt_bias, self.kinds),
             *(self.length, self.per_group, self.size, tiles, self.groups),
@@ -238,7 +238,7 @@ class _Call:
             None if vector is None else saved.new_empty(self.batch, segments, self.channels)
             for vector in (self.D, self.dt_bias)
         )
-        tiles, options = self.tiles(_STATES)
+        tiles, options = self.tiles()
         programs = triton.cdiv(tiles, together)
         parts = saved.new_empty(programs, 2, *self.B.shape)
         backward_kernel[programs * self.groups, segments, self.batch](
@@ -270,7 +270,7 @@ class _Call:
         bytes_of_state = 4 * self.size * self.channels
         allowed = _BESIDE * (bytes_of_token + bytes_of_state / _SPAN)  # for a token
         allowed = max(allowed, _ALWAYS_ALLOWED / (self.batch * self.length)) / 2
-        tiles, _ = self.tiles(_STATES)
+        tiles, _ = self.tiles()
         parts = 2 * 4 * tiles * self.groups * self.size
         together = min(math.ceil(parts / allowed), tiles)
         programs = triton.cdiv(tiles, together) * self.groups * self.batch

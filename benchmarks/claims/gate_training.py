@@ -1,4 +1,4 @@
-"""Which training makes Taipan's gate select tokens, those that need attention, and what is attention then worth?
+"""Compare ways to train Taipan's gate: which tokens it selects, and what the model loses without their attention.
 
 Taipan's paper (arXiv 2410.18572) trains the gate with Gumbel noise and a loss that pulls the rate of the noisy choice
 to the capacity. In evaluation there is no noise, and such a gate may select nothing. Here ways to train it are

@@ -445,12 +445,12 @@ def test_rows_are_divided_while_there_are_too_few_programs(
     monkeypatch.undo()
     wide, maps = torch.empty(batch, length, 1024, device="meta"), torch.empty(batch, length, 1, size, device="meta")
     call = triton_path._Call(wide, wide, maps.new_empty(1024, size), maps, maps, *[None] * 4, True)
-    segment = call.segment(call.tiles(triton_path._STATES)[0] * batch, triton_path._SHORTEST_SEGMENT)
+    segment = call.segment(call.tiles()[0] * batch, triton_path._SHORTEST_SEGMENT)
     assert -(-length // segment) == segments
     assert segment == length or segment % triton_path._SPAN == 0
     segment, together = call.backward_division()
     assert segment == length or segment % triton_path._SPAN == 0
-    tiles, _ = call.tiles(triton_path._STATES)
+    tiles, _ = call.tiles()
     assert -(-length // segment) * -(-tiles // together) * batch <= triton_path._PROGRAMS
 
 

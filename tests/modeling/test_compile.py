@@ -70,7 +70,7 @@ def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def gate_buffers(model: Any) -> dict[str, torch.Tensor]:
-    """What gates move in training."""
+    """The buffers that a gate's threshold changes in training."""
     return {name: b for name, b in model.named_buffers() if name.endswith(("threshold", "correction", "passes"))}
 
 
