@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from ssm_zoo.kernels.cpu_products import products_are_fast
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -75,6 +77,7 @@ def circumstances(
     return {
         "hardware": f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads",
         **gpu(),
+        **({"matrix_products": "oneDNN"} if products_are_fast() else {}),
         "versions": {
             "python": platform.python_version(),
             **{name: found for name in names if (found := version_of(name)) is not None},

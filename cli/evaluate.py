@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..harness.text_files import check_text
+from .computing import ComputingCommand
 from .evaluate_length import length
 from .evaluate_rerank import rerank
 from .evaluate_translation import translation
@@ -14,14 +15,14 @@ from .options import Dtype, Revision, Seed, TrustRemoteCode
 from .sources import model_source
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a model.")
-evaluate.command("rerank")(rerank)
-evaluate.command("translation")(translation)
-evaluate.command("length")(length)
+evaluate.command("rerank", cls=ComputingCommand)(rerank)
+evaluate.command("translation", cls=ComputingCommand)(translation)
+evaluate.command("length", cls=ComputingCommand)(length)
 
 Pooling = Literal["last", "mean"]
 
 
-@evaluate.command("retrieval")
+@evaluate.command("retrieval", cls=ComputingCommand)
 def retrieval(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or Hub id of an embedder, or of a plain model.")
@@ -103,7 +104,7 @@ def retrieval(
     write_report(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
 
 
-@evaluate.command("lm-eval")
+@evaluate.command("lm-eval", cls=ComputingCommand)
 def lm_eval(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
     tasks: Annotated[
@@ -168,7 +169,7 @@ def lm_eval(
     write_report(output, "lm-eval", {**described, **settings}, found)
 
 
-@evaluate.command("inversion")
+@evaluate.command("inversion", cls=ComputingCommand)
 def inversion(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A .txt file, whose beginning is cut into texts.")],

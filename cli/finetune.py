@@ -10,6 +10,7 @@ from ..training.embedder_settings import EmbedderSettings, parse_embedder_settin
 from ..training.reranker_settings import RerankerSettings, parse_reranker_settings
 from ..training.settings import LanguageModelSettings, parse_settings
 from ..training.translation_settings import TranslationSettings, parse_translation_settings
+from .computing import ComputingCommand
 from .options import Output, Private, PushToHub, with_settings
 from .push import announce, check_push_options, push_folder
 from .sources import model_folder, model_source
@@ -18,7 +19,7 @@ from .train import print_losses
 finetune = typer.Typer(no_args_is_help=True, help="Train a model further, with adapters or all weights.")
 
 
-@finetune.command("lm")
+@finetune.command("lm", cls=ComputingCommand)
 @with_settings(LanguageModelSettings)
 def language_model(
     values: dict[str, Any],
@@ -56,7 +57,7 @@ def language_model(
         announce(push_folder(folder, repo, private=private))
 
 
-@finetune.command("embed")
+@finetune.command("embed", cls=ComputingCommand)
 @with_settings(EmbedderSettings)
 def embed(values: dict[str, Any], output: Output, repo: PushToHub = None, private: Private = False) -> None:
     """Finetune to embed texts, by InfoNCE on pairs of texts that belong together.
@@ -81,7 +82,7 @@ def embed(values: dict[str, Any], output: Output, repo: PushToHub = None, privat
         announce(push_folder(folder, repo, private=private))
 
 
-@finetune.command("translate")
+@finetune.command("translate", cls=ComputingCommand)
 @with_settings(TranslationSettings)
 def translate(values: dict[str, Any], output: Output, repo: PushToHub = None, private: Private = False) -> None:
     """Train to translate, from pairs of texts: a pretrained model, or with --train-tokenizer a new one.
@@ -112,7 +113,7 @@ def translate(values: dict[str, Any], output: Output, repo: PushToHub = None, pr
         announce(push_folder(folder, repo, private=private))
 
 
-@finetune.command("rerank")
+@finetune.command("rerank", cls=ComputingCommand)
 @with_settings(RerankerSettings)
 def rerank(values: dict[str, Any], output: Output, repo: PushToHub = None, private: Private = False) -> None:
     """Finetune to score how well documents answer queries: a cross-encoder of any family.

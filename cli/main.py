@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .computing import ComputingCommand
 from .convert import convert
 from .distill import distill
 from .errors import ReportingGroup
@@ -51,9 +52,9 @@ def ssm_zoo(
     """Distil, train, finetune, evaluate, convert and publish sub-quadratic sequence models."""
 
 
-app.command()(distill)
-app.command()(select)
-app.command()(train)
+app.command(cls=ComputingCommand)(distill)
+app.command(cls=ComputingCommand)(select)
+app.command(cls=ComputingCommand)(train)
 app.add_typer(finetune, name="finetune")
 app.add_typer(evaluate, name="evaluate")
 
@@ -102,11 +103,11 @@ def card(
 
 app.command()(report)
 app.command()(convert)
-app.command()(generate)
-app.command()(show)
+app.command(cls=ComputingCommand)(generate)
+app.command(cls=ComputingCommand)(show)
 app.command()(push)
 app.command("list")(list_models)
-app.command()(reproduce)
+app.command(cls=ComputingCommand)(reproduce)
 
 if __name__ == "__main__":
     app(prog_name="ssm-zoo")

@@ -39,6 +39,7 @@ from result_file import ResultFile, open_results, search
 from torch import Tensor
 from tqdm import tqdm
 
+from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.training.objective_rates import Rates
 from ssm_zoo.training.objective_rows import ObjectiveStream
 from ssm_zoo.training.objective_settings import ObjectiveMix
@@ -226,4 +227,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -43,6 +43,7 @@ from ssm_zoo.distill.slots import LENGTH, WINDOWS, divide_slots
 from ssm_zoo.distill.student import build_control, build_student, set_slots
 from ssm_zoo.distill.teacher import Teacher, load_teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model, repeat_loss
+from ssm_zoo.kernels.cpu_products import fast_products
 
 TOKENS = 6144
 CHARACTERS = 2_000_000  # of a text, at most
@@ -164,4 +165,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -45,6 +45,7 @@ from ssm_zoo.distill.recipe import StudentSpec
 from ssm_zoo.distill.slots import LENGTH, WINDOWS, divide_slots
 from ssm_zoo.distill.student import build_student, set_slots
 from ssm_zoo.distill.teacher import load_teacher
+from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.modeling.bounded_memory import BoundedAttention
 
 RULES = ("received", "peak", "pooled", "gate", "gate+received", "prior-64", "prior-256", "prior-1024", "oracle")
@@ -328,4 +329,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

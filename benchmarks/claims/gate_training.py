@@ -45,6 +45,7 @@ from result_file import ResultFile, open_results
 from torch import Tensor
 from tqdm import tqdm
 
+from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.modeling import TaipanForCausalLM, selective_attention
 from ssm_zoo.modeling.selective_attention import without_attention
 
@@ -307,4 +308,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -30,6 +30,7 @@ from ssm_zoo.distill.recipe import StudentSpec, resolve_layers
 from ssm_zoo.distill.student import build_student
 from ssm_zoo.distill.teacher import Teacher, load_teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model, repeat_loss
+from ssm_zoo.kernels.cpu_products import fast_products
 
 LENGTH, REPEAT_DISTANCE = 256, 416
 # As in the demonstration: the calibration reads other windows than the training, whose seed is 0.
@@ -98,4 +99,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

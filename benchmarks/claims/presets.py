@@ -39,6 +39,7 @@ from ssm_zoo.distill.recipe import Recipe, parse_recipe, resolve_layers
 from ssm_zoo.distill.recipe_files import load_recipe, preset_names
 from ssm_zoo.distill.run import distill
 from ssm_zoo.distill.teacher import load_teacher
+from ssm_zoo.kernels.cpu_products import fast_products
 
 ORDER = ("mohawk", "mamba_in_llama", "radlads", "lolcats", "priming", "supra", "mamba2_hybrid", "zoo")
 PRESETS = tuple(name for name in ORDER if name in preset_names())
@@ -246,4 +247,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

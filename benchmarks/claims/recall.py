@@ -41,6 +41,8 @@ from recall_task import Task, assess, draw, recall_loss
 from result_file import ResultFile, open_results, search
 from tqdm import tqdm
 
+from ssm_zoo.kernels.cpu_products import fast_products
+
 # What a run is for.
 TUNING, RESULT = "tuning", "result"
 # Share of the validation queries at which a run is done.
@@ -223,4 +225,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -44,6 +44,7 @@ from transformers import AutoTokenizer
 from ssm_zoo.evaluation.compare_rerankers import compare_rerankers
 from ssm_zoo.evaluation.reranking_data import read_judged
 from ssm_zoo.evaluation.significance import compare, holm
+from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.training.from_scratch import train_from_scratch
 from ssm_zoo.training.from_scratch_settings import parse_from_scratch
 from ssm_zoo.training.new_model import entries_of, learn_vocabulary
@@ -252,4 +253,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -41,6 +41,8 @@ from synthetic_tasks import Batch
 from torch import Tensor
 from tqdm import tqdm
 
+from ssm_zoo.kernels.cpu_products import fast_products
+
 # Purposes of a run.
 TUNING, RESULT = "tuning", "result"
 # Neighbours of a rate in the search.
@@ -287,4 +289,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -45,6 +45,7 @@ from ssm_zoo.conversion.load_model import load_model, load_tokenizer
 from ssm_zoo.evaluation.translation import translate
 from ssm_zoo.evaluation.translation_format import translation_format
 from ssm_zoo.evaluation.translation_scores import score_translations
+from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.training.parallel_text import ParallelText
 from ssm_zoo.training.translation import finetune_translation
 from ssm_zoo.training.translation_settings import parse_translation_settings
@@ -286,4 +287,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])
