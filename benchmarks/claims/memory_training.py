@@ -14,9 +14,10 @@ windows drawn by the seed. Each trains on `--tokens` tokens in windows of 2,048,
     MLPs             the forward KL; norms, MLPs and embeddings are trained too, at a tenth of the rate
     teacher's text   the forward KL on continuations that the teacher wrote
 
-The learning rate of a way is the one out of `--rates`, the same for all, with the lowest KL on held-out windows that
-the comparison does not use, with the first seed. Scores: loss gap, KL and agreement on 6,144 tokens of WikiText-2's
-held-out text in windows of 2,048, and the loss on a passage that was read 416 and 1,500 tokens before.
+The learning rate of a way is the one out of `--rates`, the same for all, with the lowest KL on a held-out window that
+the comparison does not use, after half of the tokens, with the first seed. Scores: loss gap, KL and agreement on 6,144
+tokens of WikiText-2's held-out text in windows of 2,048, and the loss on a passage that was read 416 and 1,500 tokens
+before.
 
     python benchmarks/claims/memory_training.py TEACHER --threads 1
 
@@ -51,6 +52,7 @@ from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.slots import WINDOWS, divide_slots
 from ssm_zoo.distill.student import build_student, set_slots
 from ssm_zoo.distill.teacher import Teacher, load_teacher
+from ssm_zoo.evaluation.language_modeling import evaluate_language_model
 from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.training.trainer import train_or_load
 
@@ -89,13 +91,17 @@ class Setting:
     work: Path
     tokens: int
 
+    def tokens_of(self, run: Run) -> int:
+        """Return the tokens that a run reads: half of them in the search for a rate."""
+        return self.tokens // 2 if run.purpose == "tuning" else self.tokens
+
     def recipe(self, run: Run) -> Recipe:
         """Return the recipe of a run."""
         values = load_recipe(
             "zoo", [f"{key}=builtin:wikitext2" for key in ("data.train", "data.heldout")] + ["teacher=x"]
         )
         mapping = values.model_dump(exclude_unset=True)
-        common = {"name": "stage", "tokens": self.tokens, "sequence_length": LENGTH, "batch_size": 1}
+        common = {"name": "stage", "tokens": self.tokens_of(run), "sequence_length": LENGTH, "batch_size": 1}
         rates = {"learning_rate": run.learning_rate or 1.0}
         if run.way == "MLPs":
             rates["other_learning_rate"] = run.learning_rate / 10
@@ -131,9 +137,9 @@ class Starts:
 def trained(student: Any, recipe: Recipe, setting: Setting) -> Any:
     """Return the student after the recipe's stage."""
     state, windows = PartialState(), setting.train
-    folder = setting.work / "-".join((str(recipe.seed), recipe.stages[0].text, str(setting.tokens)))
-    folder.mkdir(parents=True, exist_ok=True)
     if recipe.data.pseudo_labels is not None:  # the same text for all rates of a seed
+        folder = setting.work / f"text-{recipe.seed}-{setting.tokens}"
+        folder.mkdir(parents=True, exist_ok=True)
         windows = pseudo_labels(recipe, setting.teacher, windows, folder, contextlib.nullcontext, state)
     layers, device = list(range(setting.teacher.num_layers)), torch.device("cpu")
     with tempfile.TemporaryDirectory(dir=setting.work) as place:
@@ -161,17 +167,18 @@ def measure(run: Run, setting: Setting, starts: Starts) -> dict[str, Any]:
                 raise
             return {"diverged": str(error), "kl": None}
     seconds = time.process_time() - started
-    text, count = setting.held_out, TOKENS // LENGTH
+    used = {"read_tokens": 0 if run.way == "none" else setting.tokens_of(run), "cpu_seconds": round(seconds, 1)}
     if run.purpose == "tuning":
-        text, count = TokenWindows(text.windows(LENGTH)[count : count + 2].flatten()), 2
-    found = scores(student, setting.teacher, text, [LENGTH], count * LENGTH)
+        after = TOKENS // LENGTH  # behind the windows of the comparison
+        windows = setting.held_out.windows(LENGTH)[after : after + 1]
+        return {
+            "kl": evaluate_language_model(student, windows, teacher=setting.teacher.model, batch_size=1)["kl"],
+            **used,
+        }
+    found = scores(student, setting.teacher, setting.held_out, [LENGTH])
     row = found["by_length"][LENGTH]
-    return {
-        **{name: row[name] for name in ("kl", "top1_agreement", "gap", "teacher_loss", "tokens")},
-        "repeat_loss": found["repeat_loss"],
-        "read_tokens": 0 if run.way == "none" else setting.tokens,
-        "cpu_seconds": round(seconds, 1),
-    }
+    kept = {name: row[name] for name in ("kl", "top1_agreement", "gap", "teacher_loss", "tokens")}
+    return {**kept, "repeat_loss": found["repeat_loss"], **used}
 
 
 def main(arguments: list[str]) -> None:
