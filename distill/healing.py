@@ -11,10 +11,14 @@ have reached it:
    The target contains the errors of all earlier layers, so that each layer corrects them as far as it can.
 2. The down projection of the MLP is solved in the same way, with the teacher's stream after its MLP.
 
-Every token has the same weight relative to the mean square of the teacher's stream there, by which the norm of the next
-reader divides: the first token of a window, whose stream may be thousands of times as large, would decide all
-otherwise. A fifth of the windows is held out and chooses the ridge strength; a projection that no strength improves is
-left as it is. GPTQ quantises a model in the same order and for the same reason (arXiv 2210.17323).
+Errors are relative to the mean square of the teacher's stream at their token, by which the norm of the next reader
+divides: the first token of a window, whose stream may be thousands of times as large, would decide all otherwise. A
+token's weight is 1 and the attention that it receives in the teacher, summed over the tokens that read it and averaged
+over heads and layers: an error there spreads to all of them. Half of all attention may rest on the first token. If it
+had the weight of any other, a student could lose the large activation by which it is recognised.
+
+A fifth of the windows is held out and chooses the ridge strength; a projection that no strength improves is left as it
+is. GPTQ quantises a model in the same order and for the same reason (arXiv 2210.17323).
 
 The activations of all windows are kept, for one layer at a time: both streams and what enters one projection.
 
@@ -76,6 +80,7 @@ def heal(
     held_out[-1] |= not held_out.any()
     fitted, chosen = (windows[rows].to(teacher.model.device).split(batch_size) for rows in (~held_out, held_out))
     original = _as_hybrid(teacher)
+    weights = [1 + _attention_received(teacher, ids) for ids in (*fitted, *chosen)]
     mine = [_embedded(student.backbone, student, ids) for ids in (*fitted, *chosen)]
     theirs = [_embedded(original, student, ids) for ids in (*fitted, *chosen)]
     for layer in tqdm(range(max(layers) + 1), desc="heal", unit="layer", disable=not progress, leave=False):
@@ -89,12 +94,14 @@ def heal(
         _advance(theirs, partial(_mixed, other, student))
         if layer in projections:
             heads = int(student_mixer(student, layer).num_heads)  # pyright: ignore[reportArgumentType]
-            _solve(projections[layer], partial(_mixed, block, student), mine, theirs, len(fitted), heads)
+            _solve(projections[layer], partial(_mixed, block, student), mine, theirs, weights, len(fitted), heads)
         else:
             _advance(mine, partial(_mixed, block, student))
         _advance(theirs, partial(_transformed, other))
         if layer in projections:
-            _solve(block.get_submodule("mlp.down_proj"), partial(_transformed, block), mine, theirs, len(fitted))
+            _solve(
+                block.get_submodule("mlp.down_proj"), partial(_transformed, block), mine, theirs, weights, len(fitted)
+            )
         else:
             _advance(mine, partial(_transformed, block))
 
@@ -126,6 +133,21 @@ def _as_hybrid(teacher: Teacher) -> Any:
     return model.backbone.eval()
 
 
+def _attention_received(teacher: Teacher, ids: Tensor) -> Tensor:
+    """Return the (B, L) attention that each token receives in the teacher, averaged over heads and layers."""
+    layers = range(teacher.num_layers)
+    received = torch.zeros(ids.shape, device=ids.device)
+    for row, window in enumerate(ids.split(1)):  # the matrices of one window at a time
+
+        def on_layer(layer: int, normed_input: Tensor, row: int = row) -> None:
+            with torch.no_grad():
+                matrix = teacher.attention_matrix(layer, normed_input).float()
+                received[row] += matrix.sum(2).mean(1)[0] / len(layers)
+
+        teacher.capture(window, layers, ("normed_input",), on_layer=on_layer)
+    return received
+
+
 def _embedded(backbone: Any, student: ZooHybridForCausalLM, ids: Tensor) -> Tensor:
     """Return the (B, L, D) input of the first block of either model in float32."""
     embeddings = backbone.embeddings(ids)
@@ -154,6 +176,7 @@ def _solve(
     half: Callable[[Tensor], Tensor],
     mine: list[Tensor],
     theirs: list[Tensor],
+    weights: list[Tensor],
     fitted: int,
     heads: int | None = None,
 ) -> None:
@@ -164,16 +187,17 @@ def _solve(
         half: half of the student's block.
         mine: the student's (B, L, D) streams before it.
         theirs: the teacher's streams after its half.
+        weights: (B, L) weights of the tokens.
         fitted: number of batches that are fitted; the others are held out.
         heads: number of heads whose scales are fitted, if any.
     """
     weight, bias = projection.get_parameter("weight"), projection.bias
     batches, sums = entering(projection, half, mine), dict[bool, Moments]()
-    for index, (inputs, hidden, wanted) in enumerate(zip(batches, mine, theirs, strict=True)):
+    for index, (inputs, hidden, wanted, each) in enumerate(zip(batches, mine, theirs, weights, strict=True)):
         target = wanted - hidden
         if isinstance(bias, Tensor):
             target = target - bias
-        scale = wanted.square().mean(-1, keepdim=True).rsqrt()
+        scale = each.sqrt()[..., None] * wanted.square().mean(-1, keepdim=True).rsqrt()
         found = Moments.of((inputs * scale).flatten(0, 1), (target * scale).flatten(0, 1))
         add_moments(sums, index < fitted, found)
     weight.copy_(cross_validated_ridge(weight, sums[True], sums[False], heads))

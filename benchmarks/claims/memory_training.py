@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -114,24 +115,18 @@ class Setting:
         return parse_recipe({**mapping, "seed": run.seed, "checkpoint_every": 10**6})
 
 
-class Starts:
-    """Students before the training; the slots of a seed are divided once."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.found: dict[int, tuple[list[list[int]], list[list[float]]]] = {}
-
-    def student(self, recipe: Recipe) -> Any:
-        """Return an untrained student with the slots of the recipe's seed."""
-        teacher = self.setting.teacher
-        layers = list(range(teacher.num_layers))
-        student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
-        if recipe.seed not in self.found:
-            settings = student.config.settings_of("bounded_attention")
-            windows = self.setting.train.batch(0, WINDOWS, LENGTH, recipe.seed + 1)
-            self.found[recipe.seed] = divide_slots(teacher, layers, settings, recipe.student.rows, windows)
-        set_slots(student, *self.found[recipe.seed])
-        return student
+def start(recipe: Recipe, setting: Setting) -> Any:
+    """Return an untrained student with the slots of the recipe's seed, which are divided once and kept in a file."""
+    teacher = setting.teacher
+    layers = list(range(teacher.num_layers))
+    student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
+    file = setting.work / f"slots-{recipe.seed}.json"
+    if not file.exists():
+        settings = student.config.settings_of("bounded_attention")
+        windows = setting.train.batch(0, WINDOWS, LENGTH, recipe.seed + 1)
+        file.write_text(json.dumps(divide_slots(teacher, layers, settings, recipe.student.rows, windows)))
+    set_slots(student, *json.loads(file.read_text()))
+    return student
 
 
 def trained(student: Any, recipe: Recipe, setting: Setting) -> Any:
@@ -150,10 +145,10 @@ def trained(student: Any, recipe: Recipe, setting: Setting) -> Any:
     return model.student.eval()
 
 
-def measure(run: Run, setting: Setting, starts: Starts) -> dict[str, Any]:
+def measure(run: Run, setting: Setting) -> dict[str, Any]:
     """Train and score a run; one whose numbers are not finite has no KL."""
     recipe = setting.recipe(run)
-    student = starts.student(recipe)
+    student = start(recipe, setting)
     started = time.process_time()
     if run.way in CLOSED_FORM:
         windows = setting.train.batch(0, setting.tokens // LENGTH, LENGTH, run.seed + 1)
@@ -189,7 +184,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the teacher's text and checkpoints")
+    parser.add_argument("--work", type=Path, required=True, help="folder for slots and the teacher's text")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for a new file")
     parser.add_argument("--resume", type=Path, help="a file of an earlier start")
     options = parser.parse_args(arguments)
@@ -203,10 +198,9 @@ def main(arguments: list[str]) -> None:
     )
     options.work.mkdir(parents=True, exist_ok=True)
     setting = Setting(teacher, train, held_out, options.work, options.tokens)
-    starts = Starts(setting)
 
     def row_of(*run: Any) -> dict[str, Any]:
-        row = results.run(Run(*run), lambda run: measure(run, setting, starts))
+        row = results.run(Run(*run), lambda run: measure(run, setting))
         print(
             {key: row.get(key) for key in ("way", "purpose", "learning_rate", "seed", "kl", "repeat_loss")}, flush=True
         )

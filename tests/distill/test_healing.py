@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from teachers import draw_ids, make_qwen2, make_teacher, save_teacher, small_text, text_windows, trained_teacher
 from torch import Tensor, nn
 
+from ssm_zoo.distill import healing
 from ssm_zoo.distill.calibrate import calibrate, fit_output_projections
 from ssm_zoo.distill.gates import fit_gates
 from ssm_zoo.distill.healing import heal
@@ -123,6 +124,32 @@ def test_a_healed_student_is_nearer_to_its_teacher_than_a_single_pass_makes_it(n
         for student in (ridge, sequential)
     ]
     assert scores[1] < 0.9 * scores[0]
+
+
+def test_the_attention_that_tokens_receive_is_that_of_transformers() -> None:
+    teacher, ids = make_teacher(), draw_ids(3, 10)
+    found = healing._attention_received(Teacher(teacher), ids)
+    teacher.set_attn_implementation("eager")
+    with torch.no_grad():
+        matrices = teacher(ids, output_attentions=True).attentions  # a (B, H, L, L) matrix for each layer
+    torch.testing.assert_close(found, torch.stack(matrices).mean((0, 2)).sum(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.sum(1), torch.full((3,), 10.0))  # all the attention that 10 tokens pay
+
+
+def test_a_token_that_receives_much_attention_is_fitted_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token of a text often does, and others are recognised by its large activation."""
+    teacher, windows, others = trained_teacher(), text_windows(60, 48, seed=3), text_windows(120, 48, seed=9)[:12]
+    errors = []
+    for weight in (0.0, 1000.0):
+
+        def received(_teacher: Teacher, ids: Tensor, weight: float = weight) -> Tensor:
+            return weight * F.one_hot(torch.zeros(len(ids), dtype=torch.int64), ids.shape[1])
+
+        monkeypatch.setattr(healing, "_attention_received", received)
+        options = MIXERS["discrete, normalised"]
+        student = calibrated(teacher, [0, 1, 2, 3], windows, calibration="sequential", **options)
+        errors.append(stream_error(student, teacher, others[:, :1]))
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_healing_is_deterministic_and_counts_windows_alike_whatever_the_batches() -> None:
