@@ -11,11 +11,12 @@ have reached it:
    The target contains the errors of all earlier layers, so that each layer corrects them as far as it can.
 2. The down projection of the MLP is solved in the same way, with the teacher's stream after its MLP.
 
-Errors are relative to the mean square of the teacher's stream at their token, by which the norm of the next reader
-divides: the first token of a window, whose stream may be thousands of times as large, would decide all otherwise. A
-token's weight is 1 and the attention that it receives in the teacher, summed over the tokens that read it and averaged
-over heads and layers: an error there spreads to all of them. Half of all attention may rest on the first token. If it
-had the weight of any other, a student could lose the large activation by which it is recognised.
+Errors are relative to the mean square of the stream at their token, by which the norm of the next reader divides: the
+first token of a window, whose stream may be thousands of times as large, would decide all otherwise. The larger of both
+streams counts, so that a token at which only the student's becomes so large does not decide all either. A token's
+weight is 1 and the attention that it receives in the teacher, summed over the tokens that read it and averaged over
+heads and layers: an error there spreads to all of them. Half of all attention may rest on the first token. If it had
+the weight of any other, a student could lose the large activation by which it is recognised.
 
 A fifth of the windows is held out and chooses the ridge strength; a projection that no strength improves is left as it
 is. GPTQ quantises a model in the same order and for the same reason (arXiv 2210.17323).
@@ -197,7 +198,8 @@ def _solve(
         target = wanted - hidden
         if isinstance(bias, Tensor):
             target = target - bias
-        scale = each.sqrt()[..., None] * wanted.square().mean(-1, keepdim=True).rsqrt()
+        either = [stream.square().mean(-1, keepdim=True) for stream in (wanted, hidden + projection(inputs))]
+        scale = each.sqrt()[..., None] * torch.maximum(*either).rsqrt()
         found = Moments.of((inputs * scale).flatten(0, 1), (target * scale).flatten(0, 1))
         add_moments(sums, index < fitted, found)
     weight.copy_(cross_validated_ridge(weight, sums[True], sums[False], heads))
