@@ -73,11 +73,10 @@ def rerank(
     from ..evaluation.compare_rerankers import compare_rerankers, first_stage_name, new_names
     from ..evaluation.reranking_data import folder_and_split, write_run
     from ..harness.published import decoration
-    from ..harness.whole_files import check_output_file
 
     check_output(output, "rerank", overwrite)
     if plot is not None:
-        check_output_file(plot, "--plot")
+        _check_plot(plot, output)
     place, named = folder_and_split(folder)
     if named is not None and split is not None:
         raise ValueError(f"`folder` and --split must not both name the judgements, got {folder!r} and {split!r}.")
@@ -155,6 +154,21 @@ def _run_files(folder: Path, names: Sequence[str], overwrite: bool) -> dict[str,
         if files[name].exists() and not overwrite:
             raise ValueError(f"--runs: {files[name]} exists. Choose another folder, or replace it with --overwrite.")
     return files
+
+
+def _check_plot(path: Path, report: Path | None) -> None:
+    """Check that the picture can be written and is no other file of the command.
+
+    Raises:
+        ValueError: if it cannot, has another ending than .png, or is the report.
+    """
+    from ..harness.whole_files import check_output_file
+
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot: the picture must end in .png, got {path}.")
+    if report is not None and path.resolve() == report.resolve():
+        raise ValueError(f"--plot: {path} is also the report of --output. Give the picture a name of its own.")
+    check_output_file(path, "--plot")
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -165,6 +165,22 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--plot", "ids"), r"--plot: the picture must end in \.png, got ids"),
+        (("--plot", "o.png", "--output", "./o.png"), r"--plot: o\.png is also the report of --output"),
+    ],
+)
+def test_the_picture_replaces_no_other_file(
+    ssm_zoo: Command, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "ids").write_text("q0\n")
+    result = ssm_zoo("evaluate", "rerank", "out", "beir", *options)
+    assert result.exit_code == 2 and re.search(message, result.stderr), f"{result.stderr}\n{result.exception!r}"
+    assert (tmp_path / "ids").read_text() == "q0\n" and not (tmp_path / "o.png").exists()
+
+
 def test_every_system_has_a_run_file_of_its_own(tmp_path: Path) -> None:
     files = _run_files(tmp_path / "runs", ["org/model", "org_model", "ORG_model", "a (2)"], overwrite=False)
     names = [path.stem for path in files.values()]
