@@ -94,7 +94,8 @@ _TRIPS: dict[str, _Trips] = {
     "position_mix_triton.mix_kernel": _mix,
     "position_mix_triton.weight_products_kernel": _weight_products,
     "position_mix_triton.dense_gradient_kernel": lambda a, _: (a["shares"],),
-    "position_mix_triton.toeplitz_gradient_kernel": lambda a, _: (a["shares"], _up(a["T"], a["R"])),
+    "position_mix_triton.toeplitz_gradient_kernel": lambda a, _: (_up(a["T"], a["R"]),),
+    "position_mix_triton.share_sums_kernel": lambda a, _: (a["shares"],),
     # The newest token is the last of those that fit.
     "position_mix_triton._step_kernel": lambda a, _: (_up(min(a["S"], a["limit"]), a["R"]),),
     "position_mix_triton._sum_kernel": lambda a, _: (_up(a["limit"], a["S"]),),
