@@ -90,6 +90,7 @@ _TRIPS: dict[str, _Trips] = {
     "selective_scan_triton.backward_kernel": _scan_backward,
     "causal_conv1d_triton.forward_kernel": _convolution,
     "causal_conv1d_triton.backward_kernel": _convolution,
+    "mamba2_step_triton.step_kernel": lambda a, _: (a["PARTS"],),
     "rms_norm_triton._backward_kernel": lambda a, _: (_up(a["ROWS"], a["BLOCK_R"]),),
     "position_mix_triton.mix_kernel": _mix,
     "position_mix_triton.weight_products_kernel": _weight_products,
