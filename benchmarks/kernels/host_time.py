@@ -53,12 +53,13 @@ def _rows(rounds: int, now: datetime, arguments: list[str]) -> list[dict[str, An
     from kernel_cases import EAGER, Case, prepare
     from offline_compile import OfflineCompiler
     from resource_cases import two_steps
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
     about = circumstances(now, "kernels/host_time.py", arguments)
     about["versions"] = {**about["versions"], "triton": triton.__version__}  # type: ignore[dict-item]
     OfflineCompiler(90, processors=132)
-    triton.knobs.nvidia.dump_ptxas_log = False
+    knobs.nvidia.dump_ptxas_log = False
     launches: list[int] = []
 
     def without_launching(kernel: Any, grid: Any) -> Callable[..., Any]:
