@@ -51,6 +51,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     ),
     "selective_scan": ("selective_scan", "selective_scan_step", "selective_scan_reference"),
     "causal_conv1d": ("causal_conv1d", "causal_conv1d_step", "causal_conv1d_reference"),
+    "mamba2_step": ("mamba2_step",),
     "rms_norm": ("rms_norm", "rms_norm_reference", "add_rms_norm", "add_rms_norm_reference"),
     "position_mix": (
         "masked_mix",

@@ -10,8 +10,9 @@ few tiles and long sums over the features of all rows: separate programs compute
 launch adds the shares in order. There are no atomics, so that two runs are bit-identical.
 
 If a row has few features, a tile of columns covers several rows. The weights of a head are (N, N), or (N) by distance
-if TOEPLITZ, in which case a tile reads the same few values repeatedly from the cache. Offsets are 64-bit up to a tile
-and 32-bit inside it, except for columns of several rows.
+if TOEPLITZ. Tiles of the latter at the same distance from the diagonal are equal: a launch lays out the M rows of these
+tiles, a band, and the mixture reads its tiles there, 16 bytes at a time. Offsets are 64-bit up to a tile and 32-bit
+inside it, except for columns of several rows. If EVEN, all tiles are full and need no masks.
 
 The step reads all inputs so far once and performs two operations on each, so it is limited by memory traffic. A program
 takes a share of the places and a tile of features; a second launch adds the shares if there are several. The share of a
@@ -30,11 +31,15 @@ from torch.autograd.function import once_differentiable
 from ._triton import INTERPRETED, tl, triton
 from .triton_math import dot, narrow, strides, unit_stride
 
-# (M, C, K, warps, stages) of the mixture and (T, C, warps, stages) of the weights' gradient, by bytes per element.
-# Compiled by Triton 3.9 they spill no registers on sm_80 and sm_90; shared memory is at most 144 KiB. No tile has been
-# timed on a device. float32 has no tensor cores at full precision, and its products take registers.
+# (M, C, K, warps, stages) of the mixture and (T, C, warps, stages) of the weights' gradient, by bytes per element. No
+# tile has been timed on a device. Compiled by Triton 3.9, full tiles spill at most 8 bytes on sm_90 and none on sm_80.
+# float32 has no tensor cores at full precision, and its products take registers.
 _MIX_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 2)}
 _WEIGHT_TILES = {2: (128, 64, 8, 3), 4: (64, 32, 8, 2)}
+# C of a mixture whose factors have 2 bytes per element and whose tiles are full. It halves the loads and products of
+# weights. With 206 to 251 registers and 144 KiB of shared memory it spills nothing on sm_90, and up to 48 bytes on
+# sm_80. With masks, or float32 factors, it would spill hundreds of bytes.
+_WIDE = 256
 # Tiles of columns that run together, for one position after the other. The programs of a group read the same weights at
 # once, and the inputs of so few columns stay in the L2 cache until the last position has read them.
 _GROUP = 8
@@ -42,6 +47,8 @@ _GROUP = 8
 _PROGRAMS = 512
 # Rows of a tile per program of the second launch.
 _ROWS = 8
+# Elements per program that lays out weights by distance, and per program that adds shares.
+_BAND, _SUMMED = 1024, 1024
 
 
 def mix_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -84,7 +91,7 @@ class _Mix(torch.autograd.Function):
         dx = dweight = dbias = sums = None
         if needs_x:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            tiles_c = triton.cdiv(x.shape[0] * x.shape[3], _mix_tile(x)[1])
+            tiles_c = triton.cdiv(x.shape[0] * x.shape[3], _mix_tile(x, dy, weight)[1])
             if needs_bias:
                 sums = torch.empty(x.shape[2], tiles_c, x.shape[1], dtype=torch.float32, device=x.device)
             _mix(dy, weight, None, None, dx, sums, transposed=True)
@@ -102,11 +109,17 @@ def _cut(size: int, length: int) -> int:
     return min(size, max(16, triton.next_power_of_2(length)))
 
 
-def _mix_tile(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Return (M, C, K, warps, stages) for inputs, or their gradient, of this shape and dtype."""
+def _mix_tile(x: Tensor, *loaded: Tensor) -> tuple[int, int, int, int, int]:
+    """Return (M, C, K, warps, stages) for inputs, or their gradient, of this shape and dtype.
+
+    Args:
+        loaded: factors of the product, which may be wider than `x`.
+    """
     M, C, K, warps, stages = _MIX_TILES[x.dtype.itemsize]
-    M = _cut(M, x.shape[1])
-    return M, _cut(C, x.shape[0] * x.shape[3]), min(M, K), warps, stages
+    M, columns = _cut(M, x.shape[1]), x.shape[0] * x.shape[3]
+    if x.shape[1] % M == 0 and columns % _WIDE == 0 and all(tensor.dtype.itemsize == 2 for tensor in loaded):
+        C = _WIDE
+    return M, _cut(C, columns), min(M, K), warps, stages
 
 
 def _mix(
@@ -120,18 +133,21 @@ def _mix(
 ) -> None:
     """Write the mixture of x to y, by the transposed weights if `transposed`, and column sums per tile to `sums`."""
     B, L, H, P = x.shape
-    M, C, K, warps, stages = _mix_tile(y if transposed else x)
+    M, C, K, warps, stages = _mix_tile(y if transposed else x, x, weight)
     tiles_m, tiles_c = triton.cdiv(L, M), triton.cdiv(B * P, C)
     toeplitz = weight.dim() == 2
-    by_row, by_column = (1, 1) if toeplitz else weight.stride()[1:]
+    if toeplitz:
+        weight = _band(weight, L, M, transposed)
+    by_row, by_column = weight.stride()[1:]
     with torch.cuda.device_of(x):
         mix_kernel[tiles_m * tiles_c, H](
             *(x, weight, bias, residual, y, sums, L, B * P, tiles_m, tiles_c),
             *(*strides(3, x, residual, y), weight.stride(0)),
-            *((by_column, by_row) if transposed else (by_row, by_column)),
+            *((by_column, by_row) if transposed and not toeplitz else (by_row, by_column)),
             *strides(1, bias),
             WIDTH=P,
             PACKED=P % C != 0,
+            EVEN=L % M == 0 and B * P % C == 0,
             TRANSPOSED=transposed,
             TOEPLITZ=toeplitz,
             M=M,
@@ -142,6 +158,21 @@ def _mix(
             num_warps=warps,
             num_stages=stages,
         )
+
+
+def _band(weight: Tensor, length: int, M: int, transposed: bool) -> Tensor:
+    """Lay out the weights of distances below `length` for tiles of M positions, as (H, M, tiles M) rows of a matrix.
+
+    The weights of any tile are neighbouring columns. Read by distance, they would be loaded one by one.
+    """
+    heads, tiles = weight.shape[0], triton.cdiv(length, M)
+    band = torch.empty(heads, M, tiles * M, dtype=weight.dtype, device=weight.device)
+    rows = min(_BAND // M, M)
+    with torch.cuda.device_of(weight):
+        band_kernel[tiles, triton.cdiv(M, rows), heads](
+            *(weight, band, length, weight.stride(0)), TRANSPOSED=transposed, M=M, R=rows, num_warps=4
+        )
+    return band
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
@@ -161,6 +192,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
             *strides(3, x, dy),
             WIDTH=P,
             PACKED=P % C != 0,
+            EVEN=L % T == 0 and B * P % C == 0,
             TOEPLITZ=toeplitz,
             T=T,
             C=C,
@@ -169,8 +201,13 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
             num_stages=stages,
         )
         if toeplitz:
+            if shares > 1:
+                elements = partial[0].numel()
+                share_sums_kernel[(triton.cdiv(elements, _SUMMED),)](
+                    partial, elements, shares, BLOCK=_SUMMED, num_warps=4
+                )
             toeplitz_gradient_kernel[tiles, H](
-                partial, dweight, L, shares, dweight.stride(0), T=T, R=rows, EMULATE=INTERPRETED, num_warps=4
+                partial[0], dweight, L, dweight.stride(0), T=T, R=rows, EMULATE=INTERPRETED, num_warps=4
             )
         else:
             dense_gradient_kernel[programs, triton.cdiv(T, rows), H](
@@ -210,31 +247,53 @@ def _columns(tile, columns, row_stride, WIDTH: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
+def _load(pointers, mask, EVEN: tl.constexpr):
+    """Load a tile, whose mask is all true if EVEN."""
+    return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["length"])
+def band_kernel(weight_ptr, band_ptr, length, w_head, TRANSPOSED: tl.constexpr, M: tl.constexpr, R: tl.constexpr):
+    """Write R rows and M columns of a band, with zeros for negative distances.
+
+    Row m of the band holds weights of position m of any tile, for those up to the end of the tile. If TRANSPOSED it
+    holds weights of the positions from the beginning of the tile on, for position m.
+    """
+    tiles = tl.num_programs(0)
+    head = tl.program_id(2).to(tl.int64)
+    m = (tl.program_id(1) * R + tl.arange(0, R))[:, None]
+    column = (tl.program_id(0) * M + tl.arange(0, M))[None, :]
+    distance = column - m if TRANSPOSED else (tiles - 1) * M - column + m
+    mask = (distance >= 0) & (distance < length)
+    w = tl.load(weight_ptr + head * w_head + distance, mask=mask, other=0.0)
+    tl.store(band_ptr + head * M * (tiles * M) + m * (tiles * M) + column, w, mask=m < M)
+
+
+@triton.jit
 def _weights(
     weight_ptr,
     first_m, first_k,
     length,
     w_m, w_k,
-    TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, DIAGONAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, DIAGONAL: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """Return the (M, K) weights of a tile, from `weight_ptr` or by distance; DIAGONAL tiles may cross the diagonal.
+    """Return the (M, K) weights of a tile from `weight_ptr`; DIAGONAL tiles may cross the diagonal.
 
     Masks are as coarse as possible, because a mask that changes within the 16 bytes that a thread loads at once would
-    make it load single elements. Therefore weights above the diagonal are loaded and dropped, except by distance.
+    make it load single elements. Therefore weights above the diagonal are loaded and dropped; a band holds zeros there.
     """
     m, k = tl.arange(0, M), tl.arange(0, K)
-    distance = (first_m - first_k) + m[:, None] - k[None, :]
     in_m, in_k = (first_m + m < length)[:, None], (first_k + k < length)[None, :]
-    if TRANSPOSED:
-        distance = -distance
     # Off the diagonal, the other index is smaller than one that is inside.
     inside = in_k if TRANSPOSED else in_m
     if DIAGONAL:
         inside = in_m & in_k
-    if TOEPLITZ:
-        return tl.load(weight_ptr + distance, mask=inside & (distance >= 0), other=0.0)
-    w = tl.load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, mask=inside, other=0.0)
-    return tl.where(distance >= 0, w, 0.0) if DIAGONAL else w
+    w = _load(weight_ptr + m[:, None] * w_m + k[None, :] * w_k, inside, EVEN or TOEPLITZ)
+    if DIAGONAL and not TOEPLITZ:
+        distance = (first_m - first_k) + m[:, None] - k[None, :]
+        w = tl.where((-distance if TRANSPOSED else distance) >= 0, w, 0.0)
+    return w
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_c"])
@@ -245,8 +304,8 @@ def mix_kernel(
     length, columns, tiles_m, tiles_c,
     x_row, x_token, x_head, residual_row, residual_token, residual_head, y_row, y_token, y_head, w_head, w_m, w_k,
     bias_head,
-    WIDTH: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr, M: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, TRANSPOSED: tl.constexpr, TOEPLITZ: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of positions and columns of a head of the mixture, or of its gradient by the inputs if TRANSPOSED.
 
@@ -276,26 +335,31 @@ def mix_kernel(
     begin = first_m + M if TRANSPOSED else first_m * 0
     end = length if TRANSPOSED else first_m
     x_at = x_ptr + begin.to(tl.int64) * x_token
-    w_at = weight_ptr if TOEPLITZ else weight_ptr + first_m.to(tl.int64) * w_m + begin.to(tl.int64) * w_k
+    if TOEPLITZ:
+        # Columns of a band count from the tile of the first position, or, if TRANSPOSED, from the tile of the row.
+        weight_ptr -= first_m if TRANSPOSED else first_m - (tiles_m - 1) * M
+    else:
+        weight_ptr += first_m.to(tl.int64) * w_m
+    w_at = weight_ptr + begin.to(tl.int64) * w_k
     for at in range(begin, end, K):
-        w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, False, M, K)
+        w = _weights(w_at, first_m, at, length, w_m, w_k, EVEN, TRANSPOSED, TOEPLITZ, False, M, K)
         mask = (at + k < length)[:, None] & in_c[None, :]
-        x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
+        x = _load(x_at + k[:, None] * x_token + offsets[None, :], mask, EVEN)
         acc = dot(_as(w, operand, EMULATE), _as(x, operand, EMULATE), acc, EMULATE)
         x_at += K * x_token
-        w_at += 0 if TOEPLITZ else K * w_k
+        w_at += K * w_k
     x_at = x_ptr + first_m.to(tl.int64) * x_token
-    w_at = weight_ptr if TOEPLITZ else weight_ptr + first_m.to(tl.int64) * w_m + first_m.to(tl.int64) * w_k
+    w_at = weight_ptr + first_m.to(tl.int64) * w_k
     for at in range(first_m, tl.minimum(first_m + M, length), K):
-        w = _weights(w_at, first_m, at, length, w_m, w_k, TRANSPOSED, TOEPLITZ, True, M, K)
+        w = _weights(w_at, first_m, at, length, w_m, w_k, EVEN, TRANSPOSED, TOEPLITZ, True, M, K)
         mask = (at + k < length)[:, None] & in_c[None, :]
-        x = tl.load(x_at + k[:, None] * x_token + offsets[None, :], mask=mask, other=0.0)
+        x = _load(x_at + k[:, None] * x_token + offsets[None, :], mask, EVEN)
         acc = dot(_as(w, operand, EMULATE), _as(x, operand, EMULATE), acc, EMULATE)
         if sums_ptr is not None:
             sums = tl.sum(x.to(tl.float32), 1)
             tl.store(sums_ptr + (head * tiles_c + tile_c) * length + at + k, sums, mask=at + k < length)
         x_at += K * x_token
-        w_at += 0 if TOEPLITZ else K * w_k
+        w_at += K * w_k
 
     in_m = first_m + m < length
     mask = in_m[:, None] & in_c[None, :]
@@ -326,8 +390,8 @@ def weight_products_kernel(
     x_ptr, dy_ptr, partial_ptr,
     length, columns, tiles, tiles_c,
     x_row, x_token, x_head, dy_row, dy_token, dy_head,
-    WIDTH: tl.constexpr, PACKED: tl.constexpr, TOEPLITZ: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    EMULATE: tl.constexpr,
+    WIDTH: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, TOEPLITZ: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """Compute the (shares, H, tiles, T, T) tiles of dy x^T on and below the diagonal, each over a share of columns.
 
@@ -351,20 +415,24 @@ def weight_products_kernel(
     dy_ptr += head * dy_head
     each = tl.cdiv(steps, tl.num_programs(1))
     acc = tl.zeros((T, T), dtype=tl.float32)
-    for step in range(share * each, tl.minimum((share + 1) * each, steps)):
-        j = (tile_j + step // tiles_c) * T
+    column = share * each
+    j = tile_j * T
+    if TOEPLITZ:
+        j += column // tiles_c * T
+        column %= tiles_c
+    for _ in range(share * each, tl.minimum((share + 1) * each, steps)):
         i = j + below * T
-        base, offsets, in_c = _columns(step % tiles_c, columns, dy_row, WIDTH, PACKED, C)
-        mask = (i + t < length)[:, None] & in_c[None, :]
-        dy = tl.load(
-            dy_ptr + (base + i.to(tl.int64) * dy_token) + t[:, None] * dy_token + offsets[None, :], mask=mask, other=0.0
-        )
-        base, offsets, in_c = _columns(step % tiles_c, columns, x_row, WIDTH, PACKED, C)
-        mask = (j + t < length)[:, None] & in_c[None, :]
-        x = tl.load(
-            x_ptr + (base + j.to(tl.int64) * x_token) + t[:, None] * x_token + offsets[None, :], mask=mask, other=0.0
-        )
+        base, offsets, in_c = _columns(column, columns, dy_row, WIDTH, PACKED, C)
+        dy_at = dy_ptr + (base + i.to(tl.int64) * dy_token)
+        dy = _load(dy_at + t[:, None] * dy_token + offsets[None, :], (i + t < length)[:, None] & in_c[None, :], EVEN)
+        base, offsets, in_c = _columns(column, columns, x_row, WIDTH, PACKED, C)
+        x_at = x_ptr + (base + j.to(tl.int64) * x_token)
+        x = _load(x_at + t[:, None] * x_token + offsets[None, :], (j + t < length)[:, None] & in_c[None, :], EVEN)
         acc = dot(_as(dy, operand, EMULATE), tl.trans(_as(x, operand, EMULATE)), acc, EMULATE)
+        column += 1
+        if TOEPLITZ:
+            j = tl.where(column == tiles_c, j + T, j)
+            column = tl.where(column == tiles_c, 0, column)
     place = (share * tl.num_programs(2) + head) * tl.num_programs(0) + tile
     tl.store(partial_ptr + place * (T * T) + t[:, None] * T + t[None, :], acc)
 
@@ -393,14 +461,24 @@ def dense_gradient_kernel(
     tl.store(dweight_ptr, narrow(acc, dweight_ptr.dtype.element_ty, EMULATE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "shares"])
+@triton.jit(do_not_specialize=["shares"])
+def share_sums_kernel(partial_ptr, elements, shares, BLOCK: tl.constexpr):
+    """Add all shares to the first, in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for share in range(shares):
+        acc += tl.load(partial_ptr + tl.cast(share, tl.int64) * elements + at, mask=at < elements, other=0.0)
+    tl.store(partial_ptr + at, acc, mask=at < elements)
+
+
+@triton.jit(do_not_specialize=["length"])
 def toeplitz_gradient_kernel(
     partial_ptr, dweight_ptr,
-    length, shares,
+    length,
     w_head,
     T: tl.constexpr, R: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Sum T diagonals over the shares, R rows at a time.
+    """Sum T diagonals of the first share, R rows at a time.
 
     Entry (a, b) of a tile has the distance T tile + a - b. A diagonal therefore spans two tiles: distance T tile + s
     has the columns (a - s) mod T, of the next tile if a < s.
@@ -410,15 +488,13 @@ def toeplitz_gradient_kernel(
     head = tl.program_id(1).to(tl.int64)
     s = tl.arange(0, T)
     acc = tl.zeros((T,), dtype=tl.float32)
-    for share in range(shares):
-        place = (share * tl.num_programs(1) + head) * tiles + tile
-        for first in range(0, T, R):
-            a = first + tl.arange(0, R)[:, None]
-            behind = a < s[None, :]
-            b = tl.where(behind, a - s[None, :] + T, a - s[None, :])
-            offsets = tl.where(behind, T * T, 0) + a * T + b
-            mask = tl.where(behind, tile + 1, tile) < tiles
-            acc += tl.sum(tl.load(partial_ptr + place * (T * T) + offsets, mask=mask, other=0.0), 0)
+    partial_ptr += (head * tiles + tile) * (T * T)
+    for first in range(0, T, R):
+        a = first + tl.arange(0, R)[:, None]
+        behind = a < s[None, :]
+        b = tl.where(behind, a - s[None, :] + T, a - s[None, :])
+        mask = tl.where(behind, tile + 1, tile) < tiles
+        acc += tl.sum(tl.load(partial_ptr + tl.where(behind, T * T, 0) + a * T + b, mask=mask, other=0.0), 0)
     distance = tile * T + s
     values = narrow(acc, dweight_ptr.dtype.element_ty, EMULATE)
     tl.store(dweight_ptr + head * w_head + distance, values, mask=distance < length)

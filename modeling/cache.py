@@ -115,6 +115,7 @@ class RecurrentLayer(ZooLayer):
         super().__init__(**kwargs)
         self.factors: tuple[Tensor, ...] | None = None
         """Factors of the mixing matrix, (B, columns, ...) each; kept only while matrices are asked for."""
+        self._counts: Tensor | None = None
 
     def _map(self, function: Any) -> None:
         super()._map(function)
@@ -141,6 +142,17 @@ class RecurrentLayer(ZooLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("RecurrentLayer holds states, not keys and values: call `set_states`")
+
+    def step_counts(self, groups: int) -> Tensor:
+        """Return (B, G) int32 zeros that :func:`~ssm_zoo.kernels.mamba2_step.mamba2_step` counts in, and leaves zero.
+
+        Every step gets the same tensor, which a CUDA graph requires.
+        """
+        assert self.recurrent_state is not None
+        shape, device = (len(self.recurrent_state), groups), self.recurrent_state.device
+        if self._counts is None or self._counts.shape != shape or self._counts.device != device:
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._counts
 
     def set_states(self, conv_state: Tensor, recurrent_state: Tensor, tokens: int) -> None:
         """Store the states after a forward over `tokens` more columns."""

@@ -4,6 +4,7 @@ Symbols: B batch, L length, D width, K convolution width, P head width, R rotate
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,7 +201,13 @@ class ShortConvolution(nn.Conv1d):
         self.activation = activation
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None, *, in_place: bool = False
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        *,
+        in_place: bool = False,
+        step: Callable[..., Tensor] = causal_conv1d_step,
     ) -> tuple[Tensor, Tensor]:
         """Convolve along L.
 
@@ -209,6 +216,8 @@ class ShortConvolution(nn.Conv1d):
             state: (B, D, K-1) the previous inputs.
             seq_idx: (B, L) document of each token, negative at padding.
             in_place: update `state`, which must be given, in place; L must be 1 and `seq_idx` None.
+            step: with `in_place`, an op with the first arguments of `causal_conv1d_step`. One that also does what
+                follows the convolution needs a single launch; its result is returned with an axis L of 1.
 
         Returns:
             (B, L, D) outputs and the (B, D, K-1) state after them.
@@ -216,7 +225,7 @@ class ShortConvolution(nn.Conv1d):
         weight = self.weight[:, 0]
         if in_place:
             assert state is not None and seq_idx is None
-            y = causal_conv1d_step(x[:, 0], state, weight, self.bias, activation=self.activation)
+            y = step(x[:, 0], state, weight, self.bias, activation=self.activation)
             return y[:, None], state
         y, state = causal_conv1d(
             x,

@@ -30,9 +30,10 @@ from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from ..kernels.mamba2_step import mamba2_step
 from ..kernels.matrix_distance import SSDFactors
 from ..kernels.rms_norm import rms_norm
-from ..kernels.ssd import ssd, ssd_matrix, ssd_step
+from ..kernels.ssd import ssd, ssd_matrix
 from .backbone import ZooModel
 from .cache import layer_of
 from .configuration_mamba2 import ZooMamba2Config
@@ -192,22 +193,26 @@ class Mamba2Mixer(Mamba2Scan):
 
     def step(self, z: Tensor, xBC: Tensor, dt: Tensor, cache: Any) -> Tensor:
         """Process one token: (B, 1, ...) projections to (B, 1, D); the states in the cache are updated in place."""
-        xBC, _ = self.conv1d(xBC, cache.conv_state, in_place=True)
-        x, B, C = self.recurrence_inputs(xBC)
-        y = ssd_step(
-            cache.recurrent_state,
-            x[:, 0],
-            dt[:, 0],
-            -self.A_log.float().exp(),
-            B[:, 0],
-            C[:, 0],
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=self.time_step_limit,
-        )
+
+        def step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+            return mamba2_step(
+                x,
+                state,
+                cache.recurrent_state,
+                dt[:, 0],
+                weight,
+                bias,
+                self.A_log,
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_softplus=True,
+                dt_limit=self.time_step_limit,
+                arrivals=cache.step_counts(self.n_groups),
+            )
+
+        y, _ = self.conv1d(xBC, cache.conv_state, in_place=True, step=step)
         cache.columns += 1
-        return self.out_proj(self.norm(y.flatten(1)[:, None], z))
+        return self.out_proj(self.norm(y.flatten(2), z))
 
     @distillation
     def hidden_attention(self, hidden_states: Tensor, sequence: Sequence) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ssm_zoo.kernels.bounded_attention import bounded_attention, bounded_attention_step
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ssm_zoo.kernels.mamba2_step import mamba2_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
@@ -137,6 +138,10 @@ def steps(device: torch.device) -> Iterator[Case]:
     maps = {"B": half(3, 1, 128), "C": half(3, 1, 128), "dt_softplus": True}
     state = full(3, 4, 64, 128)
     yield "ssd_step", ssd_step, {"state": state, "x": half(3, 4, 64), "dt": half(3, 4), "A": decays(4), **maps}
+    channels = 4 * 64 + 2 * 128
+    token = {"xBC": half(3, channels), "conv_state": half(3, channels, 3), "state": full(3, 4, 64, 128)}
+    token |= {"dt": half(3, 4), "weight": full(channels, 4), "bias": full(channels), "A_log": full(4)}
+    yield "mamba2_step", mamba2_step, {**token, "z": half(3, 4, 64), "dt_softplus": True}
     maps = {"B": half(3, 1, 16), "C": half(3, 1, 16), "dt_softplus": True}
     scan = {"x": half(3, 72), "dt": half(3, 72), "A": decays(72, 16)}
     yield "selective_scan_step", selective_scan_step, {"state": full(3, 72, 16), **scan, **maps}
@@ -160,7 +165,7 @@ def results(op: Callable[..., Any], arguments: dict[str, Any], implementation: s
     if not backward:
         with torch.no_grad():
             found = op(**given, implementation=implementation)
-        return [*_tensors(found), *(given[name] for name in ("state",) if name in given)]
+        return [*_tensors(found), *(given[name] for name in ("state", "conv_state") if name in given)]
     outputs = _tensors(op(**given, implementation=implementation))
     leaves = [value for value in given.values() if isinstance(value, Tensor) and value.requires_grad]
     total = torch.stack([output.float().square().mean() for output in outputs if output.requires_grad]).sum()

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from ssm_zoo.kernels.mamba2_step import mamba2_step
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_reference, toeplitz_mix, toeplitz_mix_reference
 from ssm_zoo.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_reference
-from ssm_zoo.kernels.ssd import ssd, ssd_reference, ssd_step
+from ssm_zoo.kernels.ssd import ssd, ssd_reference
 from ssm_zoo.kernels.window_attention import window_attention, window_attention_reference
 
 Sizes = Mapping[str, int]
@@ -136,9 +137,10 @@ def decode_inputs(s: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
         "dt": normal(s["B"], s["H"], dtype=dtype, device=device),
         "weight": normal(channels, TAPS, dtype=dtype, device=device),
         "bias": normal(channels, dtype=dtype, device=device),
-        "A": -torch.linspace(1, 16, s["H"], device=device),
+        "A_log": torch.linspace(1, 16, s["H"], device=device).log(),
         "D": torch.ones(s["H"], device=device),
         "dt_bias": first_steps(s["H"], device),
+        "arrivals": torch.zeros(s["B"], s["G"], dtype=torch.int32, device=device),
     }
 
 
@@ -192,15 +194,14 @@ def decode(
     dt: Tensor,
     weight: Tensor,
     bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     dt_bias: Tensor,
+    arrivals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one token through Mamba-2's convolution and recurrence; returns y (B, H, P) and both states."""
-    xBC = causal_conv1d_step(xBC, conv_state, weight, bias, activation="silu")
-    x, B, C = split_maps(xBC, state)
-    y = ssd_step(state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-    return y, state, conv_state
+    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "arrivals": arrivals}
+    return mamba2_step(xBC, conv_state, state, dt, weight, bias, A_log, **options), state, conv_state
 
 
 def decode_reference(
@@ -210,11 +211,12 @@ def decode_reference(
     dt: Tensor,
     weight: Tensor,
     bias: Tensor,
-    A: Tensor,
+    A_log: Tensor,
     D: Tensor,
     dt_bias: Tensor,
+    arrivals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the step as rows of one token, which does not change the states."""
+    """Run the step as rows of one token, which does not change the states; it needs no `arrivals`."""
     convolved, conv_state = causal_conv1d_reference(
         xBC[:, None], weight, bias, activation="silu", initial_state=conv_state, return_final_state=True
     )
@@ -222,7 +224,7 @@ def decode_reference(
     y, state = ssd_reference(
         x,
         dt[:, None],
-        A,
+        -A_log.exp(),
         B,
         C,
         D=D,

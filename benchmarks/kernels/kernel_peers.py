@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -307,15 +308,16 @@ def decoding(convolve: Callable[..., Tensor], update: Callable[..., Tensor]) -> 
     """Return a step by two functions of mamba_ssm's signatures, which get values per head as broadcast views."""
 
     def run(
+        A: Tensor,  # not timed
         state: Tensor,
         conv_state: Tensor,
         xBC: Tensor,
         dt: Tensor,
         weight: Tensor,
         bias: Tensor,
-        A: Tensor,
         D: Tensor,
         dt_bias: Tensor,
+        **ours: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, B, C = split_maps(convolve(xBC, conv_state, weight, bias, "silu"), state)
         wide = state.shape[1:3]
@@ -332,7 +334,7 @@ def decoding(convolve: Callable[..., Tensor], update: Callable[..., Tensor]) -> 
         )
         return y, state, conv_state
 
-    return same(run)
+    return lambda setup: same(partial(run, -setup.inputs["A_log"].exp()))(setup)
 
 
 def mamba_ssm_decode(setup: Setup) -> Side:

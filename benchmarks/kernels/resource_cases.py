@@ -6,18 +6,19 @@ Symbols as in `kernel_cases.py`; KV key-value heads, S slots and W window of a b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from kernel_cases import GRAPH, HEADLINE, MIXED_TOKENS, SELECTIVE, TAPS, TRAINING, Case, our_run, prepare
+from kernel_cases import GRAPH, HEADLINE, MIXED_TOKENS, SELECTIVE, TAPS, TRAINING, Case, our_run, prepare, split_maps
 from roofline import FLOAT32, Cost, cost
 from torch import Tensor
 
 from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_step
-from ssm_zoo.kernels.causal_conv1d import causal_conv1d
+from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix_step, toeplitz_mix_step
+from ssm_zoo.kernels.ssd import ssd_step
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 # A layer of SmolLM2-135M with 304 slots, 4 sinks and a window of 32, the sizes of `bounded_step.py`.
@@ -60,7 +61,9 @@ def cases() -> Iterator[ResourceCase]:
     for op in ("rms_norm", "rms_norm_gated", "add_rms_norm"):
         yield _benchmark(op, TRAINING, {**wide, "D": 4096})
     for batch in (1, 128):
-        yield _benchmark("decode", GRAPH, {"B": batch, "H": 64, "P": 64, "N": 128, "G": 1})
+        sizes = {"B": batch, "H": 64, "P": 64, "N": 128, "G": 1}
+        yield _benchmark("decode", GRAPH, sizes)
+        yield _separate_steps(sizes)
     yield _benchmark("window_attention", TRAINING, SELECTIVE)
     for op in ("masked_mix", "toeplitz_mix"):
         for length, heads, width in ((1024, 1, 1024), (1024, 16, 64), (4096, 1, 1024)):
@@ -85,6 +88,23 @@ def _benchmark(op: str, mode: str, sizes: dict[str, int]) -> ResourceCase:
         if op == "window_attention":
             elements = sizes["M"] * sizes["H"] * sizes["P"]
     return ResourceCase(case.name, lambda: our_run(prepare(case, CPU))(), cost(case), elements, products, changed)
+
+
+def _separate_steps(sizes: dict[str, int]) -> ResourceCase:
+    """Return the token of the case "decode" in two launches."""
+    whole = _benchmark("decode", GRAPH, sizes)
+
+    def run() -> None:
+        two_steps(prepare(Case("decode", GRAPH, sizes, BF16), CPU).inputs)
+
+    return replace(whole, name=whole.name.replace("decode graph", "decode in two steps"), run=run)
+
+
+def two_steps(p: dict[str, Tensor]) -> Tensor:
+    """Run the inputs of the case "decode" by the separate steps; `A_log` stands for the decay rates of this size."""
+    xBC = causal_conv1d_step(p["xBC"], p["conv_state"], p["weight"], p["bias"], activation="silu")
+    x, B, C = split_maps(xBC, p["state"])
+    return ssd_step(p["state"], x, p["dt"], p["A_log"], B, C, D=p["D"], dt_bias=p["dt_bias"], dt_softplus=True)
 
 
 def _wide(*shape: int) -> Tensor:

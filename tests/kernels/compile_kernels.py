@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention, bounded_attention_step
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ssm_zoo.kernels.mamba2_step import mamba2_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
@@ -88,6 +89,10 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
         maps = wide(B, 1, N)
         extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}
         ssd_step(state, wide(B, H, P), wide(B, H), zeros(H), maps, maps, **some(**extras))
+        channels, bias = H * P + 2 * N, zeros(H * P + 2 * N) if everything else None
+        extras["dt_softplus"] = True
+        token = wide(B, channels), wide(B, channels, K - 1), state, wide(B, H), zeros(channels, K), bias, zeros(H)
+        mamba2_step(*token, **some(**extras))
         maps = wide(B, 1, 16)
         extras = {"D": zeros(D), "z": wide(B, D), "dt_bias": zeros(D), "dt_softplus": True}
         selective_scan_step(zeros(B, D, 16), wide(B, D), wide(B, D), zeros(D, 16), maps, maps, **some(**extras))

@@ -91,6 +91,32 @@ def test_many_tiles_match_the_oracle(family: Family, way: str, dtype: torch.dtyp
     check_against_the_oracle(family, way, case, dtype)
 
 
+@NEEDS_TRITON
+@pytest.mark.usefixtures("small_tiles", "poisoned_empty")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [Case(2, 64, 70, P=32), Case(4, 32, 32, H=2, P=8)], ids=["whole", "packed"])
+def test_full_tiles_without_masks_match_the_oracle(
+    family: Family, dtype: torch.dtype, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of two bytes per element take wide tiles if these are full."""
+    monkeypatch.setattr(position_mix_triton, "_WIDE", 32)
+    x = case.draw(family, dtype)["x"]
+    tile = position_mix_triton._mix_tile(x, x)
+    assert tile[1] == (32 if dtype == torch.bfloat16 else 16)
+    assert case.L % tile[0] == case.B * case.P % tile[1] == 0
+    check_against_the_oracle(family, "triton", case, dtype)
+
+
+@NEEDS_TRITON
+def test_wide_tiles_are_full_and_of_narrow_factors() -> None:
+    x, wide = torch.empty(2, 256, 1, 256, dtype=torch.bfloat16), torch.empty(1)
+    assert position_mix_triton._mix_tile(x, x) == (128, 256, 64, 8, 3)
+    assert position_mix_triton._mix_tile(x, x, wide)[1] == 128
+    assert position_mix_triton._mix_tile(x[:, 1:], x)[1] == 128
+    assert position_mix_triton._mix_tile(x[..., 1:], x)[1] == 128
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("without", [("bias",), ("residual",), ("bias", "residual")], ids="-and-".join)

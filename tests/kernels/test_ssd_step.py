@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from nothing_waits import NothingWaits
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_zoo.kernels import ssd_triton
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d_step
@@ -256,20 +256,6 @@ def tokens_of(name: str, count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     drawn = [{n: torch.randn(s, generator=generator) for n, s in STEPS[name][1].items()} for _ in range(count)]
     return [{n: -v.exp() if n in ("A", "log_decay") else v for n, v in token.items()} for token in drawn]
-
-
-class NothingWaits(TorchDispatchMode):
-    """Fails on what makes the host wait for a device, or gives a tensor whose size depends on data."""
-
-    WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in self.WAITS, f"{name} waits for the device"
-        devices = {value.device for value in args if isinstance(value, Tensor)}
-        devices |= {torch.device(device) for device in [(kwargs or {}).get("device")] if device is not None}
-        assert len(devices) <= 1, f"{name} copies between {devices}"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", STEPS)

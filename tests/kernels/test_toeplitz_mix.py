@@ -43,6 +43,15 @@ def test_distances_that_do_not_occur_have_no_gradient(way: str) -> None:
     assert gradients["dweight"][:, :20].all()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_of_distances_that_do_not_occur_are_not_read(way: str) -> None:
+    values = Case(2, 20, 33, H=2).draw(TOEPLITZ, torch.float32)
+    blank = values["weight"].detach().clone()
+    blank[:, 20:] = torch.nan
+    poisoned = values | {"weight": blank.requires_grad_()}
+    close(results(called(TOEPLITZ, way), poisoned), results(called(TOEPLITZ, way), values), torch.float32)
+
+
 @pytest.mark.usefixtures("transforms")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 100])

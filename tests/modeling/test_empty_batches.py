@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ssm_zoo.kernels.mamba2_step import mamba2_step
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
@@ -110,6 +111,9 @@ OPS: dict[str, Any] = {
     ),
     "ssd_log_decay_step": lambda: ssd_log_decay_step(
         torch.zeros(0, 2, 4, 3), zeros(0, 2, 4), zeros(0, 2), zeros(0, 1, 3), zeros(0, 1, 3)
+    ),
+    "mamba2_step": lambda: mamba2_step(
+        zeros(0, 14), torch.zeros(0, 14, 3), torch.zeros(0, 2, 4, 3), zeros(0, 2), zeros(14, 4), zeros(14), zeros(2)
     ),
     "rms_norm": lambda: rms_norm(zeros(0, 5, 6), zeros(6), 1e-5, z=zeros(0, 5, 6)),
     "add_rms_norm": lambda: add_rms_norm(zeros(0, 5, 6), zeros(0, 5, 6), zeros(6), 1e-5),

@@ -16,6 +16,7 @@ from ssm_zoo.kernels.bounded_attention import (
     bounded_attention_step,
 )
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference, causal_conv1d_step
+from ssm_zoo.kernels.mamba2_step import mamba2_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import (
     masked_mix,
@@ -123,6 +124,11 @@ OPS: dict[str, Op] = {
     "causal_conv1d": Op(causal_conv1d, CONVOLUTION),
     "causal_conv1d_reference": Op(causal_conv1d_reference, CONVOLUTION),
     "causal_conv1d_step": Op(causal_conv1d_step, "x:BH weight:HK state:BHJ bias:H", ("state",)),
+    "mamba2_step": Op(
+        mamba2_step,
+        "xBC:BY conv_state:BYJ state:BHPN dt:BH weight:YK bias:Y A_log:H D:HP z:BHP dt_bias:H",
+        ("conv_state", "state"),
+    ),
     "rms_norm": Op(rms_norm, "x:BH weight:H z:BH", options=EPS),
     "rms_norm_reference": Op(rms_norm_reference, "x:BH weight:H z:BH", options=EPS),
     "add_rms_norm": Op(add_rms_norm, "x:BH residual:BH weight:H", options=EPS),
