@@ -105,7 +105,7 @@ def ssd(
     implementation = choose_implementation(implementation, "ssd", x, traceable=True)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     operands = x, dt, A, B, C, D, z, initial_state, dt_bias
-    y, state = _scan(operands, (dt_softplus, dt_limit), seq_idx, chunk_size, implementation)
+    y, state = _scan(operands, (dt_softplus, dt_limit), seq_idx, return_final_state, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -151,7 +151,7 @@ def ssd_log_decay(
     implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     operands = x, log_decay, None, B, C, D, z, initial_state, None
-    y, state = _scan(operands, (False, (0.0, math.inf)), seq_idx, chunk_size, implementation)
+    y, state = _scan(operands, (False, (0.0, math.inf)), seq_idx, return_final_state, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -264,6 +264,7 @@ def _scan(
     operands: tuple[Any, ...],
     steps: tuple[bool, tuple[float, float]],
     seq_idx: Tensor | None,
+    final: bool,
     chunk_size: int | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
@@ -289,7 +290,7 @@ def _scan(
             real, first = documents(seq_idx)
             marks = first.to(torch.int8).masked_fill(~real, 2)
         dt_softplus, dt_limit = steps
-        arguments = x, decay, A, B, C, D, z, initial_state, dt_bias, dt_softplus, dt_limit, marks, chunk_size
+        arguments = x, decay, A, B, C, D, z, initial_state, dt_bias, dt_softplus, dt_limit, marks, final, chunk_size
         return ssd_scan_triton(*arguments)
     scale, log_decay = None, decay.to(sums)
     if A is not None:

@@ -49,21 +49,21 @@ class Decays(NamedTuple):
 
 
 def decay_sums(decays: Decays, chunk: int) -> Tensor:
-    """Return the inclusive sums of log2-decays over the spans, and the scale of the inputs.
+    """Return the inclusive sums of log2-decays over the spans, and the factors of the inputs.
 
     Args:
         decays: the decays.
         chunk: tokens of a chunk, a power of two up to 64.
 
     Returns:
-        (B, H, 3, T) float32: coarse sums, fine sums and step sizes; (B, H, 2, T) without step sizes. T is L rounded up
-        to whole spans. Tokens from L on have decay one and step size zero.
+        (B, H, 3, T) float32: coarse sums, fine sums F, and factors s 2^-F with s the step size or 1. T is L rounded up
+        to whole spans. Tokens from L on have decay one. With the factors, s_j exp(S_i - S_j) takes one operation less
+        for each pair of tokens: it is a power of a difference of coarse sums, times a number of each token.
     """
     batch, length, heads = decays.decay.shape
     span = chunk * CHUNKS_OF_SPAN
     spans = triton.cdiv(length, span)
-    parts = 2 if decays.A is None else 3
-    sums = decays.decay.new_empty(batch, heads, parts, spans * span, dtype=torch.float32)
+    sums = decays.decay.new_empty(batch, heads, 3, spans * span, dtype=torch.float32)
     sums_kernel[(batch * spans, triton.cdiv(heads, _HEADS))](
         *decays.arguments(),
         sums,
@@ -167,14 +167,10 @@ def sums_kernel(
     decay_ptr += batch * decay_batch
     a = tl.load(decay_ptr + head[:, None] * decay_head + token[None, :] * decay_token, mask=inside, other=0.0)
     a = a.to(tl.float32)  # (H, SPAN)
-    parts = 2
-    if A_ptr is not None:
-        parts = 3
-    place = (batch * heads + head)[:, None] * parts * tokens + token[None, :]
+    size = tl.full((BLOCK_H, SPAN), 1.0, dtype=tl.float32)
     if A_ptr is not None:
         _, size = _before_limits(a, bias_ptr, head, in_heads, bias_head, SOFTPLUS)
         size = _limited(size, lowest, highest)
-        tl.store(sums_ptr + place + 2 * tokens, tl.where(inside, size, 0.0), mask=in_heads[:, None])
         a = size * tl.load(A_ptr + head * A_head, mask=in_heads, other=0.0).to(tl.float32)[:, None]
     a *= 1.4426950408889634
     if marks_ptr is not None:
@@ -183,8 +179,11 @@ def sums_kernel(
     a = tl.where(a < -256.0, -256.0, a)
     a = tl.where(inside, a, 0.0)
     coarse = tl.floor(a * 256.0 + 0.5) * 0.00390625
-    tl.store(sums_ptr + place, tl.cumsum(coarse, 1), mask=in_heads[:, None])
-    tl.store(sums_ptr + place + tokens, tl.cumsum(a - coarse, 1), mask=in_heads[:, None])
+    fine = tl.cumsum(a - coarse, 1)
+    sums_ptr += (batch * heads + head)[:, None] * 3 * tokens + token[None, :]
+    tl.store(sums_ptr, tl.cumsum(coarse, 1), mask=in_heads[:, None])
+    tl.store(sums_ptr + tokens, fine, mask=in_heads[:, None])
+    tl.store(sums_ptr + 2 * tokens, tl.where(inside, size * tl.exp2(-fine), 0.0), mask=in_heads[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "first", "count"])

@@ -19,6 +19,7 @@ from with_triton import DEVICE, NEEDS_TRITON, with_triton
 pytestmark = NEEDS_TRITON
 
 Q = 16  # tokens of a chunk, the fewest that tiles allow
+SPAN = 4 * Q  # tokens between the states that a forward without a backward stores
 OP = with_triton(partial(ssd_log_decay, chunk_size=Q))
 # Processors of the device: few make several sections of the backward, many make several stretches of the walk.
 FEW, MANY = 1, 1000
@@ -126,6 +127,52 @@ def test_stretches_match_the_reference(processors: int, dtype: torch.dtype, monk
     values["log_decay"][1, 7 * Q + 3] = -math.inf
     check_against_the_reference(values, dtype)
     assert grids == [(1, 1, 2 * 3), (1, 1, 2 * 4)] * 2  # three of four, then all; forward and backward
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("length", "processors"),
+    [(SPAN - 1, FEW), (SPAN, FEW), (SPAN + 1, FEW), (2 * SPAN + Q + 3, FEW), (4 * SPAN + 3, MANY)],
+    indirect=["processors"],
+)
+def test_without_a_backward_the_results_are_those_of_the_reference(
+    length: int, processors: int, dtype: torch.dtype
+) -> None:
+    """Then only the states that enter spans are stored; in one row a document begins inside the second span."""
+    values = draw(2, length, 2, 3, 1, 5)
+    kept = ("D", "initial_state")
+    values = {name: value.to(torch.float32 if name in kept else dtype) for name, value in values.items()}
+    seq_idx = torch.zeros(2, length, dtype=torch.long)
+    seq_idx[1, SPAN + Q // 2 :] = 1
+    with torch.no_grad():
+        y, state = OP(**values, seq_idx=seq_idx, return_final_state=True)
+        rough = OP(**values, seq_idx=seq_idx)
+    exact = {name: value.double() for name, value in values.items()}
+    expected, expected_state = ssd_log_decay_reference(**exact, seq_idx=seq_idx, return_final_state=True)
+    rtol, _ = TOLERANCES[dtype]
+    for found in (y, rough):
+        assert (found - expected).norm() / expected.norm() < rtol / 2
+    rtol, atol = TOLERANCES[torch.float32]
+    torch.testing.assert_close(state.double(), expected_state, rtol=rtol, atol=atol)
+
+
+def test_only_a_backward_makes_the_forward_store_all_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters that need gradients do not matter where none are recorded."""
+    intervals = []
+    walk = ssd_triton._walk
+
+    def recorded(*args: Any, **options: Any) -> Tensor:
+        intervals.append(options["interval"])
+        return walk(*args, **options)
+
+    monkeypatch.setattr(ssd_triton, "_walk", recorded)
+    values = {name: value.float().requires_grad_() for name, value in draw(1, Q, 1, 2, 1, 3).items()}
+    with torch.no_grad():
+        OP(**values)
+    OP(**{name: value.detach() for name, value in values.items()})
+    OP(**values)
+    assert intervals == [4, 4, 1]
 
 
 def test_sections_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
