@@ -304,8 +304,8 @@ def _output(*operands: Any) -> Tensor:
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     _, capability = _device(x)
-    # Before compute capability 9, the operands of a product take registers, which leaves fewer for tiles.
-    block_p = block_p if capability >= 9 else min(block_p, 32)
+    # Before compute capability 9, the operands of a product take registers, so that a thread has fewer for the state.
+    warps = 8 if x.dtype == torch.float32 or capability < 9 else 4
     y = x.new_empty(x.shape)
     spans = states.shape[1]
     output_kernel[(batch * spans * heads, triton.cdiv(width, block_p))](
@@ -318,7 +318,7 @@ def _output(*operands: Any) -> Tensor:
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         EMULATE=INTERPRETED,
-        num_warps=4 if x.dtype != torch.float32 else 8,
+        num_warps=warps,
         num_stages=1,
     )
     return y
@@ -332,7 +332,7 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     chunks = states.shape[1]
     processors, capability = _device(x)
-    # As in `_output`; here dB and dC take registers too.
+    # As in `_output`; here dB and dC take registers too, and more warps do not help.
     block_p = min(block_p, 32 if x.dtype.itemsize == 2 and block_n <= 128 and capability >= 9 else 16)
     # A program sums dB and dC over several heads of a group, which saves recomputations of C B^T and memory for partial
     # sums, as long as enough programs remain to fill the device.
