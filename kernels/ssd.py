@@ -104,9 +104,8 @@ def ssd(
     _check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd", x, traceable=True)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
-    dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
-    operands = x, dt, dt * A.to(dt.dtype), B, C, D, z, initial_state
-    y, state = _scan(operands, seq_idx, chunk_size, implementation)
+    operands = x, dt, A, B, C, D, z, initial_state, dt_bias
+    y, state = _scan(operands, (dt_softplus, dt_limit), seq_idx, return_final_state, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -151,8 +150,8 @@ def ssd_log_decay(
     _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
-    operands = x, None, log_decay.to(accumulator(x)), B, C, D, z, initial_state
-    y, state = _scan(operands, seq_idx, chunk_size, implementation)
+    operands = x, log_decay, None, B, C, D, z, initial_state, None
+    y, state = _scan(operands, (False, (0.0, math.inf)), seq_idx, return_final_state, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -262,19 +261,44 @@ def _loop(
 
 
 def _scan(
-    operands: tuple[Any, ...], seq_idx: Tensor | None, chunk_size: int | None, implementation: str
+    operands: tuple[Any, ...],
+    steps: tuple[bool, tuple[float, float]],
+    seq_idx: Tensor | None,
+    final: bool,
+    chunk_size: int | None,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run the chosen implementation on the operands of :func:`ssd_scan_torch`; returns outputs and final state."""
-    x, scale, log_decay, B, *others = operands
+    """Run the chosen implementation.
+
+    Args:
+        operands: x, step sizes or log-decays, A or None, B, C, D, z, initial state and bias of the step sizes.
+        steps: whether to apply softplus to the step sizes, and the range to which they are clamped.
+
+    Returns:
+        Outputs and final state.
+    """
+    x, decay, A, B, C, D, z, initial_state, dt_bias = operands
+    sums = accumulator(x)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if x.shape[0] == 0:
         state = (0, *x.shape[2:], B.shape[-1])
-        return empty_batch(tuple(x.shape), x.dtype, *operands), empty_batch(state, log_decay.dtype, *operands)
+        return empty_batch(tuple(x.shape), x.dtype, *operands), empty_batch(state, sums, *operands)
+    if implementation == "triton":
+        marks = None
+        if seq_idx is not None:
+            real, first = documents(seq_idx)
+            marks = first.to(torch.int8).masked_fill(~real, 2)
+        dt_softplus, dt_limit = steps
+        arguments = x, decay, A, B, C, D, z, initial_state, dt_bias, dt_softplus, dt_limit, marks, final, chunk_size
+        return ssd_scan_triton(*arguments)
+    scale, log_decay = None, decay.to(sums)
+    if A is not None:
+        scale = step_sizes(log_decay, dt_bias, *steps)
+        log_decay = scale * A.to(sums)
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
-    scan = ssd_scan_triton if implementation == "triton" else ssd_scan_torch
-    return scan(x, scale, log_decay, B, *others, chunk_size=chunk_size)
+    return ssd_scan_torch(x, scale, log_decay, B, C, D, z, initial_state, chunk_size)
 
 
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:

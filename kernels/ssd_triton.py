@@ -7,11 +7,14 @@ a_t, T the sum over the chunk and h the state entering it,
     M_ij = (C_i . B_j) exp(S_i - S_j) s_j  for j <= i,
     y_i  = (sum_j M_ij x_j + exp(S_i) h C_i + D x_i) silu(z_i),      h' = exp(T) h + sum_j exp(T - S_j) s_j x_j (x) B_j.
 
-The forward has two launches: the first walks over the chunks with the state in registers and stores the state entering
-each, the second computes the outputs of all chunks in parallel. The backward also has two: the same walk from the end,
-over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving each chunk; then one
-program per chunk recomputes M and the outputs before the gate. No (Q, Q) matrix and no sum of decays is written to
-memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a fixed order.
+A span is four chunks. The forward has two launches: the first walks over the row with the state in registers and stores
+the state entering each span, the second walks over the chunks of all spans in parallel and computes the outputs. If
+there will be a backward, the first stores the state entering each chunk. The backward also has two launches: the same
+walk from the end, over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving
+each chunk; then one program per chunk recomputes M and the outputs before the gate. Step sizes and sums of decays are
+computed before, once for all, by :mod:`.ssd_decays_triton`, and so are their gradients afterwards. No (Q, Q) matrix is
+written to memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a fixed
+order.
 
 Two rules depend on the number of processors, so results may differ in rounding between devices, but not between runs.
 A row that is long for its number of heads is walked in stretches (:func:`_stretches`), and the backward processes a
@@ -36,6 +39,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
+from .checks import recorded
+from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, chunk_sums, decay_sums, sums_before
 from .tracing import opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
 
@@ -45,28 +50,39 @@ _INTERPRETED_PROCESSORS, _INTERPRETED_CAPABILITY = 1, 9
 
 def ssd_scan_triton(
     x: Tensor,
-    scale: Tensor | None,
-    log_decay: Tensor,
+    decay: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
     initial_state: Tensor | None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    marks: Tensor | None = None,
+    final: bool = True,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
+    """Compute `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
 
-    Differentiable. The arguments encode documents and padding by log-decays of -inf and 0, and zeros in x, B, C and z.
+    Differentiable. The arguments hold zeros in x, B, C and z at padding.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1, not float64.
-        scale: (B, L, H) float32 factors of the inputs; one if not given.
-        log_decay: (B, L, H) float32 log-decays, in [-inf, 0].
+        decay: (B, L, H) step sizes, before bias, softplus and limits; log-decays in [-inf, 0] if `A` is None, and then
+            nothing multiplies the inputs.
+        A: (H) decay rates, or None.
         B: (B, L, G, N) input maps; G divides H.
         C: (B, L, G, N) output maps.
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
         initial_state: (B, H, P, N) state before the first token; zero if not given.
+        dt_bias: (H) added to the step sizes.
+        dt_softplus: apply softplus to the step sizes.
+        dt_limit: range to which the step sizes are clamped.
+        marks: (B, L) int8: 1 for a token that forgets everything before it, 2 for padding, whose decay is one, else 0.
+        final: whether the final state is of interest; if not, it is less accurate in 16 bits.
         chunk_size: preferred chunk length, rounded to a power of two between 16 and what fits (:func:`_tiles`).
 
     Returns:
@@ -80,12 +96,15 @@ def ssd_scan_triton(
     if initial_state is not None:
         initial_state = initial_state.float()
     scan = _traced_scan if tracing() else _Scan.apply
-    y, state = scan(x, scale, log_decay, B, C, D, z, initial_state, chunk_size)
+    # While a graph is traced, it is not known yet whether there will be a backward.
+    kept = tracing() or recorded(x, decay, A, B, C, D, z, initial_state, dt_bias)
+    options = dt_softplus, *map(float, dt_limit), final, kept, chunk_size
+    y, state = scan(x, decay, A, B, C, D, z, initial_state, dt_bias, marks, *options)
     return y.to(dtype), state
 
 
 class _Scan(torch.autograd.Function):
-    """The Triton scan; saves the inputs and the states entering the chunks, and recomputes decays, scores and M.
+    """The Triton scan; saves the inputs, the sums of decays and the states entering the chunks.
 
     With g the gradient of the state leaving a chunk, o_i = dy_i silu(z_i) and dM_ij = (o_i . x_j) exp(S_i - S_j) s_j:
     dC_i = sum_j dM_ij B_j + exp(S_i) h^T o_i, dB_j = sum_i dM_ij C_i + exp(T - S_j) s_j g^T x_j,
@@ -99,33 +118,43 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        x, scale, log_decay, B, C, D, z, initial_state, chunk_size = arguments
+        x, decay, A, B, C, D, z, initial_state, dt_bias, marks, *ctx.options, final, kept, ctx.chunk_size = arguments
         x, B, C, z = map(unit_stride, (x, B, C, z))
-        log_decay = log_decay.contiguous()
-        scale = None if scale is None else scale.contiguous()
-        chunk, _, _ = _tiles(x.shape[3], B.shape[3], x.dtype, chunk_size)
+        chunk, _, _ = _tiles(x.shape[3], B.shape[3], x.dtype, ctx.chunk_size)
         chunks = triton.cdiv(x.shape[1], chunk)
-        states = x.new_empty(x.shape[0], chunks, *x.shape[2:], B.shape[3])
-        operands = x, scale, log_decay, B, C, D, z, states
+        # The backward needs the states entering all chunks, the outputs every fourth.
+        interval = 1 if kept and any(ctx.needs_input_grad) else CHUNKS_OF_SPAN
+        states = x.new_empty(x.shape[0], triton.cdiv(chunks, interval), *x.shape[2:], B.shape[3])
         with torch.cuda.device_of(x):
-            end = _walk(x, None, scale, log_decay, B, initial_state, states, 0, chunks, chunk_size, reverse=False)
-            y = _output(*operands, chunk_size)
-        ctx.save_for_backward(*operands)
-        ctx.chunk_size = chunk_size
+            sums = decay_sums(Decays(decay, A, dt_bias, marks, *ctx.options), chunk)
+            operands = x, sums, B, C, D, z, states
+            end = _walk(
+                *(x, None, sums, B, initial_state, states, 0, chunks, ctx.chunk_size),
+                reverse=False,
+                interval=interval,
+                accurate=final,
+            )
+            y = _output(*operands[:-1], states[:, :: CHUNKS_OF_SPAN // interval], ctx.chunk_size)
+        ctx.save_for_backward(*operands, decay, A, dt_bias, marks)
         ctx.set_materialize_grads(False)
         return y, end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
+        *operands, decay, A, dt_bias, marks = ctx.saved_tensors
+        x = operands[0]
         outer = unit_stride(x.new_zeros(x.shape[3]).expand(x.shape) if dy is None else dy)
+        decays = Decays(decay, A, dt_bias, marks, *ctx.options)
         with torch.cuda.device_of(x):
-            *gradients, dinitial_state = _gradients(*ctx.saved_tensors, outer, dfinal_state, ctx.chunk_size)
-        return *gradients, dinitial_state if ctx.needs_input_grad[7] else None, None
+            gradients = _gradients(*operands, outer, dfinal_state, decays, ctx.needs_input_grad[7], ctx.chunk_size)
+        dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient = gradients
+        if not ctx.needs_input_grad[7]:
+            dinitial_state = None
+        return dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient, *[None] * 7
 
 
-def _empty_results(x: Tensor, scale: Any, log_decay: Any, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _empty_results(x: Tensor, decay: Any, A: Any, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, _, heads, width = x.shape
     return x.new_empty(x.shape), x.new_empty(batch, heads, width, B.shape[3], dtype=torch.float32)
 
@@ -133,7 +162,8 @@ def _empty_results(x: Tensor, scale: Any, log_decay: Any, B: Tensor, *others: An
 _traced_scan = opaque(
     _Scan,
     "scan",
-    "Tensor x, Tensor? scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
+    "Tensor x, Tensor decay, Tensor? A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
+    "Tensor? dt_bias, Tensor? marks, bool dt_softplus, float lowest, float highest, bool final, bool kept, "
     "int? chunk_size",
     _empty_results,
 )
@@ -188,8 +218,8 @@ def _sections(programs: int, chunks: int, processors: int) -> int:
     three sections of at least two rounds each, which limits the number of launches. Not measured on a device yet.
 
     With 132 processors, P = 64, N = 128, 16 bits and one row, the ratio of the peak memory of forward and backward to
-    the memory of inputs, outputs, all their gradients and the saved states is at most 1.2 from six rounds on (380 MB
-    without a gate) and 1.28 with four. In one section it would be 1.6 with eight or four heads per program (85 MB more)
+    the memory of inputs, outputs, all their gradients and all that is saved is at most 1.2 from six rounds on (380 MB
+    without a gate) and 1.3 with four. In one section it would be 1.6 with eight or four heads per program (85 MB more)
     and up to 2.6 with one (42 MB more). Sections do not separate rows, so many short rows keep such a ratio.
     """
     rounds = triton.cdiv(programs, processors)
@@ -199,8 +229,7 @@ def _sections(programs: int, chunks: int, processors: int) -> int:
 def _walk(
     value: Tensor,
     z: Tensor | None,
-    scale: Tensor | None,
-    log_decay: Tensor,
+    sums: Tensor,
     key: Tensor,
     start: Tensor | None,
     states: Tensor,
@@ -208,14 +237,20 @@ def _walk(
     count: int,
     chunk_size: int | None,
     reverse: bool,
+    interval: int,
+    accurate: bool,
 ) -> Tensor:
     """Walk over the chunks from `first` to `first + count`, backwards if `reverse`.
 
     Args:
-        value: (B, L, H, P) values, multiplied by `silu(z)` and `scale` if these are given.
+        value: (B, L, H, P) values, multiplied by `silu(z)` if it is given, and unless `reverse` by the step sizes.
+        sums: sums of decays and step sizes (:func:`decay_sums`).
         key: (B, L, G, N) maps into the state.
         start: (B, H, P, N) float32 state to start with; zero if not given.
-        states: (B, c, H, P, N) output, c >= `count`: the states entering the chunks, or leaving them if `reverse`.
+        states: (B, c, H, P, N) output, c >= `count` / `interval`: the states entering the chunks, or leaving them if
+            `reverse`.
+        interval: chunks between the states that are stored, 1 if `reverse`.
+        accurate: add the values to the state with more than the 8 bits of bfloat16, as a result needs it.
 
     Returns:
         (B, H, P, N) float32 state at the end of the walk.
@@ -223,12 +258,17 @@ def _walk(
     batch, length, heads, width = value.shape
     groups, size = key.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, key.dtype, chunk_size)
-    # State tiles are smaller than elsewhere, because this launch has only B H (P / BLOCK_P) programs.
-    block_p = min(block_p, 32)
+    # A program of a wide tile has 8 warps, so that a thread holds no more of the state than in a narrow one.
+    warps = 8 if key.dtype == torch.float32 or block_p > 32 else 4
     tiles = triton.cdiv(width, block_p)
     processors, _ = _device(value)
-    stretch = triton.cdiv(count, _stretches(tiles * heads * batch, count, processors))
-    stretches = triton.cdiv(count, stretch)
+    stored = triton.cdiv(count, interval)
+    stretch = triton.cdiv(stored, _stretches(tiles * heads * batch, count, processors))
+    stretches = triton.cdiv(stored, stretch)
+    # Long steps have fewer barriers a token, and shrink the state less often.
+    step = chunk * min(interval, 2)
+    steps = triton.cdiv(count * chunk, step)
+    of_state = interval * chunk // step
     end = key.new_empty(batch, heads, width, size, dtype=torch.float32)
     summaries = passing = end
     if stretches > 1:
@@ -237,58 +277,62 @@ def _walk(
         passing = end.new_empty(batch, stretches - 1, heads)
     for summary in (True, False) if stretches > 1 else (False,):
         walk_kernel[(tiles, heads, batch * (stretches - summary))](
-            *(value, z, key, log_decay, scale, None if start is None else start.contiguous(), states, end),
-            *(summaries, passing, length, first, count, stretch, stretches, states.shape[1], heads, heads // groups),
-            *strides(3, value, z, key),
+            *(value, z, key, sums, None if start is None else start.contiguous(), states, end, summaries, passing),
+            *(length, sums.shape[3], first, steps, stretch * of_state, stretches, states.shape[1]),
+            *(heads, heads // groups, *strides(3, value, z, key)),
             WIDTH=width,
             SIZE=size,
+            SPAN=chunk * CHUNKS_OF_SPAN,
+            STEPS=of_state,
             REVERSE=reverse,
             SUMMARY=summary,
-            SPLIT=key.dtype != torch.float32,
-            Q=chunk,
+            SPLIT=accurate and key.dtype != torch.float32,
+            Q=step,
             BLOCK_P=block_p,
             BLOCK_N=block_n,
             EMULATE=INTERPRETED,
-            num_warps=4 if key.dtype != torch.float32 else 8,
+            num_warps=warps,
             num_stages=2,
         )
     return end
 
 
 def _output(*operands: Any) -> Tensor:
-    """Return the (B, L, H, P) outputs, computed for every chunk from the state entering it."""
-    x, scale, log_decay, B, C, D, z, states, chunk_size = operands
+    """Return the (B, L, H, P) outputs, computed for every chunk from the state entering its span."""
+    x, sums, B, C, D, z, states, chunk_size = operands
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     _, capability = _device(x)
-    # Before compute capability 9, the operands of a product take registers, which leaves fewer for tiles.
-    block_p = block_p if capability >= 9 else min(block_p, 32)
+    # Before compute capability 9, the operands of a product take registers, so that a thread has fewer for the state.
+    warps = 8 if x.dtype == torch.float32 or capability < 9 else 4
     y = x.new_empty(x.shape)
-    output_kernel[(batch * states.shape[1] * heads,)](
-        *(x, log_decay, scale, B, C, D, z, states, y, length, states.shape[1], heads, heads // groups),
-        *(*strides(3, x, B, C), *strides(2, D), *strides(3, z)),
+    spans = states.shape[1]
+    output_kernel[(batch * spans * heads, triton.cdiv(width, block_p))](
+        *(x, sums, B, C, D, z, states, y, length, sums.shape[3], spans, heads, heads // groups),
+        *(*strides(3, x, B, C), *strides(2, D), *strides(3, z), *strides(2, states)),
+        SPAN=chunk * CHUNKS_OF_SPAN,
         WIDTH=width,
         SIZE=size,
         Q=chunk,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         EMULATE=INTERPRETED,
-        num_warps=4 if x.dtype != torch.float32 else 8,
+        num_warps=warps,
         num_stages=1,
     )
     return y
 
 
 def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
-    """Return gradients of x, scale, log_decay, B, C, D, z and the initial state, section by section from the end."""
-    x, scale, log_decay, B, C, D, z, states, dy, dstate, chunk_size = operands
+    """Return gradients of x, decay, A, B, C, D, z, initial state and bias, section by section from the end."""
+    x, sums, B, C, D, z, states, dy, dstate, decays, initial, chunk_size = operands
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     chunks = states.shape[1]
     processors, capability = _device(x)
-    # As in `_output`; here dB and dC take registers too.
+    # As in `_output`; here dB and dC take registers too, and more warps do not help.
     block_p = min(block_p, 32 if x.dtype.itemsize == 2 and block_n <= 128 and capability >= 9 else 16)
     # A program sums dB and dC over several heads of a group, which saves recomputations of C B^T and memory for partial
     # sums, as long as enough programs remain to fill the device.
@@ -301,8 +345,9 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     # For compute capability 8.0, ptxas gives this kernel 32 registers and spills the rest unless the limit is set.
     limit = {"maxnreg": 255} if capability < 9 else {}
     dx = x.new_empty(x.shape)
-    dscale = None if scale is None else torch.empty_like(scale)
-    dlog_decay = torch.empty_like(log_decay)
+    of_decays = DecayGradients(decays, chunk, chunks)
+    flows = sums.new_empty(batch, heads, 3 if decays.A is None else 4, capacity * chunk)
+    passed = sums.new_empty(batch, capacity, heads)
     dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
     dz = None if z is None else z.new_empty(z.shape)
     dD = None if D is None else x.new_empty(batch, chunks, heads, width, dtype=torch.float32)
@@ -311,12 +356,16 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     dC_parts = torch.empty_like(dB_parts)
     for first in reversed(range(0, chunks, capacity)):
         count = min(capacity, chunks - first)
-        dstate = _walk(dy, z, None, log_decay, C, dstate, dstates, first, count, chunk_size, reverse=True)
+        dstate = _walk(
+            *(dy, z, sums, C, dstate, dstates, first, count, chunk_size), reverse=True, interval=1, accurate=initial
+        )
         chunk_gradients_kernel[(batch * count * parts,)](
-            *(x, log_decay, scale, B, C, D, z, states, dy, dstates, dx, dlog_decay, dscale, dB_parts, dC_parts, dD, dz),
-            *(length, chunks, first, count, capacity, heads, heads // groups),
+            *(x, sums, B, C, D, z, states, dy, dstates, dx, flows, passed, dB_parts, dC_parts, dD, dz),
+            *(length, sums.shape[3], chunks, first, count, capacity, heads, heads // groups),
             *(*strides(3, x, B, C), *strides(2, D), *strides(3, z, dy)),
             TOGETHER=together,
+            SCALED=decays.A is not None,
+            SPAN=chunk * CHUNKS_OF_SPAN,
             WIDTH=width,
             SIZE=size,
             Q=chunk,
@@ -327,35 +376,13 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
             num_stages=1,
             **limit,
         )
+        of_decays.add(flows, passed, first, count)
         part = slice(first * chunk, min((first + count) * chunk, length))
         tokens = part.stop - part.start
-        for whole, sums in ((dB, dB_parts), (dC, dC_parts)):
-            whole[:, part] = sums[:, :tokens].unflatten(2, (groups, -1)).sum(3)
-    return dx, dscale, dlog_decay, dB, dC, None if dD is None else dD.sum((0, 1)), dz, dstate
-
-
-@triton.jit
-def _decay_sums(log_decay_ptr, offsets, mask):
-    """Return the inclusive sums of a chunk's log2-decays in two parts.
-
-    A decay below 2^-256 is zero in float32, and so is every product with it; clamping to this bound makes -inf finite.
-    The first part sums multiples of 2^-9 up to 64 * 256, which float32 represents exactly; the second sums remainders
-    of at most 2^-10. A difference of two sums is therefore as accurate as the sum of the terms in between. In a single
-    sum near -4000 the contribution of a mild decay would be lost.
-    """
-    a = tl.load(log_decay_ptr + offsets, mask=mask, other=0.0) * 1.4426950408889634
-    a = tl.where(a < -256.0, -256.0, a)  # keeps a NaN, unlike maximum
-    coarse = tl.floor(a * 512.0 + 0.5) * 0.001953125
-    return tl.cumsum(coarse, 0), tl.cumsum(a - coarse, 0)
-
-
-@triton.jit
-def _to_end(coarse, fine, rows, Q: tl.constexpr):
-    """Return the decays from each token to the chunk's end, and the decay over the whole chunk."""
-    last = rows == Q - 1
-    coarse_end = tl.sum(tl.where(last, coarse, 0.0), 0)
-    fine_end = tl.sum(tl.where(last, fine, 0.0), 0)
-    return tl.exp2((coarse_end - coarse) + (fine_end - fine)), tl.exp2(coarse_end + fine_end)
+        for whole, partial in ((dB, dB_parts), (dC, dC_parts)):
+            whole[:, part] = partial[:, :tokens].unflatten(2, (groups, -1)).sum(3)
+    dA, dt_bias = of_decays.vectors()
+    return dx, of_decays.decay, dA, dB, dC, None if dD is None else dD.sum((0, 1)), dz, dstate, dt_bias
 
 
 @triton.jit
@@ -370,13 +397,15 @@ def _between(coarse, fine, rows, BY_SOURCE: tl.constexpr):
     return tl.exp2(tl.where(counts, sums, -256.0))
 
 
+# In each kernel, `sums` are those of `decay_sums`, with three parts of `tokens` tokens for each head.
 @triton.jit(do_not_specialize=["length", "first", "count", "stretch", "stretches", "capacity"])
 def walk_kernel(
-    value_ptr, z_ptr, key_ptr, log_decay_ptr, scale_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
-    length, first, count, stretch, stretches, capacity, heads, per_group,
+    value_ptr, z_ptr, key_ptr, sums_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
+    length, tokens, first, count, stretch, stretches, capacity, heads, per_group,
     value_batch, value_token, value_head, z_batch, z_token, z_head, key_batch, key_token, key_group,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr, SPLIT: tl.constexpr,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    SPAN: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr,
+    SUMMARY: tl.constexpr, SPLIT: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     walked = stretches
@@ -395,6 +424,7 @@ def walk_kernel(
     if z_ptr is not None:
         z_ptr += batch * z_batch + head * z_head
     key_ptr += batch * key_batch + (head // per_group) * key_group
+    sums_ptr += (batch * heads + head) * 3 * tokens
     dtype = key_ptr.dtype.element_ty
 
     row_state = (batch * heads + head) * (WIDTH * SIZE)
@@ -404,27 +434,28 @@ def walk_kernel(
     if not SUMMARY:
         if start_ptr is not None:
             state = tl.load(start_ptr + row_state + inside, mask=in_state, other=0.0)
-        for before in range(place):
-            at = passing + before * heads
+        for earlier in range(place):
+            at = passing + earlier * heads
             left = tl.load(summary_ptr + at * (WIDTH * SIZE) + inside, mask=in_state, other=0.0)
             state = state * tl.load(passing_ptr + at) + left
     for step in range(place * stretch, tl.minimum((place + 1) * stretch, count)):
         index = step
         if REVERSE:
             index = count - 1 - step
-        if not SUMMARY:
-            at = ((batch * capacity + index) * heads + head) * (WIDTH * SIZE)
+        if not SUMMARY and index % STEPS == 0:
+            at = ((batch * capacity + index // STEPS) * heads + head) * (WIDTH * SIZE)
             tl.store(states_ptr + at + inside, narrow(state, dtype, EMULATE), mask=in_state)
 
         begin = (tl.zeros((), dtype=tl.int64) + first + index) * Q
         present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-        scalars = (batch * length + begin) * heads + head
-        coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
-        weight, whole = _to_end(coarse, fine, rows, Q)
+        before, fine_before = sums_before(sums_ptr, tokens, begin, SPAN)
+        now = sums_ptr + begin
+        coarse, end, fine_end = tl.load(now + rows), tl.load(now + Q - 1), tl.load(now + tokens + Q - 1)
+        whole = tl.exp2((end - before) + (fine_end - fine_before))
         if REVERSE:
-            weight = tl.exp2(coarse + fine)
-        if scale_ptr is not None:
-            weight *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
+            weight = tl.exp2((coarse - before) + (tl.load(now + tokens + rows) - fine_before))
+        else:
+            weight = tl.load(now + 2 * tokens + rows) * tl.exp2((end - coarse) + fine_end)
         in_value = present[:, None] & in_p[None, :]
         value = tl.load(
             value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :], mask=in_value, other=0.0
@@ -448,7 +479,7 @@ def walk_kernel(
             state = dot(tl.trans(key), high, state, EMULATE)
             state = dot(tl.trans(key), low, state, EMULATE)
         else:
-            state = dot(tl.trans(key), weighted, state, EMULATE)
+            state = dot(tl.trans(key), narrow(weighted, dtype, EMULATE), state, EMULATE)
     if SUMMARY:
         at = passing + place * heads
         tl.store(summary_ptr + at * (WIDTH * SIZE) + inside, state, mask=in_state)
@@ -457,74 +488,87 @@ def walk_kernel(
         tl.store(end_ptr + row_state + inside, state, mask=in_state)
 
 
-@triton.jit(do_not_specialize=["length", "chunks"])
+@triton.jit(do_not_specialize=["length", "spans"])
 def output_kernel(
-    x_ptr, log_decay_ptr, scale_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, y_ptr,
-    length, chunks, heads, per_group,
+    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, y_ptr,
+    length, tokens, spans, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
-    z_token, z_head,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    EMULATE: tl.constexpr,
+    z_token, z_head, states_batch, states_span,
+    SPAN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)  # neighbours are heads of one chunk, which read the same B and C
-    head = program % heads
-    chunk = (program // heads) % chunks
-    batch = program // heads // chunks
+    program = tl.program_id(0)  # neighbours are heads of one span, which read the same B and C
+    head = (program % heads).to(tl.int64)
+    span = ((program // heads) % spans).to(tl.int64)
+    batch = (program // heads // spans).to(tl.int64)
     group = head // per_group
     rows = tl.arange(0, Q)
     n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n = n < SIZE
-    begin = chunk * Q
-    present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    in_maps = present[:, None] & in_n[None, :]
-    first_row = (batch * length + begin) * heads
+    in_p = p < WIDTH
+    begin = span * SPAN
     dtype = x_ptr.dtype.element_ty
     B_ptr += batch * B_batch + begin * B_token + group * B_group
     C_ptr += batch * C_batch + begin * C_token + group * C_group
-    B = tl.load(B_ptr + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
-    C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
-    scalars = first_row + head
-    coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
-    mix = dot(C, tl.trans(B), None, EMULATE) * _between(coarse, fine, rows, False)  # (Q target, Q source)
-    if scale_ptr is not None:
-        mix *= tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)[None, :]
-    mix = narrow(mix, dtype, EMULATE)
-    from_start = tl.exp2(coarse + fine)[:, None]
     x_ptr += batch * x_batch + begin * x_token + head * x_head
-    if D_ptr is not None:
-        D_ptr += head * D_head
+    y_ptr += ((batch * length + begin) * heads + head) * WIDTH
     if z_ptr is not None:
         z_ptr += batch * z_batch + begin * z_token + head * z_head
-    y_ptr += scalars * WIDTH
-    states_ptr += program * (WIDTH * SIZE)
-    for first in range(0, WIDTH, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        in_p = p < WIDTH
+    sums_ptr += (batch * heads + head) * 3 * tokens + begin
+    if D_ptr is not None:
+        D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)[None, :]
+    state = tl.load(
+        states_ptr + batch * states_batch + span * states_span + head * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :],
+        mask=in_p[:, None] & in_n[None, :],
+        other=0.0,
+    ).to(tl.float32)  # (P, N), entering the span and then each of its chunks
+    left = tl.minimum(length - begin, SPAN).to(tl.int32)  # tokens of the span
+    before = tl.zeros((), dtype=tl.float32)
+    fine_before = tl.zeros((), dtype=tl.float32)
+    for done in range(0, left, Q):
+        present = rows < left - done
+        in_maps = present[:, None] & in_n[None, :]
         in_x = present[:, None] & in_p[None, :]
-        state = tl.load(
-            states_ptr + p[:, None] * SIZE + n[None, :], mask=in_p[:, None] & in_n[None, :], other=0.0
-        )  # (P, N)
-        x = tl.load(x_ptr + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
-        y = dot(C, tl.trans(state), None, EMULATE) * from_start
-        y = dot(mix, x, y, EMULATE)
+        B = tl.load(B_ptr + done * B_token + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
+        C = tl.load(C_ptr + done * C_token + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
+        x = tl.load(x_ptr + done * x_token + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
+        at = sums_ptr + done
+        coarse, fine, factor = tl.load(at + rows), tl.load(at + tokens + rows), tl.load(at + 2 * tokens + rows)
+        end, fine_end = tl.load(at + Q - 1), tl.load(at + tokens + Q - 1)
+        # Masked before exp2: on the other side of the diagonal the differences are positive.
+        decay = tl.where(rows[:, None] >= rows[None, :], coarse[:, None] - coarse[None, :], -256.0)
+        mix = dot(C, tl.trans(B), None, EMULATE) * tl.exp2(decay)  # (Q target, Q source)
+        mix = narrow(mix * factor[None, :], dtype, EMULATE)
+        y = (
+            dot(C, tl.trans(narrow(state, dtype, EMULATE)), None, EMULATE)
+            * tl.exp2(coarse - before - fine_before)[:, None]
+        )
+        y = dot(mix, x, y, EMULATE) * tl.exp2(fine)[:, None]
         if D_ptr is not None:
-            y += x.to(tl.float32) * tl.load(D_ptr + p * D_width, mask=in_p, other=0.0)[None, :]
+            y += x.to(tl.float32) * D
         if z_ptr is not None:
-            _, gate = load_gate(z_ptr, rows[:, None] * z_token + p[None, :], in_x)
+            _, gate = load_gate(z_ptr + done * z_token, rows[:, None] * z_token + p[None, :], in_x)
             y *= gate
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE)
-        tl.store(y_ptr + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_x)
+        tl.store(y_ptr + done * (heads * WIDTH) + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_x)
+
+        weighted = x.to(tl.float32) * (factor * tl.exp2((end - coarse) + fine_end))[:, None]
+        state *= tl.exp2((end - before) + (fine_end - fine_before))
+        state = dot(tl.trans(narrow(weighted, dtype, EMULATE)), B, state, EMULATE)
+        before = end
+        fine_before = fine_end
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "first", "count", "capacity"])
 def chunk_gradients_kernel(
-    x_ptr, log_decay_ptr, scale_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, dy_ptr, dstates_ptr, dx_ptr,
-    dlog_decay_ptr, dscale_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr,
-    length, chunks, first, count, capacity, heads, per_group,
+    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, dy_ptr, dstates_ptr, dx_ptr,
+    flows_ptr, passed_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr,
+    length, tokens, chunks, first, count, capacity, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head, dy_batch, dy_token, dy_head,
-    TOGETHER: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
+    TOGETHER: tl.constexpr, SCALED: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     parts = heads // TOGETHER
@@ -557,13 +601,13 @@ def chunk_gradients_kernel(
     dy_ptr += batch * dy_batch + begin * dy_token
     for place in range(TOGETHER):
         head = part * TOGETHER + place
-        scalars = first_row + head
-        coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
-        to_end, whole = _to_end(coarse, fine, rows, Q)
+        sums = sums_ptr + (batch * heads + head) * 3 * tokens
+        coarse, fine, end, fine_end = chunk_sums(sums, tokens, begin, rows, Q, SPAN)
+        to_end = tl.exp2((end - coarse) + (fine_end - fine))
         from_start = tl.exp2(coarse + fine)
         scale = tl.full((Q,), 1.0, dtype=tl.float32)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + scalars + rows * heads, mask=present, other=0.0)
+        if SCALED:
+            scale = tl.load(sums + 2 * tokens + begin + rows) * tl.exp2(tl.load(sums + tokens + begin + rows))
         mix = narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
 
         dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
@@ -579,7 +623,7 @@ def chunk_gradients_kernel(
             in_x = present[:, None] & in_p[None, :]
             in_state = in_p[:, None] & in_n[None, :]
             inside = p[:, None] * SIZE + n[None, :]
-            dense = scalars * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
+            dense = (first_row + head) * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
             x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
             dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
             state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
@@ -617,12 +661,13 @@ def chunk_gradients_kernel(
                 tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
             tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=in_x)
 
-        # Loaded and summed again, because the decays between tokens would occupy registers throughout the loop.
-        coarse, fine = _decay_sums(log_decay_ptr + scalars, rows * heads, present)
+        # Loaded again, because the decays between tokens would occupy registers throughout the loop.
+        coarse, fine, end, fine_end = chunk_sums(sums, tokens, begin, rows, Q, SPAN)
         dmix *= _between(coarse, fine, rows, True)
         flow = dmix * scores
-        if scale_ptr is not None:
-            tl.store(dscale_ptr + scalars + rows * heads, tl.sum(flow, 1) + left, mask=present)
+        out = flows_ptr + (batch * heads + head) * (3 + SCALED) * capacity * Q + index * Q + rows
+        if SCALED:
+            tl.store(out + 3 * capacity * Q, tl.sum(flow, 1) + left)
             dmix *= scale[:, None]
             flow *= scale[:, None]
             left *= scale
@@ -630,11 +675,11 @@ def chunk_gradients_kernel(
         dC = dot(tl.trans(B), half, dC, EMULATE)
         dB = dot(tl.trans(C), tl.trans(half), dB, EMULATE)
 
-        # Contributions that cross k: from token to token, to the leaving state, and from the entering state.
-        flow = tl.cumsum(flow, 1, reverse=True) + left[:, None]
-        crossing = tl.sum(tl.where(rows[:, None] < rows[None, :], flow, 0.0), 0)
-        crossing += tl.cumsum(read, 0, reverse=True) + whole * tl.sum(passed, 0)
-        tl.store(dlog_decay_ptr + scalars + rows * heads, crossing, mask=present)
+        flow = tl.cumsum(flow, 1, reverse=True)
+        tl.store(out, tl.sum(tl.where(rows[:, None] < rows[None, :], flow, 0.0), 0))
+        tl.store(out + capacity * Q, read)
+        tl.store(out + 2 * capacity * Q, left)
+        tl.store(passed_ptr + (batch * capacity + index) * heads + head, tl.exp2(end + fine_end) * tl.sum(passed, 0))
 
     # (B, capacity Q, parts, N)
     partial = ((batch * capacity + index) * Q * parts + part) * SIZE

@@ -82,7 +82,7 @@ def _convolution(a: Arguments, launch: Launch) -> tuple[float, ...]:
 _Trips = Callable[[Arguments, Launch], tuple[float, ...]]
 _TRIPS: dict[str, _Trips] = {
     "ssd_triton.walk_kernel": _walk,
-    "ssd_triton.output_kernel": lambda a, _: (_up(a["WIDTH"], a["BLOCK_P"]),),
+    "ssd_triton.output_kernel": lambda a, _: (min(a["SPAN"], a["length"]) / a["Q"],),
     "ssd_triton.chunk_gradients_kernel": lambda a, _: (a["TOGETHER"], _up(a["WIDTH"], a["BLOCK_P"])),
     "selective_scan_triton.summary_kernel": lambda a, _: (_up(a["segment"], a["CHUNK"]),),
     "selective_scan_triton.carry_kernel": lambda a, _: (_up(a["segments"], a["STEPS"]),),

@@ -52,7 +52,7 @@ class ResourceCase:
 def cases() -> Iterator[ResourceCase]:
     """Return all cases; every kernel is launched by at least one."""
     yield _benchmark("ssd", TRAINING, HEADLINE)
-    for length in (512, 256):
+    for length in (HEADLINE["L"], 512, 256):
         yield _benchmark("ssd", "forward", {**HEADLINE, "L": length})
     yield _benchmark("selective_scan", TRAINING, {"B": 1, "L": 2048, "D": 1024, "N": 16})
     wide = {"B": 8, "L": 2048}
