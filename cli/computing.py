@@ -6,7 +6,7 @@ from typer.core import TyperCommand
 
 
 class ComputingCommand(TyperCommand):
-    """A command that runs models. What it needs for that is imported when it runs, after its arguments are read."""
+    """A command that runs models. It imports torch only when it runs, after its arguments are read."""
 
     def invoke(self, ctx: Any) -> object:
         from ..kernels.cpu_products import fast_products

@@ -165,7 +165,7 @@ def _check_plot(path: Path, report: Path | None) -> None:
     from ..harness.whole_files import check_output_file
 
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot: the picture must end in .png, got {path}.")
+        raise ValueError(f"--plot: the picture needs a name that ends in .png, got {path}.")
     if report is not None and path.resolve() == report.resolve():
         raise ValueError(f"--plot: {path} is also the report of --output. Give the picture a name of its own.")
     check_output_file(path, "--plot")

@@ -1,6 +1,6 @@
 """The `ssm-zoo` command: one sub-command per verb, each a thin layer over the package.
 
-A command imports torch and transformers only when it runs, so that --help and errors in the arguments are fast.
+A command imports torch and transformers only when it runs, so that --help and mistakes in the command line are fast.
 """
 
 import importlib.metadata
@@ -104,10 +104,10 @@ def card(
 app.command()(report)
 app.command()(convert)
 app.command(cls=ComputingCommand)(generate)
-app.command(cls=ComputingCommand)(show)
+app.command()(show)
 app.command()(push)
 app.command("list")(list_models)
-app.command(cls=ComputingCommand)(reproduce)
+app.command()(reproduce)
 
 if __name__ == "__main__":
     app(prog_name="ssm-zoo")

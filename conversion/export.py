@@ -18,6 +18,7 @@ from .. import modeling
 from ..harness.json_files import read_json_object
 from ..harness.processes import run_child
 from ..harness.whole_files import new_folder
+from ..kernels.cpu_products import fast_products
 from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load
@@ -126,7 +127,8 @@ def _verify(folder: Path, model: ZooPreTrainedModel, trust_tokenizer: bool) -> d
     auto_class = _auto_class(type(model))
     generator = torch.Generator().manual_seed(0)
     inputs = model.example_inputs(generator)
-    ours = isolated_load.first_output(model, inputs)
+    with fast_products(False):  # as in the other process
+        ours = isolated_load.first_output(model, inputs)
     if not ours.isfinite().all():
         raise ValueError(f"{folder.name}: the model's output for random {', '.join(inputs)} is not finite.")
     with tempfile.TemporaryDirectory() as scratch:

@@ -136,6 +136,34 @@ class AttentionView:
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
 
+    def attention_received(self, hidden: Tensor, *, rows: int = 512) -> Tensor:
+        """Sum the attention that each token receives from itself and the tokens after it, averaged over the heads.
+
+        The matrices are computed in blocks of rows, so that memory is linear in L.
+
+        Args:
+            hidden: (B, L, D) output of the layer's input norm.
+            rows: rows of a block.
+
+        Returns:
+            (B, L) float32 (float64 for float64 input); the sum over L is L.
+        """
+        queries, keys = self.queries_keys(hidden)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        received = torch.zeros(hidden.shape[:2], dtype=dtype, device=hidden.device)
+        for start in range(0, hidden.shape[1], rows):
+            end = min(start + rows, hidden.shape[1])
+            block = queries[:, start:end].to(dtype)
+            scores = torch.einsum("bihp,bjhp->bhij", block, keys[:, :end].to(dtype)) * self.scaling
+            if self.softcap is not None:
+                scores = soft_capped(scores, self.softcap)
+            distance = torch.arange(start, end, device=hidden.device)[:, None] - torch.arange(end, device=hidden.device)
+            hidden_columns = distance < 0
+            if self.window is not None:
+                hidden_columns |= distance >= self.window
+            received[:, :end] += scores.masked_fill(hidden_columns, -torch.inf).softmax(dim=-1).sum(2).mean(1)
+        return received
+
     def head_outputs(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Compute the heads' inputs to the output projection, without an L x L matrix where torch supports it.
 

@@ -13,10 +13,11 @@ have reached it:
 
 Errors are relative to the mean square of the stream at their token, by which the norm of the next reader divides: the
 first token of a window, whose stream may be thousands of times as large, would decide all otherwise. The larger of both
-streams counts, so that a token at which only the student's becomes so large does not decide all either. A token's
-weight is 1 and the attention that it receives in the teacher, summed over the tokens that read it and averaged over
-heads and layers: an error there spreads to all of them. Half of all attention may rest on the first token. If it had
-the weight of any other, a student could lose the large activation by which it is recognised.
+streams counts. Otherwise a token at which only the student's stream is that large would dominate the fit. A token's
+weight is 1 plus the attention that it receives in the teacher, summed over the tokens that attend to it and averaged
+over heads and layers, because an error at a token spreads to every token that attends to it. Half of all attention may
+rest on the first token. If it had the weight of any other, a student could lose the large activation by which later
+layers recognise this token.
 
 A fifth of the windows is held out and chooses the ridge strength; a projection that no strength improves is left as it
 is. GPTQ quantises a model in the same order and for the same reason (arXiv 2210.17323).
@@ -136,17 +137,14 @@ def _as_hybrid(teacher: Teacher) -> Any:
 
 def _attention_received(teacher: Teacher, ids: Tensor) -> Tensor:
     """Return the (B, L) attention that each token receives in the teacher, averaged over heads and layers."""
-    layers = range(teacher.num_layers)
-    received = torch.zeros(ids.shape, device=ids.device)
-    for row, window in enumerate(ids.split(1)):  # the matrices of one window at a time
+    received: list[Tensor] = []
 
-        def on_layer(layer: int, normed_input: Tensor, row: int = row) -> None:
-            with torch.no_grad():
-                matrix = teacher.attention_matrix(layer, normed_input).float()
-                received[row] += matrix.sum(2).mean(1)[0] / len(layers)
+    def on_layer(layer: int, normed_input: Tensor) -> None:
+        with torch.no_grad():
+            received.append(teacher.attention(layer).attention_received(normed_input).to(ids.device))
 
-        teacher.capture(window, layers, ("normed_input",), on_layer=on_layer)
-    return received
+    teacher.capture(ids, range(teacher.num_layers), ("normed_input",), on_layer=on_layer)
+    return torch.stack(received).float().mean(0)
 
 
 def _embedded(backbone: Any, student: ZooHybridForCausalLM, ids: Tensor) -> Tensor:
@@ -198,8 +196,9 @@ def _solve(
         target = wanted - hidden
         if isinstance(bias, Tensor):
             target = target - bias
-        either = [stream.square().mean(-1, keepdim=True) for stream in (wanted, hidden + projection(inputs))]
-        scale = each.sqrt()[..., None] * torch.maximum(*either).rsqrt()
+        squares = [stream.square().mean(-1, keepdim=True) for stream in (wanted, hidden + projection(inputs))]
+        larger = torch.maximum(*squares)
+        scale = torch.where(larger > 0, each.sqrt()[..., None] * larger.rsqrt(), 0)  # zero streams have no error
         found = Moments.of((inputs * scale).flatten(0, 1), (target * scale).flatten(0, 1))
         add_moments(sums, index < fitted, found)
     weight.copy_(cross_validated_ridge(weight, sums[True], sums[False], heads))

@@ -3,6 +3,7 @@
 Symbols: N rows, E inputs, D outputs, H heads, P head width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,9 @@ def cross_validated_ridge(weight: Tensor, fit: Moments, held_out: Moments, heads
 
     Returns:
         (D, E) float64 projection.
+
+    Raises:
+        ValueError: if the moments are not finite.
     """
 
     def solve(moments: Moments, strength: float) -> Tensor:
@@ -108,5 +112,10 @@ def cross_validated_ridge(weight: Tensor, fit: Moments, held_out: Moments, heads
         return ridge(start, moments.inputs, moments.cross, strength)
 
     weight = weight.double()
+    before = held_out.error(weight)
+    if not math.isfinite(before + fit.error(weight)):
+        raise ValueError(
+            "the activations of a closed-form fit are not finite. Choose dtype float32, or another teacher."
+        )
     error, strength = min((held_out.error(solve(fit, strength)), strength) for strength in STRENGTHS)
-    return solve(fit + held_out, strength) if error < held_out.error(weight) else weight
+    return solve(fit + held_out, strength) if error < before else weight

@@ -1,12 +1,16 @@
 """Float32 matrix products by oneDNN on AMD processors with AVX-512, where torch's own take twice as long.
 
-torch's builds for x86 multiply float32 matrices with MKL, which uses AVX-512 on Intel's processors only: on an AMD EPYC
-of 2024 a core reaches 110 GFLOP/s with it, and 250 with oneDNN, which is in the same builds
-(`benchmarks/kernels/cpu_products.py`). :func:`fast_products` replaces the CPU kernels of `aten::mm` and `aten::addmm`,
-by which all linear layers compute their forward and backward, for the time of a block. Results differ by rounding.
+torch's builds for x86 multiply float32 matrices with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which
+is in the same builds, uses it on AMD's as well (`benchmarks/kernels/cpu_products.py` measures both).
+:func:`fast_products` replaces the CPU kernels of `aten::mm` and `aten::addmm`, by which all linear layers compute their
+forward and backward, for the time of a block. Results differ by rounding.
+
+The replaced kernels stay registered after the first block, since torch does not allow a kernel to be removed while
+another thread calls it. Outside of blocks they pass each product on to torch's own kernels, which costs 2 to 3
+microseconds.
 """
 
-import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,21 +20,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# With fewer rows reading the weights takes longer than multiplying.
-_ROWS = 8
-# Multiplications in a product. For fewer the calls take longer than what they save.
-_LEAST = 2**20
-_active = 0
+# With fewer rows or columns, reading the weights takes longer than the multiplication.
+_ROWS, _COLUMNS = 8, 16
+# With fewer multiplications, the Python call costs more than oneDNN saves.
+_LEAST = 2**21
+
+
+class _Blocks:
+    """The open blocks of this process, and the replaced kernels."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.library: torch.library.Library | None = None
+        self.on = self.off = 0
+
+    @property
+    def fast(self) -> bool:
+        return self.on > 0 and self.off == 0
+
+    def replace_kernels(self) -> None:
+        if self.library is not None:
+            return
+        library = torch.library.Library("aten", "IMPL")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+                library.impl("mm", _mm, "CPU")
+                library.impl("addmm", _addmm, "CPU")
+        except BaseException:
+            library._destroy()
+            raise
+        self.library = library
+
+
+_blocks = _Blocks()
 
 
 def products_pay() -> bool:
-    """Return whether oneDNN's products are the faster ones: on x86 processors with AVX-512 that are not Intel's.
-
-    The environment variable `SSM_ZOO_FAST_PRODUCTS` set to 0 says no.
-    """
-    if os.environ.get("SSM_ZOO_FAST_PRODUCTS") == "0" or not _available():
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() not in ("GenuineIntel", "")
+    """Return whether oneDNN's products are the faster ones: on AMD processors with AVX-512."""
+    return _available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() == "AuthenticAMD"
 
 
 @contextmanager
@@ -38,39 +66,34 @@ def fast_products(enabled: bool | None = None) -> Iterator[bool]:
     """Compute float32 matrix products on the CPU by oneDNN within the block, in all threads of the process.
 
     Args:
-        enabled: whether to do so; None: if it pays on this machine (:func:`products_pay`).
+        enabled: True: by oneDNN; False: by torch's own kernels, within an outer block too; None: by oneDNN if that pays
+            on this machine (:func:`products_pay`), otherwise as outside of the block.
 
     Yields:
-        Whether this block asks for it. It is also done within an outer block that does.
+        Whether products are oneDNN's at the begin of the block.
 
     Raises:
-        ValueError: if it is asked for, and this build of torch has no oneDNN.
+        ValueError: if oneDNN is asked for, and this build of torch has none.
     """
-    global _active
     if enabled and not _available():
         raise ValueError("`enabled` must be False or None, since this build of torch has no oneDNN, got True.")
-    if not (products_pay() if enabled is None else enabled):
-        yield False
-        return
-    if _active:  # an outer block has replaced the kernels
-        yield True
-        return
-    library = torch.library.Library("aten", "IMPL")
+    wanted = products_pay() or None if enabled is None else enabled
+    with _blocks.lock:
+        if wanted:
+            _blocks.replace_kernels()
+        _blocks.on += wanted is True
+        _blocks.off += wanted is False
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-            library.impl("mm", _mm, "CPU")
-            library.impl("addmm", _addmm, "CPU")
-        _active += 1
-        yield True
+        yield _blocks.fast
     finally:
-        _active -= 1
-        library._destroy()
+        with _blocks.lock:
+            _blocks.on -= wanted is True
+            _blocks.off -= wanted is False
 
 
 def products_are_fast() -> bool:
-    """Return whether a block of :func:`fast_products` is open."""
-    return _active > 0
+    """Return whether products are oneDNN's now."""
+    return _blocks.fast
 
 
 def _available() -> bool:
@@ -85,25 +108,25 @@ def _vendor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def _taken(left: Tensor, right: Tensor) -> bool:
+def _by_onednn(left: Tensor, right: Tensor) -> bool:
     """Return whether a product is large enough to gain, and oneDNN has a fast kernel for the layout of `right`."""
-    if not (left.dtype is right.dtype is torch.float32 and left.dim() == right.dim() == 2):
+    if not (_blocks.fast and left.dtype is right.dtype is torch.float32 and left.dim() == right.dim() == 2):
         return False
     (rows, inner), (found, columns) = left.shape, right.shape
-    if found != inner or rows * inner * columns < _LEAST or rows < _ROWS:
+    if found != inner or rows * inner * columns < _LEAST or rows < _ROWS or columns < _COLUMNS:
         return False
     return right.stride() in ((columns, 1), (1, inner)) and not (left.is_neg() or right.is_neg())
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
-    if _taken(left, right):
+    if _by_onednn(left, right):
         return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
     # The variant with `out` has a kernel of its own, which is torch's.
     return torch.ops.aten.mm.out(left, right, out=left.new_empty(0))
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    whole = bias.dim() == 1 and bias.shape[0] == right.shape[-1] and bias.is_contiguous()
-    if whole and beta == 1 and alpha == 1 and bias.dtype is torch.float32 and _taken(left, right):
+    plain = beta == 1 and alpha == 1 and bias.dtype is torch.float32 and bias.dim() == 1 and bias.is_contiguous()
+    if plain and _by_onednn(left, right) and bias.shape[0] == right.shape[1] and not bias.is_neg():
         return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
     return torch.ops.aten.addmm.out(bias, left, right, beta=beta, alpha=alpha, out=left.new_empty(0))

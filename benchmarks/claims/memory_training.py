@@ -4,8 +4,8 @@ All start from the recipe `zoo`: every layer converted, 340 rows of 8 bits per k
 windows drawn by the seed. Each trains on `--tokens` tokens in windows of 2,048, one a step.
 
     none             no training
-    ridge            no training: output projections fitted in closed form to the teacher's, on as many tokens
-    sequential       no training: output and down projections fitted layer after layer, on as many tokens
+    ridge            no training: output projections fitted to the teacher's in closed form, on as many tokens
+    sequential       no training: output and down projections fitted layer after layer, on the same number of tokens
     forward          KL(teacher || student): the recipe
     reverse          KL(student || teacher)
     layers           the output of each converted attention, on the teacher's hidden states
@@ -19,7 +19,7 @@ the comparison does not use, after half of the tokens, with the first seed. Scor
 tokens of WikiText-2's held-out text in windows of 2,048, and the loss on a passage that was read 416 and 1,500 tokens
 before.
 
-    python benchmarks/claims/memory_training.py TEACHER --threads 1
+    python benchmarks/claims/memory_training.py TEACHER --threads 1 --work FOLDER
 
 A row is written after each run. `--resume FILE` continues the file.
 """
@@ -54,6 +54,7 @@ from ssm_zoo.distill.slots import WINDOWS, divide_slots
 from ssm_zoo.distill.student import build_student, set_slots
 from ssm_zoo.distill.teacher import Teacher, load_teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
+from ssm_zoo.harness.whole_files import write_text_whole
 from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.training.trainer import train_or_load
 
@@ -61,7 +62,7 @@ LENGTH = 2048
 DISTILLATION = {"objective": "logit_distillation"}
 CLOSED_FORM = ("none", "ridge", "sequential")  # values of `student.calibration`
 WAYS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(CLOSED_FORM, DISTILLATION),  # a stage that is left out
+    **dict.fromkeys(CLOSED_FORM, DISTILLATION),  # the stage is skipped
     "forward": DISTILLATION,
     "reverse": {**DISTILLATION, "kl": "reverse"},
     "layers": {"objective": "hidden_state_alignment"},
@@ -87,6 +88,7 @@ class Setting:
     """What all runs share."""
 
     teacher: Teacher
+    name: str  # of the teacher
     train: TokenWindows
     held_out: TokenWindows
     work: Path
@@ -120,11 +122,11 @@ def start(recipe: Recipe, setting: Setting) -> Any:
     teacher = setting.teacher
     layers = list(range(teacher.num_layers))
     student = build_student(teacher, recipe.student, layers, seed=recipe.seed)
-    file = setting.work / f"slots-{recipe.seed}.json"
+    file = setting.work / f"slots-{setting.name}-{recipe.seed}.json"
     if not file.exists():
         settings = student.config.settings_of("bounded_attention")
         windows = setting.train.batch(0, WINDOWS, LENGTH, recipe.seed + 1)
-        file.write_text(json.dumps(divide_slots(teacher, layers, settings, recipe.student.rows, windows)))
+        write_text_whole(file, json.dumps(divide_slots(teacher, layers, settings, recipe.student.rows, windows)))
     set_slots(student, *json.loads(file.read_text()))
     return student
 
@@ -133,7 +135,7 @@ def trained(student: Any, recipe: Recipe, setting: Setting) -> Any:
     """Return the student after the recipe's stage."""
     state, windows = PartialState(), setting.train
     if recipe.data.pseudo_labels is not None:  # the same text for all rates of a seed
-        folder = setting.work / f"text-{recipe.seed}-{setting.tokens}"
+        folder = setting.work / f"text-{setting.name}-{recipe.seed}-{setting.tokens}"
         folder.mkdir(parents=True, exist_ok=True)
         windows = pseudo_labels(recipe, setting.teacher, windows, folder, contextlib.nullcontext, state)
     layers, device = list(range(setting.teacher.num_layers)), torch.device("cpu")
@@ -146,7 +148,7 @@ def trained(student: Any, recipe: Recipe, setting: Setting) -> Any:
 
 
 def measure(run: Run, setting: Setting) -> dict[str, Any]:
-    """Train and score a run; one whose numbers are not finite has no KL."""
+    """Train and score a run; `kl` is None if the training diverged."""
     recipe = setting.recipe(run)
     student = start(recipe, setting)
     started = time.process_time()
@@ -164,7 +166,7 @@ def measure(run: Run, setting: Setting) -> dict[str, Any]:
     seconds = time.process_time() - started
     used = {"read_tokens": 0 if run.way == "none" else setting.tokens_of(run), "cpu_seconds": round(seconds, 1)}
     if run.purpose == "tuning":
-        after = TOKENS // LENGTH  # behind the windows of the comparison
+        after = TOKENS // LENGTH  # after the comparison's windows
         windows = setting.held_out.windows(LENGTH)[after : after + 1]
         return {
             "kl": evaluate_language_model(student, windows, teacher=setting.teacher.model, batch_size=1)["kl"],
@@ -197,7 +199,7 @@ def main(arguments: list[str]) -> None:
         for split in ("train", "heldout")
     )
     options.work.mkdir(parents=True, exist_ok=True)
-    setting = Setting(teacher, train, held_out, options.work, options.tokens)
+    setting = Setting(teacher, Path(options.teacher).name, train, held_out, options.work, options.tokens)
 
     def row_of(*run: Any) -> dict[str, Any]:
         row = results.run(Run(*run), lambda run: measure(run, setting))

@@ -168,7 +168,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--plot", "ids"), r"--plot: the picture must end in \.png, got ids"),
+        (("--plot", "ids"), r"--plot: the picture needs a name that ends in \.png, got ids"),
         (("--plot", "o.png", "--output", "./o.png"), r"--plot: o\.png is also the report of --output"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,41 @@ def test_the_attention_that_tokens_receive_is_that_of_transformers() -> None:
         matrices = teacher(ids, output_attentions=True).attentions  # a (B, H, L, L) matrix for each layer
     torch.testing.assert_close(found, torch.stack(matrices).mean((0, 2)).sum(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sum(1), torch.full((3,), 10.0))  # all the attention that 10 tokens pay
+
+
+def test_attention_received_in_blocks_of_rows_is_that_of_whole_matrices() -> None:
+    for make in (make_teacher, make_qwen2):
+        view = Teacher(make()).attention(1)
+        hidden = draw(2, 11, Teacher(make()).zoo_config.hidden_size, seed=4)
+        for window in (None, 3):
+            view = replace(view, window=window)
+            whole = view.attention_matrix(hidden).sum(2).mean(1)
+            for rows in (1, 4, 512):
+                torch.testing.assert_close(view.attention_received(hidden, rows=rows), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_healing_in_inference_mode_and_with_a_token_of_zeros() -> None:
+    teacher, windows = make_teacher(), draw_ids(6, 16)
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[windows[0, 0]] = 0
+    spec = StudentSpec(half_life=(2.0, 8.0))
+    students = [build_student(Teacher(teacher), spec, [1, 2]) for _ in range(2)]
+    before = {name: tensor.clone() for name, tensor in students[0].state_dict().items()}
+    heal(students[0], Teacher(teacher), [1, 2], windows, progress=False)
+    with torch.inference_mode():
+        heal(students[1], Teacher(teacher), [1, 2], windows, progress=False)
+    after, inferred = (student.state_dict() for student in students)
+    assert all(torch.equal(tensor, inferred[name]) for name, tensor in after.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_a_fit_of_activations_that_are_not_finite_stops() -> None:
+    rows, weight = draw(9, 4, seed=0), draw(3, 4, seed=1)
+    fit, bad = Moments.of(rows, rows @ weight.T), Moments.of(rows * torch.nan, rows @ weight.T)
+    for moments in ((fit, bad), (bad, fit)):
+        with pytest.raises(ValueError, match="the activations of a closed-form fit are not finite"):
+            cross_validated_ridge(weight, *moments)
 
 
 def test_a_token_that_receives_much_attention_is_fitted_better(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 
 import pytest
 import torch
 
 from ssm_zoo.kernels import cpu_products
-from ssm_zoo.kernels.cpu_products import fast_products, products_pay
+from ssm_zoo.kernels.cpu_products import fast_products, products_are_fast
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "_LEAST", 1)
+    monkeypatch.setattr(cpu_products, "_COLUMNS", 1)
 
 
 def _layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -55,12 +58,16 @@ def test_products_of_every_layout_equal_torch(shape: tuple[int, int, int]) -> No
 def test_only_what_onednn_computes_fast_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a part of a weight it has a slow reference only; small products are slower by the calls."""
     left, wide = torch.randn(64, 32), torch.randn(32, 80)
-    weight = wide[:, :48]
-    taken = cpu_products._taken
-    assert taken(left, wide) and taken(left, torch.randn(48, 32).t()) and taken(left.t().contiguous().t(), wide)
-    assert not taken(left, weight) and not taken(left, wide[:, ::2]) and not taken(left[:1], wide)
-    monkeypatch.setattr(cpu_products, "_LEAST", 64 * 32 * 80 + 1)
+    weight, taken = wide[:, :48], cpu_products._by_onednn
     assert not taken(left, wide)
+    with fast_products(True):
+        assert taken(left, wide) and taken(left, torch.randn(48, 32).t()) and taken(left.t().contiguous().t(), wide)
+        assert not taken(left, weight) and not taken(left, wide[:, ::2]) and not taken(left[:1], wide)
+        monkeypatch.setattr(cpu_products, "_COLUMNS", 81)
+        assert not taken(left, wide)
+        monkeypatch.setattr(cpu_products, "_COLUMNS", 1)
+        monkeypatch.setattr(cpu_products, "_LEAST", 64 * 32 * 80 + 1)
+        assert not taken(left, wide)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (8, 0, 4), (8, 4, 0), (0, 0, 0)], ids=str)
@@ -131,26 +138,95 @@ def test_a_product_does_not_change_its_operands_or_share_their_memory() -> None:
 
 
 def test_blocks_can_be_nested_and_an_error_ends_them() -> None:
-    left, right = torch.randn(64, 512), torch.randn(512, 64)
-    plain = left @ right
+    assert not products_are_fast()
     with fast_products(True) as outer:
+        assert outer and products_are_fast()
         with fast_products(True) as inner:
-            assert outer and inner
-        fast = left @ right  # still replaced: the same sums in the same order
+            assert inner
         with fast_products(False) as off:
-            assert not off
-        assert torch.equal(left @ right, fast)
-    assert torch.equal(left @ right, plain)
+            assert not off and not products_are_fast()
+            with fast_products(True) as again:  # the nearest block that says False counts
+                assert not again
+        assert products_are_fast()
+    assert not products_are_fast()
     with pytest.raises(KeyError), fast_products(True):
         raise KeyError
-    assert torch.equal(left @ right, plain)
+    assert not products_are_fast()
 
 
-def test_the_environment_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSM_ZOO_FAST_PRODUCTS", "0")
-    assert not products_pay()
-    with fast_products() as enabled:
-        assert not enabled
+def test_blocks_that_overlap_last_as_long_as_the_longest() -> None:
+    first, second = fast_products(True), fast_products(True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert products_are_fast()
+    second.__exit__(None, None, None)
+    assert not products_are_fast()
+
+
+def test_products_after_a_block_are_torch_own() -> None:
+    left, right = torch.randn(64, 512), torch.randn(512, 64)
+    code = (
+        "import sys, torch\n"
+        "left, right = torch.load(sys.argv[1], weights_only=True)\n"
+        "torch.save((left @ right, torch.addmm(right[0], left, right)), sys.argv[1])\n"
+    )
+    with fast_products(True):
+        _ = left @ right
+    here = left @ right, torch.addmm(right[0], left, right)
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save((left, right), file.name)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        subprocess.run([sys.executable, "-c", code, file.name], check=True, env=environment)
+        plain = torch.load(file.name, weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(here, plain, strict=True))
+
+
+def test_a_failed_replacement_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __init__(self, *_arguments: object) -> None:
+            self.destroyed = False
+
+        def impl(self, name: str, *_arguments: object, **_options: object) -> None:
+            if name == "addmm":
+                raise RuntimeError("no")
+
+        def _destroy(self) -> None:
+            self.destroyed = True
+
+    blocks = cpu_products._Blocks()
+    monkeypatch.setattr(cpu_products, "_blocks", blocks)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.library, "Library", Failing)
+        with pytest.raises(RuntimeError, match="no"), fast_products(True):
+            pass
+    assert (blocks.on, blocks.off, blocks.library) == (0, 0, None)
+
+
+def test_threads_compute_while_blocks_open_and_close() -> None:
+    left, right = torch.randn(16, 64), torch.randn(64, 32)
+    expected, stop, wrong = left @ right, threading.Event(), []
+
+    def compute() -> None:
+        while not stop.is_set():
+            if not torch.allclose(left @ right, expected, atol=1e-4):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        with fast_products(True):
+            _ = left @ right
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_bias_beside_what_is_no_matrix_raises_as_usual() -> None:
+    with fast_products(True), pytest.raises(RuntimeError, match=r"matrix|dimension|2-D"):
+        torch.addmm(torch.randn(3), torch.randn(8, 3), torch.tensor(1.0))
 
 
 def test_nothing_is_printed() -> None:
