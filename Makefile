@@ -18,7 +18,7 @@ PIP := $(TOOL) pip --quiet --disable-pip-version-check --no-input
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (about ten minutes)
+demo: $(STAMP) ## distil a real Transformer, push it to a Hub, load it back (about eight minutes)
 	$(TOOL) ssm_zoo.cli.demo --hub-stand-in tests/support/hub_stand_in.py
 
 # A process for each logical core, up to JOBS, each with one thread; a file's tests stay together, as they share fixtures.
