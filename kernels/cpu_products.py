@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# With fewer rows or columns, reading the weights takes longer than the multiplication.
-_ROWS, _COLUMNS = 8, 16
+# With fewer rows, or fewer channels on either side, reading and writing take longer than the multiplication.
+_ROWS, _CHANNELS = 8, 16
 # With fewer multiplications, the Python call costs more than oneDNN saves.
 _LEAST = 2**21
 
@@ -113,7 +113,7 @@ def _by_onednn(left: Tensor, right: Tensor) -> bool:
     if not (_blocks.fast and left.dtype is right.dtype is torch.float32 and left.dim() == right.dim() == 2):
         return False
     (rows, inner), (found, columns) = left.shape, right.shape
-    if found != inner or rows * inner * columns < _LEAST or rows < _ROWS or columns < _COLUMNS:
+    if found != inner or rows * inner * columns < _LEAST or rows < _ROWS or min(inner, columns) < _CHANNELS:
         return False
     return right.stride() in ((columns, 1), (1, inner)) and not (left.is_neg() or right.is_neg())
 

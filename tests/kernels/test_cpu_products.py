@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "_LEAST", 1)
-    monkeypatch.setattr(cpu_products, "_COLUMNS", 1)
+    monkeypatch.setattr(cpu_products, "_CHANNELS", 1)
 
 
 def _layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -63,9 +63,9 @@ def test_only_what_onednn_computes_fast_is_taken(monkeypatch: pytest.MonkeyPatch
     with fast_products(True):
         assert taken(left, wide) and taken(left, torch.randn(48, 32).t()) and taken(left.t().contiguous().t(), wide)
         assert not taken(left, weight) and not taken(left, wide[:, ::2]) and not taken(left[:1], wide)
-        monkeypatch.setattr(cpu_products, "_COLUMNS", 81)
-        assert not taken(left, wide)
-        monkeypatch.setattr(cpu_products, "_COLUMNS", 1)
+        monkeypatch.setattr(cpu_products, "_CHANNELS", 33)
+        assert not taken(left, wide) and not taken(wide.t(), left.t()) and taken(left.t(), wide.new_ones(64, 80))
+        monkeypatch.setattr(cpu_products, "_CHANNELS", 1)
         monkeypatch.setattr(cpu_products, "_LEAST", 64 * 32 * 80 + 1)
         assert not taken(left, wide)
 
