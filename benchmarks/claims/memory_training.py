@@ -13,6 +13,7 @@ windows drawn by the seed. Each trains on `--tokens` tokens in windows of 2,048,
     last state       the last hidden states, end to end
     MLPs             the forward KL; norms, MLPs and embeddings are trained too, at a tenth of the rate
     teacher's text   the forward KL on continuations that the teacher wrote
+    both             the sequential fit, then the forward KL, each on the same tokens
 
 The learning rate of a way is the one out of `--rates`, the same for all, with the lowest KL on a held-out window that
 the comparison does not use, after half of the tokens, with the first seed. Scores: loss gap, KL and agreement on 6,144
@@ -70,6 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "last state": {"objective": "last_state_alignment"},
     "MLPs": {**DISTILLATION, "train": "all"},
     "teacher's text": {**DISTILLATION, "text": "teacher"},
+    "both": DISTILLATION,
 }
 
 
@@ -110,8 +112,9 @@ class Setting:
             rates["other_learning_rate"] = run.learning_rate / 10
         mapping["stages"] = [{**common, **rates, **WAYS[run.way]}]
         mapping["data"]["sequence_length"] = LENGTH
-        if run.way in CLOSED_FORM:
-            mapping["student"] |= {"calibration": run.way, "calibration_tokens": self.tokens}
+        if run.way in (*CLOSED_FORM, "both"):
+            fit = "sequential" if run.way == "both" else run.way
+            mapping["student"] |= {"calibration": fit, "calibration_tokens": self.tokens}
         if run.way == "teacher's text":
             mapping["data"]["pseudo_labels"] = {"tokens": self.tokens, "batch_size": 2}
         return parse_recipe({**mapping, "seed": run.seed, "checkpoint_every": 10**6})
@@ -152,11 +155,10 @@ def measure(run: Run, setting: Setting) -> dict[str, Any]:
     recipe = setting.recipe(run)
     student = start(recipe, setting)
     started = time.process_time()
-    if run.way in CLOSED_FORM:
-        windows = setting.train.batch(0, setting.tokens // LENGTH, LENGTH, run.seed + 1)
-        layers = list(range(setting.teacher.num_layers))
-        calibrate(student, setting.teacher, recipe.student, layers, windows, batch_size=1)
-    else:
+    windows = setting.train.batch(0, setting.tokens // LENGTH, LENGTH, run.seed + 1)
+    layers = list(range(setting.teacher.num_layers))
+    calibrate(student, setting.teacher, recipe.student, layers, windows, batch_size=1)
+    if run.way not in CLOSED_FORM:
         try:
             student = trained(student, recipe, setting)
         except ValueError as error:

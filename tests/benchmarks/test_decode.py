@@ -63,7 +63,7 @@ def test_bytes_are_those_counted_by_hand():
     # A window of 8 holds 7 keys and values with their positions; after a step it is a view of 8 columns.
     side = filled(TAIPAN, EVERY, 40)
     with_position = 2 * 32 * 4 + 8
-    counts = 8
+    counts = 8 + 4  # of the window's tokens, and of the arrivals in a step of Mamba-2
     side.step(IDS[:, 40:41], side.cache)
     assert held_bytes(side.cache) == MAMBA2_BYTES + 8 * with_position + counts
 

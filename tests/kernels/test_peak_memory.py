@@ -157,7 +157,7 @@ def test_masked_mixing_copies_a_panel_of_its_weights() -> None:
 @pytest.mark.parametrize(("batch", "length"), [(128, 512), (16, 4096)])
 def test_kernels_of_mixing(batch: int, length: int, dimensions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without storage and without kernels: beyond what is needed, tiles of weights that are still to be summed."""
-    for name in ("mix", "weight_products", "dense_gradient", "toeplitz_gradient"):
+    for name in ("mix", "band", "weight_products", "dense_gradient", "toeplitz_gradient", "share_sums"):
         monkeypatch.setattr(position_mix_triton, f"{name}_kernel", IdleKernel())
 
     def zeros(*sizes: int) -> Tensor:
