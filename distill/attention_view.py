@@ -128,13 +128,16 @@ class AttentionView:
             (B, H, L, L) float32 (float64 for float64 input). Rows sum to 1; a row without any visible column is 0.
         """
         queries, keys = self.queries_keys(hidden, position_ids)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        scores = torch.einsum("bihp,bjhp->bhij", queries.to(dtype), keys.to(dtype)) * self.scaling
-        if self.softcap is not None:
-            scores = soft_capped(scores, self.softcap)
+        scores = self._scores(queries, keys)
         visible = _visible(hidden, mask, self.window)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
         return weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+
+    def _scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the (B, H, I, J) scores of (B, I, H, P) queries and (B, J, H, P) keys, at least in float32."""
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        scores = torch.einsum("bihp,bjhp->bhij", queries.to(dtype), keys.to(dtype)) * self.scaling
+        return scores if self.softcap is None else soft_capped(scores, self.softcap)
 
     def attention_received(self, hidden: Tensor, *, rows: int = 512) -> Tensor:
         """Sum the attention that each token receives from itself and the tokens after it, averaged over the heads.
@@ -153,15 +156,12 @@ class AttentionView:
         received = torch.zeros(hidden.shape[:2], dtype=dtype, device=hidden.device)
         for start in range(0, hidden.shape[1], rows):
             end = min(start + rows, hidden.shape[1])
-            block = queries[:, start:end].to(dtype)
-            scores = torch.einsum("bihp,bjhp->bhij", block, keys[:, :end].to(dtype)) * self.scaling
-            if self.softcap is not None:
-                scores = soft_capped(scores, self.softcap)
+            scores = self._scores(queries[:, start:end], keys[:, :end])
             distance = torch.arange(start, end, device=hidden.device)[:, None] - torch.arange(end, device=hidden.device)
-            hidden_columns = distance < 0
+            unseen = distance < 0
             if self.window is not None:
-                hidden_columns |= distance >= self.window
-            received[:, :end] += scores.masked_fill(hidden_columns, -torch.inf).softmax(dim=-1).sum(2).mean(1)
+                unseen |= distance >= self.window
+            received[:, :end] += scores.masked_fill(unseen, -torch.inf).softmax(dim=-1).sum(2).mean(1)
         return received
 
     def head_outputs(self, hidden: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

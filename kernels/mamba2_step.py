@@ -74,12 +74,12 @@ def mamba2_step(
     Raises:
         ValueError: if a shape, dtype, device, group count or `implementation` is invalid.
     """
-    groups = _check(xBC, conv_state, state, dt, weight, bias, A_log, D, z, dt_bias, arrivals)
     inputs = (xBC, conv_state, state, dt, weight, bias, A_log, D, z, dt_bias)
-    served = weight.shape[1] in WIDTHS and _plain(*inputs) and not recorded(*inputs)
+    groups = _check(*inputs, arrivals)
+    readable = _plain(xBC, dt, z, state, conv_state, weight, bias, A_log, D, dt_bias)
+    served = weight.shape[1] in WIDTHS and readable and not recorded(*inputs)
     if choose_implementation(implementation, "mamba2_step", xBC, served) == "triton":
-        options = (dt_softplus, dt_limit, arrivals)
-        return mamba2_step_triton(xBC, conv_state, state, dt, weight, bias, A_log, D, z, dt_bias, *options)
+        return mamba2_step_triton(*inputs, dt_softplus, dt_limit, arrivals)
     heads, width, size = state.shape[1:]
     xBC = causal_conv1d_step(xBC, conv_state, weight, bias, activation="silu", implementation=implementation)
     x, B, C = xBC.split([heads * width, groups * size, groups * size], dim=1)
@@ -157,21 +157,9 @@ def _check(
     return groups
 
 
-def _plain(
-    xBC: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
-    dt: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A_log: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-) -> bool:
+def _plain(xBC: Tensor, dt: Tensor, z: Tensor | None, state: Tensor, *others: Tensor | None) -> bool:
     """Return whether the kernel can read the tensors: rows of projections contiguous, the others whole."""
     rows = xBC.stride(1) == dt.stride(1) == 1 and (z is None or z.stride()[1:] == (z.shape[2], 1))
-    whole = (conv_state, state, weight, bias, A_log, D, dt_bias)
     # Of float64 `choose_implementation` says more.
     single = state.dtype == torch.float32 or xBC.dtype == torch.float64
-    return rows and single and all(each is None or each.is_contiguous() for each in whole)
+    return rows and single and all(each is None or each.is_contiguous() for each in (state, *others))

@@ -27,7 +27,7 @@ _HEADS = 8  # of a program
 
 
 class Decays(NamedTuple):
-    """What the decays of a scan are made of; see :func:`.ssd_triton.ssd_scan_triton`."""
+    """The arguments from which the decays of a scan follow; see :func:`.ssd_triton.ssd_scan_triton`."""
 
     decay: Tensor
     """(B, L, H) step sizes, or log-decays if `A` is None"""

@@ -87,7 +87,7 @@ class Run:
 
 @dataclass
 class Setting:
-    """What all runs share."""
+    """Teacher, texts, folder and training tokens, the same for all runs."""
 
     teacher: Teacher
     name: str  # of the teacher
