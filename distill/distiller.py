@@ -27,8 +27,8 @@ from .stages import GROUP_RATES, StageSpec
 from .stored_logits import StoredLogits, tokens_before
 from .teacher import Teacher
 
-FEATURE_MAPS = (".B_features", ".C_features")
-"""Last parts of the names of learned feature maps."""
+FEATURE_MAPS = (".B_features", ".C_features", ".q_features", ".k_features", ".window_factors")
+"""Last parts of the names of learned feature maps, and of the factors that weigh a window against them."""
 WEIGHTS, PROGRESS = "model.safetensors", "progress.json"
 """Names of the files in a checkpoint with the student's weights and the measurements."""
 

@@ -26,7 +26,12 @@ def check_stages(recipe: Recipe, processes: int) -> None:
     """
     start, sharded = TOKEN_MIXERS[recipe.student.mixer].student, sharded_by()
     for index, stage in enumerate(recipe.stages):
-        if stage.objective == "matrix_orientation" and start is not None and start.is_attention:
+        if (
+            stage.objective == "matrix_orientation"
+            and start is not None
+            and start.is_attention
+            and not start.learned_features
+        ):
             raise ValueError(
                 f"`stages.{index}.objective` must be 'hidden_state_alignment', 'last_state_alignment' or "
                 f"'logit_distillation' for the mixer {recipe.student.mixer!r}, which is attention already, got "

@@ -58,7 +58,8 @@ class StudentSpec(SettingsBase):
             `discrete_mamba2`.
         normalize: divide by the row sums of the mixing matrix, as linear attention does; only for `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C; only for `discrete_mamba2`.
-        sliding_window: number of tokens that a query sees, including its own; only for `sliding_attention`.
+        sliding_window: number of tokens that a query sees by softmax attention, including its own; only for
+            `sliding_attention` and `linear_attention`.
         window: number of tokens in the window of a bounded memory; this and the next six only for `bounded_attention`.
         sinks: number of first tokens that are always kept.
         rows: keys and values that a key-value head keeps on average: window, sinks and slots. Exact heads do not count.
@@ -327,8 +328,11 @@ class Recipe(SettingsBase):
 
     @model_validator(mode="after")
     def _refuse_feature_maps_that_are_not_learned(self) -> Recipe:
+        start = _STARTS[self.student.mixer]
+        if start.learned_features or self.student.feature_map == "hedgehog":
+            return self
         for index, stage in enumerate(self.stages):
-            if stage.train == "feature_maps" and self.student.feature_map != "hedgehog":
+            if stage.train == "feature_maps":
                 accepted = f"'mixers' or another value with student.feature_map {self.student.feature_map!r}"
                 raise wrong(f"stages.{index}.train", stage.train, f"{accepted}, which has no weights")
         return self

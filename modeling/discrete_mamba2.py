@@ -31,6 +31,7 @@ from ..kernels.ssd import ssd_log_decay, ssd_log_decay_step, ssd_matrix
 from .cache import layer_of
 from .layers import (
     ShortConvolution,
+    hedgehog_features,
     inverse_softplus,
     make_qk_norm,
     normed_heads,
@@ -211,13 +212,6 @@ class DiscreteMamba2Mixer(nn.Module):
         if self.normalize:
             matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=_SMALLEST_ROW_SUM)
         return matrix + torch.diag_embed(self.D.float()[:, None].expand(-1, matrix.shape[-1]))
-
-
-def hedgehog_features(x: Tensor, weight: Tensor | None) -> Tensor:
-    """(B, L, H, N) to (B, L, H, 2 N) positive features by (H, N, N) weights: softmax of the mapped x and of -x."""
-    assert weight is not None
-    mapped = torch.einsum("blhn,hnf->blhf", x, weight)
-    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
 
 def init_discrete_mamba2_mixer(mixer: DiscreteMamba2Mixer) -> None:

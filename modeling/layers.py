@@ -120,6 +120,21 @@ def soft_capped(values: Tensor, cap: float) -> Tensor:
     return cap * (values / cap).tanh()
 
 
+def hedgehog_features(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Return learned positive features (Hedgehog, arXiv 2402.04347): softmax of a map of each head and of its negative.
+
+    Args:
+        x: (B, L, H, P) queries or keys.
+        weight: (H, P, F) map of each head.
+
+    Returns:
+        (B, L, H, 2 F).
+    """
+    assert weight is not None
+    mapped = torch.einsum("blhn,hnf->blhf", x, weight)
+    return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
+
+
 class ScaledEmbedding(nn.Embedding):
     """An embedding multiplied by a constant, which is rounded to the dtype of the weight, as in Gemma."""
 

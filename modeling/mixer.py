@@ -72,11 +72,13 @@ class FromAttention:
             of them need something of the mixer: "half_life" `set_half_lives` and `hidden_attention`, "calibration"
             `num_heads` and `out_proj` or `o_proj`, "copy_projections" `start_from`.
         is_attention: whether the mixer takes over the parameters of the attention layer unchanged.
+        learned_features: whether it always has feature maps that a stage can train alone.
     """
 
     keys: Callable[[Any, Any], dict[str, Any]]
     options: tuple[str, ...]
     is_attention: bool = False
+    learned_features: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ row here: an import line and an entry.
 from .attention import FULL_ATTENTION, SLIDING_ATTENTION
 from .bounded_memory import BOUNDED_ATTENTION
 from .discrete_mamba2 import DISCRETE_MAMBA2
+from .linear_attention import LINEAR_ATTENTION
 from .masked_mixing import MASKED_MIXING
 from .mixer import TokenMixer
 from .modeling_mamba import MAMBA
@@ -18,6 +19,7 @@ TOKEN_MIXERS: dict[str, TokenMixer] = {
     "full_attention": FULL_ATTENTION,
     "sliding_attention": SLIDING_ATTENTION,
     "bounded_attention": BOUNDED_ATTENTION,
+    "linear_attention": LINEAR_ATTENTION,
     "selective_attention": SELECTIVE_ATTENTION,
     "mamba": MAMBA,
     "discrete_mamba2": DISCRETE_MAMBA2,

@@ -39,7 +39,8 @@ def lolcats(folder: Path) -> Recipe:
     mapping = as_mapping(load_recipe("lolcats", given))
     for stage in mapping["stages"]:
         stage |= {"tokens": 768, "batch_size": 4, "sequence_length": 32}
-    mapping["stages"][1]["learning_rate"] = 1e-3
+    mapping["stages"][0]["learning_rate"], mapping["stages"][1]["learning_rate"] = 5e-2, 1e-3
+    mapping["student"]["sliding_window"] = 4
     mapping["data"] |= {"sequence_length": 32}
     evaluation = {"tokens": 320, "sequence_length": 32, "final": False}
     return parse_recipe({**mapping, "evaluation": evaluation, "dtype": "float32", "checkpoint_every": 2})
@@ -59,7 +60,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "student" / "model.safetensors")
 
 
-@pytest.mark.parametrize("mixer", ["discrete_mamba2", "sliding_attention"])
+@pytest.mark.parametrize("mixer", ["discrete_mamba2", "sliding_attention", "linear_attention"])
 def test_merged_adapters_compute_what_they_computed_beside_the_weights(mixer: str) -> None:
     student, ids = build_student(Teacher(make_teacher()), StudentSpec(mixer=mixer), [1, 3]), draw_ids(2, 12)
     before, names = student(ids).logits, list(student.state_dict())
@@ -94,11 +95,13 @@ def test_lolcats_learns_first_its_feature_maps_then_its_projections(place: Path)
     assert after.keys() == start.keys() - {"lm_head.weight"} | after.keys() & {"lm_head.weight"}
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, start[name])}
     mixers = {f"backbone.layers.{layer}.mixer." for layer in range(4)}
-    learnt = ("B_features", "C_features", "in_proj.weight", "out_proj.weight")
+    projections = [f"{part}_proj.weight" for part in "qkvo"]
+    learnt = ("q_features", "k_features", "window_factors", *projections)
     assert changed == {f"{mixer}{name}" for mixer in mixers for name in learnt}
     for mixer in mixers:
-        change = after[f"{mixer}out_proj.weight"] - start[f"{mixer}out_proj.weight"]
-        assert int((torch.linalg.svdvals(change.double()) > 1e-6).sum()) == 8
+        for name in projections:
+            change = after[f"{mixer}{name}"] - start[f"{mixer}{name}"]
+            assert int((torch.linalg.svdvals(change.double()) > 1e-6).sum()) == 8, name
 
 
 class _StoppedError(Exception):
@@ -130,14 +133,14 @@ def test_an_interrupted_stage_of_adapters_ends_with_the_same_bits(
     mixer = (
         build_student(Teacher(trained_teacher()), lolcats(place).student, [0]).backbone.layers[0].get_submodule("mixer")
     )
-    assert transfer.parameters == 4 * 2 * mixer.get_parameter("B_features").numel()
-    sizes = [mixer.get_submodule(name).weight.shape for name in ("in_proj", "out_proj")]
+    assert transfer.parameters == 4 * (2 * mixer.get_parameter("q_features").numel() + mixer.num_heads)
+    sizes = [mixer.get_submodule(f"{part}_proj").weight.shape for part in "qkvo"]
     assert adaptation.parameters == 4 * sum(8 * sum(size) for size in sizes)
 
 
 def test_feature_maps_that_are_not_learned_and_a_rank_without_adapters_are_refused(place: Path) -> None:
     mapping = as_mapping(lolcats(place))
-    mapping["student"]["feature_map"] = "softplus"
+    mapping["student"] = {"mixer": "discrete_mamba2", "feature_map": "softplus"}
     with pytest.raises(ValueError, match=r"`stages\.0\.train` must be 'mixers' .*'softplus', which has no weights"):
         parse_recipe(mapping)
     mapping = as_mapping(lolcats(place))

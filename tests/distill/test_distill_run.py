@@ -317,6 +317,7 @@ OTHERS: list[tuple[dict[str, Any], int]] = [
     ({"mixer": "masked_mixing", "positions": 40, "calibration": "ridge"}, 0),
     ({"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12}, 2),
     ({"mixer": "retention", "calibration": "head_scale"}, 0),
+    ({"mixer": "linear_attention", "sliding_window": 4, "calibration": "ridge"}, 0),
 ]
 
 

@@ -32,6 +32,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer": "mamba2"},
     "masked mixing": {"mixer": "masked_mixing", "positions": 48},
     "sliding attention": {"mixer": "sliding_attention", "sliding_window": 6},
+    "linear attention": {"mixer": "linear_attention", "sliding_window": 4},
     "bounded attention": {"mixer": "bounded_attention", "window": 8, "chunk_size": 4, "sinks": 1, "rows": 12},
     "retention": {"mixer": "retention"},
 }

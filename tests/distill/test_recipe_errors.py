@@ -372,7 +372,9 @@ def test_a_setting_of_the_other_kind_of_mixer_is_refused(mixer: str, field: str,
         parse_recipe(values(student={"mixer": mixer, field: value}))
 
 
-@pytest.mark.parametrize("mixer", ["sliding_attention", "bounded_attention", "masked_mixing", "mamba2", "retention"])
+@pytest.mark.parametrize(
+    "mixer", ["sliding_attention", "linear_attention", "bounded_attention", "masked_mixing", "mamba2", "retention"]
+)
 def test_every_output_projection_can_be_calibrated(mixer: str) -> None:
     for calibration in ("head_scale", "ridge", "sequential"):
         recipe = parse_recipe(values(student={"mixer": mixer, "calibration": calibration}))

@@ -39,7 +39,7 @@ TEACHERS = [
 
 def spec(**changes: Any) -> StudentSpec:
     start = (
-        {} if changes.get("mixer") in ("sliding_attention", "masked_mixing", "retention") else {"half_life": (4.0, 4.0)}
+        {} if changes.get("mixer") in ("linear_attention", "sliding_attention", "masked_mixing", "retention") else {"half_life": (4.0, 4.0)}
     )
     return StudentSpec(**{**start, **changes})
 
@@ -420,7 +420,9 @@ def test_zeroed_mixers_say_nothing_until_the_end() -> None:
             assert torch.equal(student(input_ids=ids).logits, silent(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2", "sliding_attention", "masked_mixing", "retention"])
+@pytest.mark.parametrize(
+    "mixer", ["discrete_mamba2", "mamba2", "linear_attention", "sliding_attention", "masked_mixing", "retention"]
+)
 def test_all_layers_can_be_converted(mixer: str) -> None:
     student = build_student(Teacher(make_teacher(tie_word_embeddings=True)), spec(mixer=mixer), range(4))
     assert student.config.mixer_types == [mixer] * 4

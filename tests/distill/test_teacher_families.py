@@ -54,7 +54,7 @@ def test_attention_is_rebuilt_from_the_view(family: str, changes: dict[str, Any]
         close(matrix, expected)
 
 
-@pytest.mark.parametrize("mixer", ["bounded_attention", "sliding_attention"])
+@pytest.mark.parametrize("mixer", ["bounded_attention", "linear_attention", "sliding_attention"])
 @pytest.mark.parametrize("family", TEACHERS)
 @torch.no_grad()
 def test_attention_that_sees_the_whole_text_is_the_teachers(family: str, mixer: str) -> None:

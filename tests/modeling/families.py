@@ -172,6 +172,14 @@ FAMILIES: dict[str, Family] = {
             "score_decay": [[1.0, 0.5], [], [0.9, 0.7]],
         },
     ),
+    "linear-attention": _hybrid(
+        "linear_attention",
+        "mamba2",
+        "linear_attention",
+        linear_attention={"sliding_window": 5, "feature_size": 3},
+        attention_bias=True,
+        state_size=8,
+    ),
     "exact-heads": _hybrid(
         "bounded_attention",
         "bounded_attention",

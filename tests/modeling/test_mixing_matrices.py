@@ -12,6 +12,7 @@ from ssm_zoo.kernels.int8_rows import round_rows
 from ssm_zoo.modeling.attention import Attention
 from ssm_zoo.modeling.bounded_memory import BoundedAttention
 from ssm_zoo.modeling.discrete_mamba2 import DiscreteMamba2Mixer
+from ssm_zoo.modeling.linear_attention import LinearAttention
 from ssm_zoo.modeling.modeling_mamba import MambaMixer
 from ssm_zoo.modeling.modeling_mamba2 import Mamba2Mixer
 from ssm_zoo.modeling.position_mixers import PositionMixer
@@ -84,7 +85,7 @@ def applied(mixer: Any, hidden_states: Tensor, matrix: Tensor, seq_idx: Tensor |
     def mixed(values: Tensor) -> Tensor:
         return torch.einsum("bhls,bshp->blhp", matrix, values).flatten(2)
 
-    if isinstance(mixer, (Attention, BoundedAttention, SelectiveAttention)):
+    if isinstance(mixer, (Attention, BoundedAttention, LinearAttention, SelectiveAttention)):
         values = mixer.v_proj(hidden_states)
         if isinstance(mixer, Attention) and mixer.conv1d is not None:
             parts = [mixer.q_proj(hidden_states), mixer.k_proj(hidden_states), values]
@@ -178,7 +179,7 @@ def test_the_matrix_is_causal_and_keeps_documents_and_padding_apart(model: Any, 
 
 def test_rows_of_softmax_attention_sum_to_one(model: Any) -> None:
     for mixer, _, _, matrix in run(model):
-        if isinstance(mixer, (Attention, BoundedAttention, SelectiveAttention)):
+        if isinstance(mixer, (Attention, BoundedAttention, LinearAttention, SelectiveAttention)):
             sums = torch.ones(1, mixer.num_heads, LENGTH)
             if isinstance(mixer, SelectiveAttention):
                 sums = sums * matrix.any(-1)
