@@ -38,9 +38,8 @@ TEACHERS = [
 
 
 def spec(**changes: Any) -> StudentSpec:
-    start = (
-        {} if changes.get("mixer") in ("linear_attention", "sliding_attention", "masked_mixing", "retention") else {"half_life": (4.0, 4.0)}
-    )
+    without = ("linear_attention", "sliding_attention", "masked_mixing", "retention")
+    start = {} if changes.get("mixer") in without else {"half_life": (4.0, 4.0)}
     return StudentSpec(**{**start, **changes})
 
 
