@@ -18,8 +18,9 @@ The weight a_t is that of the paper, without the threshold. One that is near zer
 that are wrongly not selected almost without a gradient.
 
 After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
-if fewer. So the rate is C over many batches, not in each, and training selects as evaluation does, by the tokens before
-alone. Gradients also go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one
+if fewer, and never beyond the one that would select the share C of this batch, so that it does not jump over margins
+that lie close together. So the rate is C over many batches, not in each, and training selects as evaluation does, by
+the tokens before alone. Gradients also go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one
 token likelier makes the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that
 attention learns before the gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
 
@@ -219,8 +220,10 @@ class SelectiveAttention(GroupedAttention):
                 total = counts.sum().clamp(min=1)
                 mean = (margin * counts).sum() / total
                 spread = ((margin - mean).square() * counts).sum().div(total).sqrt()
-                surplus = ((margin > threshold) * counts).sum() / total - self.share() * (counts.sum() > 0)
-                self.correction.copy_(_PACE * spread * surplus)
+                share = self.share()
+                surplus = ((margin > threshold) * counts).sum() / total - share * (counts.sum() > 0)
+                gap = (quantile(margin, counts, share) - threshold).abs()
+                self.correction.copy_((_PACE * spread * surplus).clamp(min=-gap, max=gap))
         moved = (slope * margin).sum()
         return margin - threshold - (moved - moved.detach())
 
@@ -285,6 +288,21 @@ def without_attention(model: nn.Module) -> Iterator[list[SelectiveAttention]]:
     finally:
         for layer, closed in zip(layers, before, strict=True):
             layer.closed = closed
+
+
+def quantile(margin: Tensor, counts: Tensor, share: Tensor | float) -> Tensor:
+    """Return the threshold over which `share` of a batch's tokens are: halfway between two of its margins.
+
+    Args:
+        margin: (B, L) margins.
+        counts: (B, L) 1 at tokens, 0 at padding.
+        share: between 0 and 1.
+    """
+    values = margin.masked_fill(counts == 0, -torch.inf).flatten().sort(descending=True).values
+    last = (counts.sum() - 1).clamp(min=0)  # index of the lowest margin of a token
+    above = (share * counts.sum()).round().clamp(max=last).clamp(min=1) - 1
+    pair = torch.stack([above, (above + 1).clamp(max=last)]).long()
+    return values[pair].mean()
 
 
 def logistic_noise(like: Tensor) -> Tensor:

@@ -67,6 +67,21 @@ def test_without_a_real_token_the_threshold_stays() -> None:
         assert output.selection_rate.item() == 0 and mixer.threshold.item() == pytest.approx(0.2)
 
 
+def test_the_threshold_does_not_jump_over_margins_that_lie_close_together() -> None:
+    """0.4 of the tokens are within 0.002 of 1, as those of one kind are; a step of the former rule is 0.02."""
+    mixer = block_of(attention_capacity=0.25).mixer.train()
+    mixer.threshold.fill_(0.9)
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(60):
+        mixer.begin_pass()
+        near = 1 + 0.001 * torch.randn(1, 40, generator=generator)
+        margin = torch.cat([near, torch.randn(1, 60, generator=generator) - 6], dim=1)
+        rates.append((mixer.over_threshold(margin, None) > 0).float().mean().item())
+    assert rates[0] == pytest.approx(0.4) and all(0.1 < rate < 0.4 for rate in rates[20:])
+    assert sum(rates[20:]) / 40 == pytest.approx(0.25, abs=0.03)
+
+
 @pytest.mark.parametrize("name", ["taipan", "taipan-options", "selective-mamba2"])
 def test_the_rate_becomes_the_capacity_in_training_and_in_evaluation(name: str) -> None:
     model, ids = make_model(name, attention_capacity=0.5), draw_ids(8, 32)
