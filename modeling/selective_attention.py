@@ -18,10 +18,11 @@ The weight a_t is that of the paper, without the threshold. One that is near zer
 that are wrongly not selected almost without a gradient.
 
 After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
-if fewer, by steps that are short where many margins lie close together, so that it does not jump over them. So the rate is C over many batches, not in each, and training selects as evaluation does, by
-the tokens before alone. Gradients also go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one
-token likelier makes the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that
-attention learns before the gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
+if fewer, by steps that are short where many margins lie close together, so that it does not jump over them. So the rate
+is C over many batches, not in each, and training selects as evaluation does, by the tokens before alone. Gradients also
+go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes
+the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that attention learns before the
+gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
 
 Choices where the paper is open or ambiguous:
 
