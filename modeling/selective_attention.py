@@ -18,10 +18,11 @@ The weight a_t is that of the paper, without the threshold. One that is near zer
 that are wrongly not selected almost without a gradient.
 
 After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
-if fewer. So the rate is C over many batches, not in each, and training selects as evaluation does, by the tokens before
-alone. Gradients also go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one
-token likelier makes the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that
-attention learns before the gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
+if fewer, by steps that are short where many margins lie close together, so that it does not jump over them. So the rate
+is C over many batches, not in each, and training selects as evaluation does, by the tokens before alone. Gradients also
+go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes
+the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that attention learns before the
+gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
 
 Choices where the paper is open or ambiguous:
 
@@ -59,8 +60,9 @@ from .token_layout import Sequence
 KEY_SOURCES = ("all", "selected")
 SELECTIONS = ("capacity", "gumbel")
 
-# Correction of the threshold, in standard deviations of the margins, where all tokens are selected and none should be.
-_PACE = 0.15
+# Share of the surplus of selected tokens by which the threshold moves after a batch, the share of the tokens around the
+# threshold that tell how far this is, and its least, in standard deviations of the margins.
+_PACE, _NEAR, _LEAST = 0.05, 0.05, 1e-3
 
 
 class SelectiveAttention(GroupedAttention):
@@ -217,10 +219,11 @@ class SelectiveAttention(GroupedAttention):
             slope = slope / slope.sum().clamp(min=torch.finfo(slope.dtype).tiny)
             if self.follows:
                 total = counts.sum().clamp(min=1)
+                surplus = ((margin > threshold) * counts).sum() / total - self.share() * (counts.sum() > 0)
                 mean = (margin * counts).sum() / total
                 spread = ((margin - mean).square() * counts).sum().div(total).sqrt()
-                surplus = ((margin > threshold) * counts).sum() / total - self.share() * (counts.sum() > 0)
-                self.correction.copy_(_PACE * spread * surplus)
+                scale = torch.maximum(reach(threshold, margin, counts), _LEAST * spread)
+                self.correction.copy_(torch.where(counts.sum() > 0, _PACE * surplus * scale, 0))
         moved = (slope * margin).sum()
         return margin - threshold - (moved - moved.detach())
 
@@ -285,6 +288,28 @@ def without_attention(model: nn.Module) -> Iterator[list[SelectiveAttention]]:
     finally:
         for layer, closed in zip(layers, before, strict=True):
             layer.closed = closed
+
+
+def reach(threshold: Tensor, margin: Tensor, counts: Tensor) -> Tensor:
+    """Return how far a threshold would have to move to change the share of selected tokens by 1, judged nearby.
+
+    Nearby is the distance from the threshold to the margin that `_NEAR` of the tokens are beyond, above or below it,
+    whichever is less. So it is short at the edge of margins that lie close together.
+
+    Args:
+        threshold: the threshold.
+        margin: (B, L) margins.
+        counts: (B, L) 1 at tokens, 0 at padding.
+    """
+    real = counts > 0
+    values = margin.masked_fill(~real, -torch.inf).flatten().sort(descending=True).values
+    tokens, above = real.sum(), ((margin > threshold) & real).sum()
+    near = (_NEAR * tokens).ceil().long()
+    last = (tokens - 1).clamp(min=0)
+    ends = values[torch.stack([(above - near).clamp(min=0), torch.minimum(above + near - 1, last)])]
+    up = torch.where(above > 0, ends[0] - threshold, torch.inf)
+    down = torch.where(above < tokens, threshold - ends[1], torch.inf)
+    return torch.minimum(up, down) / _NEAR
 
 
 def logistic_noise(like: Tensor) -> Tensor:
