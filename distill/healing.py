@@ -27,7 +27,7 @@ The activations of all windows are kept, for one layer at a time: both streams a
 Symbols: B batch, L length, D width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,7 +87,7 @@ def heal_steps(
     *,
     gates: bool = False,
     batch_size: int = 4,
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Do what :func:`heal` does, and yield when the tokens are weighted and after each block up to the last converted.
 
     Arguments and errors are those of :func:`heal`.

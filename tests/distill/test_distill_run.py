@@ -109,7 +109,7 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
 
     def stripped(value: Any) -> Any:
         if isinstance(value, dict):
-            dropped = ("seconds", "created", "command", "peak_memory_bytes")
+            dropped = ("seconds", "preparation", "created", "command", "peak_memory_bytes")
             return {key: stripped(item) for key, item in value.items() if key not in dropped}
         return [stripped(item) for item in value] if isinstance(value, list) else value
 

@@ -131,7 +131,7 @@ def test_layers_that_wait_are_held_beside_the_attention_in_their_places(monkeypa
     assert held == 4 * sum(parameter.numel() for parameter in attention.parameters())
     # Without activations, the largest sum is that in which a checkpoint is written: also of the mixer that waits.
     monkeypatch.setattr(planning, "_extrapolated", lambda *_: (0, 0.0))
-    mixers = {"objective": "hidden_state_alignment", "train": "mixers", "stream": "student"}
+    mixers: dict[str, Any] = {"objective": "hidden_state_alignment", "train": "mixers", "stream": "student"}
     arguments = parts(before={"layers": [1]}, **mixers)
     first, second = make_plan(*arguments).stages
     assert first.parameters == second.parameters / 2
@@ -167,7 +167,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_plan_changes_neither_weights_nor_random_numbers(name: str) -> None:
-    fitted = {"objective": "hidden_state_alignment", "train": "mixers", "refit": "ridge"}
+    fitted: dict[str, Any] = {"objective": "hidden_state_alignment", "train": "mixers", "refit": "ridge"}
     arguments = parts(student=STUDENTS[name], **(fitted if name == "ridge" else {}))
     student = arguments[2]
     before = {name: parameter.clone() for name, parameter in student.named_parameters()}
