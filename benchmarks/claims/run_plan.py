@@ -1,12 +1,12 @@
 """Compare the plan of a distillation, printed before it starts, with the memory and time that the run takes.
 
-Three sizes of random Llama teachers and four students, each run in a process of its own on the CPU: discrete Mamba-2
-in every second layer (hidden-state alignment, then logit distillation of all weights), the same in all layers, half of
-which wait for the second stage (logit distillation of all weights in both), and attention over a bounded memory in all layers (logit distillation), with equal
-slots and with slots that are divided among the heads. WikiText-2, a tokenizer learnt from it. A row has the planned
-peak of the resident memory and the measured one, and the planned and measured seconds of the division of slots, the
-calibration, the stages (with refits) and the evaluations. All seconds are CPU time, of one thread: other programs on
-the machine change it less than the time on the wall.
+Three sizes of random Llama teachers and four students, each run in a process of its own on the CPU: discrete Mamba-2 in
+every second layer (hidden-state alignment, then logit distillation of all weights), the same in all layers, half of
+which wait for the second stage (logit distillation of all weights in both), and attention over a bounded memory in all
+layers (logit distillation), with equal slots and with slots that are divided among the heads. WikiText-2, a tokenizer
+learnt from it. A row has the planned peak of the resident memory and the measured one, and the planned and measured
+seconds of the division of slots, the calibration, the stages (with refits) and the evaluations. All seconds are CPU
+time, of one thread: other programs on the machine change it less than the time on the wall.
 
     python benchmarks/claims/run_plan.py
 
