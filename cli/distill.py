@@ -45,7 +45,7 @@ def distill(
 ) -> None:
     """Distil a Transformer as a recipe says. Evaluates the student before and after every stage.
 
-    Measures and prints a plan of memory and time before it starts.
+    Measures and prints a plan of memory and time before it starts, and keeps it for a run that is started again.
 
     Several processes: accelerate launch -m ssm_zoo.cli.main distill RECIPE OUTPUT
     """

@@ -8,7 +8,10 @@ import typer
 
 
 def list_models(
-    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Shell pattern of names, e.g. 'mamba2-*'.")] = "*",
+    pattern: Annotated[
+        str,
+        typer.Argument(metavar="PATTERN", help="Part of the names, e.g. mamba2, or a shell pattern, e.g. 'mamba2-*'."),
+    ] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
     """List the models of the zoo: sizes, sources, loaders.
@@ -18,12 +21,13 @@ def list_models(
     `ssm-zoo train NAME` trains one from scratch. Cards of models that `ssm-zoo reproduce` trains again come last.
     """
     from ..conversion.catalogue import list_models as find
+    from ..conversion.catalogue import matches
     from .reproduce import cards
 
     found = find(pattern)
-    reproducible = [name for name in cards() if _matches(name, pattern)]
+    reproducible = [name for name in cards() if matches(name, pattern)]
     if not found and not reproducible:
-        raise ValueError(f"PATTERN: no model has a name like {pattern!r}; `ssm-zoo list` lists all of them")
+        raise ValueError(f"PATTERN: no model has a name like {pattern!r}. `ssm-zoo list` without PATTERN lists all.")
     if as_json:
         typer.echo(json.dumps({"models": [asdict(each) for each in found], "cards": reproducible}, indent=2))
         return
@@ -45,9 +49,3 @@ def list_models(
         Console().print(table)
     for name in reproducible:
         typer.echo(f"ssm-zoo reproduce {name}: trains the model of model_cards/{name}.md again")
-
-
-def _matches(name: str, pattern: str) -> bool:
-    import fnmatch
-
-    return fnmatch.fnmatchcase(name, pattern)

@@ -13,13 +13,18 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of finished distillations.")],
     output: Annotated[
         Path,
-        typer.Option("--output", metavar="FOLDER", help="Folder to write to. An earlier report is replaced."),
+        typer.Option(
+            "--output",
+            metavar="FOLDER",
+            help="Folder to write to, by default report in the current one. An earlier report is replaced.",
+        ),
     ] = Path("report"),
 ) -> None:
     """Compare finished distillations in one table and one picture.
 
     The runs must have the same teacher and the same held-out text. Prints the table, and writes runs.md (the table),
-    runs.png (the picture) and runs.json (the numbers of both).
+    runs.png (the picture) and runs.json (the numbers of both) into a folder, whose path it prints: that of --output, or
+    report/ in the current folder.
     """
     from ..harness.run_folder import write_json
     from ..harness.whole_files import new_folder, write_text_whole
@@ -34,7 +39,7 @@ def report(
         created = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(folder / _NUMBERS, {"format": 1, "kind": KIND, "created": created, **found.model_dump(mode="json")})
     typer.echo(runs_markdown(found))
-    typer.echo(f"table: {output / _MARKDOWN}   picture: {output / _PLOT}   numbers: {output / _NUMBERS}")
+    typer.echo(f"written to {output.absolute()}: {_MARKDOWN}, {_PLOT} and {_NUMBERS}")
 
 
 def _check_folder(folder: Path, kind: str) -> None:

@@ -21,7 +21,7 @@ from .. import modeling
 from ..modeling.families import PRESETS, preset
 from .formats import FORMATS
 
-__all__ = ["ModelInfo", "list_models"]
+__all__ = ["ModelInfo", "list_models", "matches"]
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,23 @@ class ModelInfo:
 
 
 def list_models(pattern: str = "*") -> list[ModelInfo]:
-    """Return the presets and the families without presets whose names match a shell pattern.
+    """Return the presets and the families without presets whose names match a pattern, see :func:`matches`.
 
     Parameters are counted on the meta device, so that nothing is allocated.
     """
     families = {kind.model_type: kind for kind in vars(modeling).values() if _is_family(kind)}
     with_preset = {kind.model_type for kind, _ in PRESETS.values()}
-    found = [_info(name, preset(name), counted=True) for name in PRESETS if fnmatch.fnmatchcase(name, pattern)]
+    found = [_info(name, preset(name), counted=True) for name in PRESETS if matches(name, pattern)]
     return found + [
         _info(name, kind(), counted=False)
         for name, kind in families.items()
-        if name not in with_preset and fnmatch.fnmatchcase(name, pattern)
+        if name not in with_preset and matches(name, pattern)
     ]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a name contains a word, or matches a shell pattern if the pattern has one of `*?[`."""
+    return fnmatch.fnmatchcase(name, pattern) if set(pattern) & set("*?[") else pattern in name
 
 
 def _is_family(value: object) -> bool:

@@ -26,16 +26,27 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modeling import ZooHybridForCausalLM
+from .data import TokenWindows
 from .healing import heal
 from .least_squares import Moments, add_moments, ridge, scale_heads
-from .recipe import StudentSpec
+from .recipe import Recipe, StudentSpec
 from .student import entering, output_projection, student_mixer
 from .teacher import Teacher
 
 # Candidates for a head's half-life, in tokens; with the last one the state hardly decays.
 _HALF_LIVES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
+HALF_LIFE_WINDOWS = 2
+"""Windows that half-lives are chosen on, at most: there is a matrix for every candidate, and more hardly change it."""
 # Ridge strength, as a share of the mean square of the inputs of `out_proj`.
 _RIDGE = 1e-2
+
+
+def calibration_windows(recipe: Recipe, train: TokenWindows) -> Tensor:
+    """Return the (N, L) windows of the training text for the calibration and the refits of a recipe."""
+    length = recipe.calibration_length
+    count = max(recipe.student.calibration_tokens // length, 1)
+    # With another seed than the training, which therefore starts with other windows.
+    return train.batch(0, count, length, recipe.seed + 1)
 
 
 def calibrate(
@@ -59,16 +70,15 @@ def calibrate(
         batch_size: windows in one forward.
         progress: show progress bars.
     """
-    masked = _with(student, layers, "set_average_attention")
+    masked = with_ability(student, layers, "set_average_attention")
     if masked:
         documents, positions = list(windows), student.config.max_position_embeddings
         averages = average_attention(teacher, masked, documents, positions, batch_size=batch_size, progress=progress)
         for layer, matrix in averages.items():
             student_mixer(student, layer).set_average_attention(matrix)  # pyright: ignore[reportCallIssue]
-    state_space = _with(student, layers, "set_half_lives")
+    state_space = with_ability(student, layers, "set_half_lives")
     if state_space and spec.half_life == "calibrated":
-        # Few windows, since there is a matrix for every candidate and more windows hardly change the choice.
-        _calibrate_half_lives(student, teacher, state_space, windows[: min(2, len(windows))])
+        calibrate_half_lives(student, teacher, state_space, windows[:HALF_LIFE_WINDOWS])
     if spec.calibration == "sequential":
         heal(student, teacher, layers, windows, gates=True, batch_size=batch_size, progress=progress)
     elif spec.calibration != "none":
@@ -187,26 +197,12 @@ def fit_output_projections(
             weight.copy_(fitted)
 
 
-def _with(student: ZooHybridForCausalLM, layers: Sequence[int], ability: str) -> list[int]:
-    """Return the layers whose mixer has an attribute, i.e. supports an operation (`modeling/mixer.py`)."""
-    return [layer for layer in layers if hasattr(student_mixer(student, layer), ability)]
-
-
 @torch.no_grad()
-def _entering_out_proj(student: ZooHybridForCausalLM, layer: int, normed_input: Tensor) -> Tensor:
-    """Return the (B, L, E) input of the mixer's output projection."""
-    mixer = student_mixer(student, layer)
-
-    def run(normed: Tensor) -> None:
-        mixer(normed.float(), student.backbone.sequence_of(normed))
-
-    return entering(output_projection(student, layer), run, [normed_input])[0]
-
-
-@torch.no_grad()
-def _calibrate_half_lives(
+def calibrate_half_lives(
     student: ZooHybridForCausalLM, teacher: Teacher, layers: Sequence[int], windows: Tensor
 ) -> None:
+    """Give each head of state-space layers the half-life that matches the teacher best on (N, L) windows, in place."""
+
     def on_layer(layer: int, normed_input: Tensor) -> None:
         mixer = student_mixer(student, layer)
         values = teacher.attention(layer).values(normed_input).transpose(1, 2).float()  # (B, H, L, P)
@@ -227,3 +223,19 @@ def _calibrate_half_lives(
             mixer.set_half_lives(chosen)  # pyright: ignore[reportCallIssue]
 
     teacher.capture(windows.to(teacher.model.device), layers, ("normed_input",), on_layer=on_layer)
+
+
+def with_ability(student: ZooHybridForCausalLM, layers: Sequence[int], ability: str) -> list[int]:
+    """Return the layers whose mixer has an attribute, i.e. supports an operation (`modeling/mixer.py`)."""
+    return [layer for layer in layers if hasattr(student_mixer(student, layer), ability)]
+
+
+@torch.no_grad()
+def _entering_out_proj(student: ZooHybridForCausalLM, layer: int, normed_input: Tensor) -> Tensor:
+    """Return the (B, L, E) input of the mixer's output projection."""
+    mixer = student_mixer(student, layer)
+
+    def run(normed: Tensor) -> None:
+        mixer(normed.float(), student.backbone.sequence_of(normed))
+
+    return entering(output_projection(student, layer), run, [normed_input])[0]

@@ -17,7 +17,7 @@ from transformers import ProgressCallback, TrainingArguments
 from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
-from ..training.trainer import CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
+from ..training.trainer import CHECKPOINTS, CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
 from .adapters import PART, plain_name
 from .data import TokenWindows, derived_seed, repeat_a_passage
 from .healing import healed_parameters
@@ -295,6 +295,18 @@ def write_progress(folder: Path, weights: dict[str, Tensor], progress: dict[str,
 def read_progress(folder: Path) -> dict[str, Any]:
     """Read the measurements that :func:`write_progress` wrote."""
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+
+
+def refuse_old_checkpoints(output: Path) -> None:
+    """Raise a ValueError if a run's folder has checkpoints in the format of an earlier version."""
+    old = next((path for path in (output / CHECKPOINTS).glob("checkpoint-*/state.json")), None)
+    if old is not None:
+        remedy = "Finish the run with that version, or give another folder to start again."
+        if (output / "report.json").is_file():
+            remedy = f"The run has finished: use {output / 'student'}, or give another folder to start again."
+        raise ValueError(
+            f"output folder: {old.parent} was written by an earlier version of ssm-zoo, in another format. {remedy}"
+        )
 
 
 def trained_parameters(

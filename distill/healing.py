@@ -27,7 +27,7 @@ The activations of all windows are kept, for one layer at a time: both streams a
 Symbols: B batch, L length, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,6 @@ from .teacher import Teacher
 _HELD_OUT = 5
 
 
-@torch.no_grad()
 def heal(
     student: ZooHybridForCausalLM,
     teacher: Teacher,
@@ -72,6 +71,27 @@ def heal(
         ValueError: if there are fewer than two windows, a mixer has no output projection, or mixer and MLP do not
             follow one another with a norm before each. Nothing is changed in these cases.
     """
+    steps = heal_steps(student, teacher, layers, windows, gates=gates, batch_size=batch_size)
+    with tqdm(total=max(layers) + 1, desc="heal", unit="layer", disable=not progress, leave=False) as bar:
+        next(steps)
+        for _ in steps:
+            bar.update()
+
+
+@torch.no_grad()
+def heal_steps(
+    student: ZooHybridForCausalLM,
+    teacher: Teacher,
+    layers: Sequence[int],
+    windows: Tensor,
+    *,
+    gates: bool = False,
+    batch_size: int = 4,
+) -> Generator[None, None, None]:
+    """Do what :func:`heal` does, and yield when the tokens are weighted and after each block up to the last converted.
+
+    Arguments and errors are those of :func:`heal`.
+    """
     if len(windows) < 2:
         raise ValueError(
             f"`windows` must be at least 2, of which one is held out, got {len(windows)}. Give more tokens."
@@ -85,7 +105,8 @@ def heal(
     weights = [1 + _attention_received(teacher, ids) for ids in (*fitted, *chosen)]
     mine = [_embedded(student.backbone, student, ids) for ids in (*fitted, *chosen)]
     theirs = [_embedded(original, student, ids) for ids in (*fitted, *chosen)]
-    for layer in tqdm(range(max(layers) + 1), desc="heal", unit="layer", disable=not progress, leave=False):
+    yield
+    for layer in range(max(layers) + 1):
         block, other = student.backbone.layers[layer], original.layers[layer].to(theirs[0])
         if gates and layer in projections and hasattr(student_mixer(student, layer), "set_gates"):
             normed = [block.get_submodule("input_layernorm")(hidden) for hidden in mine]
@@ -106,6 +127,7 @@ def heal(
             )
         else:
             _advance(mine, partial(_transformed, block))
+        yield
 
 
 def check_blocks(config: ZooHybridConfig) -> None:

@@ -3,27 +3,24 @@
 Parameters, gradients and optimiser are counted. Activations are measured: a step of one or a few sequences is carried
 out for each stage, and extrapolated to the batch, in which they are linear. The step changes nothing. What is resident
 when the plan is made (program, texts, teacher and student) is read from the system. Times are measured in steps of
-their own, since the count of the tensors in memory slows a step down, most of all one of many small operations.
+their own, since the count of the tensors in memory slows a step down, most of all one of many small operations. Those
+of slots, calibration and refits are measured in one layer (`plan_fits.py`).
 
 Symbols: B sequences of a process per step, L length, V vocabulary.
 """
 
 from __future__ import annotations
 
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
-from statistics import median
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
+from tqdm.auto import tqdm
 
 from ..evaluation.hidden_states import KeptStates
 from ..evaluation.language_modeling import PASSAGE, evaluate_language_model, repeat_loss
@@ -32,12 +29,16 @@ from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
 from ..training.sharding import sharded_by
 from .adapters import adapted
+from .calibrate import calibration_windows
 from .comparison import WINDOWS
 from .data import TokenWindows
 from .distiller import StageWindows, StudentInStage, saved_parameters, trained_parameters
 from .layer_errors import layer_errors, layer_windows
 from .logit_losses import tokens_at_once
+from .measuring import peak_of, seconds_of
+from .plan_fits import calibration_seconds, fit_seconds, slots_seconds
 from .recipe import Recipe
+from .slots import divides_slots, division_windows
 from .stepwise import Conversion
 from .stored_logits import StoredLogits
 from .student import position_limit
@@ -48,6 +49,8 @@ _FLOAT = torch.float32.itemsize
 _IMPORTED_LATER = 88 * 2**20
 # Numbers that are updated to measure the time of an update, too many for a cache.
 _UPDATED = 2**22
+# Parts that are measured besides the stages, for the progress bar.
+_MEASURED = 6
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class StagePlan:
         activations: largest sum of activations and gradients in a step.
         logits: a chunk of a model's logits, part of the activations; 0 for a layer-wise objective.
         peak: largest memory of the stage, with what is resident.
-        seconds: duration of all steps.
+        seconds: duration of all steps and of the refit.
     """
 
     name: str
@@ -90,7 +93,9 @@ class RunPlan:
         evaluation: peak of the evaluations, with what is resident.
         comparison: peak of the comparison at the end, 0 without it.
         stages: the stages.
-        evaluation_seconds: duration of all evaluations, without continuations, calibration and comparison.
+        evaluation_seconds: duration of all evaluations, without continuations and comparison.
+        slots_seconds: duration of the division of slots, 0 without it.
+        calibration_seconds: duration of the calibration, 0 without it.
     """
 
     processes: int
@@ -102,6 +107,8 @@ class RunPlan:
     comparison: int
     stages: list[StagePlan]
     evaluation_seconds: float
+    slots_seconds: float = 0.0
+    calibration_seconds: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -110,8 +117,9 @@ class RunPlan:
 
     @property
     def seconds(self) -> float:
-        """Duration of stages and evaluations."""
-        return self.evaluation_seconds + sum(stage.seconds for stage in self.stages)
+        """Duration of the slots' division, calibration, stages and evaluations."""
+        before = self.slots_seconds + self.calibration_seconds
+        return before + self.evaluation_seconds + sum(stage.seconds for stage in self.stages)
 
     def as_mapping(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible values."""
@@ -128,6 +136,8 @@ def make_plan(
     compute: Callable[[], AbstractContextManager[Any]],
     stored: StoredLogits | None = None,
     conversion: Conversion | None = None,
+    *,
+    progress: bool = False,
 ) -> RunPlan:
     """Measure and count what each stage of a recipe needs in each of the processes that `accelerate launch` started.
 
@@ -141,10 +151,17 @@ def make_plan(
         compute: makes the context of a forward pass in the recipe's dtype.
         stored: the teacher's logits, if they are stored.
         conversion: the layers of each stage; None: those of the recipe.
+        progress: say what is measured, and show a progress bar.
     """
     conversion = conversion or Conversion(teacher, recipe, layers)
     planner = _Planner(recipe, teacher, student, layers, windows, heldout, compute, stored, conversion)
-    with torch.random.fork_rng(devices=[]):
+    if progress:
+        tqdm.write("plan: measuring memory and time of a training step of each stage, of evaluations and of fits")
+    with (
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=_MEASURED + len(recipe.stages), desc="plan", disable=not progress, leave=False) as bar,
+    ):
+        planner.bar = bar
         return planner.plan()
 
 
@@ -159,6 +176,7 @@ class _Planner:
     compute: Callable[[], AbstractContextManager[Any]]
     stored: StoredLogits | None
     conversion: Conversion
+    bar: tqdm[Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.device = self.student.device
@@ -178,7 +196,8 @@ class _Planner:
         texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
         scored = max(min(spec.tokens, len(self.heldout)) // spec.sequence_length, 1) * spec.sequence_length
         self.kept.name(self.teacher.model, "teacher")
-        self.evaluate(texts)  # imports what an evaluation needs, and keeps the teacher's states
+        with self.measured("first evaluation"):
+            self.evaluate(texts)  # imports what an evaluation needs, and keeps the teacher's states
         in_a_token = self.kept.nbytes / texts.numel()
 
         def kept(models: int, tokens: int = scored) -> int:
@@ -188,17 +207,29 @@ class _Planner:
         stages = []
         for index, layers in enumerate(self.conversion.stages):
             stage = recipe.stages[index]
-            with self.conversion.converted(self.student, layers), adapted(self.student, stage, layers):
-                # With the states of teacher and control.
-                stages.append(self.stage(index, kept(2)))
-        forward = peak_of(lambda: self.evaluate(texts), self.device)
-        seconds = self.seconds_of_scores(texts, scored, kept(1) / max(scored * in_a_token, 1))
+            with self.measured(f"stage {stage.name}"), self.conversion.converted(self.student, layers):
+                with self.compute():
+                    fitted = calibration_windows(recipe, self.windows)
+                    refit = fit_seconds(self.student, self.teacher, layers, fitted, stage.refit)
+                with adapted(self.student, stage, layers):
+                    # With the states of teacher and control.
+                    stages.append(self.stage(index, kept(2), refit))
+        with self.measured("scores"):
+            forward = peak_of(lambda: self.evaluate(texts), self.device)
+            seconds = self.seconds_of_scores(texts, scored, kept(1) / max(scored * in_a_token, 1))
         # Teacher, zeroed mixers, control and step 0, then after each stage.
         seconds *= 4 + len(stages)
         # Recall is measured for all models but the one with zeroed mixers; errors of layers at step 0 and after each
         # stage.
-        seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
-        seconds += seconds_of(lambda: self.errors(texts), self.device) * (1 + len(stages))
+        with self.measured("recall"):
+            seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
+        with self.measured("errors of layers"):
+            seconds += seconds_of(lambda: self.errors(texts), self.device) * (1 + len(stages))
+        with self.measured("division of slots"):
+            slots = self.slots_seconds()
+        with self.measured("calibration"), self.compute():
+            parts = (self.student, self.teacher, recipe, self.layers, calibration_windows(recipe, self.windows))
+            calibration = calibration_seconds(*parts)
         control = _bytes(self.teacher.model)  # about: it is a copy of the teacher with other attention
         comparison = 0
         if spec.final:
@@ -217,7 +248,26 @@ class _Planner:
             comparison=comparison,
             stages=stages,
             evaluation_seconds=seconds,
+            slots_seconds=slots,
+            calibration_seconds=calibration,
         )
+
+    @contextmanager
+    def measured(self, what: str) -> Iterator[None]:
+        """Show what is measured, and count it afterwards."""
+        self.bar.set_postfix_str(what)
+        yield
+        self.bar.update()
+
+    def slots_seconds(self) -> float:
+        """Return the seconds of the division of slots, if the recipe asks for it."""
+        spec = self.recipe.student
+        if not divides_slots(self.recipe):
+            return 0.0
+        windows = division_windows(self.recipe, self.teacher, self.windows)
+        with self.compute():
+            settings = self.student.config.settings_of(spec.mixer)
+            return slots_seconds(self.teacher, self.layers, settings, spec.rows, windows)
 
     def evaluate(self, texts: Tensor) -> None:
         """Score the student on a batch of windows, as the evaluations do."""
@@ -254,8 +304,8 @@ class _Planner:
         with self.compute():
             layer_errors(self.student, self.teacher, self.layers, layer_windows(texts).to(self.device))
 
-    def stage(self, index: int, kept: int) -> StagePlan:
-        """Return the plan of a stage, while hidden states of a number of bytes are kept."""
+    def stage(self, index: int, kept: int, refit: float) -> StagePlan:
+        """Return the plan of a stage, while states of `kept` bytes are kept, with a refit of some seconds."""
         waiting = self.conversion.waiting.values()
         # Only parameters are sharded: neither mixers that wait nor the attention in their places, which is buffers.
         student = _size(self.student.parameters()) // self.shards + _size(self.student.buffers()) + _size(waiting)
@@ -298,7 +348,7 @@ class _Planner:
             activations=activations,
             logits=_FLOAT * vocabulary * logits if whole else 0,
             peak=resident + optimiser + buckets + max(activations, update, copy),
-            seconds=seconds * stage.steps,
+            seconds=seconds * stage.steps + refit,
         )
 
 
@@ -316,6 +366,8 @@ def plan_table(plan: RunPlan) -> str:
         ]
         for stage in plan.stages
     ]
+    before = {"division of slots": plan.slots_seconds, "calibration": plan.calibration_seconds}
+    rows = [[name, *[""] * 7, _duration(seconds)] for name, seconds in before.items() if seconds] + rows
     rows.append(["evaluations", *[""] * 6, binary_size(plan.evaluation), _duration(plan.evaluation_seconds)])
     if plan.comparison:
         rows.append(["comparison at the end", *[""] * 6, binary_size(plan.comparison), ""])
@@ -323,8 +375,8 @@ def plan_table(plan: RunPlan) -> str:
     return (
         f"{table(header, rows)}\n\nPeak {binary_size(plan.peak)} on {plan.device}{each}, of which "
         f"{binary_size(plan.resident)} are resident before the first step (teacher {binary_size(plan.teacher)}, "
-        f"student {binary_size(plan.student)}). About {_duration(plan.seconds)}, without calibration, continuations "
-        "and the comparison."
+        f"student {binary_size(plan.student)}). About {_duration(plan.seconds)}, without continuations and "
+        "the comparison."
     )
 
 
@@ -342,59 +394,6 @@ def trainable(student: ZooHybridForCausalLM, train: str, layers: Sequence[int]) 
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
-
-
-class _Storages(TorchDispatchMode):
-    """Sum of the bytes of all storages that were made in the mode and are alive, and its maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in known and id(storage) not in self._alive:
-                    self._add(storage)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self._alive[key] = size
-        self._now += size
-        self.peak = max(self.peak, self._now)
-        weakref.finalize(storage, self._remove, key)
-
-    def _remove(self, key: int) -> None:
-        self._now -= self._alive.pop(key)
-
-
-def peak_of(run: Callable[[], object], device: torch.device) -> int:
-    """Return the largest sum of the tensors that a function has in memory at one time, in bytes."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Storages() as storages:
-        run()
-    return storages.peak
-
-
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a function: the median of three calls, or of fewer that take a second."""
-    found: list[float] = []
-    while len(found) < 3 and sum(found) < 1:
-        started = time.monotonic()
-        run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        found.append(time.monotonic() - started)
-    return median(found)
 
 
 def _seconds_of_an_update(trained: Sequence[Tensor], device: torch.device) -> float:

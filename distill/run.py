@@ -1,8 +1,8 @@
 """Run a distillation: from a recipe to a folder with a student that loads anywhere, and a report.
 
-The output folder contains `run.json` and `recipe.yaml` (the description of the run) and `checkpoints/`; at the end also
-`student/` (a self-contained Hub folder with a card), `report.json`, `report.md` and `plots/`. A run with the same
-recipe in the same folder resumes where it stopped.
+The output folder contains `run.json` and `recipe.yaml` (the description of the run), `plan.json` (if a plan was made)
+and `checkpoints/`; at the end also `student/` (a self-contained Hub folder with a card), `report.json`, `report.md` and
+`plots/`. A run with the same recipe in the same folder resumes where it stopped.
 """
 
 import sys
@@ -31,7 +31,6 @@ from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, recorded_recipe
 from ..harness.whole_files import write_text_whole
 from ..modeling import ZooHybridForCausalLM
-from ..modeling.token_mixers import TOKEN_MIXERS
 from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
@@ -39,18 +38,26 @@ from ..training.checkpoints import last_checkpoint, place, save_checkpoint
 from ..training.report import public_sources, write_folder
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .adapters import add_adapters, load_adapters, remove_adapters, targets
-from .calibrate import calibrate, fit_output_projections
+from .calibrate import calibrate, calibration_windows, fit_output_projections
 from .comparison import Comparison, compare
 from .data import TokenWindows
-from .distiller import WEIGHTS, Distiller, read_progress, saved_parameters, write_progress
+from .distiller import (
+    WEIGHTS,
+    Distiller,
+    read_progress,
+    refuse_old_checkpoints,
+    saved_parameters,
+    write_progress,
+)
 from .healing import check_blocks
 from .inputs import check_inputs, check_stages, load_inputs
+from .kept_plan import PLAN, circumstances, keep_plan, read_plan
 from .layer_errors import layer_errors, layer_windows
 from .plan import RunPlan, make_plan
 from .pseudo_labels import pseudo_labels
 from .recipe import Recipe, as_mapping, as_recorded, dump, resolve_layers
 from .report import finite, stage_entry, write_report
-from .slots import LENGTH, WINDOWS, divide_slots
+from .slots import divide_slots, divides_slots, division_windows
 from .stepwise import Conversion
 from .stored_logits import StoredLogits, identity
 from .student import build_control, build_student, position_limit, set_slots, zeroed_mixers
@@ -58,6 +65,8 @@ from .teacher import Teacher
 
 _KIND = "ssm-zoo distillation run"
 _CONTROL = "window + sinks"
+# Places of the checkpoints before the first stage: without weights, and with those of the calibrated student.
+_STARTED, _CALIBRATED = (0,), (0, 0)
 _REMEDY = "Lower learning_rate, or choose dtype float32."
 _REMEDY_OF_THE_TEACHER = "Choose dtype float32, or another teacher if it already is."
 
@@ -71,6 +80,7 @@ class _Progress:
     comparison: dict[str, Any] | None = None  # of teacher, control and student, at the end
     slots: list[list[int]] | None = None  # of a bounded memory, once they are divided
     decays: list[list[float]] | None = None  # with the slots
+    preparation: dict[str, float] = field(default_factory=dict)  # seconds of the slots' division and the calibration
     peak_memory_bytes: int = 0
 
 
@@ -123,7 +133,8 @@ def distill(
         command: command line for the report; None: the command line of this process.
         trust_remote_code: run code that comes with the teacher, e.g. of its tokenizer.
         on_plan: receives the plan of memory and time in every process, before anything is written; the run ends there
-            if it returns False. None: no plan is made.
+            if it returns False. The plan is measured, or read from the folder of an unfinished run on the same machine.
+            None: no plan is made.
 
     Returns:
         The report, as in `report.json`; empty if the run ended with its plan.
@@ -138,26 +149,29 @@ def distill(
     check_stages(recipe, state.num_processes)
     if state.is_main_process:
         check_output_folder(output)
-    _refuse_old_checkpoints(Path(output))
+    refuse_old_checkpoints(Path(output))
     run = _prepare(recipe, Path(output), state, trust_remote_code)
     recorded = as_recorded(recipe, recorded_recipe(run.output, _KIND))
+    plan, here = None, {}
     if on_plan is not None:
         if run.main:
             check_run(run.output, recorded, run.sources, _KIND)
-        parts = (run.recipe, run.teacher, run.student, run.layers, run.train, run.heldout)
-        plan = make_plan(*parts, run.compute, run.stored, run.conversion)
+        plan, here = _plan(run)
         if not on_plan(plan):
             return {}
     _claim(run, recorded)
+    if plan is not None and run.main:
+        keep_plan(run.output, plan, here)
     if recipe.data.pseudo_labels is not None:
         run.pseudo = pseudo_labels(recipe, run.teacher, run.train, run.output, run.compute, state)
     # Read now: the source may be gone when the training ends.
     origin = provenance(recipe.teacher, run.commit)
     found = last_checkpoint(run.output / CHECKPOINTS, main=run.main)
-    if found is None:
-        _first_evaluations(run)
-    else:
+    if found is not None:
         _restore(run, found)
+    if found is None or place(found) <= _CALIBRATED:
+        _before_the_stages(run, calibrated=found is not None and place(found) == _CALIBRATED)
+        found = None
     first, step = (0, 0) if found is None else place(found)
     for index in range(first, len(recipe.stages)):
         _train_stage(run, index, found if index == first and step > 0 else None)
@@ -170,26 +184,16 @@ def distill(
     return report
 
 
-def _refuse_old_checkpoints(output: Path) -> None:
-    old = next((path for path in (output / CHECKPOINTS).glob("checkpoint-*/state.json")), None)
-    if old is not None:
-        remedy = "Finish the run with that version, or give another folder to start again."
-        if (output / "report.json").is_file():
-            remedy = f"The run has finished: use {output / 'student'}, or give another folder to start again."
-        raise ValueError(
-            f"output folder: {old.parent} was written by an earlier version of ssm-zoo, in another format. {remedy}"
-        )
-
-
 def _restore(run: _Run, found: Path) -> None:
     """Restore the student and the measurements from a checkpoint."""
     saved = read_progress(found)
     for split, here in _fingerprints(run).items():
         if saved["data"][split] != here:
             raise ValueError(f"data.{split}: the texts have changed since {found} was saved. Give the same texts.")
-    weights = load_file(found / WEIGHTS)
-    for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
-        parameter.data.copy_(weights[name])
+    if place(found) != _STARTED:
+        weights = load_file(found / WEIGHTS)
+        for name, parameter in saved_parameters(run.student, run.recipe, run.layers).items():
+            parameter.data.copy_(weights[name])
     try:
         run.progress = _Progress(**saved["measured"])
     except TypeError as error:
@@ -242,6 +246,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         },
         "evaluations": run.progress.evaluations,
         "stages": run.progress.stages,
+        "preparation": run.progress.preparation,
         "comparison": run.progress.comparison,
         "processes": run.state.num_processes,
         "peak_memory_bytes": max(run.progress.peak_memory_bytes, peak_memory()),
@@ -287,25 +292,54 @@ def _claim(run: _Run, recorded: dict[str, Any]) -> None:
     run.state.wait_for_everyone()
 
 
-def _calibration_windows(run: _Run) -> Tensor:
-    length = run.recipe.calibration_length
-    count = max(run.recipe.student.calibration_tokens // length, 1)
-    # With another seed than the training, which therefore starts with other windows.
-    return run.train.batch(0, count, length, run.recipe.seed + 1)
+def _plan(run: _Run) -> tuple[RunPlan, dict[str, Any]]:
+    """Return the plan and what it depends on; an unfinished run keeps its plan."""
+    here = circumstances(run.device, run.state.num_processes, _fingerprints(run))
+    plan = read_plan(run.output, here)
+    if plan is None:
+        parts = (run.recipe, run.teacher, run.student, run.layers, run.train, run.heldout)
+        plan = make_plan(*parts, run.compute, run.stored, run.conversion, progress=run.main)
+    elif run.main:
+        tqdm.write(f"plan: read from {run.output / PLAN}, measured when the run was started")
+    return plan, here
 
 
-def _first_evaluations(run: _Run) -> None:
-    """Evaluate the teacher, the floor (zeroed mixers), the control that costs nothing, and the untrained student."""
-    _evaluate(run, "teacher", "teacher", model=run.teacher.model)
-    with zeroed_mixers(run.student, run.layers):
-        _evaluate(run, "mixers zeroed", "zeroed")
-    _divide_slots(run)
-    _evaluate(run, _CONTROL, "control", model=_control(run))
+def _before_the_stages(run: _Run, *, calibrated: bool) -> None:
+    """Evaluate the teacher, the floor (zeroed mixers), the control that costs nothing, and the untrained student.
+
+    The slots are divided before the control, whose cache has as many bytes, and the student is calibrated after it. A
+    checkpoint is saved after each part. What the run's checkpoint holds is not repeated, nor is a calibration if the
+    student is `calibrated`.
+    """
+    evaluated = {row["kind"] for row in run.progress.evaluations}
+    if "teacher" not in evaluated:
+        _evaluate(run, "teacher", "teacher", model=run.teacher.model)
+        _save(run, _STARTED)
+    if "zeroed" not in evaluated:
+        with zeroed_mixers(run.student, run.layers):
+            _evaluate(run, "mixers zeroed", "zeroed")
+        _save(run, _STARTED)
+    if run.progress.slots is None and divides_slots(run.recipe):
+        _divide_slots(run)
+        _save(run, _STARTED)
+    if "control" not in evaluated:
+        _evaluate(run, _CONTROL, "control", model=_control(run))
+        _save(run, _STARTED)
+    if not calibrated:
+        _calibrate(run)
+        _save(run, _CALIBRATED)
+    if "start" not in evaluated:
+        _evaluate(run, "step 0", "start")
+        _save(run, _CALIBRATED)
+
+
+def _calibrate(run: _Run) -> None:
+    started = time.monotonic()
     with run.compute():
-        windows = _calibration_windows(run)
+        windows = calibration_windows(run.recipe, run.train)
         calibrate(run.student, run.teacher, run.recipe.student, run.layers, windows, progress=run.main)
     check_finite(run.student, "the calibrated student", "Choose dtype float32, or calibration: none.")
-    _evaluate(run, "step 0", "start")
+    run.progress.preparation["calibration"] = time.monotonic() - started
 
 
 def _control(run: _Run) -> ZooHybridForCausalLM:
@@ -313,19 +347,15 @@ def _control(run: _Run) -> ZooHybridForCausalLM:
 
 
 def _divide_slots(run: _Run) -> None:
-    """Divide the slots of a bounded memory among the heads, where the recipe asks for it."""
-    spec = run.recipe.student
-    start = TOKEN_MIXERS[spec.mixer].student
-    if start is None or "slots" not in start.options or spec.slots != "calibrated":
-        return
-    length = min(LENGTH, len(run.train), run.teacher.zoo_config.max_position_embeddings)
-    count = min(WINDOWS, run.train.count(length))
-    windows = run.train.batch(0, count, length, run.recipe.seed + 1)
+    """Divide the slots of a bounded memory among the heads."""
+    started, spec = time.monotonic(), run.recipe.student
+    windows = division_windows(run.recipe, run.teacher, run.train)
     settings = run.student.config.settings_of(spec.mixer)
     with run.compute():
         slots, decays = divide_slots(run.teacher, run.layers, settings, spec.rows, windows, progress=run.main)
     run.progress.slots, run.progress.decays = slots, decays
     set_slots(run.student, slots, decays)
+    run.progress.preparation["slots"] = time.monotonic() - started
 
 
 def _evaluate(run: _Run, name: str, kind: str, model: PreTrainedModel | None = None) -> None:
@@ -409,25 +439,23 @@ def _train_stage(run: _Run, index: int, found: Path | None) -> None:
     seconds, started = history[-1]["seconds"], time.monotonic()
     if stage.refit != "none":
         with run.compute():
-            windows = _calibration_windows(run)
+            windows = calibration_windows(run.recipe, run.train)
             fit_output_projections(run.student, run.teacher, conversion.layers, windows, stage.refit, progress=run.main)
         check_finite(run.student, f"stages.{stage.name}: the student after its refit", _REMEDY)
         seconds += time.monotonic() - started
     run.progress.stages.append(stage_entry(stage, history, seconds))
     _evaluate(run, stage.name, "stage")
-    _save(run, index + 1)
+    _save(run, (index + 1, 0))
 
 
-def _save(run: _Run, stages: int) -> None:
-    """Save a checkpoint after a number of whole stages."""
+def _save(run: _Run, at: tuple[int, ...]) -> None:
+    """Save a checkpoint outside of a stage: at the start of one, (stage, 0), or before there are weights to save."""
     if run.main:
-        weights = saved_parameters(run.student, run.recipe, run.conversion.layers) | run.conversion.waiting
-        progress = _saved_progress(run)
-        save_checkpoint(
-            run.output / CHECKPOINTS,
-            f"checkpoint-{stages}-0",  # the start of the next stage
-            lambda folder: write_progress(folder, weights, progress),
-        )
+        weights, progress = dict[str, Tensor](), _saved_progress(run)
+        if at != _STARTED:
+            weights = saved_parameters(run.student, run.recipe, run.conversion.layers) | run.conversion.waiting
+        name = "-".join(map(str, ("checkpoint", *at)))
+        save_checkpoint(run.output / CHECKPOINTS, name, lambda folder: write_progress(folder, weights, progress))
     run.state.wait_for_everyone()
 
 
@@ -457,7 +485,7 @@ def _compare(run: _Run) -> None:
         )
         run.progress.comparison = finite(compare(comparison))
         tqdm.write(f"teacher, control and student side by side ({sum(comparison.seconds.values()):.0f} s)")
-    _save(run, len(recipe.stages))
+    _save(run, (len(recipe.stages), 0))
 
 
 def read_report(output: str | Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from tqdm.auto import tqdm
 from ..kernels.bounded_attention import bounded_attention
 from ..kernels.int8_rows import round_rows
 from ..modeling.bounded_memory import BoundedAttentionSettings
+from .data import TokenWindows
+from .recipe import MIXERS_WITH, Recipe
 from .teacher import Teacher
 
 _CANDIDATES = (0, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
@@ -38,6 +40,17 @@ LENGTH = 2048
 WINDOWS = 1
 """Number of these windows of ordinary text; there are as many with repeated passages."""
 _DECAYS_UP_TO = 256  # Larger numbers of slots are only measured with the decay that is best at the last smaller one.
+
+
+def divides_slots(recipe: Recipe) -> bool:
+    """Return whether a recipe asks for the division."""
+    return recipe.student.mixer in MIXERS_WITH["slots"][1] and recipe.student.slots == "calibrated"
+
+
+def division_windows(recipe: Recipe, teacher: Teacher, train: TokenWindows) -> Tensor:
+    """Return the (N, L) windows of the training text that a recipe's slots are divided on."""
+    length = min(LENGTH, len(train), teacher.zoo_config.max_position_embeddings)
+    return train.batch(0, min(WINDOWS, train.count(length)), length, recipe.seed + 1)
 
 
 def divide_slots(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..conversion.load_model import check_finite, load_model, quiet_loading
 from ..conversion.remote_code import check_remote_code
+from ..harness.extras import install_command
 from ..harness.json_files import read_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def require_sentence_transformers() -> None:
         if importlib.util.find_spec(name) is None:
             package = name.replace("_", "-")
             raise ValueError(
-                f"embedders need the package {package}, which is not installed: pip install ssm-zoo[embed]"
+                f"embedders need the package {package}, which is not installed. {install_command('embed')}"
             )
 
 

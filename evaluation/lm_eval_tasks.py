@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..harness.extras import install_command
+
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -84,7 +86,7 @@ def find_lm_eval_tasks(tasks: Sequence[str], include_path: str | Path | None = N
         ValueError: if lm-eval is not installed, there is no such folder, or no task has such a name.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("this needs the package lm-eval, which is not installed: pip install ssm-zoo[lm-eval]")
+        raise ValueError(f"this needs the package lm-eval, which is not installed. {install_command('lm-eval')}")
     if not tasks or not all(tasks):
         raise ValueError(f"`tasks` must be one name or more, got {', '.join(tasks)!r}")
     if include_path is not None and not Path(include_path).is_dir():

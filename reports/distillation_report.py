@@ -298,7 +298,8 @@ class Hardware(_Part):
 
 class Report(_Part):
     """A whole run. `recipe` is the recipe as `ssm_zoo.distill.recipe.as_mapping` returns it; `comparison` is None in
-    older reports and where the recipe asks for none."""
+    older reports and where the recipe asks for none; `preparation` holds the seconds of "slots", their division, and of
+    "calibration", and is empty in older reports."""
 
     format: Literal[1]
     kind: Literal["distillation"]
@@ -312,6 +313,7 @@ class Report(_Part):
     data: Data
     evaluations: list[Evaluation]
     stages: list[Stage]
+    preparation: dict[str, float] = Field(default_factory=dict)
     comparison: Comparison | None = None
     processes: Annotated[int, Field(ge=1)]
     peak_memory_bytes: Annotated[int, Field(ge=0)]

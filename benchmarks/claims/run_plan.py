@@ -1,11 +1,12 @@
 """Compare the plan of a distillation, printed before it starts, with the memory and time that the run takes.
 
-Three sizes of random Llama teachers and three students, each run in a process of its own on the CPU: discrete Mamba-2
-in every second layer (hidden-state alignment, then logit distillation of all weights), the same in all layers, half of
+Three sizes of random Llama teachers and four students, each run in a process of its own on the CPU: discrete Mamba-2 in
+every second layer (hidden-state alignment, then logit distillation of all weights), the same in all layers, half of
 which wait for the second stage (logit distillation of all weights in both), and attention over a bounded memory in all
-layers (logit distillation). WikiText-2, a tokenizer learnt from it. A row has the planned peak of the resident
-memory and the measured one, and the planned and measured seconds of the stages and of the evaluations. All seconds are
-CPU time, of one thread: other programs on the machine change it less than the time on the wall.
+layers (logit distillation), with equal slots and with slots that are divided among the heads. WikiText-2, a tokenizer
+learnt from it. A row has the planned peak of the resident memory and the measured one, and the planned and measured
+seconds of the division of slots, the calibration, the stages (with refits) and the evaluations. All seconds are CPU
+time, of one thread: other programs on the machine change it less than the time on the wall.
 
     python benchmarks/claims/run_plan.py
 
@@ -33,7 +34,7 @@ from result_file import open_results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ssm_zoo.distill import plan as planning
+from ssm_zoo.distill import measuring, plan_fits
 from ssm_zoo.distill import run as running
 from ssm_zoo.distill.data import read_texts
 from ssm_zoo.distill.plan import RunPlan
@@ -51,6 +52,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "discrete_mamba2": {"layers": "odd", "mixer": "discrete_mamba2"},
     "bounded_attention": {"layers": "all", "mixer": "bounded_attention", "slots": "equal"},
     "stepwise": {"layers": "all", "mixer": "discrete_mamba2"},
+    "divided_slots": {"layers": "all", "mixer": "bounded_attention", "slots": "calibrated"},
 }
 STEPS = 3
 
@@ -118,7 +120,7 @@ def recipe_of(case: Case, teacher: Path) -> Any:
 def run_in_this_process(case: Case, teacher: Path, output: Path) -> dict[str, Any]:
     """Return the planned and the measured numbers of a run."""
     clock = SimpleNamespace(monotonic=time.process_time)
-    for module in (planning, trainer, running):
+    for module in (measuring, plan_fits, trainer, running):
         module.time = clock  # pyright: ignore[reportAttributeAccessIssue]
     plans: list[RunPlan] = []
 
@@ -137,6 +139,8 @@ def run_in_this_process(case: Case, teacher: Path, output: Path) -> dict[str, An
         "ratio": plan.peak / measured,
         "planned_seconds": {stage.name: stage.seconds for stage in plan.stages},
         "measured_seconds": seconds,
+        "planned_preparation_seconds": {"slots": plan.slots_seconds, "calibration": plan.calibration_seconds},
+        "measured_preparation_seconds": {"slots": 0.0, **report["preparation"]},
         "planned_evaluation_seconds": plan.evaluation_seconds,
         "measured_evaluation_seconds": sum(row["seconds"] for row in report["evaluations"]),
         "plan": plan.as_mapping(),

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import evaluate
 from datasets import Features
 
+from ...harness.extras import install_command
+
 
 class ZooMetric(evaluate.Metric):
     """A metric that is defined by its class alone: nothing is downloaded, and in one process nothing is written.
@@ -70,4 +72,4 @@ class ZooMetric(evaluate.Metric):
 def require_package(module: str, package: str, metric: str) -> None:
     """Raise a ValueError if a package that a metric needs is not installed."""
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{metric} needs the package {package}, which is not installed: pip install ssm-zoo[metrics]")
+        raise ValueError(f"{metric} needs the package {package}, which is not installed. {install_command('metrics')}")

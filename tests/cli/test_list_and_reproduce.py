@@ -57,6 +57,16 @@ def test_the_list_is_printed_as_a_table_and_as_json() -> None:
     assert "taipan-190m" in text and "187,520,022" in text
 
 
+def test_a_word_lists_the_names_that_contain_it() -> None:
+    every, found = ([model.name for model in list_models(pattern)] for pattern in ("*", "mamba2"))
+    assert found == [name for name in every if "mamba2" in name] and 5 < len(found) < len(every)
+    result = CliRunner().invoke(app, ["list", "mamba2", "--json"])
+    assert [each["name"] for each in json.loads(result.stdout)["models"]] == found
+    assert [model.name for model in list_models("mamba2-130m")] == ["mamba2-130m"]
+    nothing = CliRunner().invoke(app, ["list", "mamba9"])
+    assert nothing.exit_code == 2 and "no model has a name like 'mamba9'" in nothing.stderr
+
+
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A card whose loss is not the run's, in the folder in which commands run."""

@@ -1,8 +1,10 @@
 """The plan of a run counts what a stage trains, measures what a step needs, and changes nothing."""
 
 import time
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
 from ssm_zoo.distill import plan as planning
+from ssm_zoo.distill import plan_fits
 from ssm_zoo.distill.data import TokenWindows
-from ssm_zoo.distill.plan import RunPlan, make_plan, peak_of, plan_table
+from ssm_zoo.distill.measuring import peak_of
+from ssm_zoo.distill.plan import RunPlan, make_plan, plan_table
 from ssm_zoo.distill.recipe import as_mapping, parse_recipe
 from ssm_zoo.distill.recipe_files import load_recipe
 from ssm_zoo.distill.run import distill
@@ -35,14 +39,20 @@ evaluation: {tokens: 64, final: false}
 """
 
 
-def parts(*, before: dict[str, Any] | None = None, evaluation: int = 64, **stage: Any) -> tuple[Any, ...]:
+def parts(
+    *,
+    before: dict[str, Any] | None = None,
+    evaluation: int = 64,
+    student: dict[str, Any] | None = None,
+    **stage: Any,
+) -> tuple[Any, ...]:
     """The arguments of a plan of a run with one stage, and one before it if asked for."""
     teacher = Teacher(make_teacher())
     values = {"objective": "logit_distillation", "train": "all", "tokens": 512, "batch_size": 4, **stage}
     recipe = parse_recipe(
         {
             "teacher": "x",
-            "student": {"layers": [1, 2], "half_life": [1, 8]},
+            "student": {"layers": [1, 2], **({"half_life": [1, 8]} if student is None else student)},
             "data": {"train": "x", "heldout": "x", "sequence_length": 32},
             "stages": [
                 *([] if before is None else [{"name": "before", "learning_rate": 1e-3, **values, **before}]),
@@ -51,9 +61,9 @@ def parts(*, before: dict[str, Any] | None = None, evaluation: int = 64, **stage
             "evaluation": {"tokens": evaluation},
         }
     )
-    student = build_student(teacher, recipe.student, [1, 2])
+    made = build_student(teacher, recipe.student, [1, 2])
     windows = TokenWindows(text_windows(60, 1)[:, 0])
-    return recipe, teacher, student, [1, 2], windows, windows, lambda: computing("float32", CPU)
+    return recipe, teacher, made, [1, 2], windows, windows, lambda: computing("float32", CPU)
 
 
 def plan_of(**stage: Any) -> tuple[RunPlan, Any]:
@@ -121,7 +131,7 @@ def test_layers_that_wait_are_held_beside_the_attention_in_their_places(monkeypa
     assert held == 4 * sum(parameter.numel() for parameter in attention.parameters())
     # Without activations, the largest sum is that in which a checkpoint is written: also of the mixer that waits.
     monkeypatch.setattr(planning, "_extrapolated", lambda *_: (0, 0.0))
-    mixers = {"objective": "hidden_state_alignment", "train": "mixers", "stream": "student"}
+    mixers: dict[str, Any] = {"objective": "hidden_state_alignment", "train": "mixers", "stream": "student"}
     arguments = parts(before={"layers": [1]}, **mixers)
     first, second = make_plan(*arguments).stages
     assert first.parameters == second.parameters / 2
@@ -146,18 +156,84 @@ def test_the_hidden_states_that_evaluations_keep_are_counted(monkeypatch: pytest
     assert found.stages[0].peak == resident + found.stages[0].optimiser + 10**9 + 30_000
 
 
-def test_a_plan_changes_neither_weights_nor_random_numbers() -> None:
-    arguments = parts()
+STUDENTS: dict[str, dict[str, Any]] = {
+    "neither": {"half_life": [1, 8]},
+    "ridge": {"half_life": "calibrated", "calibration": "ridge", "calibration_tokens": 512},
+    "sequential": {"half_life": "calibrated", "calibration": "sequential", "calibration_tokens": 512},
+    "averages": {"mixer": "masked_mixing", "positions": 32, "calibration": "head_scale"},
+    "slots": {"mixer": "bounded_attention", "window": 4, "chunk_size": 2, "sinks": 1, "rows": 12},
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_plan_changes_neither_weights_nor_random_numbers(name: str) -> None:
+    fitted: dict[str, Any] = {"objective": "hidden_state_alignment", "train": "mixers", "refit": "ridge"}
+    arguments = parts(student=STUDENTS[name], **(fitted if name == "ridge" else {}))
     student = arguments[2]
     before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    config = student.config.to_dict()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
     found = make_plan(*arguments)
     assert torch.rand(4).equal(expected)
-    for name, parameter in student.named_parameters():
-        assert parameter.equal(before[name]) and parameter.grad is None and parameter.requires_grad, name
-    assert "| one | 4 | 512 | 0." in plan_table(found)
+    for key, parameter in student.named_parameters():
+        assert parameter.equal(before[key]) and parameter.grad is None and parameter.requires_grad, key
+    assert student.config.to_dict() == config
+    shown = plan_table(found)
+    assert "| one | 4 | 512 | 0." in shown
+    seconds = {"calibration": found.calibration_seconds, "division of slots": found.slots_seconds}
+    measured = {"neither": set(), "slots": {"division of slots"}}.get(name, {"calibration"})
+    assert {part for part, each in seconds.items() if each > 0} == measured
+    assert {part for part in seconds if f"| {part} |" in shown} == measured
+    before_training = found.slots_seconds + found.calibration_seconds
+    assert found.seconds == before_training + found.evaluation_seconds + found.stages[0].seconds
+
+
+def test_a_plan_says_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = parts()
+    make_plan(*arguments)
+    silent = capsys.readouterr()
+    assert "plan" not in silent.out + silent.err
+    make_plan(*arguments, progress=True)
+    shown = capsys.readouterr()
+    assert "plan: measuring memory and time of a training step of each stage" in shown.out
+    assert "/7 [" in shown.err and "calibration]" in shown.err  # a stage and six other parts
+
+
+def test_fits_are_extrapolated_to_all_windows_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of their own: seconds of each part are a number and one per window."""
+    clock = [0.0]
+    monkeypatch.setattr(plan_fits, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def heal_steps(_student: Any, _teacher: Any, layers: Any, windows: torch.Tensor, **_options: Any) -> Iterator[None]:
+        clock[0] += 0.5 * len(windows)
+        yield
+        for layer in range(max(layers) + 1):
+            clock[0] += 3 + 0.25 * len(windows) if layer in layers else 0.125 * len(windows)
+            yield
+
+    monkeypatch.setattr(plan_fits, "heal_steps", heal_steps)
+    _, teacher, student, *_ = parts()
+    for layers, count in ([1, 3], 7), ([1, 3], 40), ([0, 1], 40), ([0, 3], 40):
+        seconds = plan_fits.fit_seconds(student, teacher, layers, torch.zeros(count, 8), "sequential")
+        others = max(layers) + 1 - len(layers)
+        assert seconds == pytest.approx(0.5 * count + len(layers) * (3 + 0.25 * count) + others * 0.125 * count)
+
+    def seconds_of(run: Any, _device: Any) -> float:
+        run()
+        return clock.pop()
+
+    def fit(_student: Any, _teacher: Any, layers: list[int], windows: torch.Tensor, *_: Any, progress: bool) -> None:
+        assert layers == [1] and not progress
+        clock.append(3 + 0.25 * len(windows) + 0.125 * len(windows))  # with a block before the layer
+
+    monkeypatch.setattr(plan_fits, "seconds_of", seconds_of)
+    monkeypatch.setattr(plan_fits, "fit_output_projections", fit)
+    monkeypatch.setattr(plan_fits, "_forward_seconds", lambda _, last, windows: 0.125 * last * len(windows))
+    for layers, count in ([1, 3], 7), ([1, 2, 3], 40):
+        seconds = plan_fits.fit_seconds(student, teacher, layers, torch.zeros(count, 8), "ridge")
+        assert seconds == pytest.approx(len(layers) * (3 + 0.25 * count) + 0.125 * 3 * count)
 
 
 def test_times_are_those_of_steps_whose_tensors_are_not_counted() -> None:

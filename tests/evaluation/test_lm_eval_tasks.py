@@ -142,5 +142,7 @@ def test_what_is_missing_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="the tokenizer must have a token for the beginning or end of a text"):
         adapt_to_lm_eval(make_model("mamba2"), tokenizer)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"the package lm-eval, which is not installed: pip install ssm-zoo\[lm-eval"):
+    with pytest.raises(
+        ValueError, match=r"the package lm-eval, which is not installed\. In the checkout .*'\.\[lm-eval\]'"
+    ):
         evaluate_lm_eval_tasks(make_model("mamba2"), tokenizer, ["x"])

@@ -101,6 +101,7 @@ def test_the_command_prints_and_saves_one_table_and_one_picture(runs: list[Path]
     result = CliRunner().invoke(app, ["report", "first", "second"])
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
     assert {path.name for path in Path("report").iterdir()} == {"runs.md", "runs.png", "runs.json"}
+    assert f"written to {Path('report').absolute()}: runs.md" in result.stdout
     saved = Path("report/runs.md").read_text()
     assert saved.replace("![2 runs](runs.png)\n\n", "") in result.stdout
     table = [line for line in saved.splitlines() if line.startswith("| ")]
