@@ -48,9 +48,10 @@ def test_the_recorded_times_before_the_first_stage_are_within_a_fifth_of_the_mea
         line for path in RESULTS.glob("run_plan-*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()
     ]
     rows = [row for line in lines if "measured_preparation_seconds" in (row := json.loads(line))]
-    assert "divided_slots" in {row["mixer"] for row in rows}
+    assert {row["mixer"] for row in rows} >= {"fitted", "divided_slots"}
     for row in rows:
         place = row["size"], row["mixer"]
         measured = row["measured_preparation_seconds"]
         assert row["planned_preparation_seconds"] == pytest.approx(measured, rel=0.2, abs=0.1), place
     assert max(row["measured_preparation_seconds"]["slots"] for row in rows) > 1
+    assert max(row["measured_preparation_seconds"]["calibration"] for row in rows) > 1
