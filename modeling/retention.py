@@ -147,10 +147,9 @@ class Retention(nn.Module):
         if self.normalize_scores:
             if dtype == torch.float16:  # which sums may exceed before they are divided
                 v = v.float()
-            v = F.pad(v, (0, 1), value=1.0)  # its output is the row sum of R
-        o = self.retain(v, factors, sequence, cache, single)
+        o, *sums = self.retain(v, factors, sequence, cache, single)
         if self.normalize_scores:
-            o = (o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)).to(dtype)
+            o = (o / sums[0].detach().abs().clamp(min=1)[..., None].to(o.dtype)).to(dtype)
         y = self.group_norm(o).flatten(2)
         if self.g_proj is not None:
             y = F.silu(self.g_proj(hidden_states)) * y
@@ -159,27 +158,40 @@ class Retention(nn.Module):
 
     def retain(
         self, v: Tensor, factors: tuple[Tensor, Tensor, Tensor], sequence: Sequence, cache: Any, single: bool
-    ) -> Tensor:
-        """Compute (B, L, H, V) outputs of the recurrence for (B, L, H, V) values, and update the cache's state.
+    ) -> tuple[Tensor, ...]:
+        """Compute outputs of the recurrence and update the cache's state.
 
         Args:
-            v: values.
+            v: (B, L, H, V) values.
             factors: see :meth:`matrix_inputs`.
             sequence: the `Sequence` of the inputs.
             cache: the mixer's layer of the cache, or None.
             single: whether to update the state in place (`is_single_step`).
+
+        Returns:
+            (B, L, H, V) outputs; if scores are normalised also the (B, L, H) row sums of R.
         """
         log_decay, k, q = factors
         state: Any = None if cache is None else cache.recurrent_state
+        row_sums = self.normalize_scores
         if single:
-            return ssd_log_decay_step(state, v[:, 0], log_decay[:, 0], k[:, 0], q[:, 0])[:, None]
-        o, state = ssd_log_decay(
-            v, log_decay, k, q, initial_state=state, seq_idx=sequence.seq_idx, return_final_state=True
+            token = (each[:, 0] for each in (v, log_decay, k, q))
+            found = ssd_log_decay_step(state, *token, row_sums=row_sums)
+            return tuple(each[:, None] for each in (found if row_sums else (found,)))
+        *found, state = ssd_log_decay(
+            *(v, log_decay, k, q),
+            initial_state=state,
+            seq_idx=sequence.seq_idx,
+            return_final_state=True,
+            row_sums=row_sums,
         )
         if cache is not None:
             cache.recurrent_state = state
         turned = self.read_backwards(sequence)
-        return o if turned is None else o + scan_ahead(v, log_decay, k, q, turned)
+        if turned is None:
+            return tuple(found)
+        ahead = scan_ahead(v, log_decay, k, q, turned, row_sums)
+        return tuple(own + more for own, more in zip(found, ahead, strict=True))
 
     def read_backwards(self, sequence: Sequence) -> Sequence | None:
         """Return the layout of the tokens that are read backwards too: all, those of prefixes, or None for none."""
@@ -271,10 +283,12 @@ class Retention(nn.Module):
         copy_output(self.o_proj, view)
 
 
-def scan_ahead(values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence) -> Tensor:
+def scan_ahead(
+    values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence, row_sums: bool
+) -> tuple[Tensor, ...]:
     """Return the (B, L, H, V) outputs of a scan from the end of each document, 0 at padding.
 
-    They are without the diagonal, which the scan from its start has.
+    They are without the diagonal, which the scan from its start has. With `row_sums` the (B, L, H) row sums follow.
 
     Args:
         values: (B, L, H, V).
@@ -282,11 +296,15 @@ def scan_ahead(values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: 
         k: (B, L, H, P) keys.
         q: (B, L, H, P) queries.
         turned: the layout of the tokens that are read.
+        row_sums: whether to return the row sums.
     """
-    ahead = ssd_log_decay(*map(turned.reverse, (values, log_decay, k, q)), seq_idx=turned.seq_idx)
-    assert isinstance(ahead, Tensor)
-    ahead = turned.reverse(ahead) - (q * k).sum(-1, keepdim=True) * values
-    return ahead if turned.real is None else ahead.masked_fill(~turned.real[..., None, None], 0)
+    found = ssd_log_decay(*map(turned.reverse, (values, log_decay, k, q)), seq_idx=turned.seq_idx, row_sums=row_sums)
+    y, *sums = map(turned.reverse, found if row_sums else (found,))
+    diagonal = (q * k).sum(-1)
+    ahead = y - diagonal[..., None] * values, *(each - diagonal for each in sums)
+    if turned.real is None:
+        return ahead
+    return tuple(each.masked_fill(~turned.real.view(*turned.real.shape, *[1] * (each.dim() - 2)), 0) for each in ahead)
 
 
 def matrix_ahead(log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence) -> Tensor:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from kernel_cases import GRAPH, HEADLINE, MIXED_TOKENS, SELECTIVE, TAPS, TRAINING, Case, our_run, prepare, split_maps
 from roofline import FLOAT32, Cost, cost
 from torch import Tensor
@@ -100,8 +99,8 @@ def _row_sums(sizes: dict[str, int]) -> ResourceCase:
     def run() -> None:
         x, B, C = (_wide(batch, length, heads, n).requires_grad_() for n in (width, size, size))
         log_decay = torch.empty(batch, length, heads).requires_grad_()
-        y, _ = ssd_log_decay(F.pad(x, (0, 1), value=1.0), log_decay, B, C, return_final_state=True)
-        torch.autograd.grad(y, [x, log_decay, B, C], torch.empty_like(y))
+        y, sums, _ = ssd_log_decay(x, log_decay, B, C, return_final_state=True, row_sums=True)
+        torch.autograd.grad([y, sums], [x, log_decay, B, C], [torch.empty_like(y), torch.empty_like(sums)])
 
     same = Case("ssd", TRAINING, sizes, BF16)
     numbers = batch * length * heads
