@@ -140,8 +140,8 @@ def ssd_log_decay(
             Gradients flow to it.
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
-        row_sums: also return the row sums of the mixing matrix (:func:`ssd_matrix`). They are the output for an input that
-            is always 1, without skip and gate; the state of that input is an additional last row of the states.
+        row_sums: also return the row sums of the mixing matrix (:func:`ssd_matrix`). They are the output for an input
+            that is always 1, without skip and gate; the state of that input is an additional last row of the states.
         chunk_size: tokens per chunk; affects rounding and speed only.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
@@ -164,8 +164,8 @@ def ssd_log_decay(
 
 def _results(*results: Tensor | None) -> Tensor | tuple[Tensor, ...]:
     """Return the results that are not None: a tensor, or a tuple of several."""
-    found = tuple(result for result in results if result is not None)
-    return found if len(found) > 1 else found[0]
+    first, *others = (result for result in results if result is not None)
+    return (first, *others) if others else first
 
 
 def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
@@ -283,7 +283,7 @@ def _scan(
     chunk_size: int | None,
     implementation: str,
     row_sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run the chosen implementation.
 
     Args:
@@ -748,15 +748,19 @@ def ssd_log_decay_step(
     z: Tensor | None = None,
     row_sums: bool = False,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, ...]:
+) -> Any:
     """Run one token of :func:`ssd_log_decay` and update `state` in place.
 
-    Other arguments, result and errors are those of :func:`ssd_step`.
+    Other arguments and errors are those of :func:`ssd_step`.
 
     Args:
         state: (B, H, P, N) state, (B, H, P + 1, N) with `row_sums`.
         log_decay: (B, H) logarithm of the decay, in [-inf, 0].
-        row_sums: return a tuple of the output and the (B, H) row sums in the dtype of `state`.
+        row_sums: also return the row sums of the mixing matrix, see :func:`ssd_log_decay`.
+
+    Returns:
+        (B, H, P) output in the dtype of `x`; with `row_sums` a tuple of it and the (B, H) row sums in the dtype of
+        `state`.
     """
     arguments = x, "log_decay", log_decay, None, B, C, D, z, None
     if _choose(implementation, "ssd_log_decay_step", state, *arguments, row_sums=row_sums) == "triton":

@@ -9,12 +9,12 @@ a_t, T the sum over the chunk and h the state entering it,
 
 A span is four chunks. The forward has two launches: the first walks over the row with the state in registers and stores
 the state entering each span, the second walks over the chunks of all spans in parallel and computes the outputs. If
-there will be a backward, the first stores the state entering each chunk. The backward also has two launches: the same
-walk from the end, over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving
-each chunk; then one program per chunk recomputes M and the outputs before the gate. Step sizes and sums of decays are
-computed before, once for all, by :mod:`.ssd_decays_triton`, and so are their gradients afterwards. No (Q, Q) matrix is
-written to memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a fixed
-order.
+there will be a backward, the first stores the state entering each chunk. The backward has three: the same walk from
+the end, over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving each chunk;
+then the two kernels of :mod:`.ssd_gradients_triton` recompute M and the outputs before the gate. Step sizes and sums of
+decays are computed before, once for all, by :mod:`.ssd_decays_triton`, and so are their gradients afterwards. No (Q, Q)
+matrix is written to memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a
+fixed order.
 
 Two rules depend on the number of processors, so results may differ in rounding between devices, but not between runs.
 A row that is long for its number of heads is walked in stretches (:func:`_stretches`), and the backward processes a
@@ -41,7 +41,8 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
 from .checks import recorded
-from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, chunk_sums, decay_sums, sums_before
+from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, decay_sums, sums_before
+from .ssd_gradients_triton import ChunkGradients, times_vector
 from .tracing import opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
 
@@ -97,7 +98,7 @@ def ssd_scan_triton(
     if not x.dtype == B.dtype == C.dtype:  # the operands of a dot product must have one dtype
         x, B, C = x.float(), B.float(), C.float()
     if D is not None:
-        D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
+        D = (D[:, None] if D.dim() == 1 else D).float()
     if initial_state is not None:
         initial_state = initial_state.float()
     scan = _traced_scan if tracing() else _Scan.apply
@@ -169,7 +170,7 @@ class _Scan(torch.autograd.Function):
         dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient = gradients
         if not ctx.needs_input_grad[7]:
             dinitial_state = None
-        elif ctx.row_sums and drow_sums is None:
+        elif ctx.row_sums and drow_sums is None and dinitial_state is not None:
             dinitial_state = F.pad(dinitial_state, (0, 0, 0, 1))
         return dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient, *[None] * 8
 
@@ -236,8 +237,8 @@ def _sections(programs: int, chunks: int, processors: int) -> int:
     """Return the number of sections in which the backward processes rows whose chunks make `programs` programs.
 
     The gradients of a section's states and its partial sums of dB and dC take memory in addition to inputs, results and
-    saved states. A program takes all registers of a processor (255 for each of 256 threads), so programs run in rounds
-    of one per processor. Four rounds per section keep the device busy. With fewer than twelve rounds there are up to
+    saved states. Rounds are of one program per processor, although two fit at once in half precision. Four rounds per
+    section keep the device busy. With fewer than twelve rounds there are up to
     three sections of at least two rounds each, which limits the number of launches. Not measured on a device yet.
 
     With 132 processors, P = 64, N = 128, 16 bits and one row, the ratio of the peak memory of forward and backward to
@@ -329,6 +330,7 @@ def _output(*operands: Any) -> Tensor:
     """Return the (B, L, H, P) outputs, computed for every chunk from the state entering its span; write row sums."""
     x, sums, B, C, D, z, states, row_sums, chunk_size = operands
     batch, length, heads, width = x.shape
+    D = None if D is None else D.expand(heads, width)
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     _, capability = _device(x)
@@ -359,12 +361,12 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     Without gradients of row sums and of the final state, the gradients of states have P rows.
     """
     x, sums, B, C, D, z, states, dy, drow_sums, dstate, decays, initial, chunk_size = operands
-    batch, length, heads, width = x.shape
+    batch, _, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     chunks = states.shape[1]
     processors, capability = _device(x)
-    # As in `_output`; here dB and dC take registers too, and more warps do not help.
+    # As in `_output`; here dB or dC takes registers too.
     block_p = min(block_p, 32 if x.dtype.itemsize == 2 and block_n <= 128 and capability >= 9 else 16)
     # A program sums dB and dC over several heads of a group, which saves recomputations of C B^T and memory for partial
     # sums, as long as enough programs remain to fill the device.
@@ -374,19 +376,21 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     parts = heads // together
     sections = _sections(batch * chunks * parts, chunks, processors)
     capacity = triton.cdiv(chunks, sections)  # chunks of a section
-    # For compute capability 8.0, ptxas gives this kernel 32 registers and spills the rest unless the limit is set.
-    limit = {"maxnreg": 255} if capability < 9 else {}
-    dx = x.new_empty(x.shape)
+    # In half precision a thread of four warps holds twice as much as one of eight, and fewer instructions are the same
+    # for all warps. For compute capability 8.0, ptxas gives these kernels 32 registers and spills the rest unless the
+    # limit is set.
+    options: dict[str, Any] = {"num_warps": 4 if x.dtype.itemsize == 2 and capability >= 9 else 8}
+    if capability < 9:
+        options["maxnreg"] = 255
     of_decays = DecayGradients(decays, chunk, chunks)
     flows = sums.new_empty(batch, heads, 3 if decays.A is None else 4, capacity * chunk)
     passed = sums.new_empty(batch, capacity, heads)
-    dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-    dz = None if z is None else z.new_empty(z.shape)
-    dD = None if D is None else x.new_empty(batch, chunks, heads, width, dtype=torch.float32)
     rows = states.shape[3] if drow_sums is not None else width
     dstates = states.new_empty(batch, capacity, heads, rows, size)
-    dB_parts = x.new_empty(batch, capacity * chunk, parts, size, dtype=torch.float32)
-    dC_parts = torch.empty_like(dB_parts)
+    tiles = {"BLOCK_P": block_p, "BLOCK_N": block_n}
+    of_chunks = ChunkGradients(
+        (x, sums, B, C, D, z, states), dy, drow_sums, decays.A is not None, chunk, together, capacity, tiles | options
+    )
     for first in reversed(range(0, chunks, capacity)):
         count = min(capacity, chunks - first)
         dstate = _walk(
@@ -395,63 +399,11 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
             interval=1,
             accurate=initial,
         )
-        chunk_gradients_kernel[(batch * count * parts,)](
-            *(x, sums, B, C, D, z, states, dy, drow_sums, dstates, dx, flows, passed, dB_parts, dC_parts, dD, dz),
-            *(length, sums.shape[3], chunks, first, count, capacity, heads, heads // groups),
-            *(*strides(3, x, B, C), *strides(2, D), *strides(3, z, dy)),
-            TOGETHER=together,
-            SCALED=decays.A is not None,
-            SPAN=chunk * CHUNKS_OF_SPAN,
-            WIDTH=width,
-            ROWS=states.shape[3],
-            GRADIENT_ROWS=rows,
-            SIZE=size,
-            Q=chunk,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
-            EMULATE=INTERPRETED,
-            num_warps=8,
-            num_stages=1,
-            **limit,
-        )
+        of_chunks.add(dstates, flows, passed, first, count)
         of_decays.add(flows, passed, first, count)
-        part = slice(first * chunk, min((first + count) * chunk, length))
-        tokens = part.stop - part.start
-        for whole, partial in ((dB, dB_parts), (dC, dC_parts)):
-            whole[:, part] = partial[:, :tokens].unflatten(2, (groups, -1)).sum(3)
     dA, dt_bias = of_decays.vectors()
-    return dx, of_decays.decay, dA, dB, dC, None if dD is None else dD.sum((0, 1)), dz, dstate, dt_bias
-
-
-@triton.jit
-def _between(coarse, fine, rows, BY_SOURCE: tl.constexpr):
-    """Return the (Q target, Q source) decays, zero above the diagonal, or the transpose if BY_SOURCE."""
-    sums = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    counts = rows[:, None] >= rows[None, :]
-    if BY_SOURCE:
-        sums = -sums
-        counts = rows[:, None] <= rows[None, :]
-    # Masked before exp2: on the other side of the diagonal the differences are positive.
-    return tl.exp2(tl.where(counts, sums, -256.0))
-
-
-@triton.jit
-def _product(matrix, vector, SPLIT: tl.constexpr, EMULATE: tl.constexpr):
-    """Return the (R) float32 products of an (R, N) matrix with an (N) float32 vector.
-
-    In half precision this is a matrix product, which takes fewer instructions than sums. The vector is one column, or
-    two if SPLIT, which keep 16 or more bits of it.
-    """
-    dtype: tl.constexpr = matrix.dtype
-    if dtype == tl.float32:
-        return tl.sum(matrix * vector[None, :], 1)
-    column = tl.arange(0, 16)[None, :]
-    high = narrow(vector, dtype, EMULATE)
-    columns = tl.where(column == 0, high[:, None], 0.0).to(dtype)
-    if SPLIT:
-        low = narrow(vector - high.to(tl.float32), dtype, EMULATE)
-        columns = tl.where(column == 1, low[:, None], columns)
-    return tl.sum(dot(matrix, columns, None, EMULATE), 1)
+    of_inputs = of_chunks.dx, of_decays.decay, dA, of_chunks.dB, of_chunks.dC, of_chunks.skip(), of_chunks.dz
+    return *of_inputs, dstate, dt_bias
 
 
 # In each kernel, `sums` are those of `decay_sums`, with three parts of `tokens` tokens for each head. A state has ROWS
@@ -553,7 +505,7 @@ def walk_kernel(
             if last_value_ptr is not None:
                 at = ((batch * length + begin) * heads + head) + rows * heads
                 weight *= tl.load(last_value_ptr + at, mask=present, other=0.0)
-            last_row = last_row * whole + _product(tl.trans(key), weight, SPLIT, EMULATE)
+            last_row = last_row * whole + times_vector(tl.trans(key), weight, SPLIT, EMULATE)
     if SUMMARY:
         at = passing + place * heads
         tl.store(summary_ptr + at * (ROWS * SIZE) + inside, state, mask=in_state)
@@ -622,7 +574,7 @@ def output_kernel(
         mix = dot(C, tl.trans(B), None, EMULATE) * tl.exp2(decay) * factor[None, :]  # (Q target, Q source)
         from_start = tl.exp2(coarse - before - fine_before)
         if ROWS > WIDTH:
-            row_sums = (tl.sum(mix, 1) + _product(C, last_row, False, EMULATE) * from_start) * tl.exp2(fine)
+            row_sums = (tl.sum(mix, 1) + times_vector(C, last_row, False, EMULATE) * from_start) * tl.exp2(fine)
             in_sums = rows < tl.where(tl.program_id(1) == 0, left - done, 0)
             tl.store(row_sums_ptr + done * heads + rows * heads, row_sums, mask=in_sums)
         mix = narrow(mix, dtype, EMULATE)
@@ -642,153 +594,9 @@ def output_kernel(
         state *= whole
         state = dot(tl.trans(narrow(weighted, dtype, EMULATE)), B, state, EMULATE)
         if ROWS > WIDTH:
-            last_row = last_row * whole + _product(tl.trans(B), weight, False, EMULATE)
+            last_row = last_row * whole + times_vector(tl.trans(B), weight, False, EMULATE)
         before = end
         fine_before = fine_end
-
-
-@triton.jit(do_not_specialize=["length", "chunks", "first", "count", "capacity"])
-def chunk_gradients_kernel(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, dy_ptr, drow_sums_ptr, dstates_ptr, dx_ptr,
-    flows_ptr, passed_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr,
-    length, tokens, chunks, first, count, capacity, heads, per_group,
-    x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
-    z_token, z_head, dy_batch, dy_token, dy_head,
-    TOGETHER: tl.constexpr, SCALED: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    GRADIENT_ROWS: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    EMULATE: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    parts = heads // TOGETHER
-    part = program % parts
-    index = (program // parts) % count
-    batch = program // parts // count
-    chunk = first + index
-    group = part * TOGETHER // per_group
-    rows = tl.arange(0, Q)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n < SIZE
-    begin = chunk * Q
-    present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    in_maps = present[:, None] & in_n[None, :]
-    first_row = (batch * length + begin) * heads
-    dtype = x_ptr.dtype.element_ty
-    B_ptr += batch * B_batch + begin * B_token + group * B_group
-    C_ptr += batch * C_batch + begin * C_token + group * C_group
-    B = tl.load(B_ptr + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
-    C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
-    # This kernel is short of registers. Elementwise results are right operands of products, which go through shared
-    # memory; as left operands they would be in registers twice. Products are added with a factor each, because a
-    # product that starts from another one makes the compiler lay out both twice over the warps.
-    scores = dot(B, tl.trans(C), None, EMULATE)  # (Q source, Q target)
-    dB = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
-    dC = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
-    x_ptr += batch * x_batch + begin * x_token
-    if z_ptr is not None:
-        z_ptr += batch * z_batch + begin * z_token
-    dy_ptr += batch * dy_batch + begin * dy_token
-    for place in range(TOGETHER):
-        head = part * TOGETHER + place
-        sums = sums_ptr + (batch * heads + head) * 3 * tokens
-        coarse, fine, end, fine_end = chunk_sums(sums, tokens, begin, rows, Q, SPAN)
-        to_end = tl.exp2((end - coarse) + (fine_end - fine))
-        from_start = tl.exp2(coarse + fine)
-        scale = tl.full((Q,), 1.0, dtype=tl.float32)
-        if SCALED:
-            scale = tl.load(sums + 2 * tokens + begin + rows) * tl.exp2(tl.load(sums + tokens + begin + rows))
-        mix = narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
-
-        dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
-        read = tl.zeros((Q,), dtype=tl.float32)  # reads of the entering state by each token
-        left = tl.zeros((Q,), dtype=tl.float32)  # contributions of each token to the leaving state, without scale
-        passed = tl.zeros((BLOCK_P,), dtype=tl.float32)  # contribution of the entering to the leaving state
-        of_head = (batch * chunks + chunk) * heads + head
-        state_ptr = states_ptr + of_head * (ROWS * SIZE)
-        dstate_ptr = dstates_ptr + ((batch * capacity + index) * heads + head) * (GRADIENT_ROWS * SIZE)
-        for begin_p in range(0, WIDTH, BLOCK_P):
-            p = begin_p + tl.arange(0, BLOCK_P)
-            in_p = p < WIDTH
-            in_x = present[:, None] & in_p[None, :]
-            in_state = in_p[:, None] & in_n[None, :]
-            inside = p[:, None] * SIZE + n[None, :]
-            dense = (first_row + head) * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
-            x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
-            dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
-            state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
-            carried = dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
-            if D_ptr is not None:
-                D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
-            through = dy.to(tl.float32)  # gradient of the output before the gate
-            if z_ptr is not None:
-                smooth, gate = load_gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
-                slope = through * (smooth + gate * (1.0 - smooth))
-                dz = carried * slope
-                scaled = narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
-                dz += dot(tl.trans(mix), scaled, None, EMULATE) * slope
-                if D_ptr is not None:
-                    dz += x.to(tl.float32) * D[None, :] * slope
-                tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
-                through *= gate
-                dy = narrow(through, dtype, EMULATE)
-            dmix = dot(x, tl.trans(dy), dmix, EMULATE)
-            read += tl.sum(carried * through, 1)
-            weighted = narrow(through * from_start[:, None], dtype, EMULATE)
-            dC = dot(tl.trans(state), tl.trans(weighted), dC, EMULATE)
-
-            dstate = tl.load(dstate_ptr + inside, mask=in_state, other=0.0)
-            passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-            du = dot(B, tl.trans(dstate), None, EMULATE) * to_end[:, None]  # (Q, P), the gradient of scale * x
-            left += tl.sum(du * x.to(tl.float32), 1)
-            weighted = narrow(x.to(tl.float32) * (to_end * scale)[:, None], dtype, EMULATE)
-            dB = dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
-
-            dx = dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
-            if D_ptr is not None:
-                dx += through * D[None, :]
-                skipped = tl.sum(through * x.to(tl.float32), 0)
-                tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
-            tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=in_x)
-
-        # Loaded again, because the decays between tokens would occupy registers throughout the loop.
-        coarse, fine, end, fine_end = chunk_sums(sums, tokens, begin, rows, Q, SPAN)
-        if GRADIENT_ROWS > WIDTH:
-            drow_sums = tl.load(drow_sums_ptr + first_row + head + rows * heads, mask=present, other=0.0)
-            dmix += drow_sums[None, :]
-            drow_sums *= tl.exp2(coarse + fine)
-            last_row = tl.load(state_ptr + WIDTH * SIZE + n, mask=in_n, other=0.0).to(tl.float32)
-            read += _product(C, last_row, False, EMULATE) * drow_sums
-            dC += last_row[:, None] * drow_sums[None, :]
-            to_end = tl.exp2((end - coarse) + (fine_end - fine))
-            dlast_row = tl.load(dstate_ptr + WIDTH * SIZE + n, mask=in_n, other=0.0).to(tl.float32)
-            left += _product(B, dlast_row, False, EMULATE) * to_end
-            dB += dlast_row[:, None] * to_end[None, :]
-        dmix *= _between(coarse, fine, rows, True)
-        flow = dmix * scores
-        out = flows_ptr + (batch * heads + head) * (3 + SCALED) * capacity * Q + index * Q + rows
-        if SCALED:
-            tl.store(out + 3 * capacity * Q, tl.sum(flow, 1) + left)
-            dmix *= scale[:, None]
-            flow *= scale[:, None]
-            left *= scale
-        half = narrow(dmix, dtype, EMULATE)
-        dC = dot(tl.trans(B), half, dC, EMULATE)
-        dB = dot(tl.trans(C), tl.trans(half), dB, EMULATE)
-
-        flow = tl.cumsum(flow, 1, reverse=True)
-        tl.store(out, tl.sum(tl.where(rows[:, None] < rows[None, :], flow, 0.0), 0))
-        tl.store(out + capacity * Q, read)
-        tl.store(out + 2 * capacity * Q, left)
-        passed_sum = tl.sum(passed, 0)
-        if GRADIENT_ROWS > WIDTH:
-            passed_sum += tl.sum(last_row * dlast_row, 0)
-        tl.store(passed_ptr + (batch * capacity + index) * heads + head, tl.exp2(end + fine_end) * passed_sum)
-
-    # (B, capacity Q, parts, N)
-    partial = ((batch * capacity + index) * Q * parts + part) * SIZE
-    offsets = rows[None, :] * (parts * SIZE) + n[:, None]
-    in_partial = in_n[:, None] & present[None, :]
-    tl.store(dB_ptr + partial + offsets, dB, mask=in_partial)
-    tl.store(dC_ptr + partial + offsets, dC, mask=in_partial)
 
 
 # (states per program, fewest programs for which it is used). A warp takes 512 states, 16 per thread: four concurrent

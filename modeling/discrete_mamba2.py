@@ -113,7 +113,7 @@ class DiscreteMamba2Mixer(nn.Module):
         if single:
             token = (each[:, 0] for each in (x, log_decay, B, C))
             found = ssd_log_decay_step(cache.recurrent_state, *token, row_sums=row_sums)
-            y, *sums = (each[:, None] for each in (found if row_sums else (found,)))
+            y, *sums = (each[:, None] for each in (found if isinstance(found, tuple) else (found,)))
             cache.columns += 1
         else:
             y, *sums, state = ssd_log_decay(

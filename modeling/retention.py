@@ -16,7 +16,7 @@ form o = R v, with R_nm = q_n . k_m gamma^(n-m) / sqrt(P) for m <= n.
 Score normalisation (the paper's, section 2.2): R_nm is divided by sqrt(sum_m gamma^(n-m)), then each row by
 max(|sum_m R_nm|, 1). Both are constant along a row, so the head's norm cancels them, up to its epsilon. Both are
 computed from what the recurrence carries: the first sum is (1 - gamma^(n+1)) / (1 - gamma), for which the cache counts
-the tokens of each row; the second is the output for an additional value that is always 1. No gradient flows through
+the tokens of each row; the second is a result of the op (`row_sums`). No gradient flows through
 the second one, as in the official code; where the matrix itself is trained, it does.
 
 An encoder (`bidirectional`) has gamma^|n-m|, as in RMT (arXiv 2309.11523), here along one dimension: a second scan from
@@ -144,9 +144,8 @@ class Retention(nn.Module):
         factors = self.matrix_inputs(hidden_states, sequence, ranks)
         v = self.for_all_heads(self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.v_head_dim)))
         dtype = v.dtype
-        if self.normalize_scores:
-            if dtype == torch.float16:  # which sums may exceed before they are divided
-                v = v.float()
+        if self.normalize_scores and dtype == torch.float16:  # which outputs may exceed before they are divided
+            v = v.float()
         o, *sums = self.retain(v, factors, sequence, cache, single)
         if self.normalize_scores:
             o = (o / sums[0].detach().abs().clamp(min=1)[..., None].to(o.dtype)).to(dtype)
@@ -177,7 +176,7 @@ class Retention(nn.Module):
         if single:
             token = (each[:, 0] for each in (v, log_decay, k, q))
             found = ssd_log_decay_step(state, *token, row_sums=row_sums)
-            return tuple(each[:, None] for each in (found if row_sums else (found,)))
+            return tuple(each[:, None] for each in (found if isinstance(found, tuple) else (found,)))
         *found, state = ssd_log_decay(
             *(v, log_decay, k, q),
             initial_state=state,
@@ -299,7 +298,7 @@ def scan_ahead(
         row_sums: whether to return the row sums.
     """
     found = ssd_log_decay(*map(turned.reverse, (values, log_decay, k, q)), seq_idx=turned.seq_idx, row_sums=row_sums)
-    y, *sums = map(turned.reverse, found if row_sums else (found,))
+    y, *sums = map(turned.reverse, found if isinstance(found, tuple) else (found,))
     diagonal = (q * k).sum(-1)
     ahead = y - diagonal[..., None] * values, *(each - diagonal for each in sums)
     if turned.real is None:

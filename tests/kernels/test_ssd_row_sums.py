@@ -19,7 +19,7 @@ TORCH = partial(ssd_log_decay, chunk_size=Q, implementation="torch")
 TRITON = with_triton(partial(ssd_log_decay, chunk_size=Q))
 OPS = [pytest.param(TORCH, id="torch"), pytest.param(TRITON, id="triton", marks=NEEDS_TRITON)]
 DTYPES = [torch.float32, torch.bfloat16]
-RESULTS = ("y", "row_sums", "state")
+RESULTS: tuple[str, ...] = ("y", "row_sums", "state")
 
 SHAPES = [  # B, L, H, P, G, N
     pytest.param((1, 1, 1, 1, 1, 1), id="smallest"),
