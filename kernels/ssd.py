@@ -105,7 +105,7 @@ def ssd(
     implementation = choose_implementation(implementation, "ssd", x, traceable=True)
     x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     operands = x, dt, A, B, C, D, z, initial_state, dt_bias
-    y, state = _scan(operands, (dt_softplus, dt_limit), seq_idx, return_final_state, chunk_size, implementation)
+    y, state, _ = _scan(operands, (dt_softplus, dt_limit), seq_idx, return_final_state, chunk_size, implementation)
     return (y, state) if return_final_state else y
 
 
@@ -120,9 +120,10 @@ def ssd_log_decay(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
+    row_sums: bool = False,
     chunk_size: int | None = None,
     implementation: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Run SSD with given decays: `h_t = exp(log_decay_t) h_{t-1} + x_t (x) B_t`, `y_t = h_t C_t + D x_t`.
 
     Discrete Mamba-2 (MOHAWK, arXiv 2408.10189), retention (a constant log-decay per head) and linear attention (zero
@@ -135,24 +136,36 @@ def ssd_log_decay(
         C: (B, L, G, N) output maps.
         D: (H) or (H, P) skip, added as `D x`.
         z: (B, L, H, P) gate: the output, skip included, is multiplied by `silu(z)`.
-        initial_state: (B, H, P, N) state before the first token; zero if not given. Gradients flow to it.
+        initial_state: (B, H, P, N) state before the first token, (B, H, P + 1, N) with `row_sums`; zero if not given.
+            Gradients flow to it.
         seq_idx: (B, L) document index of each token, negative for padding (module docstring).
         return_final_state: also return the state after the last real token.
+        row_sums: also return the row sums of the mixing matrix (:func:`ssd_matrix`). They are the output for an input
+            that is always 1, without skip and gate; the state of that input is an additional last row of the states.
         chunk_size: tokens per chunk; affects rounding and speed only.
         implementation: "auto", "triton" or "torch" (see :mod:`checks`).
 
     Returns:
-        Same as :func:`ssd`.
+        (B, L, H, P) outputs in the dtype of `x`; with `row_sums` also the (B, L, H) row sums, and with
+        `return_final_state` the (B, H, P, N) or (B, H, P + 1, N) final state, both in float32 (float64 for float64
+        inputs). Several results are a tuple in this order.
 
     Raises:
         ValueError: if a shape, dtype, device, group count, `seq_idx` or `implementation` is invalid.
     """
-    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
+    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx, row_sums=row_sums)
     implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     operands = x, log_decay, None, B, C, D, z, initial_state, None
-    y, state = _scan(operands, (False, (0.0, math.inf)), seq_idx, return_final_state, chunk_size, implementation)
-    return (y, state) if return_final_state else y
+    steps = False, (0.0, math.inf)
+    y, state, sums = _scan(operands, steps, seq_idx, return_final_state, chunk_size, implementation, row_sums)
+    return _results(y, sums if row_sums else None, state if return_final_state else None)
+
+
+def _results(*results: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """Return the results that are not None: a tensor, or a tuple of several."""
+    first, *others = (result for result in results if result is not None)
+    return (first, *others) if others else first
 
 
 def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | None = None) -> Tensor:
@@ -229,14 +242,16 @@ def ssd_log_decay_reference(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    row_sums: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Compute :func:`ssd_log_decay` by its definition, a loop over time, with the same arguments."""
-    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx)
+    _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx, row_sums=row_sums)
     x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
-    sums = accumulator(x)
-    y, state = _loop(x.to(sums), log_decay.to(sums), B, C, initial_state, seq_idx)
-    y = skip_and_gate(y, x, _spread(D), z)
-    return (y, state) if return_final_state else y
+    u, sums = x.to(accumulator(x)), None
+    y, state = _loop(_with_ones(u) if row_sums else u, log_decay.to(u.dtype), B, C, initial_state, seq_idx)
+    if row_sums:
+        y, sums = y[..., :-1], y[..., -1]
+    return _results(skip_and_gate(y, x, _spread(D), z), sums, state if return_final_state else None)
 
 
 def _loop(
@@ -267,7 +282,8 @@ def _scan(
     final: bool,
     chunk_size: int | None,
     implementation: str,
-) -> tuple[Tensor, Tensor]:
+    row_sums: bool = False,
+) -> tuple[Tensor, ...]:
     """Run the chosen implementation.
 
     Args:
@@ -275,15 +291,17 @@ def _scan(
         steps: whether to apply softplus to the step sizes, and the range to which they are clamped.
 
     Returns:
-        Outputs and final state.
+        Outputs, final state, and row sums; an empty tensor if `row_sums` is false.
     """
     x, decay, A, B, C, D, z, initial_state, dt_bias = operands
     sums = accumulator(x)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if x.shape[0] == 0:
-        state = (0, *x.shape[2:], B.shape[-1])
-        return empty_batch(tuple(x.shape), x.dtype, *operands), empty_batch(state, sums, *operands)
+        _, length, heads, width = x.shape
+        shapes = (0, heads, width + row_sums, B.shape[-1]), (0, length, heads)
+        y = empty_batch(tuple(x.shape), x.dtype, *operands)
+        return y, *(empty_batch(shape, sums, *operands) for shape in shapes)
     if implementation == "triton":
         marks = None
         if seq_idx is not None:
@@ -291,14 +309,14 @@ def _scan(
             marks = first.to(torch.int8).masked_fill(~real, 2)
         dt_softplus, dt_limit = steps
         arguments = x, decay, A, B, C, D, z, initial_state, dt_bias, dt_softplus, dt_limit, marks, final, chunk_size
-        return ssd_scan_triton(*arguments)
+        return ssd_scan_triton(*arguments, row_sums)
     scale, log_decay = None, decay.to(sums)
     if A is not None:
         scale = step_sizes(log_decay, dt_bias, *steps)
         log_decay = scale * A.to(sums)
     if seq_idx is not None:
         log_decay, _ = _with_documents(log_decay, seq_idx)
-    return ssd_scan_torch(x, scale, log_decay, B, C, D, z, initial_state, chunk_size)
+    return ssd_scan_torch(x, scale, log_decay, B, C, D, z, initial_state, chunk_size, row_sums)
 
 
 def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,6 +327,11 @@ def _with_documents(log_decay: Tensor, seq_idx: Tensor) -> tuple[Tensor, Tensor]
     """
     real, first = documents(seq_idx)
     return log_decay.masked_fill(~real[:, :, None], 0).masked_fill(first[:, :, None], -math.inf), real
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    """Return (..., P) inputs with an additional one that is always 1, whose outputs are the row sums."""
+    return F.pad(x, (0, 1), value=1.0)
 
 
 def _spread(D: Tensor | None) -> Tensor | None:
@@ -322,8 +345,11 @@ def _check_maps(rows: list[int], heads: int, B: Tensor, C: Tensor, lead: str) ->
     check_tensor("C", C, tuple(B.shape), f"({lead}, G, N)")
 
 
-def _check_inputs(*arguments: Any, one_token: bool = False) -> None:
-    """Check the arguments of a scan, or of a step, which have no L axis and call the state `state`."""
+def _check_inputs(*arguments: Any, one_token: bool = False, row_sums: bool = False) -> None:
+    """Check the arguments of a scan, or of a step, which have no L axis and call the state `state`.
+
+    With `row_sums` a state has P + 1 rows.
+    """
     x, decay_name, decay, A, B, C, D, z, dt_bias, state, seq_idx = arguments
     lead, state_name = ("B", "state") if one_token else ("B, L", "initial_state")
     check_tensor("x", x, (None,) * (4 - one_token), f"({lead}, H, P)")
@@ -337,7 +363,8 @@ def _check_inputs(*arguments: Any, one_token: bool = False) -> None:
     if D is not None:
         check_tensor("D", D, (heads,) if D.dim() == 1 else (heads, width), "(H) or (H, P)")
     check_optional("z", z, tuple(x.shape), f"({lead}, H, P)")
-    check_optional(state_name, state, (rows[0], heads, width, B.shape[-1]), "(B, H, P, N)")
+    symbols = "(B, H, P + 1, N)" if row_sums else "(B, H, P, N)"
+    check_optional(state_name, state, (rows[0], heads, width + row_sums, B.shape[-1]), symbols)
     named = {"x": x, decay_name: decay, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state_name: state}
     check_devices(**named, seq_idx=seq_idx)
     check_seq_idx(seq_idx, rows[0], rows[-1])
@@ -358,7 +385,8 @@ def ssd_scan_torch(
     z: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    row_sums: bool = False,
+) -> tuple[Tensor, ...]:
     """Compute `h_t = exp(log_decay_t) h_{t-1} + scale_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
 
     Differentiable. The arguments encode documents and padding by log-decays of -inf and 0, and zeros in x, B, C and z.
@@ -371,23 +399,32 @@ def ssd_scan_torch(
         C: (B, L, G, N) output maps.
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
-        initial_state: (B, H, P, N) state before the first token; zero if not given.
+        initial_state: (B, H, P, N) state before the first token, (B, H, P + 1, N) with `row_sums`; zero if not given.
         chunk_size: tokens per chunk.
+        row_sums: compute the outputs of an additional input that is always `scale`, without skip and gate.
 
     Returns:
-        (B, L, H, P) outputs in the dtype of x and the (B, H, P, N) final state in the dtype of the sums.
+        (B, L, H, P) outputs in the dtype of x; in the dtype of the sums, the (B, H, P or P + 1, N) final state and the
+        (B, L, H) row sums, or an empty tensor.
     """
-    operands = (x, scale, log_decay, B, C, _spread(D), z, initial_state)
+    D = _spread(D)
+    if row_sums and D is not None:
+        D = F.pad(D.expand(x.shape[2:]), (0, 1))
+    operands = (x, scale, log_decay, B, C, D, z, initial_state)
+    options = chunk_size or _CHUNK, row_sums
     with without_autocast(x):
         if tracing():
-            return _traced_scan(*operands, chunk_size or _CHUNK)
+            return _traced_scan(*operands, *options)
         if recorded(*operands):
-            return _Scan.apply(*operands, chunk_size or _CHUNK)
-        return _forward(operands, chunk_size or _CHUNK, None)
+            return _Scan.apply(*operands, *options)
+        return _forward(operands, *options, None)
 
 
 class _Chunk(NamedTuple):
-    """Tensors of a chunk in the dtype of the sums, for forward and backward; R = H / G, i target, j source."""
+    """Tensors of a chunk in the dtype of the sums, for forward and backward; R = H / G, i target, j source.
+
+    With row sums, P counts the additional input here and in the states.
+    """
 
     x: Tensor
     """(B, Q, H, P)"""
@@ -413,9 +450,12 @@ class _Chunk(NamedTuple):
 
 
 def _chunk(
-    part: slice, x: Tensor, scale: Tensor | None, log_decay: Tensor, B: Tensor, C: Tensor, sums: torch.dtype
+    part: slice, x: Tensor, scale: Tensor | None, log_decay: Tensor, B: Tensor, C: Tensor, row_sums: bool
 ) -> _Chunk:
+    sums = log_decay.dtype
     x = x[:, part].to(sums)
+    if row_sums:
+        x = _with_ones(x)
     u = x if scale is None else x * scale[:, part, :, None]
     B, C = B[:, part].to(sums).transpose(1, 2), C[:, part].to(sums).transpose(1, 2)
     log_decay = log_decay[:, part]
@@ -466,40 +506,43 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *operands, ctx.chunk_size = arguments
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *operands, ctx.chunk_size, ctx.row_sums = arguments
         x, _, log_decay, B, *_ = operands
         batch, length, heads, width = x.shape
         chunks = -(-length // ctx.chunk_size)
-        states = log_decay.new_empty(chunks, batch, B.shape[2], B.shape[3], heads // B.shape[2], width)
+        groups, size = B.shape[2:]
+        states = log_decay.new_empty(chunks, batch, groups, size, heads // groups, width + ctx.row_sums)
         ctx.save_for_backward(*operands, states)
-        return _forward(operands, ctx.chunk_size, states)
+        return _forward(operands, ctx.chunk_size, ctx.row_sums, states)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dfinal_state: Tensor, drow_sums: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, log_decay, B, C, D, z, initial_state, states = ctx.saved_tensors
         chunk_size = ctx.chunk_size
-        heads, groups = x.shape[2], B.shape[2]
+        heads, width, groups = *x.shape[2:], B.shape[2]
         sums = log_decay.dtype
         dx, dlog_decay = torch.empty_like(x), torch.empty_like(log_decay)
         dB, dC = torch.empty_like(B), torch.empty_like(C)
         dscale = None if scale is None else torch.empty_like(scale)
-        dD = None if D is None else x.new_zeros(x.shape[2:], dtype=sums)
+        dD = None if D is None else log_decay.new_zeros(heads, width + ctx.row_sums)
         dz = None if z is None else torch.empty_like(z)
         dstate = _to_loop_layout(dfinal_state.to(sums), groups)
         for index in reversed(range(len(states))):
             part = slice(index * chunk_size, (index + 1) * chunk_size)
             state = states[index]
-            now = _chunk(part, x, scale, log_decay, B, C, sums)
+            now = _chunk(part, x, scale, log_decay, B, C, ctx.row_sums)
             mix = _mixing(now)
             dy_now = dy[:, part].to(sums)
             if z is not None and dz is not None:
                 gate = z[:, part].to(sums)
                 smooth = gate.sigmoid()
                 slope = smooth * (1 + gate * (1 - smooth))
-                dz[:, part] = dy_now * _outputs(now, state, D, mix) * slope
+                dz[:, part] = dy_now * _outputs(now, state, D, mix)[..., :width] * slope
                 dy_now = dy_now * (gate * smooth)
+            if ctx.row_sums:
+                dy_now = torch.cat([dy_now, drow_sums[:, part, :, None]], -1)
 
             # Gradients through h: of the reads from it and of the contributions to it, (B, Q, H, P) each.
             flat_state, flat_dstate = state.flatten(3), dstate.flatten(3)
@@ -533,48 +576,60 @@ class _Scan(torch.autograd.Function):
             if D is not None and dD is not None:
                 dD += (dy_now * now.x).sum((0, 1))
                 du += D.to(sums) * dy_now
-            dx[:, part] = du
+            dx[:, part] = du[..., :width]
         if D is not None and dD is not None:
             dD = dD.sum_to_size(D.shape).to(D.dtype)
         dinitial = None if initial_state is None else _from_loop_layout(dstate).to(initial_state.dtype)
-        return dx, dscale, dlog_decay, dB, dC, dD, dz, dinitial, None
+        return dx, dscale, dlog_decay, dB, dC, dD, dz, dinitial, None, None
 
 
-def _empty_results(x: Tensor, scale: Any, log_decay: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    batch, _, heads, width = x.shape
-    return x.new_empty(x.shape), log_decay.new_empty(batch, heads, width, B.shape[3])
+def _empty_results(x: Tensor, scale: Any, log_decay: Tensor, B: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, row_sums = others
+    batch, length, heads, width = x.shape
+    state = log_decay.new_empty(batch, heads, width + row_sums, B.shape[3])
+    return x.new_empty(x.shape), state, log_decay.new_empty((batch, length, heads) if row_sums else 0)
 
 
 _traced_scan = opaque(
     _Scan,
     "scan",
     "Tensor x, Tensor? scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
-    "int chunk_size",
+    "int chunk_size, bool row_sums",
     _empty_results,
+    results=3,
 )
 
 
-def _forward(operands: Sequence[Any], chunk_size: int, states: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return outputs and final state; store the (c, B, G, N, R, P) states entering the chunks in `states`, if given."""
+def _forward(
+    operands: Sequence[Any], chunk_size: int, row_sums: bool, states: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return outputs, final state and row sums, and store the states entering the chunks in `states`, if given.
+
+    Args:
+        states: (c, B, G, N, R, P), or P + 1 with `row_sums`.
+    """
     x, scale, log_decay, B, C, D, z, initial_state = operands
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
-    sums = log_decay.dtype
     if initial_state is None:
-        state = log_decay.new_zeros(batch, groups, size, heads // groups, width)
+        state = log_decay.new_zeros(batch, groups, size, heads // groups, width + row_sums)
     else:
-        state = _to_loop_layout(initial_state.to(sums), groups)
+        state = _to_loop_layout(initial_state.to(log_decay.dtype), groups)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = log_decay.new_empty((batch, length, heads) if row_sums else 0)
     for index, start in enumerate(range(0, length, chunk_size)):
         part = slice(start, start + chunk_size)
-        now = _chunk(part, x, scale, log_decay, B, C, sums)
+        now = _chunk(part, x, scale, log_decay, B, C, row_sums)
         if states is not None:
             states[index] = state
         out = _outputs(now, state, D, _mixing(now))
-        y[:, part] = out if z is None else out * F.silu(z[:, part].to(sums))
+        if row_sums:
+            sums[:, part] = out[..., width]
+            out = out[..., :width]
+        y[:, part] = out if z is None else out * F.silu(z[:, part].to(out.dtype))
         state *= now.whole
         _add_product(state, now.B.transpose(-1, -2), _grouped(now.u * now.to_end, groups))
-    return y, _from_loop_layout(state)
+    return y, _from_loop_layout(state), sums
 
 
 def _add_product(state: Tensor, left: Tensor, right: Tensor) -> None:
@@ -675,7 +730,7 @@ def ssd_step(
         ValueError: if a shape, dtype, device, group count or `implementation` is invalid.
     """
     if _choose(implementation, "ssd_step", state, x, "dt", dt, A, B, C, D, z, dt_bias) == "triton":
-        return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+        return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)[0]
     dt = step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
     decay = (dt * A.to(state.dtype)).exp()[..., None, None]
     y = update_state(state, decay, x.to(state.dtype) * dt[..., None], B, C)
@@ -691,26 +746,37 @@ def ssd_log_decay_step(
     *,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    row_sums: bool = False,
     implementation: str = "auto",
-) -> Tensor:
+) -> Any:
     """Run one token of :func:`ssd_log_decay` and update `state` in place.
 
-    Other arguments, result and errors are those of :func:`ssd_step`.
+    Other arguments and errors are those of :func:`ssd_step`.
 
     Args:
+        state: (B, H, P, N) state, (B, H, P + 1, N) with `row_sums`.
         log_decay: (B, H) logarithm of the decay, in [-inf, 0].
+        row_sums: also return the row sums of the mixing matrix, see :func:`ssd_log_decay`.
+
+    Returns:
+        (B, H, P) output in the dtype of `x`; with `row_sums` a tuple of it and the (B, H) row sums in the dtype of
+        `state`.
     """
     arguments = x, "log_decay", log_decay, None, B, C, D, z, None
-    if _choose(implementation, "ssd_log_decay_step", state, *arguments) == "triton":
-        return ssd_step_triton(state, x, log_decay, None, B, C, D, z)
+    if _choose(implementation, "ssd_log_decay_step", state, *arguments, row_sums=row_sums) == "triton":
+        y, sums = ssd_step_triton(state, x, log_decay, None, B, C, D, z, row_sums=row_sums)
+        return _results(y, sums)
     decay = log_decay.to(state.dtype).exp()[..., None, None]
-    y = update_state(state, decay, x.to(state.dtype), B, C)
-    return skip_and_gate(y, x, _spread(D), z)
+    u, sums = x.to(state.dtype), None
+    y = update_state(state, decay, _with_ones(u) if row_sums else u, B, C)
+    if row_sums:
+        y, sums = y[..., :-1], y[..., -1].contiguous()
+    return _results(skip_and_gate(y, x, _spread(D), z), sums)
 
 
-def _choose(implementation: str, name: str, state: Tensor, *arguments: Any) -> str:
+def _choose(implementation: str, name: str, state: Tensor, *arguments: Any, row_sums: bool = False) -> str:
     """Check the arguments of a step, those of :func:`_check_inputs` before `state`, and return the implementation."""
-    _check_inputs(*arguments, state, None, one_token=True)
+    _check_inputs(*arguments, state, None, one_token=True, row_sums=row_sums)
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
     inputs = [each for each in arguments if isinstance(each, Tensor)]

@@ -240,23 +240,6 @@ def gradients_kernel(
 
 
 @triton.jit
-def chunk_sums(sums_ptr, tokens, begin, rows, Q: tl.constexpr, SPAN: tl.constexpr):
-    """Return a chunk's coarse and fine sums from its first token on, and those of the whole chunk.
-
-    Args:
-        sums_ptr: the head's sums, of `tokens` tokens.
-        begin: first token of the chunk.
-        rows: 0 to Q - 1.
-    """
-    before, fine_before = sums_before(sums_ptr, tokens, begin, SPAN)
-    sums_ptr += begin
-    coarse = tl.load(sums_ptr + rows) - before
-    fine = tl.load(sums_ptr + tokens + rows) - fine_before
-    end = tl.load(sums_ptr + Q - 1) - before
-    return coarse, fine, end, tl.load(sums_ptr + tokens + Q - 1) - fine_before
-
-
-@triton.jit
 def sums_before(sums_ptr, tokens, begin, SPAN: tl.constexpr):
     """Return the coarse and the fine sum of the span's tokens before `begin`."""
     later = begin % SPAN > 0

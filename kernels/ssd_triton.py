@@ -9,12 +9,12 @@ a_t, T the sum over the chunk and h the state entering it,
 
 A span is four chunks. The forward has two launches: the first walks over the row with the state in registers and stores
 the state entering each span, the second walks over the chunks of all spans in parallel and computes the outputs. If
-there will be a backward, the first stores the state entering each chunk. The backward also has two launches: the same
-walk from the end, over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving
-each chunk; then one program per chunk recomputes M and the outputs before the gate. Step sizes and sums of decays are
-computed before, once for all, by :mod:`.ssd_decays_triton`, and so are their gradients afterwards. No (Q, Q) matrix is
-written to memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a fixed
-order.
+there will be a backward, the first stores the state entering each chunk. The backward has three: the same walk from
+the end, over (dy silu(z), exp(S) C) instead of (x, exp(T - S) s B), gives the gradient of the state leaving each chunk;
+then the two kernels of :mod:`.ssd_gradients_triton` recompute M and the outputs before the gate. Step sizes and sums of
+decays are computed before, once for all, by :mod:`.ssd_decays_triton`, and so are their gradients afterwards. No (Q, Q)
+matrix is written to memory; the only tensors of the size of x are y, dx and dz. There are no atomics: every sum has a
+fixed order.
 
 Two rules depend on the number of processors, so results may differ in rounding between devices, but not between runs.
 A row that is long for its number of heads is walked in stretches (:func:`_stretches`), and the backward processes a
@@ -35,12 +35,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
 from .checks import recorded
-from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, chunk_sums, decay_sums, sums_before
+from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, decay_sums, sums_before
+from .ssd_gradients_triton import ChunkGradients, times_vector
 from .tracing import opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
 
@@ -63,7 +65,8 @@ def ssd_scan_triton(
     marks: Tensor | None = None,
     final: bool = True,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    row_sums: bool = False,
+) -> tuple[Tensor, ...]:
     """Compute `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
 
     Differentiable. The arguments hold zeros in x, B, C and z at padding.
@@ -77,30 +80,33 @@ def ssd_scan_triton(
         C: (B, L, G, N) output maps.
         D: (H) or (H, P) skip.
         z: (B, L, H, P) gate.
-        initial_state: (B, H, P, N) state before the first token; zero if not given.
+        initial_state: (B, H, P, N) state before the first token, (B, H, P + 1, N) with `row_sums`; zero if not given.
         dt_bias: (H) added to the step sizes.
         dt_softplus: apply softplus to the step sizes.
         dt_limit: range to which the step sizes are clamped.
         marks: (B, L) int8: 1 for a token that forgets everything before it, 2 for padding, whose decay is one, else 0.
         final: whether the final state is of interest; if not, it is less accurate in 16 bits.
         chunk_size: preferred chunk length, rounded to a power of two between 16 and what fits (:func:`_tiles`).
+        row_sums: compute the outputs of an additional input that is always 1, without skip and gate, whose state is the
+            last of P + 1 rows; `A` must be None.
 
     Returns:
-        (B, L, H, P) outputs in the dtype of x and the (B, H, P, N) final state in float32.
+        (B, L, H, P) outputs in the dtype of x; in float32, the (B, H, P or P + 1, N) final state and the (B, L, H) row
+        sums, or an empty tensor.
     """
     dtype = x.dtype
     if not x.dtype == B.dtype == C.dtype:  # the operands of a dot product must have one dtype
         x, B, C = x.float(), B.float(), C.float()
     if D is not None:
-        D = (D[:, None] if D.dim() == 1 else D).float().expand(x.shape[2:])
+        D = (D[:, None] if D.dim() == 1 else D).float()
     if initial_state is not None:
         initial_state = initial_state.float()
     scan = _traced_scan if tracing() else _Scan.apply
     # While a graph is traced, it is not known yet whether there will be a backward.
     kept = tracing() or recorded(x, decay, A, B, C, D, z, initial_state, dt_bias)
-    options = dt_softplus, *map(float, dt_limit), final, kept, chunk_size
-    y, state = scan(x, decay, A, B, C, D, z, initial_state, dt_bias, marks, *options)
-    return y.to(dtype), state
+    options = dt_softplus, *map(float, dt_limit), final, kept, chunk_size, row_sums
+    y, *others = scan(x, decay, A, B, C, D, z, initial_state, dt_bias, marks, *options)
+    return y.to(dtype), *others
 
 
 class _Scan(torch.autograd.Function):
@@ -114,49 +120,66 @@ class _Scan(torch.autograd.Function):
     d(log_decay)_k sums every contribution that crosses token k: dM_ij (C_i . B_j) for j < k <= i, the reads of h by
     tokens from k on, the contributions of tokens before k to h', and exp(T) h . g. `ssd._Scan` says why a shorter
     identity is not used.
+
+    Row sums are outputs for x = 1 and have the same gradients, except that of x.
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        x, decay, A, B, C, D, z, initial_state, dt_bias, marks, *ctx.options, final, kept, ctx.chunk_size = arguments
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        x, decay, A, B, C, D, z, initial_state, dt_bias, marks, *ctx.options, final, kept = arguments[:-2]
+        ctx.chunk_size, ctx.row_sums = arguments[-2:]
         x, B, C, z = map(unit_stride, (x, B, C, z))
         chunk, _, _ = _tiles(x.shape[3], B.shape[3], x.dtype, ctx.chunk_size)
         chunks = triton.cdiv(x.shape[1], chunk)
         # The backward needs the states entering all chunks, the outputs every fourth.
         interval = 1 if kept and any(ctx.needs_input_grad) else CHUNKS_OF_SPAN
-        states = x.new_empty(x.shape[0], triton.cdiv(chunks, interval), *x.shape[2:], B.shape[3])
+        batch, length, heads, width = x.shape
+        states = x.new_empty(batch, triton.cdiv(chunks, interval), heads, width + ctx.row_sums, B.shape[3])
+        row_sums = x.new_empty((batch, length, heads) if ctx.row_sums else 0, dtype=torch.float32)
         with torch.cuda.device_of(x):
             sums = decay_sums(Decays(decay, A, dt_bias, marks, *ctx.options), chunk)
             operands = x, sums, B, C, D, z, states
             end = _walk(
-                *(x, None, sums, B, initial_state, states, 0, chunks, ctx.chunk_size),
+                *(x, None, None, sums, B, initial_state, states, 0, chunks, ctx.chunk_size),
                 reverse=False,
                 interval=interval,
                 accurate=final,
             )
-            y = _output(*operands[:-1], states[:, :: CHUNKS_OF_SPAN // interval], ctx.chunk_size)
+            spans = states[:, :: CHUNKS_OF_SPAN // interval]
+            y = _output(*operands[:-1], spans, row_sums if ctx.row_sums else None, ctx.chunk_size)
         ctx.save_for_backward(*operands, decay, A, dt_bias, marks)
         ctx.set_materialize_grads(False)
-        return y, end
+        return y, end, row_sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None, drow_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         *operands, decay, A, dt_bias, marks = ctx.saved_tensors
         x = operands[0]
         outer = unit_stride(x.new_zeros(x.shape[3]).expand(x.shape) if dy is None else dy)
+        if not ctx.row_sums:
+            drow_sums = None  # of the empty tensor
+        elif drow_sums is None and dfinal_state is not None:
+            drow_sums = x.new_zeros(x.shape[:3], dtype=torch.float32)
         decays = Decays(decay, A, dt_bias, marks, *ctx.options)
+        results = outer, None if drow_sums is None else drow_sums.contiguous(), dfinal_state
         with torch.cuda.device_of(x):
-            gradients = _gradients(*operands, outer, dfinal_state, decays, ctx.needs_input_grad[7], ctx.chunk_size)
+            gradients = _gradients(*operands, *results, decays, ctx.needs_input_grad[7], ctx.chunk_size)
         dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient = gradients
         if not ctx.needs_input_grad[7]:
             dinitial_state = None
-        return dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient, *[None] * 7
+        elif ctx.row_sums and drow_sums is None and dinitial_state is not None:
+            dinitial_state = F.pad(dinitial_state, (0, 0, 0, 1))
+        return dx, ddecay, dA, dB, dC, dD, dz, dinitial_state, dt_bias_gradient, *[None] * 8
 
 
-def _empty_results(x: Tensor, decay: Any, A: Any, B: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    batch, _, heads, width = x.shape
-    return x.new_empty(x.shape), x.new_empty(batch, heads, width, B.shape[3], dtype=torch.float32)
+def _empty_results(x: Tensor, decay: Any, A: Any, B: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, row_sums = others
+    batch, length, heads, width = x.shape
+    shapes = (batch, heads, width + row_sums, B.shape[3]), (batch, length, heads) if row_sums else (0,)
+    return x.new_empty(x.shape), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 _traced_scan = opaque(
@@ -164,8 +187,9 @@ _traced_scan = opaque(
     "scan",
     "Tensor x, Tensor decay, Tensor? A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? initial_state, "
     "Tensor? dt_bias, Tensor? marks, bool dt_softplus, float lowest, float highest, bool final, bool kept, "
-    "int? chunk_size",
+    "int? chunk_size, bool row_sums",
     _empty_results,
+    results=3,
 )
 
 
@@ -213,8 +237,8 @@ def _sections(programs: int, chunks: int, processors: int) -> int:
     """Return the number of sections in which the backward processes rows whose chunks make `programs` programs.
 
     The gradients of a section's states and its partial sums of dB and dC take memory in addition to inputs, results and
-    saved states. A program takes all registers of a processor (255 for each of 256 threads), so programs run in rounds
-    of one per processor. Four rounds per section keep the device busy. With fewer than twelve rounds there are up to
+    saved states. Rounds are of one program per processor, although two fit at once in half precision. Four rounds per
+    section keep the device busy. With fewer than twelve rounds there are up to
     three sections of at least two rounds each, which limits the number of launches. Not measured on a device yet.
 
     With 132 processors, P = 64, N = 128, 16 bits and one row, the ratio of the peak memory of forward and backward to
@@ -229,6 +253,7 @@ def _sections(programs: int, chunks: int, processors: int) -> int:
 def _walk(
     value: Tensor,
     z: Tensor | None,
+    last_value: Tensor | None,
     sums: Tensor,
     key: Tensor,
     start: Tensor | None,
@@ -244,19 +269,21 @@ def _walk(
 
     Args:
         value: (B, L, H, P) values, multiplied by `silu(z)` if it is given, and unless `reverse` by the step sizes.
+        last_value: (B, L, H) contiguous value of the last row, if states have P + 1 rows; 1 if not given.
         sums: sums of decays and step sizes (:func:`decay_sums`).
         key: (B, L, G, N) maps into the state.
-        start: (B, H, P, N) float32 state to start with; zero if not given.
-        states: (B, c, H, P, N) output, c >= `count` / `interval`: the states entering the chunks, or leaving them if
-            `reverse`.
+        start: (B, H, P or P + 1, N) float32 state to start with; zero if not given.
+        states: (B, c, H, P or P + 1, N) output, c >= `count` / `interval`: the states entering the chunks, or leaving
+            them if `reverse`.
         interval: chunks between the states that are stored, 1 if `reverse`.
         accurate: add the values to the state with more than the 8 bits of bfloat16, as a result needs it.
 
     Returns:
-        (B, H, P, N) float32 state at the end of the walk.
+        (B, H, P or P + 1, N) float32 state at the end of the walk.
     """
     batch, length, heads, width = value.shape
     groups, size = key.shape[2:]
+    rows = states.shape[3]
     chunk, block_p, block_n = _tiles(width, size, key.dtype, chunk_size)
     # A program of a wide tile has 8 warps, so that a thread holds no more of the state than in a narrow one.
     warps = 8 if key.dtype == torch.float32 or block_p > 32 else 4
@@ -269,18 +296,20 @@ def _walk(
     step = chunk * min(interval, 2)
     steps = triton.cdiv(count * chunk, step)
     of_state = interval * chunk // step
-    end = key.new_empty(batch, heads, width, size, dtype=torch.float32)
+    end = key.new_empty(batch, heads, rows, size, dtype=torch.float32)
     summaries = passing = end
     if stretches > 1:
         # For every stretch but the last: the state that it leaves if it starts from zero, and its total decay.
-        summaries = end.new_empty(batch, stretches - 1, heads, width, size)
+        summaries = end.new_empty(batch, stretches - 1, heads, rows, size)
         passing = end.new_empty(batch, stretches - 1, heads)
     for summary in (True, False) if stretches > 1 else (False,):
         walk_kernel[(tiles, heads, batch * (stretches - summary))](
-            *(value, z, key, sums, None if start is None else start.contiguous(), states, end, summaries, passing),
+            *(value, z, last_value, key, sums, None if start is None else start.contiguous(), states),
+            *(end, summaries, passing),
             *(length, sums.shape[3], first, steps, stretch * of_state, stretches, states.shape[1]),
             *(heads, heads // groups, *strides(3, value, z, key)),
             WIDTH=width,
+            ROWS=rows,
             SIZE=size,
             SPAN=chunk * CHUNKS_OF_SPAN,
             STEPS=of_state,
@@ -298,9 +327,10 @@ def _walk(
 
 
 def _output(*operands: Any) -> Tensor:
-    """Return the (B, L, H, P) outputs, computed for every chunk from the state entering its span."""
-    x, sums, B, C, D, z, states, chunk_size = operands
+    """Return the (B, L, H, P) outputs, computed for every chunk from the state entering its span; write row sums."""
+    x, sums, B, C, D, z, states, row_sums, chunk_size = operands
     batch, length, heads, width = x.shape
+    D = None if D is None else D.expand(heads, width)
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     _, capability = _device(x)
@@ -309,10 +339,11 @@ def _output(*operands: Any) -> Tensor:
     y = x.new_empty(x.shape)
     spans = states.shape[1]
     output_kernel[(batch * spans * heads, triton.cdiv(width, block_p))](
-        *(x, sums, B, C, D, z, states, y, length, sums.shape[3], spans, heads, heads // groups),
+        *(x, sums, B, C, D, z, states, y, row_sums, length, sums.shape[3], spans, heads, heads // groups),
         *(*strides(3, x, B, C), *strides(2, D), *strides(3, z), *strides(2, states)),
         SPAN=chunk * CHUNKS_OF_SPAN,
         WIDTH=width,
+        ROWS=states.shape[3],
         SIZE=size,
         Q=chunk,
         BLOCK_P=block_p,
@@ -325,14 +356,17 @@ def _output(*operands: Any) -> Tensor:
 
 
 def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
-    """Return gradients of x, decay, A, B, C, D, z, initial state and bias, section by section from the end."""
-    x, sums, B, C, D, z, states, dy, dstate, decays, initial, chunk_size = operands
-    batch, length, heads, width = x.shape
+    """Return gradients of x, decay, A, B, C, D, z, initial state and bias, section by section from the end.
+
+    Without gradients of row sums and of the final state, the gradients of states have P rows.
+    """
+    x, sums, B, C, D, z, states, dy, drow_sums, dstate, decays, initial, chunk_size = operands
+    batch, _, heads, width = x.shape
     groups, size = B.shape[2:]
     chunk, block_p, block_n = _tiles(width, size, x.dtype, chunk_size)
     chunks = states.shape[1]
     processors, capability = _device(x)
-    # As in `_output`; here dB and dC take registers too, and more warps do not help.
+    # As in `_output`; here dB or dC takes registers too.
     block_p = min(block_p, 32 if x.dtype.itemsize == 2 and block_n <= 128 and capability >= 9 else 16)
     # A program sums dB and dC over several heads of a group, which saves recomputations of C B^T and memory for partial
     # sums, as long as enough programs remain to fill the device.
@@ -342,70 +376,46 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     parts = heads // together
     sections = _sections(batch * chunks * parts, chunks, processors)
     capacity = triton.cdiv(chunks, sections)  # chunks of a section
-    # For compute capability 8.0, ptxas gives this kernel 32 registers and spills the rest unless the limit is set.
-    limit = {"maxnreg": 255} if capability < 9 else {}
-    dx = x.new_empty(x.shape)
+    # In half precision a thread of four warps holds twice as much as one of eight, and fewer instructions are the same
+    # for all warps. For compute capability 8.0, ptxas gives these kernels 32 registers and spills the rest unless the
+    # limit is set.
+    options: dict[str, Any] = {"num_warps": 4 if x.dtype.itemsize == 2 and capability >= 9 else 8}
+    if capability < 9:
+        options["maxnreg"] = 255
     of_decays = DecayGradients(decays, chunk, chunks)
     flows = sums.new_empty(batch, heads, 3 if decays.A is None else 4, capacity * chunk)
     passed = sums.new_empty(batch, capacity, heads)
-    dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
-    dz = None if z is None else z.new_empty(z.shape)
-    dD = None if D is None else x.new_empty(batch, chunks, heads, width, dtype=torch.float32)
-    dstates = states.new_empty(batch, capacity, heads, width, size)
-    dB_parts = x.new_empty(batch, capacity * chunk, parts, size, dtype=torch.float32)
-    dC_parts = torch.empty_like(dB_parts)
+    rows = states.shape[3] if drow_sums is not None else width
+    dstates = states.new_empty(batch, capacity, heads, rows, size)
+    tiles = {"BLOCK_P": block_p, "BLOCK_N": block_n}
+    of_chunks = ChunkGradients(
+        (x, sums, B, C, D, z, states), dy, drow_sums, decays.A is not None, chunk, together, capacity, tiles | options
+    )
     for first in reversed(range(0, chunks, capacity)):
         count = min(capacity, chunks - first)
         dstate = _walk(
-            *(dy, z, sums, C, dstate, dstates, first, count, chunk_size), reverse=True, interval=1, accurate=initial
+            *(dy, z, drow_sums, sums, C, dstate, dstates, first, count, chunk_size),
+            reverse=True,
+            interval=1,
+            accurate=initial,
         )
-        chunk_gradients_kernel[(batch * count * parts,)](
-            *(x, sums, B, C, D, z, states, dy, dstates, dx, flows, passed, dB_parts, dC_parts, dD, dz),
-            *(length, sums.shape[3], chunks, first, count, capacity, heads, heads // groups),
-            *(*strides(3, x, B, C), *strides(2, D), *strides(3, z, dy)),
-            TOGETHER=together,
-            SCALED=decays.A is not None,
-            SPAN=chunk * CHUNKS_OF_SPAN,
-            WIDTH=width,
-            SIZE=size,
-            Q=chunk,
-            BLOCK_P=block_p,
-            BLOCK_N=block_n,
-            EMULATE=INTERPRETED,
-            num_warps=8,
-            num_stages=1,
-            **limit,
-        )
+        of_chunks.add(dstates, flows, passed, first, count)
         of_decays.add(flows, passed, first, count)
-        part = slice(first * chunk, min((first + count) * chunk, length))
-        tokens = part.stop - part.start
-        for whole, partial in ((dB, dB_parts), (dC, dC_parts)):
-            whole[:, part] = partial[:, :tokens].unflatten(2, (groups, -1)).sum(3)
     dA, dt_bias = of_decays.vectors()
-    return dx, of_decays.decay, dA, dB, dC, None if dD is None else dD.sum((0, 1)), dz, dstate, dt_bias
+    of_inputs = of_chunks.dx, of_decays.decay, dA, of_chunks.dB, of_chunks.dC, of_chunks.skip(), of_chunks.dz
+    return *of_inputs, dstate, dt_bias
 
 
-@triton.jit
-def _between(coarse, fine, rows, BY_SOURCE: tl.constexpr):
-    """Return the (Q target, Q source) decays, zero above the diagonal, or the transpose if BY_SOURCE."""
-    sums = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    counts = rows[:, None] >= rows[None, :]
-    if BY_SOURCE:
-        sums = -sums
-        counts = rows[:, None] <= rows[None, :]
-    # Masked before exp2: on the other side of the diagonal the differences are positive.
-    return tl.exp2(tl.where(counts, sums, -256.0))
-
-
-# In each kernel, `sums` are those of `decay_sums`, with three parts of `tokens` tokens for each head.
+# In each kernel, `sums` are those of `decay_sums`, with three parts of `tokens` tokens for each head. A state has ROWS
+# rows: WIDTH, and with row sums one more, the last, which is a vector here.
 @triton.jit(do_not_specialize=["length", "first", "count", "stretch", "stretches", "capacity"])
 def walk_kernel(
-    value_ptr, z_ptr, key_ptr, sums_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
+    value_ptr, z_ptr, last_value_ptr, key_ptr, sums_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
     length, tokens, first, count, stretch, stretches, capacity, heads, per_group,
     value_batch, value_token, value_head, z_batch, z_token, z_head, key_batch, key_token, key_group,
-    SPAN: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr,
-    SUMMARY: tl.constexpr, SPLIT: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    EMULATE: tl.constexpr,
+    SPAN: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    REVERSE: tl.constexpr, SUMMARY: tl.constexpr, SPLIT: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     walked = stretches
@@ -420,6 +430,8 @@ def walk_kernel(
     in_n = n < SIZE
     in_state = in_n[:, None] & in_p[None, :]
     inside = n[:, None] + p[None, :] * SIZE  # (P, N) offsets in a head's state
+    last = WIDTH * SIZE + n
+    writes_last = n < tl.where(tl.program_id(0) == 0, SIZE, 0)
     value_ptr += batch * value_batch + head * value_head
     if z_ptr is not None:
         z_ptr += batch * z_batch + head * z_head
@@ -427,24 +439,33 @@ def walk_kernel(
     sums_ptr += (batch * heads + head) * 3 * tokens
     dtype = key_ptr.dtype.element_ty
 
-    row_state = (batch * heads + head) * (WIDTH * SIZE)
+    row_state = (batch * heads + head) * (ROWS * SIZE)
     passing = batch * (stretches - 1) * heads + head  # of the row's first stretch
     state = tl.zeros((BLOCK_N, BLOCK_P), dtype=tl.float32)
+    last_row = tl.zeros((BLOCK_N,), dtype=tl.float32)
     decay = tl.full((), 1.0, dtype=tl.float32)
     if not SUMMARY:
         if start_ptr is not None:
             state = tl.load(start_ptr + row_state + inside, mask=in_state, other=0.0)
+            if ROWS > WIDTH:
+                last_row = tl.load(start_ptr + row_state + last, mask=in_n, other=0.0)
         for earlier in range(place):
             at = passing + earlier * heads
-            left = tl.load(summary_ptr + at * (WIDTH * SIZE) + inside, mask=in_state, other=0.0)
-            state = state * tl.load(passing_ptr + at) + left
+            left = tl.load(summary_ptr + at * (ROWS * SIZE) + inside, mask=in_state, other=0.0)
+            factor = tl.load(passing_ptr + at)
+            state = state * factor + left
+            if ROWS > WIDTH:
+                left_last = tl.load(summary_ptr + at * (ROWS * SIZE) + last, mask=in_n, other=0.0)
+                last_row = last_row * factor + left_last
     for step in range(place * stretch, tl.minimum((place + 1) * stretch, count)):
         index = step
         if REVERSE:
             index = count - 1 - step
         if not SUMMARY and index % STEPS == 0:
-            at = ((batch * capacity + index // STEPS) * heads + head) * (WIDTH * SIZE)
+            at = ((batch * capacity + index // STEPS) * heads + head) * (ROWS * SIZE)
             tl.store(states_ptr + at + inside, narrow(state, dtype, EMULATE), mask=in_state)
+            if ROWS > WIDTH:
+                tl.store(states_ptr + at + last, narrow(last_row, dtype, EMULATE), mask=writes_last)
 
         begin = (tl.zeros((), dtype=tl.int64) + first + index) * Q
         present = rows < tl.minimum(length - begin, Q).to(tl.int32)
@@ -480,21 +501,30 @@ def walk_kernel(
             state = dot(tl.trans(key), low, state, EMULATE)
         else:
             state = dot(tl.trans(key), narrow(weighted, dtype, EMULATE), state, EMULATE)
+        if ROWS > WIDTH:
+            if last_value_ptr is not None:
+                at = ((batch * length + begin) * heads + head) + rows * heads
+                weight *= tl.load(last_value_ptr + at, mask=present, other=0.0)
+            last_row = last_row * whole + times_vector(tl.trans(key), weight, SPLIT, EMULATE)
     if SUMMARY:
         at = passing + place * heads
-        tl.store(summary_ptr + at * (WIDTH * SIZE) + inside, state, mask=in_state)
+        tl.store(summary_ptr + at * (ROWS * SIZE) + inside, state, mask=in_state)
+        if ROWS > WIDTH:
+            tl.store(summary_ptr + at * (ROWS * SIZE) + last, last_row, mask=writes_last)
         tl.store(passing_ptr + at, decay)  # the same from every tile of the head
     elif place == stretches - 1:
         tl.store(end_ptr + row_state + inside, state, mask=in_state)
+        if ROWS > WIDTH:
+            tl.store(end_ptr + row_state + last, last_row, mask=writes_last)
 
 
 @triton.jit(do_not_specialize=["length", "spans"])
 def output_kernel(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, y_ptr,
+    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, y_ptr, row_sums_ptr,
     length, tokens, spans, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head, states_batch, states_span,
-    SPAN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr,
+    SPAN: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)  # neighbours are heads of one span, which read the same B and C
@@ -518,11 +548,14 @@ def output_kernel(
     sums_ptr += (batch * heads + head) * 3 * tokens + begin
     if D_ptr is not None:
         D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)[None, :]
-    state = tl.load(
-        states_ptr + batch * states_batch + span * states_span + head * (WIDTH * SIZE) + p[:, None] * SIZE + n[None, :],
-        mask=in_p[:, None] & in_n[None, :],
-        other=0.0,
-    ).to(tl.float32)  # (P, N), entering the span and then each of its chunks
+    states_ptr += batch * states_batch + span * states_span + head * (ROWS * SIZE)
+    in_state = in_p[:, None] & in_n[None, :]
+    # (P, N), entering the span and then each of its chunks
+    state = tl.load(states_ptr + p[:, None] * SIZE + n[None, :], mask=in_state, other=0.0).to(tl.float32)
+    last_row = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if ROWS > WIDTH:
+        last_row = tl.load(states_ptr + WIDTH * SIZE + n, mask=in_n, other=0.0).to(tl.float32)
+        row_sums_ptr += (batch * length + begin) * heads + head
     left = tl.minimum(length - begin, SPAN).to(tl.int32)  # tokens of the span
     before = tl.zeros((), dtype=tl.float32)
     fine_before = tl.zeros((), dtype=tl.float32)
@@ -538,12 +571,14 @@ def output_kernel(
         end, fine_end = tl.load(at + Q - 1), tl.load(at + tokens + Q - 1)
         # Masked before exp2: on the other side of the diagonal the differences are positive.
         decay = tl.where(rows[:, None] >= rows[None, :], coarse[:, None] - coarse[None, :], -256.0)
-        mix = dot(C, tl.trans(B), None, EMULATE) * tl.exp2(decay)  # (Q target, Q source)
-        mix = narrow(mix * factor[None, :], dtype, EMULATE)
-        y = (
-            dot(C, tl.trans(narrow(state, dtype, EMULATE)), None, EMULATE)
-            * tl.exp2(coarse - before - fine_before)[:, None]
-        )
+        mix = dot(C, tl.trans(B), None, EMULATE) * tl.exp2(decay) * factor[None, :]  # (Q target, Q source)
+        from_start = tl.exp2(coarse - before - fine_before)
+        if ROWS > WIDTH:
+            row_sums = (tl.sum(mix, 1) + times_vector(C, last_row, False, EMULATE) * from_start) * tl.exp2(fine)
+            in_sums = rows < tl.where(tl.program_id(1) == 0, left - done, 0)
+            tl.store(row_sums_ptr + done * heads + rows * heads, row_sums, mask=in_sums)
+        mix = narrow(mix, dtype, EMULATE)
+        y = dot(C, tl.trans(narrow(state, dtype, EMULATE)), None, EMULATE) * from_start[:, None]
         y = dot(mix, x, y, EMULATE) * tl.exp2(fine)[:, None]
         if D_ptr is not None:
             y += x.to(tl.float32) * D
@@ -553,140 +588,15 @@ def output_kernel(
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE)
         tl.store(y_ptr + done * (heads * WIDTH) + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_x)
 
-        weighted = x.to(tl.float32) * (factor * tl.exp2((end - coarse) + fine_end))[:, None]
-        state *= tl.exp2((end - before) + (fine_end - fine_before))
+        weight = factor * tl.exp2((end - coarse) + fine_end)
+        weighted = x.to(tl.float32) * weight[:, None]
+        whole = tl.exp2((end - before) + (fine_end - fine_before))
+        state *= whole
         state = dot(tl.trans(narrow(weighted, dtype, EMULATE)), B, state, EMULATE)
+        if ROWS > WIDTH:
+            last_row = last_row * whole + times_vector(tl.trans(B), weight, False, EMULATE)
         before = end
         fine_before = fine_end
-
-
-@triton.jit(do_not_specialize=["length", "chunks", "first", "count", "capacity"])
-def chunk_gradients_kernel(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, dy_ptr, dstates_ptr, dx_ptr,
-    flows_ptr, passed_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr,
-    length, tokens, chunks, first, count, capacity, heads, per_group,
-    x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
-    z_token, z_head, dy_batch, dy_token, dy_head,
-    TOGETHER: tl.constexpr, SCALED: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EMULATE: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    parts = heads // TOGETHER
-    part = program % parts
-    index = (program // parts) % count
-    batch = program // parts // count
-    chunk = first + index
-    group = part * TOGETHER // per_group
-    rows = tl.arange(0, Q)
-    n = tl.arange(0, BLOCK_N)
-    in_n = n < SIZE
-    begin = chunk * Q
-    present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    in_maps = present[:, None] & in_n[None, :]
-    first_row = (batch * length + begin) * heads
-    dtype = x_ptr.dtype.element_ty
-    B_ptr += batch * B_batch + begin * B_token + group * B_group
-    C_ptr += batch * C_batch + begin * C_token + group * C_group
-    B = tl.load(B_ptr + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
-    C = tl.load(C_ptr + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
-    # This kernel is short of registers. Elementwise results are right operands of products, which go through shared
-    # memory; as left operands they would be in registers twice. Products are added with a factor each, because a
-    # product that starts from another one makes the compiler lay out both twice over the warps.
-    scores = dot(B, tl.trans(C), None, EMULATE)  # (Q source, Q target)
-    dB = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
-    dC = tl.zeros((BLOCK_N, Q), dtype=tl.float32)
-    x_ptr += batch * x_batch + begin * x_token
-    if z_ptr is not None:
-        z_ptr += batch * z_batch + begin * z_token
-    dy_ptr += batch * dy_batch + begin * dy_token
-    for place in range(TOGETHER):
-        head = part * TOGETHER + place
-        sums = sums_ptr + (batch * heads + head) * 3 * tokens
-        coarse, fine, end, fine_end = chunk_sums(sums, tokens, begin, rows, Q, SPAN)
-        to_end = tl.exp2((end - coarse) + (fine_end - fine))
-        from_start = tl.exp2(coarse + fine)
-        scale = tl.full((Q,), 1.0, dtype=tl.float32)
-        if SCALED:
-            scale = tl.load(sums + 2 * tokens + begin + rows) * tl.exp2(tl.load(sums + tokens + begin + rows))
-        mix = narrow(scores * _between(coarse, fine, rows, True), dtype, EMULATE)
-
-        dmix = tl.zeros((Q, Q), dtype=tl.float32)  # x_j . dy_i
-        read = tl.zeros((Q,), dtype=tl.float32)  # reads of the entering state by each token
-        left = tl.zeros((Q,), dtype=tl.float32)  # contributions of each token to the leaving state, without scale
-        passed = tl.zeros((BLOCK_P,), dtype=tl.float32)  # contribution of the entering to the leaving state
-        of_head = (batch * chunks + chunk) * heads + head
-        state_ptr = states_ptr + of_head * (WIDTH * SIZE)
-        dstate_ptr = dstates_ptr + ((batch * capacity + index) * heads + head) * (WIDTH * SIZE)
-        for begin_p in range(0, WIDTH, BLOCK_P):
-            p = begin_p + tl.arange(0, BLOCK_P)
-            in_p = p < WIDTH
-            in_x = present[:, None] & in_p[None, :]
-            in_state = in_p[:, None] & in_n[None, :]
-            inside = p[:, None] * SIZE + n[None, :]
-            dense = (first_row + head) * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
-            x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
-            dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
-            state = tl.load(state_ptr + inside, mask=in_state, other=0.0)  # (P, N)
-            carried = dot(C, tl.trans(state), None, EMULATE) * from_start[:, None]  # (Q, P), a term of y
-            if D_ptr is not None:
-                D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
-            through = dy.to(tl.float32)  # gradient of the output before the gate
-            if z_ptr is not None:
-                smooth, gate = load_gate(z_ptr + head * z_head, rows[:, None] * z_token + p[None, :], in_x)
-                slope = through * (smooth + gate * (1.0 - smooth))
-                dz = carried * slope
-                scaled = narrow(x.to(tl.float32) * scale[:, None], dtype, EMULATE)
-                dz += dot(tl.trans(mix), scaled, None, EMULATE) * slope
-                if D_ptr is not None:
-                    dz += x.to(tl.float32) * D[None, :] * slope
-                tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
-                through *= gate
-                dy = narrow(through, dtype, EMULATE)
-            dmix = dot(x, tl.trans(dy), dmix, EMULATE)
-            read += tl.sum(carried * through, 1)
-            weighted = narrow(through * from_start[:, None], dtype, EMULATE)
-            dC = dot(tl.trans(state), tl.trans(weighted), dC, EMULATE)
-
-            dstate = tl.load(dstate_ptr + inside, mask=in_state, other=0.0)
-            passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-            du = dot(B, tl.trans(dstate), None, EMULATE) * to_end[:, None]  # (Q, P), the gradient of scale * x
-            left += tl.sum(du * x.to(tl.float32), 1)
-            weighted = narrow(x.to(tl.float32) * (to_end * scale)[:, None], dtype, EMULATE)
-            dB = dot(tl.trans(dstate), tl.trans(weighted), dB, EMULATE)
-
-            dx = dot(mix, dy, None, EMULATE) * scale[:, None] + du * scale[:, None]
-            if D_ptr is not None:
-                dx += through * D[None, :]
-                skipped = tl.sum(through * x.to(tl.float32), 0)
-                tl.store(dD_ptr + of_head * WIDTH + p, skipped, mask=in_p)
-            tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=in_x)
-
-        # Loaded again, because the decays between tokens would occupy registers throughout the loop.
-        coarse, fine, end, fine_end = chunk_sums(sums, tokens, begin, rows, Q, SPAN)
-        dmix *= _between(coarse, fine, rows, True)
-        flow = dmix * scores
-        out = flows_ptr + (batch * heads + head) * (3 + SCALED) * capacity * Q + index * Q + rows
-        if SCALED:
-            tl.store(out + 3 * capacity * Q, tl.sum(flow, 1) + left)
-            dmix *= scale[:, None]
-            flow *= scale[:, None]
-            left *= scale
-        half = narrow(dmix, dtype, EMULATE)
-        dC = dot(tl.trans(B), half, dC, EMULATE)
-        dB = dot(tl.trans(C), tl.trans(half), dB, EMULATE)
-
-        flow = tl.cumsum(flow, 1, reverse=True)
-        tl.store(out, tl.sum(tl.where(rows[:, None] < rows[None, :], flow, 0.0), 0))
-        tl.store(out + capacity * Q, read)
-        tl.store(out + 2 * capacity * Q, left)
-        tl.store(passed_ptr + (batch * capacity + index) * heads + head, tl.exp2(end + fine_end) * tl.sum(passed, 0))
-
-    # (B, capacity Q, parts, N)
-    partial = ((batch * capacity + index) * Q * parts + part) * SIZE
-    offsets = rows[None, :] * (parts * SIZE) + n[:, None]
-    in_partial = in_n[:, None] & present[None, :]
-    tl.store(dB_ptr + partial + offsets, dB, mask=in_partial)
-    tl.store(dC_ptr + partial + offsets, dC, mask=in_partial)
 
 
 # (states per program, fewest programs for which it is used). A warp takes 512 states, 16 per thread: four concurrent
@@ -708,11 +618,13 @@ def ssd_step_triton(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-) -> Tensor:
+    row_sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Run one token on checked arguments, without a gradient, and update `state` in place.
 
     Args:
-        state: (B, H, P, N) float32 state. All arguments may have any strides; none is copied.
+        state: (B, H, P, N) float32 state, (B, H, P + 1, N) with `row_sums`. All arguments may have any strides; none is
+            copied.
         x: (B, H, P) input.
         decay: (B, H) step sizes, or log-decays if `A` is None.
         A: (H) decay rates, or None.
@@ -723,21 +635,24 @@ def ssd_step_triton(
         dt_bias: (H) added to the step sizes.
         dt_softplus: apply softplus to the step sizes.
         dt_limit: range to which the step sizes are clamped.
+        row_sums: compute the output of an additional input that is always 1, without skip and gate; its state is the
+            last of P + 1 rows, and `A` must be None.
 
     Returns:
-        (B, H, P) output in the dtype of `x`.
+        (B, H, P) output in the dtype of `x`, and (B, H) row sums in float32, or None.
     """
-    batch, heads, width, size = state.shape
+    batch, heads, rows, size = state.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block_p, block_n, warps = _tile(batch * heads, width, size)
+    sums = state.new_empty(batch, heads) if row_sums else None
+    block_p, block_n, warps = _tile(batch * heads, rows, size)
     with torch.cuda.device_of(x):
-        _step_kernel[triton.cdiv(width, block_p), heads, batch](
-            *(state, x, decay, A, B, C, D, z, dt_bias, y),
+        _step_kernel[triton.cdiv(rows, block_p), heads, batch](
+            *(state, x, decay, A, B, C, D, z, dt_bias, y, sums),
             *(float(limit) for limit in dt_limit),
             heads // B.shape[1],
             *(*state.stride(), *x.stride(), *decay.stride(), *strides(1, A), *strides(3, B, C)),
             *(*strides(2, D), *strides(3, z), *strides(1, dt_bias)),
-            WIDTH=width,
+            WIDTH=x.shape[2],
             SIZE=size,
             SOFTPLUS=dt_softplus,
             BLOCK_P=block_p,
@@ -745,7 +660,7 @@ def ssd_step_triton(
             EMULATE=INTERPRETED,
             num_warps=warps,
         )
-    return y
+    return y, sums
 
 
 def _tile(heads: int, width: int, size: int) -> tuple[int, int, int]:
@@ -766,7 +681,8 @@ def _step_kernel(
     b_ptr, c_ptr,
     d_ptr,  # or None, as the next two
     z_ptr, bias_ptr,
-    y_ptr,  # contiguous
+    y_ptr,  # contiguous, as the next
+    row_sums_ptr,  # or None
     lowest, highest, per_group,
     state_batch, state_head, state_p, state_n, x_batch, x_head, x_p, decay_batch, decay_head, a_head, b_batch,
     b_group, b_n, c_batch, c_group, c_n, d_head, d_p, z_batch, z_head, z_p, bias_head,
@@ -779,7 +695,10 @@ def _step_kernel(
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     inside_p, inside_n = p < WIDTH, n < SIZE
-    inside = inside_p[:, None] & inside_n[None, :]
+    inside_rows = inside_p
+    if row_sums_ptr is not None:
+        inside_rows = p < WIDTH + 1
+    inside = inside_rows[:, None] & inside_n[None, :]
     held = state_ptr + batch * state_batch + head * state_head + p[:, None] * state_p + n[None, :] * state_n
     h = tl.load(held, mask=inside, other=0.0)
     x = tl.load(x_ptr + batch * x_batch + head * x_head + p * x_p, mask=inside_p, other=0.0).to(tl.float32)
@@ -788,6 +707,8 @@ def _step_kernel(
 
     log_decay = tl.load(decay_ptr + batch * decay_batch + head * decay_head).to(tl.float32)
     u = x
+    if row_sums_ptr is not None:
+        u = tl.where(inside_p, x, 1.0)
     if a_ptr is not None:
         dt = log_decay
         if bias_ptr is not None:
@@ -802,10 +723,12 @@ def _step_kernel(
     tl.store(held, h, mask=inside)
 
     y = tl.sum(h * c[None, :], axis=1)
+    place = batch * tl.num_programs(1) + head
+    if row_sums_ptr is not None:
+        tl.store(row_sums_ptr + place + p * 0, y, mask=p == WIDTH)
     if d_ptr is not None:
         y += tl.load(d_ptr + head * d_head + p * d_p, mask=inside_p, other=0.0).to(tl.float32) * x
     if z_ptr is not None:
         z = tl.load(z_ptr + batch * z_batch + head * z_head + p * z_p, mask=inside_p, other=0.0).to(tl.float32)
         y *= z * tl.sigmoid(z)
-    place = (batch * tl.num_programs(1) + head) * WIDTH + p
-    tl.store(y_ptr + place, narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside_p)
+    tl.store(y_ptr + place * WIDTH + p, narrow(y, y_ptr.dtype.element_ty, EMULATE), mask=inside_p)

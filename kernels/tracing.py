@@ -41,9 +41,13 @@ class _Context:
 
 
 def opaque(
-    function: type[torch.autograd.Function], name: str, arguments: str, fake: Callable[..., tuple[Tensor, Tensor]]
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Register an autograd function with two results as an operator, a single node of a traced graph.
+    function: type[torch.autograd.Function],
+    name: str,
+    arguments: str,
+    fake: Callable[..., tuple[Tensor, ...]],
+    results: int = 2,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register an autograd function with several results as an operator, a single node of a traced graph.
 
     The operator saves its inputs only; its backward, also an operator, runs the forward again. Operators are named
     after the module of `function`, so that the package and any number of exported copies can coexist in one process.
@@ -53,28 +57,31 @@ def opaque(
         name: name of the operator.
         arguments: arguments of `function.forward` in the syntax of operator schemas.
         fake: function that takes the arguments and returns empty contiguous results of the right shapes and dtypes.
+        results: number of results, at least two.
 
     Returns:
         Function of the same arguments that calls the operator.
     """
     qualified = f"{re.sub(r'[^0-9a-zA-Z_]', '_', function.__module__)}::{name}"
 
-    @torch.library.custom_op(qualified, mutates_args=(), schema=f"({arguments}) -> (Tensor, Tensor)")
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    returned = ", ".join(["Tensor"] * results)
+
+    @torch.library.custom_op(qualified, mutates_args=(), schema=f"({arguments}) -> ({returned})")
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         with torch.autocast(inputs[0].device.type, enabled=False):
-            first, second = function.forward(_Context((False,) * len(inputs)), *inputs)
-        return first.contiguous(), second.contiguous()
+            found = function.forward(_Context((False,) * len(inputs)), *inputs)
+        return tuple(each.contiguous() for each in found)
 
     @torch.library.custom_op(
         f"{qualified}_backward",
         mutates_args=(),
-        schema=f"(Tensor first, Tensor second, bool[] needed, {arguments}) -> Tensor[]",
+        schema=f"(Tensor[] outer, bool[] needed, {arguments}) -> Tensor[]",
     )
-    def backward(first: Tensor, second: Tensor, needed: list[bool], *inputs: Any) -> list[Tensor]:
+    def backward(outer: list[Tensor], needed: list[bool], *inputs: Any) -> list[Tensor]:
         context = _Context(tuple(needed))
-        with torch.autocast(first.device.type, enabled=False), torch.no_grad():
+        with torch.autocast(outer[0].device.type, enabled=False), torch.no_grad():
             function.forward(context, *inputs)
-            gradients = function.backward(context, first, second)
+            gradients = function.backward(context, *outer)
         pairs = zip(inputs, gradients, needed, strict=True)
         return [
             torch.zeros_like(like, memory_format=torch.contiguous_format) if found is None else found.contiguous()
@@ -82,18 +89,18 @@ def opaque(
             if wanted
         ]
 
-    def backward_fake(first: Tensor, second: Tensor, needed: list[bool], *inputs: Any) -> list[Tensor]:
+    def backward_fake(outer: list[Tensor], needed: list[bool], *inputs: Any) -> list[Tensor]:
         return [like.new_empty(like.shape) for like, wanted in zip(inputs, needed, strict=True) if wanted]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in inputs])
         ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
 
-    def differentiate(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         saved = zip(ctx.saved_tensors, ctx.options, strict=True)
         inputs = [option if tensor is None else tensor for tensor, option in saved]
         needed = list(ctx.needs_input_grad)
-        found = iter(backward(first, second, needed, *inputs))
+        found = iter(backward(list(outer), needed, *inputs))
         return tuple(next(found) if wanted else None for wanted in needed)
 
     forward.register_fake(fake)

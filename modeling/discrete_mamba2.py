@@ -110,26 +110,30 @@ class DiscreteMamba2Mixer(nn.Module):
         xBC, z, a = self.in_proj(hidden_states).split(self.split, dim=-1)
         xBC, conv_state = self.conv1d(xBC, cache.conv_state if started else None, sequence.seq_idx, in_place=single)
         x, B, C, log_decay = self.recurrence_inputs(xBC, a, sequence)
-        values = F.pad(x, (0, 1), value=1.0) if self.normalize else x  # the column of ones gives the row sums
+        row_sums = self.normalize
         if single:
-            y = ssd_log_decay_step(cache.recurrent_state, values[:, 0], log_decay[:, 0], B[:, 0], C[:, 0])[:, None]
+            token = (each[:, 0] for each in (x, log_decay, B, C))
+            found = ssd_log_decay_step(cache.recurrent_state, *token, row_sums=row_sums)
+            y, *sums = (each[:, None] for each in (found if isinstance(found, tuple) else (found,)))
             cache.columns += 1
         else:
-            y, state = ssd_log_decay(
-                values,
+            y, *sums, state = ssd_log_decay(
+                x,
                 log_decay,
                 B,
                 C,
                 initial_state=cache.recurrent_state if started else None,
                 seq_idx=sequence.seq_idx,
                 return_final_state=True,
+                row_sums=row_sums,
             )
             if cache is not None:
                 cache.set_states(conv_state, state, length)
         if sequence.prefix is not None:
-            y = y + scan_ahead(values, log_decay, B, C, prefix_alone(sequence))
+            ahead = scan_ahead(x, log_decay, B, C, prefix_alone(sequence), row_sums)
+            y, *sums = (own + more for own, more in zip((y, *sums), ahead, strict=True))
         if self.normalize:
-            y = y[..., :-1] / y[..., -1:].clamp(min=_SMALLEST_ROW_SUM)
+            y = y / sums[0].clamp(min=_SMALLEST_ROW_SUM)[..., None].to(y.dtype)
         y = y + self.D.to(y.dtype)[:, None] * x
         y = y.flatten(2) * F.silu(z + self.z_bias)
         attention = matrix_rows(self.mixing_matrix, (log_decay, B, C), sequence, cache) if output_attentions else None

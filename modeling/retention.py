@@ -16,7 +16,7 @@ form o = R v, with R_nm = q_n . k_m gamma^(n-m) / sqrt(P) for m <= n.
 Score normalisation (the paper's, section 2.2): R_nm is divided by sqrt(sum_m gamma^(n-m)), then each row by
 max(|sum_m R_nm|, 1). Both are constant along a row, so the head's norm cancels them, up to its epsilon. Both are
 computed from what the recurrence carries: the first sum is (1 - gamma^(n+1)) / (1 - gamma), for which the cache counts
-the tokens of each row; the second is the output for an additional value that is always 1. No gradient flows through
+the tokens of each row; the second is a result of the op (`row_sums`). No gradient flows through
 the second one, as in the official code; where the matrix itself is trained, it does.
 
 An encoder (`bidirectional`) has gamma^|n-m|, as in RMT (arXiv 2309.11523), here along one dimension: a second scan from
@@ -144,13 +144,11 @@ class Retention(nn.Module):
         factors = self.matrix_inputs(hidden_states, sequence, ranks)
         v = self.for_all_heads(self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.v_head_dim)))
         dtype = v.dtype
+        if self.normalize_scores and dtype == torch.float16:  # which outputs may exceed before they are divided
+            v = v.float()
+        o, *sums = self.retain(v, factors, sequence, cache, single)
         if self.normalize_scores:
-            if dtype == torch.float16:  # which sums may exceed before they are divided
-                v = v.float()
-            v = F.pad(v, (0, 1), value=1.0)  # its output is the row sum of R
-        o = self.retain(v, factors, sequence, cache, single)
-        if self.normalize_scores:
-            o = (o[..., :-1] / o[..., -1:].detach().abs().clamp(min=1)).to(dtype)
+            o = (o / sums[0].detach().abs().clamp(min=1)[..., None].to(o.dtype)).to(dtype)
         y = self.group_norm(o).flatten(2)
         if self.g_proj is not None:
             y = F.silu(self.g_proj(hidden_states)) * y
@@ -159,27 +157,40 @@ class Retention(nn.Module):
 
     def retain(
         self, v: Tensor, factors: tuple[Tensor, Tensor, Tensor], sequence: Sequence, cache: Any, single: bool
-    ) -> Tensor:
-        """Compute (B, L, H, V) outputs of the recurrence for (B, L, H, V) values, and update the cache's state.
+    ) -> tuple[Tensor, ...]:
+        """Compute outputs of the recurrence and update the cache's state.
 
         Args:
-            v: values.
+            v: (B, L, H, V) values.
             factors: see :meth:`matrix_inputs`.
             sequence: the `Sequence` of the inputs.
             cache: the mixer's layer of the cache, or None.
             single: whether to update the state in place (`is_single_step`).
+
+        Returns:
+            (B, L, H, V) outputs; if scores are normalised also the (B, L, H) row sums of R.
         """
         log_decay, k, q = factors
         state: Any = None if cache is None else cache.recurrent_state
+        row_sums = self.normalize_scores
         if single:
-            return ssd_log_decay_step(state, v[:, 0], log_decay[:, 0], k[:, 0], q[:, 0])[:, None]
-        o, state = ssd_log_decay(
-            v, log_decay, k, q, initial_state=state, seq_idx=sequence.seq_idx, return_final_state=True
+            token = (each[:, 0] for each in (v, log_decay, k, q))
+            found = ssd_log_decay_step(state, *token, row_sums=row_sums)
+            return tuple(each[:, None] for each in (found if isinstance(found, tuple) else (found,)))
+        *found, state = ssd_log_decay(
+            *(v, log_decay, k, q),
+            initial_state=state,
+            seq_idx=sequence.seq_idx,
+            return_final_state=True,
+            row_sums=row_sums,
         )
         if cache is not None:
             cache.recurrent_state = state
         turned = self.read_backwards(sequence)
-        return o if turned is None else o + scan_ahead(v, log_decay, k, q, turned)
+        if turned is None:
+            return tuple(found)
+        ahead = scan_ahead(v, log_decay, k, q, turned, row_sums)
+        return tuple(own + more for own, more in zip(found, ahead, strict=True))
 
     def read_backwards(self, sequence: Sequence) -> Sequence | None:
         """Return the layout of the tokens that are read backwards too: all, those of prefixes, or None for none."""
@@ -271,10 +282,12 @@ class Retention(nn.Module):
         copy_output(self.o_proj, view)
 
 
-def scan_ahead(values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence) -> Tensor:
+def scan_ahead(
+    values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence, row_sums: bool
+) -> tuple[Tensor, ...]:
     """Return the (B, L, H, V) outputs of a scan from the end of each document, 0 at padding.
 
-    They are without the diagonal, which the scan from its start has.
+    They are without the diagonal, which the scan from its start has. With `row_sums` the (B, L, H) row sums follow.
 
     Args:
         values: (B, L, H, V).
@@ -282,11 +295,15 @@ def scan_ahead(values: Tensor, log_decay: Tensor, k: Tensor, q: Tensor, turned: 
         k: (B, L, H, P) keys.
         q: (B, L, H, P) queries.
         turned: the layout of the tokens that are read.
+        row_sums: whether to return the row sums.
     """
-    ahead = ssd_log_decay(*map(turned.reverse, (values, log_decay, k, q)), seq_idx=turned.seq_idx)
-    assert isinstance(ahead, Tensor)
-    ahead = turned.reverse(ahead) - (q * k).sum(-1, keepdim=True) * values
-    return ahead if turned.real is None else ahead.masked_fill(~turned.real[..., None, None], 0)
+    found = ssd_log_decay(*map(turned.reverse, (values, log_decay, k, q)), seq_idx=turned.seq_idx, row_sums=row_sums)
+    y, *sums = map(turned.reverse, found if isinstance(found, tuple) else (found,))
+    diagonal = (q * k).sum(-1)
+    ahead = y - diagonal[..., None] * values, *(each - diagonal for each in sums)
+    if turned.real is None:
+        return ahead
+    return tuple(each.masked_fill(~turned.real.view(*turned.real.shape, *[1] * (each.dim() - 2)), 0) for each in ahead)
 
 
 def matrix_ahead(log_decay: Tensor, k: Tensor, q: Tensor, turned: Sequence) -> Tensor:

@@ -24,6 +24,10 @@ def _walk(a: Arguments, launch: Launch) -> tuple[float, ...]:
     return earlier, a["count"] / a["stretches"]
 
 
+def _heads_and_tiles(a: Arguments, launch: Launch) -> tuple[float, ...]:
+    return a["TOGETHER"], _up(a["WIDTH"], a["BLOCK_P"])
+
+
 def _scan_backward(a: Arguments, launch: Launch) -> tuple[float, ...]:
     tokens = a["length"] / launch.grid[1]
     return a["together"], _up(tokens, a["SPAN"]), min(a["SPAN"], a["length"]) / a["CHUNK"]
@@ -83,7 +87,8 @@ _Trips = Callable[[Arguments, Launch], tuple[float, ...]]
 _TRIPS: dict[str, _Trips] = {
     "ssd_triton.walk_kernel": _walk,
     "ssd_triton.output_kernel": lambda a, _: (min(a["SPAN"], a["length"]) / a["Q"],),
-    "ssd_triton.chunk_gradients_kernel": lambda a, _: (a["TOGETHER"], _up(a["WIDTH"], a["BLOCK_P"])),
+    "ssd_gradients_triton.target_gradients_kernel": _heads_and_tiles,
+    "ssd_gradients_triton.source_gradients_kernel": _heads_and_tiles,
     "selective_scan_triton.summary_kernel": lambda a, _: (_up(a["segment"], a["CHUNK"]),),
     "selective_scan_triton.carry_kernel": lambda a, _: (_up(a["segments"], a["STEPS"]),),
     "selective_scan_triton.forward_kernel": lambda a, launch: (_up(a["length"] / launch.grid[1], a["CHUNK"]),),
@@ -115,7 +120,8 @@ _TRIPS: dict[str, _Trips] = {
 # Kernels that read a part of each row: backwards that run in sections.
 _SECTIONS: dict[str, Callable[[Arguments], float]] = {
     "ssd_triton.walk_kernel": lambda a: min(a["count"] * a["Q"] / a["length"], 1.0),
-    "ssd_triton.chunk_gradients_kernel": lambda a: a["count"] / a["chunks"],
+    "ssd_gradients_triton.target_gradients_kernel": lambda a: a["count"] / a["chunks"],
+    "ssd_gradients_triton.source_gradients_kernel": lambda a: a["count"] / a["chunks"],
 }
 
 

@@ -29,7 +29,10 @@ RUNS = 5
 WARPS = (2, 4, 8, 16)
 STAGES = (1, 2, 3, 4)
 KERNELS = {
-    "ssd forward+backward B1 L8192": ("walk_kernel", "output_kernel", "chunk_gradients_kernel"),
+    "ssd forward+backward B1 L8192": (
+        *("walk_kernel", "output_kernel"),
+        *("target_gradients_kernel", "source_gradients_kernel"),
+    ),
     "selective_scan forward+backward": ("summary_kernel", "forward_kernel", "backward_kernel"),
     "causal_conv1d forward+backward": ("forward_kernel", "backward_kernel"),
     "rms_norm_gated forward+backward": ("_forward_kernel", "_backward_kernel"),

@@ -18,7 +18,7 @@ from ssm_zoo.kernels.bounded_attention import BoundedMemory, bounded_attention, 
 from ssm_zoo.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix_step, toeplitz_mix_step
-from ssm_zoo.kernels.ssd import ssd_step
+from ssm_zoo.kernels.ssd import ssd_log_decay, ssd_step
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 # A layer of SmolLM2-135M with 304 slots, 4 sinks and a window of 32, the sizes of `bounded_step.py`.
@@ -54,6 +54,8 @@ def cases() -> Iterator[ResourceCase]:
     yield _benchmark("ssd", TRAINING, HEADLINE)
     for length in (HEADLINE["L"], 512, 256):
         yield _benchmark("ssd", "forward", {**HEADLINE, "L": length})
+    for width in (64, 128):  # of discrete Mamba-2 and of retention, from a transformer with 32 heads of 64
+        yield _row_sums({"B": 4, "L": 2048, "H": 32, "P": width, "N": 64, "G": 32})
     yield _benchmark("selective_scan", TRAINING, {"B": 1, "L": 2048, "D": 1024, "N": 16})
     wide = {"B": 8, "L": 2048}
     yield _benchmark("causal_conv1d", TRAINING, {**wide, "D": 4352, "K": TAPS})
@@ -88,6 +90,25 @@ def _benchmark(op: str, mode: str, sizes: dict[str, int]) -> ResourceCase:
         if op == "window_attention":
             elements = sizes["M"] * sizes["H"] * sizes["P"]
     return ResourceCase(case.name, lambda: our_run(prepare(case, CPU))(), cost(case), elements, products, changed)
+
+
+def _row_sums(sizes: dict[str, int]) -> ResourceCase:
+    """Return the scan of a mixer that divides each output by its row sum, with a group of maps for each head."""
+    batch, length, heads, width, size, _ = sizes.values()
+
+    def run() -> None:
+        x, B, C = (_wide(batch, length, heads, n).requires_grad_() for n in (width, size, size))
+        log_decay = torch.empty(batch, length, heads).requires_grad_()
+        y, sums, _ = ssd_log_decay(x, log_decay, B, C, return_final_state=True, row_sums=True)
+        torch.autograd.grad([y, sums], [x, log_decay, B, C], [torch.empty_like(y), torch.empty_like(sums)])
+
+    same = Case("ssd", TRAINING, sizes, BF16)
+    numbers = batch * length * heads
+    # Row sums and their gradients in float32, and log-decays in float32 instead of step sizes in 16 bits: forward and
+    # backward read them, and the backward writes their gradients.
+    needed = Cost(cost(same).bytes + numbers * (2 * FLOAT32 + 3 * (FLOAT32 - BF16.itemsize)), cost(same).flops)
+    name = same.name.replace("ssd", "ssd_log_decay with row sums")
+    return ResourceCase(name, run, needed, batch * length * heads * width)
 
 
 def _separate_steps(sizes: dict[str, int]) -> ResourceCase:

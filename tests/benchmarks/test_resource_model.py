@@ -57,7 +57,7 @@ def test_bytes_are_those_of_the_arguments() -> None:
     x, state = torch.empty(2, 8, 4), torch.empty(4, 4)
     both = launch("f.some_kernel", x=x, again=x, bias=torch.empty(4).expand(8, 4), state=state, length=8)
     assert moved_bytes(both, CASE) == 256 + 16 + 2 * 64
-    part = launch("ssd_triton.chunk_gradients_kernel", x=x, state=state, length=8, count=1, chunks=4)
+    part = launch("ssd_gradients_triton.source_gradients_kernel", x=x, state=state, length=8, count=1, chunks=4)
     assert section(part) == 0.25
     assert moved_bytes(part, CASE) == 64 + 2 * 64
 

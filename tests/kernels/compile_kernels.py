@@ -23,7 +23,7 @@ from ssm_zoo.kernels.matrix_distance import SSDFactors, row_distances
 from ssm_zoo.kernels.position_mix import masked_mix, masked_mix_step, toeplitz_mix, toeplitz_mix_step
 from ssm_zoo.kernels.rms_norm import add_rms_norm, rms_norm
 from ssm_zoo.kernels.selective_scan import selective_scan, selective_scan_step
-from ssm_zoo.kernels.ssd import ssd, ssd_step
+from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_log_decay_step, ssd_step
 from ssm_zoo.kernels.window_attention import window_attention
 
 B, L, H, P, N, D, K = 1, 4096, 4, 64, 128, 128, 4
@@ -47,6 +47,8 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
     x, state, maps = wide(B, L, H, P), zeros(B, H, P, N), wide(B, L, 1, N)
     extras = {"D": zeros(H), "z": wide(B, L, H, P), "initial_state": state, "seq_idx": seq_idx}
     ssd(x, wide(B, L, H), zeros(H), maps, maps, **some(**extras)).sum().backward()
+    y, row_sums = ssd_log_decay(x, zeros(B, L, H), maps, maps, row_sums=True, **OPTIONS)
+    (y.sum() + row_sums.sum()).backward()
     x, maps = wide(B, L, D), wide(B, L, 1, 16)
     extras = {"D": zeros(D), "z": wide(B, L, D), "dt_bias": zeros(D), "seq_idx": seq_idx, "dt_softplus": True}
     selective_scan(x, wide(B, L, D), zeros(D, 16), maps, maps, **some(**extras)).sum().backward()
@@ -89,6 +91,8 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
         maps = wide(B, 1, N)
         extras = {"D": zeros(H), "z": wide(B, H, P), "dt_bias": zeros(H)}
         ssd_step(state, wide(B, H, P), wide(B, H), zeros(H), maps, maps, **some(**extras))
+        rows = zeros(B, H, P + 1, N)
+        ssd_log_decay_step(rows, wide(B, H, P), zeros(B, H), maps, maps, row_sums=True, **OPTIONS)
         channels, bias = H * P + 2 * N, zeros(H * P + 2 * N) if everything else None
         extras["dt_softplus"] = True
         token = wide(B, channels), wide(B, channels, K - 1), state, wide(B, H), zeros(channels, K), bias, zeros(H)

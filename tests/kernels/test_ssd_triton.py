@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peak_memory import IdleKernel, peak_of_gradients
-from ssm_zoo.kernels import ssd_decays_triton, ssd_triton
+from ssm_zoo.kernels import ssd_decays_triton, ssd_gradients_triton, ssd_triton
 from ssm_zoo.kernels.ssd import ssd_log_decay, ssd_log_decay_reference
 from ssm_zoo.kernels.ssd_triton import ssd_scan_triton
 from tolerances import TOLERANCES
@@ -266,8 +266,10 @@ def test_peak_memory_at_full_size(
     gated: bool, length: int, bound: float, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without storage and without kernels: 128 heads on a device of 132 processors, in 4, 6 and 16 rounds of it."""
-    for name in ("walk_kernel", "output_kernel", "chunk_gradients_kernel"):
+    for name in ("walk_kernel", "output_kernel"):
         monkeypatch.setattr(ssd_triton, name, IdleKernel())
+    for name in ("target_gradients_kernel", "source_gradients_kernel"):
+        monkeypatch.setattr(ssd_gradients_triton, name, IdleKernel())
     for name in ("sums_kernel", "gradients_kernel"):
         monkeypatch.setattr(ssd_decays_triton, name, IdleKernel())
     inputs = scan_inputs("meta", 1, length, 128, 64, 1, 128)

@@ -105,12 +105,20 @@ OPS: dict[str, Any] = {
         zeros(0, 5, 2, 4), zeros(0, 5, 2), zeros(2), zeros(0, 5, 1, 3), zeros(0, 5, 1, 3), seq_idx=NO_ROWS
     ),
     "ssd_log_decay": lambda: ssd_log_decay(zeros(0, 5, 2, 4), zeros(0, 5, 2), zeros(0, 5, 1, 3), zeros(0, 5, 1, 3)),
+    "ssd_log_decay with row sums": lambda: ssd_log_decay(
+        *(zeros(0, 5, 2, 4), zeros(0, 5, 2), zeros(0, 5, 1, 3), zeros(0, 5, 1, 3)),
+        return_final_state=True,
+        row_sums=True,
+    ),
     "ssd_matrix": lambda: ssd_matrix(zeros(0, 5, 2), zeros(0, 5, 1, 3), zeros(0, 5, 1, 3)),
     "ssd_step": lambda: ssd_step(
         torch.zeros(0, 2, 4, 3), zeros(0, 2, 4), zeros(0, 2), zeros(2), zeros(0, 1, 3), zeros(0, 1, 3)
     ),
     "ssd_log_decay_step": lambda: ssd_log_decay_step(
         torch.zeros(0, 2, 4, 3), zeros(0, 2, 4), zeros(0, 2), zeros(0, 1, 3), zeros(0, 1, 3)
+    ),
+    "ssd_log_decay_step with row sums": lambda: ssd_log_decay_step(
+        *(torch.zeros(0, 2, 5, 3), zeros(0, 2, 4), zeros(0, 2), zeros(0, 1, 3), zeros(0, 1, 3)), row_sums=True
     ),
     "mamba2_step": lambda: mamba2_step(
         zeros(0, 14), torch.zeros(0, 14, 3), torch.zeros(0, 2, 4, 3), zeros(0, 2), zeros(14, 4), zeros(14), zeros(2)
