@@ -107,7 +107,7 @@ class LinearAttention(GroupedAttention):
         k, v = self._for_all_heads(k), self._for_all_heads(v)
         with without_autocast(q):
             C, B = features(q, self.q_features), features(k, self.k_features)
-            v = F.pad(v, (0, 1), value=1.0).to(C.dtype)  # the sum of the weights comes last
+            v = v.to(C.dtype)
             sums = self._sums_of_all(C, B, v, sequence, cache, single)
             documents = sequence.seq_idx if sequence.packed and not sequence.past else None
             sums = sums + self._correction((q, C), (k, B, v), real, near_real, documents)
@@ -146,31 +146,37 @@ class LinearAttention(GroupedAttention):
         return x.repeat_interleave(self.num_key_value_groups, dim=2)
 
     def _sums_of_all(self, C: Tensor, B: Tensor, v: Tensor, sequence: Sequence, cache: Any, single: bool) -> Tensor:
-        """Sum the values of all tokens, weighted by features, and update the cache's state.
+        """Sum the values of all tokens, weighted by features, and the weights; update the cache's state.
 
         Args:
             C: (B, L, H, 2 F) features of the queries.
             B: (B, M, H, 2 F) features of the keys; the last L are the new tokens'.
-            v: (B, M, H, P + 1) values.
+            v: (B, M, H, P) values.
             sequence: where the tokens stand.
             cache: the mixer's layer of the cache, or None.
             single: whether to update the state in place (`is_single_step`).
 
         Returns:
-            (B, L, H, P + 1).
+            (B, L, H, P + 1), the sum of the weights last.
         """
         length = C.shape[1]
         B, v = B[:, -length:], v[:, -length:]
         keep = C.new_zeros(C.shape[:3])  # log-decay
         state: Any = None if cache is None else cache.recurrent_state
         if single:
-            return ssd_log_decay_step(state, v[:, 0], keep[:, 0], B[:, 0], C[:, 0])[:, None]
-        sums, state = ssd_log_decay(
-            v, keep, B, C, initial_state=state, seq_idx=sequence.seq_idx, return_final_state=True
+            token = (each[:, 0] for each in (v, keep, B, C))
+            y, weights = ssd_log_decay_step(state, *token, row_sums=True)
+            return torch.cat([y, weights[..., None]], dim=-1)[:, None]
+        y, weights, state = ssd_log_decay(
+            *(v, keep, B, C),
+            initial_state=state,
+            seq_idx=sequence.seq_idx,
+            return_final_state=True,
+            row_sums=True,
         )
         if cache is not None:
             cache.recurrent_state = state
-        return sums
+        return torch.cat([y, weights[..., None]], dim=-1)
 
     def _correction(
         self,
@@ -274,7 +280,8 @@ class LinearAttention(GroupedAttention):
         q, C = queries
         k, B, v = keys
         weights = self._weights(q, k, seen) - torch.where(seen, torch.einsum("bthf,bshf->bhts", C, B), 0)
-        return torch.einsum("bhts,bshp->bthp", weights, v)
+        sums = torch.einsum("bhts,bshp->bthp", weights, v)
+        return torch.cat([sums, weights.sum(-1).transpose(1, 2)[..., None]], dim=-1)
 
     def _weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         """(B, H, T, M) terms sigmoid(g) exp(s - m) of the keys that a query sees, 0 elsewhere."""
