@@ -97,8 +97,8 @@ def _heal_seconds(
     """Return the seconds of a sequential fit, from those of its start, a converted block and one that is not."""
     chosen, blocks = sorted(layers), max(layers) + 1
     first = chosen[0]
-    # Blocks up to the first converted one and, if there are others further on only, the one after it.
-    needed = first + (1 if first > 0 or len(chosen) == blocks else 2)
+    # Blocks up to the first converted one and the first other one, if there is any.
+    needed = max([first, *[layer for layer in range(blocks) if layer not in chosen][:1]]) + 1
 
     def heal(count: int) -> tuple[float, float, float]:
         found: list[tuple[float, float, float]] = []

@@ -58,8 +58,8 @@ class StudentSpec(SettingsBase):
             `discrete_mamba2`.
         normalize: divide by the row sums of the mixing matrix, as linear attention does; only for `discrete_mamba2`.
         rotary: keep the teacher's rotary embedding on B and C; only for `discrete_mamba2`.
-        sliding_window: number of tokens that a query sees by softmax attention, including its own; only for
-            `sliding_attention` and `linear_attention`.
+        sliding_window: tokens that a query sees by softmax, its own included; `sliding_attention`, `linear_attention`.
+        feature_size: half the number of learned features; None: the width of a head. Only for `linear_attention`.
         window: number of tokens in the window of a bounded memory; this and the next six only for `bounded_attention`.
         sinks: number of first tokens that are always kept.
         rows: keys and values that a key-value head keeps on average: window, sinks and slots. Exact heads do not count.
@@ -89,6 +89,7 @@ class StudentSpec(SettingsBase):
     normalize: bool = False
     rotary: bool = False
     sliding_window: Count = 256
+    feature_size: Count | None = None
     window: Count = 32
     sinks: Whole = 4
     rows: Count = 96
@@ -328,11 +329,9 @@ class Recipe(SettingsBase):
 
     @model_validator(mode="after")
     def _refuse_feature_maps_that_are_not_learned(self) -> Recipe:
-        start = _STARTS[self.student.mixer]
-        if start.learned_features or self.student.feature_map == "hedgehog":
-            return self
+        learned = _STARTS[self.student.mixer].learned_features or self.student.feature_map == "hedgehog"
         for index, stage in enumerate(self.stages):
-            if stage.train == "feature_maps":
+            if stage.train == "feature_maps" and not learned:
                 accepted = f"'mixers' or another value with student.feature_map {self.student.feature_map!r}"
                 raise wrong(f"stages.{index}.train", stage.train, f"{accepted}, which has no weights")
         return self
@@ -451,8 +450,9 @@ def as_mapping(recipe: Recipe) -> dict[str, Any]:
         del values["data"]["examples"]
     if recipe.data.pseudo_labels is None:
         del values["data"]["pseudo_labels"]
-    if not recipe.student.untie:
-        del values["student"]["untie"]
+    for field in ("untie", "feature_size"):
+        if not getattr(recipe.student, field):
+            del values["student"][field]
     if not recipe.gradient_checkpointing:
         del values["gradient_checkpointing"]
     if recipe.teacher_revision is None:

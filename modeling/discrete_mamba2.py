@@ -133,7 +133,7 @@ class DiscreteMamba2Mixer(nn.Module):
             ahead = scan_ahead(x, log_decay, B, C, prefix_alone(sequence), row_sums)
             y, *sums = (own + more for own, more in zip((y, *sums), ahead, strict=True))
         if self.normalize:
-            y = y / sums[0].clamp(min=_SMALLEST_ROW_SUM)[..., None].to(y.dtype)
+            y = (y / sums[0].clamp(min=_SMALLEST_ROW_SUM)[..., None]).to(y.dtype)
         y = y + self.D.to(y.dtype)[:, None] * x
         y = y.flatten(2) * F.silu(z + self.z_bias)
         attention = matrix_rows(self.mixing_matrix, (log_decay, B, C), sequence, cache) if output_attentions else None

@@ -12,12 +12,16 @@ for each head, and f_q, f_k learned positive features of the rotated queries and
     a_ni = f_q(q_n) . f_k(k_i)          for i <= n - w
     y_n  = sum_i a_ni v_i / sum_i a_ni.
 
-The recurrent state is the sum of f_k(k_i) (x) v_i over **all** tokens, and what it holds of the window is taken out of
-the sums. So a token enters the state when it is read, and a cache holds the state and the window's keys and values.
-The sums are float32: where all tokens are in the window, the two parts cancel.
+The recurrent state is the sum of f_k(k_i) (x) v_i over the tokens that have left the window. So the op reads at query n
+the key and value of token n - w, and a cache holds the keys and values of the last w tokens beside the state. Memory is
+linear in the length, except in a traced graph (torch.compile, torch.export), which computes the scores of all L x M
+pairs, since a number of blocks would fix the length.
 
-Symbols: B batch, L new tokens, M key columns of the window and the new tokens, D width, H query heads, G key-value
-heads, P head width, F features, w window, T queries of a block.
+Deviation: the maps start as the identity where they keep the size of a head, as Hedgehog proposes, and else from a
+normal distribution; the cited code starts them from a uniform one (Kaiming's).
+
+Symbols: B batch, L new tokens, M key columns of the cache and the new tokens, D width, H query heads, G key-value
+heads, P head width, F features before their negatives, w window, T queries of a block, S columns that they see.
 """
 
 from dataclasses import dataclass
@@ -53,7 +57,7 @@ _BLOCK = 64
 
 
 class LinearAttentionLayer(WindowLayer, RecurrentLayer):
-    """What a :class:`WindowLayer` holds, and `recurrent_state` (B, H, P + 1, 2 F) in float32."""
+    """The last w keys and values of a :class:`WindowLayer`, and `recurrent_state` (B, H, P + 1, 2 F) in float32."""
 
     _layer_type = "zoo_linear_attention"
     _tensors = (*WindowLayer._tensors, "recurrent_state")
@@ -80,10 +84,13 @@ class LinearAttention(GroupedAttention):
         initialise_alone(self.initialise)
 
     def initialise(self) -> None:
-        """Start with features of single channels, and a factor of 0.1 for the window."""
+        """Set the feature maps, and the factor of each window to 0.1."""
         for weight in (self.q_features, self.k_features):
-            identity = torch.eye(*weight.shape[1:], device=weight.device, dtype=weight.dtype)
-            init.copy_(weight, identity.expand_as(weight))
+            if self.feature_size == self.head_dim:
+                identity = torch.eye(self.head_dim, device=weight.device, dtype=weight.dtype)
+                init.copy_(weight, identity.expand_as(weight))
+            else:
+                init.normal_(weight, std=self.head_dim**-0.5)
         init.constant_(self.window_factors, _START)
 
     def forward(
@@ -99,20 +106,25 @@ class LinearAttention(GroupedAttention):
         hidden_states = sequence.blank(hidden_states)
         q, k = self._queries_and_keys(hidden_states, sequence)
         v = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        own_k, real, near_real = k, sequence.real, sequence.real
-        if cache is not None:
+        attention = matrix_rows(self.mixing_matrix, (q, k), sequence, cache) if output_attentions else None
+        real = held = sequence.real
+        if cache is not None:  # a window more by one token, the one that leaves it next
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-            k, v, positions, _ = cache.update(k, v, window=self.window, real=real)
-            k, v, near_real = k.transpose(1, 2), v.transpose(1, 2), positions >= 0
-        k, v = self._for_all_heads(k), self._for_all_heads(v)
+            k, v, positions, _ = cache.update(k, v, window=self.window + 1, real=real)
+            k, v, held = k.transpose(1, 2), v.transpose(1, 2), positions >= 0
+        seq_idx, back = sequence.seq_idx, None
+        if real is not None and held is not None and seq_idx is not None:
+            # Real tokens to the right of their rows, in their order: then a window is a range of columns.
+            order, key_order = (mask.to(torch.int8).argsort(dim=1, stable=True) for mask in (real, held))
+            back = order.argsort(dim=1)
+            q, k, v = gathered(q, order), gathered(k, key_order), gathered(v, key_order)
+            seq_idx, held = seq_idx.gather(1, order), held.gather(1, key_order)
+        columns = _Columns(held, None if sequence.past else seq_idx)
         with without_autocast(q):
-            C, B = features(q, self.q_features), features(k, self.k_features)
-            v = v.to(C.dtype)
-            sums = self._sums_of_all(C, B, v, sequence, cache, single)
-            documents = sequence.seq_idx if sequence.packed and not sequence.past else None
-            sums = sums + self._correction((q, C), (k, B, v), real, near_real, documents)
-        y = (sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST_ROW_SUM)).to(q.dtype)
-        attention = matrix_rows(self.mixing_matrix, (q, own_k), sequence, cache) if output_attentions else None
+            far = self._far_sums(q, k, v, columns, seq_idx, cache, single)
+            sums = far + self._near_sums(q, k, v, columns)
+            y = (sums[..., :-1] / sums[..., -1:].clamp(min=_SMALLEST_ROW_SUM)).to(q.dtype)  # 0 / 0 at padding
+        y = y if back is None else gathered(y, back)
         return self.o_proj(y.flatten(2)), attention
 
     @distillation
@@ -145,142 +157,80 @@ class LinearAttention(GroupedAttention):
         """(B, M, G, P) to (B, M, H, P)."""
         return x.repeat_interleave(self.num_key_value_groups, dim=2)
 
-    def _sums_of_all(self, C: Tensor, B: Tensor, v: Tensor, sequence: Sequence, cache: Any, single: bool) -> Tensor:
-        """Sum the values of all tokens, weighted by features, and the weights; update the cache's state.
+    def _far_sums(
+        self, q: Tensor, k: Tensor, v: Tensor, columns: "_Columns", seq_idx: Tensor | None, cache: Any, single: bool
+    ) -> Tensor:
+        """Sum the values that have left the window, weighted by features, and the weights; update the cache's state.
 
         Args:
-            C: (B, L, H, 2 F) features of the queries.
-            B: (B, M, H, 2 F) features of the keys; the last L are the new tokens'.
-            v: (B, M, H, P) values.
-            sequence: where the tokens stand.
+            q: (B, L, H, P) queries of the new tokens.
+            k: (B, M, G, P) keys; the last L are the new tokens'.
+            v: (B, M, G, P) values.
+            columns: which columns hold tokens, and of which documents.
+            seq_idx: (B, L) documents of the new tokens, negative at padding; None if there is neither.
             cache: the mixer's layer of the cache, or None.
             single: whether to update the state in place (`is_single_step`).
 
         Returns:
-            (B, L, H, P + 1), the sum of the weights last.
+            (B, L, H, P + 1) in float32 or wider, the sum of the weights last.
         """
-        length = C.shape[1]
-        B, v = B[:, -length:], v[:, -length:]
+        length, total = q.shape[1], k.shape[1]
+        before = self.window - (total - length)  # columns to the left of those that are given
+        left_k, left_v = (F.pad(x, (0, 0, 0, 0, before, 0))[:, :length] for x in (k, v))
+        B = features(self._for_all_heads(left_k), self.k_features)
+        B = B * columns.that_left(length, self.window, before, q)[:, :, None, None]
+        C, values = features(q, self.q_features), self._for_all_heads(left_v).to(B.dtype)
         keep = C.new_zeros(C.shape[:3])  # log-decay
         state: Any = None if cache is None else cache.recurrent_state
         if single:
-            token = (each[:, 0] for each in (v, keep, B, C))
+            token = (each[:, 0] for each in (values, keep, B, C))
             y, weights = ssd_log_decay_step(state, *token, row_sums=True)
             return torch.cat([y, weights[..., None]], dim=-1)[:, None]
         y, weights, state = ssd_log_decay(
-            *(v, keep, B, C),
-            initial_state=state,
-            seq_idx=sequence.seq_idx,
-            return_final_state=True,
-            row_sums=True,
+            *(values, keep, B, C), initial_state=state, seq_idx=seq_idx, return_final_state=True, row_sums=True
         )
         if cache is not None:
             cache.recurrent_state = state
         return torch.cat([y, weights[..., None]], dim=-1)
 
-    def _correction(
-        self,
-        queries: tuple[Tensor, Tensor],
-        keys: tuple[Tensor, Tensor, Tensor],
-        real: Tensor | None,
-        near_real: Tensor | None,
-        documents: Tensor | None,
-    ) -> Tensor:
-        """Return what the window adds to the sums of all tokens: its softmax terms less its features' terms.
+    def _near_sums(self, q: Tensor, k: Tensor, v: Tensor, columns: "_Columns") -> Tensor:
+        """Sum the values within the window, weighted by scores, and the weights, with memory linear in the length.
 
         Args:
-            queries: (B, L, H, ...) queries of the new tokens and their features.
-            keys: (B, M, H, ...) keys, their features, and values; the last L are the new tokens'.
-            real: (B, L) False at padding; None if there is none.
-            near_real: (B, M) False at columns without a token; None if there are none.
-            documents: (B, L) document of each token if a row may have several, and M = L; else None.
+            q: (B, L, H, P) queries of the new tokens.
+            k: (B, M, G, P) keys; the last L are the new tokens'.
+            v: (B, M, G, P) values.
+            columns: which columns hold tokens, and of which documents.
 
         Returns:
-            (B, L, H, P + 1), arbitrary and finite at padding.
+            (B, L, H, P + 1) in float32 or wider, the sum of the weights last.
         """
-        length, columns = queries[0].shape[1], keys[0].shape[1]
-        back = None
-        if real is not None and near_real is not None:
-            # Real tokens to the right of their rows, in their order: then a window is a range of columns.
-            order, key_order = (mask.to(torch.int8).argsort(dim=1, stable=True) for mask in (real, near_real))
-            back = order.argsort(dim=1)
-            queries = tuple(gathered(x, order) for x in queries)  # pyright: ignore[reportAssignmentType]
-            keys = tuple(gathered(x, key_order) for x in keys)  # pyright: ignore[reportAssignmentType]
-            near_real = near_real.gather(1, key_order)
-            documents = None if documents is None else documents.gather(1, order)
-        if tracing() or length <= 2 * max(self.window, _BLOCK):  # a graph with blocks would have a fixed length
-            sums = self._near_sums(queries, keys, self._seen(length, near_real, documents, documents, columns))
-        else:
-            sums = self._near_sums_in_blocks(queries, keys, near_real, documents)
-        return sums if back is None else gathered(sums, back)
-
-    def _near_sums_in_blocks(
-        self,
-        queries: tuple[Tensor, Tensor],
-        keys: tuple[Tensor, Tensor, Tensor],
-        held: Tensor | None,
-        documents: Tensor | None,
-    ) -> Tensor:
-        """Compute :meth:`_near_sums` with memory linear in the length."""
-        (batch, length), columns = queries[0].shape[:2], keys[0].shape[1]
+        (batch, length), total = q.shape[:2], k.shape[1]
+        k, v = self._for_all_heads(k), self._for_all_heads(v)
         block = max(self.window, _BLOCK)
-        short, missing = -length % block, self.window - 1 - (columns - length)
-        blocks, reach = (length + short) // block, block + self.window - 1  # columns that the queries of a block see
+        if tracing() or length <= 2 * block:
+            return self._sums_of_block(q, k, v, columns.seen(length, total, self.window, q))
+        short, before = -length % block, self.window - 1 - (total - length)
+        blocks, reach = (length + short) // block, block + self.window - 1
 
         def own(x: Tensor, value: float = 0) -> Tensor:
             """Cut (B, L, ...) columns into (B blocks, T, ...)."""
             padding = (0, 0) * (x.dim() - 2) + (0, short)
             return F.pad(x, padding, value=value).unflatten(1, (blocks, block)).flatten(0, 1)
 
-        def seen(x: Tensor, value: float = 0) -> Tensor:
+        def reached(x: Tensor, value: float = 0) -> Tensor:
             """Cut (B, M, ...) columns into the (B blocks, S, ...) that each block sees."""
-            padding = (0, 0) * (x.dim() - 2) + (missing, short)
+            padding = (0, 0) * (x.dim() - 2) + (before, short)
             return F.pad(x, padding, value=value).unfold(1, reach, block).movedim(-1, 2).flatten(0, 1)
 
-        q, C = queries
-        k, B, v = keys
-        if held is None:
-            held = torch.ones(batch, columns, dtype=torch.bool, device=q.device)
-        places = (None, None) if documents is None else (own(documents, -1), seen(documents, -1))
-        mask = self._seen(block, seen(held), *places, reach)
-        sums = self._near_sums((own(q), own(C)), (seen(k), seen(B), seen(v)), mask)
+        cut = columns.cut(own, reached, q.new_ones(batch, total, dtype=torch.bool))
+        sums = self._sums_of_block(own(q), reached(k), reached(v), cut.seen(block, reach, self.window, q))
         return sums.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
-    def _seen(self, length: int, held: Tensor | None, own: Tensor | None, there: Tensor | None, columns: int) -> Tensor:
-        """Return the (B or 1, 1, T, S) mask of what the last T of S columns see in their windows.
-
-        Args:
-            length: T.
-            held: (B, S) False at columns without a token; None if there are none.
-            own: (B, T) documents of the queries; None if a row is one document.
-            there: (B, S) documents of the columns.
-            columns: S.
-        """
-        device = self.window_factors.device
-        place = torch.arange(length, device=device)[:, None] + (columns - length)
-        column = torch.arange(columns, device=device)
-        seen = ((column <= place) & (column > place - self.window))[None]
-        if held is not None:
-            seen = seen & held[:, None]
-        if own is not None and there is not None:
-            seen = seen & (own[:, :, None] == there[:, None])
-        return seen[:, None]
-
-    def _near_sums(self, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor, Tensor], seen: Tensor) -> Tensor:
-        """Sum what queries see, weighted by scores less features.
-
-        Args:
-            queries: (B, T, H, ...) queries and their features.
-            keys: (B, S, H, ...) keys, their features, and values.
-            seen: (B or 1, 1, T, S) mask.
-
-        Returns:
-            (B, T, H, P + 1).
-        """
-        q, C = queries
-        k, B, v = keys
-        weights = self._weights(q, k, seen) - torch.where(seen, torch.einsum("bthf,bshf->bhts", C, B), 0)
-        sums = torch.einsum("bhts,bshp->bthp", weights, v)
+    def _sums_of_block(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """(B, T, H, P + 1) weighted sums for (B, T, H, P) queries and (B, S, H, P) keys and values under a mask."""
+        weights = self._weights(q, k, seen)
+        sums = torch.einsum("bhts,bshp->bthp", weights, v.to(weights.dtype))
         return torch.cat([sums, weights.sum(-1).transpose(1, 2)[..., None]], dim=-1)
 
     def _weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
@@ -292,6 +242,55 @@ class LinearAttention(GroupedAttention):
         scores = scores.masked_fill(~seen, -torch.inf)
         largest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)  # -inf where nothing is seen
         return self.window_factors.to(dtype).sigmoid()[:, None, None] * (scores - largest).exp()
+
+
+class _Columns:
+    """Which columns of keys hold tokens, and of which documents.
+
+    Args:
+        held: (B, M) False at columns without a token; None if there are none.
+        own: (B, L) documents of the queries, negative at padding, if a row may have several; else None.
+        documents: (B, M) documents of the columns; None: those of the queries, with M = L.
+    """
+
+    def __init__(self, held: Tensor | None, own: Tensor | None, documents: Tensor | None = None) -> None:
+        self.held, self.own = held, own
+        self.documents = own if documents is None else documents
+
+    def seen(self, length: int, total: int, window: int, like: Tensor) -> Tensor:
+        """Return the (B or 1, 1, L, M) mask of what the last L of M columns see in their windows."""
+        place = torch.arange(length, device=like.device)[:, None] + (total - length)
+        column = torch.arange(total, device=like.device)
+        mask = ((column <= place) & (column > place - window))[None]
+        if self.held is not None:
+            mask = mask & self.held[:, None]
+        if self.own is not None and self.documents is not None:
+            mask = mask & (self.own[:, :, None] == self.documents[:, None])
+        return mask[:, None]
+
+    def that_left(self, length: int, window: int, before: int, like: Tensor) -> Tensor:
+        """Return the (B, L) mask of the queries at which a token of their own document leaves the window.
+
+        Args:
+            length: L.
+            window: w.
+            before: w less the number of cached columns.
+            like: a tensor of the batch.
+        """
+        held = self.held
+        if held is None:
+            held = torch.ones(like.shape[0], length + window - before, dtype=torch.bool, device=like.device)
+        mask = F.pad(held, (before, 0), value=False)[:, :length]
+        if self.own is not None:
+            mask = mask & (F.pad(self.own, (window, 0), value=-1)[:, :length] == self.own)
+        return mask
+
+    def cut(self, own: Any, reached: Any, everywhere: Tensor) -> "_Columns":
+        """Return the same for blocks, by functions that cut queries and columns; `everywhere` is (B, M) True."""
+        held = reached(everywhere if self.held is None else self.held)
+        if self.own is None:
+            return _Columns(held, None)
+        return _Columns(held, own(self.own, -1), reached(self.documents, -1))
 
 
 def features(x: Tensor, weight: Tensor) -> Tensor:
@@ -333,8 +332,10 @@ LINEAR_ATTENTION = TokenMixer(
     settings=LinearAttentionSettings,
     cache_layer="zoo_linear_attention",
     student=FromAttention(
-        lambda teacher, spec: {"linear_attention": {"sliding_window": spec.sliding_window}},
-        ("sliding_window", "calibration"),
+        lambda teacher, spec: {
+            "linear_attention": {"sliding_window": spec.sliding_window, "feature_size": spec.feature_size}
+        },
+        ("sliding_window", "feature_size", "calibration"),
         is_attention=True,
         learned_features=True,
     ),

@@ -148,7 +148,7 @@ class Retention(nn.Module):
             v = v.float()
         o, *sums = self.retain(v, factors, sequence, cache, single)
         if self.normalize_scores:
-            o = (o / sums[0].detach().abs().clamp(min=1)[..., None].to(o.dtype)).to(dtype)
+            o = (o / sums[0].detach().abs().clamp(min=1)[..., None]).to(dtype)
         y = self.group_norm(o).flatten(2)
         if self.g_proj is not None:
             y = F.silu(self.g_proj(hidden_states)) * y

@@ -145,6 +145,37 @@ def test_a_window_that_holds_everything_is_softmax_attention() -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
 
 
+def test_a_small_factor_of_the_window_costs_no_precision() -> None:
+    """Where all tokens are in the window, their weights are as small as the factor, and there are no others."""
+    model = make(window=8)
+    with torch.no_grad():
+        mixer_of(model).window_factors.fill_(-12)
+        ids = torch.randint(11, (1, 20))
+        exact = model(ids).last_hidden_state
+        found = model.float()(ids).last_hidden_state
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_graph_keeps_restarting_positions_apart() -> None:
+    model, ids = make(), torch.randint(11, (1, 150))
+    positions = torch.cat([torch.arange(n) for n in (70, 3, 77)])[None]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(ids, position_ids=positions).last_hidden_state
+        expected = model(ids, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_two_channels_of_a_feature_map_start_alike() -> None:
+    for size in (5, 6, 10):
+        sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 11}
+        settings = {"feature_size": size}
+        config = ZooHybridConfig(**sizes, mixer_types=["linear_attention"], linear_attention=settings)
+        weight = mixer_of(ZooHybridModel(config)).q_features
+        distances = torch.cdist(weight.mT, weight.mT) + 9 * torch.eye(size)
+        assert weight.shape == (4, 6, size) and distances.min() > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_sums_in_float32(dtype: torch.dtype) -> None:
     model = make().float()
