@@ -59,8 +59,8 @@ def list_models(pattern: str = "*") -> list[ModelInfo]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a name contains a word, or matches a shell pattern if the pattern has one of `*?[`."""
-    return fnmatch.fnmatchcase(name, pattern) if set(pattern) & set("*?[") else pattern in name
+    """Return whether a name contains a word in any case, or matches a shell pattern, which has one of `*?[`."""
+    return fnmatch.fnmatchcase(name, pattern) if set(pattern) & set("*?[") else pattern.lower() in name.lower()
 
 
 def _is_family(value: object) -> bool:

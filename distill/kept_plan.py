@@ -1,4 +1,4 @@
-"""The measured plan in the folder of a run, so that a run that goes on does not measure it again."""
+"""Keep the measured plan in the folder of a run: a restart reads it instead of measuring again."""
 
 from pathlib import Path
 from typing import Any

@@ -65,6 +65,6 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until the work that was queued on a GPU is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,7 +1,7 @@
-"""Seconds of what a run does without gradients: the division of slots, the calibration and the refits.
+"""Predict the seconds of the fits in closed form: the division of slots, the calibration and the refits.
 
-The work of the first converted layer is carried out, where it grows with the windows on few of them, and extrapolated
-to all layers and windows. The student is as before afterwards.
+The first converted layer is fitted, and its time multiplied by the number of layers. Where the time grows with the
+number of windows, few are used. The student's weights are restored afterwards.
 """
 
 import time
@@ -124,7 +124,7 @@ def _seconds_of_next(steps: Iterator[None], device: torch.device) -> float:
 
 
 def _at_all_windows(measure: Callable[[int], tuple[float, ...]], few: int, windows: int) -> tuple[float, ...]:
-    """Return seconds at a number of windows, from those at `few` and twice as many, from which on they are linear."""
+    """Return the seconds for all windows: measured, or extrapolated linearly from `few` and twice as many."""
     if windows <= 2 * few:
         return measure(windows)
     small, large = measure(few), measure(2 * few)

@@ -2,5 +2,5 @@
 
 
 def install_command(extra: str) -> str:
-    """Return the sentence with the command: the package is on no index and is installed from its checkout."""
-    return f"In the checkout of ssm-zoo: pip install -e '.[{extra}]'"
+    """Return the sentence with the command. The package is on no index, so its checkout is named."""
+    return f"Install it with pip install -e '.[{extra}]' in a checkout of ssm-zoo."

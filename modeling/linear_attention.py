@@ -57,7 +57,7 @@ _BLOCK = 64
 
 
 class LinearAttentionLayer(WindowLayer, RecurrentLayer):
-    """The last w keys and values of a :class:`WindowLayer`, and `recurrent_state` (B, H, P + 1, 2 F) in float32."""
+    """The last w keys and values, as in :class:`WindowLayer`, and `recurrent_state` (B, H, P + 1, 2 F) in float32."""
 
     _layer_type = "zoo_linear_attention"
     _tensors = (*WindowLayer._tensors, "recurrent_state")

@@ -60,9 +60,9 @@ from .token_layout import Sequence
 KEY_SOURCES = ("all", "selected")
 SELECTIONS = ("capacity", "gumbel")
 
-# Share of the surplus of selected tokens by which the threshold moves after a batch, the share of the tokens around the
-# threshold that tell how far this is, and its least, in standard deviations of the margins.
-_PACE, _NEAR, _LEAST = 0.05, 0.05, 1e-3
+_PACE = 0.05  # share of the surplus of selected tokens that a step of the threshold removes
+_NEAR = 0.05  # share of the tokens, next to the threshold, whose distance sets the length of the step
+_LEAST = 1e-3  # least distance for a share of 1, in standard deviations of the margins
 
 
 class SelectiveAttention(GroupedAttention):
