@@ -219,7 +219,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         evaluate_retrieval(WORDS, Tensor)
     for call in (lambda: load_embedder("x"), lambda: make_embedder("x")):
         with pytest.raises(
-            ValueError, match=r"the package sentence-transformers, which is not installed\. In .*'\.\[embed\]'"
+            ValueError, match=r"the package sentence-transformers, which is not installed\. Install it .*'\.\[embed\]'"
         ):
             call()
 
