@@ -142,7 +142,5 @@ def test_what_is_missing_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="the tokenizer must have a token for the beginning or end of a text"):
         adapt_to_lm_eval(make_model("mamba2"), tokenizer)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"the package lm-eval, which is not installed\. Install it .*'\.\[lm-eval\]'"
-    ):
+    with pytest.raises(ValueError, match=r"the package lm-eval, which is not installed\. Install it .*'\.\[lm-eval\]'"):
         evaluate_lm_eval_tasks(make_model("mamba2"), tokenizer, ["x"])

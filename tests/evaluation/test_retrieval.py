@@ -215,7 +215,9 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"BM25 needs the package bm25s, which is not installed: pip install bm25s\[s"):
         bm25_scores(WORDS)
-    with pytest.raises(ValueError, match=r"Ranking needs the package ir-measures, .* with pip install -e '\.\[metrics\]'"):
+    with pytest.raises(
+        ValueError, match=r"Ranking needs the package ir-measures, .* with pip install -e '\.\[metrics\]'"
+    ):
         evaluate_retrieval(WORDS, Tensor)
     for call in (lambda: load_embedder("x"), lambda: make_embedder("x")):
         with pytest.raises(

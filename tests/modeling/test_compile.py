@@ -214,7 +214,7 @@ def test_a_compiled_prompt_makes_a_cache_and_compiled_steps_go_on_from_it(name: 
     assert counter.frame_count <= 2  # the count of columns is a constant of the first, and a variable from then on
 
 
-SCANS = {"selective_scan": selective_scan, "ssd": ssd}
+SCANS = {"selective_scan": selective_scan, "ssd": ssd, "ssd with row sums": ssd}
 
 
 def scan_arguments(name: str) -> tuple[Any, ...]:
@@ -230,7 +230,10 @@ def scan_arguments(name: str) -> tuple[Any, ...]:
         return x, dt, A, *maps, draw(4), draw(2, 5, 4), draw(4), draw(2, 4, 3), True, None, None, True
     log_decay = (-draw(2, 5, 2).detach().exp()).requires_grad_()
     maps = draw(2, 5, 1, 3), draw(2, 5, 1, 3)
-    return draw(2, 5, 2, 4), draw(2, 5, 2), log_decay, *maps, draw(2, 4), draw(2, 5, 2, 4), draw(2, 2, 4, 3), 2
+    x, z = draw(2, 5, 2, 4), draw(2, 5, 2, 4)
+    if name == "ssd":
+        return x, draw(2, 5, 2), log_decay, *maps, draw(2, 4), z, draw(2, 2, 4, 3), 2, False
+    return x, None, log_decay, *maps, draw(2, 5), z, draw(2, 2, 5, 3), 2, True  # skip and state with another row
 
 
 @pytest.mark.parametrize("name", SCANS)
