@@ -208,9 +208,11 @@ class _Planner:
         for index, layers in enumerate(self.conversion.stages):
             stage = recipe.stages[index]
             with self.measured(f"stage {stage.name}"), self.conversion.converted(self.student, layers):
-                with self.compute():
+                refit = 0.0
+                if stage.refit != "none":
                     fitted = calibration_windows(recipe, self.windows)
-                    refit = fit_seconds(self.student, self.teacher, layers, fitted, stage.refit)
+                    with self.compute():
+                        refit = fit_seconds(self.student, self.teacher, layers, fitted, stage.refit)
                 with adapted(self.student, stage, layers):
                     # With the states of teacher and control.
                     stages.append(self.stage(index, kept(2), refit))

@@ -119,6 +119,8 @@ class LinearAttention(GroupedAttention):
             back = order.argsort(dim=1)
             q, k, v = gathered(q, order), gathered(k, key_order), gathered(v, key_order)
             seq_idx, held = seq_idx.gather(1, order), held.gather(1, key_order)
+        if held is None:
+            held = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
         columns = _Columns(held, None if sequence.past else seq_idx)
         with without_autocast(q):
             far = self._far_sums(q, k, v, columns, seq_idx, cache, single)
@@ -178,7 +180,7 @@ class LinearAttention(GroupedAttention):
         before = self.window - (total - length)  # columns to the left of those that are given
         left_k, left_v = (F.pad(x, (0, 0, 0, 0, before, 0))[:, :length] for x in (k, v))
         B = features(self._for_all_heads(left_k), self.k_features)
-        B = B * columns.that_left(length, self.window, before, q)[:, :, None, None]
+        B = B * columns.that_left(length, self.window)[:, :, None, None]
         C, values = features(q, self.q_features), self._for_all_heads(left_v).to(B.dtype)
         keep = C.new_zeros(C.shape[:3])  # log-decay
         state: Any = None if cache is None else cache.recurrent_state
@@ -209,7 +211,7 @@ class LinearAttention(GroupedAttention):
         k, v = self._for_all_heads(k), self._for_all_heads(v)
         block = max(self.window, _BLOCK)
         if tracing() or length <= 2 * block:
-            return self._sums_of_block(q, k, v, columns.seen(length, total, self.window, q))
+            return self._sums_of_block(q, k, v, columns.seen(length, self.window))
         short, before = -length % block, self.window - 1 - (total - length)
         blocks, reach = (length + short) // block, block + self.window - 1
 
@@ -223,8 +225,8 @@ class LinearAttention(GroupedAttention):
             padding = (0, 0) * (x.dim() - 2) + (before, short)
             return F.pad(x, padding, value=value).unfold(1, reach, block).movedim(-1, 2).flatten(0, 1)
 
-        cut = columns.cut(own, reached, q.new_ones(batch, total, dtype=torch.bool))
-        sums = self._sums_of_block(own(q), reached(k), reached(v), cut.seen(block, reach, self.window, q))
+        seen = columns.cut(own, reached).seen(block, self.window)
+        sums = self._sums_of_block(own(q), reached(k), reached(v), seen)
         return sums.unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
 
     def _sums_of_block(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -245,52 +247,41 @@ class LinearAttention(GroupedAttention):
 
 
 class _Columns:
-    """Which columns of keys hold tokens, and of which documents.
+    """The columns of keys that hold tokens, and their documents. The last L of M columns are those of the queries.
 
     Args:
-        held: (B, M) False at columns without a token; None if there are none.
+        held: (B, M) False at columns without a token.
         own: (B, L) documents of the queries, negative at padding, if a row may have several; else None.
         documents: (B, M) documents of the columns; None: those of the queries, with M = L.
     """
 
-    def __init__(self, held: Tensor | None, own: Tensor | None, documents: Tensor | None = None) -> None:
+    def __init__(self, held: Tensor, own: Tensor | None, documents: Tensor | None = None) -> None:
         self.held, self.own = held, own
         self.documents = own if documents is None else documents
 
-    def seen(self, length: int, total: int, window: int, like: Tensor) -> Tensor:
-        """Return the (B or 1, 1, L, M) mask of what the last L of M columns see in their windows."""
-        place = torch.arange(length, device=like.device)[:, None] + (total - length)
-        column = torch.arange(total, device=like.device)
-        mask = ((column <= place) & (column > place - window))[None]
-        if self.held is not None:
-            mask = mask & self.held[:, None]
+    def seen(self, length: int, window: int) -> Tensor:
+        """Return the (B, 1, L, M) mask of the columns that each query sees in its window."""
+        total, device = self.held.shape[1], self.held.device
+        place = torch.arange(length, device=device)[:, None] + (total - length)
+        column = torch.arange(total, device=device)
+        mask = (column <= place) & (column > place - window) & self.held[:, None]
         if self.own is not None and self.documents is not None:
             mask = mask & (self.own[:, :, None] == self.documents[:, None])
         return mask[:, None]
 
-    def that_left(self, length: int, window: int, before: int, like: Tensor) -> Tensor:
-        """Return the (B, L) mask of the queries at which a token of their own document leaves the window.
-
-        Args:
-            length: L.
-            window: w.
-            before: w less the number of cached columns.
-            like: a tensor of the batch.
-        """
-        held = self.held
-        if held is None:
-            held = torch.ones(like.shape[0], length + window - before, dtype=torch.bool, device=like.device)
-        mask = F.pad(held, (before, 0), value=False)[:, :length]
+    def that_left(self, length: int, window: int) -> Tensor:
+        """Return the (B, L) mask of the queries at which a token of their own document leaves the window."""
+        before = window - (self.held.shape[1] - length)
+        mask = F.pad(self.held, (before, 0), value=False)[:, :length]
         if self.own is not None:
             mask = mask & (F.pad(self.own, (window, 0), value=-1)[:, :length] == self.own)
         return mask
 
-    def cut(self, own: Any, reached: Any, everywhere: Tensor) -> "_Columns":
-        """Return the same for blocks, by functions that cut queries and columns; `everywhere` is (B, M) True."""
-        held = reached(everywhere if self.held is None else self.held)
+    def cut(self, own: Any, reached: Any) -> "_Columns":
+        """Return the same for blocks, by functions that cut queries and columns."""
         if self.own is None:
-            return _Columns(held, None)
-        return _Columns(held, own(self.own, -1), reached(self.documents, -1))
+            return _Columns(reached(self.held), None)
+        return _Columns(reached(self.held), own(self.own, -1), reached(self.documents, -1))
 
 
 def features(x: Tensor, weight: Tensor) -> Tensor:

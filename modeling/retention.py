@@ -16,8 +16,8 @@ form o = R v, with R_nm = q_n . k_m gamma^(n-m) / sqrt(P) for m <= n.
 Score normalisation (the paper's, section 2.2): R_nm is divided by sqrt(sum_m gamma^(n-m)), then each row by
 max(|sum_m R_nm|, 1). Both are constant along a row, so the head's norm cancels them, up to its epsilon. Both are
 computed from what the recurrence carries: the first sum is (1 - gamma^(n+1)) / (1 - gamma), for which the cache counts
-the tokens of each row; the second is a result of the op (`row_sums`). No gradient flows through
-the second one, as in the official code; where the matrix itself is trained, it does.
+the tokens of each row; the second is a result of the op (`row_sums`). No gradient flows through the second one, as in
+the official code; where the matrix itself is trained, it does.
 
 An encoder (`bidirectional`) has gamma^|n-m|, as in RMT (arXiv 2309.11523), here along one dimension: a second scan from
 the end of every document, with the same parameters and without the diagonal. With `prefix_bidirectional` the second
