@@ -18,10 +18,11 @@ The weight a_t is that of the paper, without the threshold. One that is near zer
 that are wrongly not selected almost without a gradient.
 
 After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
-if fewer, by steps that are short where many margins lie close together, so that it does not jump over them. So the rate
-is C over many batches, not in each, and training selects as evaluation does, by the tokens before alone. Gradients also
-go through the threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes
-the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that attention learns before the
+if fewer, by steps that are short where many margins lie close together, so that it does not jump over them. The length
+of a step is an average over earlier batches. Were it taken from the same batch, surpluses and deficits would be given
+different weights, and the rate would settle beside C. So the rate is C over many batches, not in each, and training
+selects as evaluation does, by the tokens before alone. Gradients also go through the threshold, as if it moved at once
+to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that attention learns before the
 gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
 
 Choices where the paper is open or ambiguous:
@@ -62,6 +63,7 @@ SELECTIONS = ("capacity", "gumbel")
 
 _PACE = 0.05  # share of the surplus of selected tokens that a step of the threshold removes
 _NEAR = 0.05  # share of the tokens, next to the threshold, whose distance sets the length of the step
+_MEMORY = 0.9  # weight of the earlier batches in the average length of a step
 _LEAST = 1e-3  # least distance for a share of 1, in standard deviations of the margins
 
 
@@ -71,9 +73,10 @@ class SelectiveAttention(GroupedAttention):
     `config` has the sizes of the heads, `settings` the keys of :class:`SelectiveAttentionSettings`.
     """
 
-    float32_parameters = ("threshold", "correction")
+    float32_parameters = ("threshold", "correction", "stride")
     threshold: Tensor
     correction: Tensor
+    stride: Tensor  # (2): the average, and the last batch's, distance that changes the share of selected tokens by 1
     passes: Tensor
 
     def __init__(self, config: Any, settings: Any, layer_idx: int, *, bias: bool = False) -> None:
@@ -89,6 +92,7 @@ class SelectiveAttention(GroupedAttention):
         if self.has_threshold:
             self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
             self.register_buffer("correction", torch.zeros((), dtype=torch.float32))
+            self.register_buffer("stride", torch.zeros(2, dtype=torch.float32))
             self.register_buffer("passes", torch.zeros((), dtype=torch.long))
         self.closed = False  # set by `without_attention`
         self.add_projections(config, bias, layer_idx)
@@ -96,7 +100,7 @@ class SelectiveAttention(GroupedAttention):
     def initialise(self) -> None:
         """Set the threshold to zero, as at the begin of training."""
         if self.has_threshold:
-            for buffer in (self.threshold, self.correction, self.passes):
+            for buffer in (self.threshold, self.correction, self.stride, self.passes):
                 init.zeros_(buffer)
 
     def forward(
@@ -200,6 +204,8 @@ class SelectiveAttention(GroupedAttention):
         if self.has_threshold and self.follows:
             self.threshold.add_(self.correction)
             self.correction.zero_()
+            average, last = self.stride
+            average.copy_(torch.where(average > 0, average + (1 - _MEMORY) * (last - average), last))
             self.passes.add_(1)
 
     def over_threshold(self, margin: Tensor, real: Tensor | None) -> Tensor:
@@ -218,12 +224,15 @@ class SelectiveAttention(GroupedAttention):
             slope = soft * (1 - soft) * counts
             slope = slope / slope.sum().clamp(min=torch.finfo(slope.dtype).tiny)
             if self.follows:
-                total = counts.sum().clamp(min=1)
-                surplus = ((margin > threshold) * counts).sum() / total - self.share() * (counts.sum() > 0)
-                mean = (margin * counts).sum() / total
-                spread = ((margin - mean).square() * counts).sum().div(total).sqrt()
-                scale = torch.maximum(reach(threshold, margin, counts), _LEAST * spread)
-                self.correction.copy_(torch.where(counts.sum() > 0, _PACE * surplus * scale, 0))
+                total = counts.sum()
+                mean = (margin * counts).sum() / total.clamp(min=1)
+                spread = ((margin - mean).square() * counts).sum().div(total.clamp(min=1)).sqrt()
+                surplus = ((margin > threshold) * counts).sum() / total.clamp(min=1) - self.share() * (total > 0)
+                last = torch.maximum(reach(threshold, margin, counts), _LEAST * spread)
+                last = torch.where(total > 0, last, self.stride[1])
+                stride = torch.where(self.stride[0] > 0, self.stride[0], last)
+                self.stride[1].copy_(last)
+                self.correction.copy_(_PACE * surplus * stride)
         moved = (slope * margin).sum()
         return margin - threshold - (moved - moved.detach())
 

@@ -71,7 +71,8 @@ def outputs(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 def gate_buffers(model: Any) -> dict[str, torch.Tensor]:
     """The buffers that a gate's threshold changes in training."""
-    return {name: b for name, b in model.named_buffers() if name.endswith(("threshold", "correction", "passes"))}
+    moved = ("threshold", "correction", "stride", "passes")
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(moved)}
 
 
 def start_again(model: Any) -> None:

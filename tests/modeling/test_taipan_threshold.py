@@ -37,6 +37,33 @@ def test_a_pass_asks_for_a_correction_and_the_next_one_makes_it(padded: bool) ->
     assert mixer.threshold.item() == pytest.approx(0.1 + expected.item()) and mixer.correction == 0
 
 
+def test_the_length_of_a_step_is_an_average_over_earlier_batches() -> None:
+    """The batch that has too many tokens has no say in how far its surplus moves the threshold."""
+    mixer = block_of(attention_capacity=0.25).mixer
+    lengths: list[float] = []
+    for seed in range(4):
+        margin = states(2, 10, seed=seed) * (seed + 1)
+        threshold = mixer.threshold.item()
+        above = margin > threshold
+        nearest = min((margin[above] - threshold).min().item(), (threshold - margin[~above]).min().item())
+        mixer.over_threshold(margin, None)
+        average = nearest / 0.05
+        for i, length in enumerate(lengths):
+            average = length if i == 0 else 0.9 * average + 0.1 * length
+        assert mixer.correction.item() == pytest.approx(
+            0.05 * (above.double().mean().item() - 0.25) * average, rel=1e-5
+        )
+        mixer.begin_pass()
+        assert mixer.threshold.item() == pytest.approx(
+            threshold + 0.05 * (above.double().mean().item() - 0.25) * average
+        )
+        lengths.append(nearest / 0.05)
+    before = mixer.stride.clone()
+    mixer.over_threshold(states(2, 10, seed=4), torch.zeros(2, 10, dtype=torch.bool))  # padding only
+    mixer.begin_pass()
+    assert mixer.correction == 0 and mixer.stride[1] == before[1]
+
+
 def test_the_threshold_has_the_derivative_of_a_soft_choice() -> None:
     mixer = block_of(attention_capacity=0.4, gumbel_tau=0.6).mixer
     mixer.threshold.zero_()
@@ -140,7 +167,7 @@ def test_the_threshold_is_saved_and_stays_float32(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     mixer = model.backbone.layers[2].mixer
     loaded = TaipanForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).backbone.layers[2].mixer
-    for name in ("threshold", "correction", "passes"):
+    for name in ("threshold", "correction", "stride", "passes"):
         assert torch.equal(getattr(loaded, name), getattr(mixer, name)), name
     assert mixer.correction != 0 and loaded.gate.weight.dtype == torch.bfloat16
 
