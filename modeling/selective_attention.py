@@ -22,8 +22,9 @@ if fewer, by steps that are short where many margins lie close together, so that
 of a step is an average over earlier batches. Were it taken from the same batch, surpluses and deficits would be given
 different weights, and the rate would settle beside C. So the rate is C over many batches, not in each, and training
 selects as evaluation does, by the tokens before alone. Gradients also go through the threshold, as if it moved at once
-to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes the others less likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that attention learns before the
-gate has to choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
+to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes the others less likely. `sal_warmup_steps` lets
+the share fall from all tokens to C, so that attention learns before the gate has to choose. (Biases that hold the load
+of experts without a loss: arXiv 2408.15664.)
 
 Choices where the paper is open or ambiguous:
 
