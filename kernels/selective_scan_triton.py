@@ -113,7 +113,7 @@ class _SelectiveScanTriton(torch.autograd.Function):
         final = x.new_empty(call.batch, *A.shape, dtype=torch.float32)
         saved = None
         if grad_enabled and any(ctx.needs_input_grad):
-            saved = final.new_empty(call.batch, triton.cdiv(call.length, _SPAN), *A.shape[::-1])
+            saved = final.new_empty(call.batch, triton.cdiv(call.length, _SPAN), *A.shape)
         call.forward(initial, y, final, saved)
         ctx.save_for_backward(*operands, kinds, saved)
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
@@ -181,7 +181,7 @@ class _Call:
             self.carry(initial, *carried, backward=False)
         forward_kernel[tiles * self.groups, segments, self.batch](
             *self.operands(tiles),
-            *(segment, 1, initial, None if carried is None else carried[0], y, final, saved),
+            *(segment, initial, None if carried is None else carried[0], y, final, saved),
             STEP=step,
             SPAN=_SPAN,
             CHUNK=1 if step else _CHUNK,
@@ -189,11 +189,11 @@ class _Call:
         )
 
     def carried(self, segments: int, segment: int, dy: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return what each segment adds to a state, (B, segments, N, D), and its sums of step sizes (B, segments, D).
+        """Return what each segment adds to a state, (B, segments, D, N), and its sums of step sizes (B, segments, D).
 
         With `dy`, the gradient of the outputs, it is what a segment adds to the gradient of a state.
         """
-        added = self.A.new_empty(self.batch, segments, self.size, self.channels, dtype=torch.float32)
+        added = self.A.new_empty(self.batch, segments, *self.A.shape, dtype=torch.float32)
         sums = added.new_empty(self.batch, segments, self.channels)
         inputs, maps, gate = (self.x, self.B, None) if dy is None else (dy, self.C, self.z)
         tiles, options = self.tiles()
@@ -201,7 +201,7 @@ class _Call:
             *(inputs, self.dt, self.A, maps, gate, self.dt_bias, self.kinds),
             *(self.length, self.per_group, self.size, tiles, self.groups),
             *(*strides(2, inputs, self.dt, gate), *strides(3, maps)),
-            *(segment, 1, added, sums),
+            *(segment, added, sums),
             BACKWARD=int(dy is not None),
             CHUNK=_CHUNK,
             **options,
@@ -233,7 +233,7 @@ class _Call:
             carried, sums = self.carried(segments, segment, dy)
             self.carry(dfinal, carried, sums, backward=True)
         # A program reads a gradient from `carried` and replaces it by its part of dA.
-        dA = saved.new_empty(self.batch, 1, self.size, self.channels) if carried is None else carried
+        dA = saved.new_empty(self.batch, 1, *self.A.shape) if carried is None else carried
         dD, dbias = (
             None if vector is None else saved.new_empty(self.batch, segments, self.channels)
             for vector in (self.D, self.dt_bias)
@@ -243,7 +243,7 @@ class _Call:
         parts = saved.new_empty(programs, 2, *self.B.shape)
         backward_kernel[programs * self.groups, segments, self.batch](
             *self.operands(tiles),
-            *(segment, 1, together),
+            *(segment, together),
             *(dy, dfinal, carried, saved),
             *(dx, ddt, dA, parts, dD, dz, dbias, dinitial),
             SPAN=_SPAN,
@@ -256,7 +256,7 @@ class _Call:
 
         dA = dA.sum((0, 1)).to(self.A.dtype)
         dB, dC = (parts[:, index].sum(0).to(like.dtype) for index, like in ((0, self.B), (1, self.C)))
-        return dx, ddt, dA.t().contiguous(), dB, dC, total(dD, self.D), dz, total(dbias, self.dt_bias), dinitial
+        return dx, ddt, dA, dB, dC, total(dD, self.D), dz, total(dbias, self.dt_bias), dinitial
 
     def backward_division(self) -> tuple[int, int]:
         """Return the number of tokens of a segment of the backward, and of tiles that a program takes in turn.
@@ -298,16 +298,6 @@ def _tile(index, tiles, per_group, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr)
     inside = index % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     group = index // tiles
     return group, inside, group * per_group + inside, tl.arange(0, BLOCK_N)
-
-
-@triton.jit
-def _matrix(d, n, stride_d, stride_n):
-    """Return the offsets of (BLOCK_D, BLOCK_N) elements of a matrix.
-
-    One of the strides is 1, which the compiler must not know: it would otherwise give each thread a piece of a row, and
-    sums over states would cross threads. As it is, a thread gets whole channels, or what 16 states of them make.
-    """
-    return d[:, None] * stride_d + n[None, :] * stride_n
 
 
 @triton.jit
@@ -381,7 +371,7 @@ def _through_chunk(
     return h
 
 
-@triton.jit(do_not_specialize=["length", "segment", "one"])
+@triton.jit(do_not_specialize=["length", "segment"])
 def summary_kernel(
     x_ptr,  # (B, L, D) inputs; BACKWARD: gradients of the outputs
     dt_ptr,  # (B, L, D)
@@ -392,8 +382,8 @@ def summary_kernel(
     kind_ptr,  # (B, L) or None: 1 where a document starts, 2 at padding
     length, per_group, size, tiles, groups,
     stride_x_b, stride_x_l, stride_dt_b, stride_dt_l, stride_z_b, stride_z_l, stride_b_b, stride_b_l, stride_b_g,
-    segment, one,  # tokens of a segment, a multiple of CHUNK; 1
-    carried_ptr,  # (B, segments, N, D)
+    segment,  # tokens of a segment, a multiple of CHUNK
+    carried_ptr,  # (B, segments, D, N)
     sums_ptr,  # (B, segments, D)
     SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -417,7 +407,8 @@ def summary_kernel(
         z_ptr += row * stride_z_b
     if kind_ptr is not None:
         kind_ptr += row * length
-    rates = tl.load(a_ptr + _matrix(d, n, size, one), mask=on_dn, other=0.0).to(tl.float32) * 1.4426950408889634
+    dn = d[:, None] * size + n[None, :]
+    rates = tl.load(a_ptr + dn, mask=on_dn, other=0.0).to(tl.float32) * 1.4426950408889634
     bias = _read_bias(bias_ptr, d, on_d)
     h = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -450,7 +441,7 @@ def summary_kernel(
         start += CHUNK * (1 - 2 * BACKWARD)
     at = row * (tl.num_programs(1) + 1) + place
     to = at + (1 - 2 * BACKWARD)
-    tl.store(carried_ptr + to * size * channels + _matrix(d, n, one, channels), h, mask=on_dn)
+    tl.store(carried_ptr + to * channels * size + dn, h, mask=on_dn)
     tl.store(sums_ptr + at * channels + d, total, mask=on_d)
 
 
@@ -459,7 +450,7 @@ def carry_kernel(
     initial_ptr,  # (B, D, N) state that enters the row; BACKWARD: gradient of the one that leaves it; or None
     a_ptr,  # (D, N)
     sums_ptr,  # (B, segments, D)
-    carried_ptr,  # (B, segments, N, D): see above
+    carried_ptr,  # (B, segments, D, N): see above
     segments, channels, size,
     BACKWARD: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -468,16 +459,14 @@ def carry_kernel(
     BACKWARD: by the gradient of the state that leaves it.
     """
     row = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # in (N, D)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # in (D, N)
     mask = place < channels * size
-    d = place % channels
-    dn = d * size + place // channels
-    rates = tl.load(a_ptr + dn, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
+    rates = tl.load(a_ptr + place, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
     h = tl.zeros((BLOCK,), tl.float32)
     if initial_ptr is not None:
-        h = tl.load(initial_ptr + row * channels * size + dn, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(initial_ptr + row * channels * size + place, mask=mask, other=0.0).to(tl.float32)
     carried_ptr += row * segments * channels * size + place
-    sums_ptr += row * segments * channels + d
+    sums_ptr += row * segments * channels + place // size
     zero = row * 0  # int64
     for begin in range(0, segments, STEPS):
         added = ()
@@ -497,7 +486,7 @@ def carry_kernel(
             tl.store(carried_ptr + at * channels * size, h, mask=on)
 
 
-@triton.jit(do_not_specialize=["length", "segment", "one"])
+@triton.jit(do_not_specialize=["length", "segment"])
 def forward_kernel(
     x_ptr,  # (B, L, D)
     dt_ptr,  # (B, L, D)
@@ -511,12 +500,12 @@ def forward_kernel(
     length, per_group, size, tiles, groups,
     stride_x_b, stride_x_l, stride_dt_b, stride_dt_l, stride_z_b, stride_z_l,
     stride_b_b, stride_b_l, stride_b_g, stride_c_b, stride_c_l, stride_c_g,
-    segment, one,  # tokens of a segment, a multiple of SPAN; 1
+    segment,  # tokens of a segment, a multiple of SPAN
     initial_ptr,  # (B, D, N) or None
-    carried_ptr,  # (B, segments, N, D) states that enter the segments, or None for one segment
+    carried_ptr,  # (B, segments, D, N) states that enter the segments, or None for one segment
     y_ptr,  # (B, L, D), contiguous
     final_ptr,  # (B, D, N)
-    saved_ptr,  # (B, spans, N, D) or None
+    saved_ptr,  # (B, spans, D, N) or None
     SOFTPLUS: tl.constexpr, STEP: tl.constexpr, SPAN: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -528,9 +517,7 @@ def forward_kernel(
     channels = groups * per_group
     start = tl.program_id(1).to(tl.int64) * segment
     chunks = ((tl.minimum(length - start, segment) + CHUNK - 1) // CHUNK).to(tl.int32)
-    # A step reads and writes a state once, by pieces of rows.
-    dn = d[:, None] * size + n[None, :] if STEP else _matrix(d, n, size, one)
-    nd = _matrix(d, n, one, channels)
+    dn = d[:, None] * size + n[None, :]
     x_ptr += row * stride_x_b
     dt_ptr += row * stride_dt_b
     b_ptr += row * stride_b_b + group * stride_b_g
@@ -545,10 +532,10 @@ def forward_kernel(
     if kind_ptr is not None:
         kind_ptr += row * length
     if saved_ptr is not None:
-        saved_ptr += (row * ((length + SPAN - 1) // SPAN) + start // SPAN) * size * channels
+        saved_ptr += (row * ((length + SPAN - 1) // SPAN) + start // SPAN) * channels * size
     if carried_ptr is not None:
         at = row * tl.num_programs(1) + tl.program_id(1)
-        h = tl.load(carried_ptr + at * size * channels + nd, mask=on_dn, other=0.0)
+        h = tl.load(carried_ptr + at * channels * size + dn, mask=on_dn, other=0.0)
     elif initial_ptr is not None:
         h = tl.load(initial_ptr + row * channels * size + dn, mask=on_dn, other=0.0).to(tl.float32)
     else:
@@ -557,8 +544,8 @@ def forward_kernel(
     for _ in range(0, chunks):
         if saved_ptr is not None:  # noqa: SIM102
             if start % SPAN == 0:  # nested, because the outer condition is decided at compile time
-                tl.store(saved_ptr + nd, h, mask=on_dn)
-                saved_ptr += size * channels
+                tl.store(saved_ptr + dn, h, mask=on_dn)
+                saved_ptr += channels * size
         tokens = ()
         maps = ()
         gates = ()
@@ -588,21 +575,21 @@ def forward_kernel(
         tl.store(final_ptr + row * channels * size + dn, h.to(final_ptr.dtype.element_ty), mask=on_dn)
 
 
-@triton.jit(do_not_specialize=["length", "together", "segment", "one"])
+@triton.jit(do_not_specialize=["length", "together", "segment"])
 def backward_kernel(
     x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, kind_ptr,  # as above
     length, per_group, size, tiles, groups,
     stride_x_b, stride_x_l, stride_dt_b, stride_dt_l, stride_z_b, stride_z_l,
     stride_b_b, stride_b_l, stride_b_g, stride_c_b, stride_c_l, stride_c_g,
-    segment, one,  # as above
+    segment,  # as above
     together,  # tiles of a program
     dy_ptr,  # (B, L, D), contiguous like all gradients
     dleaving_ptr,  # (B, D, N), gradient of the state after the row
-    carried_ptr,  # (B, segments, N, D) gradients of the states that leave the segments, or None for one segment
-    saved_ptr,  # (B, spans, N, D)
+    carried_ptr,  # (B, segments, D, N) gradients of the states that leave the segments, or None for one segment
+    saved_ptr,  # (B, spans, D, N)
     dx_ptr,  # (B, L, D)
     ddt_ptr,  # (B, L, D)
-    da_ptr,  # (B, segments, N, D), may be `carried_ptr`
+    da_ptr,  # (B, segments, D, N), may be `carried_ptr`
     parts_ptr,  # (programs of a group, 2, B, L, G, N) sums of dB and dC over the channels of a program
     dd_ptr,  # (B, segments, D) or None
     dz_ptr,  # (B, L, D) or None
@@ -639,13 +626,13 @@ def backward_kernel(
         _, inside, d, n = _tile(group * tiles + part * together + index, tiles, per_group, BLOCK_D, BLOCK_N)
         on_d = inside < per_group
         on_dn = on_d[:, None] & (n < size)[None, :]
-        dn, nd = _matrix(d, n, size, one), _matrix(d, n, one, channels)
+        dn = d[:, None] * size + n[None, :]
         rates = tl.load(a_ptr + dn, mask=on_dn, other=0.0).to(tl.float32) * 1.4426950408889634
         bias = _read_bias(bias_ptr, d, on_d)
         if d_ptr is not None:
             skip = _read_vector(d_ptr, d, on_d)
         if carried_ptr is not None:
-            carry = tl.load(carried_ptr + at * size * channels + nd, mask=on_dn, other=0.0)
+            carry = tl.load(carried_ptr + at * channels * size + dn, mask=on_dn, other=0.0)
         else:
             carry = tl.load(dleaving_ptr + row * channels * size + dn, mask=on_dn, other=0.0).to(tl.float32)
         da = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
@@ -655,7 +642,7 @@ def backward_kernel(
         start = first + spans_here * SPAN
         for _ in range(0, spans_here):
             start -= SPAN
-            at_span = saved_ptr + (row * spans + start // SPAN) * size * channels + nd
+            at_span = saved_ptr + (row * spans + start // SPAN) * channels * size + dn
             h = tl.load(at_span, mask=on_dn, other=0.0)
             marks = ()  # states before the chunks of the span, of which the first is read again
             for early in tl.static_range(SPAN // CHUNK - 1):
@@ -736,7 +723,7 @@ def backward_kernel(
                     tl.store(dc_ptr + t * groups * size + n, dc, mask=within_n)
         if place == 0:
             tl.store(dentering_ptr + row * channels * size + dn, carry, mask=on_dn)
-        tl.store(da_ptr + at * size * channels + nd, da, mask=on_dn)
+        tl.store(da_ptr + at * channels * size + dn, da, mask=on_dn)
         if dd_ptr is not None:
             tl.store(dd_ptr + at * channels + d, dskip, mask=on_d)
         if dbias_ptr is not None:
