@@ -311,12 +311,12 @@ def _read_bias(bias_ptr, d, on_d):
 
 
 @triton.jit
-def _read_kind(kind_ptr, t, length, inside, n, per_group, size):
-    """Return whether token t is real, whether a document starts there, and masks of its channels and states."""
-    live = t < length
-    first = t != t  # false, as the compiler sees
+def _read_kind(kind_ptr, i, left, inside, n, per_group, size):
+    """Return whether token i is real, whether a document starts there, and masks of its channels and states."""
+    live = i < left
+    first = i != i  # false, as the compiler sees
     if kind_ptr is not None:
-        kind = tl.load(kind_ptr + t, mask=live, other=2)
+        kind = tl.load(kind_ptr + i, mask=live, other=2)
         live = kind != 2
         first = kind == 1
     # Bounds instead of `on_d & live`, because the interpreter turns a vector and a scalar mask into an integer.
@@ -335,13 +335,17 @@ def _step_size(raw, bias, live, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _read_inputs(
-    t, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l, stride_b_l, inside, d, n,
+    i, x_ptr, dt_ptr, b_ptr, kind_ptr, left, per_group, size, stride_x_l, stride_dt_l, stride_b_l, inside, d, n,
 ):  # fmt: skip
-    """Return what `_advance` takes of token t as it is stored, and masks for the token's other operands."""
-    live, first, mask_d, mask_n = _read_kind(kind_ptr, t, length, inside, n, per_group, size)
-    x = tl.load(x_ptr + t * stride_x_l + d, mask=mask_d, other=0.0)
-    dt = tl.load(dt_ptr + t * stride_dt_l + d, mask=mask_d, other=0.0)
-    b = tl.load(b_ptr + t * stride_b_l + n, mask=mask_n, other=0.0)
+    """Return what `_advance` takes of token i as it is stored, and masks for the token's other operands.
+
+    Tokens are counted from the one that the pointers point to, of which `left` are in the row. Their offsets have 32
+    bits, which take half the instructions of 64.
+    """
+    live, first, mask_d, mask_n = _read_kind(kind_ptr, i, left, inside, n, per_group, size)
+    x = tl.load(x_ptr + (i * stride_x_l + d), mask=mask_d, other=0.0)
+    dt = tl.load(dt_ptr + (i * stride_dt_l + d), mask=mask_d, other=0.0)
+    b = tl.load(b_ptr + (i * stride_b_l + n), mask=mask_n, other=0.0)
     return live, first, x, dt, b, mask_d, mask_n
 
 
@@ -355,14 +359,14 @@ def _advance(h, token, rates, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _through_chunk(
-    h, start, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
+    h, start, x_ptr, dt_ptr, b_ptr, kind_ptr, left, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
     inside, d, n, rates, bias, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Return the state after the chunk that begins at `start`."""
+    """Return the state after the chunk that begins at token `start`."""
     tokens = ()
     for i in tl.static_range(CHUNK):
         token = _read_inputs(
-            start + i, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
+            start + i, x_ptr, dt_ptr, b_ptr, kind_ptr, left, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
             inside, d, n,
         )  # fmt: skip
         tokens = tokens + (token,)  # noqa: RUF005 - Triton has no starred tuples
@@ -400,32 +404,36 @@ def summary_kernel(
     place = tl.program_id(1) + BACKWARD
     start = place.to(tl.int64) * segment
     chunks = ((tl.minimum(length - start, segment) + CHUNK - 1) // CHUNK).to(tl.int32)
-    x_ptr += row * stride_x_b
-    dt_ptr += row * stride_dt_b
-    b_ptr += row * stride_b_b + group * stride_b_g
+    step = CHUNK
+    if BACKWARD:
+        start += (chunks - 1) * CHUNK
+        step = -CHUNK
+    x_ptr += row * stride_x_b + start * stride_x_l
+    dt_ptr += row * stride_dt_b + start * stride_dt_l
+    b_ptr += row * stride_b_b + group * stride_b_g + start * stride_b_l
     if z_ptr is not None:
-        z_ptr += row * stride_z_b
+        z_ptr += row * stride_z_b + start * stride_z_l
     if kind_ptr is not None:
-        kind_ptr += row * length
+        kind_ptr += row * length + start
     dn = d[:, None] * size + n[None, :]
     rates = tl.load(a_ptr + dn, mask=on_dn, other=0.0).to(tl.float32) * 1.4426950408889634
     bias = _read_bias(bias_ptr, d, on_d)
     h = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_D,), tl.float32)
-    if BACKWARD:
-        start += (chunks - 1) * CHUNK
     for _ in range(0, chunks):
+        left = tl.minimum(length - start, CHUNK).to(tl.int32)
         tokens = ()
         gates = ()
         for i in tl.static_range(CHUNK):
-            t = start + (CHUNK - 1 - i if BACKWARD else i)
             token = _read_inputs(
-                t, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
-                inside, d, n,
+                CHUNK - 1 - i if BACKWARD else i,
+                x_ptr, dt_ptr, b_ptr, kind_ptr, left, per_group, size, stride_x_l, stride_dt_l, stride_b_l, inside, d,
+                n,
             )  # fmt: skip
             tokens = tokens + (token,)  # noqa: RUF005 - Triton has no starred tuples
             if z_ptr is not None:
-                gates = gates + (tl.load(z_ptr + t * stride_z_l + d, mask=token[5], other=0.0),)  # noqa: RUF005
+                at = (CHUNK - 1 - i) * stride_z_l + d
+                gates = gates + (tl.load(z_ptr + at, mask=token[5], other=0.0),)  # noqa: RUF005
         for i in tl.static_range(CHUNK):
             token = tokens[i]
             _raw, dt = _step_size(token[3], bias, token[0], SOFTPLUS)
@@ -438,7 +446,14 @@ def summary_kernel(
                 h = tl.where(token[1], 0.0, _decay(dt, rates) * (h + p[:, None] * token[4].to(tl.float32)[None, :]))
             else:
                 h = _advance(h, token, rates, bias, SOFTPLUS)
-        start += CHUNK * (1 - 2 * BACKWARD)
+        start += step
+        x_ptr += step * stride_x_l
+        dt_ptr += step * stride_dt_l
+        b_ptr += step * stride_b_l
+        if z_ptr is not None:
+            z_ptr += step * stride_z_l
+        if kind_ptr is not None:
+            kind_ptr += step
     at = row * (tl.num_programs(1) + 1) + place
     to = at + (1 - 2 * BACKWARD)
     tl.store(carried_ptr + to * channels * size + dn, h, mask=on_dn)
@@ -518,19 +533,19 @@ def forward_kernel(
     start = tl.program_id(1).to(tl.int64) * segment
     chunks = ((tl.minimum(length - start, segment) + CHUNK - 1) // CHUNK).to(tl.int32)
     dn = d[:, None] * size + n[None, :]
-    x_ptr += row * stride_x_b
-    dt_ptr += row * stride_dt_b
-    b_ptr += row * stride_b_b + group * stride_b_g
-    c_ptr += row * stride_c_b + group * stride_c_g
-    y_ptr += row * length * channels
+    x_ptr += row * stride_x_b + start * stride_x_l
+    dt_ptr += row * stride_dt_b + start * stride_dt_l
+    b_ptr += row * stride_b_b + group * stride_b_g + start * stride_b_l
+    c_ptr += row * stride_c_b + group * stride_c_g + start * stride_c_l
+    y_ptr += (row * length + start) * channels
     rates = tl.load(a_ptr + dn, mask=on_dn, other=0.0).to(tl.float32) * 1.4426950408889634
     bias = _read_bias(bias_ptr, d, on_d)
     if d_ptr is not None:
         skip = _read_vector(d_ptr, d, on_d)
     if z_ptr is not None:
-        z_ptr += row * stride_z_b
+        z_ptr += row * stride_z_b + start * stride_z_l
     if kind_ptr is not None:
-        kind_ptr += row * length
+        kind_ptr += row * length + start
     if saved_ptr is not None:
         saved_ptr += (row * ((length + SPAN - 1) // SPAN) + start // SPAN) * channels * size
     if carried_ptr is not None:
@@ -546,21 +561,20 @@ def forward_kernel(
             if start % SPAN == 0:  # nested, because the outer condition is decided at compile time
                 tl.store(saved_ptr + dn, h, mask=on_dn)
                 saved_ptr += channels * size
+        left = tl.minimum(length - start, CHUNK).to(tl.int32)
         tokens = ()
         maps = ()
         gates = ()
         for i in tl.static_range(CHUNK):
-            t = start + i
             token = _read_inputs(
-                t, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
+                i, x_ptr, dt_ptr, b_ptr, kind_ptr, left, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
                 inside, d, n,
             )  # fmt: skip
             tokens = tokens + (token,)  # noqa: RUF005 - Triton has no starred tuples
-            maps = maps + (tl.load(c_ptr + t * stride_c_l + n, mask=token[6], other=0.0),)  # noqa: RUF005
+            maps = maps + (tl.load(c_ptr + (i * stride_c_l + n), mask=token[6], other=0.0),)  # noqa: RUF005
             if z_ptr is not None:
-                gates = gates + (tl.load(z_ptr + t * stride_z_l + d, mask=token[5], other=0.0),)  # noqa: RUF005
+                gates = gates + (tl.load(z_ptr + (i * stride_z_l + d), mask=token[5], other=0.0),)  # noqa: RUF005
         for i in tl.static_range(CHUNK):
-            t = start + i
             h = _advance(h, tokens[i], rates, bias, SOFTPLUS)
             y = tl.sum(h * maps[i].to(tl.float32)[None, :], axis=1)
             if d_ptr is not None:
@@ -568,9 +582,18 @@ def forward_kernel(
             if z_ptr is not None:
                 z = gates[i].to(tl.float32)
                 y *= z * tl.sigmoid(z)
-            within = inside < tl.where(t < length, per_group, 0)
-            tl.store(y_ptr + t * channels + d, y.to(y_ptr.dtype.element_ty), mask=within)
+            within = inside < tl.where(i < left, per_group, 0)
+            tl.store(y_ptr + (i * channels + d), y.to(y_ptr.dtype.element_ty), mask=within)
         start += CHUNK
+        x_ptr += CHUNK * stride_x_l
+        dt_ptr += CHUNK * stride_dt_l
+        b_ptr += CHUNK * stride_b_l
+        c_ptr += CHUNK * stride_c_l
+        y_ptr += CHUNK * channels
+        if z_ptr is not None:
+            z_ptr += CHUNK * stride_z_l
+        if kind_ptr is not None:
+            kind_ptr += CHUNK
     if start >= length:
         tl.store(final_ptr + row * channels * size + dn, h.to(final_ptr.dtype.element_ty), mask=on_dn)
 
@@ -606,6 +629,7 @@ def backward_kernel(
     channels = groups * per_group
     at = row * tl.num_programs(1) + place
     spans = (length + SPAN - 1) // SPAN
+    maps = groups * size
     first = place.to(tl.int64) * segment
     x_ptr += row * stride_x_b
     dt_ptr += row * stride_dt_b
@@ -642,19 +666,28 @@ def backward_kernel(
         start = first + spans_here * SPAN
         for _ in range(0, spans_here):
             start -= SPAN
+            left = tl.minimum(length - start, SPAN).to(tl.int32)
+            x_at, dt_at, b_at = x_ptr + start * stride_x_l, dt_ptr + start * stride_dt_l, b_ptr + start * stride_b_l
+            c_at, db_at, dc_at = c_ptr + start * stride_c_l, db_ptr + start * maps, dc_ptr + start * maps
+            dy_at, dx_at, ddt_at = dy_ptr + start * channels, dx_ptr + start * channels, ddt_ptr + start * channels
+            kind_at = kind_ptr
+            if kind_ptr is not None:
+                kind_at += start
+            if z_ptr is not None:
+                z_at, dz_at = z_ptr + start * stride_z_l, dz_ptr + start * channels
             at_span = saved_ptr + (row * spans + start // SPAN) * channels * size + dn
             h = tl.load(at_span, mask=on_dn, other=0.0)
             marks = ()  # states before the chunks of the span, of which the first is read again
             for early in tl.static_range(SPAN // CHUNK - 1):
                 h = _through_chunk(
-                    h, start + early * CHUNK, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size,
+                    h, early * CHUNK, x_at, dt_at, b_at, kind_at, left, per_group, size,
                     stride_x_l, stride_dt_l, stride_b_l, inside, d, n, rates, bias, SOFTPLUS, CHUNK,
                 )  # fmt: skip
                 marks = marks + (h,)  # noqa: RUF005
-            chunks = tl.minimum((length - start + CHUNK - 1) // CHUNK, SPAN // CHUNK).to(tl.int32)
+            chunks = (left + CHUNK - 1) // CHUNK
             for done in range(0, chunks):
                 chunk = chunks - 1 - done
-                begin = start + chunk * CHUNK
+                begin = chunk * CHUNK
                 state = tl.load(at_span, mask=on_dn & (n < tl.where(chunk == 0, size, 0))[None, :], other=0.0)
                 for i in tl.static_range(1, SPAN // CHUNK):
                     state = tl.where(chunk == i, marks[i - 1], state)
@@ -666,16 +699,16 @@ def backward_kernel(
                 for i in tl.static_range(CHUNK):
                     t = begin + i
                     token = _read_inputs(
-                        t, x_ptr, dt_ptr, b_ptr, kind_ptr, length, per_group, size, stride_x_l, stride_dt_l,
-                        stride_b_l, inside, d, n,
+                        t, x_at, dt_at, b_at, kind_at, left, per_group, size, stride_x_l, stride_dt_l, stride_b_l,
+                        inside, d, n,
                     )  # fmt: skip
                     tokens = tokens + (token,)  # noqa: RUF005
-                    dys = dys + (_read_vector(dy_ptr + t * channels, d, token[5]),)  # noqa: RUF005
+                    dys = dys + (_read_vector(dy_at, t * channels + d, token[5]),)  # noqa: RUF005
                     if z_ptr is not None:
-                        gates = gates + (tl.load(z_ptr + t * stride_z_l + d, mask=token[5], other=0.0),)  # noqa: RUF005
-                    others = n < tl.where((t < length) & (index > 0), size, 0)
-                    dbs = dbs + (tl.load(db_ptr + t * groups * size + n, mask=others, other=0.0),)  # noqa: RUF005
-                    dcs = dcs + (tl.load(dc_ptr + t * groups * size + n, mask=others, other=0.0),)  # noqa: RUF005
+                        gates = gates + (tl.load(z_at + (t * stride_z_l + d), mask=token[5], other=0.0),)  # noqa: RUF005
+                    others = n < tl.where((t < left) & (index > 0), size, 0)
+                    dbs = dbs + (tl.load(db_at + (t * maps + n), mask=others, other=0.0),)  # noqa: RUF005
+                    dcs = dcs + (tl.load(dc_at + (t * maps + n), mask=others, other=0.0),)  # noqa: RUF005
                 states = (state,)  # before each token of the chunk, and after the last one
                 for i in tl.static_range(CHUNK):
                     state = _advance(state, tokens[i], rates, bias, SOFTPLUS)
@@ -685,11 +718,11 @@ def backward_kernel(
                     token = tokens[CHUNK - 1 - back]
                     live, starts, x, p = token[0], token[1], token[2].to(tl.float32), dys[CHUNK - 1 - back]
                     # Step sizes and maps are read again, so that no registers hold those of a chunk, or its decays.
-                    again = tl.load(dt_ptr + t * stride_dt_l + d, mask=token[5], other=0.0)
+                    again = tl.load(dt_at + (t * stride_dt_l + d), mask=token[5], other=0.0)
                     raw, dt = _step_size(again, bias, live, SOFTPLUS)
-                    b = _read_vector(b_ptr + t * stride_b_l, n, token[6])
-                    c = _read_vector(c_ptr + t * stride_c_l, n, token[6])
-                    within = inside < tl.where(t < length, per_group, 0)
+                    b = _read_vector(b_at, t * stride_b_l + n, token[6])
+                    c = _read_vector(c_at, t * stride_c_l + n, token[6])
+                    within = inside < tl.where(t < left, per_group, 0)
                     after = states[CHUNK - back]
                     if z_ptr is not None:
                         z = gates[CHUNK - 1 - back].to(tl.float32)
@@ -698,7 +731,7 @@ def backward_kernel(
                         if d_ptr is not None:
                             y += skip * x
                         dz = p * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
-                        tl.store(dz_ptr + t * channels + d, dz.to(dz_ptr.dtype.element_ty), mask=within)
+                        tl.store(dz_at + (t * channels + d), dz.to(dz_ptr.dtype.element_ty), mask=within)
                         p *= z * sigmoid
                     g = p[:, None] * c[None, :] + carry
                     carry = tl.where(starts, 0.0, _decay(dt, rates) * g)
@@ -714,13 +747,13 @@ def backward_kernel(
                     ddt = tl.where(live, ddt, 0.0)
                     dbias += ddt
                     da += dt[:, None] * e
-                    tl.store(dx_ptr + t * channels + d, dx.to(dx_ptr.dtype.element_ty), mask=within)
-                    tl.store(ddt_ptr + t * channels + d, ddt.to(ddt_ptr.dtype.element_ty), mask=within)
+                    tl.store(dx_at + (t * channels + d), dx.to(dx_ptr.dtype.element_ty), mask=within)
+                    tl.store(ddt_at + (t * channels + d), ddt.to(ddt_ptr.dtype.element_ty), mask=within)
                     db = dbs[CHUNK - 1 - back] + tl.sum(g * (dt * x)[:, None], axis=0)
                     dc = dcs[CHUNK - 1 - back] + tl.sum(after * p[:, None], axis=0)
-                    within_n = n < tl.where(t < length, size, 0)
-                    tl.store(db_ptr + t * groups * size + n, db, mask=within_n)
-                    tl.store(dc_ptr + t * groups * size + n, dc, mask=within_n)
+                    within_n = n < tl.where(t < left, size, 0)
+                    tl.store(db_at + (t * maps + n), db, mask=within_n)
+                    tl.store(dc_at + (t * maps + n), dc, mask=within_n)
         if place == 0:
             tl.store(dentering_ptr + row * channels * size + dn, carry, mask=on_dn)
         tl.store(da_ptr + at * channels * size + dn, da, mask=on_dn)
