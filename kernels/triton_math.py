@@ -30,12 +30,21 @@ def sigmoid(v):
 
 @triton.jit
 def softplus(v):
-    """Return log(1 + e^v) to full relative precision by dividing out the rounding error of 1 + e^v."""
-    power = tl.exp(tl.minimum(v, 20.0))
-    above = 1.0 + power
-    small = above == 1.0
-    result = tl.where(small, power, tl.log(above) * (power / tl.where(small, 1.0, above - 1.0)))
-    return tl.where(v > 20.0, v, result)
+    """Return log(1 + e^v) to full relative precision, for small results too.
+
+    It is max(v, 0) + log(1 + t) with t = e^-|v|, and log(1 + t) = 2 artanh(s) with s = t / (2 + t) <= 1/3, whose series
+    converges fast.
+    """
+    t = tl.exp2(tl.abs(v) * -1.4426950408889634)  # log2(e)
+    s = t / (2.0 + t)
+    square = s * s
+    series = 2.0 / 15.0 * square + 2.0 / 13.0
+    series = series * square + 2.0 / 11.0
+    series = series * square + 2.0 / 9.0
+    series = series * square + 2.0 / 7.0
+    series = series * square + 2.0 / 5.0
+    series = series * square + 2.0 / 3.0
+    return tl.maximum(v, 0.0) + s * (series * square + 2.0)
 
 
 @triton.jit
