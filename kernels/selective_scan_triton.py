@@ -6,11 +6,13 @@ and the sum of its step sizes, whose exponential with A is the segment's decay; 
 The backward does the same from the end, for gradients of states. A row that is not divided takes one launch.
 
 A program is a warp that takes a segment of one batch row and a tile of channels of a group. For N = 16 a thread holds
-all states of a channel, so that a token needs neither a barrier nor an exchange between threads, except that dB and
-dC are sums over channels. Step size (bias, softplus), decay, skip and gate are computed in registers, so that a launch
-reads the inputs once. In training, the forward also stores the state entering every span of tokens. The backward takes
-the spans of a segment from the last to the first. It runs forward through a span, holds the states before each chunk,
-then takes the chunks from the last to the first, with a chunk's states in registers.
+four states of each of four channels: matrices are addressed by rows, whose elements the compiler gives to threads four
+at a time. So a sum over states, or one over channels (dB and dC), is mostly inside threads and takes few exchanges;
+threads that held one state of 16 channels needed 64 for a sum over states. Step size (bias, softplus), decay, skip and
+gate are computed in registers, so that a launch reads the inputs once. In training, the forward also stores the state
+entering every span of tokens. The backward takes the spans of a segment from the last to the first. It runs forward
+through a span, holds the states before each chunk, then takes the chunks from the last to the first, with a chunk's
+states in registers.
 
 Every program writes its partial sums of dB and dC, and every segment those of dA, dD and ddt_bias; reductions add these
 in a fixed order. There are no atomics, so that two runs are bit-identical.
@@ -37,7 +39,7 @@ _CHUNK = 4
 # Tokens between the states that the forward saves: 4 N / _SPAN bytes per token and channel, i.e. 4 for N = 16, while x,
 # dt, z and y take 8 in half precision. The backward holds _SPAN / _CHUNK - 1 more in registers.
 _SPAN = 16
-# States of a warp: 16 per thread, which are those of a channel for N = 16.
+# States of a warp: 16 per thread.
 _STATES = 512
 # Most channels of a program: two per thread.
 _MOST_CHANNELS = 64
@@ -705,7 +707,8 @@ def backward_kernel(
                     tokens = tokens + (token,)  # noqa: RUF005
                     dys = dys + (_read_vector(dy_at, t * channels + d, token[5]),)  # noqa: RUF005
                     if z_ptr is not None:
-                        gates = gates + (tl.load(z_at + (t * stride_z_l + d), mask=token[5], other=0.0),)  # noqa: RUF005
+                        gate = tl.load(z_at + (t * stride_z_l + d), mask=token[5], other=0.0)
+                        gates = gates + (gate,)  # noqa: RUF005
                     others = n < tl.where((t < left) & (index > 0), size, 0)
                     dbs = dbs + (tl.load(db_at + (t * maps + n), mask=others, other=0.0),)  # noqa: RUF005
                     dcs = dcs + (tl.load(dc_at + (t * maps + n), mask=others, other=0.0),)  # noqa: RUF005
