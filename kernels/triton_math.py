@@ -35,7 +35,7 @@ def softplus(v):
     It is max(v, 0) + log(1 + t) with t = e^-|v|, and log(1 + t) = 2 artanh(s) with s = t / (2 + t) <= 1/3, whose series
     converges fast.
     """
-    t = tl.exp2(tl.abs(v) * -1.4426950408889634)  # log2(e)
+    t = tl.exp(-tl.abs(v))
     s = t / (2.0 + t)
     square = s * s
     series = 2.0 / 15.0 * square + 2.0 / 13.0
