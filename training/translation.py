@@ -44,6 +44,7 @@ from ..reports.translation_card import write_translation_card
 from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
 from .heldout import heldout_loss
+from .model_limits import check_prefixes, check_rows
 from .new_model import changed_keys, configuration_commit, entries_of, is_configuration, resolve_configuration
 from .packing import Row, RowCollator
 from .parallel_text import ParallelText, concatenated, read_parallel
@@ -58,7 +59,7 @@ from .report import (
 from .residual_dropout import add_residual_dropout
 from .sources import public_sources
 from .trainer import check_trackers, compute_dtype, computing, optimiser_steps, processes
-from .translation_data import PackedPairCollator, TranslationRows, make_translation_rows
+from .translation_data import PackedPairCollator, PackedPairs, TranslationRows, make_translation_rows
 from .translation_settings import TranslationSettings
 from .translation_tokenizer import Separator, fit_embeddings, learn_joint_vocabulary, set_separator
 from .translation_trainer import train_translation
@@ -192,6 +193,8 @@ def _prepare(
         field: make_translation_rows(found, form, settings, model.config.vocab_size, field)
         for field, found in pairs.items()
     }
+    for found in rows.values():
+        _check_lengths(model.config, found)
     # Raises an error now, rather than when the training begins, if the warm-up is too long.
     settings.warmup_steps(optimiser_steps(settings, len(rows["train"]), state.num_processes))
     model.to(state.device)
@@ -200,6 +203,17 @@ def _prepare(
         claim_run(output, {**settings.identity, **recipe, "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return TranslationRun(settings, output, form, separator, model, rows, state)
+
+
+def _check_lengths(config: Any, found: TranslationRows) -> None:
+    """Raise a ValueError if the model, or one of its stacks, cannot read the longest pair."""
+    remedy = "Lower `max_tokens`."
+    if isinstance(found.rows, PackedPairs):
+        source, target = found.rows.longest
+        check_rows(config.encoder_config(), source, remedy)
+        check_rows(config, target, remedy)
+    else:
+        check_rows(config, found.rows.longest, remedy)
 
 
 def _new(settings: TranslationSettings, output: Path, pairs: ParallelText, state: PartialState) -> tuple[Any, ...]:
@@ -213,6 +227,7 @@ def _new(settings: TranslationSettings, output: Path, pairs: ParallelText, state
     config = resolve_configuration(
         settings.model, settings.overrides, tokenizer, revision=commit, encoder_decoders=True
     )
+    check_prefixes(config, there=False)
     set_seed(settings.seed)
     model = _auto_class(config, settings.model).from_config(config, trust_remote_code=False)
     sources = {} if commit is None else {"config": fingerprint(settings.model, commit)}
