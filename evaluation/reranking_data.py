@@ -21,6 +21,10 @@ from .retrieval import RetrievalData, bm25_scores
 Run = Mapping[str, Mapping[str, float]]
 """Query id to document id to score."""
 
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
+LARGEST_GRADE = 1000
+"""Largest grade of a judgement. trec_eval reads larger ones than 2^31 as other numbers, without a word."""
+
 
 @dataclass(frozen=True)
 class JudgedCollection:
@@ -79,7 +83,7 @@ def read_judged(folder: str | Path, split: str | None = None, *, field: str = "f
 
     Raises:
         ValueError: naming file and line, if a file is missing, or has wrong columns, an unknown or repeated id, an
-            empty query, a grade that is no whole number of at least 0, or no query with a relevant document.
+            empty query, a grade that is no whole number from 0 to `LARGEST_GRADE`, or no query with a relevant document.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -145,8 +149,8 @@ def _qrels(
             if whole:
                 raise ValueError(f"{place} must be a header, e.g. query-id, corpus-id and score, got a judgement.")
             continue
-        if not whole:
-            raise ValueError(f"{place}: the grade must be a whole number of at least 0, got {grade!r}.")
+        if not whole or int(grade) > LARGEST_GRADE:
+            raise ValueError(f"{place}: the grade must be a whole number from 0 to {LARGEST_GRADE:,}, got {grade!r}.")
         for identity, known, file in ((query, queries, "queries.jsonl"), (document, documents, "corpus.jsonl")):
             if identity not in known:
                 raise ValueError(f"{place}: {file} has no id {identity!r}.")
@@ -186,7 +190,7 @@ def read_run(path: str | Path, field: str, collection: JudgedCollection) -> dict
 
     Raises:
         ValueError: naming the file and the line, if a line is malformed, an id is unknown, a document is twice in a
-            list, or a score is not finite; or if no query has a list.
+            list, or a score is not finite in float32, in which trec_eval computes; or if no query has a list.
     """
     run: dict[str, dict[str, float]] = {}
     for number, line in enumerate(read_text_file(path, field).split("\n"), start=1):
@@ -202,8 +206,8 @@ def read_run(path: str | Path, field: str, collection: JudgedCollection) -> dict
             value = float(score)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"{place}: the score must be a finite number, got {score!r}.")
+        if not abs(value) <= _LARGEST_SCORE:
+            raise ValueError(f"{place}: the score must be a finite number in float32, got {score!r}.")
         for identity, known, file in (
             (query, collection.known, "queries.jsonl"),
             (document, collection.documents, "corpus.jsonl"),

@@ -232,9 +232,16 @@ MISTAKES = [
     pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td9-9\t1\n", r"line 2: corpus.jsonl has no id 'd9-9'", id="document"),
     pytest.param("qrels/test.tsv", "a\tb\tc\nq99\td0-0\t1\n", r"line 2: queries.jsonl has no id 'q99'", id="query"),
     pytest.param(
-        "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t-1\n", r"the grade must be .* at least 0, got '-1'", id="negative"
+        "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t-1\n", r"the grade must be .* from 0 to 1,000, got '-1'", id="negative"
     ),
-    pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td0-0\tnan\n", r"the grade must be .* at least 0, got 'nan'", id="nan"),
+    pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td0-0\tnan\n", r"the grade must be .* to 1,000, got 'nan'", id="nan"),
+    # As 32 bits, 2^32 is 0: a relevant document would count as not relevant.
+    pytest.param(
+        "qrels/test.tsv",
+        "a\tb\tc\nq0\td0-0\t4294967296\n",
+        r"the grade must be .* to 1,000, got '4294967296'",
+        id="large",
+    ),
     pytest.param("qrels/test.tsv", "q0\td0-0\t1\n", r"line 1 must be a header", id="header"),
     pytest.param(
         "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t1\nq0\td0-0\t0\n", r"line 3 judges document 'd0-0' .* again", id="twice"
@@ -272,8 +279,9 @@ def test_a_split_is_asked_for_where_there_are_several(beir: Path) -> None:
         ("q0 Q0 d0-0 1 0.5", r"run: '.*a.trec', line 13 must have six columns .*, got 5"),
         ("q0 Q0 d9-9 1 0.5 a", r"line 13: corpus.jsonl has no id 'd9-9'"),
         ("q77 Q0 d0-0 1 0.5 a", r"line 13: queries.jsonl has no id 'q77'"),
-        ("q0 Q0 d0-0 1 nan a", r"line 13: the score must be a finite number, got 'nan'"),
-        ("q0 Q0 d0-0 1 x a", r"line 13: the score must be a finite number, got 'x'"),
+        ("q0 Q0 d0-0 1 nan a", r"line 13: the score must be a finite number in float32, got 'nan'"),
+        ("q0 Q0 d0-0 1 1e39 a", r"line 13: the score must be a finite number in float32, got '1e39'"),
+        ("q0 Q0 d0-0 1 x a", r"line 13: the score must be a finite number in float32, got 'x'"),
         ("q0 Q0 d0-1 1 0.5 a", r"line 13 has document 'd0-1' again in the list of query 'q0'"),
         (None, r"must have a list for at least one of the 11 queries with judgements, and has none. Check the split."),
     ],
