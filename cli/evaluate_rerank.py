@@ -187,6 +187,9 @@ def _print(found: dict[str, Any]) -> None:
     for name, system in systems.items():
         if system["without_list"]:
             typer.echo(f"{name}: {system['without_list']:,} queries have no list and count as 0")
+        if system.get("cut"):
+            limit, rule = f"{system['max_tokens']:,} tokens", system["rule"]["rule"]
+            typer.echo(f"{name}: {system['cut']:.1%} of the pairs are longer than what it reads ({rule}, {limit})")
     table = Table(title="Paired comparisons", title_justify="left")
     for heading in ("", "measure", "difference", "95 % interval", "p (randomisation)", "p (Holm)"):
         table.add_column(heading, justify="right" if heading not in ("", "measure") else "left")

@@ -83,7 +83,7 @@ def read_judged(folder: str | Path, split: str | None = None, *, field: str = "f
 
     Raises:
         ValueError: naming file and line, if a file is missing, or has wrong columns, an unknown or repeated id, an
-            empty query, a grade that is no whole number from 0 to `LARGEST_GRADE`, or no query with a relevant document.
+            empty query, a grade that is no whole number up to `LARGEST_GRADE`, or no query with a relevant document.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -150,7 +150,7 @@ def _qrels(
                 raise ValueError(f"{place} must be a header, e.g. query-id, corpus-id and score, got a judgement.")
             continue
         if not whole or int(grade) > LARGEST_GRADE:
-            raise ValueError(f"{place}: the grade must be a whole number from 0 to {LARGEST_GRADE:,}, got {grade!r}.")
+            raise ValueError(f"{place}: the grade must be a whole number, 0 to {LARGEST_GRADE:,}, got {grade!r}.")
         for identity, known, file in ((query, queries, "queries.jsonl"), (document, documents, "corpus.jsonl")):
             if identity not in known:
                 raise ValueError(f"{place}: {file} has no id {identity!r}.")

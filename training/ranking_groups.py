@@ -33,7 +33,6 @@ from .ranking_losses import LISTWISE
 from .reranker_settings import RerankerSettings
 from .sources import read_rows
 
-
 _LARGEST = float(np.finfo(np.float32).max)
 # The gain of a grade in LambdaLoss is 2^grade - 1 in float32.
 _LARGEST_OF_LAMBDA = 100
@@ -122,8 +121,8 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
     largest = max(max(group.labels) for group in groups)
     if settings.loss == "lambda" and largest > _LARGEST_OF_LAMBDA:
         raise ValueError(
-            f"`loss` must be another than 'lambda' for grades above {_LARGEST_OF_LAMBDA}, whose gain 2^grade - 1 it cannot "
-            f"compute, got {largest:g}."
+            f"`loss` must be another than 'lambda' for grades above {_LARGEST_OF_LAMBDA}, whose gain of 2^grade - 1 it "
+            f"cannot compute, got {largest:g}."
         )
     _refuse_overlap({group.query for group in groups}, collection)
     return RankingData(groups, left_out, collection, run, first_stage)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,6 +151,19 @@ MISTAKES = [
     (("finetune", "rerank", "zoo", "new", "--train", "beir", "--loss", "margin_mse"), "`loss` 'margin_mse' needs a"),
     (("finetune", "rerank", "zoo", "new", "--train", "beir", "--stride", "9"), "`stride` has no effect with documents"),
 ]
+
+
+def test_a_reranker_that_does_not_read_everything_says_so(ssm_zoo: Command, tmp_path: Path) -> None:
+    """Of the 36 pairs the 12 relevant ones have 11 tokens, the others 10; two passages of 5 reach the tenth."""
+    shutil.copytree(tmp_path / "out" / "model", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config["reranking"] |= {"passage_tokens": 5}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    result = ssm_zoo("evaluate", "rerank", "short", "beir", "--queries", "out/heldout.txt", "--output", "o.json")
+    assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    assert "short: 33.3% of the pairs are longer than what it reads (maxp, 48 tokens)" in result.stdout
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert report["systems"]["short"]["cut"] == pytest.approx(12 / 36) and "cut" not in report["systems"]["BM25"]
 
 
 @pytest.mark.parametrize(("line", "message"), MISTAKES)

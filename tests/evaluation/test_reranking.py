@@ -24,7 +24,7 @@ from tiny_checkpoints import save_tokenizer
 from transformers import AutoTokenizer
 
 from ssm_zoo.evaluation.long_documents import LongDocuments, long_documents
-from ssm_zoo.evaluation.reranking import means, measure_run, rerank
+from ssm_zoo.evaluation.reranking import means, measure_run, pair_lengths, rerank
 from ssm_zoo.evaluation.reranking_data import (
     JudgedCollection,
     bm25_run,
@@ -158,6 +158,19 @@ def test_passages_cover_a_document(tmp_path: Path) -> None:
     assert LongDocuments("longp").parts(tokenizer, "abcdefgh") == ["abcdefgh"]
 
 
+def test_pairs_of_which_a_part_is_not_read_are_counted(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    pairs = [("xy", "abcdefghij"), ("xy", "abcdefghijk"), ("xyz", "ab"), ("xy", "")]
+    passages = LongDocuments("maxp", passage_tokens=4, stride=3, max_passages=3)  # reach the tenth token
+    found = pair_lengths(tokenizer, pairs, passages, 6)
+    assert found["cut"] == 1 / 4 and found["tokens"] == (6 * 6 + 5 + 2) / 8
+    assert found["largest"] == max(tokenizer("xyz")["input_ids"])
+    assert pair_lengths(tokenizer, pairs, passages, 5)["cut"] == 2 / 4
+    assert pair_lengths(tokenizer, pairs, LongDocuments(), 12)["cut"] == 1 / 4
+    assert pair_lengths(tokenizer, pairs, LongDocuments(), None) == {**found, "cut": 0.0, "tokens": 32 / 4}
+
+
 def test_a_document_scores_as_its_best_passage(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -182,6 +195,8 @@ def test_the_rule_is_that_of_the_configuration() -> None:
     for entry in ({"rule": "sum"}, ["maxp"], {"rule": "maxp", "stride": 0}, {"rule": "maxp", "length": 3}):
         with pytest.raises(ValueError, match=r"`reranking` in config.json must be written by"):
             long_documents(type("Config", (), {"reranking": entry})())
+    with pytest.raises(ValueError, match=r"must have a stride of at most passage_tokens, 20, .*, got 21"):
+        long_documents(type("Config", (), {"reranking": {**rule.entry(), "stride": 21}})())
 
 
 # Significance
@@ -232,7 +247,7 @@ MISTAKES = [
     pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td9-9\t1\n", r"line 2: corpus.jsonl has no id 'd9-9'", id="document"),
     pytest.param("qrels/test.tsv", "a\tb\tc\nq99\td0-0\t1\n", r"line 2: queries.jsonl has no id 'q99'", id="query"),
     pytest.param(
-        "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t-1\n", r"the grade must be .* from 0 to 1,000, got '-1'", id="negative"
+        "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t-1\n", r"the grade must be .* 0 to 1,000, got '-1'", id="negative"
     ),
     pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td0-0\tnan\n", r"the grade must be .* to 1,000, got 'nan'", id="nan"),
     # As 32 bits, 2^32 is 0: a relevant document would count as not relevant.

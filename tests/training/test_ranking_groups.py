@@ -197,7 +197,7 @@ def test_grades_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> None
     """In float32 2^128 is infinite, and the loss would be NaN; trec_eval reads 2^32 as 0."""
     lists = rows(tmp_path / "train.jsonl", {"query": "a", "documents": ["x", "y"], "labels": [128, 0]})
     heldout = rows(tmp_path / "heldout.jsonl", HELD)
-    with pytest.raises(ValueError, match="`loss` must be another than 'lambda' for grades above 100, .* got 128"):
+    with pytest.raises(ValueError, match=r"`loss` must be another than 'lambda' for grades above 100, .* got 128"):
         read_ranking_data(settings_of(tmp_path, train=[lists], heldout=[heldout], loss="lambda"))
     assert read_ranking_data(settings_of(tmp_path, train=[lists], heldout=[heldout], loss="listnet")).groups
     heldout = rows(tmp_path / "large.jsonl", {**HELD, "labels": [2**32, 0]})
