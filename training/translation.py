@@ -28,6 +28,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     set_seed,
@@ -183,9 +184,10 @@ def _prepare(
     make = _new if settings.is_new else _pretrained
     settings, model, tokenizer, separator, recipe, sources = make(settings, output, pairs["train"], state)
     form = translation_format(tokenizer, model.config, "model")
-    if settings.residual_dropout and getattr(model.config, "hidden_dropout", 0):
+    own = max(getattr(stack, "hidden_dropout", 0) for stack in _stacks(model.config))
+    if settings.residual_dropout and own:
         raise ValueError(
-            f"`residual_dropout` must be 0 for a model with its own hidden_dropout, {model.config.hidden_dropout}, got "
+            f"`residual_dropout` must be 0 for a model with its own hidden_dropout, {own}, got "
             f"{settings.residual_dropout}."
         )
     settings = settings.check_row_tokens(form.longest(settings.max_tokens))
@@ -205,15 +207,17 @@ def _prepare(
     return TranslationRun(settings, output, form, separator, model, rows, state)
 
 
+def _stacks(config: Any) -> list[Any]:
+    """Return the configuration of each stack of blocks: of an encoder-decoder, that of the encoder is the first."""
+    return [config.encoder_config(), config] if config.is_encoder_decoder else [config]
+
+
 def _check_lengths(config: Any, found: TranslationRows) -> None:
     """Raise a ValueError if the model, or one of its stacks, cannot read the longest pair."""
     remedy = "Lower `max_tokens`."
-    if isinstance(found.rows, PackedPairs):
-        source, target = found.rows.longest
-        check_rows(config.encoder_config(), source, remedy)
-        check_rows(config, target, remedy)
-    else:
-        check_rows(config, found.rows.longest, remedy)
+    lengths = found.rows.longest if isinstance(found.rows, PackedPairs) else [found.rows.longest]
+    for stack, longest in zip(_stacks(config), lengths, strict=True):
+        check_rows(stack, longest, remedy)
 
 
 def _new(settings: TranslationSettings, output: Path, pairs: ParallelText, state: PartialState) -> tuple[Any, ...]:
@@ -369,9 +373,14 @@ def _finished(run: TranslationRun) -> Any:
 
 
 def _set_generation(model: Any, run: TranslationRun) -> None:
-    """Let `generate` stop where a translation ends, and pad without effect."""
-    options = model.generation_config
-    options.eos_token_id, options.pad_token_id = run.form.end, run.form.padding
-    options.max_new_tokens = run.settings.max_tokens + 1
-    if run.form.is_encoder_decoder:
-        options.decoder_start_token_id = run.form.start
+    """Let `generate` stop where a translation ends, and pad without effect.
+
+    Nothing else of the base model's settings is kept: with `do_sample` of a chat model translations would be random.
+    """
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=run.form.end,
+        pad_token_id=run.form.padding,
+        decoder_start_token_id=run.form.start,
+        max_new_tokens=run.settings.max_tokens + 1,
+    )

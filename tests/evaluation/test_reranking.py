@@ -129,6 +129,14 @@ def test_bm25_lists_what_shares_a_word(beir: Path) -> None:
     )
 
 
+def test_bm25_of_documents_without_words_lists_nothing() -> None:
+    """Stop words are no words."""
+    judged = JudgedCollection(
+        {"q": "cat", "r": "the"}, {"d": "the", "e": ""}, {"q": {"d": 1}, "r": {"d": 1}}, frozenset()
+    )
+    assert bm25_run(judged, 10) == {"q": {}, "r": {}}
+
+
 def test_runs_are_written_as_they_are_read(beir: Path, tmp_path: Path) -> None:
     judged = read_judged(beir)
     lists = {
@@ -230,6 +238,11 @@ def test_p_values_agree_with_the_t_test_of_many_queries() -> None:
     low, high = interval(list(first.values()))
     assert (low, high) == pytest.approx((found["low"], found["high"]), abs=5e-3)
     assert compare(first, first)["p_randomisation"] == 1.0
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="`second` must have finite values, got nan for the query 'b'"):
+        compare({"a": 1.0, "b": 0.5}, {"a": 0.5, "b": math.nan})
 
 
 def test_holm_corrects_for_the_number_of_comparisons() -> None:

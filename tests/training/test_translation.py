@@ -382,11 +382,16 @@ def test_adapters_are_merged_with_the_separator_they_were_trained_with(
 ) -> None:
     monkeypatch.chdir(shutil.copytree(folder, tmp_path / "work"))
     how = {"max_tokens": 20, "row_tokens": 60, "steps": 4, "learning_rate": 0.05, "rank": 3}
+    # As a chat model has it: kept, it would make translations random.
+    Path("zoo/generation_config.json").write_text('{"do_sample": true, "temperature": 0.7, "bos_token_id": 4}')
     report = finetune_translation(parse_translation_settings({**REQUIRED, **how}), "out")
     assert report["coverage"]["dead"] == [] and report["base"]["source"] == "zoo"
     assert report["tokenizer"]["separator"] == "<sep>" and report["tokenizer"]["separator_added"]
     model: Any = AutoModelForCausalLM.from_pretrained("out/model")
     tokenizer: Any = AutoTokenizer.from_pretrained("out/model")
+    saved = json.loads(Path("out/model/generation_config.json").read_text())
+    assert not saved.get("do_sample") and "temperature" not in saved
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["max_new_tokens"]) == (4, tokenizer.eos_token_id, 21)
     assert not isinstance(model, PeftModel) and model.config.vocab_size == VOCAB + 1 == tokenizer.sep_token_id + 1
     form = translation_format(tokenizer, model.config)
     rows = rows_of(form, vocab_size=VOCAB + 1, max_tokens=20, row_tokens=60)
@@ -438,6 +443,12 @@ def test_a_mistake_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
             **BYTES,
             "model": "encdec.yaml",
             "overrides": ["encoder={max_position_embeddings: 7}", "max_position_embeddings=9"],
+        },
+        "`residual_dropout` must be 0 for a model with its own hidden_dropout, 0.1, got 0.2": {
+            **BYTES,
+            "model": "encdec.yaml",
+            "overrides": ["encoder={hidden_dropout: 0.1}", "max_position_embeddings=9"],
+            "residual_dropout": 0.2,
         },
         "model: `pad_mode` must be 'shift' for this training": {"model": "mixer"},
         "config: `prefix_bidirectional` must be False, got True": {
