@@ -160,7 +160,7 @@ def test_generate_puts_a_question_into_the_chat_template(models: Path) -> None:
 
 
 def test_generate_reads_a_prompt_in_both_directions_when_told(models: Path, tmp_path: Path) -> None:
-    model: Any = make_model("prefix-mambas")
+    model: Any = make_model("prefix-mamba2")
     model.save_pretrained(tmp_path / "prefix")
     save_tokenizer(tmp_path / "prefix")
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "prefix")
