@@ -70,11 +70,11 @@ def compare_rerankers(
         progress: show progress bars.
 
     Returns:
-        The results: "queries", "pairs", "first_stage" (its name), "systems" (name to the mean of each measure, its
-        "intervals", 95 % by bootstrap, the values "by_query", the number of queries "without_list", and for a reranker
-        its "rule" for long documents, its "max_tokens" and the share of the pairs that are "cut") and "comparisons"
-        ("first", "second", "measure", the values of `significance.compare`, and "p_holm", the randomisation test
-        corrected for the number of pairs of systems). And the lists by name.
+        The results: "queries", "without_relevant" (queries left out), "pairs", "first_stage" (its name), "systems"
+        (name to the mean of each measure, its "intervals", 95 % by bootstrap, the values "by_query", the number of
+        queries "without_list", and for a reranker its "rule" for long documents, its "max_tokens" and the share of the
+        pairs that are "cut") and "comparisons" ("first", "second", "measure", the values of `significance.compare`,
+        and "p_holm", the randomisation test corrected for the number of pairs of systems). And the lists by name.
 
     Raises:
         ValueError: naming file and line, if the data is malformed; naming the source, if it is no reranker or the
@@ -123,6 +123,7 @@ def compare_rerankers(
     }
     found = {
         "queries": len(judged.queries),
+        "without_relevant": judged.without_relevant,
         "pairs": sum(map(len, lists.values())),
         "first_stage": first,
         "systems": systems,

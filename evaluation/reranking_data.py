@@ -23,7 +23,7 @@ Run = Mapping[str, Mapping[str, float]]
 
 _LARGEST_SCORE = float(np.finfo(np.float32).max)
 LARGEST_GRADE = 1000
-"""Largest grade of a judgement. trec_eval reads larger ones than 2^31 as other numbers, without a word."""
+"""Largest grade of a judgement. From 2^31 on trec_eval would read other numbers: it has 32 bits for a grade."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class JudgedCollection:
         documents: id to text, which may be empty.
         grades: id of every query to the grades of its judged documents, whole numbers; above 0 is relevant.
         known: ids of all queries of the folder, with judgements or without.
+        without_relevant: number of queries with judgements, but without a relevant document, that were left out.
     """
 
     queries: Mapping[str, str]
     documents: Mapping[str, str]
     grades: Mapping[str, Mapping[str, int]]
     known: frozenset[str]
+    without_relevant: int = 0
 
     def relevant(self, query: str) -> dict[str, int]:
         """Return the documents with a grade above 0 for a query, in the order of the file."""
@@ -104,7 +106,8 @@ def read_judged(folder: str | Path, split: str | None = None, *, field: str = "f
     if not kept:
         raise ValueError(f"{field}: {str(folder / 'qrels' / f'{split}.tsv')!r} has no query with a relevant document.")
     texts = {query: queries[query] for query in kept}
-    return JudgedCollection(texts, documents, {query: grades[query] for query in kept}, frozenset(queries))
+    judged = {query: grades[query] for query in kept}
+    return JudgedCollection(texts, documents, judged, frozenset(queries), len(grades) - len(kept))
 
 
 def _texts(path: Path, field: str, *, queries: bool) -> dict[str, str]:

@@ -46,7 +46,7 @@ def compare(
     for name, values in (("first", first), ("second", second)):
         lost = next((query for query, value in values.items() if not math.isfinite(value)), None)
         if lost is not None:
-            # NaN is never as far from 0 as another number, so every p-value would be the smallest.
+            # No comparison with NaN is true, so the p-values would be as small as they can be.
             raise ValueError(f"`{name}` must have finite values, got {values[lost]} for the query {lost!r}.")
     differences = np.array([first[query] - second[query] for query in first])
     mean, generator = differences.mean(), np.random.default_rng(seed)
