@@ -56,5 +56,5 @@ def check_prefixes(config: PreTrainedConfig, there: bool) -> None:
     if has_prefix(config) and not there:
         raise ValueError(
             "config: `prefix_bidirectional` must be False, got True: this training has no input that is read in both "
-            "directions, so the model would not learn to. `ssm-zoo train --objectives` has such inputs."
+            "directions, so the model would not learn to read one. `ssm-zoo train --objectives` has such inputs."
         )

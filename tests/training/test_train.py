@@ -418,6 +418,7 @@ MISTAKES: list[Any] = [
         {"overrides": ["bidirectional=true"]}, "`bidirectional` must be False for a causal language model", id="both"
     ),
     pytest.param({"overrides": ["prefix_bidirectional=true"]}, "`prefix_bidirectional` must be False", id="prefix"),
+    pytest.param({"config": BOUNDED, "streaming": True, "row_tokens": 9}, "at most 8 tokens, .*, got 9", id="stream"),
     pytest.param({"config": BOUNDED}, r"must have at most 8 tokens, .*, got \d+. Lower `row_tokens`", id="positions"),
     pytest.param(
         {"overrides": ["vocab_size=9"]}, "config: `vocab_size` must be at least 256, .*, got 9", id="vocabulary"
