@@ -184,9 +184,15 @@ def _print(found: dict[str, Any]) -> None:
     for key in next(iter(systems.values()))["intervals"]:
         table.add_row(key, *(f"{system[key]:.4f}" for system in systems.values()))
     console.print(table)
+    if found["without_relevant"]:
+        typer.echo(f"queries without a relevant document, left out: {found['without_relevant']:,}")
     for name, system in systems.items():
         if system["without_list"]:
             typer.echo(f"{name}: {system['without_list']:,} queries have no list and count as 0")
+        if system.get("cut"):
+            limit = "" if system["max_tokens"] is None else f", {system['max_tokens']:,} tokens"
+            what = f"longer than what it reads ({system['rule']['rule']}{limit})"
+            typer.echo(f"{name}: {system['cut']:.1%} of the pairs are {what}")
     table = Table(title="Paired comparisons", title_justify="left")
     for heading in ("", "measure", "difference", "95 % interval", "p (randomisation)", "p (Holm)"):
         table.add_column(heading, justify="right" if heading not in ("", "measure") else "left")

@@ -104,7 +104,8 @@ def translate(values: dict[str, Any], output: Output, repo: PushToHub = None, pr
     folder = output / "model"
     for field, data in report["data"].items():
         if data["dropped"] or data["cut"]:
-            typer.echo(f"{field}: {data['dropped']:,} pairs left out and {data['cut']:,} cut as too long")
+            what = "pairs" if field == "heldout" or settings.concatenate == 1 else "concatenated pairs"
+            typer.echo(f"{field}: {data['dropped']:,} {what} left out and {data['cut']:,} cut as too long")
     print_losses(report, output, folder)
     if repo is not None:
         from ..reports.translation_card import write_translation_card

@@ -35,6 +35,9 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to each prompt.")] = False,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="Read each prompt in both directions: a model with prefix_bidirectional.")
+    ] = False,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -65,6 +68,8 @@ def generate(
     if chat and tokenizer.chat_template is None:
         raise ValueError(f"--chat: the tokenizer of {model} has no chat template")
     language_model: Any = load_model(source, AutoModelForCausalLM, dtype=dtype, **options)
+    if prefix and not getattr(language_model.config, "prefix_bidirectional", False):
+        raise ValueError(f"--prefix: {model} is made with prefix_bidirectional=False and reads prompts causally")
     language_model.register_forward_hook(partial(_refuse_lost_logits, model))
     language_model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     language_model.generation_config = _generation_config(
@@ -87,6 +92,8 @@ def generate(
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
         _check_length(inputs["input_ids"].shape[1], language_model.config, model)
+        if prefix:
+            inputs["prefix_mask"] = torch.ones_like(inputs["input_ids"])
         streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
         language_model.generate(**inputs.to(language_model.device), streamer=streamer)
 

@@ -11,7 +11,7 @@ from ..harness.text_files import read_text_file
 from .embedder import require_sentence_transformers
 from .long_documents import long_documents
 from .metrics.metric import require_package
-from .reranking import load_reranker, means, measure_names, measure_run, rerank
+from .reranking import load_reranker, means, measure_names, measure_run, pair_lengths, rerank
 from .reranking_data import JudgedCollection, bm25_run, cut, read_judged, read_run, without_list
 from .significance import compare, holm, interval
 
@@ -70,11 +70,11 @@ def compare_rerankers(
         progress: show progress bars.
 
     Returns:
-        The results: "queries", "pairs", "first_stage" (its name), "systems" (name to the mean of each measure, its
-        "intervals", 95 % by bootstrap, the values "by_query", the number of queries "without_list", and for a reranker
-        its "rule" for long documents and its "max_tokens") and "comparisons" ("first", "second", "measure", the values
-        of `significance.compare`, and "p_holm", the randomisation test corrected for the number of pairs of systems).
-        And the lists by name.
+        The results: "queries", "without_relevant" (queries left out), "pairs", "first_stage" (its name), "systems"
+        (name to the mean of each measure, its "intervals", 95 % by bootstrap, the values "by_query", the number of
+        queries "without_list", and for a reranker its "rule" for long documents, its "max_tokens" and the share of the
+        pairs that are "cut") and "comparisons" ("first", "second", "measure", the values of `significance.compare`,
+        and "p_holm", the randomisation test corrected for the number of pairs of systems). And the lists by name.
 
     Raises:
         ValueError: naming file and line, if the data is malformed; naming the source, if it is no reranker or the
@@ -93,6 +93,7 @@ def compare_rerankers(
         for name, source in sources.items()
         if Path(source).is_file()
     }
+    pairs = [(judged.queries[query], judged.documents[one]) for query, of in lists.items() for one in of]
     rules: dict[str, dict[str, Any]] = {}
     for number, (name, source) in enumerate(sources.items()):
         if name in ranked:
@@ -104,7 +105,9 @@ def compare_rerankers(
             field="against" if number else "model",
         )
         rule = long_documents(reranker.model.config if reranker.model is not None else None)
-        rules[name] = {"rule": rule.entry(), "max_tokens": reranker.max_seq_length}
+        limit = reranker.max_seq_length
+        unread = pair_lengths(reranker.tokenizer, pairs, rule, limit)["cut"] if pairs else 0.0
+        rules[name] = {"rule": rule.entry(), "max_tokens": limit, "cut": unread}
         ranked[name] = rerank(reranker, judged, lists, depth=depth, rule=rule, batch_size=batch_size, progress=progress)
     runs = {**{name: ranked[name] for name in sources}, first: lists}
     values = {name: measure_run(judged, of, depth) for name, of in runs.items()}
@@ -120,6 +123,7 @@ def compare_rerankers(
     }
     found = {
         "queries": len(judged.queries),
+        "without_relevant": judged.without_relevant,
         "pairs": sum(map(len, lists.values())),
         "first_stage": first,
         "systems": systems,

@@ -58,6 +58,13 @@ class LongDocuments:
                 break
         return passages
 
+    def has_all(self, tokenizer: Any, document: str) -> bool:
+        """Return whether the passages reach the end of a document; True for rules without passages."""
+        if self.rule != "maxp":
+            return True
+        ids = tokenizer(document, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return len(ids) <= (self.max_passages - 1) * self.stride + self.passage_tokens
+
 
 def long_documents(config: Any) -> LongDocuments:
     """Return the rule in a model's configuration; "firstp" if it has none.
@@ -73,4 +80,10 @@ def long_documents(config: Any) -> LongDocuments:
     fields = LongDocuments.__dataclass_fields__
     if not known or not all(key in fields and type(value) is int and value > 0 for key, value in sizes.items()):
         raise ValueError(f"`{CONFIG_KEY}` in config.json must be written by `ssm-zoo finetune rerank`, got {entry!r}.")
-    return LongDocuments(**entry)
+    rule = LongDocuments(**entry)
+    if rule.stride > rule.passage_tokens:
+        raise ValueError(
+            f"`{CONFIG_KEY}` in config.json must have a stride of at most passage_tokens, {rule.passage_tokens}, so "
+            f"that no text between two passages is left out, got {rule.stride}."
+        )
+    return rule

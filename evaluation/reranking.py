@@ -21,6 +21,9 @@ from .reranking_data import JudgedCollection, Run, cut, trec_order
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
 
+# Texts that are tokenised at a time to count their tokens.
+_CHUNK = 256
+
 
 def load_reranker(
     source: str,
@@ -116,6 +119,43 @@ def pair_scores(
             raise ValueError(f"the scores must be finite, but that of the query {query!r:.80} is {best[-1]}.")
         place += count
     return best
+
+
+def pair_lengths(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], rule: LongDocuments, limit: int | None
+) -> dict[str, float]:
+    """Measure (query, document) pairs before they are cut.
+
+    Args:
+        tokenizer: the reranker's.
+        pairs: the pairs, one or more.
+        rule: rule for long documents.
+        limit: tokens of a text at most; None: there is no limit.
+
+    Returns:
+        "tokens", the mean number of tokens of the texts that are scored, of which a passage is one; "cut", the share
+        of the pairs of which a part is not read; and "largest", the largest token id.
+    """
+    parts: dict[str, list[str]] = {}
+    cut: set[int] = set()
+    texts: list[tuple[int, str, str]] = []
+    short: set[str] = set()  # documents whose passages reach their end
+    for number, (query, document) in enumerate(pairs):
+        if document not in parts:
+            parts[document] = rule.parts(tokenizer, document)
+            if rule.has_all(tokenizer, document):
+                short.add(document)
+        if document not in short:
+            cut.add(number)
+        texts += [(number, query, part) for part in parts[document]]
+    tokens = largest = 0
+    for start in range(0, len(texts), _CHUNK):
+        numbers, queries, documents = zip(*texts[start : start + _CHUNK], strict=True)
+        encoded = tokenizer(list(queries), list(documents), truncation=False, verbose=False)["input_ids"]
+        largest = max(largest, *map(max, encoded))
+        tokens += sum(map(len, encoded))
+        cut.update(one for one, ids in zip(numbers, encoded, strict=True) if limit is not None and len(ids) > limit)
+    return {"tokens": tokens / len(texts), "cut": len(cut) / len(pairs), "largest": largest}
 
 
 def _cuts_documents_alone(reranker: CrossEncoder) -> bool:

@@ -21,6 +21,10 @@ from .retrieval import RetrievalData, bm25_scores
 Run = Mapping[str, Mapping[str, float]]
 """Query id to document id to score."""
 
+_LARGEST_SCORE = float(np.finfo(np.float32).max)
+LARGEST_GRADE = 1000
+"""Largest grade of a judgement. From 2^31 on trec_eval would read other numbers: it has 32 bits for a grade."""
+
 
 @dataclass(frozen=True)
 class JudgedCollection:
@@ -31,12 +35,14 @@ class JudgedCollection:
         documents: id to text, which may be empty.
         grades: id of every query to the grades of its judged documents, whole numbers; above 0 is relevant.
         known: ids of all queries of the folder, with judgements or without.
+        without_relevant: number of queries with judgements, but without a relevant document, that were left out.
     """
 
     queries: Mapping[str, str]
     documents: Mapping[str, str]
     grades: Mapping[str, Mapping[str, int]]
     known: frozenset[str]
+    without_relevant: int = 0
 
     def relevant(self, query: str) -> dict[str, int]:
         """Return the documents with a grade above 0 for a query, in the order of the file."""
@@ -79,7 +85,7 @@ def read_judged(folder: str | Path, split: str | None = None, *, field: str = "f
 
     Raises:
         ValueError: naming file and line, if a file is missing, or has wrong columns, an unknown or repeated id, an
-            empty query, a grade that is no whole number of at least 0, or no query with a relevant document.
+            empty query, a grade that is no whole number up to `LARGEST_GRADE`, or no query with a relevant document.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -100,7 +106,8 @@ def read_judged(folder: str | Path, split: str | None = None, *, field: str = "f
     if not kept:
         raise ValueError(f"{field}: {str(folder / 'qrels' / f'{split}.tsv')!r} has no query with a relevant document.")
     texts = {query: queries[query] for query in kept}
-    return JudgedCollection(texts, documents, {query: grades[query] for query in kept}, frozenset(queries))
+    judged = {query: grades[query] for query in kept}
+    return JudgedCollection(texts, documents, judged, frozenset(queries), len(grades) - len(kept))
 
 
 def _texts(path: Path, field: str, *, queries: bool) -> dict[str, str]:
@@ -145,8 +152,8 @@ def _qrels(
             if whole:
                 raise ValueError(f"{place} must be a header, e.g. query-id, corpus-id and score, got a judgement.")
             continue
-        if not whole:
-            raise ValueError(f"{place}: the grade must be a whole number of at least 0, got {grade!r}.")
+        if not whole or int(grade) > LARGEST_GRADE:
+            raise ValueError(f"{place}: the grade must be a whole number, 0 to {LARGEST_GRADE:,}, got {grade!r}.")
         for identity, known, file in ((query, queries, "queries.jsonl"), (document, documents, "corpus.jsonl")):
             if identity not in known:
                 raise ValueError(f"{place}: {file} has no id {identity!r}.")
@@ -186,7 +193,7 @@ def read_run(path: str | Path, field: str, collection: JudgedCollection) -> dict
 
     Raises:
         ValueError: naming the file and the line, if a line is malformed, an id is unknown, a document is twice in a
-            list, or a score is not finite; or if no query has a list.
+            list, or a score is not finite in float32, in which trec_eval computes; or if no query has a list.
     """
     run: dict[str, dict[str, float]] = {}
     for number, line in enumerate(read_text_file(path, field).split("\n"), start=1):
@@ -202,8 +209,8 @@ def read_run(path: str | Path, field: str, collection: JudgedCollection) -> dict
             value = float(score)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"{place}: the score must be a finite number, got {score!r}.")
+        if not abs(value) <= _LARGEST_SCORE:
+            raise ValueError(f"{place}: the score must be a finite number in float32, got {score!r}.")
         for identity, known, file in (
             (query, collection.known, "queries.jsonl"),
             (document, collection.documents, "corpus.jsonl"),

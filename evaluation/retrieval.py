@@ -178,7 +178,10 @@ def bm25_scores(data: RetrievalData, *, k1: float = 1.2, b: float = 0.75) -> Sco
 
     how: dict[str, Any] = {"stopwords": "en", "stemmer": Stemmer("porter"), "show_progress": False, "return_ids": False}
     index = bm25s.BM25(k1=k1, b=b, method="lucene")
-    index.index(bm25s.tokenize(list(data.documents.values()), **how), show_progress=False)
+    documents: Any = bm25s.tokenize(list(data.documents.values()), **how)
+    if not any(documents):  # none has a word
+        return lambda part: torch.zeros(len(list(data.queries)[part]), len(data.documents))
+    index.index(documents, show_progress=False)
     queries: Any = bm25s.tokenize(list(data.queries.values()), **how)
 
     def scores(part: slice) -> Tensor:

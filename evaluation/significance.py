@@ -9,6 +9,7 @@ Symbols: Q queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,12 +37,17 @@ def compare(
         "p_randomisation": the same for random signs; "wins", "ties" and "losses": queries by the sign.
 
     Raises:
-        ValueError: if the queries differ or there are none, or `resamples` is not positive.
+        ValueError: if the queries differ or there are none, a value is not finite, or `resamples` is not positive.
     """
     if first.keys() != second.keys() or not first:
         raise ValueError("`first` and `second` must have values for the same queries, one or more.")
     if resamples < 1:
         raise ValueError(f"`resamples` must be at least 1, got {resamples}.")
+    for name, values in (("first", first), ("second", second)):
+        lost = next((query for query, value in values.items() if not math.isfinite(value)), None)
+        if lost is not None:
+            # No comparison with NaN is true, so the p-values would be as small as they can be.
+            raise ValueError(f"`{name}` must have finite values, got {values[lost]} for the query {lost!r}.")
     differences = np.array([first[query] - second[query] for query in first])
     mean, generator = differences.mean(), np.random.default_rng(seed)
     number = len(differences)

@@ -160,6 +160,11 @@ class MaskedMixerConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """Skip transformers' check: `layer_types` is derived and names cache layers of this project."""
 
+    @property
+    def is_bounded(self) -> bool:
+        """Return True: a model has weights for `max_position_embeddings` positions only."""
+        return True
+
     def validate_architecture(self) -> None:
         """Raise ValueError where the sizes or choices contradict each other."""
         check_position_mixing(self, self)

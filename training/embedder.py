@@ -43,6 +43,7 @@ from ..reports.training_plots import write_embedder_plot
 from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
 from .embedder_settings import EmbedderSettings
+from .model_limits import check_positions
 from .pairs import Pairs, read_pairs
 from .report import (
     base_report,
@@ -209,10 +210,11 @@ def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSett
         These two numbers for "anchors" and "documents".
 
     Raises:
-        ValueError: if a text has no tokens, or the model has no embedding for a token.
+        ValueError: if a text has no tokens, or the model has no embedding for a token or no weights for its position.
     """
     tokenizer: Any = embedder.tokenizer
-    vocabulary, found = backbone_of(embedder).config.vocab_size, {}
+    config: Any = backbone_of(embedder).config
+    found = {}
     texts = {
         "anchors": (settings.query_prompt, pairs.anchors),
         "documents": (settings.document_prompt, pairs.documents),
@@ -222,8 +224,9 @@ def _lengths(embedder: SentenceTransformer, pairs: Pairs, settings: EmbedderSett
         for text, ids in zip(given, encoded, strict=True):
             if not ids:
                 raise ValueError(f"{field}: the model's tokenizer has no token for the text {text!r}.")
-        check_ids(map(max, encoded), vocabulary)
+        check_ids(map(max, encoded), config.vocab_size)
         counts = [len(ids) for ids in encoded]
+        check_positions(config, min(max(counts), settings.max_tokens), "Lower `max_tokens`.")
         cut = sum(count > settings.max_tokens for count in counts) / len(counts)
         found[kind] = {"tokens": sum(counts) / len(counts), "cut": cut}
     return found

@@ -29,6 +29,7 @@ from ..modeling.prefix import has_prefix
 from ..reports.from_scratch_card import write_from_scratch_card
 from ..reports.objectives_plot import write_objectives_plot
 from .from_scratch_settings import FromScratchSettings
+from .model_limits import check_prefixes, check_rows
 from .new_model import (
     BYTES,
     changed_keys,
@@ -106,10 +107,13 @@ def _prepare(settings: FromScratchSettings, output: Path) -> TrainingRun[FromScr
     )
     special = None if settings.objectives is None else add_tokens(tokenizer, settings.objectives)
     config = resolve_configuration(settings.config, settings.overrides, tokenizer, revision=settings.revision)
+    kinds = set() if settings.objectives is None else {one.objective for one in settings.objectives.objectives}
+    check_prefixes(config, there=bool(kinds - {"next_token"}))
     replace = None
     if special is not None:
         replace = partial(_objective_rows, settings, special, has_prefix(config), state.num_processes)
     rows = make_rows(texts, settings, tokenizer, config.vocab_size, progress=state.is_main_process, replace=replace)
+    check_rows(config, rows.longest(settings.row_tokens), "Lower `row_tokens`.")
     # Raises an error now, rather than when the training begins, if the warm-up is too long.
     settings.warmup_steps(optimiser_steps(settings, rows.length, state.num_processes))
     set_seed(settings.seed)

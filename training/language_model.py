@@ -22,6 +22,7 @@ from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..reports.training_card import write_card
 from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned
+from .model_limits import check_rows
 from .report import base_report, common_report, measured_coverage, measured_once, write_folder, write_plots
 from .settings import LanguageModelSettings
 from .texts import make_rows, read_texts_or_examples
@@ -73,6 +74,7 @@ def _prepare(settings: LanguageModelSettings, output: Path) -> TrainingRun[Langu
     texts = read_texts_or_examples(settings)
     model, tokenizer = load_base(settings), load_tokenizer(settings)
     rows = make_rows(texts, settings, tokenizer, model.config.vocab_size, progress=state.is_main_process)
+    check_rows(model.config, rows.longest(settings.row_tokens), "Lower `row_tokens`.")
     set_seed(settings.seed)
     trained = add_adapters(model, settings) if settings.method == "lora" else model
     if not settings.load_in_4bit:

@@ -67,6 +67,9 @@ class ObjectiveSettings(SettingsBase):
                 known = ", ".join(PARAMETERS[kind]) or "none"
                 problem = f"has no effect with objective {kind!r}, whose parameters are: {known}; got {values[name]!r}"
                 raise refused(name, problem)
+        for name in PARAMETERS[kind]:
+            if name in values and values[name] is None:  # a key of YAML with nothing behind it
+                raise refused(name, "must have a value or be left out, got None")
         if kind == "prefix_lm" and "mean_span" in values and not values.get("corruption"):
             raise refused("mean_span", f"has no effect without `corruption`, got {values['mean_span']!r}")
         completed = {**PARAMETERS[kind], **values}
@@ -190,4 +193,8 @@ def read_mix(value: Any) -> Any:
         raise _not_accepted(f"{', '.join(MIXES)}, a .yaml file or a mapping")
     if not Path(value).is_file():
         raise _not_accepted("an existing file")
-    return read_yaml(read_text_file(Path(value), "objectives"), value)
+    found = read_yaml(read_text_file(Path(value), "objectives"), value)
+    if isinstance(found, dict) and found.get("bandit", {}) is None:
+        # YAML's value of a key with nothing behind it, which would mean fixed rates.
+        raise _not_accepted("a mapping with a mapping under `bandit`, e.g. {} for its defaults, or without `bandit`")
+    return found

@@ -116,6 +116,7 @@ class PackedDocuments(Dataset):
     Attributes:
         tokens: number of tokens in all rows.
         targets: number of tokens that are predicted.
+        longest: number of tokens of the longest document, or piece of one.
 
     Raises:
         ValueError: if `budget` is below 2, or nothing is left to predict.
@@ -132,6 +133,7 @@ class PackedDocuments(Dataset):
         self._rows = _pack(pieces, budget) if packing else [[piece] for piece in pieces]
         self.tokens = sum(len(ids) for row in self._rows for ids, _ in row)
         self.targets = sum(targets)
+        self.longest = max(len(ids) for ids, _ in pieces)
 
     def __len__(self) -> int:
         return len(self._rows)

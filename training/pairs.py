@@ -119,5 +119,7 @@ def _rows(source: str, field: str, columns: Sequence[str]) -> Iterator[tuple[str
 
 def _check_columns(columns: Sequence[str], found: Sequence[str], name: str) -> None:
     for column in columns:
+        if found.count(column) > 1:
+            raise ValueError(f"{name} has {found.count(column)} columns {column!r}, of which only one can be meant.")
         if column not in found:
             raise ValueError(f"{name} has no column {column!r}; it has {', '.join(map(repr, found)) or 'none'}")

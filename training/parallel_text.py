@@ -1,7 +1,6 @@
 """Parallel text: sentences or passages and their translations, from files whose every mistake is named by its line."""
 
 import gzip
-import hashlib
 import random
 import zlib
 from collections.abc import Iterator, Sequence
@@ -37,15 +36,6 @@ class ParallelText:
         """Return the number of pairs here that are there, too."""
         there = set(zip(others.sources, others.targets, strict=True))
         return sum(pair in there for pair in zip(self.sources, self.targets, strict=True))
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the texts and their order, in hexadecimal."""
-        digest = hashlib.sha256()
-        for text in (text for pair in zip(self.sources, self.targets, strict=True) for text in pair):
-            encoded = text.encode()
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
-        return digest.hexdigest()
 
 
 def read_parallel(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.reranking_data import (
+    LARGEST_GRADE,
     JudgedCollection,
     Run,
     bm25_run,
@@ -31,6 +32,10 @@ from ..evaluation.reranking_data import (
 from .ranking_losses import LISTWISE
 from .reranker_settings import RerankerSettings
 from .sources import read_rows
+
+_LARGEST = float(np.finfo(np.float32).max)
+# The gain of a grade in LambdaLoss is 2^grade - 1 in float32.
+_LARGEST_OF_LAMBDA = 100
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,12 @@ def read_ranking_data(settings: RerankerSettings) -> RankingData:
     if not groups:
         reasons = "; ".join(f"{number:,} {reason}" for reason, number in left_out.items())
         raise ValueError(f"`train` must have a positive with at least one negative; left out: {reasons}.")
+    largest = max(max(group.labels) for group in groups)
+    if settings.loss == "lambda" and largest > _LARGEST_OF_LAMBDA:
+        raise ValueError(
+            f"`loss` must be another than 'lambda' for grades above {_LARGEST_OF_LAMBDA}, whose gain of 2^grade - 1 it "
+            f"cannot compute, got {largest:g}."
+        )
     _refuse_overlap({group.query for group in groups}, collection)
     return RankingData(groups, left_out, collection, run, first_stage)
 
@@ -228,7 +239,8 @@ def collection_of(groups: Sequence[tuple[str, Group]]) -> JudgedCollection:
         groups: place of each group, for errors, and the group.
 
     Raises:
-        ValueError: if two groups give a document of a query different labels, or a label is no whole number.
+        ValueError: if two groups give a document of a query different labels, or a label is no whole number or too
+            large.
     """
     queries: dict[str, str] = {}
     documents: dict[str, str] = {}
@@ -238,10 +250,10 @@ def collection_of(groups: Sequence[tuple[str, Group]]) -> JudgedCollection:
         judged = grades.setdefault(query, {})
         for text, label in zip(group.documents, group.labels, strict=True):
             document = documents.setdefault(text, f"d{len(documents)}")
-            if label != int(label) or judged.setdefault(document, int(label)) != int(label):
+            if label != int(label) or label > LARGEST_GRADE or judged.setdefault(document, int(label)) != int(label):
                 raise ValueError(
-                    f"{place}: a held-out label must be a whole number, and the same wherever the query has this "
-                    f"document, got {label:g} for {text!r:.60}."
+                    f"{place}: a held-out label must be a whole number of at most {LARGEST_GRADE:,}, and the same "
+                    f"wherever the query has this document, got {label:g} for {text!r:.60}."
                 )
     texts = {identity: text for text, identity in queries.items()}
     return JudgedCollection(texts, {one: text for text, one in documents.items()}, grades, frozenset(texts))
@@ -260,16 +272,17 @@ def _read_files(sources: Sequence[str], field: str) -> list[tuple[str, Group]]:
 def _parsed(row: Mapping[str, Any], place: str) -> Group:
     """Return the group of a row.
 
-    A row has `query`, and either `positive` with `negative` or `negatives`, or `documents` with `labels`; and `scores`
-    of a teacher, the positive's first.
+    A row has `query`, and either `positive` with `negative` or `negatives`, or `documents` with `labels`. It may have
+    `scores` of a teacher, the positive's first. Further keys are ignored, but a row with both forms is an error.
     """
     query = _text(row.get("query"), "query", place)
-    if "documents" in row and "positive" not in row:
-        documents, labels = row["documents"], _numbers(row.get("labels"), "labels", place, least=0.0)
+    lists, pairs = row.keys() & {"documents", "labels"}, row.keys() & {"positive", "negative", "negatives"}
+    if lists == {"documents", "labels"} and not pairs:
+        documents, labels = row["documents"], _numbers(row["labels"], "labels", place, least=0.0)
         if not isinstance(documents, list):
             raise ValueError(f"{place}: `documents` must be a list of texts, got {documents!r:.60}.")
         texts = [_text(text, "documents", place) for text in documents]
-    elif "positive" in row and "documents" not in row and ("negative" in row) != ("negatives" in row):
+    elif "positive" in row and len(pairs) == 2 and not lists:
         name = "negative" if "negative" in row else "negatives"
         negatives = row[name] if isinstance(row[name], list) else [row[name]]
         texts = [_text(row["positive"], "positive", place), *(_text(text, name, place) for text in negatives)]
@@ -307,7 +320,9 @@ def _numbers(value: Any, name: str, place: str, *, least: float) -> list[float]:
     if not isinstance(value, list) or not all(type(one) in (int, float) for one in value):
         raise ValueError(f"{place}: `{name}` must be a list of {kind}, got {value!r:.60}.")
     for one in value:
-        if not math.isfinite(one) or one < least:
+        if not abs(one) <= _LARGEST:
+            raise ValueError(f"{place}: `{name}` must be a list of finite numbers in float32, got {one!r:.60} in it.")
+        if one < least:
             raise ValueError(f"{place}: `{name}` must be a list of {kind}, got {one!r} in it.")
     return [float(one) for one in value]
 

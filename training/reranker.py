@@ -30,7 +30,7 @@ from transformers import set_seed
 from ..conversion.load_model import check_finite
 from ..evaluation.embedder import require_sentence_transformers
 from ..evaluation.metrics.metric import require_package
-from ..evaluation.reranking import check_queries, means, measure_run, rerank
+from ..evaluation.reranking import check_queries, means, measure_run, pair_lengths, rerank
 from ..evaluation.reranking_data import without_list
 from ..harness.fingerprint import claim_run, fingerprint
 from ..harness.processes import command_line
@@ -62,8 +62,6 @@ if TYPE_CHECKING:
 KIND = "ssm-zoo finetuning of a reranker"
 HELD_OUT = "heldout.txt"
 """Name of the file in the run's folder with the ids of the queries that the seed held out."""
-# Texts that are tokenised at a time to count their tokens.
-_CHUNK = 256
 
 
 @dataclass
@@ -198,9 +196,9 @@ def _prepare(settings: RerankerSettings, output: Path, data: RankingData, state:
 
 
 def _lengths(reranker: CrossEncoder, data: RankingData, settings: RerankerSettings) -> dict[str, float]:
-    """Return the mean number of "tokens" of the training pairs before the cut, and the share of pairs that are "cut".
+    """Return the mean "tokens" of the texts of the training pairs and the share of pairs that are "cut".
 
-    A passage counts as a pair of its own.
+    See :func:`ssm_zoo.evaluation.reranking.pair_lengths`.
 
     Raises:
         ValueError: if a query leaves no room for a document, or the model has no embedding for a token.
@@ -210,21 +208,10 @@ def _lengths(reranker: CrossEncoder, data: RankingData, settings: RerankerSettin
     vocabulary = transformer.model.config.vocab_size
     check_queries(tokenizer, {group.query for group in data.groups}, settings.limit)
     check_queries(tokenizer, set(data.collection.queries.values()), settings.limit)
-    parts: dict[str, list[str]] = {}
-    pairs: list[tuple[str, str]] = []
-    for group in data.groups:
-        for document in group.documents:
-            if document not in parts:
-                parts[document] = settings.rule.parts(tokenizer, document)
-            pairs += [(group.query, part) for part in parts[document]]
-    tokens = cut = 0
-    for start in range(0, len(pairs), _CHUNK):
-        queries, documents = zip(*pairs[start : start + _CHUNK], strict=True)
-        encoded = tokenizer(list(queries), list(documents), truncation=False, verbose=False)["input_ids"]
-        check_ids(map(max, encoded), vocabulary)
-        tokens += sum(map(len, encoded))
-        cut += sum(len(ids) > settings.limit for ids in encoded)
-    return {"tokens": tokens / len(pairs), "cut": cut / len(pairs)}
+    pairs = [(group.query, document) for group in data.groups for document in group.documents]
+    found = pair_lengths(tokenizer, pairs, settings.rule, settings.limit)
+    check_ids([int(found.pop("largest"))], vocabulary)
+    return found
 
 
 def _coverage(run: RerankerRun) -> dict[str, Any]:

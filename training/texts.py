@@ -137,6 +137,11 @@ class TextRows:
         """Rows of a pass over the training text; None of a stream."""
         return None if isinstance(self.train, PositionedRows) else len(self.train)
 
+    def longest(self, row_tokens: int) -> int:
+        """Return the number of tokens of the longest document in a row; `row_tokens` for rows made while training."""
+        both = (self.train, self.heldout)
+        return max(row_tokens if isinstance(rows, PositionedRows) else rows.longest for rows in both)
+
     def first(self, count: int) -> list[Row]:
         """Return the first rows to train on, or all."""
         if isinstance(self.train, PositionedRows):

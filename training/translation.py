@@ -28,6 +28,7 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     set_seed,
@@ -44,6 +45,7 @@ from ..reports.translation_card import write_translation_card
 from .adapters import adapter_coverage, add_adapters, pinned
 from .checkpoints import check_numbers
 from .heldout import heldout_loss
+from .model_limits import check_prefixes, check_rows
 from .new_model import changed_keys, configuration_commit, entries_of, is_configuration, resolve_configuration
 from .packing import Row, RowCollator
 from .parallel_text import ParallelText, concatenated, read_parallel
@@ -58,7 +60,7 @@ from .report import (
 from .residual_dropout import add_residual_dropout
 from .sources import public_sources
 from .trainer import check_trackers, compute_dtype, computing, optimiser_steps, processes
-from .translation_data import PackedPairCollator, TranslationRows, make_translation_rows
+from .translation_data import PackedPairCollator, PackedPairs, TranslationRows, make_translation_rows
 from .translation_settings import TranslationSettings
 from .translation_tokenizer import Separator, fit_embeddings, learn_joint_vocabulary, set_separator
 from .translation_trainer import train_translation
@@ -182,9 +184,10 @@ def _prepare(
     make = _new if settings.is_new else _pretrained
     settings, model, tokenizer, separator, recipe, sources = make(settings, output, pairs["train"], state)
     form = translation_format(tokenizer, model.config, "model")
-    if settings.residual_dropout and getattr(model.config, "hidden_dropout", 0):
+    own = max(getattr(stack, "hidden_dropout", 0) for stack in _stacks(model.config))
+    if settings.residual_dropout and own:
         raise ValueError(
-            f"`residual_dropout` must be 0 for a model with its own hidden_dropout, {model.config.hidden_dropout}, got "
+            f"`residual_dropout` must be 0 for a model with its own hidden_dropout, {own}, got "
             f"{settings.residual_dropout}."
         )
     settings = settings.check_row_tokens(form.longest(settings.max_tokens))
@@ -192,6 +195,8 @@ def _prepare(
         field: make_translation_rows(found, form, settings, model.config.vocab_size, field)
         for field, found in pairs.items()
     }
+    for found in rows.values():
+        _check_lengths(model.config, found)
     # Raises an error now, rather than when the training begins, if the warm-up is too long.
     settings.warmup_steps(optimiser_steps(settings, len(rows["train"]), state.num_processes))
     model.to(state.device)
@@ -200,6 +205,19 @@ def _prepare(
         claim_run(output, {**settings.identity, **recipe, "data": fingerprints}, sources, KIND)
     state.wait_for_everyone()
     return TranslationRun(settings, output, form, separator, model, rows, state)
+
+
+def _stacks(config: Any) -> list[Any]:
+    """Return the configuration of each stack of blocks: of an encoder-decoder, that of the encoder is the first."""
+    return [config.encoder_config(), config] if config.is_encoder_decoder else [config]
+
+
+def _check_lengths(config: Any, found: TranslationRows) -> None:
+    """Raise a ValueError if the model, or one of its stacks, cannot read the longest pair."""
+    remedy = "Lower `max_tokens`."
+    lengths = found.rows.longest if isinstance(found.rows, PackedPairs) else [found.rows.longest]
+    for stack, longest in zip(_stacks(config), lengths, strict=True):
+        check_rows(stack, longest, remedy)
 
 
 def _new(settings: TranslationSettings, output: Path, pairs: ParallelText, state: PartialState) -> tuple[Any, ...]:
@@ -213,6 +231,7 @@ def _new(settings: TranslationSettings, output: Path, pairs: ParallelText, state
     config = resolve_configuration(
         settings.model, settings.overrides, tokenizer, revision=commit, encoder_decoders=True
     )
+    check_prefixes(config, there=False)
     set_seed(settings.seed)
     model = _auto_class(config, settings.model).from_config(config, trust_remote_code=False)
     sources = {} if commit is None else {"config": fingerprint(settings.model, commit)}
@@ -354,9 +373,14 @@ def _finished(run: TranslationRun) -> Any:
 
 
 def _set_generation(model: Any, run: TranslationRun) -> None:
-    """Let `generate` stop where a translation ends, and pad without effect."""
-    options = model.generation_config
-    options.eos_token_id, options.pad_token_id = run.form.end, run.form.padding
-    options.max_new_tokens = run.settings.max_tokens + 1
-    if run.form.is_encoder_decoder:
-        options.decoder_start_token_id = run.form.start
+    """Let `generate` stop where a translation ends, and pad without effect.
+
+    Nothing else of the base model's settings is kept: with `do_sample` of a chat model translations would be random.
+    """
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id,
+        eos_token_id=run.form.end,
+        pad_token_id=run.form.padding,
+        decoder_start_token_id=run.form.start,
+        max_new_tokens=run.settings.max_tokens + 1,
+    )

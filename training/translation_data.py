@@ -52,6 +52,7 @@ class PackedPairs(Dataset):
     Attributes:
         tokens: number of ids and labels.
         targets: number of labels, all of which are predicted.
+        longest: numbers of ids and of labels of the pairs that have most of them.
     """
 
     def __init__(self, documents: Sequence[Document], budget: int, *, packing: bool) -> None:
@@ -60,6 +61,7 @@ class PackedPairs(Dataset):
         self._rows = [[documents[index] for index in items] for items in bins]
         self.tokens = sum(len(ids) + len(labels) for ids, labels in documents)
         self.targets = sum(len(labels) for _, labels in documents)
+        self.longest = max(len(ids) for ids, _ in documents), max(len(labels) for _, labels in documents)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .texts import check_ids
+
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "sep_token": "<sep>", "bos_token": "<s>"}
 """Special tokens of a new tokenizer, in the order of their ids from 0, as in arXiv 2407.05489."""
 SMALLEST_VOCABULARY = 256 + len(SPECIAL)
@@ -89,11 +91,16 @@ def fit_embeddings(model: PreTrainedModel, separator: Separator) -> None:
     Args:
         model: changed in place; all other weights keep their values.
         separator: what :func:`set_separator` returned.
+
+    Raises:
+        ValueError: if the model also lacks embeddings for other tokens, so that the tokenizer is not its own.
     """
     if not separator.added:
         return
     embeddings: Any = model.get_input_embeddings()
-    if separator.id >= embeddings.weight.shape[0]:
+    rows = embeddings.weight.shape[0]
+    check_ids([separator.id - 1], rows)
+    if separator.id >= rows:
         # Not transformers' way to fill new rows, which draws them at random.
         model.resize_token_embeddings(separator.id + 1, mean_resizing=False)
     layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from families import make_model
 from huggingface_hub import HfApi
-from tiny_checkpoints import CARD, save_llama, save_zoo_checkpoint
+from tiny_checkpoints import CARD, save_llama, save_tokenizer, save_zoo_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -157,6 +157,23 @@ def test_generate_puts_a_question_into_the_chat_template(models: Path) -> None:
     expected = continuation(models / "zoo", prompt, 6).removeprefix(prompt)
     assert expected not in ("", continuation(models / "zoo", "why", 6).removeprefix("why"))
     assert ssm_zoo("generate", models / "zoo", "why", "--chat", "--max-new-tokens", 6) == f"{expected}\n"
+
+
+def test_generate_reads_a_prompt_in_both_directions_when_told(models: Path, tmp_path: Path) -> None:
+    model: Any = make_model("prefix-mamba2")
+    model.save_pretrained(tmp_path / "prefix")
+    save_tokenizer(tmp_path / "prefix")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "prefix")
+    ids = tokenizer("hello world", return_tensors="pt").input_ids
+    printed = []
+    for options, inputs in (([], {}), (["--prefix"], {"prefix_mask": torch.ones_like(ids)})):
+        written = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=0, pad_token_id=0, **inputs)
+        expected = tokenizer.decode(written[0], skip_special_tokens=True)
+        printed.append(ssm_zoo("generate", tmp_path / "prefix", "hello world", "--max-new-tokens", 8, *options))
+        assert printed[-1] == f"{expected}\n"
+    assert printed[0] != printed[1]
+    message = ssm_zoo("generate", models / "zoo", "abc", "--prefix", status=2)
+    assert "is made with prefix_bidirectional=False and reads prompts causally" in message
 
 
 def test_generate_loads_in_the_dtype(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

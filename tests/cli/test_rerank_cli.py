@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,6 +151,24 @@ MISTAKES = [
     (("finetune", "rerank", "zoo", "new", "--train", "beir", "--loss", "margin_mse"), "`loss` 'margin_mse' needs a"),
     (("finetune", "rerank", "zoo", "new", "--train", "beir", "--stride", "9"), "`stride` has no effect with documents"),
 ]
+
+
+def test_what_is_not_read_or_measured_is_said(ssm_zoo: Command, tmp_path: Path) -> None:
+    """Of six documents of a query two have 11 tokens, the others 10; two passages of 5 tokens reach the tenth."""
+    (tmp_path / "beir").unlink()
+    qrels = write_beir(tmp_path / "beir") / "qrels" / "test.tsv"
+    qrels.write_text(re.sub(r"(?m)^(q11\t.*)\t1$", r"\1\t0", qrels.read_text()))
+    shutil.copytree(tmp_path / "out" / "model", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config["reranking"] |= {"passage_tokens": 5}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    result = ssm_zoo("evaluate", "rerank", "short", "beir", "--output", "o.json")
+    assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"
+    assert "short: 33.3% of the pairs are longer than what it reads (maxp, 48 tokens)" in result.stdout
+    assert "queries without a relevant document, left out: 1\n" in result.stdout
+    report = json.loads((tmp_path / "o.json").read_text())
+    assert (report["queries"], report["without_relevant"], report["pairs"]) == (11, 1, 66)
+    assert report["systems"]["short"]["cut"] == pytest.approx(22 / 66) and "cut" not in report["systems"]["BM25"]
 
 
 @pytest.mark.parametrize(("line", "message"), MISTAKES)

@@ -112,6 +112,7 @@ def test_every_option_arrives(ssm_zoo: Callable[..., Result], tmp_path: Path) ->
         f"held-out loss: {losses[0]:.4f} before, {losses[-1]:.4f} after\nreport: out/report.json   model: out/model"
     )
     assert printed in result.stdout and "heldout: 0 pairs left out and 1 cut as too long" in result.stdout
+    assert re.search(r"train: 0 concatenated pairs left out and \d cut as too long", result.stdout)
     assert report["tokenizer"]["separator"] == "|"
     assert "4 pairs, joined at random to" in (tmp_path / "out" / "model" / "README.md").read_text()
 

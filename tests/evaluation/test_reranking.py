@@ -24,7 +24,7 @@ from tiny_checkpoints import save_tokenizer
 from transformers import AutoTokenizer
 
 from ssm_zoo.evaluation.long_documents import LongDocuments, long_documents
-from ssm_zoo.evaluation.reranking import means, measure_run, rerank
+from ssm_zoo.evaluation.reranking import means, measure_run, pair_lengths, rerank
 from ssm_zoo.evaluation.reranking_data import (
     JudgedCollection,
     bm25_run,
@@ -129,6 +129,14 @@ def test_bm25_lists_what_shares_a_word(beir: Path) -> None:
     )
 
 
+def test_bm25_of_documents_without_words_lists_nothing() -> None:
+    """Stop words are no words."""
+    judged = JudgedCollection(
+        {"q": "cat", "r": "the"}, {"d": "the", "e": ""}, {"q": {"d": 1}, "r": {"d": 1}}, frozenset()
+    )
+    assert bm25_run(judged, 10) == {"q": {}, "r": {}}
+
+
 def test_runs_are_written_as_they_are_read(beir: Path, tmp_path: Path) -> None:
     judged = read_judged(beir)
     lists = {
@@ -158,6 +166,19 @@ def test_passages_cover_a_document(tmp_path: Path) -> None:
     assert LongDocuments("longp").parts(tokenizer, "abcdefgh") == ["abcdefgh"]
 
 
+def test_pairs_of_which_a_part_is_not_read_are_counted(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    pairs = [("xy", "abcdefghij"), ("xy", "abcdefghijk"), ("xyz", "ab"), ("xy", "")]
+    passages = LongDocuments("maxp", passage_tokens=4, stride=3, max_passages=3)  # reach the tenth token
+    found = pair_lengths(tokenizer, pairs, passages, 6)
+    assert found["cut"] == 1 / 4 and found["tokens"] == (6 * 6 + 5 + 2) / 8
+    assert found["largest"] == max(tokenizer("xyz")["input_ids"])
+    assert pair_lengths(tokenizer, pairs, passages, 5)["cut"] == 2 / 4
+    assert pair_lengths(tokenizer, pairs, LongDocuments(), 12)["cut"] == 1 / 4
+    assert pair_lengths(tokenizer, pairs, LongDocuments(), None) == {**found, "cut": 0.0, "tokens": 32 / 4}
+
+
 def test_a_document_scores_as_its_best_passage(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -182,6 +203,8 @@ def test_the_rule_is_that_of_the_configuration() -> None:
     for entry in ({"rule": "sum"}, ["maxp"], {"rule": "maxp", "stride": 0}, {"rule": "maxp", "length": 3}):
         with pytest.raises(ValueError, match=r"`reranking` in config.json must be written by"):
             long_documents(type("Config", (), {"reranking": entry})())
+    with pytest.raises(ValueError, match=r"must have a stride of at most passage_tokens, 20, .*, got 21"):
+        long_documents(type("Config", (), {"reranking": {**rule.entry(), "stride": 21}})())
 
 
 # Significance
@@ -217,6 +240,11 @@ def test_p_values_agree_with_the_t_test_of_many_queries() -> None:
     assert compare(first, first)["p_randomisation"] == 1.0
 
 
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="`second` must have finite values, got nan for the query 'b'"):
+        compare({"a": 1.0, "b": 0.5}, {"a": 0.5, "b": math.nan})
+
+
 def test_holm_corrects_for_the_number_of_comparisons() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
@@ -232,9 +260,16 @@ MISTAKES = [
     pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td9-9\t1\n", r"line 2: corpus.jsonl has no id 'd9-9'", id="document"),
     pytest.param("qrels/test.tsv", "a\tb\tc\nq99\td0-0\t1\n", r"line 2: queries.jsonl has no id 'q99'", id="query"),
     pytest.param(
-        "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t-1\n", r"the grade must be .* at least 0, got '-1'", id="negative"
+        "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t-1\n", r"the grade must be .* 0 to 1,000, got '-1'", id="negative"
     ),
-    pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td0-0\tnan\n", r"the grade must be .* at least 0, got 'nan'", id="nan"),
+    pytest.param("qrels/test.tsv", "a\tb\tc\nq0\td0-0\tnan\n", r"the grade must be .* to 1,000, got 'nan'", id="nan"),
+    # As 32 bits, 2^32 is 0: a relevant document would count as not relevant.
+    pytest.param(
+        "qrels/test.tsv",
+        "a\tb\tc\nq0\td0-0\t4294967296\n",
+        r"the grade must be .* to 1,000, got '4294967296'",
+        id="large",
+    ),
     pytest.param("qrels/test.tsv", "q0\td0-0\t1\n", r"line 1 must be a header", id="header"),
     pytest.param(
         "qrels/test.tsv", "a\tb\tc\nq0\td0-0\t1\nq0\td0-0\t0\n", r"line 3 judges document 'd0-0' .* again", id="twice"
@@ -272,8 +307,9 @@ def test_a_split_is_asked_for_where_there_are_several(beir: Path) -> None:
         ("q0 Q0 d0-0 1 0.5", r"run: '.*a.trec', line 13 must have six columns .*, got 5"),
         ("q0 Q0 d9-9 1 0.5 a", r"line 13: corpus.jsonl has no id 'd9-9'"),
         ("q77 Q0 d0-0 1 0.5 a", r"line 13: queries.jsonl has no id 'q77'"),
-        ("q0 Q0 d0-0 1 nan a", r"line 13: the score must be a finite number, got 'nan'"),
-        ("q0 Q0 d0-0 1 x a", r"line 13: the score must be a finite number, got 'x'"),
+        ("q0 Q0 d0-0 1 nan a", r"line 13: the score must be a finite number in float32, got 'nan'"),
+        ("q0 Q0 d0-0 1 1e39 a", r"line 13: the score must be a finite number in float32, got '1e39'"),
+        ("q0 Q0 d0-0 1 x a", r"line 13: the score must be a finite number in float32, got 'x'"),
         ("q0 Q0 d0-1 1 0.5 a", r"line 13 has document 'd0-1' again in the list of query 'q0'"),
         (None, r"must have a list for at least one of the 11 queries with judgements, and has none. Check the split."),
     ],

@@ -398,6 +398,7 @@ def mistakes(folder: Path) -> Path:
     weights = load_file(made / "lacking" / "model.safetensors")
     del weights["backbone.norm_f.weight"]
     save_file(weights, made / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    save_model(made / "bounded", "mixer", max_position_embeddings=2)
     make_model("mamba2", vocab_size=5).save_pretrained(made / "small")
     save_tokenizer(made / "small")
     return made
@@ -432,6 +433,9 @@ MISTAKES = [
     ),
     pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: norm_f.weight", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: .* below the model's vocab_size, 5, got \d+", id="vocabulary"),
+    pytest.param(
+        {"model": "bounded"}, r"model: a text must have at most 2 tokens, .* Lower `max_tokens`", id="positions"
+    ),
     pytest.param({"target_modules": ["nope"]}, "`target_modules` must be among down_proj, .*, got 'nope'", id="target"),
     pytest.param({"revision": "v1"}, "`revision` must be left out for the folder .*all-four, got 'v1'", id="revision"),
 ]

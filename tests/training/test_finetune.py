@@ -311,6 +311,8 @@ MISTAKES: list[Any] = [
     ),
     pytest.param({"model": "lacking"}, "model: lacking has 1 missing weights: backbone.norm_f", id="weight-missing"),
     pytest.param({"model": "small"}, r"model: .* below the model's vocab_size, 28, got \d+", id="tokenizer"),
+    pytest.param({"model": "bounded"}, r"model: a text must have at most 8 tokens, .*, got \d+. Lower", id="positions"),
+    pytest.param({"model": "left"}, "model: `pad_mode` must be 'shift' for this training, got 'as_trained'", id="left"),
     pytest.param({"load_in_4bit": True}, "`load_in_4bit` needs", id="4-bit"),
 ]
 
@@ -330,8 +332,14 @@ def mistakes(folder: Path) -> Path:
     del weights["backbone.norm_f.weight"]
     save_file(weights, made / "lacking" / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(made / "lacking")
-    make_model("mamba2", vocab_size=28).save_pretrained(made / "small")
-    save_tokenizer(made / "small")
+    tiny = {
+        "small": make_model("mamba2", vocab_size=28),
+        "bounded": make_model("mixer", max_position_embeddings=8),
+        "left": make_model("mixer", pad_mode="as_trained", pad_token_id=0),
+    }
+    for name, model in tiny.items():
+        model.save_pretrained(made / name)
+        save_tokenizer(made / name)
     return made
 
 

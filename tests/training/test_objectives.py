@@ -281,6 +281,10 @@ OBJECTIVES = [{"objective": "next_token", "rate": 1.0}, {"objective": "copying",
             "mean_span` has no effect without `corruption`",
         ),
         ({"objectives": [{"objective": "infilling", "rate": 1.0, "corruption": 0.0}]}, "corruption` must be above 0"),
+        (
+            {"objectives": [{"objective": "infilling", "rate": 1.0, "corruption": None}]},
+            "corruption` must have a value or be left out, got None",
+        ),
         ({"objectives": [OBJECTIVES[0]] * 2}, "must have different names, got 'next_token' 2 times"),
         ({"objectives": OBJECTIVES, "sentinels": 9}, "sentinels` has no effect without prefix_lm, infilling"),
         ({"objectives": OBJECTIVES[:1], "bandit": {}}, "bandit` has no effect with one objective"),
@@ -334,6 +338,9 @@ def test_a_mixture_is_read_from_a_file_and_part_of_the_identity(tmp_path: Path) 
     (tmp_path / "mix.yaml").write_text(
         yaml.safe_dump({"objectives": OBJECTIVES, "bandit": {"every": 5, "exploration": [1, 0]}})
     )
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump({"objectives": OBJECTIVES}) + "bandit:\n")
+    with pytest.raises(ValueError, match=r"`objectives` must be a mapping with a mapping under `bandit`, e.g. \{\}"):
+        settings(objectives=str(tmp_path / "empty.yaml"))
     found = settings(objectives=str(tmp_path / "mix.yaml")).identity["objectives"]
     assert [each["name"] for each in found["objectives"]] == ["next_token", "copying"]
     assert (found["bandit"]["every"], found["bandit"]["exploration"]) == (5, [1.0, 0.0])

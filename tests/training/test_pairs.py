@@ -78,6 +78,12 @@ MISTAKES = [
     pytest.param(
         "a.jsonl", '{"anchor": "x"}', "'a.jsonl', line 1 has no column 'positive'; it has 'anchor'$", id="lacks"
     ),
+    pytest.param(
+        "a.csv",
+        "anchor,positive,positive\n1,2,3\n",
+        "'a.csv' has 2 columns 'positive', of which only one can be meant",
+        id="column-twice",
+    ),
     pytest.param("a.tsv", "anchor\tx\n1\t2\n", "'a.tsv' has no column 'positive'; it has 'anchor', 'x'$", id="column"),
     pytest.param("a.tsv", "anchor\tpositive\na\n", "'a.tsv', line 2 must have 2 texts, got 1", id="cells"),
     pytest.param("a.csv", 'anchor,positive\na,"b', "'a.csv', line 2: unexpected end of data", id="open-quote"),

@@ -49,7 +49,6 @@ def test_every_format_gives_the_same_pairs(tmp_path: Path, kind: str) -> None:
     assert read_parallel([name], "train") == ParallelText(SOURCES, TARGETS, [3])
     twice = read_parallel([name, name], "train", reverse=True)
     assert twice == ParallelText(TARGETS * 2, SOURCES * 2, [3, 3])
-    assert twice.fingerprint() != read_parallel([name, name], "train").fingerprint()
 
 
 def test_columns_and_fields_have_the_names_that_are_given(tmp_path: Path) -> None:

@@ -163,6 +163,15 @@ MISTAKES = [
         {"query": "a", "documents": ["x", "y"], "labels": [1, -1]},
         "`labels` must be a list of numbers of at least 0, got",
     ),
+    (
+        {"query": "a", "documents": ["x", "y"], "labels": [10**400, 0]},
+        "`labels` must be a list of finite .* float32, got 1000",
+    ),
+    (
+        {"query": "a", "documents": ["x", "y"], "labels": [1, 0], "negatives": ["z"]},
+        "must have either `positive` with .*; it has 'query', 'documents', 'labels', 'negatives'",
+    ),
+    ({"query": "a", "positive": "p", "negative": "n", "labels": [2, 0]}, "must have either `positive` with"),
     ({"query": "a", "documents": ["x", "y"], "labels": [1, True]}, "`labels` must be a list of numbers of at least 0"),
     ({"query": "a", "documents": ["x", "y"], "labels": [0, 0]}, "must have a document with a label above 0"),
     ({"query": "a", "documents": "x", "labels": [1]}, "`documents` must be a list of texts, got 'x'"),
@@ -184,11 +193,23 @@ def test_a_mistake_in_a_file_names_the_line(tmp_path: Path, row: dict[str, Any],
         read_ranking_data(settings_of(tmp_path, train=[train], heldout=[heldout], loss="margin_mse"))
 
 
+def test_grades_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> None:
+    """In float32 2^128 is infinite, and the loss would be NaN; trec_eval reads 2^32 as 0."""
+    lists = rows(tmp_path / "train.jsonl", {"query": "a", "documents": ["x", "y"], "labels": [128, 0]})
+    heldout = rows(tmp_path / "heldout.jsonl", HELD)
+    with pytest.raises(ValueError, match=r"`loss` must be another than 'lambda' for grades above 100, .* got 128"):
+        read_ranking_data(settings_of(tmp_path, train=[lists], heldout=[heldout], loss="lambda"))
+    assert read_ranking_data(settings_of(tmp_path, train=[lists], heldout=[heldout], loss="listnet")).groups
+    heldout = rows(tmp_path / "large.jsonl", {**HELD, "labels": [2**32, 0]})
+    with pytest.raises(ValueError, match="line 1: a held-out label must be a whole number of at most 1,000"):
+        read_ranking_data(settings_of(tmp_path, train=[lists], heldout=[heldout], loss="listnet"))
+
+
 def test_held_out_labels_agree(tmp_path: Path) -> None:
     train = rows(tmp_path / "train.jsonl", {"query": "a", "positive": "p", "negative": "n"})
     for row in ({**HELD, "labels": [1, 0]}, {**HELD, "labels": [0.5, 0]}):
         heldout = rows(tmp_path / "heldout.jsonl", HELD, row)
-        with pytest.raises(ValueError, match=r"line 2: a held-out label must be a whole number, and the same wherever"):
+        with pytest.raises(ValueError, match=r"line 2: a held-out label must be .*, and the same wherever"):
             read_ranking_data(settings_of(tmp_path, train=[train], heldout=[heldout]))
     heldout = rows(tmp_path / "heldout.jsonl", HELD)
     with pytest.raises(ValueError, match=r"train: '.*none.jsonl' has no groups"):

@@ -391,6 +391,7 @@ def test_the_card_says_what_was_done(run: Path) -> None:
 
 
 # What is refused: a change of the settings, and what the message says.
+BOUNDED = {"model_type": "masked_mixer", "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 8}
 MISTAKES: list[Any] = [
     pytest.param({"config": "mamba-13m"}, "`config` must be a preset .*, got 'mamba-13m'. .* 'mamba-130m'", id="name"),
     pytest.param({"config": "nope.yaml"}, "config: there is no file 'nope.yaml'", id="no-file"),
@@ -416,6 +417,9 @@ MISTAKES: list[Any] = [
     pytest.param(
         {"overrides": ["bidirectional=true"]}, "`bidirectional` must be False for a causal language model", id="both"
     ),
+    pytest.param({"overrides": ["prefix_bidirectional=true"]}, "`prefix_bidirectional` must be False", id="prefix"),
+    pytest.param({"config": BOUNDED, "streaming": True, "row_tokens": 9}, "at most 8 tokens, .*, got 9", id="stream"),
+    pytest.param({"config": BOUNDED}, r"must have at most 8 tokens, .*, got \d+. Lower `row_tokens`", id="positions"),
     pytest.param(
         {"overrides": ["vocab_size=9"]}, "config: `vocab_size` must be at least 256, .*, got 9", id="vocabulary"
     ),

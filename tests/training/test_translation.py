@@ -39,6 +39,11 @@ TEXTS = ParallelText(
 )
 REQUIRED = {"model": "zoo", "train": ["t.tsv"], "heldout": ["t.tsv"]}
 NEW = {"train_tokenizer": 262, "steps": 3, "max_tokens": 60, "row_tokens": 150, "batch_size": 2}
+BYTES = {**NEW, "train_tokenizer": 260}
+# Of bytes, the longest pair has 8 and 8 tokens, with separator or end 9 and 9, in one sequence 18.
+BOUNDED = (
+    "hidden_size: 16\nintermediate_size: 16\nnum_hidden_layers: 1\nnum_attention_heads: 2\nlearned_positions: true\n"
+)
 CONFIG = "model_type: zoo_mamba2\nhidden_size: 16\nnum_hidden_layers: 1\nstate_size: 4\nhead_dim: 8\nnum_heads: 4\n"
 
 
@@ -251,6 +256,8 @@ def test_an_added_separator_gets_one_row_and_nothing_else_changes(folder: Path, 
     spare = make_model("mamba2-full", vocab_size=VOCAB + 7)
     fit_embeddings(spare, separator)
     assert spare.config.vocab_size == VOCAB + 7
+    with pytest.raises(ValueError, match=f"ids must be below the model's vocab_size, 20, got {VOCAB - 1}"):
+        fit_embeddings(make_model("mamba2-full", vocab_size=20), separator)  # the tokenizer of another model
     own: Any = AutoTokenizer.from_pretrained(folder / "zoo")
     there = set_separator(own, "!")
     assert (there.id, there.added, own.sep_token_id) == (own.get_vocab()["!"], False, there.id)
@@ -375,11 +382,16 @@ def test_adapters_are_merged_with_the_separator_they_were_trained_with(
 ) -> None:
     monkeypatch.chdir(shutil.copytree(folder, tmp_path / "work"))
     how = {"max_tokens": 20, "row_tokens": 60, "steps": 4, "learning_rate": 0.05, "rank": 3}
+    # As a chat model has it: kept, it would make translations random.
+    Path("zoo/generation_config.json").write_text('{"do_sample": true, "temperature": 0.7, "bos_token_id": 4}')
     report = finetune_translation(parse_translation_settings({**REQUIRED, **how}), "out")
     assert report["coverage"]["dead"] == [] and report["base"]["source"] == "zoo"
     assert report["tokenizer"]["separator"] == "<sep>" and report["tokenizer"]["separator_added"]
     model: Any = AutoModelForCausalLM.from_pretrained("out/model")
     tokenizer: Any = AutoTokenizer.from_pretrained("out/model")
+    saved = json.loads(Path("out/model/generation_config.json").read_text())
+    assert not saved.get("do_sample") and "temperature" not in saved
+    assert (saved["bos_token_id"], saved["eos_token_id"], saved["max_new_tokens"]) == (4, tokenizer.eos_token_id, 21)
     assert not isinstance(model, PeftModel) and model.config.vocab_size == VOCAB + 1 == tokenizer.sep_token_id + 1
     form = translation_format(tokenizer, model.config)
     rows = rows_of(form, vocab_size=VOCAB + 1, max_tokens=20, row_tokens=60)
@@ -424,7 +436,31 @@ def test_a_mistake_writes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
         "`row_tokens` must be at least 202, ": {"max_tokens": 100, "row_tokens": 201},
         "`warmup` must be shorter than the run, got 9 steps in a run of 3": {"steps": 3, "warmup": 9},
         "`revision` must be left out for the folder zoo": {"revision": "v1"},
+        "model: a text must have at most 17 tokens": {**BYTES, "model": "hybrid.yaml"},
+        "model: a text must have at most 8 tokens, since the model has weights for as many positions "
+        "(max_position_embeddings), got 9. Lower `max_tokens`.": {**BYTES, "model": "encdec.yaml"},
+        "model: a text must have at most 7 tokens": {
+            **BYTES,
+            "model": "encdec.yaml",
+            "overrides": ["encoder={max_position_embeddings: 7}", "max_position_embeddings=9"],
+        },
+        "`residual_dropout` must be 0 for a model with its own hidden_dropout, 0.1, got 0.2": {
+            **BYTES,
+            "model": "encdec.yaml",
+            "overrides": ["encoder={hidden_dropout: 0.1}", "max_position_embeddings=9"],
+            "residual_dropout": 0.2,
+        },
+        "model: `pad_mode` must be 'shift' for this training": {"model": "mixer"},
+        "config: `prefix_bidirectional` must be False, got True": {
+            **NEW,
+            "model": "zoo.yaml",
+            "overrides": ["prefix_bidirectional=true"],
+        },
     }
+    Path("hybrid.yaml").write_text(f"model_type: zoo_hybrid\nmax_position_embeddings: 17\n{BOUNDED}")
+    Path("encdec.yaml").write_text(f"model_type: zoo_encdec\nmax_position_embeddings: 8\n{BOUNDED}")
+    make_model("mixer", pad_mode="as_trained", pad_token_id=0, eos_token_id=0).save_pretrained("mixer")
+    save_tokenizer(Path("mixer"))
     from transformers import LlamaConfig
 
     LlamaConfig(vocab_size=VOCAB).save_pretrained("llama")
