@@ -193,7 +193,7 @@ class _Planner:
     def plan(self) -> RunPlan:
         """Return the whole plan."""
         recipe, spec = self.recipe, self.recipe.evaluation
-        texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
+        texts = self.heldout.windows(spec.sequence_length)[: spec.batch_size]
         scored = max(min(spec.tokens, len(self.heldout)) // spec.sequence_length, 1) * spec.sequence_length
         self.kept.name(self.teacher.model, "teacher")
         with self.measured("first evaluation"):

@@ -262,6 +262,13 @@ def test_the_time_of_the_evaluations_is_that_of_the_held_out_text(monkeypatch: p
     assert found == pytest.approx([5 * (0.25 + 0.75 * tokens / 128) + 6 for tokens in (64, heldout)])
 
 
+def test_the_training_text_may_be_shorter_than_a_window_of_the_evaluation() -> None:
+    recipe, teacher, student, layers, windows, heldout, compute = parts()
+    values = {**as_mapping(recipe), "evaluation": {"tokens": 128, "sequence_length": 128}}
+    short = TokenWindows(windows.windows(1)[:64, 0])
+    assert make_plan(parse_recipe(values), teacher, student, layers, short, heldout, compute).evaluation > 0
+
+
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
