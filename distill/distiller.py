@@ -17,7 +17,14 @@ from transformers import ProgressCallback, TrainingArguments
 from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
-from ..training.trainer import CHECKPOINTS, CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
+from ..training.trainer import (
+    CHECKPOINTS,
+    CurveCallback,
+    ZooTrainer,
+    gradient_checkpointing,
+    loop_arguments,
+    set_gradient_checkpointing,
+)
 from .adapters import PART, plain_name
 from .data import TokenWindows, derived_seed, repeat_a_passage
 from .healing import healed_parameters
@@ -171,9 +178,8 @@ class Distiller(ZooTrainer):
         for parameter in (*mixers.values(), *others.values()):
             parameter.requires_grad_(True)
         whole = not stage.layerwise  # a single layer needs little memory
-        for module in student.modules():  # an earlier stage may have set it
-            if getattr(module, "gradient_checkpointing", False) and stage.layerwise:
-                module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+        if recipe.gradient_checkpointing and not whole:
+            set_gradient_checkpointing(student, False)  # an earlier stage may have turned it on
         super().__init__(
             model=StudentInStage(student, stage, teacher, layers, windows.learnt_share),
             args=TrainingArguments(

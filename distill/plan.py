@@ -28,6 +28,7 @@ from ..harness.machine import resident_memory
 from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
 from ..training.sharding import sharded_by
+from ..training.trainer import set_gradient_checkpointing
 from .adapters import adapted
 from .calibrate import calibration_windows
 from .comparison import WINDOWS
@@ -325,7 +326,8 @@ class _Planner:
                 model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).backward()
             model.zero_grad(set_to_none=True)
 
-        with trainable(self.student, stage.train, layers) as trained:
+        less = self.recipe.gradient_checkpointing and not stage.layerwise
+        with trainable(self.student, stage.train, layers) as trained, recomputing(self.student, less):
             # From a whole chunk of logits on, the memory is linear in the batch.
             activations, seconds = _extrapolated(step, batch, -(-logits // length), self.device)
             every = sum(parameter.numel() for parameter in trained)
@@ -396,6 +398,19 @@ def trainable(student: ZooHybridForCausalLM, train: str, layers: Sequence[int]) 
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def recomputing(student: ZooHybridForCausalLM, on: bool) -> Iterator[None]:
+    """Let a student recompute its blocks in the backward pass, as in training with gradient checkpointing, if `on`."""
+    if not on:
+        yield
+        return
+    set_gradient_checkpointing(student.train(), True)  # which has no effect in evaluation mode
+    try:
+        yield
+    finally:
+        set_gradient_checkpointing(student.eval(), False)
 
 
 def _seconds_of_an_update(trained: Sequence[Tensor], device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """How fast a stage trains its weights: groups of the optimiser, and schedules."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -76,6 +77,19 @@ def test_groups_of_weights_have_their_own_rates() -> None:
         else:
             assert rate == (5e-4 if "layers.2.mixer" in name else 3e-4), name
     assert set(found.values()) == {2e-3, 5e-4, 1e-4, 2e-4, 3e-4}
+
+
+@pytest.mark.parametrize("train", ["all", "mixers+norms"])
+def test_weights_that_the_loss_does_not_reach_are_not_trained(train: str) -> None:
+    for objective in ("matrix_orientation", "hidden_state_alignment"):
+        with pytest.raises(ValueError, match=rf"'{re.escape(train)}' has no effect with objective '{objective}'"):
+            stage(objective=objective, train=train)
+    block = {"objective": "hidden_state_alignment", "target": "block_output", "train": train}
+    rates = {"norm_learning_rate": 1e-4} | ({"mlp_learning_rate": 1e-4} if train == "all" else {})
+    assert stage(**block, **rates).train == train
+    with pytest.raises(ValueError, match=r"has no effect with train .* since all weights outside of the mixers that"):
+        stage(**block, **rates, other_learning_rate=1e-3)
+    assert stage(**block, other_learning_rate=1e-3).other_learning_rate == 1e-3
 
 
 def test_learned_positions_are_embeddings() -> None:

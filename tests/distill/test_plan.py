@@ -107,6 +107,18 @@ def test_the_sizes_of_a_stage_are_those_of_its_weights() -> None:
     assert mixers.stages[0].parameters == trained and mixers.stages[0].logits == 0
 
 
+def test_blocks_that_are_recomputed_hold_no_activations() -> None:
+    recipe, *others = parts(batch_size=8, before={"objective": "hidden_state_alignment", "train": "mixers"})
+    student, found = others[1], []
+    for less in (False, True):
+        values = {**as_mapping(recipe), "gradient_checkpointing": less}
+        found.append(make_plan(parse_recipe(values), *others).stages)
+        assert not student.training and not any(block.gradient_checkpointing for block in student.backbone.layers)
+    plain, recomputed = found
+    assert recomputed[0].activations == plain[0].activations  # of a layer-wise stage
+    assert recomputed[1].activations < 0.8 * plain[1].activations
+
+
 @pytest.mark.parametrize("objective", ["hidden_state_alignment", "logit_distillation"])
 def test_the_memory_of_a_large_batch_follows_from_that_of_a_small_one(
     objective: str, monkeypatch: pytest.MonkeyPatch

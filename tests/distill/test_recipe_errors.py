@@ -1,6 +1,5 @@
 """Recipes that are refused: every message names the key, the value and what is accepted."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -314,19 +313,6 @@ def test_a_rate_of_weights_that_the_loss_does_not_reach_is_refused(stage: dict[s
         else:
             with pytest.raises(ValueError, match=rf"`stages\.0\.{field}` has no effect with objective"):
                 parse_recipe(recipe)
-
-
-@pytest.mark.parametrize("train", ["all", "mixers+norms"])
-def test_weights_that_the_loss_does_not_reach_are_not_trained(train: str) -> None:
-    for part in ({"objective": "matrix_orientation"}, {"objective": "hidden_state_alignment"}):
-        with pytest.raises(ValueError, match=rf"`stages\.0\.train` '{re.escape(train)}' has no effect with objective"):
-            parse_recipe(values(stages=[{**values()["stages"][0], **part, "train": train}]))
-    part = {"objective": "hidden_state_alignment", "target": "block_output", "train": train}
-    stage = {**values()["stages"][0], **part, "norm_learning_rate": 1e-4}
-    rates = {"mlp_learning_rate": 1e-4} if train == "all" else {}
-    assert parse_recipe(values(stages=[{**stage, **rates}])).stages[0].train == train
-    with pytest.raises(ValueError, match=r"`stages\.0\.other_learning_rate` has no effect with train"):
-        parse_recipe(values(stages=[{**stage, **rates, "other_learning_rate": 1e-3}]))
 
 
 def test_a_rate_of_no_weights_is_refused() -> None:
