@@ -228,6 +228,7 @@ class _Planner:
             seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
         with self.measured("errors of layers"):
             seconds += seconds_of(lambda: self.errors(texts), self.device) * (1 + len(stages))
+            matrices = peak_of(lambda: self.errors(texts), self.device)
         with self.measured("division of slots"):
             slots = self.slots_seconds()
         with self.measured("calibration"), self.compute():
@@ -247,7 +248,7 @@ class _Planner:
             teacher=_bytes(self.teacher.model),
             student=self.weights,
             # The control is gone when a stage's states are kept.
-            evaluation=self.resident + forward + max(control + kept(2), kept(3)),
+            evaluation=self.resident + max(forward + control + kept(2), max(forward, matrices) + kept(3)),
             comparison=comparison,
             stages=stages,
             evaluation_seconds=seconds,

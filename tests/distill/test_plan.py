@@ -274,6 +274,14 @@ def test_the_time_of_the_evaluations_is_that_of_the_held_out_text(monkeypatch: p
     assert found == pytest.approx([5 * (0.25 + 0.75 * tokens / 128) + 6 for tokens in (64, heldout)])
 
 
+def test_the_matrices_of_a_layer_are_part_of_an_evaluation() -> None:
+    """Attention, and what attends to a bounded memory, have whole matrices in the errors of layers."""
+    recipe, *others = parts(evaluation=512, student={"mixer": "bounded_attention", "slots": "equal"})
+    values = {**as_mapping(recipe), "evaluation": {"tokens": 512, "sequence_length": 256, "batch_size": 2}}
+    found = make_plan(parse_recipe(values), *others)
+    assert found.evaluation - found.resident > 2 * 4 * (2 * 6 * 256**2)  # of student and teacher, for two windows
+
+
 def test_the_training_text_may_be_shorter_than_a_window_of_the_evaluation() -> None:
     recipe, teacher, student, layers, windows, heldout, compute = parts()
     values = {**as_mapping(recipe), "evaluation": {"tokens": 128, "sequence_length": 128}}
