@@ -118,6 +118,17 @@ def test_a_calibrated_mixer_is_better_than_none_and_than_before(mixer: dict[str,
         assert fitted < 0.9
 
 
+@pytest.mark.parametrize("method", ["head_scale", "ridge", "sequential"])
+@pytest.mark.parametrize("silent", ["o_proj", "v_proj"])
+def test_an_attention_that_adds_nothing_can_be_calibrated(silent: str, method: str) -> None:
+    teacher = make_teacher()
+    teacher.model.layers[1].self_attn.get_parameter(f"{silent}.weight").zero_()
+    student = calibrated(teacher, [1, 2], draw_ids(6, 16), calibration=method)
+    assert all(bool(parameter.isfinite().all()) for parameter in student.parameters())
+    out_proj = student_mixer(student, 1).get_parameter("out_proj.weight")
+    assert bool((out_proj != 0).any()) == (silent == "v_proj")  # whose values may still be learnt
+
+
 def test_windows_count_alike_whatever_the_batches() -> None:
     teacher, windows = make_teacher(), draw_ids(5, 16)
     options: dict[str, Any] = {"half_life": (2.0, 8.0), "calibration": "ridge"}
