@@ -51,8 +51,8 @@ def add_moments(sums: dict[Any, Moments], key: Any, moments: Moments) -> None:
 def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Tensor:
     """Return the output projection with each head's columns scaled by the best factor.
 
-    The factors s minimise `|| sum_h s_h W_h y_h - t ||^2`; the normal equations have one row and column per head. A head
-    that adds nothing keeps its columns.
+    The factors s minimise `|| sum_h s_h W_h y_h - t ||^2`; the normal equations have one row and column per head.
+    A head that adds nothing keeps its columns.
 
     Args:
         weight: (D, E) output projection W.
