@@ -42,9 +42,9 @@ _RIDGE = 1e-2
 
 
 def calibration_windows(recipe: Recipe, train: TokenWindows) -> Tensor:
-    """Return the (N, L) windows of the training text for the calibration and the refits of a recipe."""
+    """Return the (N, L) windows of the training text for the calibration and the refits of a recipe, each once."""
     length = recipe.calibration_length
-    count = max(recipe.student.calibration_tokens // length, 1)
+    count = min(max(recipe.student.calibration_tokens // length, 1), train.count(length))
     # With another seed than the training, which therefore starts with other windows.
     return train.batch(0, count, length, recipe.seed + 1)
 

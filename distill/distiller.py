@@ -17,7 +17,14 @@ from transformers import ProgressCallback, TrainingArguments
 from ..harness.json_files import json_text
 from ..modeling import ZooHybridForCausalLM
 from ..training.sharding import clip_gradients
-from ..training.trainer import CHECKPOINTS, CurveCallback, ZooTrainer, gradient_checkpointing, loop_arguments
+from ..training.trainer import (
+    CHECKPOINTS,
+    CurveCallback,
+    ZooTrainer,
+    gradient_checkpointing,
+    loop_arguments,
+    set_gradient_checkpointing,
+)
 from .adapters import PART, plain_name
 from .data import TokenWindows, derived_seed, repeat_a_passage
 from .healing import healed_parameters
@@ -171,6 +178,8 @@ class Distiller(ZooTrainer):
         for parameter in (*mixers.values(), *others.values()):
             parameter.requires_grad_(True)
         whole = not stage.layerwise  # a single layer needs little memory
+        if recipe.gradient_checkpointing and not whole:
+            set_gradient_checkpointing(student, False)  # an earlier stage may have turned it on
         super().__init__(
             model=StudentInStage(student, stage, teacher, layers, windows.learnt_share),
             args=TrainingArguments(
@@ -338,7 +347,8 @@ def group_of(name: str) -> str:
         return "norms"
     if ".mlp." in name:
         return "mlps"
-    return "embeddings" if name.startswith(("backbone.embeddings.", "lm_head.")) else "other"
+    embeddings = ("backbone.embeddings.", "backbone.position_embeddings.", "lm_head.")
+    return "embeddings" if name.startswith(embeddings) else "other"
 
 
 def make_optimizer(
@@ -362,7 +372,7 @@ def make_optimizer(
     groups, names = [], []
     for parameters, rate in rated:
         for decayed in (True, False):
-            chosen = [name for name, tensor in parameters.items() if (tensor.dim() > 1) == decayed]
+            chosen = [name for name, tensor in parameters.items() if _is_decayed(name, tensor) == decayed]
             if chosen:
                 groups.append(
                     {
@@ -373,6 +383,11 @@ def make_optimizer(
                 )
                 names += chosen
     return torch.optim.AdamW(groups, betas=stage.betas), names
+
+
+def _is_decayed(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter has weight decay; the bias of masked mixing is a matrix, of heads and positions."""
+    return parameter.dim() > 1 and not name.endswith(".bias")
 
 
 def schedule_factor(stage: StageSpec, step: int) -> float:

@@ -7,10 +7,11 @@ from accelerate import PartialState
 
 from ..modeling.token_mixers import TOKEN_MIXERS
 from ..training.sharding import sharded_by
+from ..training.sources import heldout_in_training, note_heldout_in_training, public_sources
 from .data import TokenWindows, check_vocabulary, read_conversations, read_texts, token_windows
 from .fetch import teacher_commit
 from .pseudo_labels import check_prompts
-from .recipe import Recipe
+from .recipe import DataSpec, Recipe
 from .teacher import Teacher, load_teacher
 
 
@@ -72,8 +73,26 @@ def load_inputs(
     teacher.model.to(state.device)  # pyright: ignore[reportArgumentType]
     check_vocabulary(teacher.tokenizer, teacher.model.config)
     progress = state.is_main_process
+    if progress:
+        note_heldout_in_training(_names(recipe.data.train), _names(recipe.data.heldout), "data.heldout")
     windows = {split: token_windows(rows, teacher.tokenizer, progress=progress) for split, rows in texts.items()}
     return teacher, commit, windows
+
+
+def describe_texts(data: DataSpec, train: TokenWindows, heldout: TokenWindows) -> dict[str, Any]:
+    """Return the part of the report on the texts: their sizes and sources, without the folders of the machine."""
+    sources = _names(data.train), _names(data.heldout)
+    return {
+        "train_tokens": len(train),
+        "heldout_tokens": len(heldout),
+        "train_sources": public_sources(sources[0]),
+        "heldout_sources": public_sources(sources[1]),
+        "heldout_in_training": public_sources(heldout_in_training(*sources)),
+    }
+
+
+def _names(sources: str | list[str]) -> list[str]:
+    return [sources] if isinstance(sources, str) else list(sources)
 
 
 def check_inputs(
@@ -96,7 +115,13 @@ def check_inputs(
     lengths = {recipe.calibration_length, *(stage.sequence_length for stage in recipe.stages)}
     for length in sorted(lengths):
         check_length(windows["train"], "data.train", length)
-    _check_positions(recipe, positions)
+    check_positions(recipe, positions)
+    length = recipe.calibration_length
+    if recipe.is_healed and windows["train"].count(length) < 2:
+        raise ValueError(
+            f"data.train: must have two windows of {length} tokens for a sequential calibration or refit, one of which "
+            f"is held out, got {len(windows['train'])} tokens."
+        )
     for index, prompt in enumerate(recipe.evaluation.prompts):
         tokens, most = len(tokenizer(prompt)["input_ids"]), (positions or 0) - recipe.evaluation.max_new_tokens
         if not tokens:
@@ -108,13 +133,18 @@ def check_inputs(
             )
 
 
-def _check_positions(recipe: Recipe, positions: int | None) -> None:
-    """Raise a ValueError if texts would be longer than the number of positions that the models have weights for."""
+def check_positions(recipe: Recipe, positions: int | None) -> None:
+    """Check that no text is longer than the number of positions that the models have weights for.
+
+    Raises:
+        ValueError: naming the field that is too large.
+    """
     lengths = {f"stages.{index}.sequence_length": stage.sequence_length for index, stage in enumerate(recipe.stages)}
     lengths |= {f"{part}.sequence_length": getattr(recipe, part).sequence_length for part in ("data", "evaluation")}
     for field_name, length in lengths.items():
         if positions is not None and length > positions:
-            raise ValueError(f"`{field_name}` must be at most {positions}, the student's positions, got {length}.")
+            limit = f"{positions}, the number of positions that have weights"
+            raise ValueError(f"`{field_name}` must be at most {limit}, got {length}.")
 
 
 def check_length(windows: TokenWindows, field: str, sequence_length: int) -> None:

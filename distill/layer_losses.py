@@ -5,7 +5,6 @@ Every loss is a mean over sequences, so the losses of the parts of a batch can b
 Symbols: B batch, L length, D width, H heads.
 """
 
-import torch
 from torch import Tensor
 
 from ..kernels.matrix_distance import RowDistances
@@ -29,8 +28,9 @@ def matrix_norm(distances: RowDistances, norm: str) -> Tensor:
         squared = errors.sum(-1) / targets.sum(-1).clamp(min=_TINY)
     else:
         squared = errors.sum(-1)
-    # The root with a gradient of 0 at 0.
-    return torch.where(squared > 0, squared, 1).sqrt().mul(squared > 0).mean()
+    # The root, with a gradient of 0 at 0. NaN remains NaN.
+    zero = squared <= 0
+    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0).mean()
 
 
 def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Te
     """Return the output projection with each head's columns scaled by the best factor.
 
     The factors s minimise `|| sum_h s_h W_h y_h - t ||^2`; the normal equations have one row and column per head.
+    A head that adds nothing keeps its columns.
 
     Args:
         weight: (D, E) output projection W.
@@ -66,8 +67,10 @@ def scale_heads(weight: Tensor, inputs: Tensor, cross: Tensor, heads: int) -> Te
     blocks = inputs.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # (H, P, H, P)
     normal = torch.einsum("dhp,hpgq,dgq->hg", columns, blocks, columns)
     right = torch.einsum("dhp,hpd->h", columns, cross.unflatten(0, (heads, -1)))
-    normal = normal + torch.eye(heads, dtype=normal.dtype, device=normal.device) * normal.diagonal().mean() * 1e-6
-    return (columns * torch.linalg.solve(normal, right)[None, :, None]).flatten(1)
+    silent = normal.diagonal() == 0
+    regular = normal.diagonal().mean() * 1e-6 + silent.to(normal.dtype)
+    factors = torch.linalg.solve(normal + torch.diag(regular), right)
+    return (columns * torch.where(silent, 1, factors)[None, :, None]).flatten(1)
 
 
 def ridge(weight: Tensor, inputs: Tensor, cross: Tensor, strength: float) -> Tensor:
@@ -80,9 +83,11 @@ def ridge(weight: Tensor, inputs: Tensor, cross: Tensor, strength: float) -> Ten
         strength: penalty on the squared distance, relative to the mean of the diagonal of `inputs`.
 
     Returns:
-        (D, E) projection.
+        (D, E) projection; `weight` if all inputs are zero.
     """
     penalty = strength * inputs.diagonal().mean()
+    if penalty == 0:
+        return weight
     regular = inputs + penalty * torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
     return torch.linalg.solve(regular, cross + penalty * weight.T).T
 

@@ -104,7 +104,8 @@ def matrix_distances(student: ZooHybridForCausalLM, teacher: Teacher, layer: int
     view = teacher.attention(layer)
     with torch.no_grad():
         queries, keys = view.queries_keys(normed_input)
-    return row_distances(mixer.matrix_factors(normed_input, sequence), queries, keys, view.scaling)
+    limits = {"window": view.window, "softcap": view.softcap}
+    return row_distances(mixer.matrix_factors(normed_input, sequence), queries, keys, view.scaling, **limits)
 
 
 def hidden_state_alignment(

@@ -28,6 +28,7 @@ from ..harness.machine import resident_memory
 from ..modeling import ZooHybridForCausalLM
 from ..reports.markdown import binary_size, count, short, table
 from ..training.sharding import sharded_by
+from ..training.trainer import set_gradient_checkpointing
 from .adapters import adapted
 from .calibrate import calibration_windows
 from .comparison import WINDOWS
@@ -193,7 +194,7 @@ class _Planner:
     def plan(self) -> RunPlan:
         """Return the whole plan."""
         recipe, spec = self.recipe, self.recipe.evaluation
-        texts = self.windows.batch(0, spec.batch_size, spec.sequence_length, recipe.seed)
+        texts = self.heldout.windows(spec.sequence_length)[: spec.batch_size]
         scored = max(min(spec.tokens, len(self.heldout)) // spec.sequence_length, 1) * spec.sequence_length
         self.kept.name(self.teacher.model, "teacher")
         with self.measured("first evaluation"):
@@ -227,6 +228,7 @@ class _Planner:
             seconds += seconds_of(self.recall, self.device) * (3 + len(stages))
         with self.measured("errors of layers"):
             seconds += seconds_of(lambda: self.errors(texts), self.device) * (1 + len(stages))
+            matrices = peak_of(lambda: self.errors(texts), self.device)
         with self.measured("division of slots"):
             slots = self.slots_seconds()
         with self.measured("calibration"), self.compute():
@@ -246,7 +248,7 @@ class _Planner:
             teacher=_bytes(self.teacher.model),
             student=self.weights,
             # The control is gone when a stage's states are kept.
-            evaluation=self.resident + forward + max(control + kept(2), kept(3)),
+            evaluation=self.resident + max(forward + control + kept(2), max(forward, matrices) + kept(3)),
             comparison=comparison,
             stages=stages,
             evaluation_seconds=seconds,
@@ -325,7 +327,8 @@ class _Planner:
                 model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}).backward()
             model.zero_grad(set_to_none=True)
 
-        with trainable(self.student, stage.train, layers) as trained:
+        less = self.recipe.gradient_checkpointing and not stage.layerwise
+        with trainable(self.student, stage.train, layers) as trained, recomputing(self.student, less):
             # From a whole chunk of logits on, the memory is linear in the batch.
             activations, seconds = _extrapolated(step, batch, -(-logits // length), self.device)
             every = sum(parameter.numel() for parameter in trained)
@@ -396,6 +399,19 @@ def trainable(student: ZooHybridForCausalLM, train: str, layers: Sequence[int]) 
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def recomputing(student: ZooHybridForCausalLM, on: bool) -> Iterator[None]:
+    """Let a student recompute its blocks in the backward pass, as in training with gradient checkpointing, if `on`."""
+    if not on:
+        yield
+        return
+    set_gradient_checkpointing(student.train(), True)  # which has no effect in evaluation mode
+    try:
+        yield
+    finally:
+        set_gradient_checkpointing(student.eval(), False)
 
 
 def _seconds_of_an_update(trained: Sequence[Tensor], device: torch.device) -> float:

@@ -11,7 +11,7 @@ from ..harness.fingerprint import fingerprint
 from ..harness.run_folder import check_output_folder, claimed_folders_end
 from ..training.trainer import computing, processes
 from .distiller import StageWindows
-from .inputs import check_length, load_inputs
+from .inputs import check_length, check_positions, load_inputs
 from .recipe import Recipe
 from .stored_logits import identity, likeliest, stages_of, write_logits
 
@@ -51,6 +51,7 @@ def precompute_logits(
     words = next(head.parameters()).shape[0]
     if not 1 <= top_k < words:
         raise ValueError(f"--top-k must be from 1 to {words - 1}, below the teacher's {words} words, got {top_k}.")
+    check_positions(recipe, teacher.positions)
     for index in stages_of(recipe):
         check_length(windows["train"], "data.train", recipe.stages[index].sequence_length)
     settings = identity(recipe, fingerprint(recipe.teacher, commit), windows["train"].fingerprint())

@@ -119,7 +119,7 @@ def _exact_heads(value: Any) -> list[tuple[int, int]] | None:
 Text = Annotated[str, accept("a text that is not empty", _text)]
 Identifier = Annotated[str, accept("lower-case letters, digits and underscores", _identifier)]
 Sources = Annotated[str | list[str], accept("a path, 'builtin:NAME', or a list of them, not empty", _sources)]
-Seed = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
+Seed = Annotated[int, accept("a whole number from 0 to 2^32 - 1", whole_number(0, 2**32 - 1))]
 Count = Annotated[int, accept("a whole number of 1 or more", whole_number(1))]
 Whole = Annotated[int, accept("a whole number of 0 or more", whole_number(0))]
 Length = Annotated[int, accept("a whole number of 2 or more (a token and its successor)", whole_number(2))]

@@ -35,7 +35,7 @@ from ..reports.distillation_card import write_card
 from ..reports.distillation_tables import public_recipe
 from ..reports.markdown import number
 from ..training.checkpoints import last_checkpoint, place, save_checkpoint
-from ..training.report import public_sources, write_folder
+from ..training.report import write_folder
 from ..training.trainer import CHECKPOINTS, check_trackers, computing, curve_of, processes, train_or_load
 from .adapters import add_adapters, load_adapters, remove_adapters, targets
 from .calibrate import calibrate, calibration_windows, fit_output_projections
@@ -50,7 +50,7 @@ from .distiller import (
     write_progress,
 )
 from .healing import check_blocks
-from .inputs import check_inputs, check_stages, load_inputs
+from .inputs import check_inputs, check_stages, describe_texts, load_inputs
 from .kept_plan import PLAN, circumstances, keep_plan, read_plan
 from .layer_errors import layer_errors, layer_windows
 from .plan import RunPlan, make_plan
@@ -239,11 +239,7 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
             "num_layers": run.student.config.num_hidden_layers,
             "mixer_types": run.student.config.mixer_types,
         },
-        "data": {
-            "train_tokens": len(run.train),
-            "heldout_tokens": len(run.heldout),
-            **{f"{split}_sources": public_sources(_sources(recipe, split)) for split in ("train", "heldout")},
-        },
+        "data": describe_texts(recipe.data, run.train, run.heldout),
         "evaluations": run.progress.evaluations,
         "stages": run.progress.stages,
         "preparation": run.progress.preparation,
@@ -251,11 +247,6 @@ def _report(run: _Run, origin: tuple[str, str | None], command: str) -> dict[str
         "processes": run.state.num_processes,
         "peak_memory_bytes": max(run.progress.peak_memory_bytes, peak_memory()),
     }
-
-
-def _sources(recipe: Recipe, split: str) -> list[str]:
-    sources = getattr(recipe.data, split)
-    return [sources] if isinstance(sources, str) else list(sources)
 
 
 def _write_results(run: _Run, report: dict[str, Any]) -> None:

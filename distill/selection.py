@@ -1,7 +1,7 @@
 """Choose the layers to convert, and the heads to keep exact, by measurements of the teacher.
 
 Four rankings of layers: even distances; the harm when the attention of one layer of the teacher is set to zero; the
-gain when one layer gets its full attention back in a student that has an untrained window and sinks in all layers; and
+gain when one layer gets its attention back in a student that has an untrained window and sinks in all layers; and
 the attention that a layer's heads pay to a passage when it is repeated. The layers with the smallest scores are
 converted. Heads are ranked by the last two.
 
@@ -32,6 +32,7 @@ from ..evaluation.language_modeling import CUE, PASSAGE, logits_of, predictions_
 from ..harness.json_files import read_json_object
 from ..harness.run_folder import write_json
 from ..modeling import ZooHybridForCausalLM
+from ..modeling.attention import Attention
 from ..modeling.bounded_memory import BoundedAttentionSettings
 from .recipe import StudentSpec, resolve_layers
 from .selection_settings import SelectionSettings
@@ -111,6 +112,12 @@ class Selector:
                 f"`data` must have at least {max(settings.tokens, least):,} tokens (--tokens, and {PASSAGE} more than "
                 f"--distance), got {len(self.ids):,}."
             )
+        for name, length in (("sequence_length", settings.sequence_length), ("distance", PASSAGE + least)):
+            if length > (self.teacher.positions or length):
+                raise ValueError(
+                    f"`{name}` must be smaller: the teacher has {self.teacher.positions} positions, and texts of "
+                    f"{length} tokens would be read."
+                )
 
     @property
     def count(self) -> int:
@@ -200,9 +207,10 @@ class Selector:
         return self._scored(found["kl"], found["repeat_loss"] - before)
 
     def _restored(self, layer: int, heads: Sequence[int] | None = None) -> dict[str, float]:
-        """Return the gain when a layer of the untrained student, or some of its heads, gets full attention back."""
+        """Return the gain when a layer of the untrained student gets the teacher's attention back, or some of its heads
+        full attention."""
         before = self._untrained()
-        with exact(self.student, layer, range(self.heads_per_layer) if heads is None else heads):
+        with restored(self.student, self.teacher, layer) if heads is None else exact(self.student, layer, heads):
             found = self._measure(self.student)
         return self._scored(before["kl"] - found["kl"], before["repeat_loss"] - found["repeat_loss"])
 
@@ -318,6 +326,25 @@ def zeroed(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def restored(student: ZooHybridForCausalLM, teacher: Teacher, layer: int) -> Iterator[None]:
+    """Give a layer with bounded attention the teacher's attention, over its window if it has one."""
+    config, block = teacher.zoo_config, student.backbone.layers[layer]
+    if config.mixer_types[layer] != "sliding_attention":
+        with exact(student, layer, range(config.num_key_value_heads)):
+            yield
+        return
+    mixer = student_mixer(student, layer)
+    with torch.device("meta"):
+        attention = Attention(student.config, layer, config.settings_of("sliding_attention").sliding_window)
+    attention.load_state_dict(mixer.state_dict(), assign=True)
+    block.mixer = attention.eval()
+    try:
+        yield
+    finally:
+        block.mixer = mixer
 
 
 @contextmanager

@@ -28,8 +28,8 @@ class SelectionSettings(SettingsBase):
         Option(name="--method", metavar="METHODS", parse=names, default="restore"),
     ] = ["restore"]
     """How layers are ranked. uniform: even distances, nothing is measured. ablation: harm when the attention of one
-    layer of the teacher is set to zero. restore: gain when one layer gets its full attention back in a student that has
-    a window and sinks in all layers. retrieval: attention of the layer's heads to the passage that a repetition copies.
+    layer of the teacher is set to zero. restore: gain when one layer gets its attention back in a student that has a
+    window and sinks in all layers. retrieval: attention of the layer's heads to the passage that a repetition copies.
     Of several, separated by commas, the first chooses and the others are measured beside it."""
     heads: Annotated[int, Field(ge=0)] = 0
     """Number of key-value heads of converted layers that keep full attention (student.exact_heads)."""

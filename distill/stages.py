@@ -48,14 +48,15 @@ MEANINGFUL_UNDER: dict[str, tuple[str, tuple[str, ...]]] = {
     "final_learning_rate_ratio": ("schedule", ("cosine", "wsd")),
 }
 
-
-# Fields of a stage that earlier versions did not have.
 GROUP_RATES = {
     "norms": "norm_learning_rate",
     "mlps": "mlp_learning_rate",
     "embeddings": "embedding_learning_rate",
 }
 """Groups of weights outside of the mixers that may have their own learning rate, with the field that sets it."""
+# Groups of weights outside of the mixers that a stage trains.
+_GROUPS = {"all": set(GROUP_RATES), "mixers+norms": {"norms"}}
+# Fields of a stage that earlier versions did not have.
 LATER_FIELDS = (
     "layers",
     "lora_rank",
@@ -172,6 +173,13 @@ class StageSpec(SettingsBase):
         return {"norms"} if self.stream == "student" else set()
 
     @property
+    def _takes_the_other_rate(self) -> bool:
+        """Whether weights are trained, and reached by the loss, that have no rate of their own."""
+        groups = self.reached & _GROUPS.get(self.train, set())
+        attention = self.train == "all" and not self.layerwise  # of layers that are not converted
+        return attention or any(getattr(self, GROUP_RATES[group]) is None for group in groups)
+
+    @property
     def meaningless(self) -> set[str]:
         """Fields that have no effect under this stage's objective, schedule and trained parameters."""
         return {field for field, (key, values) in MEANINGFUL_UNDER.items() if getattr(self, key) not in values}
@@ -197,11 +205,18 @@ class StageSpec(SettingsBase):
                     f"has no effect with objective {self.objective!r}, target {self.target!r} and stream "
                     f"{self.stream!r}, whose loss does not depend on the {group}. Remove it.",
                 )
-        if self.train == "mixers+norms" and None not in (self.norm_learning_rate, self.other_learning_rate):
+        if self.train in ("all", "mixers+norms") and not self.reached & _GROUPS[self.train]:
+            raise refused(
+                "train",
+                f"{self.train!r} has no effect with objective {self.objective!r}, target {self.target!r} and stream "
+                f"{self.stream!r}, whose loss does not depend on weights outside of the new mixers. Choose 'mixers'.",
+            )
+        if self.other_learning_rate is not None and not self._takes_the_other_rate:
             raise refused(
                 "other_learning_rate",
-                "has no effect with train 'mixers+norms' beside norm_learning_rate, since no other weights are "
-                f"trained. Remove it (got {self.other_learning_rate!r}).",
+                f"has no effect with train {self.train!r} and objective {self.objective!r}, since all weights outside "
+                "of the mixers that the loss depends on have rates of their own. Remove it "
+                f"(got {self.other_learning_rate!r}).",
             )
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise wrong("decay", self.decay, f"at most 1 - warmup = {1 - self.warmup:g}")

@@ -73,8 +73,9 @@ def mean_over_own_stream(
     losses: list[Tensor] = []
     blocks = student.backbone.layers
     with torch.no_grad():
-        hidden: Tensor = student.backbone.embeddings(ids)
-    sequence = student.backbone.sequence_of(hidden)
+        embeddings: Tensor = student.backbone.embeddings(ids)
+        sequence = student.backbone.sequence_of(embeddings)
+        hidden = student.backbone.add_positions(embeddings, sequence)
     reached = 0
 
     def on_layer(layer: int, **captured: Tensor) -> None:

@@ -78,6 +78,11 @@ class Teacher:
         """Number of blocks."""
         return self.zoo_config.num_hidden_layers
 
+    @property
+    def positions(self) -> int | None:
+        """Number of positions that the model has weights for; None: any."""
+        return self.zoo_config.max_position_embeddings if self.zoo_config.is_bounded else None
+
     def layer(self, layer: int) -> nn.Module:
         """Return the block with this index, from 0."""
         return self._above_output(layer, 3)

@@ -9,7 +9,8 @@ For every batch row and head (head h reads B and C of group h // (H / G)),
     M = U, or U_ij / sum_k U_ik, with the skip added to the diagonal,
     A_i = softmax_j<=i(scaling q_i . k_j),
 
-and :func:`row_distances` returns `|M_i - A_i|^2` and `|A_i|^2` for every row i. Norms of `M - A` and their gradients
+and :func:`row_distances` returns `|M_i - A_i|^2` and `|A_i|^2` for every row i. The attention may have a window, with
+j > i - window, and a soft cap c, with scores c tanh(s / c). Norms of `M - A` and their gradients
 follow from these.
 
 In the torch path a block has R rows of all heads of one sequence, and the columns up to its last row. R is chosen so
@@ -97,6 +98,8 @@ def row_distances(
     keys: Tensor,
     scaling: float,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
     block_bytes: int | None = None,
     implementation: str = "auto",
 ) -> RowDistances:
@@ -107,17 +110,25 @@ def row_distances(
         queries: (B, L, H, P) queries of the attention, with positions applied.
         keys: (B, L, H, P) keys.
         scaling: factor on the scores.
+        window: tokens that a query of the attention sees, its own included, at least 1; None: all.
+        softcap: c in c tanh(s / c) of the scaled scores s, positive; None: none.
         block_bytes: size of one array of a block of the torch path; 16 MiB if None. Triton has no such blocks.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support N or P > 256.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support N or P > 256, a window
+            or a soft cap.
 
     Raises:
-        ValueError: if a shape, dtype, device, `block_bytes` or `implementation` is invalid.
+        ValueError: if a shape, dtype, device, `window`, `softcap`, `block_bytes` or `implementation` is invalid.
     """
     log_decay, B, C, scale, skip, least_sum = factors
     _check(factors, queries, keys)
     if block_bytes is not None and block_bytes < 1:
         raise ValueError(f"block_bytes must be at least 1 or None, got {block_bytes}")
-    served = block_bytes is None and max(B.shape[3], queries.shape[3]) <= WIDEST
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    plain = window is None and softcap is None
+    served = block_bytes is None and plain and max(B.shape[3], queries.shape[3]) <= WIDEST
     chosen = choose_implementation(implementation, "row_distances", log_decay, served)
     dtype = accumulator(log_decay)
     # As in `ssd_matrix`: a decay that sets the state to zero is a finite sum.
@@ -137,7 +148,7 @@ def row_distances(
         least_sum,
         queries.to(dtype).transpose(1, 2),
         keys.to(dtype).transpose(1, 2),
-        scaling,
+        (scaling, window, softcap),
         block_bytes or _BLOCK_BYTES,
     )
     return RowDistances(errors, targets)
@@ -178,7 +189,7 @@ class _Sides(NamedTuple):
     least_sum: float | None
     queries: Tensor
     keys: Tensor
-    scaling: float
+    scores: tuple[float, int | None, float | None]  # scaling, window and soft cap
 
 
 class _Block(NamedTuple):
@@ -217,8 +228,8 @@ class _RowDistances(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outer: Any) -> Any:
         sums, B, C, scale, skip, queries, keys, log_sums = ctx.saved_tensors
-        least_sum, scaling = ctx.others
-        given = (sums, B, C, scale, skip, least_sum, queries, keys, scaling)
+        least_sum, scores = ctx.others
+        given = (sums, B, C, scale, skip, least_sum, queries, keys, scores)
         gradients = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in given[:5])
         with without_autocast(sums):
             for row, rows in _blocks(sums.shape, B.dtype, ctx.block_bytes):
@@ -263,7 +274,13 @@ def _block(sides: _Sides, rows: slice, log_sums: Tensor | None, log_sums_out: Te
     if sides.least_sum is not None:
         row_sums = matrix.sum(-1, keepdim=True)
         matrix = matrix / row_sums.clamp(min=sides.least_sum)
-    scores = (sides.queries[:, rows] @ sides.keys[:, :end].mT).mul_(sides.scaling).masked_fill_(later, -math.inf)
+    scaling, window, softcap = sides.scores
+    scores = (sides.queries[:, rows] @ sides.keys[:, :end].mT).mul_(scaling)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if window is not None:
+        later |= torch.ones_like(later).tril_(rows.start - window)
+    scores = scores.masked_fill_(later, -math.inf)
     if log_sums is None:
         log_sums = scores.logsumexp(-1)
         assert log_sums_out is not None

@@ -279,12 +279,14 @@ class Student(_Part):
 
 
 class Data(_Part):
-    """Sizes of the texts in the teacher's tokens, and their sources."""
+    """Sizes of the texts in the teacher's tokens, and their sources. `heldout_in_training` are those of the held-out
+    text that are training text, too; it is empty in older reports."""
 
     train_tokens: int
     heldout_tokens: int
     train_sources: list[str]
     heldout_sources: list[str]
+    heldout_in_training: list[str] = []
 
 
 class Hardware(_Part):

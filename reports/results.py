@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from .distillation_report import Evaluation, Report
-from .markdown import count, number, percent, ranges
+from .markdown import code, count, number, percent, ranges
 
 # Losses are compared as they are printed, so that an improvement is always visible.
 _DIGITS = 4
@@ -130,7 +130,9 @@ def limits(report: Report) -> list[str]:
         )
     scored = count(report.students[-1].tokens)
     text = f"The loss, divergence and agreement are over {scored} predictions of one held-out text"
-    if set(report.data.train_sources) & set(report.data.heldout_sources):
+    if read := report.data.heldout_in_training:
+        text += f", and {', '.join(map(code, read))} was read in training, too: they say nothing about new text"
+    elif set(report.data.train_sources) & set(report.data.heldout_sources):
         text += " from the same source as the training text, so they are in-domain numbers"
     found.append(f"{text}. They say little about other kinds of text.")
     found.append("No benchmark was run: nothing is claimed about question answering, reasoning, retrieval or code.")

@@ -314,7 +314,13 @@ def _notes(reports: Sequence[Report]) -> list[str]:
     machines = {_hardware(report) for report in reports}
     if len(machines) > 1:
         notes.append("The runs were measured on different machines. Compare the multiples of the teacher's speed.")
-    without = sum(report.comparison is None for report in reports)
+    dtypes = sorted({str(report.recipe.get("dtype", "float32")) for report in reports})
+    if len(dtypes) > 1:
+        notes.append(f"The runs were measured in different dtypes, {' and '.join(dtypes)}. Rounding is part of the KL.")
+    compared = [report for report in reports if report.comparison is not None]
+    if len({report.recipe.get("seed", 0) for report in compared}) > 1:
+        notes.append("The runs have different seeds, so their recall was measured on different keys and values.")
+    without = len(reports) - len(compared)
     if without:
         which = "One run has" if without == 1 else f"{without} runs have"
         notes.append(f"{which} no comparison at the end (evaluation.final: false).")

@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 8.0, 2.6  # of a panel, in inches
 _TITLES = {
     "uniform": "Even distances",
     "ablation": "Harm when a layer's attention is zero",
-    "restore": "Gain when a layer gets full attention back",
+    "restore": "Gain when a layer gets its attention back",
     "retrieval": "Attention to the passage that is copied",
 }
 

@@ -54,6 +54,11 @@ class CheckedTrainer(_Base):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         config = getattr(options["model"] if "model" in options else arguments[0], "config", None)
         self._use_cache = getattr(config, "use_cache", None)
+        given: Any = options.get("args")
+        if given is not None and given.n_gpu > 1:
+            tqdm.write(f"one of {given.n_gpu} GPUs is used. For all of them start the command by accelerate launch.")
+            # Otherwise the Trainer copies the model to all of them in one process, and reads a batch for each.
+            given._n_gpu = 1
         super().__init__(*arguments, **options)
         self.keep_use_cache(self.model)
         self.sharding = Sharding(self)

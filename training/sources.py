@@ -6,6 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from ..harness.published import public_argument
 from ..harness.text_files import read_json_lines_of, read_text_file
 
@@ -31,6 +33,26 @@ def public_sources(sources: Sequence[str]) -> list[str]:
         return ",".join(Path(file).name for file in files) if two else Path(source).name
 
     return list(map(public, sources))
+
+
+def note_heldout_in_training(train: Sequence[str], heldout: Sequence[str], field: str) -> None:
+    """Print a note if there are :func:`heldout_in_training`; `field` is the name of the held-out setting."""
+    if found := heldout_in_training(train, heldout):
+        tqdm.write(f"{field}: {', '.join(found)} is training text, too. Its loss says nothing about new text.")
+
+
+def heldout_in_training(train: Sequence[str], heldout: Sequence[str]) -> list[str]:
+    """Return the held-out sources that are training sources, too.
+
+    Built-in texts are none of them: they have a part for each.
+    """
+
+    def place(source: str) -> str:
+        return source if source.startswith(DATASETS) else str(Path(source).resolve())
+
+    plain = [match[1] if (match := _WEIGHTED.fullmatch(source)) else source for source in train]
+    places = {place(source) for source in (*train, *plain)}
+    return [source for source in heldout if not source.startswith(BUILTIN) and place(source) in places]
 
 
 def split_weight(source: str) -> tuple[str, float | None]:

@@ -18,7 +18,16 @@ from .conversations import Example, encode_examples, example_of, examples_of, re
 from .objective_rows import FixedRows
 from .packing import Document, PackedDocuments, Row
 from .settings import LanguageModelSettings, TrainingSettings
-from .sources import BUILTIN, DATA_SETS, DATASETS, ROW_FILES, builtin_text, read_rows, text_at
+from .sources import (
+    BUILTIN,
+    DATA_SETS,
+    DATASETS,
+    ROW_FILES,
+    builtin_text,
+    note_heldout_in_training,
+    read_rows,
+    text_at,
+)
 from .stream import PositionedRows, TextStream, mixed
 
 
@@ -202,6 +211,8 @@ def make_rows(
     Raises:
         ValueError: if a text has no token to predict, or the model lacks an embedding for one.
     """
+    if progress:
+        note_heldout_in_training(settings.train, settings.heldout, "heldout")
     rows: dict[str, Any] = {"objectives": {}}
     tokens: dict[str, Any] = {}
     fingerprints: dict[str, str] = {}

@@ -457,3 +457,12 @@ def gradient_checkpointing() -> dict[str, Any]:
     new = "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def set_gradient_checkpointing(model: Any, on: bool) -> None:
+    """Turn gradient checkpointing of a model on, as the Trainer does with :func:`gradient_checkpointing`, or off."""
+    (name, _), (_, options) = gradient_checkpointing().items()
+    if on:
+        getattr(model, f"{name}_enable")(options)
+    else:
+        getattr(model, f"{name}_disable")()

@@ -11,8 +11,9 @@ from teachers import draw_ids, make_teacher, text_windows, trained_teacher
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from ssm_zoo.distill.calibrate import calibrate, ridge, scale_heads
-from ssm_zoo.distill.recipe import StudentSpec
+from ssm_zoo.distill.calibrate import calibrate, calibration_windows, ridge, scale_heads
+from ssm_zoo.distill.data import TokenWindows
+from ssm_zoo.distill.recipe import StudentSpec, parse_recipe
 from ssm_zoo.distill.student import build_student, student_mixer, zeroed_mixers
 from ssm_zoo.distill.teacher import Teacher
 from ssm_zoo.evaluation.language_modeling import evaluate_language_model
@@ -55,6 +56,16 @@ def output_errors(
 
     Teacher(teacher).capture(windows, layers, ("normed_input", "attention_output"), on_layer=on_layer)
     return errors
+
+
+def test_no_window_is_fitted_and_held_out() -> None:
+    """A text that is shorter than `calibration_tokens` is read once."""
+    stage = {"name": "a", "objective": "logit_distillation", "tokens": 1, "batch_size": 1, "learning_rate": 1e-3}
+    data = {"train": "x", "heldout": "x", "sequence_length": 16}
+    recipe = parse_recipe({"teacher": "x", "data": data, "student": {}, "stages": [stage]})
+    windows = calibration_windows(recipe, TokenWindows(torch.arange(100)))
+    assert windows.shape == (6, 16) and len({int(window[0]) for window in windows}) == 6
+    assert calibration_windows(recipe, TokenWindows(torch.arange(8192 + 16))).shape == (512, 16)
 
 
 def synthetic(heads: int = 3, width: int = 4, out: int = 5, rows: int = 60) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,6 +116,17 @@ def test_a_calibrated_mixer_is_better_than_none_and_than_before(mixer: dict[str,
         assert fitted < scaled < none
         assert scaled < 1.0
         assert fitted < 0.9
+
+
+@pytest.mark.parametrize("method", ["head_scale", "ridge", "sequential"])
+@pytest.mark.parametrize("silent", ["o_proj", "v_proj"])
+def test_an_attention_that_adds_nothing_can_be_calibrated(silent: str, method: str) -> None:
+    teacher = make_teacher()
+    teacher.model.layers[1].self_attn.get_parameter(f"{silent}.weight").zero_()
+    student = calibrated(teacher, [1, 2], draw_ids(6, 16), calibration=method)
+    assert all(bool(parameter.isfinite().all()) for parameter in student.parameters())
+    out_proj = student_mixer(student, 1).get_parameter("out_proj.weight")
+    assert bool((out_proj != 0).any()) == (silent == "v_proj")  # whose values may still be learnt
 
 
 def test_windows_count_alike_whatever_the_batches() -> None:

@@ -19,7 +19,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ssm_zoo.distill import data
 from ssm_zoo.distill.data import TokenWindows, check_vocabulary, read_texts, repeat_a_passage, tokenize
 from ssm_zoo.distill.distiller import StageWindows
-from ssm_zoo.distill.recipe import StageSpec
+from ssm_zoo.distill.inputs import describe_texts
+from ssm_zoo.distill.recipe import DataSpec, StageSpec
+from ssm_zoo.training.sources import heldout_in_training, note_heldout_in_training
 
 # What seed 0 gives for ten windows in two epochs; a change would break every recorded run.
 ORDER = [[1, 7, 0, 6, 2], [4, 5, 8, 9, 3], [7, 2, 5, 9, 4], [1, 6, 3, 8, 0]]
@@ -335,3 +337,24 @@ def test_a_stage_repeats_passages_in_its_share_of_the_sequences() -> None:
         assert sum(changed) == expected
         if expected == 25:  # spread evenly
             assert all(sum(changed[start : start + 4]) == 1 for start in range(0, 100, 4))
+
+
+def test_training_text_is_not_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    for name in ("a.txt", "b.txt", "other/a.txt"):
+        (tmp_path / name).write_text("text", encoding="utf-8")
+    train = ["a.txt", "builtin:wikitext2", "datasets:x,train", "b.txt@0.5"]
+    heldout = ["other/a.txt", "builtin:wikitext2", "datasets:x,test"]
+    assert heldout_in_training(train, heldout) == []
+    both = [str(tmp_path / "other" / ".." / "a.txt"), "datasets:x,train", "b.txt"]
+    assert heldout_in_training(train, [*heldout, *both]) == both
+    note_heldout_in_training(train, heldout, "heldout")
+    assert capsys.readouterr().out == ""
+    note_heldout_in_training(train, ["b.txt"], "heldout")
+    assert capsys.readouterr().out == "heldout: b.txt is training text, too. Its loss says nothing about new text.\n"
+    texts = DataSpec(train="a.txt", heldout=["b.txt", "a.txt"])
+    found = describe_texts(texts, TokenWindows(torch.arange(5)), TokenWindows(torch.arange(3)))
+    assert (found["train_tokens"], found["heldout_tokens"], found["heldout_in_training"]) == (5, 3, ["a.txt"])

@@ -132,6 +132,27 @@ def test_masters_are_float32_under_bfloat16(monkeypatch: pytest.MonkeyPatch) -> 
     assert not torch.equal(large, large.bfloat16().float())
 
 
+def test_a_layerwise_stage_recomputes_nothing_after_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[bool]] = {}
+    students: list[Any] = []
+    build, inner = run.build_student, torch.optim.AdamW.step
+    monkeypatch.setattr(run, "build_student", lambda *a, **o: students.append(build(*a, **o)) or students[0])
+
+    def looking(self: Any, *arguments: Any, **options: Any) -> Any:
+        on = any(getattr(module, "gradient_checkpointing", False) for module in students[0].modules())
+        seen.setdefault(str(self.param_groups[0]["betas"][0]), []).append(on)
+        return inner(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", looking)
+    stage = {"tokens": 64, "batch_size": 2, "learning_rate": 1e-3}
+    stages = [
+        {**stage, "name": "whole", "objective": "logit_distillation", "betas": [0.8, 0.9]},
+        {**stage, "name": "layers", "objective": "hidden_state_alignment", "betas": [0.7, 0.9]},
+    ]
+    distill("", stages=stages, gradient_checkpointing=True)
+    assert seen == {"0.8": [True, True], "0.7": [False, False]}
+
+
 def test_gradient_checkpointing_changes_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = distill("logit_distillation", "plain")
     ran: list[bool] = []

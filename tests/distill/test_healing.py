@@ -293,6 +293,13 @@ def test_a_healed_student_resumes_with_its_mlps(tmp_path: Path) -> None:
         "stages": [{**stage, "tokens": 256, "batch_size": 4, "learning_rate": 1e-3}],
         "evaluation": {"tokens": 320},
     }
+    (tmp_path / "one.txt").write_text(small_text(4, seed=1), encoding="utf-8")
+    short = {**values, "data": {**values["data"], "train": str(tmp_path / "one.txt")}}
+    with pytest.raises(
+        ValueError, match=r"data\.train: must have two windows of 32 tokens for a sequential calibration"
+    ):
+        distill(parse_recipe(short), tmp_path / "short")
+    assert not (tmp_path / "short").exists()
     distill(parse_recipe(values), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "student")

@@ -123,6 +123,14 @@ def test_matrix_loss_has_a_gradient_where_it_is_zero(norm: str) -> None:
     assert torch.equal(student.grad, torch.zeros_like(teacher))
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "relative", "rows"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_in_one_head_is_nan_in_the_matrix_loss(norm: str, side: str) -> None:
+    sides = {"student": draw(2, 3, 4, 4, seed=0), "teacher": draw(2, 3, 4, 4, seed=1).softmax(-1)}
+    sides[side][1, 2, 3, 0] = torch.nan
+    assert matrix_loss(**sides, norm=norm).isnan()
+
+
 def test_alignment_loss_is_the_mean_relative_squared_error() -> None:
     student, teacher = draw(2, 4, 3, seed=0), draw(2, 4, 3, seed=1) * torch.tensor([1.0, 30.0])[:, None, None]
 

@@ -1,10 +1,11 @@
 """How fast a stage trains its weights: groups of the optimiser, and schedules."""
 
 import math
+import re
 from typing import Any
 
 import pytest
-from teachers import make_teacher
+from teachers import make_any_teacher, make_teacher
 
 from ssm_zoo.distill.distiller import make_optimizer, schedule_factor, trained_parameters
 from ssm_zoo.distill.recipe import StudentSpec
@@ -44,6 +45,16 @@ def test_optimizer_groups_have_their_rates_and_decay(other_rate: float | None) -
     assert next(at, None) is None
 
 
+def test_a_bias_with_an_entry_for_each_head_and_position_has_no_weight_decay() -> None:
+    student = build_student(Teacher(make_teacher()), StudentSpec(mixer="masked_mixing", positions=16), [1])
+    sets = trained_parameters(student, "mixers", [1])
+    optimizer, names = make_optimizer(stage(weight_decay=0.1), *sets)
+    decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
+    found = {name.rpartition("mixer.")[2]: decay for name, decay in zip(names, decays, strict=True)}
+    assert sets[0]["backbone.layers.1.mixer.bias"].dim() == 2
+    assert found["bias"] == 0 and found["weight"] == found["out_proj.weight"] == 0.1
+
+
 def test_groups_of_weights_have_their_own_rates() -> None:
     student = make_student()
     rates = {"norm_learning_rate": 1e-4, "mlp_learning_rate": 2e-4, "embedding_learning_rate": 3e-4}
@@ -66,6 +77,28 @@ def test_groups_of_weights_have_their_own_rates() -> None:
         else:
             assert rate == (5e-4 if "layers.2.mixer" in name else 3e-4), name
     assert set(found.values()) == {2e-3, 5e-4, 1e-4, 2e-4, 3e-4}
+
+
+@pytest.mark.parametrize("train", ["all", "mixers+norms"])
+def test_weights_that_the_loss_does_not_reach_are_not_trained(train: str) -> None:
+    for objective in ("matrix_orientation", "hidden_state_alignment"):
+        with pytest.raises(ValueError, match=rf"'{re.escape(train)}' has no effect with objective '{objective}'"):
+            stage(objective=objective, train=train)
+    block = {"objective": "hidden_state_alignment", "target": "block_output", "train": train}
+    rates = {"norm_learning_rate": 1e-4} | ({"mlp_learning_rate": 1e-4} if train == "all" else {})
+    assert stage(**block, **rates).train == train
+    with pytest.raises(ValueError, match=r"has no effect with train .* since all weights outside of the mixers that"):
+        stage(**block, **rates, other_learning_rate=1e-3)
+    assert stage(**block, other_learning_rate=1e-3).other_learning_rate == 1e-3
+
+
+def test_learned_positions_are_embeddings() -> None:
+    student = build_student(Teacher(make_any_teacher("gpt2")), StudentSpec(), LAYERS)
+    rates = {"other_learning_rate": 5e-4, "embedding_learning_rate": 3e-4}
+    optimizer, _ = make_optimizer(stage(train="all", **rates), *trained_parameters(student, "all", LAYERS))
+    positions = student.backbone.position_embeddings.weight
+    (rate,) = [group["lr"] for group in optimizer.param_groups if any(one is positions for one in group["params"])]
+    assert rate == 3e-4
 
 
 def test_weights_without_a_rate_of_their_own_stay_in_their_order() -> None:

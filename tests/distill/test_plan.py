@@ -107,6 +107,18 @@ def test_the_sizes_of_a_stage_are_those_of_its_weights() -> None:
     assert mixers.stages[0].parameters == trained and mixers.stages[0].logits == 0
 
 
+def test_blocks_that_are_recomputed_hold_no_activations() -> None:
+    recipe, *others = parts(batch_size=8, before={"objective": "hidden_state_alignment", "train": "mixers"})
+    student, found = others[1], []
+    for less in (False, True):
+        values = {**as_mapping(recipe), "gradient_checkpointing": less}
+        found.append(make_plan(parse_recipe(values), *others).stages)
+        assert not student.training and not any(block.gradient_checkpointing for block in student.backbone.layers)
+    plain, recomputed = found
+    assert recomputed[0].activations == plain[0].activations  # of a layer-wise stage
+    assert recomputed[1].activations < 0.8 * plain[1].activations
+
+
 @pytest.mark.parametrize("objective", ["hidden_state_alignment", "logit_distillation"])
 def test_the_memory_of_a_large_batch_follows_from_that_of_a_small_one(
     objective: str, monkeypatch: pytest.MonkeyPatch
@@ -260,6 +272,21 @@ def test_the_time_of_the_evaluations_is_that_of_the_held_out_text(monkeypatch: p
     heldout = len(others[4]) // 32 * 32
     # Teacher, zeroed mixers, control, step 0 and a stage; recall of four of them, the errors of layers twice.
     assert found == pytest.approx([5 * (0.25 + 0.75 * tokens / 128) + 6 for tokens in (64, heldout)])
+
+
+def test_the_matrices_of_a_layer_are_part_of_an_evaluation() -> None:
+    """Attention, and what attends to a bounded memory, have whole matrices in the errors of layers."""
+    recipe, *others = parts(evaluation=512, student={"mixer": "bounded_attention", "slots": "equal"})
+    values = {**as_mapping(recipe), "evaluation": {"tokens": 512, "sequence_length": 256, "batch_size": 2}}
+    found = make_plan(parse_recipe(values), *others)
+    assert found.evaluation - found.resident > 2 * 4 * (2 * 6 * 256**2)  # of student and teacher, for two windows
+
+
+def test_the_training_text_may_be_shorter_than_a_window_of_the_evaluation() -> None:
+    recipe, teacher, student, layers, windows, heldout, compute = parts()
+    values = {**as_mapping(recipe), "evaluation": {"tokens": 128, "sequence_length": 128}}
+    short = TokenWindows(windows.windows(1)[:64, 0])
+    assert make_plan(parse_recipe(values), teacher, student, layers, short, heldout, compute).evaluation > 0
 
 
 @pytest.fixture

@@ -193,7 +193,8 @@ REFUSED = [
     ),
     pytest.param(["evaluation.prefill_limit=8"], ["`evaluation.prefill_limit` must be", ", got 8"], id="prefill-limit"),
     pytest.param(["dtype=float16"], ["`dtype` must be 'float32' or 'bfloat16'", ", got 'float16'"], id="dtype"),
-    pytest.param(["seed=-1"], ["`seed` must be a whole number of 0 or more", ", got -1"], id="seed"),
+    pytest.param(["seed=-1"], ["`seed` must be a whole number from 0 to 2^32 - 1", ", got -1"], id="seed"),
+    pytest.param(["seed=4294967296"], ["`seed` must be a whole number from 0 to 2^32 - 1"], id="large-seed"),
     pytest.param(["checkpoint_every=0"], ["`checkpoint_every` must be", ", got 0"], id="checkpoint-every"),
     pytest.param(
         ["seed=-1", "dtype=x"],
@@ -317,9 +318,7 @@ def test_a_rate_of_weights_that_the_loss_does_not_reach_is_refused(stage: dict[s
 def test_a_rate_of_no_weights_is_refused() -> None:
     stage = {**values()["stages"][0], "objective": "logit_distillation", "train": "mixers+norms"}
     rates = {"norm_learning_rate": 1e-4, "other_learning_rate": 1e-3}
-    with pytest.raises(
-        ValueError, match=r"`stages\.0\.other_learning_rate` has no effect .* beside norm_learning_rate"
-    ):
+    with pytest.raises(ValueError, match=r"`stages\.0\.other_learning_rate` has no effect .* have rates of their own"):
         parse_recipe(values(stages=[{**stage, **rates}]))
 
 

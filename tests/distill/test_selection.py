@@ -1,5 +1,6 @@
 """Layers and heads are chosen by what their attention is worth, and an interrupted selection goes on."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -7,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from teachers import make_teacher, save_teacher, small_text, text_windows, trained_teacher
+from teachers import make_any_teacher, make_teacher, save_teacher, small_text, text_windows, trained_teacher
 from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
 from ssm_zoo.distill import selection
 from ssm_zoo.distill.recipe import StudentSpec, resolve_layers
-from ssm_zoo.distill.selection import Selector, attention_to_copies, exact, zeroed
+from ssm_zoo.distill.selection import Selector, attention_to_copies, exact, restored, zeroed
 from ssm_zoo.distill.selection_run import select
 from ssm_zoo.distill.selection_settings import parse_selection
 from ssm_zoo.distill.student import build_student
@@ -40,7 +41,7 @@ def without_attention(model: Any, layer: int) -> Any:
 @torch.no_grad()
 def divergence(model: Any, teacher: Any) -> float:
     ids = IDS[:96].view(2, 48)
-    ours, theirs = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (model, teacher))
+    ours, theirs = (each(input_ids=ids, use_cache=False).logits.double().log_softmax(-1) for each in (model, teacher))
     return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
 
 
@@ -86,6 +87,27 @@ def test_a_restored_head_is_the_exact_head_of_a_recipe() -> None:
     before = divergence(selector.student, selector.teacher.model)
     gain = before - divergence(built, selector.teacher.model)
     assert rows[2, 1]["kl"] == pytest.approx(gain, rel=1e-4, abs=1e-6)
+
+
+def test_a_restored_layer_has_the_teachers_window() -> None:
+    """With a window no wider than the teacher's, nothing is gained or lost but what the untrained one leaves out."""
+    teacher = make_any_teacher("mistral", sliding_window=6)
+    selector = selector_of(teacher, layers=1, recall=0, window=6, sinks=0)
+    before = divergence(selector.student, teacher)
+    mixers = [block.mixer for block in selector.student.backbone.layers]
+    with contextlib.ExitStack() as stack:
+        for layer in range(4):
+            stack.enter_context(restored(selector.student, selector.teacher, layer))
+        assert divergence(selector.student, teacher) < 1e-9 < before
+    assert [block.mixer for block in selector.student.backbone.layers] == mixers
+    assert divergence(selector.student, teacher) == before
+
+
+@pytest.mark.parametrize(("values", "field"), [({"distance": 30}, "distance"), ({"distance": 5}, "sequence_length")])
+def test_a_teacher_with_few_positions_reads_no_longer_texts(values: dict[str, Any], field: str) -> None:
+    positions = 210 if field == "distance" else 47
+    with pytest.raises(ValueError, match=rf"`{field}` must be smaller: the teacher has {positions} positions"):
+        selector_of(make_any_teacher("gpt2", max_position_embeddings=positions), **values)
 
 
 def test_the_attention_to_a_copy_is_at_the_token_to_be_copied() -> None:

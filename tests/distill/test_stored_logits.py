@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from teachers import draw_ids, make_teacher, save_teacher, small_text
+from teachers import draw_ids, make_any_teacher, make_teacher, save_teacher, small_text
 from typer.testing import CliRunner
 
 from ssm_zoo.cli.main import app
@@ -308,6 +308,10 @@ def test_what_cannot_be_computed_or_read_is_refused_before_anything_is_written()
         with pytest.raises(ValueError, match=message):
             precompute_logits(wrong, "out", **options)
         assert not Path("out").exists()
+    save_teacher(Path("few"), make_any_teacher("gpt2", max_position_embeddings=8, vocab_size=320))
+    with pytest.raises(ValueError, match=r"sequence_length` must be at most 8, the number of positions that have wei"):
+        precompute_logits(recipe(teacher="few"), "out")
+    assert not Path("out").exists()
     with pytest.raises(ValueError, match=r"`stored_logits` must be a folder that .* wrote, got 'nowhere'"):
         distill(recipe(stored_logits="nowhere"), "out")
     with pytest.raises(ValueError, match="`stored_logits` must be left out, since it has no effect"):

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ssm_zoo.conversion.export import verify_export
 from ssm_zoo.conversion.formats import TEACHERS
+from ssm_zoo.distill.objectives import hidden_state_alignment, matrix_distances
 from ssm_zoo.distill.recipe import StudentSpec, parse_recipe
 from ssm_zoo.distill.run import distill
 from ssm_zoo.distill.student import build_student, student_mixer
 from ssm_zoo.distill.teacher import Teacher
+from ssm_zoo.kernels.matrix_distance import row_distances_reference
 
 LENGTH = 12
 CASES = [
@@ -131,6 +133,36 @@ def test_a_block_of_the_student_on_the_teachers_stream_gives_the_teachers(family
     close(output, found["block_output"])
 
 
+@pytest.mark.parametrize("target", ["mixer_output", "block_output"])
+@pytest.mark.parametrize("family", TEACHERS)
+def test_on_its_own_stream_an_unchanged_student_has_no_error(family: str, target: str) -> None:
+    """Its stream begins as the teacher's does, with learned positions and the factor of the embeddings."""
+    teacher = Teacher(make_any_teacher(family))
+    memory: dict[str, Any] = {"window": 32, "sinks": 0, "rows": 32, "slots": "equal"}
+    student = build_student(teacher, StudentSpec(mixer="bounded_attention", **memory), [1, 3])
+    error = hidden_state_alignment(student, teacher, [1, 3], draw_ids(2, 16), target=target, stream="student")
+    assert float(error.detach()) < 1e-9
+
+
+@pytest.mark.parametrize("mixer", ["discrete_mamba2", "mamba2"])
+@pytest.mark.parametrize(
+    ("family", "changes"), [("mistral", {"sliding_window": 5}), ("gemma2", {"sliding_window": 5}), ("phi", {})], ids=str
+)
+def test_matrices_are_compared_with_the_teachers_whole_attention(
+    family: str, changes: dict[str, Any], mixer: str
+) -> None:
+    """With its window and soft cap, also where the matrices are not in memory."""
+    teacher = Teacher(make_any_teacher(family, **changes))
+    student = build_student(teacher, StudentSpec(mixer=mixer, copy_projections=False), [0, 1])
+    hidden = torch.randn(2, 20, 48, generator=torch.Generator().manual_seed(0))
+    for layer in (0, 1):
+        found = matrix_distances(student, teacher, layer, hidden)
+        matrix = student_mixer(student, layer).hidden_attention(hidden, student.backbone.sequence_of(hidden))
+        expected = row_distances_reference(matrix, teacher.attention_matrix(layer, hidden))
+        for part, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(part, exact, rtol=1e-4, atol=1e-5 * float(exact.detach().max()))
+
+
 def test_a_mamba2_does_not_take_projections_that_need_a_norm() -> None:
     teacher = Teacher(make_any_teacher("qwen3"))
     with pytest.raises(ValueError, match=r"`student.copy_projections` must be False for a teacher with norms"):
@@ -197,7 +229,7 @@ def test_what_does_not_fit_a_family_is_refused_before_anything_is_written(tmp_pa
     }
     save_teacher(tmp_path / "gpt2", make_any_teacher("gpt2", max_position_embeddings=24))
     save_teacher(tmp_path / "olmo2", make_any_teacher("olmo2"))
-    with pytest.raises(ValueError, match=r"sequence_length` must be at most 24, the student's positions, got 32"):
+    with pytest.raises(ValueError, match=r"sequence_length` must be at most 24, the number of positions that have"):
         distill(parse_recipe({**recipe, "teacher": str(tmp_path / "gpt2")}), tmp_path / "run", command="")
     recipe["student"]["calibration"] = "sequential"
     with pytest.raises(ValueError, match=r"a sequential calibration or refit needs .* got .*norm_placement='after'"):

@@ -60,11 +60,23 @@ def make(
     return {name: part.to(dtype).requires_grad_() for name, part in given.items()}, least_sum, queries, keys
 
 
-def whole(factors: SSDFactors, queries: Tensor, keys: Tensor, scaling: float) -> RowDistances:
+def whole(
+    factors: SSDFactors,
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> RowDistances:
     """From materialised matrices."""
     scores = torch.einsum("bihp,bjhp->bhij", queries, keys) * scaling
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return row_distances_reference(factors.matrix(), scores.masked_fill(later, -torch.inf).softmax(-1))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(scores.shape[-1])
+    back = place[:, None] - place
+    unseen = (back < 0) | (back >= (window or len(place)))
+    return row_distances_reference(factors.matrix(), scores.masked_fill(unseen, -torch.inf).softmax(-1))
 
 
 def compared(
@@ -93,6 +105,22 @@ def test_blocks_are_the_whole_matrices(dtype: torch.dtype, options: dict[str, An
     for part, exact in zip(gradients, wanted, strict=True):
         assert part.dtype == dtype and exact.abs().max() > 0
         torch.testing.assert_close(part.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [1, 4, LENGTH], ids=lambda rows: f"{rows} rows at a time")
+@pytest.mark.parametrize(
+    "limits",
+    [{"window": 1}, {"window": 3}, {"window": 2 * LENGTH}, {"softcap": 0.4}, {"window": 4, "softcap": 1.5}],
+    ids=str,
+)
+def test_the_attention_has_a_window_and_a_soft_cap(limits: dict[str, Any], rows: int) -> None:
+    options = {"skip": True, "least_sum": 3.0}
+    found = compared(row_distances, torch.float64, options, block_bytes=rows * HEADS * LENGTH * 8, **limits)
+    expected = compared(whole, torch.float64, options, **limits)
+    plain, _ = compared(whole, torch.float64, options)
+    assert (limits == {"window": 2 * LENGTH}) == torch.equal(plain.targets, expected[0].targets)
+    for part, exact in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(part, exact, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{"skip": True, "scale": True, "groups": 2}, {"least_sum": 3.0, "skip": True}])
@@ -213,18 +241,29 @@ def test_triton_does_not_hide_nan() -> None:
         assert bool(spoiled[10:].all()) == (name in ("log_decay", "B", "keys")), name
 
 
-@pytest.mark.parametrize(("width", "block_bytes"), [(WIDTH, 2**20), (257, None)])
-def test_what_triton_does_not_support_is_refused(width: int, block_bytes: int | None) -> None:
+@pytest.mark.parametrize(
+    ("width", "limits"), [(WIDTH, {"block_bytes": 2**20}), (257, {}), (WIDTH, {"window": 3}), (WIDTH, {"softcap": 2.0})]
+)
+def test_what_triton_does_not_support_is_refused(width: int, limits: dict[str, Any]) -> None:
     given = make(torch.float32)[0]
     queries = torch.zeros(BATCH, LENGTH, HEADS, width)
     with pytest.raises(ValueError, match="implementation='triton' of row_distances is not available for these arg"):
-        row_distances(SSDFactors(**given), queries, queries, 1.0, block_bytes=block_bytes, implementation="triton")
+        row_distances(SSDFactors(**given), queries, queries, 1.0, implementation="triton", **limits)
 
 
-def test_a_block_without_bytes_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"block_bytes": 0}, "block_bytes must be at least 1 or None, got 0"),
+        ({"window": 0}, "window must be at least 1 or None, got 0"),
+        ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
+        ({"softcap": float("nan")}, "softcap must be positive or None, got nan"),
+    ],
+)
+def test_limits_out_of_range_are_refused(limit: dict[str, Any], message: str) -> None:
     given, _, queries, keys = make(torch.float32)
-    with pytest.raises(ValueError, match="block_bytes must be at least 1 or None, got 0"):
-        row_distances(SSDFactors(**given), queries, keys, 1.0, block_bytes=0)
+    with pytest.raises(ValueError, match=message):
+        row_distances(SSDFactors(**given), queries, keys, 1.0, **limit)
 
 
 def test_memory_is_linear_in_the_length() -> None:

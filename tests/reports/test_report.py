@@ -180,6 +180,8 @@ def test_limits_are_those_of_the_run():
     text = " ".join(limits(parse_report(report)))
     assert "in-domain" not in text
     assert "small budget" not in text
+    report["data"]["heldout_in_training"] = ["novel.txt"]
+    assert "and `novel.txt` was read in training, too: they say" in " ".join(limits(parse_report(report)))
 
 
 def paths_of(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

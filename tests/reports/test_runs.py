@@ -97,6 +97,22 @@ def test_only_what_all_runs_measured_is_compared(tmp_path: Path) -> None:
     assert [row.model_copy(update={"run": ""}) for row in a] == [row.model_copy(update={"run": ""}) for row in b]
 
 
+def test_other_dtypes_and_seeds_are_told(tmp_path: Path) -> None:
+    folders = [save_run(tmp_path / "a", with_comparison())]
+    for name, changes in (("b", {"dtype": "bfloat16"}), ("c", {"seed": 7})):
+        report = with_comparison()
+        report["recipe"] |= changes
+        folders.append(save_run(tmp_path / name, report))
+    rounding = "The runs were measured in different dtypes, bfloat16 and float32. Rounding is part of the KL."
+    drawn = "The runs have different seeds, so their recall was measured on different keys and values."
+    assert compare_runs(folders[:2]).notes == [rounding]
+    assert compare_runs(folders[::2]).notes == [drawn]
+    assert compare_runs(folders).notes == [rounding, drawn]
+    without = with_comparison(comparison=None)
+    without["recipe"]["seed"] = 7
+    assert drawn not in compare_runs([folders[0], save_run(tmp_path / "d", without)]).notes
+
+
 def test_the_command_prints_and_saves_one_table_and_one_picture(runs: list[Path]) -> None:
     result = CliRunner().invoke(app, ["report", "first", "second"])
     assert result.exit_code == 0, f"{result.stderr}\n{result.exception!r}"

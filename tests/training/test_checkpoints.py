@@ -79,6 +79,18 @@ def train(folder: Path, seed: int, stop_before: int | None = None) -> Trainer:
     return trainer
 
 
+def test_one_process_uses_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Trainer's own choice of several, by DataParallel, would read a batch for each of them."""
+    arguments = loop_arguments(STEPS, tmp_path, torch.device("cpu"), 1, [])
+    args: Any = TrainingArguments(**arguments, per_device_train_batch_size=4, remove_unused_columns=False)
+    assert args.device.type == "cpu"
+    args._n_gpu = 2
+    rows: Any = [{"inputs": row} for row in torch.randn(40, 6)]
+    trainer = Trainer(model=Model(0), args=args, train_dataset=rows)
+    assert trainer.args.n_gpu == 1 and next(iter(trainer.get_train_dataloader()))["inputs"].shape == (4, 6)
+    assert "one of 2 GPUs is used. For all of them start the command by accelerate launch." in capsys.readouterr().out
+
+
 def assert_bits_equal(a: Any, b: Any) -> None:
     if isinstance(a, Tensor):
         assert a.dtype == b.dtype and a.device == b.device
