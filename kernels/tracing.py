@@ -133,32 +133,29 @@ def opaque(
     return forward
 
 
-def launch(
-    arguments: str, fake: Callable[..., Any], returned: str = "Tensor"
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def launch(arguments: str, fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorate a function without a gradient, which becomes an operator, a single node of a traced graph.
 
     While a graph is traced, the decorated function calls the operator, which is named after it, and otherwise the
-    function itself. It takes all arguments by position and returns new tensors.
+    function itself. It takes all arguments by position and returns a new tensor.
 
     Args:
         arguments: arguments of the function in the syntax of operator schemas. Tensors that it writes to are annotated,
             e.g. `Tensor(a!) state`.
-        fake: function that takes the arguments and returns empty contiguous results of the right shapes and dtypes.
-        returned: type of the results in the syntax of operator schemas.
+        fake: function that takes the arguments and returns an empty contiguous result of the right shape and dtype.
     """
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         operator = torch.library.custom_op(
             _qualified(function.__module__, function.__name__),
             function,
             mutates_args=re.findall(r"Tensor\(\w+!\)\S* (\w+)", arguments),
-            schema=f"({arguments}) -> {returned}",
+            schema=f"({arguments}) -> Tensor",
         )
         operator.register_fake(fake)
 
         @functools.wraps(function)
-        def call(*inputs: Any) -> Any:
+        def call(*inputs: Any) -> Tensor:
             return (operator if tracing() else function)(*inputs)
 
         return call

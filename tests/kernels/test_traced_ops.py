@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_ops import OPS, Op
+from kernel_ops import OPS, SIZES, Op
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -117,6 +118,21 @@ def test_the_triton_path_of_an_op_is_one_graph(key: str) -> None:
         return values
 
     check_compiled(key, given, implementation="triton")
+
+
+@pytest.mark.parametrize("key", [key for key in IMPLEMENTED if "L" in "".join(OPS[key].tensors.values())])
+def test_one_graph_serves_several_lengths(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, counter = OPS[key], CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(op.op, fullgraph=True, dynamic=True, backend=counter)
+    monkeypatch.setitem(SIZES, "N", 11)
+    graphs = []
+    for length in (5, 9):  # no other size: a graph may depend on whether two are equal
+        monkeypatch.setitem(SIZES, "L", length)
+        given = [drawn(op, gradients=key not in STEPS) for _ in range(2)]
+        assert_same(everything_of(op, compiled, given[0]), everything_of(op, op.op, given[1]))
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 0
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, original: Callable[..., Any], other: Callable[..., Any]) -> None:
