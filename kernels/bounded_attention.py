@@ -44,7 +44,7 @@ from .checks import (
     without_autocast,
 )
 from .int8_rows import dequantise_rows, quantise_rows
-from .tracing import host_reads, opaque, tracing
+from .tracing import host_reads, launch, opaque, tracing
 
 _POSITIONS = 2**24  # float32 holds all whole numbers up to it
 
@@ -184,11 +184,25 @@ def bounded_attention_step(
     _check_step(q, k, v, memory, slots, _memory_rows(slots, sinks, window))
     # Asked only where it matters: torch on a CPU runs this for every layer and token.
     served = not (q.is_cuda or implementation == "triton") or _step_in_triton(q, k, v, memory)
-    chosen = choose_implementation(implementation, "bounded_attention_step", q, served)
+    chosen = choose_implementation(implementation, "bounded_attention_step", q, served, traceable=True)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    sums, decays = accumulator(q), tuple(_per_head(decay, slots))
-    rows = _rows(tuple(slots), sinks, window, chunk_size, decays, q.shape[1], sums, q.device)
-    if chosen == "triton" and q.numel():
+    options = (tuple(slots), sinks, window, chunk_size, tuple(_per_head(decay, slots)), scale, softcap)
+    return _step(q, k, v, *memory, *options, chosen == "triton")
+
+
+@launch(
+    "Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, "
+    "Tensor(e!)? keys_scales, Tensor(f!)? values_scales, int[] slots, int sinks, int window, int chunk_size, "
+    "float[] decays, float scale, float? softcap, bool kernels",
+    lambda q, *_: q.new_empty(q.shape),
+)
+def _step(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    """Run a step whose arguments are checked, in the order above."""
+    memory = BoundedMemory(*arguments[:6])
+    slots, sinks, window, chunk_size, decays, scale, softcap, kernels = arguments[6:]
+    sums = accumulator(q)
+    rows = _rows(tuple(slots), sinks, window, chunk_size, tuple(decays), q.shape[1], sums, q.device)
+    if kernels and q.numel():
         return bounded_attention_step_triton(q, k, v, memory, rows, window, sinks, scale, softcap or 0.0)
     now = _next_position(memory.positions)
     age, oldest = now % chunk_size, (now // chunk_size + 1) * chunk_size - window

@@ -72,7 +72,7 @@ def causal_conv1d(
     _check_sequence(x, weight, bias, activation, initial_state, seq_idx)
     B, L, D = x.shape
     width = weight.shape[1]
-    implementation = choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS)
+    implementation = choose_implementation(implementation, "causal_conv1d", x, width in WIDTHS, traceable=True)
     if B == 0:
         inputs = (x, weight, bias, initial_state)
         y = empty_batch((B, L, D), x.dtype, *inputs)
@@ -142,7 +142,7 @@ def causal_conv1d_step(
     check_tensor("state", state, (x.shape[0], *weight[:, 1:].shape), "(B, D, K-1)")
     check_devices(x=x, state=state, weight=weight, bias=bias)
     served = weight.shape[1] in WIDTHS and not recorded(x, state, weight, bias)  # the kernel has no backward
-    if choose_implementation(implementation, "causal_conv1d_step", x, served) == "triton":
+    if choose_implementation(implementation, "causal_conv1d_step", x, served, traceable=True) == "triton":
         return causal_conv1d_step_triton(x, state, weight, bias, activation)
     dtype = accumulator(x)
     window = torch.cat([state.to(dtype), x.to(dtype).unsqueeze(-1)], dim=-1)  # (B, D, K)

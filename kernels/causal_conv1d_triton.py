@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
+from .tracing import launch, opaque, tracing
 from .triton_math import strides
 
 WIDTHS = (2, 3, 4)
@@ -52,12 +53,14 @@ def causal_conv1d_triton(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Run `causal_conv1d` on checked arguments; returns outputs and final state (None unless requested)."""
-    y, state = _CausalConv1d.apply(  # pyright: ignore[reportGeneralTypeIssues]
+    convolve = _traced if tracing() else _CausalConv1d.apply
+    y, state = convolve(  # pyright: ignore[reportGeneralTypeIssues]
         x, weight, bias, initial_state, seq_idx, activation == "silu", return_final_state
     )
-    return y, state
+    return y, state if return_final_state else None
 
 
+@launch("Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, str? activation", lambda x, *_: x.new_empty(x.shape))
 def causal_conv1d_step_triton(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
@@ -89,11 +92,20 @@ class _CausalConv1d(torch.autograd.Function):
     """
 
     @staticmethod
+    def save(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Save what the backward needs, and return the tables of the order of tokens."""
+        x, weight, bias, initial_state, seq_idx, ctx.silu, ctx.returns_state = arguments
+        order, rows = (None, None) if seq_idx is None else _order_of_tokens(seq_idx)
+        ctx.save_for_backward(x, weight, bias, initial_state, order, rows)
+        ctx.set_materialize_grads(False)
+        return order, rows
+
+    @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        x, weight, bias, initial_state, seq_idx, ctx.silu, return_final_state = arguments
+        order, rows = _CausalConv1d.save(ctx, *arguments)
+        x, weight, bias, initial_state, _, _, return_final_state = arguments
         batch, length, channels = x.shape
         width = weight.shape[1]
-        order, rows = (None, None) if seq_idx is None else _order_of_tokens(seq_idx)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         state = x.new_empty(batch, channels, width - 1) if return_final_state else None
         near = _channels_together(x)
@@ -109,8 +121,6 @@ class _CausalConv1d(torch.autograd.Function):
                 BLOCK_D=block,
                 num_warps=1,
             )
-        ctx.save_for_backward(x, weight, bias, initial_state, order, rows)
-        ctx.set_materialize_grads(False)
         return y, state
 
     @staticmethod
@@ -128,7 +138,7 @@ class _CausalConv1d(torch.autograd.Function):
         if needs_initial:
             dinitial = initial_state.new_empty(batch, width - 1, channels)
         if dstate is not None:
-            dstate = dstate.transpose(1, 2).contiguous()
+            dstate = dstate.transpose(1, 2).contiguous() if ctx.returns_state else None
         x, dy = _channels_together(x), _channels_together(dy)
         grid, spans, tokens, block = _spans(x, _BACKWARD_SPANS)
         if needs_weight or needs_bias:
@@ -152,6 +162,20 @@ class _CausalConv1d(torch.autograd.Function):
             if needs_bias and bias is not None:
                 dbias = total[width].to(bias.dtype)
         return dx, dweight, dbias, None if dinitial is None else dinitial.transpose(1, 2), None, None, None
+
+
+def _empty_results(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    state = (x.shape[0], x.shape[2], weight.shape[1] - 1) if others[-1] else (0,)
+    return x.new_empty(x.shape), x.new_empty(state)
+
+
+_traced = opaque(
+    _CausalConv1d,
+    "causal_conv1d",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx, bool silu, bool return_final_state",
+    _empty_results,
+    restore=_CausalConv1d.save,
+)
 
 
 def _channels_together(tensor: Tensor) -> Tensor:

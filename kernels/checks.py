@@ -4,7 +4,7 @@ Every op has an argument `implementation` with the same contract (:func:`choose_
 
 * "auto" runs Triton if the tensors are on a CUDA device, Triton is installed and its kernels support the call, and
   torch otherwise. No Triton kernel supports float64; the docstring of an op names its other limits. While a graph is
-  traced, only ops that are registered as operators (`traceable`) run Triton.
+  traced, only ops whose kernels are better kept apart from their neighbours (`traceable`) run Triton.
 * "torch" runs torch on any device.
 * "triton" runs Triton, or raises a ValueError that states why it cannot.
 """
@@ -43,7 +43,7 @@ def choose_implementation(
         name: name of the op, for the error message.
         x: tensor of the call, whose device and dtype decide.
         supports_triton: whether the op's Triton kernels support this call.
-        traceable: whether the kernels can be part of a traced graph; if not, "auto" runs torch during tracing.
+        traceable: whether "auto" runs the kernels in a traced graph too; if not, it leaves the op to the compiler.
 
     Raises:
         ValueError: if `implementation` is unknown, or is "triton" and cannot run.

@@ -11,6 +11,7 @@ from torch import Tensor
 from .causal_conv1d import causal_conv1d
 from .checks import check_cu_seqlens, check_devices, check_integers, check_optional, check_tensor
 from .recurrence import write_rows
+from .tracing import host_reads
 
 
 def causal_conv1d_fn(
@@ -139,7 +140,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     Args:
         x: (T, D) inputs of all sequences.
         cu_seqlens: (B + 1) integer bounds of the B sequences, starting at 0, not decreasing; tokens after the last
-            bound belong to no sequence.
+            bound belong to no sequence. Their values are checked on the CPU only.
         state_len: S inputs per state.
 
     Returns:
@@ -150,7 +151,9 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     """
     check_tensor("x", x, (None, None), "(T, D)")
     check_devices(x=x, cu_seqlens=cu_seqlens)
-    check_cu_seqlens(cu_seqlens, len(x))
+    if host_reads(cu_seqlens):
+        check_cu_seqlens(cu_seqlens, len(x))
+    check_integers("cu_seqlens", cu_seqlens, (max(cu_seqlens.numel(), 1),), "(number of sequences + 1)")
     if state_len < 1:
         raise ValueError(f"state_len must be at least 1, got {state_len}")
     if len(x) == 0:

@@ -78,7 +78,7 @@ def mamba2_step(
     groups = _check(*inputs, arrivals)
     readable = _plain(xBC, dt, z, state, conv_state, weight, bias, A_log, D, dt_bias)
     served = weight.shape[1] in WIDTHS and readable and not recorded(*inputs)
-    if choose_implementation(implementation, "mamba2_step", xBC, served) == "triton":
+    if choose_implementation(implementation, "mamba2_step", xBC, served, traceable=True) == "triton":
         return mamba2_step_triton(*inputs, dt_softplus, dt_limit, arrivals)
     heads, width, size = state.shape[1:]
     xBC = causal_conv1d_step(xBC, conv_state, weight, bias, activation="silu", implementation=implementation)

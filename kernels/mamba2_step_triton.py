@@ -15,10 +15,13 @@ to the dtype of the inputs, and a row of up to 128 states is summed inside a war
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, tl, triton
+from .tracing import launch
 from .triton_math import narrow, sigmoid, softplus
 
 # (states of a tile, fewest programs for which it is used); a warp takes up to 1,024 states. Large tiles share the
@@ -29,6 +32,11 @@ _STATES_OF_A_WARP = 1024
 _WHOLE_HEADS = 1024
 
 
+@launch(
+    "Tensor xBC, Tensor(a!) conv_state, Tensor(b!) state, Tensor dt, Tensor weight, Tensor? bias, Tensor A_log, "
+    "Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, float[] dt_limit, Tensor(c!)? arrivals",
+    lambda xBC, conv_state, state, *_: xBC.new_empty(state.shape[:3]),
+)
 def mamba2_step_triton(
     xBC: Tensor,
     conv_state: Tensor,
@@ -41,7 +49,7 @@ def mamba2_step_triton(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
-    dt_limit: tuple[float, float],
+    dt_limit: Sequence[float],
     arrivals: Tensor | None,
 ) -> Tensor:
     """Run one token on checked arguments, without a gradient, and update both states in place.

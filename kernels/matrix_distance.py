@@ -44,6 +44,7 @@ from .checks import (
 )
 from .matrix_distance_triton import WIDEST, row_distances_triton
 from .ssd import ssd_matrix
+from .tracing import opaque, tracing
 
 # Bytes of one (H, R, columns) array of a block; about eight of them are in memory at a time.
 _BLOCK_BYTES = 16 * 2**20
@@ -129,7 +130,7 @@ def row_distances(
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     plain = window is None and softcap is None
     served = block_bytes is None and plain and max(B.shape[3], queries.shape[3]) <= WIDEST
-    chosen = choose_implementation(implementation, "row_distances", log_decay, served)
+    chosen = choose_implementation(implementation, "row_distances", log_decay, served, traceable=True)
     dtype = accumulator(log_decay)
     # As in `ssd_matrix`: a decay that sets the state to zero is a finite sum.
     sums = log_decay.transpose(1, 2).double().clamp_min(2 * _smallest(dtype)).cumsum(-1)
@@ -139,18 +140,15 @@ def row_distances(
     if chosen == "triton" and sums.numel():
         arguments = (sums, B, C, columns, diagonal, least_sum, queries, keys, scaling, _smallest(dtype))
         return RowDistances(*row_distances_triton(*arguments))
-    errors, targets = _RowDistances.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        sums,
-        B.to(dtype).transpose(1, 2),
-        C.to(dtype).transpose(1, 2),
-        columns,
-        diagonal,
-        least_sum,
-        queries.to(dtype).transpose(1, 2),
-        keys.to(dtype).transpose(1, 2),
-        (scaling, window, softcap),
+    arguments = (
+        *(sums, B.to(dtype).transpose(1, 2), C.to(dtype).transpose(1, 2), columns, diagonal, least_sum),
+        *(queries.to(dtype).transpose(1, 2), keys.to(dtype).transpose(1, 2), scaling, window, softcap),
         block_bytes or _BLOCK_BYTES,
     )
+    if tracing():
+        errors, targets = _traced(*arguments)
+        return RowDistances(errors, targets.detach())
+    errors, targets = _RowDistances.apply(*arguments)  # pyright: ignore[reportGeneralTypeIssues]
     return RowDistances(errors, targets)
 
 
@@ -189,7 +187,9 @@ class _Sides(NamedTuple):
     least_sum: float | None
     queries: Tensor
     keys: Tensor
-    scores: tuple[float, int | None, float | None]  # scaling, window and soft cap
+    scaling: float
+    window: int | None
+    softcap: float | None
 
 
 class _Block(NamedTuple):
@@ -218,18 +218,34 @@ class _RowDistances(torch.autograd.Function):
                 block = _block(sides, rows, None, log_sums[row][:, rows])
                 errors[row][:, rows] = block.difference.square_().sum(-1)
                 targets[row][:, rows] = block.attention.square_().sum(-1)
-        tensors = [given[place] for place in _TENSORS]
-        ctx.save_for_backward(*tensors, log_sums)
-        ctx.others, ctx.block_bytes = (given[5], given[8]), block_bytes
+        _RowDistances.save(ctx, log_sums, *arguments)
         ctx.mark_non_differentiable(targets)
         return errors, targets
+
+    @staticmethod
+    def save(ctx: Any, log_sums: Tensor, *arguments: Any) -> None:
+        """Save what the backward needs."""
+        *given, ctx.block_bytes = arguments
+        ctx.save_for_backward(*(given[place] for place in _TENSORS), log_sums)
+        ctx.others = given[5], given[8:]
+
+    @staticmethod
+    def restore(ctx: Any, *arguments: Any) -> None:
+        """Save what the backward needs, without computing the distances."""
+        *given, block_bytes = arguments
+        sums, dtype = given[0], given[1].dtype
+        log_sums = sums.new_empty(sums.shape, dtype=dtype)
+        for row, rows in _blocks(sums.shape, dtype, block_bytes):
+            scores, _ = _scores(_of_sequence(given, row), rows)
+            log_sums[row][:, rows] = scores.logsumexp(-1)
+        _RowDistances.save(ctx, log_sums, *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Any) -> Any:
         sums, B, C, scale, skip, queries, keys, log_sums = ctx.saved_tensors
-        least_sum, scores = ctx.others
-        given = (sums, B, C, scale, skip, least_sum, queries, keys, scores)
+        least_sum, numbers = ctx.others
+        given = (sums, B, C, scale, skip, least_sum, queries, keys, *numbers)
         gradients = tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in given[:5])
         with without_autocast(sums):
             for row, rows in _blocks(sums.shape, B.dtype, ctx.block_bytes):
@@ -237,11 +253,21 @@ class _RowDistances(torch.autograd.Function):
                 block = _block(sides, rows, log_sums[row][:, rows], None)
                 mine = (*(None if part is None else part[row] for part in gradients[:4]), gradients[4])
                 _add_gradients(mine, sides, block, rows, outer[0][row][:, rows])
-        return *gradients, *([None] * 5)
+        return *gradients, *([None] * 7)
 
 
 # Places of the tensors among the arguments of `_RowDistances`.
 _TENSORS = (0, 1, 2, 3, 4, 6, 7)
+
+
+_traced = opaque(
+    _RowDistances,
+    "row_distances",
+    "Tensor sums, Tensor B, Tensor C, Tensor? scale, Tensor? skip, float? least_sum, Tensor queries, Tensor keys, "
+    "float scaling, int? window, float? softcap, int block_bytes",
+    lambda sums, B, *_: (sums.new_empty(sums.shape, dtype=B.dtype), sums.new_empty(sums.shape, dtype=B.dtype)),
+    restore=_RowDistances.restore,
+)
 
 
 def _of_sequence(given: Any, row: int) -> _Sides:
@@ -263,7 +289,7 @@ def _block(sides: _Sides, rows: slice, log_sums: Tensor | None, log_sums_out: Te
     """Compute a block, with the log-sum-exp of the attention scores (H, R), or writing it to `log_sums_out`."""
     dtype, end = sides.B.dtype, rows.stop
     heads, groups = sides.sums.shape[0], sides.B.shape[0]
-    later = torch.ones(end - rows.start, end, dtype=torch.bool, device=sides.sums.device).triu_(rows.start + 1)
+    scores, later = _scores(sides, rows)
     exponents = (sides.sums[:, rows, None] - sides.sums[:, None, :end]).to(dtype).masked_fill_(later, -math.inf)
     decay = F.threshold(exponents, _smallest(dtype), -math.inf, inplace=True).exp_()
     products = sides.C[:, rows] @ sides.B[:, :end].mT  # (G, R, J)
@@ -274,13 +300,6 @@ def _block(sides: _Sides, rows: slice, log_sums: Tensor | None, log_sums_out: Te
     if sides.least_sum is not None:
         row_sums = matrix.sum(-1, keepdim=True)
         matrix = matrix / row_sums.clamp(min=sides.least_sum)
-    scaling, window, softcap = sides.scores
-    scores = (sides.queries[:, rows] @ sides.keys[:, :end].mT).mul_(scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if window is not None:
-        later |= torch.ones_like(later).tril_(rows.start - window)
-    scores = scores.masked_fill_(later, -math.inf)
     if log_sums is None:
         log_sums = scores.logsumexp(-1)
         assert log_sums_out is not None
@@ -290,6 +309,22 @@ def _block(sides: _Sides, rows: slice, log_sums: Tensor | None, log_sums_out: Te
     if sides.skip is not None:
         difference.diagonal(rows.start, -2, -1).add_(sides.skip[:, None])
     return _Block(decay, unscaled, matrix, row_sums, attention, difference)
+
+
+def _scores(sides: _Sides, rows: slice) -> tuple[Tensor, Tensor]:
+    """Return the (H, R, J) scores of the attention, and the (R, J) mask of later columns.
+
+    Scores of columns that a row does not see are minus infinity.
+    """
+    end = rows.stop
+    later = torch.ones(end - rows.start, end, dtype=torch.bool, device=sides.sums.device).triu_(rows.start + 1)
+    scores = (sides.queries[:, rows] @ sides.keys[:, :end].mT).mul_(sides.scaling)
+    if sides.softcap is not None:
+        scores = scores.div_(sides.softcap).tanh_().mul_(sides.softcap)
+    hidden = later
+    if sides.window is not None:
+        hidden = later | torch.ones_like(later).tril_(rows.start - sides.window)
+    return scores.masked_fill_(hidden, -math.inf), later
 
 
 def _add_gradients(

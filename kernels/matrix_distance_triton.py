@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
+from .tracing import opaque, tracing
 from .triton_math import dot, narrow, strides, unit_stride
 
 # (R, J, warps) of the forward, of the gradients of rows and of the gradients of columns, by bytes per element and
@@ -68,9 +69,11 @@ def row_distances_triton(
     """
     B, C = _of_one_dtype(B, C)
     queries, keys = _of_one_dtype(queries, keys)
-    return _RowDistances.apply(  # pyright: ignore[reportReturnType]
-        sums, B, C, scale, skip, least_sum, queries, keys, scaling, smallest
-    )
+    arguments = sums, B, C, scale, skip, least_sum, queries, keys, scaling, smallest
+    if tracing():
+        errors, targets = _traced(*arguments)
+        return errors, targets.detach()
+    return _RowDistances.apply(*arguments)  # pyright: ignore[reportReturnType]
 
 
 def _of_one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,6 +154,15 @@ class _RowDistances(torch.autograd.Function):
         dsums = by_rows.double() - by_columns
         dskip = None if diagonal is None else diagonal.sum((0, 2))
         return dsums, dB, dC, dscale, dskip, None, None, None, None, None
+
+
+_traced = opaque(
+    _RowDistances,
+    "row_distances",
+    "Tensor sums, Tensor B, Tensor C, Tensor? scale, Tensor? skip, float? least_sum, Tensor queries, Tensor keys, "
+    "float scaling, float smallest",
+    lambda sums, *_: (sums.new_empty(sums.shape, dtype=torch.float32), sums.new_empty(sums.shape, dtype=torch.float32)),
+)
 
 
 def _options(B: Tensor, queries: Tensor) -> list[dict[str, int]]:

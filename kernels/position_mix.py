@@ -67,7 +67,8 @@ def masked_mix(
         seq_idx: (B, L) integer document of each token, non-decreasing over a row's real tokens and negative at
             padding. Documents are mixed separately, with positions counted from their first token, and padding is
             skipped. L may then exceed N, but the length of a document may not.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). While a graph is traced, Triton does not
+            support `seq_idx`.
 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none; at padding `residual`, or zero. Sums are
@@ -132,7 +133,7 @@ def toeplitz_mix(
         bias: (H, N) bias of each position.
         residual: (B, L, H, P) residual stream, to which the result is added; may have a wider dtype than `x`.
         seq_idx: (B, L) integer document of each token, as in :func:`masked_mix`.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`).
+        implementation: "auto", "triton" or "torch", as in :func:`masked_mix`.
 
     Returns:
         (B, L, H, P) as in :func:`masked_mix`.
@@ -219,7 +220,8 @@ def _mix(kind: _Kind, name: str, *arguments: Any) -> Tensor:
     """Run the op called `name`."""
     x, weight, bias, residual, seq_idx, implementation = arguments
     _check_mix(x, weight, kind.shape, bias, residual, seq_idx)
-    implementation = choose_implementation(implementation, name, x)
+    served = seq_idx is None or not tracing()  # documents are laid out by their lengths, which a graph cannot read
+    implementation = choose_implementation(implementation, name, x, served, traceable=True)
     if tracing() and implementation == "torch":
         return _traced(kind, x, weight, bias, residual, seq_idx)
 
@@ -381,7 +383,7 @@ def _step(kind: _Kind, name: str, *arguments: Any) -> Tensor:
     history, weight, bias, positions, residual, implementation = arguments
     _check_step(history, weight, kind.shape, bias, positions, residual)
     served = not recorded(history, weight, bias, residual)  # the kernel has no backward
-    if choose_implementation(implementation, name, history, served) == "triton":
+    if choose_implementation(implementation, name, history, served, traceable=True) == "triton":
         return mix_step_triton(history, weight, bias, positions, residual)
     limit = weight.shape[-1]
     sums, dtype = accumulator(history), history.dtype

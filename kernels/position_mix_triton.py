@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
+from .tracing import launch, opaque, tracing
 from .triton_math import dot, narrow, strides, unit_stride
 
 # (M, C, K, warps, stages) of the mixture and (T, C, warps, stages) of the weights' gradient, by bytes per element. No
@@ -63,7 +64,8 @@ def mix_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
     Returns:
         (B, L, H, P) in the dtype of `residual`, or of `x` if there is none.
     """
-    y: Any = _Mix.apply(x, weight, bias, residual)
+    mix = _traced if tracing() else _Mix.apply
+    y: Any = mix(x, weight, bias, residual)
     return y
 
 
@@ -75,9 +77,15 @@ class _Mix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        x, weight, bias, stream = map(unit_stride, (x, weight, bias, residual))
+    def save(ctx: Any, *inputs: Tensor | None) -> tuple[Any, ...]:
+        """Save what the backward needs, and return the inputs in the layout of the kernels."""
+        x, weight, bias, stream = map(unit_stride, inputs)
         ctx.save_for_backward(x, weight, bias)
+        return x, weight, bias, stream
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, stream = _Mix.save(ctx, *inputs)
         y = torch.empty(x.shape, dtype=x.dtype if stream is None else stream.dtype, device=x.device)
         _mix(x, weight, bias, stream, y, None, transposed=False)
         return y
@@ -102,6 +110,16 @@ class _Mix(torch.autograd.Function):
             dbias = torch.zeros_like(bias)
             dbias[:, : x.shape[1]] = total
         return dx, dweight, dbias, gradients[0] if needs_residual else None
+
+
+_traced = opaque(
+    _Mix,
+    "position_mix",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual",
+    lambda x, weight, bias, residual: (x if residual is None else residual).new_empty(x.shape),
+    results=1,
+    restore=_Mix.save,
+)
 
 
 def _cut(size: int, length: int) -> int:
@@ -505,6 +523,12 @@ def toeplitz_gradient_kernel(
 _TILES = (256, 32, 128)
 
 
+@launch(
+    "Tensor history, Tensor weight, Tensor? bias, Tensor positions, Tensor? residual",
+    lambda history, *others: (history if others[-1] is None else others[-1]).new_empty(
+        history.shape[0], *history.shape[2:]
+    ),
+)
 def mix_step_triton(
     history: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, residual: Tensor | None
 ) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
+from .tracing import opaque, tracing
 from .triton_math import sigmoid, strides
 
 # A group is one tile. Compiled by Triton 3.9 for sm_80 and sm_90, the backward spills up to 220 bytes of registers per
@@ -30,7 +31,8 @@ def rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, z: Tensor | None, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     """Run `rms_norm` on checked arguments; `group_size` is at most `WIDEST_GROUP`."""
-    y: Any = _RmsNormTriton.apply(x, weight, z, eps, group_size, norm_before_gate)
+    norm = _traced_norm if tracing() else _RmsNormTriton.apply
+    y: Any = norm(x, weight, z, eps, group_size, norm_before_gate)
     return y
 
 
@@ -38,7 +40,8 @@ def add_rms_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Run `add_rms_norm` on checked arguments, with the norm in `dtype`; D is at most `WIDEST_GROUP`."""
-    normed, total = _AddRmsNormTriton.apply(x, residual, weight, eps, dtype)  # type: ignore[misc]
+    norm = _traced_add if tracing() else _AddRmsNormTriton.apply
+    normed, total = norm(x, residual, weight, eps, dtype)  # type: ignore[misc]
     return normed, total
 
 
@@ -106,6 +109,21 @@ class _AddRmsNormTriton(torch.autograd.Function):
         second = None if same else dresidual
         dweight = _backward(total, weight, r, dnormed, dx, needs_weight, dtotal=dtotal, dresidual=second)
         return dx, dresidual, dweight, None, None
+
+
+_traced_norm = opaque(
+    _RmsNormTriton,
+    "rms_norm",
+    "Tensor x, Tensor weight, Tensor? z, float eps, int group_size, bool norm_before_gate",
+    lambda x, *_: x.new_empty(x.shape),
+    results=1,
+)
+_traced_add = opaque(
+    _AddRmsNormTriton,
+    "add_rms_norm",
+    "Tensor x, Tensor residual, Tensor weight, float eps, ScalarType dtype",
+    lambda x, residual, weight, eps, dtype: (x.new_empty(x.shape, dtype=dtype), residual.new_empty(x.shape)),
+)
 
 
 def _forward(

@@ -149,7 +149,7 @@ def selective_scan_step(
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
     with torch.no_grad():
-        if choose_implementation(implementation, "selective_scan_step", state) == "triton":
+        if choose_implementation(implementation, "selective_scan_step", state, traceable=True) == "triton":
             return selective_scan_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         sums = state.dtype
         dt = step_sizes(dt.to(sums), dt_bias, dt_softplus)

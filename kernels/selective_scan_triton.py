@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import tl, triton
-from .tracing import opaque, tracing
+from .tracing import launch, opaque, tracing
 from .triton_math import softplus, strides, unit_stride
 
 # Tokens whose loads are issued together, and whose states the backward holds in registers.
@@ -77,6 +77,11 @@ def selective_scan_triton(
     return scan(*operands, kinds, dt_softplus, torch.is_grad_enabled())  # type: ignore[return-value]
 
 
+@launch(
+    "Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "bool dt_softplus",
+    lambda state, x, *_: x.new_empty(x.shape),
+)
 def selective_scan_step_triton(state: Tensor, *operands: Any) -> Tensor:
     """Run the forward kernel on rows of one token, reading and writing the same state; returns (B, D) outputs.
 

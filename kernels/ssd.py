@@ -730,7 +730,7 @@ def ssd_step(
         ValueError: if a shape, dtype, device, group count or `implementation` is invalid.
     """
     if _choose(implementation, "ssd_step", state, x, "dt", dt, A, B, C, D, z, dt_bias) == "triton":
-        return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)[0]
+        return ssd_step_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, None)
     dt = step_sizes(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)
     decay = (dt * A.to(state.dtype)).exp()[..., None, None]
     y = update_state(state, decay, x.to(state.dtype) * dt[..., None], B, C)
@@ -764,8 +764,8 @@ def ssd_log_decay_step(
     """
     arguments = x, "log_decay", log_decay, None, B, C, D, z, None
     if _choose(implementation, "ssd_log_decay_step", state, *arguments, row_sums=row_sums) == "triton":
-        y, sums = ssd_step_triton(state, x, log_decay, None, B, C, D, z, row_sums=row_sums)
-        return _results(y, sums)
+        sums, limits = state.new_empty(state.shape[:2]) if row_sums else None, (0.0, math.inf)
+        return _results(ssd_step_triton(state, x, log_decay, None, B, C, D, z, None, False, limits, sums), sums)
     decay = log_decay.to(state.dtype).exp()[..., None, None]
     u, sums = x.to(state.dtype), None
     y = update_state(state, decay, _with_ones(u) if row_sums else u, B, C)
@@ -780,4 +780,5 @@ def _choose(implementation: str, name: str, state: Tensor, *arguments: Any, row_
     if state.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"state must be float32 or float64, got {state.dtype}")
     inputs = [each for each in arguments if isinstance(each, Tensor)]
-    return choose_implementation(implementation, name, state, not recorded(state, *inputs))  # no backward kernel
+    served = not recorded(state, *inputs)  # the kernel has no backward
+    return choose_implementation(implementation, name, state, served, traceable=True)

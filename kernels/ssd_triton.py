@@ -32,6 +32,7 @@ Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from ._triton import INTERPRETED, tl, triton
 from .checks import recorded
 from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, decay_sums, sums_before
 from .ssd_gradients_triton import ChunkGradients, times_vector
-from .tracing import opaque, tracing
+from .tracing import launch, opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
 
 # The device that interpreted kernels assume. With one processor, a few tokens already make several sections.
@@ -606,6 +607,11 @@ _TILES = ((2048, 512), (512, 0))
 _STATES_OF_A_WARP = 512
 
 
+@launch(
+    "Tensor(a!) state, Tensor x, Tensor decay, Tensor? A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "bool dt_softplus, float[] dt_limit, Tensor(b!)? row_sums",
+    lambda state, x, *_: x.new_empty(x.shape),
+)
 def ssd_step_triton(
     state: Tensor,
     x: Tensor,
@@ -615,11 +621,11 @@ def ssd_step_triton(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    row_sums: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: Sequence[float],
+    row_sums: Tensor | None,
+) -> Tensor:
     """Run one token on checked arguments, without a gradient, and update `state` in place.
 
     Args:
@@ -635,19 +641,18 @@ def ssd_step_triton(
         dt_bias: (H) added to the step sizes.
         dt_softplus: apply softplus to the step sizes.
         dt_limit: range to which the step sizes are clamped.
-        row_sums: compute the output of an additional input that is always 1, without skip and gate; its state is the
-            last of P + 1 rows, and `A` must be None.
+        row_sums: (B, H) contiguous float32, filled with the output of an additional input that is always 1, without
+            skip and gate, whose state is the last of P + 1 rows; `A` must then be None.
 
     Returns:
-        (B, H, P) output in the dtype of `x`, and (B, H) row sums in float32, or None.
+        (B, H, P) output in the dtype of `x`.
     """
     batch, heads, rows, size = state.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = state.new_empty(batch, heads) if row_sums else None
     block_p, block_n, warps = _tile(batch * heads, rows, size)
     with torch.cuda.device_of(x):
         _step_kernel[triton.cdiv(rows, block_p), heads, batch](
-            *(state, x, decay, A, B, C, D, z, dt_bias, y, sums),
+            *(state, x, decay, A, B, C, D, z, dt_bias, y, row_sums),
             *(float(limit) for limit in dt_limit),
             heads // B.shape[1],
             *(*state.stride(), *x.stride(), *decay.stride(), *strides(1, A), *strides(3, B, C)),
@@ -660,7 +665,7 @@ def ssd_step_triton(
             EMULATE=INTERPRETED,
             num_warps=warps,
         )
-    return y, sums
+    return y
 
 
 def _tile(heads: int, width: int, size: int) -> tuple[int, int, int]:

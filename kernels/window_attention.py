@@ -16,8 +16,8 @@ cache, hidden tokens) without moving the others. The number of selected tokens i
 
 The torch path processes blocks of T queries of a row. Queries are sorted, so that a block sees one range of S columns:
 the window, and the columns between its first and last query. The largest temporary tensor is the (H, T, S) scores of a
-block. In a traced graph, where the number of selected tokens is unknown, :func:`attend_traced` computes all scores and
-masks invisible ones.
+block. In a traced graph this is one operator. A model whose number of selected tokens depends on values cannot select
+them there: :func:`attend_traced` computes all scores and masks invisible ones.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from .checks import (
     empty_batch,
     without_autocast,
 )
+from .tracing import host_reads, opaque, tracing
 from .window_attention_triton import WIDEST_HEAD, window_attention_triton
 
 
@@ -81,10 +82,13 @@ def window_attention(
 
     Raises:
         ValueError: if a shape, dtype, device, group count or `implementation` is invalid, `window` is below 1,
-            `index` does not increase within the rows, or `positions` or `seq_idx` decreases along a row.
+            `index` does not increase within the rows, or `positions` or `seq_idx` decreases along a row. Their order is
+            checked on the CPU only, because reading values of a device would wait for it.
     """
     _check(q, k, v, window, index, positions, seq_idx)
-    implementation = choose_implementation(implementation, "window_attention", q, q.shape[2] <= WIDEST_HEAD)
+    implementation = choose_implementation(
+        implementation, "window_attention", q, q.shape[2] <= WIDEST_HEAD, traceable=True
+    )
     if k.shape[0] == 0:
         return empty_batch(tuple(q.shape), q.dtype, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -92,6 +96,8 @@ def window_attention(
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
     if implementation == "triton":
         return window_attention_triton(q, k, v, scale, index, starts, ends, real)
+    if tracing():
+        return _traced_blocks(q, k, v, scale, index, starts, ends, real)
     if real is None or bool(real.all()):
         return _attend(q, k, v, scale, index, starts, ends, None)
     own = real.flatten()[index]
@@ -127,7 +133,7 @@ def window_attention_matrix(
         return empty_batch((*q.shape[:2], k.shape[1]), accumulator(q), q, k)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     index = index.long()
-    K = k.shape[1]
+    B, K = k.shape[:2]
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
     column = torch.arange(K, device=q.device)
     seen = (column >= starts[:, None]) & (column < ends[:, None])  # (M, K)
@@ -136,6 +142,11 @@ def window_attention_matrix(
         seen = seen & held & held.gather(1, (index % K)[:, None])
         q = q.masked_fill(~seen.any(1)[:, None, None], 0)
         k = k.masked_fill(~real[..., None, None], 0)
+    if tracing():  # it is unknown how many queries a row has: each is multiplied with the keys of all rows
+        own = torch.arange(B, device=q.device) == (index // K)[:, None]
+        with without_autocast(q):
+            matrix = _probabilities(q, k.flatten(0, 1), (own[..., None] & seen[:, None]).flatten(1), scale)
+        return matrix.unflatten(-1, (B, K)).sum(2)
     counts = (index // K).bincount(minlength=k.shape[0]).tolist()
     parts = zip(q.split(counts), seen.split(counts), k, strict=True)
     with without_autocast(q):
@@ -252,8 +263,13 @@ def _check(
 
 
 def _check_order(index: Tensor, columns: int, positions: Tensor | None) -> None:
-    """Raise ValueError unless `index` increases strictly within the columns, and `positions` along each row."""
-    # The bounds join the sequence, so that one comparison covers everything and the device is waited for once.
+    """Raise ValueError unless `index` increases strictly within the columns, and `positions` along each row.
+
+    This is checked on the CPU only, as in :func:`checks.check_seq_idx`.
+    """
+    if not host_reads(index):
+        return
+    # The bounds join the sequence, so that one comparison covers everything.
     bounds = index.new_tensor([-1, columns])
     unordered = (torch.cat([bounds[:1], index]) >= torch.cat([index, bounds[1:]])).any()
     if positions is not None:
@@ -377,6 +393,36 @@ class _Blocks(torch.autograd.Function):
             dk[block.row, block.columns].transpose(0, 1).baddbmm_(dscores.mT, queries)
             dv[block.row, block.columns].transpose(0, 1).baddbmm_(weights.mT, cotangents)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+class _SelectedBlocks(torch.autograd.Function):
+    """:class:`_Blocks` of those queries whose own column holds a token, for traced graphs; other outputs are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        q, k, v, scale, index, starts, ends, real = arguments
+        own = torch.ones_like(index, dtype=torch.bool) if real is None else real.flatten()[index]
+        ctx.kept = own.nonzero().squeeze(1)
+        rows, starts, ends = (each[ctx.kept] for each in (index // k.shape[1], starts, ends))
+        o = _Blocks.forward(ctx, q[ctx.kept], k, v, scale, rows, starts, ends, real)
+        return q.new_zeros(q.shape).index_copy_(0, ctx.kept, o)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (do,) = gradients
+        dq, *others = _Blocks.backward(ctx, do[ctx.kept])
+        assert dq is not None
+        return do.new_zeros(do.shape).index_copy_(0, ctx.kept, dq), *others
+
+
+_traced_blocks = opaque(
+    _SelectedBlocks,
+    "window_attention",
+    "Tensor q, Tensor k, Tensor v, float scale, Tensor index, Tensor starts, Tensor ends, Tensor? real",
+    lambda q, *_: q.new_empty(q.shape),
+    results=1,
+)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
+from .tracing import opaque, tracing
 from .triton_math import dot, narrow, strides, unit_stride
 
 # (T, S, warps) of programs that hold queries (forward, dq) and of programs that hold keys and values (dk, dv), by bytes
@@ -63,7 +64,8 @@ def window_attention_triton(
         q, k, v = q.float(), k.float(), v.float()
     if real is not None:
         ends = ends.where(real.flatten()[index], 0)
-    o: Any = _WindowAttention.apply(q, k, v, scale, index, starts, ends, real)
+    attend = _traced if tracing() else _WindowAttention.apply
+    o: Any = attend(q, k, v, scale, index, starts, ends, real)
     return o.to(dtype)
 
 
@@ -119,6 +121,15 @@ class _WindowAttention(torch.autograd.Function):
                 **over_keys,
             )
         return dq, dk, dv, None, None, None, None, None
+
+
+_traced = opaque(
+    _WindowAttention,
+    "window_attention",
+    "Tensor q, Tensor k, Tensor v, float scale, Tensor index, Tensor starts, Tensor ends, Tensor? real",
+    lambda q, *_: q.new_empty(q.shape),
+    results=1,
+)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:

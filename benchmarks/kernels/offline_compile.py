@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from ssm_zoo.kernels import checks, ssd_triton, tracing, window_attention
+from ssm_zoo.kernels import checks, ssd_triton, tracing
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # One for all: a fake tensor that a case keeps belongs to its mode.
@@ -125,7 +125,6 @@ class OfflineCompiler:
         replacements = {
             checks.choose_implementation: lambda *_, **__: "triton",
             tracing.host_reads: lambda _: False,
-            window_attention._check_order: lambda *_: None,
         }
         for name, module in list(sys.modules.items()):
             if name.startswith("ssm_zoo.kernels."):
