@@ -61,6 +61,10 @@ from ssm_zoo.training.reranker_settings import parse_reranker_settings
 
 ARMS = (TRANSFORMER, TRANSFORMER + BIDIRECTIONAL, MAMBA, MAMBA2, RETNET, HYBRID)
 MORE_ARMS = (MAMBA2 + BIDIRECTIONAL, RETNET + BIDIRECTIONAL)
+SECONDS = {TRANSFORMER: 0.6, TRANSFORMER + BIDIRECTIONAL: 0.6, MAMBA: 1.6, MAMBA2: 1.0, RETNET: 0.7, HYBRID: 0.7}
+"""CPU seconds of a step with its share of all else, on one thread of an AMD EPYC with other work (2026-11-30)."""
+SECONDS_OF_PRETRAINED = 28.0
+"""The same of a model of 135M parameters with LoRA."""
 PROBE = "probe"
 """Few dev queries, which show that a run with one rate has learnt something."""
 SHUFFLES = 50
@@ -274,7 +278,8 @@ def plan(results: ResultFile, options: argparse.Namespace) -> str:
             count = max(0, rates + len(seeds) - 1 - done)
             runs += count
             left[arm] = left.get(arm, 0) + count * steps
-    return f"{runs} runs: {results.prediction(left)}"
+    seconds = {**SECONDS, **dict.fromkeys(names, SECONDS_OF_PRETRAINED)}
+    return f"{runs} runs: {results.prediction(left, seconds)}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -56,21 +56,22 @@ class ResultFile:
         write_rows(self.rows, self.path)
         return self.rows[-1]
 
-    def prediction(self, left: Mapping[str, int]) -> str:
-        """Return in words the steps that are left, and their CPU hours at the mean CPU seconds per step of the rows.
+    def prediction(self, left: Mapping[str, int], seconds: Mapping[str, float]) -> str:
+        """Return in words the steps that are left and their CPU hours, at the mean CPU seconds per step of the rows.
 
         Args:
-            left: steps by arm. An arm without rows is taken to be as slow as the mean of the others.
+            left: steps by arm.
+            seconds: CPU seconds of a step of arms without rows, as measured before.
         """
-        text = f"{sum(left.values()):,} steps"
         known = [(row["arm"], row["cpu_seconds"], row["steps"]) for row in self.rows if "cpu_seconds" in row]
-        if not known:
-            return text
-        hours = 0.0
+        total = 0.0
         for arm, steps in left.items():
-            own = [row for row in known if row[0] == arm] or known
-            hours += steps * sum(seconds for _, seconds, _ in own) / sum(of for *_, of in own) / 3600
-        return f"{text}, {hours:.1f} CPU hours predicted from {len(known)} rows"
+            own = [(used, made) for name, used, made in known if name == arm]
+            rate = sum(used for used, _ in own) / sum(made for _, made in own) if own else seconds.get(arm, 0.0)
+            if steps and not rate:
+                return f"{sum(left.values()):,} steps"
+            total += steps * rate
+        return f"{sum(left.values()):,} steps, {total / 3600:.1f} CPU hours predicted"
 
     def complete(self, names: Iterable[str], parser: argparse.ArgumentParser) -> None:
         """Give rows of an earlier version, which lack some options as fields, those of their commands."""

@@ -56,8 +56,8 @@ def _order(arm: str, other: str, *, strictly: bool) -> Claim:
     contrary: Condition = Above("synthetic", other, arm, NAMES)
     # Without an arm that has learnt to copy, an order says nothing.
     control = Bound("synthetic", HYBRID, NAMES, least=LEARNT_NAMES)
-    words = "more" if strictly else "at least as many"
-    text = f"{ARMS[arm]} keeps {words} unseen names than {ARMS[other]}."
+    words = "more unseen names than" if strictly else "at least as many unseen names as"
+    text = f"{ARMS[arm]}: keeps {words} {ARMS[other]}."
     return Claim(f"names-{arm}-{other}", PAPER, text, (above,) if strictly else (), (contrary,), (control,))
 
 

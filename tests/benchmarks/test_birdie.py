@@ -81,8 +81,17 @@ def test_both_directions_have_equally_many_parameters() -> None:
     assert counts[0] < counts[1] <= (1 + EQUAL) * counts[0]
     with pytest.raises(ValueError, match="equal parameters within 5%"):
         Model(8, 1, 16, 4).make(CAUSAL, 8, 0.05, 0)
-    with pytest.raises(ValueError, match="entries must be from lookups"):
-        PhoneBooks((2, 6), 3, 4)
+    with pytest.raises(ValueError, match=r"entries at most symbols\*\*2 \(16\), got 3 and \(2, 17\)"):
+        PhoneBooks((2, 17), 3, 4)
+
+
+def test_training_has_easier_books_and_about_as_many_tokens_of_every_size() -> None:
+    """A book of two entries is looked up twice at most."""
+    task = PhoneBooks((12,), 3, 4, easier=(2,))
+    assert (task.asked(2), task.asked(12)) == (2, 3) and (task.length(2), task.length(12)) == (18, 62)
+    documents = task.documents(80, torch.Generator().manual_seed(0))
+    counts = {length: sum(len(one) == length for one in documents) for length in (18, 62)}
+    assert counts == {18: 62, 62: 18}
 
 
 def test_the_mixtures_are_those_of_the_arms() -> None:
@@ -125,7 +134,7 @@ def test_a_run_is_tuned_judged_drawn_and_resumed(
     assert len(read(path)) == len(rows) + 1
     capsys.readouterr()
     main([*ARGUMENTS[:3], "1", "2", "3", *ARGUMENTS[5:], "--plan", "--resume", str(path)])
-    assert capsys.readouterr().out.startswith("2 runs: 12 steps, 0.0 CPU hours predicted from 8 rows")
+    assert capsys.readouterr().out.startswith("2 runs: 12 steps, 0.0 CPU hours predicted")
 
 
 def test_claims_follow_from_the_seeds() -> None:

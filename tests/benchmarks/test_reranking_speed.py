@@ -10,7 +10,7 @@ import torch
 from reranking_speed import ARMS, TRANSFORMER, Point, config_of, contrastive, main, parameters, sized, verdicts
 
 
-@pytest.mark.parametrize(("width", "layers"), [(256, 6)])
+@pytest.mark.parametrize(("width", "layers"), [(256, 6), (128, 4)])
 def test_arms_are_of_equal_size(width: int, layers: int) -> None:
     point = Point(TRANSFORMER, "scoring", 32, 8, width, layers, 97, "float32", 2)
     target = parameters(sized(TRANSFORMER, point))

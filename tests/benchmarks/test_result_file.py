@@ -112,15 +112,15 @@ def test_a_command_that_does_not_tell_is_no_contradiction(capsys: pytest.Capture
 
 def test_a_prediction_is_the_mean_of_the_rows_of_an_arm(tmp_path: Path) -> None:
     file = ResultFile(tmp_path / "rows.jsonl", {})
-    assert file.prediction({"fast": 10, "slow": 20}) == "30 steps"
+    assert file.prediction({"fast": 10, "slow": 20}, {}) == "30 steps"
+    assert file.prediction({"fast": 10, "slow": 20}, {"fast": 360, "slow": 36}) == "30 steps, 1.2 CPU hours predicted"
     file.rows = [
         {"arm": "fast", "steps": 100, "cpu_seconds": 360.0},
         {"arm": "slow", "steps": 100, "cpu_seconds": 3600.0},
         {"arm": "slow", "steps": 100, "cpu_seconds": 7200.0},
         {"arm": "summary"},
     ]
-    assert file.prediction({"fast": 1000, "slow": 1000}) == "2,000 steps, 16.0 CPU hours predicted from 3 rows"
-    assert file.prediction({"new": 300}).startswith("300 steps, 3.1 CPU hours")
+    assert file.prediction({"fast": 1000, "slow": 1000}, {"fast": 9}) == "2,000 steps, 16.0 CPU hours predicted"
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import translation
+from result_file import ResultFile
 from translation_arms import ARMS, DEFAULT, EQUAL, MAMBA, Sizes, configuration, parameters
 from translation_claims import CLOSE, names_kept, verdicts
 from translation_plot import draw_results
@@ -103,7 +104,7 @@ def test_a_file_is_resumed_without_running_again(
         translation.main([*line, "--tasks", "en-de"])
     capsys.readouterr()
     translation.main([*line, "--seeds", "0", "1", "--plan", "--resume", str(path)])
-    assert "1 runs of synthetic: 2 steps, 0.0 CPU hours predicted from 3 rows" in capsys.readouterr().out
+    assert "1 runs of synthetic: 2 steps, 0.0 CPU hours predicted" in capsys.readouterr().out
 
 
 def row_of(arm: str, bleu: float | None, *, concatenate: int = 1, long: float = 1.0) -> dict[str, Any]:
@@ -179,9 +180,12 @@ def test_verdicts_on_translation_follow_from_the_rows(tmp_path: Path) -> None:
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_models_of_single_sentences_are_shared_by_two_tasks() -> None:
-    options = translation.make_parser().parse_args(["--work", "x"])
+def test_models_of_single_sentences_are_shared_by_two_tasks(tmp_path: Path) -> None:
+    options = translation.make_parser().parse_args(["--work", "x", "--tasks", "en-de", "en-fr", "length"])
     single = translation.compared_runs(options, "en-de", "mamba", 1e-3)
     both = translation.compared_runs(options, "length", "mamba", 1e-3)
     assert len(single) == 3 and both[:3] == single and {run.concatenate for run in both[3:]} == {5}
     assert translation.trials(options, "en-fr", "mamba") == translation.trials(options, "en-de", "mamba")
+    # For each of 4 arms: 3 rates, and 3 seeds of each language and of CAT-5.
+    text = translation.plan(ResultFile(tmp_path / "rows.jsonl", {}), options)
+    assert text.startswith("48 runs of en-de, en-fr, length: ") and text.endswith("CPU hours predicted")
