@@ -37,7 +37,7 @@ def _bars(axis: Axes, rows: list[dict[str, Any]], measure: str) -> None:
     axis.axvline(rows[0]["bm25"][measure], color="black", linestyle="--", label="BM25")
     axis.axvline(rows[0]["random"][measure], color="grey", linestyle=":", label="its list in random order")
     axis.set_yticks(range(len(arms)), list(arms))
-    axis.invert_yaxis()
+    axis.set_ylim(len(arms) - 0.4, -1.6)  # the first arm on top, with room for the legend
     axis.set_xlabel({"ndcg@10": "nDCG@10", "mrr@10": "MRR@10"}[measure])
-    axis.legend(fontsize="x-small")
+    axis.legend(fontsize="x-small", loc="upper left", ncols=2)
     axis.grid(alpha=0.3, axis="x")

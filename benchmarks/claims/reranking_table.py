@@ -114,18 +114,20 @@ def verdicts_of(corpus: str, rows: Rows, pretrained: str | None = None) -> str:
     """Return a line for each arm: whether it beats chance and BM25, and is competitive with its reference."""
     tests = tests_of(rows, pretrained)
 
-    def beats(arm: str, baseline: str) -> bool:
+    def place(arm: str, baseline: str) -> str:
         test = tests[baseline][arm]
-        return test["p_holm"] < LEVEL and test["difference"] > 0
+        if test["p_holm"] >= LEVEL:
+            return "not apart from"
+        return "above" if test["difference"] > 0 else "below"
 
     lines = []
     for arm in arms_of(rows):
-        facts = [f"{'above' if beats(arm, name) else 'not above'} {name}" for name in (RANDOM, BM25)]
+        facts = [f"{place(arm, name)} {name}" for name in (RANDOM, BM25)]
         test = tests["reference"].get(arm)
         if test is not None:
             reference = reference_of(arm, rows, pretrained)
             assert reference is not None
-            learnt = beats(reference, RANDOM)
+            learnt = place(reference, RANDOM) == "above"
             difference = f"{test['difference']:+.3f} ({test['low']:+.3f} to {test['high']:+.3f})"
             said = f"competitive with {reference}: {verdict_of(test, learnt)}, nDCG@10 {difference}"
             facts.append(said if learnt else f"{said}; {reference} itself is not above {RANDOM}")

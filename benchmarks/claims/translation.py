@@ -325,7 +325,7 @@ def main(arguments: list[str]) -> None:
         return
     compared = {name: compare(results, options, name) for name in options.tasks}
     for name, rows in compared.items():
-        print(tables(name, rows), flush=True)
+        print(f"{tables(name, rows)}\n", flush=True)
     for found in verdicts(compared):
         print(f"{found['verdict']}: {found['text']} {'; '.join(found['because'])}")
     draw_results(compared, results.path.with_suffix(".png"))

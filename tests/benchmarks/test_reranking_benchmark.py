@@ -213,8 +213,9 @@ def test_verdicts_name_chance_first_stage_and_reference() -> None:
         own["pretrain_steps"] = 0
     lines = verdicts_of("docs", rows, "large").splitlines()
     assert lines[0] == "docs, transformer: above random order; above BM25"
-    assert "docs, mamba: above random order; not above BM25; competitive with transformer: refuted" in lines[1]
+    assert "docs, mamba: above random order; below BM25; competitive with transformer: refuted" in lines[1]
     assert lines[2] == "docs, large: above random order; above BM25"
     assert "competitive with large: refuted, nDCG@10 -0.010" in lines[3]
     weak = [row(TRANSFORMER, 0, [0.1] * 20), row(MAMBA, 0, [0.2] * 20)]
+    assert verdicts_of("docs", weak).startswith("docs, transformer: not apart from random order; below BM25")
     assert "transformer: undecided" in verdicts_of("docs", weak) and "itself is not above" in verdicts_of("docs", weak)
