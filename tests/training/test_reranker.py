@@ -84,16 +84,6 @@ def test_only_the_document_is_cut(folder: Path) -> None:
     assert ids.tolist() == before + b * (39 - len(before) - len(after)) + after + [plain.eos_token_id]
 
 
-def test_a_base_model_with_a_chat_template_reads_pairs(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "mamba2", tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "model")
-    train = [str(folder / "beir")]
-    plain, chat = untrained(folder, train=train), untrained(tmp_path, "model", train=train)
-    assert chat.predict(PAIRS).tolist() == plain.predict(PAIRS).tolist()
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("own_pad", [False, True])
 def test_the_score_is_read_at_the_end_token_on_either_side(
