@@ -167,6 +167,9 @@ def _make(settings: RerankerSettings, dtype: torch.dtype | str) -> CrossEncoder:
             config_kwargs={**options, "num_labels": 1},
             processor_kwargs=dict(options),
             processing_kwargs={"text": {"truncation": TRUNCATION}},
+            # A base model with a chat template would read pairs as messages, and the template of pairs replaces it.
+            modality_config={"text": {"method": "forward", "method_output_name": "logits"}},
+            module_output_name="scores",
         )
     model: Any = transformer.model
     # sentence-transformers turns it off, and the model would be saved that way.

@@ -6,7 +6,7 @@ import ast
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,15 @@ import numpy as np
 from ssm_zoo.evaluation.reranking_data import read_judged
 
 SHARES = {"test": 0.4, "dev": 0.1}  # of the queries; the rest is trained on
+MOST = {"test": 100, "dev": 40, "train": 900}  # queries of a part; what is above that is left out
+LONGEST = 200  # words of a page's body
 _WORDS = 20  # of a page's body at least
 _SUMMARY = re.compile(r"\w+(?:\W+\w+){2,}")
 
 
-def split_collection(source: Path, folder: Path, split: str | None = None, seed: int = 0) -> dict[str, int]:
+def split_collection(
+    source: Path, folder: Path, split: str | None = None, seed: int = 0, most: Mapping[str, int] = MOST
+) -> dict[str, int]:
     """Write a collection with its queries split at random into train, dev and test.
 
     Args:
@@ -26,6 +30,7 @@ def split_collection(source: Path, folder: Path, split: str | None = None, seed:
         folder: folder to write.
         split: judgements of the source; None: the only ones.
         seed: seed of the split.
+        most: largest number of queries of each part.
 
     Returns:
         The number of queries by part.
@@ -35,6 +40,7 @@ def split_collection(source: Path, folder: Path, split: str | None = None, seed:
     order = [queries[index] for index in np.random.default_rng(seed).permutation(len(queries))]
     ends = np.cumsum([max(1, round(share * len(queries))) for share in SHARES.values()]).tolist()
     parts = {"test": order[: ends[0]], "dev": order[ends[0] : ends[1]], "train": order[ends[1] :]}
+    parts = {name: part[: most[name]] for name, part in parts.items()}
     _write(folder, "corpus", [{"_id": one, "text": text} for one, text in judged.documents.items()])
     _write(folder, "queries", [{"_id": one, "text": text} for one, text in judged.queries.items()])
     (folder / "qrels").mkdir(exist_ok=True)
@@ -73,7 +79,8 @@ def pages(package: str) -> Iterator[tuple[str, str, str]]:
 def documentation(packages: list[str], folder: Path, most: int | None = None, seed: int = 0) -> int:
     """Write a collection in which the summary line of a page retrieves its body.
 
-    Pages with the same body count once, and those whose summary others share are documents without a query.
+    Bodies are cut to their first `LONGEST` words, which is more than the rerankers read. Pages with the same body count
+    once, and those whose summary others share are documents without a query.
 
     Args:
         packages: installed packages.
@@ -87,7 +94,7 @@ def documentation(packages: list[str], folder: Path, most: int | None = None, se
     unique: dict[str, tuple[str, str]] = {}
     for package in packages:
         for name, summary, body in pages(package):
-            unique.setdefault(body, (name, summary))
+            unique.setdefault(_beginning(body), (name, summary))
     kept = [(name, summary, body) for body, (name, summary) in unique.items()]
     if most is not None:
         kept = [kept[index] for index in sorted(np.random.default_rng(seed).permutation(len(kept))[:most])]
@@ -101,6 +108,12 @@ def documentation(packages: list[str], folder: Path, most: int | None = None, se
     rows = [f"q{index}\td{index}\t1" for index, _ in asked]
     (folder / "qrels" / "all.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
     return len(kept)
+
+
+def _beginning(text: str) -> str:
+    """Return a text up to its word number `LONGEST`, with its line breaks."""
+    words = list(re.finditer(r"\S+", text))
+    return text[: words[min(LONGEST, len(words)) - 1].end()]
 
 
 def _write(folder: Path, name: str, rows: list[dict[str, str]]) -> None:

@@ -8,7 +8,7 @@ import io
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stderr
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from circumstances import circumstances, write_rows
 
 # Options that change no result.
-_OF_THE_START = ("output", "resume", "minutes", "work")
+_OF_THE_START = ("output", "resume", "minutes", "work", "plan")
 
 
 class ResultFile:
@@ -56,6 +56,23 @@ class ResultFile:
         write_rows(self.rows, self.path)
         return self.rows[-1]
 
+    def prediction(self, left: Mapping[str, int], seconds: Mapping[str, float]) -> str:
+        """Return in words the steps that are left and their CPU hours, at the mean CPU seconds per step of the rows.
+
+        Args:
+            left: steps by arm.
+            seconds: CPU seconds of a step of arms without rows, as measured before.
+        """
+        known = [(row["arm"], row["cpu_seconds"], row["steps"]) for row in self.rows if "cpu_seconds" in row]
+        total = 0.0
+        for arm, steps in left.items():
+            own = [(used, made) for name, used, made in known if name == arm]
+            rate = sum(used for used, _ in own) / sum(made for _, made in own) if own else seconds.get(arm, 0.0)
+            if steps and not rate:
+                return f"{sum(left.values()):,} steps"
+            total += steps * rate
+        return f"{sum(left.values()):,} steps, {total / 3600:.1f} CPU hours predicted"
+
     def complete(self, names: Iterable[str], parser: argparse.ArgumentParser) -> None:
         """Give rows of an earlier version, which lack some options as fields, those of their commands."""
         for row in self.rows:
@@ -65,6 +82,12 @@ class ResultFile:
     def drop(self, stale: Callable[[dict[str, Any]], bool]) -> None:
         """Drop rows that have to be computed again, e.g. summaries; the file changes with the next row."""
         self.rows = [row for row in self.rows if not stale(row)]
+
+
+def finished_or(folder: Path, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the report of the finished run in `folder`, left by a start that ended before its row, or of `train()`."""
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else train()
 
 
 def open_results(

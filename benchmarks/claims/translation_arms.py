@@ -25,6 +25,7 @@ ARMS = {
     "encdec-mamba": "Mamba encoder, Mamba decoder",
     "encdec-transformer": "Transformer encoder, Transformer decoder",
 }
+DEFAULT = (MAMBA, "mamba-mha", "retnet", "transformer")
 EQUAL = 0.05
 """Largest difference of the numbers of parameters, in parts of Mamba's."""
 HEADS = 4

@@ -28,7 +28,7 @@ class Language:
         seed: seed of the lexicon.
     """
 
-    words: int = 300
+    words: int = 100
     seed: int = 0
 
     @property
@@ -81,6 +81,16 @@ def _exchanged(words: list[str], modifiers: set[str]) -> list[str]:
 def multi30k(folder: Path, target: str, part: str) -> ParallelText:
     """Return a part ("train", "val", "test_2016_flickr", …) of multi30k from English into "de" or "fr"."""
     return read_parallel([f"{folder / part}.en.gz,{folder / part}.{target}.gz"], "data")
+
+
+def chance_of_name(length: int) -> float:
+    """Return the probability that random characters are a name of so many characters."""
+    return 1 / (len(string.ascii_uppercase) * len(_NAME) ** (length - 1))
+
+
+def other_targets(pairs: ParallelText) -> list[str]:
+    """Return for each pair the target of the next one, the last one's being the first: a text without a source."""
+    return [*pairs.targets[1:], *pairs.targets[:1]]
 
 
 def segments(pairs: ParallelText, count: int) -> ParallelText:

@@ -11,13 +11,17 @@ only where attention's squares of L dominate.
 
 Every measurement has a process of its own, for its peak memory: on a CUDA device the most bytes that torch allocated,
 weights, gradients and moments included; elsewhere the process's peak of resident memory, from which "bytes_before" (the
-process with the model, before the first pass) may be subtracted. Times are the wall's, of whole passes, after one that
-does not count; on a CPU "seconds" are those of the threads that the row names.
+process with the model, before the first pass) may be subtracted. Times are of whole passes, after one that does not
+count: with one thread on a CPU the CPU's, which other programs on the machine change less than the wall's, otherwise
+the wall's ("clock").
 
     {"arm", "mode", "length", "pairs", "parameters", "seconds": {"q1", "median", "q3"}, "pairs_per_second",
      "bytes", "bytes_before", ...}
 
-    python benchmarks/kernels/reranking_speed.py
+At the end a table is printed, with the verdicts on the papers' claims (arXiv 2403.18276, arXiv 2412.14354: state-space
+models train and score more slowly than Transformers), and a picture is drawn beside the file.
+
+    python benchmarks/kernels/reranking_speed.py --threads 1
     python benchmarks/kernels/reranking_speed.py --lengths 512 2048 8192 --width 1024 --layers 12 --dtype bfloat16
     python benchmarks/kernels/reranking_speed.py --resume benchmarks/results/reranking_speed-20261130T120000Z.jsonl
 """
@@ -40,11 +44,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "claims"))  # where re
 import torch
 from circumstances import RESULTS, positive, quartiles
 from process_memory import ALONE, in_a_process, peak_bytes
+from reranking_speed_plot import draw_rows
 from result_file import open_results
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config, ZooMambaConfig, ZooRetNetConfig
 from ssm_zoo.training.ranking_losses import LOSSES
 
@@ -69,6 +75,7 @@ class Point:
     vocabulary: int
     dtype: str
     repeats: int
+    threads: int = 1
 
 
 def keys_of(arm: str, point: Point, size: int) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
@@ -164,6 +171,8 @@ def make_pass(point: Point, model: PreTrainedModel, ids: Tensor) -> Callable[[],
 def measure(point: Point) -> dict[str, Any]:
     """Measure in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(point.threads)
+    clock = time.process_time if device.type == "cpu" and point.threads == 1 else time.perf_counter
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(sized(point.arm, point), dtype=getattr(torch, point.dtype))
     model.to(device)
@@ -178,20 +187,20 @@ def measure(point: Point) -> dict[str, Any]:
     seconds = []
     for _ in range(1 + point.repeats):
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         run()
         wait()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
     spread = quartiles(seconds[1:])
     return {
         "parameters": parameters(model.config),
         "attention": getattr(model.config, "_attn_implementation", None),
+        "clock": clock.__name__,
         "seconds": spread,
         "pairs_per_second": point.pairs / spread["median"],
         "bytes": peak,
         "bytes_before": before,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -207,6 +216,25 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each mode, length and arm: whether it is slower than the Transformer, as the papers claim.
+
+    It is if the quartiles of its times lie above the Transformer's.
+    """
+    lines = []
+    for mode in MODES:
+        for length in sorted({row["length"] for row in rows}):
+            times = {row["arm"]: row["seconds"] for row in rows if (row["mode"], row["length"]) == (mode, length)}
+            peer = times.pop(TRANSFORMER, None)
+            if peer is None:
+                continue
+            for arm, own in times.items():
+                slower, faster = own["q1"] > peer["q3"], own["q3"] < peer["q1"]
+                verdict = "confirmed" if slower else "refuted" if faster else "undecided"
+                lines.append(f"{mode}, {length} tokens: {arm} is slower than the Transformer: {verdict}")
+    return lines
+
+
 def main(arguments: list[str]) -> None:
     """Measure what the file does not hold, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,6 +247,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--vocabulary", type=positive, default=8192)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--minutes", type=float, help="begin no measurement after so many minutes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--resume", type=Path, help="result file to continue")
@@ -229,9 +258,10 @@ def main(arguments: list[str]) -> None:
         return
     if options.pairs > GROUP and options.pairs % GROUP:
         parser.error(f"--pairs must be a multiple of {GROUP}, or less, got {options.pairs}")
-    free = {"arms", "modes", "lengths", "alone"}
+    free = {"arms", "modes", "lengths", "threads", "alone"}
     results = open_results(options, parser, "kernels/reranking_speed.py", arguments, free=free)
     shared = (options.pairs, options.width, options.layers, options.vocabulary, options.dtype, options.repeats)
+    shared = (*shared, options.threads)
     points = [
         Point(arm, mode, length, *shared)
         for length in options.lengths
@@ -243,7 +273,10 @@ def main(arguments: list[str]) -> None:
         for point in tqdm(points, desc="points")
     ]
     print_table(rows)
+    print("\n".join(verdicts(rows)))
+    draw_rows(rows, results.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with fast_products():
+        main(sys.argv[1:])

@@ -9,14 +9,26 @@ import birdie
 import pytest
 import torch
 from birdie import Size, judged, main
+from birdie_claims import verdicts
 from birdie_plot import table
-from birdie_task import ARMS, BANDIT, CAUSAL, EQUAL, FIXED, NEXT, PREFIX, Model, PhoneBooks, accuracy, mixture
+from birdie_task import ARMS, BANDIT, CAUSAL, EQUAL, FIXED, NEXT, PREFIX, Model, PhoneBooks, answer, mixture
 from torch import Tensor
 
 TASK = PhoneBooks((4, 6), 3, 4, sentinels=32)
 TINY = Size(TASK, Model(48, 1, 4, 8), row=80, batch=2, steps=6)
 ARGUMENTS = ["--size", "tiny", "--seeds", "1", "2", "--documents", "20", "--evaluate-every", "3", "--validation", "2"]
-ARGUMENTS += ["--fresh", "3", "--arms", f"{NEXT}, {CAUSAL}", f"{BANDIT}, {PREFIX}"]
+ARGUMENTS += [
+    "--fresh",
+    "3",
+    "--rates",
+    "2e-3",
+    "4e-3",
+    "--tuning-steps",
+    "4",
+    "--arms",
+    f"{NEXT}, {CAUSAL}",
+    f"{BANDIT}, {PREFIX}",
+]
 
 
 def test_a_document_is_a_book_and_numbers_that_are_in_it() -> None:
@@ -52,12 +64,15 @@ def test_the_judge_counts_whole_numbers(wrong: int) -> None:
             answers = ids.roll(-1, dims=1).clone()
             for lookup in range(wrong):
                 answers[:, 16 + 4 * lookup + 2 + lookup % 2] = 0
-            return SimpleNamespace(logits=torch.nn.functional.one_hot(answers, TASK.vocabulary).float())
+            return SimpleNamespace(logits=1e4 * torch.nn.functional.one_hot(answers, TASK.vocabulary).float())
 
         def eval(self) -> None: ...
         def train(self) -> None: ...
 
-    assert accuracy(Oracle(), TASK, 4, documents) == pytest.approx(1 - wrong / 3)
+    found = answer(Oracle(), TASK, 4, documents)
+    assert found.accuracy == pytest.approx(1 - wrong / 3)
+    # A wrong token is 1e4 nats away; it is one of the two of its number.
+    assert found.loss == pytest.approx(1e4 * wrong / 3 / 2)
     assert TASK.chance(4) == {"any number": 1 / 16, "a number of the book": 1 / 4}
 
 
@@ -66,8 +81,17 @@ def test_both_directions_have_equally_many_parameters() -> None:
     assert counts[0] < counts[1] <= (1 + EQUAL) * counts[0]
     with pytest.raises(ValueError, match="equal parameters within 5%"):
         Model(8, 1, 16, 4).make(CAUSAL, 8, 0.05, 0)
-    with pytest.raises(ValueError, match="entries must be from lookups"):
-        PhoneBooks((2, 6), 3, 4)
+    with pytest.raises(ValueError, match=r"entries at most symbols\*\*2 \(16\), got 3 and \(2, 17\)"):
+        PhoneBooks((2, 17), 3, 4)
+
+
+def test_training_has_easier_books_and_about_as_many_tokens_of_every_size() -> None:
+    """A book of two entries is looked up twice at most."""
+    task = PhoneBooks((12,), 3, 4, easier=(2,))
+    assert (task.asked(2), task.asked(12)) == (2, 3) and (task.length(2), task.length(12)) == (18, 62)
+    documents = task.documents(80, torch.Generator().manual_seed(0))
+    counts = {length: sum(len(one) == length for one in documents) for length in (18, 62)}
+    assert counts == {18: 62, 62: 18}
 
 
 def test_the_mixtures_are_those_of_the_arms() -> None:
@@ -81,26 +105,56 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_is_tuned_judged_drawn_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_tuned_judged_drawn_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(birdie.SIZES, "tiny", TINY)
-    # The search would go on while the accuracy, here 0 or near it, falls by chance.
-    monkeypatch.setattr(birdie, "judged", lambda row: abs(row["rate"] - 4e-3))
     main([*ARGUMENTS, "--output", str(tmp_path)])
     (path,) = tmp_path.glob("birdie-*.jsonl")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     *rows, summary = read(path)
-    assert summary["purpose"] == "summary" and len(rows) == 2 * (3 + 2)
-    assert {(row["arm"], row["rate"]) for row in rows if row["purpose"] == "result"} == {
-        (arm, 4e-3) for arm in summary["arms"]
-    }
+    assert summary["purpose"] == "summary" and len(rows) == 2 * (2 + 2)
+    for arm, found in summary["arms"].items():
+        tried = {row["rate"]: judged(row) for row in rows if row["purpose"] == "tuning" and row["arm"] == arm}
+        assert len(tried) == 2 and found["rate"] == min(tried, key=lambda rate: tried[rate])
+        assert {row["rate"] for row in rows if row["purpose"] == "result" and row["arm"] == arm} == {found["rate"]}
     for row in rows:
-        assert [point["step"] for point in row["curve"]] == [3, 6] and row["tokens"] <= 6 * 2 * 80
+        steps = [3, 6] if row["purpose"] == "result" else [3, 4]
+        assert [point["step"] for point in row["curve"]] == steps and row["tokens"] <= 6 * 2 * 80
         assert all(sum(point["rates"].values()) == pytest.approx(1) for point in row["curve"])
         assert row.keys() >= {"hardware", "versions", "date", "command"}
+        assert ("fresh" in row) == (row["purpose"] == "result")
     result = next(row for row in rows if row["purpose"] == "result")
-    assert judged(result) == 1 - sum(result["curve"][-1]["validation"].values()) / 2
+    assert judged(result) == sum(result["curve"][-1]["validation_loss"].values()) / 2
     text = table(summary)
     assert "| chance: a number of the book | | | 25.0% | 16.7% |" in text and text.count("\n") == 5
+    assert {found["claim"]: found["verdict"] for found in summary["claims"]}["mix-4"] == "not run"
     monkeypatch.setattr(birdie, "execute", lambda *_: pytest.fail("a run was repeated"))
     main([*ARGUMENTS, "--resume", str(path)])
     assert len(read(path)) == len(rows) + 1
+    capsys.readouterr()
+    main([*ARGUMENTS[:3], "1", "2", "3", *ARGUMENTS[5:], "--plan", "--resume", str(path)])
+    assert capsys.readouterr().out.startswith("2 runs: 12 steps, 0.0 CPU hours predicted")
+
+
+def test_claims_follow_from_the_seeds() -> None:
+    """One arm is above another with every seed, they overlap, or neither has learnt to look up."""
+    mix, plain, bandit = f"{FIXED}, {CAUSAL}", f"{NEXT}, {CAUSAL}", f"{BANDIT}, {CAUSAL}"
+    seeds = {mix: [0.9, 0.8], plain: [0.3, 0.7], bandit: [0.85, 0.6]}
+    arms = {arm: {"4": {"seeds": found, "mean": sum(found) / 2}} for arm, found in seeds.items()}
+    chance = {"a number of the book": 0.1}
+    summary = {"chance": {"4": chance}, "arms": arms}
+
+    def found() -> dict[str, str]:
+        return {one["claim"]: one["verdict"] for one in verdicts(summary)}
+
+    assert found() == {
+        "mix-4": "confirmed",
+        "bandit-4": "undecided",
+        "birdie-4": "not run",
+        "directions-4": "not run",
+    }
+    arms[bandit]["4"]["seeds"] = [0.7, 0.75]
+    assert found()["bandit-4"] == "refuted"
+    chance["a number of the book"] = 0.2
+    assert found()["mix-4"] == "undecided"

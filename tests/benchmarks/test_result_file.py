@@ -10,7 +10,7 @@ import bounded_memory
 import far_memory
 import pytest
 from circumstances import RESULTS
-from result_file import open_results, option_of
+from result_file import ResultFile, finished_or, open_results, option_of
 
 FAR = "far_memory-20261129T224927Z.jsonl"
 BOUNDED = "bounded_memory-20261129T193000Z.jsonl"
@@ -108,3 +108,25 @@ def test_a_command_that_does_not_tell_is_no_contradiction(capsys: pytest.Capture
     assert option_of({"command": "make demo"}, "batch", parser(), 5) == 5
     assert option_of({}, "batch", parser(), 5) == 5
     assert capsys.readouterr().err == ""
+
+
+def test_a_prediction_is_the_mean_of_the_rows_of_an_arm(tmp_path: Path) -> None:
+    file = ResultFile(tmp_path / "rows.jsonl", {})
+    assert file.prediction({"fast": 10, "slow": 20}, {}) == "30 steps"
+    assert file.prediction({"fast": 10, "slow": 20}, {"fast": 360, "slow": 36}) == "30 steps, 1.2 CPU hours predicted"
+    file.rows = [
+        {"arm": "fast", "steps": 100, "cpu_seconds": 360.0},
+        {"arm": "slow", "steps": 100, "cpu_seconds": 3600.0},
+        {"arm": "slow", "steps": 100, "cpu_seconds": 7200.0},
+        {"arm": "summary"},
+    ]
+    assert file.prediction({"fast": 1000, "slow": 1000}, {"fast": 9}) == "2,000 steps, 16.0 CPU hours predicted"
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    def trained() -> dict[str, Any]:
+        return {"loss": 2.0}
+
+    assert finished_or(tmp_path, trained) == {"loss": 2.0}
+    (tmp_path / "report.json").write_text(json.dumps({"loss": 1.0}))
+    assert finished_or(tmp_path, trained) == {"loss": 1.0}
