@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from translation_arms import ARMS
-from translation_table import Rows, tests_of
+from translation_table import Rows, groups_of, label_of, tests_of
 
 
 def draw_results(compared: dict[str, Rows], path: Path) -> None:
@@ -44,23 +44,16 @@ def draw_results(compared: dict[str, Rows], path: Path) -> None:
     plt.close(figure)
 
 
-def _groups(rows: Rows) -> dict[tuple[str, int], Rows]:
-    groups: dict[tuple[str, int], Rows] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["concatenate"]), []).append(row)
-    return groups
-
-
 def _lines(axis: Axes, name: str, rows: Rows, chosen: str) -> None:
     """Draw a line for each arm, with a band from the lowest to the highest seed."""
     score = "entity_recall" if name == "synthetic" else "bleu"
     tests = [test for test in tests_of(name, rows) if test.startswith(chosen)]
     places = [int(re.findall(r"\d+", test)[-1]) for test in tests]
     arms = list(ARMS)
-    for (arm, concatenate), own in _groups(rows).items():
+    for (arm, concatenate), own in groups_of(rows).items():
         scores: list[list[Any]] = [[row["tests"][test][score] for row in own] for test in tests]
         color, line = f"C{arms.index(arm)}", "-" if concatenate == 1 else "--"
-        label = ARMS[arm] + ("" if concatenate == 1 else f"; CAT-{concatenate}")
+        label = label_of(arm, concatenate)
         axis.plot(places, [mean(of) for of in scores], line, marker="o", markersize=3, color=color, label=label)
         axis.fill_between(places, [min(of) for of in scores], [max(of) for of in scores], color=color, alpha=0.15)
     first = rows[0]["tests"]
@@ -75,7 +68,7 @@ def _lines(axis: Axes, name: str, rows: Rows, chosen: str) -> None:
 def _bars(axis: Axes, name: str, rows: Rows) -> None:
     """Draw a bar for each arm and corpus, with the range of the seeds."""
     tests, arms = tests_of(name, rows), list(ARMS)
-    groups = _groups(rows)
+    groups = groups_of(rows)
     width = 0.8 / len(groups)
     for index, ((arm, _), own) in enumerate(groups.items()):
         for place, test in enumerate(tests):

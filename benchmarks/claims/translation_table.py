@@ -24,6 +24,19 @@ def tests_of(name: str, rows: Rows) -> list[str]:
     return [test for test in tests if is_joined(test) == (name == "length")]
 
 
+def groups_of(rows: Rows) -> dict[tuple[str, int], Rows]:
+    """Return the rows of each arm and number of joined training sentences: its seeds."""
+    groups: dict[tuple[str, int], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["arm"], row["concatenate"]), []).append(row)
+    return groups
+
+
+def label_of(arm: str, concatenate: int) -> str:
+    """Return what tables and pictures call a group."""
+    return ARMS[arm] + (f"; CAT-{concatenate}" if concatenate > 1 else "")
+
+
 def tables(name: str, rows: Rows) -> str:
     """Return the tables of a task of the command line: names that are kept, or BLEU and chrF."""
     scores = ("entity_recall", "bleu") if name == "synthetic" else ("bleu", "chrf")
@@ -39,15 +52,12 @@ def table_of(name: str, rows: Rows, score: str) -> str:
         score: "bleu", "chrf" or "entity_recall".
     """
     digits = 3 if score == "entity_recall" else 2
-    groups: dict[tuple[str, int], Rows] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["concatenate"]), []).append(row)
     tests = tests_of(name, rows)
     lines = [f"{name}: {score}", _line(["arm", "parameters", "seeds", *tests]), "|---|" + "---:|" * (len(tests) + 2)]
-    for (arm, concatenate), seeds in groups.items():
+    for (arm, concatenate), seeds in groups_of(rows).items():
         group = [row for row in seeds if "tests" in row]
         diverged = len(seeds) - len(group)
-        label = ARMS[arm] + (f"; CAT-{concatenate}" if concatenate > 1 else "")
+        label = label_of(arm, concatenate)
         numbers = f"{len(seeds)}, {diverged} diverged" if diverged else str(len(seeds))
         if not group:
             lines.append(_line([label, "-", numbers, *("-" for _ in tests)]))
