@@ -115,7 +115,7 @@ class PhoneBooks:
 
 @dataclass(frozen=True)
 class Answers:
-    """How well a model answers.
+    """Accuracy and loss of the answers of a model.
 
     Attributes:
         accuracy: share of the looked-up names whose whole number is the most likely one.
