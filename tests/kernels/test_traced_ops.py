@@ -30,7 +30,7 @@ WITHOUT_A_STATIC_SHAPE = {"bounded_attention_matrix"}
 TRACED = [key for key in OPS if key not in REFERENCES | WITHOUT_A_STATIC_SHAPE]
 IMPLEMENTED = [key for key in TRACED if "implementation" in inspect.signature(OPS[key].op).parameters]
 STEPS = {key for key in OPS if key.endswith("_step")}
-PACKED_MIXING = {"masked_mix", "toeplitz_mix"}
+PACKED_MIXING = ("masked_mix", "toeplitz_mix")
 # A compiler fuses norms with their neighbours, so `implementation="auto"` leaves them to it.
 FUSED = {"rms_norm", "add_rms_norm"}
 
