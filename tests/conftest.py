@@ -8,7 +8,7 @@ import sys
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ for name in ("DIR", "COMMON_DIR", "WORK_TREE", "INDEX_FILE", "OBJECT_DIRECTORY",
 
 # The tensors of the tests are tiny: more threads only wait for each other, and one thread sums in a fixed order.
 torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse a test parametrized over a set: its order differs between processes, which stops pytest-xdist."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        values = mark.args[1] if len(mark.args) > 1 else mark.kwargs.get("argvalues")
+        if isinstance(values, Set):
+            pytest.fail(f"`parametrize({mark.args[0]!r}, ...)` was given a set; sort it.", pytrace=False)
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """The shared fixtures do what the tests that use them rely on."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +33,20 @@ def test_triton_is_interpreted_without_a_cuda_device():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device, the kernels run natively")
     assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize(("values", "refused"), [('{"a", "b"}', True), ('["a", "b"]', False)])
+def test_a_test_parametrized_over_a_set_is_refused(tmp_path: Path, values: str, refused: bool) -> None:
+    test = f"import pytest\n@pytest.mark.parametrize('letter', {values})\ndef test_letter(letter): pass\n"
+    (tmp_path / "test_letters.py").write_text(test)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--collect-only", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("`parametrize('letter', ...)` was given a set; sort it." in run.stdout) == refused
+    assert ("test_letter[a]" in run.stdout) != refused
+    assert bool(run.returncode) == refused

@@ -252,7 +252,7 @@ def test_fingerprint_is_of_the_ids_alone() -> None:
         pytest.param(torch.zeros(2, 3, dtype=torch.long), r"`ids` must be .*, got shape \(2, 3\)", id="two-axes"),
         pytest.param(torch.zeros(3), r"`ids` must be \(tokens,\) integers, got .* of torch.float32", id="floats"),
         pytest.param(torch.zeros(3, dtype=torch.bool), "of torch.bool", id="bools"),
-        pytest.param(torch.tensor([1, -1]), "`ids` must be from 0 to 2\^31 - 1, got -1 to 1", id="negative"),
+        pytest.param(torch.tensor([1, -1]), "`ids` must be from 0 to 2\\^31 - 1, got -1 to 1", id="negative"),
         pytest.param(torch.tensor([2**31]), "got 2147483648", id="too-large"),
     ],
 )
