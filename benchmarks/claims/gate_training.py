@@ -81,6 +81,7 @@ class Way:
 GUMBEL: dict[str, Any] = {"sal_selection": "gumbel", "sal_dense_training": False}
 CAPACITY: dict[str, Any] = {"sal_selection": "capacity", "sal_dense_training": False}
 DENSE = {"sal_dense_training": True}
+ADDED = {"sal_fusion": "residual"}
 WAYS = {
     "paper": Way("the paper's: noise, capacity loss", GUMBEL),
     "paper-dense": Way("the same, attention of all tokens in training", GUMBEL | DENSE),
@@ -90,6 +91,9 @@ WAYS = {
     "threshold-dense": Way("the same, attention of all tokens in training", CAPACITY | DENSE),
     "threshold-warmup": Way("threshold, share falls from all tokens", CAPACITY, warmup=True),
     "threshold-dense-warmup": Way("threshold, attention of all, share falls", CAPACITY | DENSE, warmup=True),
+    "paper-added": Way("the paper's, attention is added to the stream", GUMBEL | ADDED),
+    "threshold-dense-added": Way("threshold, attention of all, added", CAPACITY | DENSE | ADDED),
+    "threshold-dense-warmup-added": Way("the same, share falls", CAPACITY | DENSE | ADDED, warmup=True),
 }
 
 
