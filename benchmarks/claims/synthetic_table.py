@@ -113,7 +113,8 @@ SETTINGS: dict[str, Setting] = {
             arms={4096: RECURRENT, 16384: RECURRENT},
         ),
         steps=2000,
-        solved=1.0,
+        # All arms solve 64 tokens within 300 to 2,000 steps. One that stopped there did worse at 512 and more.
+        solved=None,
     ),
     "sparse_parity": Setting(
         SparseParity(dimension=5, points=24, relevant=2),
