@@ -160,6 +160,61 @@ def test_a_frozen_gate_keeps_its_threshold() -> None:
     assert mixer.threshold.item() == pytest.approx(0.1) and mixer.passes == 0
 
 
+@pytest.mark.parametrize("way", ["generate", "forward"])
+def test_a_pass_without_gradients_leaves_the_threshold(way: str) -> None:
+    """A model in training mode that generates text, or is measured, learns nothing from it."""
+    model, ids = make_model("taipan", sal_warmup_steps=50).train(), draw_ids(2, 12)
+    model(ids)
+    mixer = model.backbone.layers[2].mixer
+    before = {name: buffer.clone() for name, buffer in mixer.named_buffers()}
+    assert before["correction"] != 0 and before["passes"] == 1
+    for _ in range(2):
+        if way == "generate":
+            model.generate(ids, max_new_tokens=5, do_sample=False)
+        else:
+            with torch.no_grad():
+                rate = model(ids).selection_rate
+            assert torch.equal(rate, model.eval()(ids).selection_rate)
+            model.train()
+    for name, buffer in before.items():
+        assert torch.equal(mixer.get_buffer(name), buffer), name
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_token_that_is_not_finite_does_not_reach_the_threshold(passes: int, value: float) -> None:
+    """A step that a scaler of gradients skips must not leave a saved threshold that is no number."""
+    mixer = block_of(attention_capacity=0.25).mixer
+    for seed in range(passes):
+        mixer.over_threshold(states(2, 10, seed=seed), None)
+        mixer.begin_pass()
+    before, margin = mixer.threshold.item(), states(2, 10, seed=4)
+    damaged, real = margin.clone(), torch.ones(2, 10, dtype=torch.bool)
+    damaged[0, 3], real[0, 3] = value, False
+    mixer.over_threshold(margin, real)
+    expected = {name: buffer.clone() for name, buffer in mixer.named_buffers()}
+    above = mixer.over_threshold(damaged, None)
+    for name, buffer in expected.items():
+        assert torch.equal(mixer.get_buffer(name), buffer), name
+    assert not above[0, 3].isfinite() and above.isfinite().sum() == 19
+    mixer.begin_pass()
+    assert mixer.threshold.isfinite() and mixer.threshold != before
+
+
+@pytest.mark.parametrize("broken", ["gate", "threshold"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gate_of_nan_is_not_a_closed_gate(training: bool, broken: str) -> None:
+    """Otherwise such a model would compute finite logits, without its attention."""
+    model, ids = make_model("taipan", sal_dense_training=False).train(training), draw_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    mixer = model.backbone.layers[2].mixer
+    with torch.no_grad():
+        (mixer.gate.weight if broken == "gate" else mixer.threshold).fill_(float("nan"))
+    output = model(ids, attention_mask=mask)
+    assert output.logits[mask == 1].isnan().any(-1).all() and output.selection_rate.isnan().all()
+
+
 def test_the_threshold_is_saved_and_stays_float32(tmp_path: Path) -> None:
     model = make_model("taipan", attention_capacity=0.25)
     ids = draw_ids(2, 16)
