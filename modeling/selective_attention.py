@@ -133,7 +133,7 @@ class SelectiveAttention(GroupedAttention):
         margin = scores[..., 1] - scores[..., 0]
         above = margin
         if self.has_threshold:
-            above = self.over_threshold(margin, sequence.real)
+            above = self.over_threshold(margin, sequence.real, sequence.begun.get(self.layer_idx))
             scores = torch.stack([scores[..., 0], scores[..., 0] + above], dim=-1)
         selected, decision = self.decide(above, sequence.real)
         keys, values, positions = self.keys(hidden_states, selected, sequence, past_key_values)
@@ -193,15 +193,16 @@ class SelectiveAttention(GroupedAttention):
 
     def share(self) -> Tensor | float:
         """Return the share of the tokens to select now: the capacity, or more while it falls in the warm-up."""
-        if not (self.has_threshold and self.warmup_steps and self.follows):
+        if not (self.has_threshold and self.warmup_steps and self.training):
             return self.capacity
         left = (1 - (self.passes - 1) / self.warmup_steps).clamp(min=0, max=1)
         return self.capacity + (1 - self.capacity) * left
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, sequence: Sequence) -> None:
         """Move the threshold by the correction of the last pass, before a pass in training.
 
-        Gradient checkpointing repeats the passes of the blocks, and finds the threshold as it was.
+        Gradient checkpointing repeats the passes of the blocks with the same `sequence`, also after a later pass has
+        begun. So `sequence` keeps the threshold and the number of its pass.
         """
         if not (self.has_threshold and self.follows):
             return
@@ -211,18 +212,21 @@ class SelectiveAttention(GroupedAttention):
             average, last = self.stride
             average.copy_(torch.where(average > 0, average + (1 - _MEMORY) * (last - average), last))
             self.passes.add_(1)
+            sequence.begun[self.layer_idx] = self.threshold.clone(), self.passes.clone()
 
-    def over_threshold(self, margin: Tensor, real: Tensor | None) -> Tensor:
+    def over_threshold(self, margin: Tensor, real: Tensor | None, begun: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return (B, L) margins less the threshold; in training also take down the correction that the batch asks for.
 
         Args:
             margin: (B, L) score of attending minus score of not attending.
             real: (B, L) False at padding, which does not count; None if there is none.
+            begun: what :meth:`begin_pass` has kept of the pass, if it was called.
         """
-        threshold = self.threshold if self.follows else self.threshold + self.correction
+        # A checkpoint of the older kind runs a pass without gradients first.
+        follows, share = self.follows or begun is not None, self.share()
+        threshold, number = begun or (self.threshold if follows else self.threshold + self.correction, self.passes)
         if not (self.training and margin.numel()):
             return margin - threshold
-        follows, share = self.follows, self.share()
         # A margin that is not finite makes its own output NaN, and must not do the same to the saved threshold.
         finite = margin.isfinite()
         known = margin.masked_fill(~finite, 0)
@@ -239,8 +243,9 @@ class SelectiveAttention(GroupedAttention):
                 last = torch.maximum(reach(threshold, known, counts), _LEAST * spread)
                 last = torch.where(total > 0, last, self.stride[1])
                 stride = torch.where(self.stride[0] > 0, self.stride[0], last)
-                self.stride[1].copy_(last)
-                self.correction.copy_(_PACE * surplus * stride)
+                newest = number == self.passes  # otherwise a later pass has begun, whose correction stays
+                self.stride[1].copy_(torch.where(newest, last, self.stride[1]))
+                self.correction.copy_(torch.where(newest, _PACE * surplus * stride, self.correction))
         moved = (slope * known).sum()
         return margin - threshold - (moved - moved.detach())
 
