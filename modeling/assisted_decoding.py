@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import (
+    EosTokenCriteria,
+    GenerationMixin,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PreTrainedConfig,
+    StoppingCriteriaList,
+)
 
 from .cache import CACHE_FIELD
 from .rollback import RECORDED, recording_layers, stop_recording
@@ -13,6 +20,7 @@ READ = "_columns_read"
 """Attribute of a cache during assisted decoding: columns of the prompt that it holds already."""
 STOPS = "_draft_stops"
 """Attribute of a cache during assisted decoding: the stopping criteria, which a draft may not go beyond."""
+_KNOWN = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)  # transformers cuts drafts by the first two itself
 _OF_TOKENS = ("output_hidden_states", "output_attentions")
 
 
@@ -36,7 +44,8 @@ class AssistedDecoding(GenerationMixin):
             drafting.stop_strings = None  # a draft model has no tokenizer to find them with, and `cut` ends its drafts
         get_candidates = drafts.get_candidates
         last = settings.max_length - 1  # the verification adds a token of its own
-        stops = getattr((kwargs.get("model_kwargs") or {}).get(CACHE_FIELD), STOPS, None)
+        asked = getattr((kwargs.get("model_kwargs") or {}).get(CACHE_FIELD), STOPS, None) or []
+        stops = StoppingCriteriaList([criterion for criterion in asked if not isinstance(criterion, _KNOWN)])
 
         def cut(input_ids: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
             ids, logits = get_candidates(input_ids, *rest, **options)
