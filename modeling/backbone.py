@@ -190,7 +190,7 @@ class ZooModel(ZooPreTrainedModel):
         for block in self.layers:
             mixer: Any = getattr(block, "mixer", None)
             if hasattr(mixer, "begin_pass"):
-                mixer.begin_pass()
+                mixer.begin_pass(sequence)
             hidden_states, attention, *choice = block(
                 hidden_states,
                 sequence,

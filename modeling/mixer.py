@@ -8,7 +8,7 @@ also returns its (B, L, 2) scores and (B, L) decisions. These attributes are opt
 |---|---|
 | `num_heads` | H, heads of the mixing matrix; calibration and half-lives go by it |
 | `initialise()` | sets the first values of its parameters, after its linear layers have transformers' |
-| `begin_pass()` | called before each forward of the model, but not where gradient checkpointing repeats it |
+| `begin_pass(sequence)` | called before each forward of the model, but not where gradient checkpointing repeats it |
 | `wanted_rate` | of a mixer that selects tokens: the rate that the capacity loss pulls to; None: it has no such loss |
 | `float32_parameters` | names of the parameters that are kept in float32 |
 | `hidden_attention(hidden_states, sequence)` | the mixing matrix alone, to align it with attention |

@@ -52,8 +52,11 @@ def routing_outputs(
         real: (B, L) False at padding, None if there is none.
         capacities: for each of them C, the share of the tokens that it should select; None: another means holds it.
     """
-    decisions = torch.stack([decision for _, decision in choices])  # (N, B, L)
-    count = decisions.new_full(decisions.shape[1:2], decisions.shape[2]) if real is None else real.sum(-1).float()
+    # Layers may be on different devices.
+    decisions = torch.stack([decision.to(choices[-1][1].device) for _, decision in choices])  # (N, B, L)
+    count = decisions.new_full(decisions.shape[1:2], decisions.shape[2])
+    if real is not None:
+        count = real.sum(-1).to(count)
     rates = decisions.sum(-1) / count.clamp(min=1)  # (N, B)
     # Taipan, eq. 7, for every row separately, since the cost of decoding a row depends on that row's selection. A row
     # of padding does not count.

@@ -17,14 +17,14 @@ the tokens (docs/results.md). The default, `sal_selection="capacity"`, has no no
 The weight a_t is that of the paper, without the threshold. One that is near zero below the threshold would leave tokens
 that are wrongly not selected almost without a gradient.
 
-After each pass in training the threshold moves a little: up if more than the share C of the tokens were selected, down
-if fewer, by steps that are short where many margins lie close together, so that it does not jump over them. The length
-of a step is an average over earlier batches. Were it taken from the same batch, surpluses and deficits would be given
-different weights, and the rate would settle beside C. So the rate is C over many batches, not in each, and training
-selects as evaluation does, by the tokens before alone. Gradients also go through the threshold, as if it moved at once
-to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes the others less likely. `sal_warmup_steps` lets
-the share fall from all tokens to C, so that attention learns before the gate has to choose. (Biases that hold the load
-of experts without a loss: arXiv 2408.15664.)
+After each pass in training that records gradients the threshold moves a little: up if more than the share C of the
+tokens were selected, down if fewer, by steps that are short where many margins lie close together, so that it does not
+jump over them. The length of a step is an average over earlier batches. Were it taken from the same batch, surpluses
+and deficits would be given different weights, and the rate would settle beside C. So the rate is C over many batches,
+not in each, and training selects as evaluation does, by the tokens before alone. Gradients also go through the
+threshold, as if it moved at once to hold sum_t sigmoid(z_t / tau): what makes one token likelier makes the others less
+likely. `sal_warmup_steps` lets the share fall from all tokens to C, so that attention learns before the gate has to
+choose. (Biases that hold the load of experts without a loss: arXiv 2408.15664.)
 
 Choices where the paper is open or ambiguous:
 
@@ -133,7 +133,7 @@ class SelectiveAttention(GroupedAttention):
         margin = scores[..., 1] - scores[..., 0]
         above = margin
         if self.has_threshold:
-            above = self.over_threshold(margin, sequence.real)
+            above = self.over_threshold(margin, sequence.real, sequence.begun.get(self.layer_idx))
             scores = torch.stack([scores[..., 0], scores[..., 0] + above], dim=-1)
         selected, decision = self.decide(above, sequence.real)
         keys, values, positions = self.keys(hidden_states, selected, sequence, past_key_values)
@@ -180,9 +180,11 @@ class SelectiveAttention(GroupedAttention):
     def follows(self) -> bool:
         """Whether the threshold moves with the gate's scores.
 
-        Not with a frozen gate or one with adapters: adapters are saved without the threshold, so it stays.
+        It does in passes from which the gate can learn. It stays where no gradient is recorded, e.g. where a model in
+        training mode generates text, and with a frozen gate or one with adapters, which are saved without it.
         """
-        return self.training and isinstance(self.gate, nn.Linear) and self.gate.weight.requires_grad
+        learns = self.training and torch.is_grad_enabled()
+        return learns and isinstance(self.gate, nn.Linear) and self.gate.weight.requires_grad
 
     @property
     def wanted_rate(self) -> float | None:
@@ -191,50 +193,60 @@ class SelectiveAttention(GroupedAttention):
 
     def share(self) -> Tensor | float:
         """Return the share of the tokens to select now: the capacity, or more while it falls in the warm-up."""
-        if not (self.has_threshold and self.warmup_steps and self.follows):
+        if not (self.has_threshold and self.warmup_steps and self.training):
             return self.capacity
         left = (1 - (self.passes - 1) / self.warmup_steps).clamp(min=0, max=1)
         return self.capacity + (1 - self.capacity) * left
 
-    @torch.no_grad()
-    def begin_pass(self) -> None:
+    def begin_pass(self, sequence: Sequence) -> None:
         """Move the threshold by the correction of the last pass, before a pass in training.
 
-        Gradient checkpointing repeats the passes of the blocks, and finds the threshold as it was.
+        Gradient checkpointing repeats the passes of the blocks with the same `sequence`, also after a later pass has
+        begun. So `sequence` keeps the threshold and the number of its pass.
         """
-        if self.has_threshold and self.follows:
+        if not (self.has_threshold and self.follows):
+            return
+        with torch.no_grad():
             self.threshold.add_(self.correction)
             self.correction.zero_()
             average, last = self.stride
             average.copy_(torch.where(average > 0, average + (1 - _MEMORY) * (last - average), last))
             self.passes.add_(1)
+            sequence.begun[self.layer_idx] = self.threshold.clone(), self.passes.clone()
 
-    def over_threshold(self, margin: Tensor, real: Tensor | None) -> Tensor:
+    def over_threshold(self, margin: Tensor, real: Tensor | None, begun: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return (B, L) margins less the threshold; in training also take down the correction that the batch asks for.
 
         Args:
             margin: (B, L) score of attending minus score of not attending.
             real: (B, L) False at padding, which does not count; None if there is none.
+            begun: what :meth:`begin_pass` has kept of the pass, if it was called.
         """
-        threshold = self.threshold if self.follows else self.threshold + self.correction
+        # A checkpoint of the older kind runs a pass without gradients first.
+        follows, share = self.follows or begun is not None, self.share()
+        threshold, number = begun or (self.threshold if follows else self.threshold + self.correction, self.passes)
         if not (self.training and margin.numel()):
             return margin - threshold
+        # A margin that is not finite makes its own output NaN, and must not do the same to the saved threshold.
+        finite = margin.isfinite()
+        known = margin.masked_fill(~finite, 0)
         with torch.no_grad():
-            counts = torch.ones_like(margin) if real is None else real.to(margin.dtype)
-            soft = ((margin - threshold) / self.tau).sigmoid()
+            counts = (finite if real is None else finite & real).to(margin.dtype)
+            soft = ((known - threshold) / self.tau).sigmoid()
             slope = soft * (1 - soft) * counts
             slope = slope / slope.sum().clamp(min=torch.finfo(slope.dtype).tiny)
-            if self.follows:
+            if follows:
                 total = counts.sum()
-                mean = (margin * counts).sum() / total.clamp(min=1)
-                spread = ((margin - mean).square() * counts).sum().div(total.clamp(min=1)).sqrt()
-                surplus = ((margin > threshold) * counts).sum() / total.clamp(min=1) - self.share() * (total > 0)
-                last = torch.maximum(reach(threshold, margin, counts), _LEAST * spread)
+                mean = (known * counts).sum() / total.clamp(min=1)
+                spread = ((known - mean).square() * counts).sum().div(total.clamp(min=1)).sqrt()
+                surplus = ((known > threshold) * counts).sum() / total.clamp(min=1) - share * (total > 0)
+                last = torch.maximum(reach(threshold, known, counts), _LEAST * spread)
                 last = torch.where(total > 0, last, self.stride[1])
                 stride = torch.where(self.stride[0] > 0, self.stride[0], last)
-                self.stride[1].copy_(last)
-                self.correction.copy_(_PACE * surplus * stride)
-        moved = (slope * margin).sum()
+                newest = number == self.passes  # otherwise a later pass has begun, whose correction stays
+                self.stride[1].copy_(torch.where(newest, last, self.stride[1]))
+                self.correction.copy_(torch.where(newest, _PACE * surplus * stride, self.correction))
+        moved = (slope * known).sum()
         return margin - threshold - (moved - moved.detach())
 
     def decide(self, margin: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -245,20 +257,21 @@ class SelectiveAttention(GroupedAttention):
             real: (B, L) False at padding, which never attends; None if there is none.
 
         Returns:
-            (B, L) booleans; and the same as numbers, through which gradients reach the scores in training.
+            (B, L) booleans; and the same as numbers, through which gradients reach the scores in training. A token
+            whose margin is NaN is selected and its number is NaN, so that a broken gate is not a closed one.
         """
         if self.training:
             noisy = margin if self.has_threshold else margin + logistic_noise(margin)
             probability = (noisy / self.tau).sigmoid()
-            selected = probability > 0.5
+            selected = ~(probability <= 0.5)
             decision = selected + (probability - probability.detach())
         else:
-            selected = margin > 0
-            decision = selected.to(margin.dtype)
+            selected = ~(margin <= 0)
+            decision = torch.where(margin.isnan(), margin, selected)
         if self.closed:
             selected, decision = torch.zeros_like(selected), decision * 0
         if real is not None:
-            selected, decision = selected & real, decision * real
+            selected, decision = selected & real, decision.masked_fill(~real, 0)
         return selected, decision
 
     def keys(

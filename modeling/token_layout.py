@@ -32,6 +32,7 @@ class Sequence:
         local_rotary: those of a second rotary embedding, if some layers use another.
         prefix: (B, L) True at the tokens of prefixes that are read in both directions (`prefix.py`); None without.
         alone: the layout of these tokens alone, once a layer has asked for it.
+        begun: for each layer that moves a threshold in training, by its number, what it was in this pass.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Sequence:
         self.local_rotary: tuple[Tensor, Tensor] | None = None
         self.prefix: Tensor | None = None
         self.alone: Sequence | None = None
+        self.begun: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: list[tuple[int | None, Tensor]] = []
         self._elsewhere: dict[torch.device, Sequence] = {}
         self._reversal: Tensor | None = None
@@ -87,6 +89,7 @@ class Sequence:
             if self.local_rotary is not None:
                 there.local_rotary = self.local_rotary[0].to(device), self.local_rotary[1].to(device)
             there.prefix = moved(self.prefix)
+            there.begun = self.begun  # on the device of each layer
         return self._elsewhere[device]
 
     def rotary_tables(self, kind: str) -> tuple[Tensor, Tensor] | None:

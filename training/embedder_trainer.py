@@ -73,18 +73,26 @@ class EmbedderTrainer(AuxiliaryLoss, SentenceTransformerTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        changing = self._changing()
         state = self.model.state_dict() if state_dict is None else state_dict
-        kept = {name: tensor.contiguous() for name, tensor in state.items() if name in trained}
+        kept = {name: tensor.contiguous() for name, tensor in state.items() if name in changing}
         save_file(kept, Path(output_dir) / _TRAINED)
 
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:
         state = load_file(Path(checkpoint_path) / _TRAINED)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        if state.keys() != trained:
-            keys = ", ".join(sorted(state.keys() ^ trained)[:3])
+        changing = self._changing()
+        if state.keys() != changing:
+            keys = ", ".join(sorted(state.keys() ^ changing)[:3])
             raise ValueError(f"{checkpoint_path} is of another model or other adapters: {keys}")
         self.model.load_state_dict(state, strict=False)
+
+    def _changing(self) -> set[str]:
+        """Return the names of what training changes: parameters, and buffers beside them, as of Taipan's threshold."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        layers = {name.rpartition(".")[0].rpartition(".")[0] for name in trained}
+        buffers = self.model.state_dict().keys() - parameters.keys()
+        return trained | {name for name in buffers if name.rpartition(".")[0] in layers}
 
 
 @contextmanager

@@ -203,9 +203,11 @@ class AuxiliaryLoss(CheckedTrainer):
         self._auxiliary = torch.zeros((), device=self.args.device)  # auxiliary part of the loss since the last point
 
     def note(self, model: Any, outputs: Any) -> None:
-        """Note the auxiliary loss of a forward pass in training."""
-        if model.training and getattr(outputs, "aux_loss", None) is not None:
-            self._selection.add(outputs)
+        """Note the selection of a forward pass in training, and its auxiliary loss if it has one."""
+        if not model.training or getattr(outputs, "selection_rate", None) is None:
+            return
+        self._selection.add(outputs)
+        if outputs.aux_loss is not None:
             self._penalties.append(model.config.router_aux_loss_coef * outputs.aux_loss)
 
     def with_auxiliary(self, compute: Callable[[], Tensor], share: Tensor | float = 1.0) -> Tensor:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from families import make_encoder_decoder, make_model
 from huggingface_hub.errors import StrictDataclassError
-from transformers import DynamicCache, EncoderDecoderCache
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerFast, StoppingCriteria
 
 from ssm_zoo.modeling import ZooEncDecConfig, ZooHybridConfig, ZooHybridForCausalLM
 from ssm_zoo.modeling.cache import CACHE_FIELD
@@ -33,6 +35,47 @@ def test_drafts_of_the_prompt_end_where_the_positions_end() -> None:
     model = hybrid("full_attention", "full_attention", learned_positions=True, max_position_embeddings=24)
     greedy = model.generate(PROMPT, max_new_tokens=8, do_sample=False)
     assert torch.equal(model.generate(PROMPT, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=5), greedy)
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return input_ids[:, -1] == self.token
+
+
+def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer with a word for every id."""
+    # transformers tries the tokenizer of a stop string with the first word.
+    words = {word: token for token, word in enumerate(["abcdef", *(f"<{token}>" for token in range(1, size))])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="abcdef")))
+
+
+@pytest.mark.parametrize("kind", ["criterion", "string", "end"])
+@pytest.mark.parametrize("family", ["hybrid", "encoder-decoder"])
+def test_a_text_ends_where_it_would_without_drafts(family: str, kind: str) -> None:
+    """The draft model is the model, so all drafts are right, and most texts end within one."""
+    if family == "hybrid":
+        model, prompt, first = hybrid("full_attention", "mamba2"), {"input_ids": PROMPT}, PROMPT.shape[1]
+    else:
+        model, prompt, first = make_encoder_decoder("mamba"), {"input_ids": PROMPT}, 1
+    options: dict[str, Any] = {**prompt, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(**options)[0, first:].tolist()
+    lengths = set()
+    for token in sorted(set(whole)):
+        if kind == "criterion":
+            options["stopping_criteria"] = [StopAt(token)]
+        elif kind == "string":
+            tokenizer = tokenizer_of(model.config.vocab_size)
+            options |= {"tokenizer": tokenizer, "stop_strings": [tokenizer.convert_ids_to_tokens(token)]}
+        else:
+            options["eos_token_id"] = token
+        length = whole.index(token) + 1
+        for drafts in ({}, {"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+            assert model.generate(**options, **drafts)[0, first:].tolist() == whole[:length]
+        lengths.add(length)
+    assert len(lengths) > 3
 
 
 def test_a_text_that_is_read_again_takes_no_drafts_beyond_that_length() -> None:

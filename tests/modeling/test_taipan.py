@@ -221,6 +221,15 @@ def test_padding_is_no_token_of_the_capacity_loss() -> None:
     torch.testing.assert_close(padded.selection_rate, chosen / 13)
 
 
+def test_layers_on_different_devices_have_one_output() -> None:
+    """Two devices, as `device_map` gives them; the second one has shapes and no values."""
+    choices = [(torch.zeros(2, 3, 2, device=device), torch.ones(2, 3, device=device)) for device in ("cpu", "meta")]
+    for real in (None, torch.ones(2, 3, dtype=torch.bool)):
+        found = routing_outputs(choices, real, [0.5, None])
+        assert found["selection_rate"].device.type == found["aux_loss"].device.type == "meta"
+        assert found["selection_rate"].shape == (2,) and len(found["router_logits"]) == 2
+
+
 def test_evaluation_is_deterministic_and_training_with_noise_is_not() -> None:
     model, ids = make_model("taipan", sal_selection="gumbel"), draw_ids(2, 30)
     with torch.no_grad():

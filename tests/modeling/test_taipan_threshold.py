@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import draw_ids
-from selective_models import block_of, make_model, states
+from selective_models import block_of, make_model, sequence_of, states
 from torch import Tensor
 
 from ssm_zoo.modeling import TaipanForCausalLM
@@ -33,7 +33,7 @@ def test_a_pass_asks_for_a_correction_and_the_next_one_makes_it(padded: bool) ->
     assert mixer.correction.item() == pytest.approx(expected.item(), rel=1e-5) and mixer.threshold.item() < 0.11
     mixer.eval()
     torch.testing.assert_close(mixer.over_threshold(margin, real), margin - 0.1 - expected, rtol=0, atol=1e-6)
-    mixer.train().begin_pass()
+    mixer.train().begin_pass(sequence_of(1))
     assert mixer.threshold.item() == pytest.approx(0.1 + expected.item()) and mixer.correction == 0
 
 
@@ -53,14 +53,14 @@ def test_the_length_of_a_step_is_an_average_over_earlier_batches() -> None:
         assert mixer.correction.item() == pytest.approx(
             0.05 * (above.double().mean().item() - 0.25) * average, rel=1e-5
         )
-        mixer.begin_pass()
+        mixer.begin_pass(sequence_of(1))
         assert mixer.threshold.item() == pytest.approx(
             threshold + 0.05 * (above.double().mean().item() - 0.25) * average
         )
         lengths.append(nearest / 0.05)
     before = mixer.stride.clone()
     mixer.over_threshold(states(2, 10, seed=4), torch.zeros(2, 10, dtype=torch.bool))  # padding only
-    mixer.begin_pass()
+    mixer.begin_pass(sequence_of(1))
     assert mixer.correction == 0 and mixer.stride[1] == before[1]
 
 
@@ -103,7 +103,7 @@ def test_the_threshold_does_not_jump_over_margins_that_lie_close_together() -> N
     generator = torch.Generator().manual_seed(0)
     rates = []
     for step in range(600):
-        mixer.begin_pass()
+        mixer.begin_pass(sequence_of(1))
         near = 1 + 0.001 * torch.randn(1, 400 - 200 * (step % 2), generator=generator)
         margin = torch.cat([near, torch.randn(1, 600, generator=generator) - 6], dim=1)
         rates.append((mixer.over_threshold(margin, None) > 0).float().mean().item())
@@ -117,7 +117,7 @@ def test_a_threshold_beyond_all_margins_comes_back() -> None:
         mixer.threshold.fill_(start)
         generator = torch.Generator().manual_seed(0)
         for _ in range(400):
-            mixer.begin_pass()
+            mixer.begin_pass(sequence_of(1))
             above = mixer.over_threshold(torch.randn(2, 100, generator=generator), None) > 0
         assert above.float().mean().item() == pytest.approx(share, abs=0.1)
 
@@ -158,6 +158,83 @@ def test_a_frozen_gate_keeps_its_threshold() -> None:
     for _ in range(2):
         assert torch.equal(model(ids).selection_rate, expected)
     assert mixer.threshold.item() == pytest.approx(0.1) and mixer.passes == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_checkpointing_repeats_a_pass_with_its_own_threshold_after_a_later_pass(dense: bool, reentrant: bool) -> None:
+    """As a loss of pairs has it, whose two sides are two passes before one backward pass."""
+    found = []
+    for checkpointing in (False, True):
+        model = make_model("taipan", attention_capacity=0.25, sal_dense_training=dense, sal_warmup_steps=9).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        sides = [draw_ids(4, 32, seed=seed) for seed in (1, 2)]
+        for ids in (sides[0], sides[0]):
+            model(ids)
+        torch.stack([model(ids, labels=ids).loss for ids in sides]).sum().backward()
+        mixer = model.backbone.layers[2].mixer
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(gradients | {name: buffer.clone() for name, buffer in mixer.named_buffers()})
+    assert found[0].keys() == found[1].keys() and found[0]["correction"] != 0
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=name)
+
+
+@pytest.mark.parametrize("way", ["generate", "forward"])
+def test_a_pass_without_gradients_leaves_the_threshold(way: str) -> None:
+    """A model in training mode that generates text, or is measured, learns nothing from it."""
+    model, ids = make_model("taipan", sal_warmup_steps=50).train(), draw_ids(2, 12)
+    model(ids)
+    mixer = model.backbone.layers[2].mixer
+    before = {name: buffer.clone() for name, buffer in mixer.named_buffers()}
+    assert before["correction"] != 0 and before["passes"] == 1
+    for _ in range(2):
+        if way == "generate":
+            model.generate(ids, max_new_tokens=5, do_sample=False)
+        else:
+            with torch.no_grad():
+                rate = model(ids).selection_rate
+            assert torch.equal(rate, model.eval()(ids).selection_rate)
+            model.train()
+    for name, buffer in before.items():
+        assert torch.equal(mixer.get_buffer(name), buffer), name
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_token_that_is_not_finite_does_not_reach_the_threshold(passes: int, value: float) -> None:
+    """A step that a scaler of gradients skips must not leave a saved threshold that is no number."""
+    mixer = block_of(attention_capacity=0.25).mixer
+    for seed in range(passes):
+        mixer.over_threshold(states(2, 10, seed=seed), None)
+        mixer.begin_pass(sequence_of(1))
+    before, margin = mixer.threshold.item(), states(2, 10, seed=4)
+    damaged, real = margin.clone(), torch.ones(2, 10, dtype=torch.bool)
+    damaged[0, 3], real[0, 3] = value, False
+    mixer.over_threshold(margin, real)
+    expected = {name: buffer.clone() for name, buffer in mixer.named_buffers()}
+    above = mixer.over_threshold(damaged, None)
+    for name, buffer in expected.items():
+        assert torch.equal(mixer.get_buffer(name), buffer), name
+    assert not above[0, 3].isfinite() and above.isfinite().sum() == 19
+    mixer.begin_pass(sequence_of(1))
+    assert mixer.threshold.isfinite() and mixer.threshold != before
+
+
+@pytest.mark.parametrize("broken", ["gate", "threshold"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gate_of_nan_is_not_a_closed_gate(training: bool, broken: str) -> None:
+    """Otherwise such a model would compute finite logits, without its attention."""
+    model, ids = make_model("taipan", sal_dense_training=False).train(training), draw_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    mixer = model.backbone.layers[2].mixer
+    with torch.no_grad():
+        (mixer.gate.weight if broken == "gate" else mixer.threshold).fill_(float("nan"))
+    output = model(ids, attention_mask=mask)
+    assert output.logits[mask == 1].isnan().any(-1).all() and output.selection_rate.isnan().all()
 
 
 def test_the_threshold_is_saved_and_stays_float32(tmp_path: Path) -> None:

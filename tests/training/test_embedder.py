@@ -461,3 +461,34 @@ def test_what_is_not_installed_is_named(folder: Path, tmp_path: Path, monkeypatc
 def test_a_hard_negative_makes_batches_of_one_possible(folder: Path) -> None:
     values = embedder_values(folder, batch_size=1, negatives=["negative"])
     assert parse_embedder_settings(values).batch_size == 1
+
+
+def test_the_curve_has_the_share_of_tokens_that_a_threshold_selects(folder: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "selective-mamba2", sal_selection="capacity")
+    values = embedder_values(folder, method="full", steps=1, warmup=0.0) | {"model": str(tmp_path / "base")}
+    point = finetune_embedder(parse_embedder_settings(values), tmp_path / "run")["history"][0]
+    assert len(point["selection_rate"]) == 2 and 0 < max(point["selection_rate"]) <= 1 and "aux_loss" not in point
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_has_the_threshold_of_a_gate_that_is_trained(folder: Path, tmp_path: Path, method: str) -> None:
+    save_model(tmp_path / "base", "selective-mamba2", sal_selection="capacity")
+    settings = parse_embedder_settings(embedder_values(folder, method=method) | {"model": str(tmp_path / "base")})
+
+    def trainer() -> EmbedderTrainer:
+        found = EmbedderTrainer.__new__(EmbedderTrainer)
+        found.model = load_embedder_to_train(settings)
+        if method == "lora":
+            adapt(found.model, settings)
+        return found
+
+    saved, restored = trainer(), trainer()
+    buffers = {name: buffer for name, buffer in saved.model.named_buffers() if ".mixer." in name}
+    assert {name.rpartition(".")[2] for name in buffers} == {"threshold", "correction", "stride", "passes"}
+    for number, buffer in enumerate(buffers.values(), start=1):
+        buffer.fill_(number)
+    saved._save(str(tmp_path))
+    assert (buffers.keys() & load_file(tmp_path / "trained.safetensors").keys() == buffers.keys()) == (method == "full")
+    restored._load_from_checkpoint(str(tmp_path))
+    for name, buffer in buffers.items():
+        assert torch.equal(restored.model.get_buffer(name), buffer) == (method == "full"), name
