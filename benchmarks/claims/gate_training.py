@@ -108,18 +108,21 @@ class Run:
     seed: int
     steps: int
     batch: int
+    state: int
 
 
 def make(run: Run) -> TaipanForCausalLM:
     """Return a freshly initialised Taipan of the task."""
     way = WAYS[run.way]
     if run.task == RECALL:
-        sizes = recall_arms.Sizes(SIZES["cpu"].models.vocabulary, SIZES["cpu"].models.width, STATE, 64, run.capacity)
+        sizes = recall_arms.Sizes(
+            SIZES["cpu"].models.vocabulary, SIZES["cpu"].models.width, run.state, 64, run.capacity
+        )
         model: Any = recall_arms.make(recall_arms.TAIPAN, sizes, 0.05, run.seed)
     else:
         model = length_models.make(length_models.TAIPAN, VOCABULARY, WINDOW, run.seed)
     config = copy.deepcopy(model.config)
-    keys = {**way.keys, "attention_capacity": run.capacity}
+    keys = {**way.keys, "attention_capacity": run.capacity, "state_size": run.state}
     keys["sal_warmup_steps"] = round(WARMED * run.steps) if way.warmup else 0
     for key, value in keys.items():
         setattr(config, key, value)
@@ -224,9 +227,12 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def summarise(file: ResultFile) -> None:
     """Add and print a summary of each way, for each capacity."""
     runs = [row for row in file.rows if "curve" in row]
-    for task, way, capacity in sorted({(row["task"], row["way"], row["capacity"]) for row in runs}):
-        rows = [row for row in runs if (row["task"], row["way"], row["capacity"]) == (task, way, capacity)]
-        about = {"summary": task, "of": way, "with capacity": capacity, "seeds": [row["seed"] for row in rows]}
+    names = ("task", "way", "capacity", "steps", "state")
+    for key in sorted({tuple(row[name] for name in names) for row in runs}):
+        rows = [row for row in runs if tuple(row[name] for name in names) == key]
+        task, way, capacity, steps, state = key
+        about = {"summary": task, "of": way, "with capacity": capacity, "after steps": steps, "with state": state}
+        about["seeds"] = [row["seed"] for row in rows]
         print(json.dumps(file.add({**about, **summary_of(rows)})))
 
 
@@ -281,6 +287,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--recall-steps", type=positive, default=4000, help="of 32 sequences")
     parser.add_argument("--language-rate", type=float, default=6e-3, help="learning rate of the language models")
     parser.add_argument("--language-steps", type=positive, default=500, help="of 4 windows")
+    parser.add_argument("--language-state", type=positive, default=length_models.STATE, help="channels of their states")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--threads", type=positive)
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
@@ -290,19 +297,22 @@ def main(arguments: list[str]) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     numbers = {
-        RECALL: (options.recall_rate, options.recall_steps, 32, 16, execute_recall),
-        LANGUAGE: (options.language_rate, options.language_steps, 4, 4, execute_language),
+        RECALL: (options.recall_rate, options.recall_steps, 32, STATE, 16, execute_recall),
+        LANGUAGE: (options.language_rate, options.language_steps, 4, options.language_state, 4, execute_language),
     }
     for task in options.tasks:  # before anything is written: what a configuration refuses is an error
-        make(Run(task, options.ways[0], options.capacity, 1.0, 0, 1, 1))
+        make(Run(task, options.ways[0], options.capacity, 1.0, 0, 1, 1, STATE))
     free = ("tasks", "ways", "capacity", "recall_rate", "recall_steps", "language_rate", "language_steps", "seeds")
+    free = (*free, "language_state")
     file = open_results(options, parser, "claims/gate_training.py", arguments, free=(*free, "threads"))
     file.drop(lambda row: "summary" in row)
+    for row in file.rows:  # of an earlier version
+        row.setdefault("state", STATE if row["task"] == RECALL else length_models.STATE)
     for task in options.tasks:
-        rate, steps, batch, points, execute = numbers[task]
+        rate, steps, batch, state, points, execute = numbers[task]
         for seed in options.seeds:
             for way in options.ways:
-                run = Run(task, way, options.capacity, rate, seed, steps, batch)
+                run = Run(task, way, options.capacity, rate, seed, steps, batch, state)
                 file.run(
                     run, lambda run, execute=execute, steps=steps, points=points: execute(run, max(steps // points, 1))
                 )
