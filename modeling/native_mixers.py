@@ -136,7 +136,7 @@ def mamba2_forward(
         _store(state, held)
     else:
         vectors = {"D": self.D, "z": z, "dt_bias": self.dt_bias, "seq_idx": seq_idx}
-        before = _entering(state, x, A)
+        before = _entering(state, projected, x, A, self.D, self.dt_bias)
         y, final = ssd(x, dt, A, B, C, **vectors, **options, initial_state=before, return_final_state=True)
         if cache is not None:
             cache.update_recurrent_state(final, self.layer_idx)
@@ -147,7 +147,8 @@ def mamba2_forward(
 def _gated_norm(norm: Any, y: Tensor, gate: Tensor) -> Tensor:
     """Apply the norm after the gate; in one op, whose backward takes a fifth of the time, if it is just that."""
     plain = type(norm).__module__.startswith("transformers.") and hasattr(norm, "group_size")
-    if not plain or norm._forward_hooks or norm._forward_pre_hooks or hasattr(norm, "_hf_hook"):
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    if not plain or hooked or "forward" in vars(norm):  # such as accelerate's hooks, or a kernel for this module
         return norm(y, gate)
     return rms_norm(y, norm.weight, norm.variance_epsilon, z=gate, group_size=norm.group_size, norm_before_gate=False)
 

@@ -250,6 +250,42 @@ def test_gradients_flow_through_the_cache(model_type: str, models: Callable[[str
     torch.testing.assert_close(found[1], found[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_one_trainable_parameter_gets_its_gradient_after_a_cached_prefix(
+    model_type: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    """If nothing but step sizes of the first layer is trained, neither its inputs nor its state require gradients."""
+    rows, found = tokens(1, 6), []
+    for all_trained in (True, False):
+        model = copy.deepcopy(models(model_type)).requires_grad_(all_trained)
+        mixer, name = model.base_model.layers[0].mixer, cache_name(model)
+        bias = (mixer.dt_proj.bias if model_type == "mamba" else mixer.dt_bias).requires_grad_()
+        with accelerate_transformers([model_type]):
+            with torch.no_grad():
+                cache = model(rows[:, :3], use_cache=True)[name]
+            loss = model(rows[:, 3:], use_cache=True, **{name: cache}).logits.square().mean()
+        found.append(torch.autograd.grad(loss, bias)[0])
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "replaced"])
+def test_a_gated_norm_that_is_watched_or_replaced_is_called(
+    kind: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    model, called = copy.deepcopy(models("mamba2")), []
+    norm = model.base_model.layers[0].mixer.norm
+    if kind == "forward":
+        norm.register_forward_hook(lambda *_: called.append(kind))
+    elif kind == "backward":
+        norm.register_full_backward_hook(lambda *_: called.append(kind))
+    else:
+        own = norm.forward
+        norm.forward = lambda y, gate: called.append(kind) or own(y, gate)
+    with accelerate_transformers(["mamba2"]):
+        model(tokens(1, 5)).logits.sum().backward()
+    assert called == [kind]
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "zamba"])
 def test_autocast_keeps_scans_in_float32(model_type: str, models: Callable[[str], PreTrainedModel]) -> None:
     model, rows = models(model_type), tokens(2, 13)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from native_configurations import VOCABULARY, cache_name, tiny_native
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, PreTrainedModel
+from transformers import DataCollatorWithFlattening, PreTrainedModel, modeling_flash_attention_utils
 
+from ssm_zoo.modeling import native_packing
 from ssm_zoo.modeling.native_models import MODEL_TYPES, accelerate_transformers
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -52,6 +53,53 @@ def gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> dict[str, Te
         "logits": logits.detach(),
         **{name: each.grad for name, each in model.named_parameters() if each.grad is not None},
     }
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, **options: Any) -> Tensor:
+    """Causal attention over (B, L, H, P) tensors, as flash_attn computes it."""
+    assert options["is_causal"]
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+
+def flash_by_bounds(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any) -> Any:
+    """The same over (T, H, P) tokens between int32 bounds."""
+    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q[0] == 0
+    sizes = cu_seqlens_q.diff().tolist()
+    assert sum(sizes) == len(q) and options["max_seqlen_q"] == options["max_seqlen_k"] == max(sizes)
+    parts = zip(*(each.split(sizes) for each in (q, k, v)), strict=True)
+    return torch.cat([flash(*(each[None] for each in part), **options)[0] for part in parts])
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], None]:
+    """Let transformers' own functions for flash attention call the two above."""
+    loaded = ((flash, flash_by_bounds, None, None, None), (dict, dict))
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_: loaded)
+    return lambda model: monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+
+
+HYBRIDS = [each for each in MODEL_TYPES if each not in ("mamba", "mamba2", "falcon_mamba")]
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_flash_attention_keeps_documents_apart_in_one_row_and_in_several(
+    model_type: str,
+    models: Callable[[str], PreTrainedModel],
+    described: dict[str, Any],
+    flash_attention: Callable[[PreTrainedModel], None],
+) -> None:
+    model, row = models(model_type).eval(), described["input_ids"]
+    seq_idx = torch.cat([described["seq_idx"], torch.tensor([[-1] + [0] * 5 + [4] * 6 + [70_000] * 2])])
+    rows = {"input_ids": row.repeat(2, 1), "seq_idx": seq_idx}
+    single = [{"input_ids": row, name: described[name]} for name in ("position_ids", "cu_seq_lens_q")]
+    with accelerate_transformers([model_type]), torch.no_grad():
+        expected = [model(**given).logits for given in (rows, *single)]
+        flash_attention(model)
+        found = [model(**given).logits for given in (rows, *single)]
+    torch.testing.assert_close(found[0][seq_idx >= 0], expected[0][seq_idx >= 0], **TOLERANCE)
+    torch.testing.assert_close(found[1:], expected[1:], **TOLERANCE)
 
 
 FORMS = [("seq_idx",), ("cu_seq_lens_q",), ("position_ids",), ("position_ids", "seq_idx", "cu_seq_lens_q")]
@@ -114,6 +162,16 @@ def test_padding_inside_and_around_packed_documents_is_passed_over(
             torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
+def test_documents_may_have_any_numbers(models: Callable[[str], PreTrainedModel], described: dict[str, Any]) -> None:
+    model, row = models("mamba").eval(), described["input_ids"]
+    far = described["seq_idx"] * 1_000_000 + 40_000
+    with accelerate_transformers(["mamba"]), torch.no_grad():
+        expected = model(row, seq_idx=described["seq_idx"]).logits
+        assert torch.equal(model(row, seq_idx=far).logits, expected)
+        with pytest.raises(ValueError, match="seq_idx must hold at most 32767 documents in a row, got 32768"):
+            model(torch.full((1, 32768), 3), seq_idx=torch.arange(32768)[None])
+
+
 def test_positions_of_padded_batches_are_no_documents(models: Callable[[str], PreTrainedModel]) -> None:
     """As `generate` counts them: 1 for padding, then 0, 1, 2, ..."""
     model, mask = models("bamba"), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
@@ -148,6 +206,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "cu_seq_lens_q must bound the documents of seq_idx",
     ),
     "decreasing": ("mamba", {"seq_idx": DOCUMENTS.flip(1)}, "seq_idx must not decrease"),
+    "padding-inside": (
+        "zamba2",
+        {"seq_idx": torch.tensor([[-1, 0, 0, -1, -1, 0, 1, 1]])},
+        "seq_idx must not have padding inside a document of a model with attention",
+    ),
     "shape": ("nemotron_h", {"seq_idx": DOCUMENTS[:, 1:]}, r"seq_idx must be \(B, L\) = \(1, 8\)"),
 }
 
@@ -157,6 +220,26 @@ def test_what_would_mix_documents_is_refused(case: str, models: Callable[[str], 
     model_type, given, message = REFUSED[case]
     with accelerate_transformers([model_type]), pytest.raises(ValueError, match=message):
         models(model_type).eval()(ROW, **given)
+
+
+def test_flash_attention_in_a_graph_has_to_be_given_what_it_cannot_find(
+    models: Callable[[str], PreTrainedModel],
+    described: dict[str, Any],
+    flash_attention: Callable[[PreTrainedModel], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native_packing, "tracing", lambda: True)
+    row, message = described["input_ids"], "max_length_q, max_length_k must be given .* flash attention in a compiled"
+    for model_type, rows in (("bamba", 2), ("zamba", 1)):
+        model = models(model_type).eval()
+        with accelerate_transformers([model_type]), torch.no_grad():
+            expected = model(row, seq_idx=described["seq_idx"]).logits
+            flash_attention(model)
+            with pytest.raises(ValueError, match=message):
+                model(row.repeat(rows, 1), seq_idx=described["seq_idx"].repeat(rows, 1))
+            names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+            given = {name: described[name] for name in names}
+            torch.testing.assert_close(model(row, **given).logits, expected, **TOLERANCE)
 
 
 def test_a_cache_is_refused_with_documents(models: Callable[[str], PreTrainedModel]) -> None:
