@@ -117,6 +117,12 @@ def _separate(arguments: dict[str, Any], hybrid: bool) -> bool:
     seq_idx = _documents(arguments, tokens, mask, cache is not None)
     if seq_idx is None:
         return False
+    told = any(arguments.get(name) is not None for name in ("seq_idx", *_BOUNDS))
+    if arguments.get("use_cache") and cache is None and not told and tracing():
+        # A graph of positions has to serve rows of one document too. It stops at rows of several.
+        message = "use_cache must not be set with several documents in a row"
+        torch._assert_async((seq_idx <= 0).all(), message)  # pyright: ignore[reportPrivateImportUsage]
+        return False
     if cache is not None or arguments.get("use_cache"):
         name, value = ("use_cache", True) if cache is None else (cache, "a cache")
         raise ValueError(f"{name} must not be set with several documents in a row, got {value}. Run them one by one.")
@@ -134,8 +140,11 @@ def _separate(arguments: dict[str, Any], hybrid: bool) -> bool:
 
 def _separate_attention(arguments: dict[str, Any], seq_idx: Tensor, mask: Tensor | None) -> None:
     """Give a hybrid's attention layers positions that start again with each document, without a mask."""
+    positions = arguments.get("position_ids")
     if mask is not None:
-        if not tracing() and not bool((mask == 1).all()):
+        if tracing():  # whether there is padding is not known: positions that start again at it take the mask's place
+            seq_idx, positions = seq_idx.masked_fill(mask == 0, -1), None
+        elif not bool((mask == 1).all()):
             raise ValueError(
                 "attention_mask must be None with several documents in a row, because transformers' attention then "
                 "separates only by the mask, got one with padding. Give padding a negative seq_idx instead."
@@ -151,7 +160,6 @@ def _separate_attention(arguments: dict[str, Any], seq_idx: Tensor, mask: Tensor
                 f"for two documents, got {seq_idx.tolist()}"
             )
     arguments["seq_idx"] = seq_idx.to(torch.int32)
-    positions = arguments.get("position_ids")
     if positions is None:
         arguments["position_ids"] = _positions(seq_idx)
     elif not tracing() and positions.dim() == 2:

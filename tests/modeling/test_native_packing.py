@@ -185,6 +185,37 @@ def test_positions_of_padded_batches_are_no_documents(models: Callable[[str], Pr
     assert found[cache_name(model)] is not None
 
 
+@pytest.mark.parametrize("model_type", ["bamba", "zamba", "mamba2"])
+def test_a_compiled_model_passes_over_padding_where_positions_are_given(
+    model_type: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    """A graph cannot tell these positions, which go on over the padding, from those of packed documents."""
+    model, mask = models(model_type).eval(), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+    rows = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for positions in (torch.arange(7).expand(2, -1), (mask.cumsum(1) - 1).clamp(min=0)):
+            expected = model(rows, attention_mask=mask, position_ids=positions).logits
+            with accelerate_transformers([model_type]):
+                torch._dynamo.reset()
+                found = compiled(rows, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            torch.testing.assert_close(found[mask == 1], expected[mask == 1], **TOLERANCE)
+
+
+def test_a_compiled_model_fills_a_cache_where_positions_are_given_and_stops_at_documents(
+    models: Callable[[str], PreTrainedModel],
+) -> None:
+    model, positions = models("bamba").eval(), torch.arange(8)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with accelerate_transformers(["bamba"]), torch.no_grad():
+        found = compiled(ROW, position_ids=positions, use_cache=True)
+        assert found[cache_name(model)].get_seq_length(1) == 8
+        torch.testing.assert_close(found.logits, model(ROW, position_ids=positions).logits, **TOLERANCE)
+        with pytest.raises(RuntimeError, match="use_cache must not be set with several documents in a row"):
+            compiled(ROW, position_ids=positions % 5, use_cache=True)
+
+
 ROW = torch.arange(3, 11)[None]
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
