@@ -113,6 +113,19 @@ def test_beam_search_finds_the_sequences_that_transformers_finds(
     torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, **TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float32], ids=str)
+def test_a_mask_of_any_dtype_serves_a_cache(dtype: torch.dtype, models: Callable[[str], PreTrainedModel]) -> None:
+    model, rows, found = models("mamba"), tokens(2, 5), []
+    mask = torch.ones_like(rows)
+    mask[0, :3] = 0  # fewer tokens than the convolution takes
+    name = cache_name(model)
+    for given in (mask, mask.to(dtype)):
+        with accelerate_transformers(["mamba"]), torch.no_grad():
+            output = model(rows, attention_mask=given, use_cache=True)
+            found.append(model(tokens(2, 1), use_cache=True, **{name: output[name]}).logits)
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
 @pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"use_mambapy": True, "use_associative_scan": False}])
 def test_other_activations_and_algorithms_give_the_same_values(changes: dict[str, Any]) -> None:
     model, rows = tiny_native("mamba", **changes), tokens(2, 9)
