@@ -7,7 +7,8 @@ import pytest
 import torch
 from native_configurations import VOCABULARY, cache_name, tiny_native
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, PreTrainedModel, modeling_flash_attention_utils
+from transformers import DataCollatorWithFlattening, PreTrainedModel
+from transformers.integrations import flash_attention as transformers_flash
 
 from ssm_zoo.modeling import native_packing
 from ssm_zoo.modeling.native_models import MODEL_TYPES, accelerate_transformers
@@ -55,28 +56,25 @@ def gradients(model: PreTrainedModel, run: Callable[[], Tensor]) -> dict[str, Te
     }
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, **options: Any) -> Tensor:
-    """Causal attention over (B, L, H, P) tensors, as flash_attn computes it."""
-    assert options["is_causal"]
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
-
-
-def flash_by_bounds(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any) -> Any:
-    """The same over (T, H, P) tokens between int32 bounds."""
-    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q[0] == 0
-    sizes = cu_seqlens_q.diff().tolist()
-    assert sum(sizes) == len(q) and options["max_seqlen_q"] == options["max_seqlen_k"] == max(sizes)
-    parts = zip(*(each.split(sizes) for each in (q, k, v)), strict=True)
-    return torch.cat([flash(*(each[None] for each in part), **options)[0] for part in parts])
+def flash_by_bounds(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, softmax_scale: float | None = None, **options: Any
+) -> Tensor:
+    """Compute causal attention over (B, L, H, P) tensors as flash attention does, given the bounds of documents."""
+    bounds, longest = options["cu_seq_lens_q"], options["max_length_q"]
+    assert attention_mask is None and options["is_causal"]
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and torch.equal(bounds, options["cu_seq_lens_k"])
+    sizes = bounds.diff().tolist()
+    assert sum(sizes) == q.shape[0] * q.shape[1] and longest == options["max_length_k"] == max(sizes)
+    attend, parts = torch.nn.functional.scaled_dot_product_attention, []
+    for part in zip(*(each.flatten(0, 1).transpose(0, 1).split(sizes, dim=1) for each in (q, k, v)), strict=True):
+        parts.append(attend(*(each[None] for each in part), is_causal=True, scale=softmax_scale, enable_gqa=True)[0])
+    return torch.cat(parts, dim=1).transpose(0, 1).view(q.shape)
 
 
 @pytest.fixture
 def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel], None]:
-    """Let transformers' own functions for flash attention call the two above."""
-    loaded = ((flash, flash_by_bounds, None, None, None), (dict, dict))
-    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_: loaded)
+    """Let transformers' interface to flash attention, which needs a GPU, call the function above."""
+    monkeypatch.setattr(transformers_flash, "_flash_attention_forward", flash_by_bounds)
     return lambda model: monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
 
 
