@@ -178,7 +178,8 @@ def _mask_attention(model: Any, arguments: dict[str, Any]) -> None:
     positions = arguments["position_ids"]
     like = torch.empty(*arguments["seq_idx"].shape, 1, dtype=model.dtype, device=positions.device)
     arguments["attention_mask"] = create_causal_mask(model.config, like, None, None, positions)
-    if arguments["attention_mask"] is None:
+    # For rows of one document it is None too.
+    if arguments["attention_mask"] is None and (tracing() or bool(_restarts(positions).any())):
         _check_flash(arguments, f"the attention implementation {model.config._attn_implementation!r}")
 
 

@@ -160,6 +160,16 @@ def test_padding_inside_and_around_packed_documents_is_passed_over(
             torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_rows_of_one_document_may_be_described_too(model_type: str, models: Callable[[str], PreTrainedModel]) -> None:
+    model, row = models(model_type).eval(), ROW
+    with accelerate_transformers([model_type]), torch.no_grad():
+        for rows in (row, row[:, :1]):
+            expected = model(rows).logits
+            for given in ({"seq_idx": torch.full_like(rows, 3)}, {"cu_seq_lens_q": torch.tensor([0, rows.shape[1]])}):
+                torch.testing.assert_close(model(rows, **given).logits, expected, **TOLERANCE)
+
+
 def test_documents_may_have_any_numbers(models: Callable[[str], PreTrainedModel], described: dict[str, Any]) -> None:
     model, row = models("mamba").eval(), described["input_ids"]
     far = described["seq_idx"] * 1_000_000 + 40_000
