@@ -9,9 +9,9 @@ import pytest
 import torch
 from kernel_ops import INTEGERS, OPS
 from torch import Tensor
-from with_triton import DEVICE, NEEDS_TRITON, moved
 
 from ssm_zoo.kernels import selective_scan_triton
+from with_triton import DEVICE, NEEDS_TRITON, moved
 
 IMPLEMENTED = [key for key, op in OPS.items() if "implementation" in inspect.signature(op.op).parameters]
 
@@ -44,5 +44,6 @@ def test_every_launch_of_an_op_and_its_gradient_is_guarded(key: str, monkeypatch
     results = op.op(**values, implementation="triton")
     if trained:
         results = results if isinstance(results, tuple) else (results,)
-        torch.stack([each.sum() for each in results if isinstance(each, Tensor) and each.requires_grad]).sum().backward()
+        sums = [each.sum() for each in results if isinstance(each, Tensor) and each.requires_grad]
+        torch.stack(sums).sum().backward()
     assert launches and all(guarded for _, guarded in launches), launches
