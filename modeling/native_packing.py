@@ -240,7 +240,10 @@ def _by_bounds(name: str, bounds: Tensor, batch: int, length: int) -> Tensor:
 
 
 def _by_positions(positions: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Return the documents of (B, L) positions: a new one wherever they do not go on from the last real token."""
+    """Return the documents of (B, L) positions: a new one wherever they do not go on from the last real token.
+
+    Positions may count padding between two real tokens, or not.
+    """
     if mask is None:
         starts, real = _restarts(positions), None
     else:
@@ -248,7 +251,8 @@ def _by_positions(positions: Tensor, mask: Tensor | None) -> Tensor | None:
         index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
         before = index.where(real, -1).cummax(1).values.roll(1, 1)
         before[:, 0] = -1
-        starts = real & (before >= 0) & (positions != positions.gather(1, before.clamp(min=0)) + 1)
+        advance = positions - positions.gather(1, before.clamp(min=0))
+        starts = real & (before >= 0) & (advance != 1) & (advance != index - before)
     if not tracing() and not bool(starts.any()):
         return None
     seq_idx = starts.cumsum(1)

@@ -193,6 +193,20 @@ def test_positions_of_padded_batches_are_no_documents(models: Callable[[str], Pr
     assert found[cache_name(model)] is not None
 
 
+@pytest.mark.parametrize("model_type", ["bamba", "mamba"])
+def test_positions_that_count_padding_inside_a_text_are_no_documents(
+    model_type: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    model, mask = models(model_type).eval(), torch.tensor([[1, 1, 0, 0, 1, 1, 1], [1] * 7])
+    rows = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(3))
+    given = {"attention_mask": mask, "position_ids": torch.arange(7).expand(2, -1)}
+    with torch.no_grad():
+        expected = model(rows, **given).logits
+        with accelerate_transformers([model_type]):
+            found = model(rows, **given).logits
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1], **TOLERANCE)
+
+
 @pytest.mark.parametrize("model_type", ["bamba", "zamba", "mamba2"])
 def test_a_compiled_model_passes_over_padding_where_positions_are_given(
     model_type: str, models: Callable[[str], PreTrainedModel]
