@@ -150,15 +150,17 @@ def _separate_attention(arguments: dict[str, Any], seq_idx: Tensor, mask: Tensor
                 "separates only by the mask, got one with padding. Give padding a negative seq_idx instead."
             )
         arguments["attention_mask"] = None
-    if not tracing():
-        real, first = documents(seq_idx)
-        inside = real & ~first & (seq_idx.roll(1, 1) < 0)  # no document starts there, though padding lies before
-        inside[:, 0] = False
-        if bool((inside & (real.cumsum(1) > 1)).any()):
-            raise ValueError(
-                "seq_idx must not have padding inside a document of a model with attention, which would take the parts "
-                f"for two documents, got {seq_idx.tolist()}"
-            )
+    real, first = documents(seq_idx)
+    # Padding lies before these tokens, and no document starts with them.
+    resumed = (real & ~first & (seq_idx.roll(1, 1) < 0) & (real.cumsum(1) > 1)).any()
+    message = (
+        "seq_idx and attention_mask must not have padding inside a document of a model with attention, which would "
+        "take the parts for two documents"
+    )
+    if tracing():
+        torch._assert_async(~resumed, message)  # pyright: ignore[reportPrivateImportUsage]
+    elif bool(resumed):
+        raise ValueError(f"{message}, got {seq_idx.tolist()}")
     arguments["seq_idx"] = seq_idx.to(torch.int32)
     if positions is None:
         arguments["position_ids"] = _positions(seq_idx)

@@ -222,6 +222,10 @@ def test_a_compiled_model_passes_over_padding_where_positions_are_given(
                 torch._dynamo.reset()
                 found = compiled(rows, attention_mask=mask, position_ids=positions, use_cache=False).logits
             torch.testing.assert_close(found[mask == 1], expected[mask == 1], **TOLERANCE)
+        if model_type != "mamba2":  # attention would not reach over padding inside a text
+            mask[1, 3] = 0
+            with accelerate_transformers([model_type]), pytest.raises(RuntimeError, match="padding inside a document"):
+                compiled(rows, attention_mask=mask, position_ids=positions, use_cache=False)
 
 
 def test_a_compiled_model_fills_a_cache_where_positions_are_given_and_stops_at_documents(
@@ -262,7 +266,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "padding-inside": (
         "zamba2",
         {"seq_idx": torch.tensor([[-1, 0, 0, -1, -1, 0, 1, 1]])},
-        "seq_idx must not have padding inside a document of a model with attention",
+        "seq_idx and attention_mask must not have padding inside a document of a model with attention",
     ),
     "shape": ("nemotron_h", {"seq_idx": DOCUMENTS[:, 1:]}, r"seq_idx must be \(B, L\) = \(1, 8\)"),
 }
