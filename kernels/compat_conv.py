@@ -38,7 +38,7 @@ def causal_conv1d_fn(
         activation: None, "silu" or "swish" (the same).
 
     Returns:
-        (B, D, L) outputs, and the final states if requested.
+        (B, D, L) outputs, and the final states if requested, in the memory of `final_states_out` if it is given.
 
     Raises:
         ValueError: if an argument is invalid.
@@ -63,7 +63,9 @@ def causal_conv1d_fn(
         return result.transpose(1, 2)
     y, final = result
     if final_states_out is not None:
-        final = final_states_out.copy_(final)
+        # A detached tensor takes the record of the gradient, so that a later call may write to the same memory.
+        written = final_states_out.detach().copy_(final)
+        final = written if written.requires_grad else final_states_out
     return y.transpose(1, 2), final
 
 

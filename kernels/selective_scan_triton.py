@@ -121,7 +121,8 @@ class _SelectiveScanTriton(torch.autograd.Function):
         saved = None
         if grad_enabled and any(ctx.needs_input_grad):
             saved = final.new_empty(call.batch, triton.cdiv(call.length, _SPAN), *A.shape)
-        call.forward(initial, y, final, saved)
+        with torch.cuda.device_of(x):
+            call.forward(initial, y, final, saved)
         ctx.save_for_backward(*operands, kinds, saved)
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         return y, final
@@ -131,7 +132,8 @@ class _SelectiveScanTriton(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *operands, saved = ctx.saved_tensors
         dy, dfinal = gradients
-        *found, dinitial = _Call(*operands, ctx.dt_softplus).backward(dy, dfinal, saved)
+        with torch.cuda.device_of(dy):
+            *found, dinitial = _Call(*operands, ctx.dt_softplus).backward(dy, dfinal, saved)
         return *found, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None, None, None
 
 

@@ -3,7 +3,8 @@
 Each function replaces the `forward` of a mixer class of transformers 5.17 and later. It takes the same arguments, uses
 the same modules, parameters and cache, and returns the same values, with these exceptions, which are all intended:
 
-* Several tokens after a cached prefix: Mamba-1 continues from the cached state. transformers' own scan ignores it.
+* Several tokens after a cached prefix: Mamba-1 continues from the cached state. transformers' own scan ignores it. The
+  attention mask may cover the prefix too, as in the hybrids, where Mamba and FalconMamba of transformers take none.
 * Documents of packed rows are kept apart in the convolution and in the scan (:mod:`native_packing`).
 * `dt_proj` of Mamba-1 is called as a module unless it is a plain linear layer, so that an adapter on it has an effect;
   transformers reads its weight. Likewise in_proj, x_proj and out_proj are always called: the fused functions of
@@ -59,9 +60,9 @@ def mamba_forward(
     step, B, C = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1)
     if hasattr(self, "dt_layernorm"):
         step, B, C = self.dt_layernorm(step), self.b_layernorm(B), self.c_layernorm(C)
-    if type(self.dt_proj) is nn.Linear:
+    if type(self.dt_proj) is nn.Linear and not _hooked(self.dt_proj):
         dt, bias = F.linear(step, self.dt_proj.weight), self.dt_proj.bias
-    else:  # an adapter, a quantised layer: its product includes the bias
+    else:  # an adapter, a quantised or a pruned layer: its product includes the bias
         dt, bias = self.dt_proj(step), None
     A = -torch.exp(self.A_log.to(accumulator(x)))
     y = _scan(self, cache, state, (x, dt, A, B[:, :, None], C[:, :, None], self.D, gate, bias), seq_idx)
@@ -136,7 +137,7 @@ def mamba2_forward(
         _store(state, held)
     else:
         vectors = {"D": self.D, "z": z, "dt_bias": self.dt_bias, "seq_idx": seq_idx}
-        before = _entering(state, x, A)
+        before = _entering(state, projected, x, A, self.D, self.dt_bias)
         y, final = ssd(x, dt, A, B, C, **vectors, **options, initial_state=before, return_final_state=True)
         if cache is not None:
             cache.update_recurrent_state(final, self.layer_idx)
@@ -147,9 +148,15 @@ def mamba2_forward(
 def _gated_norm(norm: Any, y: Tensor, gate: Tensor) -> Tensor:
     """Apply the norm after the gate; in one op, whose backward takes a fifth of the time, if it is just that."""
     plain = type(norm).__module__.startswith("transformers.") and hasattr(norm, "group_size")
-    if not plain or norm._forward_hooks or norm._forward_pre_hooks or hasattr(norm, "_hf_hook"):
+    if not plain or _hooked(norm) or "forward" in vars(norm):  # accelerate replaces it, or a kernel for this module
         return norm(y, gate)
     return rms_norm(y, norm.weight, norm.variance_epsilon, z=gate, group_size=norm.group_size, norm_before_gate=False)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Return whether a call of the module does more than its `forward`: pruning makes the weight in a hook."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def _states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
@@ -164,8 +171,11 @@ def _states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Set padding to zero as transformers does; a scan and a convolution without bias then pass over it."""
-    return x if mask is None else (x * mask[:, :, None]).to(x.dtype)
+    """Set padding to zero as transformers does; a scan and a convolution without bias then pass over it.
+
+    The mask may cover cached tokens too, which come first.
+    """
+    return x if mask is None else (x * mask[:, -x.shape[1] :, None]).to(x.dtype)
 
 
 def _convolve(mixer: Any, x: Tensor, cache: Any, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
@@ -183,7 +193,8 @@ def _convolve(mixer: Any, x: Tensor, cache: Any, state: Tensor | None, seq_idx: 
         # A copy, because the state is overwritten below; a cache that records its past may hold fewer inputs.
         before = F.pad(before, (weight.shape[1] - 1 - before.shape[-1], 0)).clone()
     if cache is not None:
-        cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=weight.shape[1])
+        kept = x if seq_idx is None else x.masked_fill((seq_idx < 0)[..., None], 0)
+        cache.update_conv_state(kept.transpose(1, 2), mixer.layer_idx, conv_kernel_size=weight.shape[1])
     fused = mixer.activation in ("silu", "swish")
     y = causal_conv1d(
         x, weight, convolution.bias, activation="silu" if fused else None, initial_state=before, seq_idx=seq_idx

@@ -56,7 +56,7 @@ _SERVED = {
     "mamba": _Served("MambaMixer", mamba_forward, ("MambaModel", "MambaForCausalLM"), hybrid=False),
     "mamba2": _Served("Mamba2Mixer", mamba2_forward, ("Mamba2Model", "Mamba2ForCausalLM"), hybrid=False),
     "nemotron_h": _Served("NemotronHMamba2Mixer", mamba2_forward, ("NemotronHModel",)),
-    "zamba": _Served("ZambaMambaMixer", zamba_forward, ("ZambaModel",)),
+    "zamba": _Served("ZambaMambaMixer", zamba_forward, ("ZambaModel",), needs_mask=True),
     "zamba2": _Served("Zamba2MambaMixer", mamba2_forward, ("Zamba2Model",)),
 }
 

@@ -268,6 +268,17 @@ def test_convolution_is_a_convolution(activation: str | None) -> None:
     assert isinstance(compat.causal_conv1d_fn(x, weight), Tensor)
 
 
+def test_every_step_of_a_training_may_write_its_final_states_to_the_same_memory() -> None:
+    weight, kept, found = draw(5, 4).requires_grad_(), torch.empty(2, 5, 3), []
+    for out in (None, kept, kept):
+        x = draw(2, 5, 9).requires_grad_()
+        y, final = compat.causal_conv1d_fn(2 * x, weight, return_final_states=True, final_states_out=out)
+        found.append(torch.autograd.grad(y.sum() + final.square().sum(), (x, weight)))
+        assert torch.equal(final, 2 * x[..., -3:]) and not kept.requires_grad
+        assert out is None or final.data_ptr() == kept.data_ptr()
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
+
+
 def test_convolution_of_packed_rows_keeps_states() -> None:
     x, weight, before = draw(1, 5, 9), draw(5, 4), draw(1, 5, 3)
     idx = torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)

@@ -12,6 +12,7 @@ from native_configurations import SIZES, VOCABULARY, cache_name, tiny_native
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn.utils import prune
 from transformers import PreTrainedModel
 from transformers.models.mamba import modeling_mamba
 
@@ -113,6 +114,39 @@ def test_beam_search_finds_the_sequences_that_transformers_finds(
     torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, **TOLERANCE)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_mask_of_tokens_after_a_cached_prefix_may_cover_the_prefix(
+    size: int, model_type: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    model, rows = models(model_type), tokens(2, 6)
+    mask = torch.ones_like(rows)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    name, first = cache_name(model), rows.shape[1] - size
+    with accelerate_transformers([model_type]), torch.no_grad():
+        expected = model(rows, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1:]
+        given = {"attention_mask": mask[:, :first], "position_ids": positions[:, :first]}
+        cache = model(rows[:, :first], use_cache=True, **given)[name]
+        given = {"attention_mask": mask, "position_ids": positions[:, first:], name: cache}
+        found = model(rows[:, first:], use_cache=True, **given).logits
+    assert found.shape[1] == size
+    torch.testing.assert_close(found[:, -1:], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int16, torch.float32], ids=str)
+def test_a_mask_of_any_dtype_serves_a_cache(dtype: torch.dtype, models: Callable[[str], PreTrainedModel]) -> None:
+    model, rows, found = models("mamba"), tokens(2, 5), []
+    mask = torch.ones_like(rows)
+    mask[0, :3] = 0  # fewer tokens than the convolution takes
+    name = cache_name(model)
+    for given in (mask, mask.to(dtype)):
+        with accelerate_transformers(["mamba"]), torch.no_grad():
+            output = model(rows, attention_mask=given, use_cache=True)
+            found.append(model(tokens(2, 1), use_cache=True, **{name: output[name]}).logits)
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
 @pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"use_mambapy": True, "use_associative_scan": False}])
 def test_other_activations_and_algorithms_give_the_same_values(changes: dict[str, Any]) -> None:
     model, rows = tiny_native("mamba", **changes), tokens(2, 9)
@@ -173,6 +207,20 @@ def test_an_adapter_on_any_projection_has_an_effect_and_gradients(model_type: st
         for adapter in adapters:
             adapter.merge()
         torch.testing.assert_close(model(rows).logits, found["logits"], **TOLERANCE)  # transformers, merged weights
+
+
+def test_a_pruned_projection_of_step_sizes_is_the_pruned_one(models: Callable[[str], PreTrainedModel]) -> None:
+    model = copy.deepcopy(models("mamba"))
+    layers, rows = [layer.mixer.dt_proj for layer in model.base_model.layers], tokens(1, 9)
+    for layer in layers:
+        prune.l1_unstructured(layer, "weight", amount=0.5)  # the weight is made of `weight_orig` in every call
+        with torch.no_grad():
+            layer.weight_orig.mul_(3)  # as an optimiser changes it
+    with accelerate_transformers(["mamba"]):
+        found = model(rows).logits
+    for layer in layers:
+        prune.remove(layer, "weight")
+    torch.testing.assert_close(found, model(rows).logits, **TOLERANCE)
 
 
 def test_an_adapter_on_the_convolution_is_refused(models: Callable[[str], PreTrainedModel]) -> None:
@@ -248,6 +296,42 @@ def test_gradients_flow_through_the_cache(model_type: str, models: Callable[[str
             torch.cat(logits, dim=1).square().mean().backward()
             found.append({key: each.grad for key, each in model.named_parameters() if each.grad is not None})
     torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_one_trainable_parameter_gets_its_gradient_after_a_cached_prefix(
+    model_type: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    """If nothing but step sizes of the first layer is trained, neither its inputs nor its state require gradients."""
+    rows, found = tokens(1, 6), []
+    for all_trained in (True, False):
+        model = copy.deepcopy(models(model_type)).requires_grad_(all_trained)
+        mixer, name = model.base_model.layers[0].mixer, cache_name(model)
+        bias = (mixer.dt_proj.bias if model_type == "mamba" else mixer.dt_bias).requires_grad_()
+        with accelerate_transformers([model_type]):
+            with torch.no_grad():
+                cache = model(rows[:, :3], use_cache=True)[name]
+            loss = model(rows[:, 3:], use_cache=True, **{name: cache}).logits.square().mean()
+        found.append(torch.autograd.grad(loss, bias)[0])
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "replaced"])
+def test_a_gated_norm_that_is_watched_or_replaced_is_called(
+    kind: str, models: Callable[[str], PreTrainedModel]
+) -> None:
+    model, called = copy.deepcopy(models("mamba2")), []
+    norm = model.base_model.layers[0].mixer.norm
+    if kind == "forward":
+        norm.register_forward_hook(lambda *_: called.append(kind))
+    elif kind == "backward":
+        norm.register_full_backward_hook(lambda *_: called.append(kind))
+    else:
+        own = norm.forward
+        norm.forward = lambda y, gate: called.append(kind) or own(y, gate)
+    with accelerate_transformers(["mamba2"]):
+        model(tokens(1, 5)).logits.sum().backward()
+    assert called == [kind]
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "zamba"])
