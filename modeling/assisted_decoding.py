@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig
 
@@ -11,8 +10,6 @@ from .rollback import RECORDED, recording_layers, stop_recording
 
 READ = "_columns_read"
 """Attribute of a cache during assisted decoding: columns of the prompt that it holds already."""
-STOPS = "_draft_stops"
-"""Attribute of a cache during assisted decoding: the stopping criteria, which a draft may not go beyond."""
 _OF_TOKENS = ("output_hidden_states", "output_attentions")
 
 
@@ -24,27 +21,18 @@ class AssistedDecoding(GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with drafts that end before `max_length`: those of prompt lookup would go beyond it, and
-        beyond the positions that a model has.
-
-        A draft also ends before a token that ends the text. transformers asks the stopping criteria once after each
-        verification, and would not see e.g. a stop string that further accepted tokens follow.
-        """
+        beyond the positions that a model has."""
         drafts = super()._get_candidate_generator(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         settings: Any = kwargs["generation_config"] if "generation_config" in kwargs else args[0]
         get_candidates = drafts.get_candidates
         last = settings.max_length - 1  # the verification adds a token of its own
-        stops = getattr((kwargs.get("model_kwargs") or {}).get(CACHE_FIELD), STOPS, None)
 
         def cut(input_ids: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
             ids, logits = get_candidates(input_ids, *rest, **options)
-            length, drafted = input_ids.shape[1], ids.shape[1] - input_ids.shape[1]
-            new = min(drafted, max(last - length, 0))
-            if stops and new:
-                ends = [stops(ids[:, : length + count], None)[0] for count in range(1, new + 1)]
-                new = [*torch.stack(ends).tolist(), True].index(True)
-            if new == drafted:
+            new = max(last - input_ids.shape[1], 0)
+            if ids.shape[1] <= input_ids.shape[1] + new:
                 return ids, logits
-            return ids[:, : length + new], None if logits is None or not new else logits[:, :new]
+            return ids[:, : input_ids.shape[1] + new], None if logits is None or not new else logits[:, :new]
 
         drafts.get_candidates = cut
         return drafts
@@ -107,12 +95,10 @@ class AssistedDecoding(GenerationMixin):
                 )
                 read = end
             setattr(cache, READ, read)
-        setattr(cache, STOPS, kwargs.get("stopping_criteria"))
         try:
             return super()._assisted_decoding(input_ids, *rest, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
-            for name in (READ, STOPS):
-                vars(cache).pop(name, None)
+            vars(cache).pop(READ, None)
             stop_recording(cache)
 
     def read_unrecorded(self, arguments: dict[str, Any], logits_to_keep: int | Tensor) -> dict[str, Any]:

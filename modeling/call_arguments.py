@@ -25,7 +25,6 @@ ACCEPTED_KEYWORDS = frozenset(
         "ignore_index",
         "shift_labels",
         "cache_position",  # of `generate` in earlier versions; the cache counts itself
-        "tokenizer",  # of `generate` with stop strings, which passes it on
         "token_type_ids",  # made by tokenizers; the models have no segments
         "output_router_logits",  # models that have router logits always return them
     }

@@ -193,7 +193,8 @@ def _convolve(mixer: Any, x: Tensor, cache: Any, state: Tensor | None, seq_idx: 
         # A copy, because the state is overwritten below; a cache that records its past may hold fewer inputs.
         before = F.pad(before, (weight.shape[1] - 1 - before.shape[-1], 0)).clone()
     if cache is not None:
-        cache.update_conv_state(x.transpose(1, 2), mixer.layer_idx, conv_kernel_size=weight.shape[1])
+        kept = x if seq_idx is None else x.masked_fill((seq_idx < 0)[..., None], 0)
+        cache.update_conv_state(kept.transpose(1, 2), mixer.layer_idx, conv_kernel_size=weight.shape[1])
     fused = mixer.activation in ("silu", "swish")
     y = causal_conv1d(
         x, weight, convolution.bias, activation="silu" if fused else None, initial_state=before, seq_idx=seq_idx
