@@ -18,6 +18,8 @@ token, measured in the same turn. A row is written for each student and way:
 `seconds` are those of a new token, and a speed-up is the median over turns of the ratio to `plain` in the same turn.
 
     python benchmarks/claims/assisted.py TEACHER
+
+The speed-ups are drawn beside the rows.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances.py is
 
+import matplotlib
 import torch
 from circumstances import RESULTS, positive, quartiles
 from result_file import open_results
@@ -43,6 +46,9 @@ from transformers import PreTrainedModel
 from ssm_zoo.distill.recipe import StudentSpec, resolve_layers
 from ssm_zoo.distill.student import build_student
 from ssm_zoo.distill.teacher import Teacher, load_teacher
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "bounded": {"layers": "all", "mixer": "bounded_attention", "rows": 512, "slots": "equal"},
@@ -142,6 +148,21 @@ def prompt_of(teacher: Teacher) -> Tensor:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the tokens per second of each student and way, with the speed-up as a label."""
+    students = list(dict.fromkeys(row["student"] for row in rows))
+    figure, axes = plt.subplots(1, len(students), figsize=(5 * len(students), 4), squeeze=False)
+    for axis, student in zip(axes[0], students, strict=True):
+        own = [row for row in rows if row["student"] == student]
+        bars = axis.bar([row["way"] for row in own], [1 / row["seconds"]["median"] for row in own], color="C0")
+        axis.bar_label(bars, labels=[f"{row['speedup']:.2f} x" for row in own])
+        axis.set(title=student, ylabel="tokens per second")
+        axis.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="assisted.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("teacher", type=Path, help="folder of a small language model")
@@ -169,6 +190,7 @@ def main(arguments: list[str]) -> None:
             file.add({**dataclasses.asdict(runs[way]), "teacher": options.teacher.resolve().name, **row})
             speed = 1 / row["seconds"]["median"]
             print(f"{name:8} {way:7} {speed:7.2f} tokens/s, {row['speedup']:.2f} x, {row['forwards']} forwards")
+    draw(file.rows, file.path.with_suffix(".png"))
     print(f"wrote {file.path}")
 
 

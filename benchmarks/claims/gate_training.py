@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.modeling import TaipanForCausalLM, selective_attention
-from ssm_zoo.modeling.selective_attention import without_attention
+from ssm_zoo.modeling.selective_attention import SelectiveAttention, without_attention
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -70,12 +71,14 @@ class Way:
         keys: keys of the configuration.
         noise: scale of the noise at the start and, after `ANNEALED` of the steps, at the end.
         warmup: whether the share of selected tokens falls from 1.
+        biased: whether the gate starts at the capacity: its weight of attention is that share, not one half.
     """
 
     words: str
     keys: dict[str, Any] = field(default_factory=dict)
     noise: tuple[float, float] = (1.0, 1.0)
     warmup: bool = False
+    biased: bool = False
 
 
 GUMBEL: dict[str, Any] = {"sal_selection": "gumbel", "sal_dense_training": False}
@@ -91,9 +94,14 @@ WAYS = {
     "threshold-dense": Way("the same, attention of all tokens in training", CAPACITY | DENSE),
     "threshold-warmup": Way("threshold, share falls from all tokens", CAPACITY, warmup=True),
     "threshold-dense-warmup": Way("threshold, attention of all, share falls", CAPACITY | DENSE, warmup=True),
+    "threshold-dense-warmup-biased": Way(
+        "the same, the gate starts at the capacity", CAPACITY | DENSE, warmup=True, biased=True
+    ),
     "paper-added": Way("the paper's, attention is added to the stream", GUMBEL | ADDED),
     "threshold-dense-added": Way("threshold, attention of all, added", CAPACITY | DENSE | ADDED),
-    "threshold-dense-warmup-added": Way("the same, share falls", CAPACITY | DENSE | ADDED, warmup=True),
+    "threshold-dense-warmup-added": Way(
+        "threshold, attention of all, added, share falls", CAPACITY | DENSE | ADDED, warmup=True
+    ),
 }
 
 
@@ -127,7 +135,13 @@ def make(run: Run) -> TaipanForCausalLM:
     for key, value in keys.items():
         setattr(config, key, value)
     torch.manual_seed(run.seed)
-    return TaipanForCausalLM(config)
+    model = TaipanForCausalLM(config)
+    for layer in (module for module in model.modules() if isinstance(module, SelectiveAttention) and way.biased):
+        start = math.log(run.capacity / (1 - run.capacity))
+        with torch.no_grad():
+            layer.gate.bias.copy_(torch.tensor([0.0, start]))
+            layer.threshold.fill_(start)
+    return model
 
 
 @contextmanager
