@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 from typing import Any
 
 import torch
@@ -160,6 +161,18 @@ class SparseParity(Examples):
     relevant: int
 
     numbers = False
+
+    @property
+    def blind(self) -> float:
+        """Return the best score of answers that read the point and none of the examples.
+
+        With k of d components negative, a product of r of them is positive in a known share of the choices.
+        """
+        d, r, score = self.dimension, self.relevant, 0.0
+        for k in range(d + 1):
+            positive = sum(comb(k, j) * comb(d - k, r - j) for j in range(0, r + 1, 2)) / comb(d, r)
+            score += comb(d, k) / 2**d * max(positive, 1 - positive)
+        return score
 
     def sample(self, count: int, random: dict[str, Any]) -> tuple[Tensor, Tensor]:
         x = 2.0 * torch.randint(2, (count, self.points, self.dimension), **random) - 1

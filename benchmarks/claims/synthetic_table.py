@@ -89,6 +89,7 @@ def needles(found: tuple[int, ...], depths: tuple[float, ...]) -> dict[str, Asse
 BOTH = (MAMBA, TRANSFORMER)
 ALL = (MAMBA, MAMBA2, TRANSFORMER)
 RECURRENT = (MAMBA, MAMBA2)
+SPARSE_PARITY = SparseParity(dimension=5, points=24, relevant=2)
 SETTINGS: dict[str, Setting] = {
     "selective_copying": Setting(
         Copying(symbols=4, context=60, vocabulary=10),
@@ -117,10 +118,10 @@ SETTINGS: dict[str, Setting] = {
         solved=None,
     ),
     "sparse_parity": Setting(
-        SparseParity(dimension=5, points=24, relevant=2),
+        SPARSE_PARITY,
         BOTH,
         {"second half": Assessment({"first": 12})},
-        steps=2000,
+        steps=4000,
     ),
     "parity": Setting(RunningSum(2, 32), (MAMBA, MAMBA2, TRANSFORMER, GRU), second_halves(32, 64, 256), steps=1000),
     "modular_counting": Setting(
@@ -182,10 +183,11 @@ CLAIMS = (
     Claim(
         "Mamba learns sparse parity in context, a Transformer does not",
         "Can Mamba learn how to learn, arXiv 2402.04248",
-        "From 12 examples on Mamba answers at least 90 %, and the Transformer at most 60 %.",
+        "From 12 examples on Mamba answers at least 90 %, and the Transformer at most 3 points more than is possible "
+        f"without reading the examples ({SPARSE_PARITY.blind:.1%}).",
         (
             Bound("sparse_parity", MAMBA, "second half", least=0.9),
-            Bound("sparse_parity", TRANSFORMER, "second half", most=0.6),
+            Bound("sparse_parity", TRANSFORMER, "second half", most=SPARSE_PARITY.blind + 0.03),
         ),
         (Above("sparse_parity", TRANSFORMER, MAMBA, "second half", margin=0.02),),
     ),

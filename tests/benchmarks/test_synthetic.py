@@ -127,6 +127,18 @@ def test_chance_is_the_score_of_answers_that_ignore_what_is_asked(name: str):
     assert share == pytest.approx(task.chance, abs=0.03)
 
 
+@pytest.mark.parametrize(("dimension", "relevant"), [(5, 2), (4, 1), (6, 3)])
+def test_no_answer_without_the_examples_is_better_than_blind(dimension: int, relevant: int):
+    task = SparseParity(dimension=dimension, points=40, relevant=relevant)
+    x, y = task.sample(4000, {"generator": generator()})
+    negative = (x < 0).sum(-1)
+    found = sum(
+        max(float(((negative == k) & (y > 0)).sum()), float(((negative == k) & (y < 0)).sum()))
+        for k in range(dimension + 1)
+    )
+    assert found / y.numel() == pytest.approx(task.blind, abs=0.01)
+
+
 def examples(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Points and values of a batch of examples: the vectors in turn."""
     assert torch.equal(batch.inputs[:, 1::2, 1:], torch.zeros_like(batch.inputs[:, 1::2, 1:]))
