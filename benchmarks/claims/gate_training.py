@@ -87,15 +87,18 @@ DENSE = {"sal_dense_training": True}
 ADDED = {"sal_fusion": "residual"}
 WAYS = {
     "paper": Way("the paper's: noise, capacity loss", GUMBEL),
-    "paper-dense": Way("the same, attention of all tokens in training", GUMBEL | DENSE),
-    "annealed-dense": Way("the same, noise annealed to zero", GUMBEL | DENSE, (1.0, 0.0)),
+    "paper-dense": Way("the paper's, attention of all tokens in training", GUMBEL | DENSE),
+    "annealed-dense": Way("the paper's, attention of all, noise annealed to zero", GUMBEL | DENSE, (1.0, 0.0)),
     "hard-dense": Way("no noise, capacity loss", GUMBEL | DENSE, (0.0, 0.0)),
     "threshold": Way("threshold that follows the capacity", CAPACITY),
-    "threshold-dense": Way("the same, attention of all tokens in training", CAPACITY | DENSE),
+    "threshold-dense": Way("threshold, attention of all tokens in training", CAPACITY | DENSE),
     "threshold-warmup": Way("threshold, share falls from all tokens", CAPACITY, warmup=True),
     "threshold-dense-warmup": Way("threshold, attention of all, share falls", CAPACITY | DENSE, warmup=True),
     "threshold-dense-warmup-biased": Way(
-        "the same, the gate starts at the capacity", CAPACITY | DENSE, warmup=True, biased=True
+        "threshold, attention of all, share falls, the gate starts at the capacity",
+        CAPACITY | DENSE,
+        warmup=True,
+        biased=True,
     ),
     "paper-added": Way("the paper's, attention is added to the stream", GUMBEL | ADDED),
     "threshold-dense-added": Way("threshold, attention of all, added", CAPACITY | DENSE | ADDED),
@@ -255,7 +258,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     the loss."""
     capacities = sorted({row["capacity"] for row in rows})
     tasks = [task for task in (RECALL, LANGUAGE) if any(row["task"] == task for row in rows)]
-    figure, axes = plt.subplots(len(tasks), 3, figsize=(18, 5 * len(tasks)), squeeze=False)
+    figure, axes = plt.subplots(len(tasks), 3, figsize=(22, 5 * len(tasks)), squeeze=False)
     pairs = str(max(SIZES["cpu"].pairs))
     panels: dict[str, Any] = {
         RECALL: {
@@ -280,13 +283,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 named.add((name, capacity))
                 steps = [point["step"] for point in row["curve"]]
                 style = {
-                    "color": f"C{list(WAYS).index(name)}",
+                    "color": plt.colormaps["tab20"](list(WAYS).index(name)),
                     "linestyle": LINES[capacities.index(capacity) % len(LINES)],
                 }
                 axis.plot(steps, [value(point) for point in row["curve"]], label=label, alpha=0.8, **style)
             axis.set(title=f"{task}: {title}", xlabel="step")
             axis.grid(alpha=0.3)
-        line[0].legend(fontsize="small")
+        line[-1].legend(*line[0].get_legend_handles_labels(), fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
