@@ -139,11 +139,12 @@ def make(run: Run) -> TaipanForCausalLM:
         setattr(config, key, value)
     torch.manual_seed(run.seed)
     model = TaipanForCausalLM(config)
-    for layer in (module for module in model.modules() if isinstance(module, SelectiveAttention) and way.biased):
+    if way.biased:
         start = math.log(run.capacity / (1 - run.capacity))
-        with torch.no_grad():
-            layer.gate.bias.copy_(torch.tensor([0.0, start]))
-            layer.threshold.fill_(start)
+        for layer in (module for module in model.modules() if isinstance(module, SelectiveAttention)):
+            with torch.no_grad():
+                layer.gate.bias.copy_(torch.tensor([0.0, start]))
+                layer.threshold.fill_(start)
     return model
 
 
@@ -319,9 +320,9 @@ def main(arguments: list[str]) -> None:
     }
     for task in options.tasks:  # before anything is written: what a configuration refuses is an error
         make(Run(task, options.ways[0], options.capacity, 1.0, 0, 1, 1, STATE))
-    free = ("tasks", "ways", "capacity", "recall_rate", "recall_steps", "language_rate", "language_steps", "seeds")
-    free = (*free, "language_state")
-    file = open_results(options, parser, "claims/gate_training.py", arguments, free=(*free, "threads"))
+    free = {"tasks", "ways", "capacity", "seeds", "threads"}
+    free |= {"recall_rate", "recall_steps", "language_rate", "language_steps", "language_state"}
+    file = open_results(options, parser, "claims/gate_training.py", arguments, free=free)
     file.drop(lambda row: "summary" in row)
     for row in file.rows:  # of an earlier version
         row.setdefault("state", STATE if row["task"] == RECALL else length_models.STATE)
