@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .formats.format import HEAD, Format, config_errors, empty_model, own_tensor
 from .formats.maskedmixers import MASKED_MIXER
 from .formats.state_spaces import BYTES, byte_tokenizer
 from .hub_source import source_folder
+from .load_model import check_finite
 from .parity import Difference, ParityReport, check_tensors, compare, logits_of_folder, logits_of_tensors
 from .remote_code import check_remote_code
 from .rules import LazyTensor, Mapper, check, lazy
@@ -147,7 +149,8 @@ def convert(
 
     Raises:
         ValueError: if an argument is wrong; if the source has an unknown format, has features that the target cannot
-            express, or keys, shapes or dtypes that differ from its configuration; or if the logits differ.
+            express, or keys, shapes or dtypes that differ from its configuration; if a weight to write is not finite;
+            or if the logits differ.
         OSError: if files cannot be read, the Hub cannot be reached, or a repository is not found.
     """
     folder = Path(os.path.abspath(folder))
@@ -175,7 +178,7 @@ def convert(
     tensors = _tensors_of(target, read, config, ours)
     with new_folder(folder, overwrite=overwrite) as made:
         carried = _carry(read, read_from, made, target, trust_remote_code)
-        write_weights(made, tensors, max_shard_size=max_shard_size)
+        write_weights(made, _only_finite(tensors, dtype), max_shard_size=max_shard_size)
         _write_config(made, target, read.model, config, _dtype(ours))
         logits = _compare(read, ours, target, made) if verify else "not asked for"
     return ParityReport(
@@ -370,6 +373,21 @@ def _tensors_of(
     elif read.zoo_config.tie_word_embeddings and target.keeps_tied_head:
         tensors[HEAD] = tensors[mapper.theirs_of(_EMBEDDING)]
     return tensors
+
+
+def _only_finite(tensors: Mapping[str, LazyTensor], dtype: str | None) -> dict[str, LazyTensor]:
+    """Return the tensors, each checked for numbers that are not finite when it is read.
+
+    The logits of random tokens do not show all of them: they depend on few rows of the embedding.
+    """
+    remedy = "" if dtype is None else f"If those of the source are, {dtype} is too narrow: choose another --dtype."
+
+    def load(key: str, tensor: LazyTensor) -> Tensor:
+        value = tensor.load()
+        check_finite({key: value}, "the weights to write", remedy)
+        return value
+
+    return {key: LazyTensor(each.shape, each.dtype, partial(load, key, each)) for key, each in tensors.items()}
 
 
 def _write_config(

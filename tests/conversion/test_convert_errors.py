@@ -1,6 +1,7 @@
 """Malformed checkpoints and wrong arguments: one clear error each, and nothing is written."""
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from ssm_zoo.harness import whole_files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "backbone.layers.1.norm.weight"
+EMBEDDING = "backbone.embeddings.weight"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -163,7 +165,10 @@ MALFORMED = {
         with_index_text('{"weight_map": 3}'),
         "index.json: `weight_map` must be an object, got an integer",
     ),
-    "not finite": (with_tensors(lambda t: t[NORM].fill_(torch.nan)), "logits of random tokens are not finite"),
+    "not finite": (
+        with_tensors(lambda t: t[NORM].fill_(torch.nan)),
+        f"the weights to write: 16 of the weights are not finite, first: {NORM}",
+    ),
 }
 
 
@@ -172,6 +177,25 @@ def test_a_malformed_checkpoint_is_refused(case: str, source: Path) -> None:
     change, message = MALFORMED[case]
     change(source)
     refused(source.parent, message)
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not-verified"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"),
+    [
+        pytest.param(math.nan, None, "$", id="nan"),
+        pytest.param(1e5, "float16", ".* float16 is too narrow: choose another --dtype", id="overflow"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_found_where_no_random_token_looks_it_up(
+    value: float, dtype: str | None, remedy: str, verify: bool, source: Path
+) -> None:
+    drawn = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0))
+    row = next(token for token in range(61) if token not in drawn)
+    with_tensors(lambda t: t[EMBEDDING][row, 3].fill_(value))(source)
+    refused(source.parent, f"1 of the weights are not finite, first: {EMBEDDING}.{remedy}", dtype=dtype, verify=verify)
+    if dtype is not None:
+        convert(source, source.parent / "out", dtype="bfloat16", verify=verify)
 
 
 # Pickles
