@@ -1,6 +1,8 @@
 """The check of a folder before it is published: that it will load, as far as this is known without running its code."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
@@ -40,17 +42,33 @@ def check_publishable(folder: Path) -> None:
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(f"{field}:") else f"{field}: {text}") from None
+    unsent = sorted({header.file for header in headers.values()}.difference(sent))
+    if unsent:
+        raise ValueError(
+            f"{field}: the weights in {', '.join(unsent[:3])} would not be uploaded: a file of weights must be named "
+            "model.safetensors, or model-00001-of-00002.safetensors and so on. Write the folder with ssm-zoo export."
+        )
     for name in sent:
         if name.endswith(".json") and name != "modules.json":
             values = read_json_object(folder / name, f"{field}: {name}", allow_infinity=True)
-            local = next((key for key, entry in values.items() if names_local_place(key, entry)), None)
-            if local is not None:
+            for key, place in _local_places(values):
                 raise ValueError(
-                    f"{field}: {name}: `{local}` must not be a place of this machine, got {values[local]!r}. Remove "
-                    "the entry."
+                    f"{field}: {name}: `{key}` must not be a place of this machine, got {place!r}. Remove the entry."
                 )
     _check_card(folder, field)
     _check_finite(folder, headers, field)
+
+
+def _local_places(value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the entries of a JSON value, at any depth, that name a place of this machine, each with its key."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _local_places(each)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if names_local_place(key, each):
+                yield key, each
+            yield from _local_places(each)
 
 
 def _check_adapter(folder: Path, field: str) -> dict[str, Header]:

@@ -30,7 +30,18 @@ MOST_LAYERS = 4096
 """Largest number of layers. The deepest published models have a few hundred."""
 
 # Entries of configurations that name the place from which something was loaded.
-_PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_name_or_path")
+_PLACES = (
+    "_name_or_path",
+    "name_or_path",
+    "base_model_name_or_path",
+    "tokenizer_name_or_path",
+    # of tokenizers that earlier releases of transformers saved
+    "tokenizer_file",
+    "special_tokens_map_file",
+    "added_tokens_file",
+    "vocab_file",
+    "merges_file",
+)
 _ABSOLUTE = re.compile(r"[/~\\]|[A-Za-z]:[/\\]|file:")
 
 

@@ -147,6 +147,19 @@ def without_a_shard(folder: Path) -> None:
     sorted(folder.glob("model-*"))[0].unlink()
 
 
+def with_shards_of_other_names(folder: Path) -> None:
+    shards(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"part-'))
+    for shard in folder.glob("model-*"):
+        shard.rename(shard.with_name(shard.name.replace("model-", "part-")))
+
+
+def with_weights_of_another_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    edit("config.json", lambda v: v.update(transformers_weights="mine.safetensors"))(folder)
+
+
 def with_a_shard_elsewhere(folder: Path) -> None:
     shards(folder)
     shard = sorted(folder.glob("model-*"))[0]
@@ -168,6 +181,14 @@ BROKEN: list[Any] = [
     pytest.param(weights(lambda w: w.update({NORM: torch.ones(3)})), "has other shapes for 1", id="wrong-shape"),
     pytest.param(weights(lambda w: w[NORM].fill_(float("nan"))), f"16 of the .* not finite, first: {NORM}", id="nan"),
     pytest.param(without_a_shard, "of which 1 are not in", id="missing-shard"),
+    pytest.param(
+        with_shards_of_other_names,
+        r"weights in part-00001-of-0\d+\.safetensors, .* would not be uploaded",
+        id="shards-not-sent",
+    ),
+    pytest.param(
+        with_weights_of_another_name, r"weights in mine\.safetensors would not be uploaded", id="weights-not-sent"
+    ),
     pytest.param(with_a_shard_elsewhere, r"got '\.\./outside\.safetensors'", id="shard-elsewhere"),
     pytest.param(
         lambda f: (f / "zoo_model.py").unlink(), r"imports \.zoo_model, but there is no zoo_model.py", id="no-import"
@@ -186,6 +207,16 @@ BROKEN: list[Any] = [
     pytest.param(
         edit("tokenizer_config.json", lambda v: v.update(name_or_path=f"{HOME}/me/tokenizer")),
         "`name_or_path` must not be a place of this machine",
+        id="tokenizer-path",
+    ),
+    pytest.param(
+        edit("tokenizer_config.json", lambda v: v.update(special_tokens_map_file=f"{HOME}/me/special_tokens_map.json")),
+        "`special_tokens_map_file` must not be a place of this machine",
+        id="tokenizer-file",
+    ),
+    pytest.param(
+        edit("config.json", lambda v: v.update(extra={"_name_or_path": f"{HOME}/me/model"})),
+        "`_name_or_path` must not be a place of this machine",
         id="place",
     ),
     pytest.param(

@@ -165,7 +165,8 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(model: Path, tmp_path: 
 def test_carried_configurations_lose_the_folder_that_they_came_from(model: Path, tmp_path: Path) -> None:
     source = shutil.copytree(model, tmp_path / "source")
     path = source / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"name_or_path": str(tmp_path)}))
+    places = {"name_or_path": str(tmp_path), "special_tokens_map_file": str(tmp_path / "special_tokens_map.json")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | places))
     assert run("export", source, tmp_path / "out", "--no-verify").exit_code == 0
     for written in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in written.read_bytes(), written.name
