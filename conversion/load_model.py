@@ -26,6 +26,7 @@ from .. import modeling as _  # noqa: F401 - registers the zoo's classes, which 
 from .remote_code import check_remote_code
 from .source_files import check_source_files
 from .weight_choice import check_names
+from .weight_files import check_shards_differ
 
 __all__ = [
     "WeightsError",
@@ -77,7 +78,8 @@ def load_model(
 
     Raises:
         WeightsError: if weights are missing, left over, of another shape, or not finite.
-        ValueError: if the weight file is damaged or a pickle, or the source brings code that is not trusted.
+        ValueError: if a weight file is damaged or a pickle, a weight is in two shards of a folder, or the source brings
+            code that is not trusted.
         OSError: if the source does not exist or cannot be read.
     """
     source = str(source)
@@ -95,6 +97,7 @@ def load_model(
     )
     if Path(source).is_dir():
         check_names(Path(source) / folder)
+        check_shards_differ(Path(source) / folder, field)
     if find_adapter_config_file(source, revision=options["revision"], subfolder=folder) is not None:
         return _load_adapted(source, auto_class, field, options)
     if "gguf_file" not in options:

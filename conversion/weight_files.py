@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ..harness.json_files import json_text, parse_json
 from .pickle_weights import read_pickle
 from .rules import LazyTensor, lazy
-from .weight_choice import SAFETENSORS_INDEX, choose_weights
+from .weight_choice import SAFETENSORS, SAFETENSORS_INDEX, choose_weights, configured_name, read_index
 
 _DTYPES = {
     "F64": torch.float64,
@@ -115,6 +115,30 @@ def read_headers(folder: Path, field: str) -> dict[str, Header]:
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
     return {key: header for headers in files.values() for key, header in headers.items()}
+
+
+def check_shards_differ(folder: Path, field: str) -> None:
+    """Check that no tensor is in two of a model's shards: transformers reads both, and keeps the last.
+
+    Args:
+        folder: the folder of a model. One without an index, or without all shards, is left to transformers.
+        field: what errors call it.
+
+    Raises:
+        ValueError: naming a tensor that is in two shards; or if the index or a shard is malformed.
+    """
+    name = configured_name(folder) or (SAFETENSORS if (folder / SAFETENSORS).is_file() else SAFETENSORS_INDEX)
+    if not name.endswith(".index.json") or not (folder / name).is_file():
+        return
+    held: dict[str, str] = {}
+    for shard in sorted(set(read_index(folder / name)[0].values())):
+        for key in read_header(folder / shard, field) if (folder / shard).is_file() else ():
+            if key in held:
+                raise ValueError(
+                    f"{field}: {folder / name}: {key} is in two shards, {held[key]} and {shard}. Save or download the "
+                    "weights again."
+                )
+            held[key] = shard
 
 
 def read_header(path: Path, field: str | None = None) -> dict[str, Header]:

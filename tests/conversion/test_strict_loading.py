@@ -131,6 +131,19 @@ def to_pickle(source: Path) -> None:
     (source / "model.safetensors").unlink()
 
 
+def to_shards_with_one_weight_twice(source: Path) -> None:
+    """The index names the first shard for it; transformers would load the other value."""
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    twice = norm(tensors)
+    names = {key: f"model-0000{1 + (key != twice)}-of-00002.safetensors" for key in tensors}
+    for name in sorted(set(names.values())):
+        shard = {key: tensors[key] for key in tensors if names[key] == name} | {twice: tensors[twice] + ("00002-" in name)}
+        save_file(shard, source / name, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def fewer_layers(source: Path) -> None:
     """The configuration of a model with the first block alone."""
     values = json.loads((source / "config.json").read_text())
@@ -159,6 +172,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "cut-off": (lambda source: (source / "model.safetensors").write_bytes(b""), ("safetensors",)),
     "pickle": (to_pickle, ("safetensors",)),
+    "two-shards": (to_shards_with_one_weight_twice, ("is in two shards, ", "norm")),
 }
 
 
