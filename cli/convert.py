@@ -70,7 +70,7 @@ def convert(
 
     logging.disable_progress_bar()
     report = write(
-        model_source(source),
+        model_source(source, revision),
         folder,
         to=to,
         dtype=dtype,

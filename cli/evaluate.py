@@ -77,6 +77,7 @@ def retrieval(
         raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}")
     check_text(query_prompt, "query_prompt")
     check_text(document_prompt, "document_prompt")
+    source = model_source(model, revision)
     from ..evaluation.embedder import load_embedder
     from ..evaluation.retrieval import bm25_scores, chance_levels, embedder_scores, evaluate_retrieval, read_beir
 
@@ -86,7 +87,7 @@ def retrieval(
     if bm25:
         measured["BM25"] = evaluate_retrieval(data, bm25_scores(data), **how)
     embedder = load_embedder(
-        model_source(model),
+        source,
         revision=revision,
         trust_remote_code=trust_remote_code,
         pooling=pooling,
@@ -151,6 +152,7 @@ def lm_eval(
         "max_length": max_length,
     }
     check_lm_eval_numbers(**settings)
+    source = model_source(model, revision)
     manager = find_lm_eval_tasks(names, include_path)
     import torch
     from transformers import AutoModelForCausalLM
@@ -158,7 +160,6 @@ def lm_eval(
     from ..conversion.load_model import load_model, load_tokenizer
 
     loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
-    source = model_source(model)
     tokenizer = load_tokenizer(source, **loading)
     loaded: Any = load_model(source, AutoModelForCausalLM, dtype=dtype, **loading)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -216,6 +217,7 @@ def inversion(
     for field, value in (("tokens", tokens), ("texts", texts)):
         if value < 1:
             raise ValueError(f"`{field}` must be at least 1, got {value}")
+    source = model_source(model, revision)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -223,7 +225,7 @@ def inversion(
     from ..evaluation.inversion import invert_representation
     from ..harness.text_files import read_text_file
 
-    content, source = read_text_file(text, "text"), model_source(model)
+    content = read_text_file(text, "text")
     loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
     ids: Any = load_tokenizer(source, **loading)(content, verbose=False)["input_ids"]
     if len(ids) < texts * tokens:

@@ -40,6 +40,7 @@ def length(
     ):
         if value is not None and value < least:
             raise ValueError(f"`{field}` must be at least {least}, got {value}")
+    source = model_source(model, revision)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -47,7 +48,7 @@ def length(
     from ..evaluation.long_texts import evaluate_long_texts
     from ..harness.text_files import read_text_file
 
-    content, source = read_text_file(text, "text"), model_source(model)
+    content = read_text_file(text, "text")
     loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
     ids: Any = load_tokenizer(source, **loading)(content, verbose=False)["input_ids"]
     size = len(ids) // windows if tokens is None else tokens

@@ -84,7 +84,7 @@ def rerank(
     others = [source if Path(source).is_file() else model_source(source) for source in against or []]
     called = [Path(source).name if Path(source).is_file() else model_name(source) for source in against or []]
     names = new_names([model_name(model), *called])
-    sources = dict(zip(names, [model_source(model), *others], strict=True))
+    sources = dict(zip(names, [model_source(model, revision), *others], strict=True))
     files = {} if runs is None else _run_files(runs, [*names, first_stage_name(run, names)], overwrite)
     found, lists = compare_rerankers(
         sources,

@@ -76,6 +76,7 @@ def translation(
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}.")
     bounds = [_bound(text) for text in lengths.split(",")] if lengths else []
+    place = model_source(model, revision)
     from ..evaluation.compare_rerankers import new_names
     from ..evaluation.metrics.metric import require_package
     from ..evaluation.translation import check_decoding, translate
@@ -96,7 +97,7 @@ def translation(
         seen = read_parallel(training_pairs, "training_pairs", **reading)
         entities = [shared_entities(source, target) for source, target in zip(sources, references, strict=True)]
         counts = count_entities(seen.sources, seen.targets, entities)
-    loaded, form = _load(model, dtype, revision, trust_remote_code)
+    loaded, form = _load(place, dtype, revision, trust_remote_code)
     searching = {"beams": beams, "length_penalty": length_penalty, "max_new_tokens": max_new_tokens}
     found = translate(loaded, form, sources, **searching, batch_size=batch_size, progress=True)
     scoring: Any = {"training_counts": counts, "lengths": bounds, "tokenize": tokenize}
@@ -139,7 +140,7 @@ def translation(
         typer.echo(f"picture: {picture}")
 
 
-def _load(name: str, dtype: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(source: str, dtype: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
     """Return the model, on its device, and the format of its sequences."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -148,7 +149,6 @@ def _load(name: str, dtype: str, revision: str | None, trust_remote_code: bool) 
     from ..evaluation.translation_format import translation_format
 
     loading: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
-    source = model_source(name)
     config = load_config(source, **loading)
     form = translation_format(load_tokenizer(source, **loading), config, "MODEL")
     auto_class = AutoModelForSeq2SeqLM if form.is_encoder_decoder else AutoModelForCausalLM

@@ -62,7 +62,7 @@ def generate(
     from ..conversion.load_model import load_model, load_tokenizer
 
     logging.disable_progress_bar()
-    source = model_source(model)
+    source = model_source(model, revision)
     options: dict[str, Any] = {"field": "MODEL", "revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer: Any = load_tokenizer(source, **options)
     if chat and tokenizer.chat_template is None:

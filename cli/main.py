@@ -79,7 +79,9 @@ def export(
     from ..conversion.export import export as write
 
     logging.disable_progress_bar()
-    written = write(model_source(source), folder, revision=revision, verify=verify, trust_remote_code=trust_remote_code)
+    written = write(
+        model_source(source, revision), folder, revision=revision, verify=verify, trust_remote_code=trust_remote_code
+    )
     proven = "loads without ssm-zoo and gives the same logits, bit for bit" if verify else "not verified"
     lengths = [len(path.read_text(encoding="utf-8").splitlines()) for path in written.glob("*.py")]
     typer.echo(f"{written}: {proven}; code: {len(lengths)} files, {sum(lengths):,} lines")

@@ -66,7 +66,7 @@ def show(
     if target is not None:
         texts["target"] = _read(target, "--target")
     chosen = {"layers": _numbers(layers, "--layers"), "heads": _numbers(heads, "--heads")}
-    sources = {"model": model_source(model)} | ({} if teacher is None else {"teacher": model_source(teacher)})
+    sources = {"model": model_source(model, revision)} | ({} if teacher is None else {"teacher": model_source(teacher)})
     names = [model_name(each) for each in (model, teacher) if each is not None]
     settings: dict[str, Any] = {
         "model": names[0],

@@ -6,16 +6,22 @@ from pathlib import Path
 _SECONDS = 60.0
 
 
-def model_source(source: str) -> str:
+def model_source(source: str, revision: str | None = None) -> str:
     """Return a Hub id unchanged, or the folder that :func:`model_folder` finds.
 
+    Args:
+        source: the folder or Hub id.
+        revision: the value of --revision, which a folder does not have.
+
     Raises:
-        ValueError: if it is neither, or the folder of an unfinished run.
+        ValueError: if it is neither, or the folder of an unfinished run; or if a revision is given for a folder.
     """
     from ..harness.provenance import HUB_ID
 
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"--revision must be left out for a folder such as {source}, got {revision!r}.")
         return str(model_folder(folder))
     if not HUB_ID.fullmatch(source):
         raise ValueError(f"there is no folder {source!r}, and a Hub id would be OWNER/NAME")

@@ -138,7 +138,9 @@ def to_shards_with_one_weight_twice(source: Path) -> None:
     twice = norm(tensors)
     names = {key: f"model-0000{1 + (key != twice)}-of-00002.safetensors" for key in tensors}
     for name in sorted(set(names.values())):
-        shard = {key: tensors[key] for key in tensors if names[key] == name} | {twice: tensors[twice] + ("00002-" in name)}
+        shard = {key: tensors[key] for key in tensors if names[key] == name} | {
+            twice: tensors[twice] + ("00002-" in name)
+        }
         save_file(shard, source / name, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 1}, "weight_map": names}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))

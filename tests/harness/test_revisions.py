@@ -13,8 +13,10 @@ from families import make_model
 from huggingface_hub import HfApi
 from teachers import make_teacher, save_teacher
 from transformers import Mamba2Config, Mamba2ForCausalLM
+from typer.testing import CliRunner
 
 from hub_stand_in import HubStandIn
+from ssm_zoo.cli.main import app
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
 from ssm_zoo.distill.fetch import teacher_commit
@@ -29,6 +31,7 @@ import json, sys
 from pathlib import Path
 from safetensors.torch import load_file
 from ssm_zoo.conversion.formats.state_spaces import byte_tokenizer
+from ssm_zoo.cli.main import app
 from ssm_zoo.conversion.convert import convert
 from ssm_zoo.distill.fetch import teacher_commit
 from ssm_zoo.distill.teacher import load_teacher
@@ -136,3 +139,29 @@ def test_a_quantised_teacher_is_refused_with_its_method(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ValueError, match=r"`quantization_config` says that the weights are quantised \(gptq\)"):
         load_teacher(tmp_path / "teacher")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate zoo abc",
+        "show zoo abc",
+        "export zoo out",
+        "convert zoo out",
+        "evaluate length zoo text.txt",
+        "evaluate inversion zoo text.txt",
+        "evaluate lm-eval zoo --tasks arc_easy",
+        "evaluate retrieval zoo beir",
+        "evaluate rerank zoo beir",
+        "evaluate translation zoo pairs.tsv",
+    ],
+)
+def test_no_command_ignores_the_revision_of_a_folder(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_model("mamba2").save_pretrained("zoo")
+    done = CliRunner().invoke(app, [*line.split(), "--revision", "v1"])
+    assert done.exit_code == 2
+    assert done.stderr == "ssm-zoo: --revision must be left out for a folder such as zoo, got 'v1'.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["zoo"]
