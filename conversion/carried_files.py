@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.json_files import read_json_object
-from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, is_named
+from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, code_of, is_named
 from .remote_code import reference_of
 from .source_files import file_inside, names_local_place
 
@@ -46,7 +46,6 @@ _CHECKPOINT = (
     "pytorch_model.bin.index.json",
     "USE_POLICY*",
     ".gitattributes",
-    "*.py",
 )
 _SHOWN = 5
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -83,9 +82,16 @@ def carry_files(source: Path, folder: Path, *expressions: str, trust_remote_code
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise a ValueError with the first names if a folder holds files that are not part of a checkpoint."""
+    """Raise a ValueError with the first names if a folder holds files that are not part of a checkpoint.
+
+    Python files are part of it if its configurations name them, or such a file imports them.
+    """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_real_folder(path))
-    foreign = [name for name in names if not any(_matches(name, pattern) for pattern in _CHECKPOINT)]
+    try:
+        code = set(code_of(folder))
+    except ValueError:  # incomplete, or that of another repository: it is not known which files belong to it
+        code = set()
+    foreign = [name for name in names if name not in code and not any(_matches(name, each) for each in _CHECKPOINT)]
     if foreign:
         more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         raise ValueError(

@@ -62,15 +62,19 @@ def test_a_decoration_hides_no_bug() -> None:
 
 
 def test_a_checkpoint_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_hybrid.py", "LICENSE"):
+    for name in ("model.safetensors", "tokenizer.json", "README.md", "LICENSE", "cache.py"):
         (tmp_path / name).write_text("")
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_hybrid.ZooHybridModel"}}')
+    (tmp_path / "modeling_hybrid.py").write_text("from .cache import Cache\n")
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "loss.png").write_text("")
     check_replaceable(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "config.json").write_text("")
+    (tmp_path / "thesis.py").write_text("")
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"is not replaced: it also holds data/config\.json, thesis\.tex, which"):
+    holds = r"is not replaced: it also holds data/config\.json, thesis\.py, thesis\.tex, which"
+    with pytest.raises(ValueError, match=holds):
         check_replaceable(tmp_path)
 
 
