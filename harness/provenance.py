@@ -29,7 +29,7 @@ def provenance(source: str, revision: str | None = None) -> tuple[str, str | Non
 
     Returns:
         The Hub id if it is known, otherwise the name of the folder or file without its path; and the licence's
-        identifier, None if it is unknown.
+        identifier, its name if the identifier is "other", None if it is unknown.
     """
     path = Path(source)
     if path.is_file():
@@ -42,7 +42,8 @@ def provenance(source: str, revision: str | None = None) -> tuple[str, str | Non
             made_from = read_json_object(path / SOURCE_FILE)
             return _text(made_from.get("hub_id")) or name, _text(made_from.get("license"))
         if (path / "README.md").is_file():
-            return name, _text(front_matter(path / "README.md").get("license"))
+            card = front_matter(path / "README.md")
+            return name, _licence(card.get("license"), card.get("license_name"))
     except UNREADABLE as error:
         go_without(f"the licence of {name}", error)
     return name, None
@@ -51,6 +52,12 @@ def provenance(source: str, revision: str | None = None) -> tuple[str, str | Non
 def _text(value: Any) -> str | None:
     """Return text as one line, and None for any other value, since front matter may hold anything."""
     return " ".join(value.split()) or None if isinstance(value, str) else None
+
+
+def _licence(identifier: Any, name: Any) -> str | None:
+    """Return the licence of a card; one that the Hub does not know is "other" there, with its name beside."""
+    licence = _text(identifier)
+    return _text(name) or licence if licence == "other" else licence
 
 
 def _hub_licence(repo_id: str, revision: str | None) -> str | None:
@@ -62,4 +69,4 @@ def _hub_licence(repo_id: str, revision: str | None) -> str | None:
         # The model itself may be in the local cache while the Hub cannot be reached.
         go_without(f"the licence of {repo_id}", error)
         return None
-    return _text(getattr(card, "license", None))
+    return _licence(getattr(card, "license", None), getattr(card, "license_name", None))

@@ -20,6 +20,9 @@ from ssm_zoo.harness.published import DecorationWarning, decoration
         ("---\n---\n", None),
         ("---\nlicense: [mit, gpl]\n---\n", None),
         ("---\nlicense: 3\n---\n", None),
+        ("---\nlicense: other\nlicense_name: qwen-research\n---\n", "qwen-research"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\nlicense: mit\nlicense_name: qwen-research\n---\n", "mit"),
         ("", None),
     ],
 )
