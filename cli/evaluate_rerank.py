@@ -59,7 +59,8 @@ def rerank(
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace FILE even if it is not an earlier result of this command, and run files with the same names.",
+            help="Replace files even if they are no earlier results of this command, and run files with the same "
+            "names.",
         ),
     ] = False,
 ) -> None:
@@ -76,7 +77,7 @@ def rerank(
 
     check_output(output, "rerank", overwrite)
     if plot is not None:
-        _check_plot(plot, output)
+        _check_plot(plot, output, overwrite)
     place, named = folder_and_split(folder)
     if named is not None and split is not None:
         raise ValueError(f"`folder` and --split must not both name the judgements, got {folder!r} and {split!r}.")
@@ -156,11 +157,11 @@ def _run_files(folder: Path, names: Sequence[str], overwrite: bool) -> dict[str,
     return files
 
 
-def _check_plot(path: Path, report: Path | None) -> None:
-    """Check that the picture can be written and is no other file of the command.
+def _check_plot(path: Path, report: Path | None, overwrite: bool) -> None:
+    """Check that the picture can be written, is no other file of the command and replaces no file of somebody else.
 
     Raises:
-        ValueError: if it cannot, has another ending than .png, or is the report.
+        ValueError: if it cannot, has another ending than .png, is the report, or exists without an earlier report.
     """
     from ..harness.whole_files import check_output_file
 
@@ -169,6 +170,8 @@ def _check_plot(path: Path, report: Path | None) -> None:
     if report is not None and path.resolve() == report.resolve():
         raise ValueError(f"--plot: {path} is also the report of --output. Give the picture a name of its own.")
     check_output_file(path, "--plot")
+    if path.exists() and not (overwrite or (report is not None and report.exists())):
+        raise ValueError(f"--plot: {path} exists. Choose another name, or replace it with --overwrite.")
 
 
 def _print(found: dict[str, Any]) -> None:

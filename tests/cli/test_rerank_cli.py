@@ -189,15 +189,18 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     [
         (("--plot", "ids"), r"--plot: the picture needs a name that ends in \.png, got ids"),
         (("--plot", "o.png", "--output", "./o.png"), r"--plot: o\.png is also the report of --output"),
+        (("--plot", "photo.png", "--output", "o.json"), r"--plot: photo\.png exists\. Choose another name, or replace"),
     ],
 )
 def test_the_picture_replaces_no_other_file(
     ssm_zoo: Command, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    (tmp_path / "ids").write_text("q0\n")
+    for name in ("ids", "photo.png"):
+        (tmp_path / name).write_text("q0\n")
     result = ssm_zoo("evaluate", "rerank", "out", "beir", *options)
     assert result.exit_code == 2 and re.search(message, result.stderr), f"{result.stderr}\n{result.exception!r}"
-    assert (tmp_path / "ids").read_text() == "q0\n" and not (tmp_path / "o.png").exists()
+    assert all((tmp_path / name).read_text() == "q0\n" for name in ("ids", "photo.png"))
+    assert not (tmp_path / "o.png").exists()
 
 
 def test_every_system_has_a_run_file_of_its_own(tmp_path: Path) -> None:
