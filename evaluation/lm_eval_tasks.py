@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..harness.extras import install_command
+from .finite_logits import finite_logits
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -57,25 +58,28 @@ def evaluate_lm_eval_tasks(
         report.
 
     Raises:
-        ValueError: if lm-eval is not installed, an argument is out of range, or no task has such a name.
+        ValueError: if lm-eval is not installed, an argument is out of range, no task has such a name, or the model
+            computes logits that are not finite.
     """
     check_lm_eval_numbers(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, max_length=max_length)
     manager = find_lm_eval_tasks(tasks, include_path) if task_manager is None else task_manager
     import lm_eval
 
     run: Any = lm_eval.simple_evaluate  # its decorators hide its signature
-    report = run(
-        adapt_to_lm_eval(model, tokenizer, batch_size=batch_size, max_length=max_length),
-        tasks=list(manager.match_tasks(list(tasks))),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    adapted = adapt_to_lm_eval(model, tokenizer, batch_size=batch_size, max_length=max_length)
+    with finite_logits(model):
+        report = run(
+            adapted,
+            tasks=list(manager.match_tasks(list(tasks))),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     return {name: report[name] for name in _REPORTED if name in report}
 
 

@@ -47,7 +47,7 @@ def evaluate_long_texts(
         was allocated).
 
     Raises:
-        ValueError: if an argument is not as described, or a token id is outside the vocabulary.
+        ValueError: if an argument is not as described, a token id is outside the vocabulary, or a loss is not finite.
     """
     check_windows(windows)
     if chunk < 1:
@@ -94,7 +94,10 @@ def _losses(model: PreTrainedModel, states: Tensor, targets: Tensor, vocabulary:
         return []
     size = predictions_at_once(states, vocabulary)
     parts = zip(states.split(size), targets.split(size), strict=True)
-    return torch.cat([token_losses(logits_of(model, part), wanted).double() for part, wanted in parts]).tolist()
+    losses = torch.cat([token_losses(logits_of(model, part), wanted).double() for part, wanted in parts])
+    if not losses.isfinite().all():
+        raise ValueError("`model` must compute finite losses, which it does not. Try another dtype, e.g. float32.")
+    return losses.tolist()
 
 
 def _clock(device: torch.device) -> float:

@@ -24,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from .finite_logits import finite_logits
 from .hidden_states import evaluating
 from .translation_format import TranslationCollator, TranslationFormat
 
@@ -170,14 +171,8 @@ def _generating(model: Any, form: TranslationFormat, max_new_tokens: int, **opti
         do_sample=False,
         **options,
     )
-    hook = model.register_forward_hook(_refuse_lost_logits)
     try:
-        yield
+        with finite_logits(model):
+            yield
     finally:
-        hook.remove()
         model.generation_config = own
-
-
-def _refuse_lost_logits(_model: object, _inputs: object, outputs: Any) -> None:
-    if not outputs.logits.isfinite().all():
-        raise ValueError("model: the logits are not finite; try float32.")

@@ -98,6 +98,14 @@ def test_tasks_give_their_definition_in_batches_as_one_by_one(tasks: Path, token
     assert limited["zoo_choice"]["acc,none"] == pytest.approx(sum(right[:2]) / 2)
 
 
+def test_logits_that_are_not_finite_are_no_accuracy(tasks: Path, tokenizer: Any) -> None:
+    model: Any = make_model("mamba2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"model: the logits are not finite\. Try another dtype"):
+        evaluate_lm_eval_tasks(model, tokenizer, ["zoo_choice"], include_path=tasks)
+
+
 @pytest.mark.parametrize("name", ["mamba", "all-four", "taipan", "mixer"])
 def test_batches_of_texts_of_all_lengths_equal_single_texts(name: str, tokenizer: Any) -> None:
     model = make_model(name)

@@ -43,6 +43,14 @@ def test_bad_input_is_refused() -> None:
         evaluate_long_texts(tiny_llama(0), torch.full((1, 4), 61))
 
 
+def test_losses_that_are_not_finite_are_no_result() -> None:
+    model: Any = make_model("mamba2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    with pytest.raises(ValueError, match="`model` must compute finite losses, which it does not"):
+        evaluate_long_texts(model, token_windows(1, 8), progress=False)
+
+
 def test_the_picture_has_a_line_for_each_model_and_no_empty_panel() -> None:
     row = {"end": 128, "loss": 2.0, "read": 128, "seconds": 0.5, "cache_bytes": 2**20, "memory_bytes": 2**22}
     figure = draw_length({"a": [row, row | {"end": 256}], "b": [row]})
