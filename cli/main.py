@@ -71,8 +71,8 @@ def export(
 ) -> None:
     """Write a self-contained folder that loads without ssm-zoo.
 
-    The model's code is that of the installed ssm-zoo. Tokenizer, licence, card and plots are copied. Code in SRC is
-    neither run nor copied, except a tokenizer's with --trust-remote-code.
+    The model's code is that of the installed ssm-zoo. Tokenizer, licence, card and plots are copied, and the modules
+    of an embedder or reranker. Code in SRC is neither run nor copied, except a tokenizer's with --trust-remote-code.
     """
     from transformers.utils import logging
 

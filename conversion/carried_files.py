@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.json_files import read_json_object
-from ..modeling.hub_upload import CARD, LICENCES, TOKENIZER, code_of, is_named
+from ..modeling.hub_upload import CARD, LICENCES, SENTENCE_TRANSFORMERS, TOKENIZER, code_of, is_named
 from .remote_code import reference_of
 from .source_files import file_inside, names_local_place
 
-__all__ = ["CARD", "LICENCES", "TOKENIZER", "carry_files", "check_replaceable", "downloads"]
+__all__ = ["CARD", "LICENCES", "SENTENCE_TRANSFORMERS", "TOKENIZER", "carry_files", "check_replaceable", "downloads"]
 
 # Patterns of the Hub's client that match all names of `CARD`, `LICENCES` and `TOKENIZER`, and some others.
 _DOWNLOADS = (
@@ -36,6 +36,14 @@ _DOWNLOADS = (
     "tekken.json",
     "chat_template.*",
     "additional_chat_templates/*.jinja",
+)
+# The same for `SENTENCE_TRANSFORMERS`.
+_MODULES = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "[0-9]*_*/config.json",
+    "[0-9]*_*/model.safetensors",
 )
 _CHECKPOINT = (
     *_DOWNLOADS,
@@ -165,4 +173,4 @@ def downloads(*names: str, trust_remote_code: bool = False) -> list[str]:
         *names: further patterns.
         trust_remote_code: download code as well.
     """
-    return [*names, *_DOWNLOADS, *(["*.py"] if trust_remote_code else [])]
+    return [*names, *_DOWNLOADS, *_MODULES, *(["*.py"] if trust_remote_code else [])]

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import modeling
-from ..harness.json_files import read_json_object
+from ..harness.json_files import read_json, read_json_object, typed
 from ..harness.processes import run_child
 from ..harness.whole_files import new_folder
 from ..kernels.cpu_products import fast_products
 from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load
-from .carried_files import CARD, LICENCES, TOKENIZER, carry_files
+from .carried_files import CARD, LICENCES, SENTENCE_TRANSFORMERS, TOKENIZER, carry_files
 from .hub_source import source_folder
 from .load_model import load_model
 from .remote_code import check_remote_code, reference_of
@@ -31,7 +31,7 @@ from .source_files import check_config
 __all__ = ["export", "verify_export"]
 
 # Files of the source that are copied. Weights, configurations and code are written by `save_pretrained`.
-_KEPT = (TOKENIZER, LICENCES, CARD)
+_KEPT = (TOKENIZER, LICENCES, CARD, SENTENCE_TRANSFORMERS)
 
 
 def export(
@@ -44,8 +44,8 @@ def export(
 ) -> Path:
     """Write a checkpoint as a self-contained Hub folder: weights, config, code, licence, tokenizer, card, plots.
 
-    The code of the model is that of the installed package; code of the source is neither run nor copied. The folder
-    appears whole or not at all.
+    An embedder or reranker of sentence-transformers keeps its modules, e.g. the pooling. The code of the model is that
+    of the installed package; code of the source is neither run nor copied. The folder appears whole or not at all.
 
     Args:
         source: a folder, or a Hub id.
@@ -59,7 +59,7 @@ def export(
 
     Raises:
         ValueError: if the source is no whole checkpoint of a zoo model, its tokenizer needs code that is not trusted,
-            the folder is not empty, or the check fails.
+            a module of sentence-transformers has code of its own, the folder is not empty, or the check fails.
         OSError: if files cannot be read, the Hub cannot be reached, or a repository is not found.
     """
     folder = Path(os.path.abspath(folder))
@@ -67,6 +67,7 @@ def export(
         raise ValueError(f"folder must be a new or empty folder, got {folder}, which exists and is not empty.")
     read_from, _ = source_folder(source, revision=revision, trust_remote_code=trust_remote_code, check=model_class_of)
     check_remote_code(read_from, trusted=trust_remote_code, auto_class=None)
+    _check_modules(read_from)
     model = _load(read_from)
     with new_folder(folder) as made:
         carry_files(read_from, made, *_KEPT, trust_remote_code=trust_remote_code)
@@ -101,6 +102,19 @@ def verify_export(folder: str | Path, *, trust_remote_code: bool = False) -> dic
         check_remote_code(folder, trusted=False, field="folder", auto_class=None)
         _check_code(folder, model)
     return _verify(folder, model, trust_remote_code)
+
+
+def _check_modules(folder: Path) -> None:
+    """Raise a ValueError if a folder's modules of sentence-transformers have code of their own, which is not copied."""
+    path = folder / "modules.json"
+    modules = read_json(path, "source: modules.json") if path.is_file() else []
+    for module in typed(modules, list, "source: modules.json", ""):
+        kind = module.get("type") if isinstance(module, dict) else None
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise ValueError(
+                f"source: modules.json must name modules of sentence-transformers alone, got {kind!r}. A module with "
+                "code of its own is not exported."
+            )
 
 
 def _check_code(folder: Path, model: ZooPreTrainedModel) -> None:

@@ -45,6 +45,15 @@ TOKENIZER = "|".join(
 CARD = r"README\.md|plots/[\w-]+\.png"
 """Names of a card and its pictures, as a regular expression."""
 
+SENTENCE_TRANSFORMERS = "|".join(
+    (
+        r"modules\.json",
+        r"(config_sentence_transformers|sentence_bert_config)\.json",
+        r"\d+_\w+/(config\.json|model\.safetensors)",
+    )
+)
+"""Names of the files that make a model an embedder or reranker of sentence-transformers, as a regular expression."""
+
 _MODEL = "|".join(
     (
         r"(generation_)?config\.json",
@@ -52,10 +61,7 @@ _MODEL = "|".join(
         r"model\.safetensors\.index\.json",
         r"adapter_config\.json",
         r"adapter_model\.safetensors",
-        # of sentence-transformers
-        r"modules\.json",
-        r"(config_sentence_transformers|sentence_bert_config)\.json",
-        r"\d+_\w+/(config\.json|model\.safetensors)",
+        SENTENCE_TRANSFORMERS,
     )
 )
 # Files that transformers or peft might load instead of the new ones: an old model.safetensors takes precedence over new

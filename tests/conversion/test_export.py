@@ -16,10 +16,13 @@ import pytest
 import torch
 from families import make_model
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
+from tiny_checkpoints import save_tokenizer
 
 from hub_stand_in import HubStandIn
-from ssm_zoo.conversion.export import verify_export
+from ssm_zoo.conversion.carried_files import downloads
+from ssm_zoo.conversion.export import export, verify_export
 from ssm_zoo.modeling.saved_folder import write_atomically, write_default_card
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -391,3 +394,29 @@ def test_the_default_card_names_the_folder(tmp_path: Path, monkeypatch: pytest.M
     text = (tmp_path / "README.md").read_text()
     assert f"# {tmp_path.name}\n" in text and "12,345 parameters" in text and "`zoo_x`" in text
     assert "model = AutoModel.from_pretrained(" in text
+
+
+def test_an_embedder_keeps_its_pooling_and_its_prompts(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from ssm_zoo.evaluation.embedder import load_embedder, make_embedder
+
+    make_model("mamba2").save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    options: dict[str, Any] = {"pooling": "mean", "max_tokens": 9, "query_prompt": "q ", "document_prompt": "d "}
+    make_embedder(str(tmp_path / "base"), device="cpu", **options).save(str(tmp_path / "embedder"))
+    export(tmp_path / "embedder", tmp_path / "out")
+    before, after = (load_embedder(str(tmp_path / name), device="cpu") for name in ("embedder", "out"))
+    assert after.prompts == {"query": "q ", "document": "d "} and after.max_seq_length == 9
+    texts = ["the cat sat on the mat", "a ship"]
+    assert (after.encode_query(texts) == before.encode_query(texts)).all()
+
+    there = [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    downloaded = set(filter_repo_objects(there, allow_patterns=downloads("config.json")))
+    assert {name for name in there if not name.endswith(".py")} - downloaded == {"model.safetensors"}
+
+    modules = json.loads((tmp_path / "embedder" / "modules.json").read_text())
+    modules[1]["type"] = "pooling.Mine"
+    (tmp_path / "embedder" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"source: modules\.json must name modules of .* alone, got 'pooling\.Mine'"):
+        export(tmp_path / "embedder", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
