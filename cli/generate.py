@@ -89,6 +89,8 @@ def generate(
             )
         else:
             inputs = tokenizer(prompt, return_tensors="pt")
+        # Some tokenizers count the segments of a pair, too, which a causal model refuses, or adds to its embeddings.
+        inputs.pop("token_type_ids", None)
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
         _check_length(inputs["input_ids"].shape[1], language_model.config, model)

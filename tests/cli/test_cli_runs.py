@@ -176,6 +176,19 @@ def test_generate_reads_a_prompt_in_both_directions_when_told(models: Path, tmp_
     assert "is made with prefix_bidirectional=False and reads prompts causally" in message
 
 
+@pytest.mark.parametrize("options", [(), ("--chat",)], ids=["text", "chat"])
+def test_generate_leaves_out_the_segments_of_a_tokenizer(
+    models: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    folder = shutil.copytree(models / "zoo", tmp_path / "segments")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(values | {"model_input_names": names}))
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("abc")
+    line = ("abc", "--max-new-tokens", 4, *options)
+    assert ssm_zoo("generate", folder, *line) == ssm_zoo("generate", models / "zoo", *line)
+
+
 def test_generate_loads_in_the_dtype(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     generate = ZooHybridForCausalLM.generate
