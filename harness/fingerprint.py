@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .run_folder import check_claim, claim_output_folder, recorded_recipe
 
-__all__ = ["check_run", "claim_run", "fingerprint", "pinned_revision", "sha256_of"]
+__all__ = ["check_run", "check_sources", "claim_run", "fingerprint", "pinned_revision", "sha256_of"]
 
 _PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
@@ -126,6 +126,20 @@ def check_run(output: Path, recipe: Mapping[str, Any], sources: Mapping[str, Map
         ValueError: as there.
     """
     check_claim(output, _with_sources(output, recipe, sources, kind), kind)
+
+
+def check_sources(output: Path, sources: Mapping[str, Mapping[str, str]]) -> None:
+    """Check that the sources of a run are what they were when it was started.
+
+    Args:
+        output: folder of the run.
+        sources: the :func:`fingerprint` of each source, by its name.
+
+    Raises:
+        ValueError: naming the source and the parts of it that have changed.
+    """
+    for name, here in sources.items():
+        _check_source(name, _sources_of(output).get(name, {}), here, output)
 
 
 def _with_sources(

@@ -22,7 +22,7 @@ from transformers import (
 
 from ..conversion.load_model import load_config, load_model, put_adapter
 from ..conversion.load_model import load_tokenizer as load_tokenizer_from
-from ..harness.fingerprint import pinned_revision
+from ..harness.fingerprint import check_sources, fingerprint, pinned_revision
 from ..modeling.heads import ZooForCausalLM
 from ..modeling.pretrained import ZooPreTrainedModel
 from .settings import FinetuningSettings, LanguageModelSettings
@@ -133,6 +133,16 @@ def add_adapters(model: ZooPreTrainedModel, settings: FinetuningSettings, task_t
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def check_same_base(settings: FinetuningSettings, output: Path) -> None:
+    """Check that a base model to merge adapters into still has the weights that they were trained over.
+
+    Raises:
+        ValueError: if they have changed since the run in `output` was started.
+    """
+    if Path(settings.model).is_dir():  # a commit on the Hub does not change
+        check_sources(output, {"model": fingerprint(settings.model)})
 
 
 def merged(settings: LanguageModelSettings, adapter: Path) -> ZooForCausalLM:

@@ -40,7 +40,7 @@ from ..modeling.backbone import ZooModel
 from ..modeling.selective_attention import SelectiveAttention
 from ..reports.embedder_card import write_embedder_card
 from ..reports.training_plots import write_embedder_plot
-from .adapters import adapter_coverage, add_adapters, pinned
+from .adapters import adapter_coverage, add_adapters, check_same_base, pinned
 from .checkpoints import check_numbers
 from .embedder_settings import EmbedderSettings
 from .model_limits import check_positions
@@ -173,6 +173,8 @@ def finetune_embedder(settings: EmbedderSettings, output: str | Path) -> dict[st
     history = train_embedder(
         run.embedder, rows, run.settings, run.steps, run.output, run.embedder.device, state.num_processes
     )
+    if settings.method == "lora":
+        check_same_base(run.settings, run.output)
     finished = finished_embedder(run.embedder, run.settings)
     check_finite(finished, "the finished embedder", "Lower learning_rate.")
     after = run.evaluate("after", finished)

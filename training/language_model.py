@@ -21,7 +21,7 @@ from ..harness.processes import command_line
 from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..reports.training_card import write_card
-from .adapters import adapter_coverage, add_adapters, load_base, load_tokenizer, merged, pinned
+from .adapters import adapter_coverage, add_adapters, check_same_base, load_base, load_tokenizer, merged, pinned
 from .model_limits import check_rows
 from .report import base_report, common_report, measured_coverage, measured_once, write_folder, write_plots
 from .settings import LanguageModelSettings
@@ -121,6 +121,7 @@ def _write_results(run: TrainingRun[LanguageModelSettings], report: dict[str, An
                 adapter.base_model_name_or_path = f"{report['base']['source']} (a local folder)"
         write("adapter", partial(run.model.save_pretrained, save_embedding_layers=False))
     if merge:
+        check_same_base(run.settings, run.output)
         whole = merged(run.settings, run.output / "adapter")
         check_finite(whole, "the merged model", "Its dtype is too narrow: merge the adapter in float32.")
         write("model", whole.save_pretrained)

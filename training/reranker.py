@@ -40,7 +40,7 @@ from ..harness.whole_files import write_text_whole
 from ..modeling.pretrained import is_bidirectional
 from ..reports.reranker_card import write_reranker_card
 from ..reports.training_plots import write_reranker_plot
-from .adapters import adapter_coverage, pinned
+from .adapters import adapter_coverage, check_same_base, pinned
 from .checkpoints import check_numbers
 from .ranking_groups import RankingData, read_ranking_data
 from .report import (
@@ -165,6 +165,8 @@ def finetune_reranker(settings: RerankerSettings, output: str | Path) -> dict[st
     transformer.model, history = train_reranker(
         run.model, run.collator, data.groups, run.settings, run.steps, run.output, run.reranker.device
     )
+    if settings.method == "lora":
+        check_same_base(run.settings, run.output)
     finished = finished_reranker(run.reranker, run.settings)
     check_finite(finished, "the finished reranker", "Lower learning_rate.")
     after = run.evaluate("after", finished)

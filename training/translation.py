@@ -42,7 +42,7 @@ from ..harness.provenance import provenance
 from ..harness.run_folder import check_output_folder, claimed_folders_end, write_json
 from ..modeling.pretrained import ZooPreTrainedModel
 from ..reports.translation_card import write_translation_card
-from .adapters import adapter_coverage, add_adapters, pinned
+from .adapters import adapter_coverage, add_adapters, check_same_base, pinned
 from .checkpoints import check_numbers
 from .heldout import heldout_loss
 from .model_limits import check_prefixes, check_rows
@@ -366,6 +366,7 @@ def _finished(run: TranslationRun) -> Any:
     """Return the trained model, or the reloaded base in the checkpoint's dtype with the adapters merged."""
     if not isinstance(run.model, PeftModel):
         return run.model
+    check_same_base(run.settings, run.output)
     base, _, _ = _load(run.settings, "auto")
     whole: Any = add_adapters(base, run.settings, _task(base.config))
     set_peft_model_state_dict(whole, get_peft_model_state_dict(run.model, save_embedding_layers=False))
