@@ -49,6 +49,9 @@ STREAM = "stream.json"
 """Name of the file in a checkpoint with the position in a stream."""
 # A resumed run sets the position in a stream instead of reading up to it. It is the same in every process.
 _STREAMED = {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}}
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+"""Variable with the folder that transformers' tracker for TensorBoard writes to."""
+_logged: list[str] = []  # what the runs of this process have set it to
 _POINT = ("step", "tokens", "loss", "aux_loss", "selection_rate", "grad_norm", "learning_rate", "seconds")
 
 
@@ -398,8 +401,9 @@ def loop_arguments(
         checkpoint_every: steps between two checkpoints.
         report_to: trackers that receive the points of the curve, by transformers' names.
     """
-    if "tensorboard" in report_to:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "tensorboard"))
+    if "tensorboard" in report_to and os.environ.get(_TENSORBOARD) in (None, *_logged):  # otherwise it is the user's
+        os.environ[_TENSORBOARD] = str(output / "tensorboard")
+        _logged.append(os.environ[_TENSORBOARD])
     every = math.ceil(steps / HISTORY)
     return {
         "output_dir": str(output / CHECKPOINTS),

@@ -1,5 +1,6 @@
 """What a training reports to while it goes on."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ def test_a_tracker_gets_every_point_and_is_no_part_of_what_a_run_is(monkeypatch:
     assert [point["loss"] for point in seen if "loss" in point] == [point["loss"] for point in report["history"]]
     assert "report_to" not in report["settings"]
     assert train_from_scratch(settings([]), "run")["history"] == report["history"]  # which goes on with the same run
+
+
+@pytest.mark.parametrize("given", [None, "somewhere"], ids=["own", "given"])
+def test_each_run_of_a_process_writes_to_its_own_folder(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+
+    class Tracker(TrainerCallback):
+        def __init__(self) -> None:
+            folders.append(os.environ["TENSORBOARD_LOGGING_DIR"])  # as transformers' does
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", given or "")
+    if given is None:
+        monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    for name in ("one", "two"):
+        train_from_scratch(settings(["tensorboard"]), name)
+    assert folders == ([given] * 2 if given else ["one/tensorboard", "two/tensorboard"])
 
 
 @pytest.mark.parametrize(
