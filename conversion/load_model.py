@@ -78,8 +78,8 @@ def load_model(
 
     Raises:
         WeightsError: if weights are missing, left over, of another shape, or not finite.
-        ValueError: if a weight file is damaged or a pickle, a weight is in two shards of a folder, or the source brings
-            code that is not trusted.
+        ValueError: if a weight file is damaged or a pickle, a weight is in two shards of a folder, an adapter is not in
+            the model's layers (prompt tuning, activated LoRA), or the source brings code that is not trusted.
         OSError: if the source does not exist or cannot be read.
     """
     source = str(source)
@@ -338,6 +338,14 @@ def _load_adapted(source: str, auto_class: Any, field: str, options: dict[str, A
     if not config.base_model_name_or_path:
         raise ValueError(
             f"{field}: {source}: adapter_config.json must name the base model in `base_model_name_or_path`."
+        )
+    # These work in the forward of the `PeftModel`, which is not returned: the base model alone would be.
+    activated = getattr(config, "alora_invocation_tokens", None) is not None
+    if config.is_prompt_learning or activated:
+        kind = "activated LoRA" if activated else getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(
+            f"{field}: {source}: adapter_config.json must be that of an adapter in the model's layers, such as LoRA, "
+            f"got {kind}."
         )
     base = f"{field}: {source}: its base model"
     model = load_model(config.base_model_name_or_path, auto_class, field=base, revision=config.revision, **options)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import save_llama, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaForCausalLM
@@ -281,6 +281,21 @@ def test_an_adapter_is_put_on_its_base_strictly(work: Path) -> None:
     save_file(whole, file)
     change_tensors(lambda tensors: tensors.pop("model.norm.weight"))(work / "llama")
     with pytest.raises(ValueError, match=r"its base model: .*llama has 1 missing weights: model\.norm\.weight"):
+        load_model(work / "source", AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "PROMPT_TUNING"),
+        (PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "PREFIX_TUNING"),
+        (LoraConfig(r=2, target_modules=["q_proj"], alora_invocation_tokens=[1, 2]), "activated LoRA"),
+    ],
+)
+def test_an_adapter_that_is_not_in_the_layers_is_not_dropped(work: Path, config: PeftConfig, kind: str) -> None:
+    base = LlamaForCausalLM.from_pretrained(work / "llama")
+    get_peft_model(base, config).save_pretrained(work / "source")
+    with pytest.raises(ValueError, match=rf"source: adapter_config\.json must be that of .* LoRA, got {kind}\."):
         load_model(work / "source", AutoModelForCausalLM)
 
 
