@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .. import modeling
-from ..harness.json_files import read_json, read_json_object, typed
+from ..harness.json_files import read_json_object
 from ..harness.processes import run_child
 from ..harness.whole_files import new_folder
 from ..kernels.cpu_products import fast_products
@@ -23,6 +23,7 @@ from ..modeling.hub_code import code_of
 from ..modeling.pretrained import ZooPreTrainedModel
 from . import isolated_load
 from .carried_files import CARD, LICENCES, SENTENCE_TRANSFORMERS, TOKENIZER, carry_files
+from .embedder_modules import embedder_modules
 from .hub_source import source_folder
 from .load_model import load_model
 from .remote_code import check_remote_code, reference_of
@@ -67,7 +68,7 @@ def export(
         raise ValueError(f"folder must be a new or empty folder, got {folder}, which exists and is not empty.")
     read_from, _ = source_folder(source, revision=revision, trust_remote_code=trust_remote_code, check=model_class_of)
     check_remote_code(read_from, trusted=trust_remote_code, auto_class=None)
-    _check_modules(read_from)
+    embedder_modules(read_from, "source")
     model = _load(read_from)
     with new_folder(folder) as made:
         carry_files(read_from, made, *_KEPT, trust_remote_code=trust_remote_code)
@@ -102,19 +103,6 @@ def verify_export(folder: str | Path, *, trust_remote_code: bool = False) -> dic
         check_remote_code(folder, trusted=False, field="folder", auto_class=None)
         _check_code(folder, model)
     return _verify(folder, model, trust_remote_code)
-
-
-def _check_modules(folder: Path) -> None:
-    """Raise a ValueError if a folder's modules of sentence-transformers have code of their own, which is not copied."""
-    path = folder / "modules.json"
-    modules = read_json(path, "source: modules.json") if path.is_file() else []
-    for module in typed(modules, list, "source: modules.json", ""):
-        kind = module.get("type") if isinstance(module, dict) else None
-        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
-            raise ValueError(
-                f"source: modules.json must name modules of sentence-transformers alone, got {kind!r}. A module with "
-                "code of its own is not exported."
-            )
 
 
 def _check_code(folder: Path, model: ZooPreTrainedModel) -> None:

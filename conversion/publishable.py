@@ -11,6 +11,7 @@ from safetensors import safe_open
 from ..harness.json_files import read_json_object
 from ..modeling.hub_upload import check_base, files_to_send
 from ..modeling.pretrained import ZooPreTrainedModel
+from .embedder_modules import embedder_modules
 from .export import model_class_of
 from .formats.format import config_errors, empty_model
 from .load_model import check_finite
@@ -26,8 +27,8 @@ def check_publishable(folder: Path) -> None:
     """Raise a ValueError unless a folder holds a whole model of the zoo with its code, or a whole adapter.
 
     It checks that the weight files are whole and have the keys and shapes that index and configuration promise; that
-    all weights are finite; that the folder holds the code with everything that it imports; and that the card and all
-    JSON files can be read and hold no absolute path.
+    all weights are finite; that the folder holds the code with everything that it imports, and an embedder's modules
+    with all their files; and that the card and all JSON files can be read and hold no absolute path.
 
     Args:
         folder: the folder to publish.
@@ -56,7 +57,8 @@ def check_publishable(folder: Path) -> None:
                     f"{field}: {name}: `{key}` must not be a place of this machine, got {place!r}. Remove the entry."
                 )
     _check_card(folder, field)
-    _check_finite(folder, headers, field)
+    weights = {header.file for header in headers.values()} | set(_module_weights(folder, sent, field))
+    _check_finite(folder, weights, field)
 
 
 def _local_places(value: Any) -> Iterator[tuple[str, str]]:
@@ -116,8 +118,23 @@ def _expected(folder: Path, kind: type[ZooPreTrainedModel]) -> tuple[dict[str, t
     return {key: tuple(tensor.shape) for key, tensor in state.items() if key not in tied}, tied
 
 
-def _check_finite(folder: Path, headers: dict[str, Header], field: str) -> None:
-    for name in sorted({header.file for header in headers.values()}):
+def _module_weights(folder: Path, sent: list[str], field: str) -> Iterator[str]:
+    """Yield the weight files of an embedder's modules, after checking that all files of a module are sent."""
+    for path, kind in embedder_modules(folder, field).items():
+        files = [each for each in (folder / path).rglob("*") if each.is_file() and not each.name.startswith(".")]
+        there = [each.relative_to(folder).as_posix() for each in files]
+        # Releases before 5 wrote nothing for a normalisation.
+        missing = sorted({*there, *([] if kind.endswith(".Normalize") else [f"{path}/config.json"])}.difference(sent))
+        if missing:
+            raise ValueError(
+                f"{field}: modules.json names {path}, of which {missing[0]} is missing or would not be uploaded. Save "
+                "the embedder again with sentence-transformers."
+            )
+        yield from (name for name in there if name.endswith(".safetensors"))
+
+
+def _check_finite(folder: Path, names: set[str], field: str) -> None:
+    for name in sorted(names):
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no mapping
                 check_finite({key: file.get_tensor(key)}, f"{field}: {name}")
