@@ -101,6 +101,7 @@ def retrieval(
     _print_retrieval(measured, f"{len(data.queries):,} queries, {len(data.documents):,} documents")
     settings = {"split": split, "pooling": pooling, "max_tokens": embedder.max_seq_length}
     settings |= {"prompts": dict(embedder.prompts), "batch_size": batch_size, "pools": sizes, "seed": seed}
+    settings |= {"revision": revision, "trust_remote_code": trust_remote_code}
     found = {"queries": len(data.queries), "documents": len(data.documents), "systems": measured}
     write_report(output, "retrieval", {"model": name, "folder": folder.resolve().name, **settings}, found)
 
@@ -167,6 +168,7 @@ def lm_eval(
     _print_lm_eval(found["results"])
     folder = None if include_path is None else include_path.resolve().name
     described = {"model": model_name(model), "tasks": names, "include_path": folder, "dtype": dtype, "seed": seed}
+    described |= {"revision": revision, "trust_remote_code": trust_remote_code}
     write_report(output, "lm-eval", {**described, **settings}, found)
 
 
@@ -254,12 +256,9 @@ def inversion(
     numbers: dict[str, Any] = {key: getattr(found, key) for key in ("accuracy", "hamming", "chance", "readable")} | {
         key: getattr(found, key).tolist() for key in ("row_hamming", "objective", "initial", "attempt")
     }
-    write_report(
-        output,
-        "inversion",
-        {"model": model_name(model), "text": text.name, "tokens": tokens, "texts": texts, **settings},
-        numbers,
-    )
+    described = {"model": model_name(model), "text": text.name, "tokens": tokens, "texts": texts, **settings}
+    described |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    write_report(output, "inversion", described, numbers)
 
 
 def _number(text: str, field: str, kind: type) -> Any:

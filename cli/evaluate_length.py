@@ -62,6 +62,7 @@ def length(
     )
     _print_length(rows)
     settings = {"tokens": size, "windows": windows, "chunk": chunk, "first": first, "dtype": dtype}
+    settings |= {"revision": revision, "trust_remote_code": trust_remote_code}
     write_report(output, "length", {"model": model_name(model), "text": text.name, **settings}, {"by_position": rows})
     if picture is not None:
         from ..harness.whole_files import write_whole
