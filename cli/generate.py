@@ -60,6 +60,7 @@ def generate(
     from transformers.utils import logging
 
     from ..conversion.load_model import load_model, load_tokenizer
+    from ..evaluation.token_ids import check_token_ids
 
     logging.disable_progress_bar()
     source = model_source(model, revision)
@@ -93,6 +94,7 @@ def generate(
         inputs.pop("token_type_ids", None)
         if inputs["input_ids"].shape[1] == 0:
             raise ValueError(f"PROMPT: the tokenizer of {model} has no token for {prompt!r}")
+        check_token_ids(language_model, inputs["input_ids"][0].tolist(), "MODEL")
         _check_length(inputs["input_ids"].shape[1], language_model.config, model)
         if prefix:
             inputs["prefix_mask"] = torch.ones_like(inputs["input_ids"])

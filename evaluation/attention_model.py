@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..conversion.load_model import load_config, load_model, load_tokenizer
 from .attention_matrices import AttentionStack, read_attention
 from .embedder import HEADS, POOLERS
+from .token_ids import check_token_ids
 
 __all__ = ["TextReader", "decoder_inputs", "load_attention_model"]
 
@@ -129,8 +130,8 @@ class TextReader:
 
         Raises:
             ValueError: as `load_model` and `read_attention`; and if the text has fewer than two tokens, is longer than
-                the model's context, is cut into other tokens than by the first model, or there is a target for a model
-                without a decoder.
+                the model's context, is cut into tokens without an embedding or others than by the first model, or there
+                is a target for a model without a decoder.
         """
         loading: dict[str, Any] = {
             "field": field,
@@ -155,6 +156,7 @@ class TextReader:
                 raise ValueError(f"`target` must be left out for {source}, which is no encoder-decoder.")
             decoded = decoder_inputs(model, tokenizer, self.target)[:, : self.max_tokens]
             ids["target"] = decoded[0].tolist()
+        check_token_ids(model, [token for side in ids.values() for token in side], field)
         if self.ids and self.ids != ids:
             raise ValueError(f"{field}: the models must have one tokenizer, but {source} cuts TEXT into other tokens.")
         self.ids, self.text_tokens, self.tokenizer = ids, len(every), self.tokenizer or tokenizer

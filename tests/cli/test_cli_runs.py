@@ -189,6 +189,18 @@ def test_generate_leaves_out_the_segments_of_a_tokenizer(
     assert ssm_zoo("generate", folder, *line) == ssm_zoo("generate", models / "zoo", *line)
 
 
+@pytest.mark.parametrize("command", ["generate", "show"])
+def test_a_token_without_an_embedding_is_named(models: Path, tmp_path: Path, command: str) -> None:
+    folder = shutil.copytree(models / "zoo", tmp_path / "zoo")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    message = ssm_zoo(command, folder, "a zebra", status=2)
+    assert re.search(
+        r"MODEL: the tokenizer's ids must be below 61, .* got 61\. Use the tokenizer that belongs", message
+    )
+
+
 def test_generate_loads_in_the_dtype(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     generate = ZooHybridForCausalLM.generate
