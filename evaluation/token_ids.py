@@ -17,6 +17,6 @@ def check_token_ids(model: Any, ids: Iterable[int], field: str) -> None:
     rows, largest = model.get_input_embeddings().weight.shape[0], max(ids, default=0)
     if largest >= rows:
         raise ValueError(
-            f"{field}: the tokenizer's ids must be below {rows:,}, the number of the model's embeddings, got {largest:,}. "
-            "Use the tokenizer that belongs to the model."
+            f"{field}: the tokenizer's ids must be below {rows:,}, the number of the model's embeddings, got "
+            f"{largest:,}. Use the tokenizer that belongs to the model."
         )
