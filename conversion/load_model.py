@@ -97,11 +97,11 @@ def load_model(
     )
     if Path(source).is_dir():
         check_names(Path(source) / folder)
-        check_shards_differ(Path(source) / folder, field)
     if find_adapter_config_file(source, revision=options["revision"], subfolder=folder) is not None:
         return _load_adapted(source, auto_class, field, options)
     if "gguf_file" not in options:
         _refuse_pickles(source, folder, field)
+        check_shards_differ(Path(source) / folder, field)
         options["use_safetensors"] = True
     with quiet_loading(source, field):
         model, found = auto_class.from_pretrained(
