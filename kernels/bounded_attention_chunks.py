@@ -122,9 +122,12 @@ class Plan:
         if self.whole:
             full, rest = divmod(self.length, self.chunk)
             x = x[:, :, _index(heads)]
-            grid[:, :full] = x[:, : full * self.chunk].unflatten(1, (full, self.chunk))
             grid[:, full:] = 0
-            grid[:, full:, :rest] = x[:, None, full * self.chunk :]
+            # Autograd refuses further changes of a tensor whose empty part was set.
+            if full:
+                grid[:, :full] = x[:, : full * self.chunk].unflatten(1, (full, self.chunk))
+            if rest:
+                grid[:, full:, :rest] = x[:, None, full * self.chunk :]
         else:
             place = self.document, self.place // self.chunk, self.place % self.chunk
             grid[place] = x.flatten(0, 1)[self.token][:, _index(heads)].to(dtype)

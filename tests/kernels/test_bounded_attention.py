@@ -100,6 +100,21 @@ def test_the_matrix_has_the_gradients_of_the_outputs() -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_matrix_of_less_than_a_chunk_has_gradients(length: int) -> None:
+    q, k, v = draw(2, length)
+    options: dict[str, Any] = {"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4}
+    weights = bounded_attention_matrix(q, k, v, **options)
+    cotangent = torch.randn(weights.shape, dtype=weights.dtype, generator=torch.Generator().manual_seed(7))
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    scores = torch.einsum("blhp,bmhp->bhlm", q, k.repeat_interleave(2, dim=2)) / 6**0.5
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(expected, [q, k], cotangent)
+    for mine, other in zip(torch.autograd.grad(weights, [q, k], cotangent), wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("block", [1, 2**19], ids=["a-chunk-at-a-time", "chunks-together"])
 @pytest.mark.parametrize("padding", [0, 2**20], ids=["apart", "padded"])
 def test_heads_and_chunks_may_be_computed_together_or_apart(
