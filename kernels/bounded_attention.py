@@ -608,7 +608,7 @@ class _Bounded(torch.autograd.Function):
         B, L, H, P = q.shape
         plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
         dq = q.new_zeros(B, L, k.shape[2], H // k.shape[2], P)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)  # contiguous: `put_lines` writes to flattened views
         dstate = None if state is None else torch.zeros_like(state)
         do, present = do.reshape(dq.shape), plan.last >= 0
         with without_autocast(q):

@@ -71,6 +71,24 @@ def test_documents_and_padding_stay_apart(options: dict[str, Any]) -> None:
         torch.testing.assert_close(mine[:1], its)
 
 
+@pytest.mark.parametrize("continued", [False, True], ids=["packed", "continued"])
+def test_heads_first_in_memory_have_the_same_gradients(continued: bool) -> None:
+    """Rotary embeddings often leave (B, H, L, P) in memory, of which the op is given a view."""
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    inputs = draw(2, 37)
+    _, memory = bounded_attention(*[tensor.detach() for tensor in inputs], **options)
+    where = {"initial_state": memory} if continued else {"seq_idx": SEQ_IDX}
+    views = [tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in inputs]
+    gradients = []
+    for given in (inputs, views):
+        output, _ = bounded_attention(*given, **where, **options)
+        gradients.append(torch.autograd.grad(output.square().sum(), given))
+    for mine, other in zip(*gradients, strict=True):
+        assert mine.any()
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_matrix_has_the_weights(options: dict[str, Any]) -> None:
     q, k, v = draw(2, 37)
