@@ -109,8 +109,8 @@ class Plan:
         begin = self.count.cumsum(0) - self.count  # (R) first token of each document among the real ones
         per_row = torch.bincount(row, minlength=batch)
         self.offset = begin - (per_row.cumsum(0) - per_row)[first_row]
-        self.last = torch.full((batch,), -1, device=seq_idx.device)
-        self.last[first_row] = torch.arange(self.documents, device=seq_idx.device)  # of equal rows the last one stays
+        in_row = torch.bincount(first_row, minlength=batch)
+        self.last = (in_row.cumsum(0) - 1).masked_fill(in_row == 0, -1)
         return torch.arange(len(row), device=seq_idx.device) - begin[self.document]
 
     def align(self, x: Tensor, heads: list[int], dtype: torch.dtype) -> Tensor:

@@ -205,6 +205,20 @@ def test_steps_go_on_from_a_prompt_and_leave_the_same_memory(options: dict[str, 
             torch.testing.assert_close(mine[:, rows].gather(1, wide[0]), other[:, rows].gather(1, wide[1]))
 
 
+def test_the_last_of_many_documents_is_found() -> None:
+    """Writing all documents of a row to one place would leave any of them there if several threads write."""
+    many = torch.arange(300_000).expand(2, -1).clone()
+    many[0, 100_000:] = -1
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(10):
+            plan = bounded_attention_chunks.Plan(2, 300_000, None, many, 4, 0, [1], 2, many.device)
+            assert plan.last.tolist() == [99_999, 399_999]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_rows_of_different_lengths_step_together() -> None:
     options = OPTIONS[1].values[0]
     assert isinstance(options, dict)
