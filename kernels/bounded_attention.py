@@ -461,6 +461,8 @@ def bounded_attention_matrix(
     state = None if initial_state is None else _packed(initial_state, sums)
     plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
     columns = int((plan.offset + plan.start + plan.count).max()) if plan.documents else L
+    if L == 0:
+        return empty_batch((B, H, L, columns), sums, q, k)
     members = H // k.shape[2]
     matrix = torch.zeros(B * L, k.shape[2], members, columns, dtype=sums, device=q.device)
     with without_autocast(q):

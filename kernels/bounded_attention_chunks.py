@@ -64,6 +64,8 @@ class Plan:
         chunk_size: int,
         device: torch.device,
     ) -> None:
+        if not length:
+            seq_idx = None  # without a token there is no document to tell apart
         self.window, self.sinks, self.chunk, self.length = window, sinks, chunk_size, length
         self.capacity = [number + sinks for number in slots]
         self.held, self.whole = state is not None, state is None and seq_idx is None

@@ -299,6 +299,23 @@ def test_half_precision_keeps_its_dtype_and_sums_in_float32(dtype: torch.dtype) 
     torch.testing.assert_close(output.float(), exact, rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.parametrize("begun", [0, 6])
+def test_no_tokens_leave_the_memory_as_it_is(begun: int) -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    start = [tensor.detach()[:, :begun] for tensor in draw(2, 9)]
+    _, memory = bounded_attention(*start, **options)
+    inputs, none = draw(2, 0), torch.zeros(2, 0, dtype=torch.long)
+    output, after = bounded_attention(*inputs, initial_state=memory if begun else None, seq_idx=none, **options)
+    assert output.shape == (2, 0, 4, 6)
+    for mine, other in zip(after[:4], memory[:4], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    matrix = bounded_attention_matrix(*inputs, initial_state=memory if begun else None, seq_idx=none, **options)
+    assert matrix.shape == (2, 4, 0, begun)
+    for gradient in torch.autograd.grad(output.sum() + matrix.sum(), inputs[:2]):
+        assert gradient.shape[1] == 0
+
+
 def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
     inputs = draw(0, 5)
     output, memory = bounded_attention(*inputs, window=4, slots=[1, 2], chunk_size=2)
