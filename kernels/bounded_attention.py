@@ -128,8 +128,8 @@ def bounded_attention(
         ValueError: if a shape, dtype, device, number or `implementation` does not fit, or a row continues a memory with
             two documents.
     """
-    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
+    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     served = q.shape[-1] <= WIDEST_HEAD
     kernels = choose_implementation(implementation, "bounded_attention", q, served, traceable=True) == "triton"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -281,16 +281,22 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory, slots: l
     check_tensor("v", v, tuple(k.shape), "(B, KV, P)")
     if k.shape[1] != len(slots):
         raise ValueError(f"slots must be {k.shape[1]} numbers, one for each key-value head, got {slots}")
-    check_memory = check_tensor if keys_scales is None else check_integers
-    check_memory("keys", keys, (B, rows, P), "(B, N, P)")
-    check_memory("values", values, (B, rows, P), "(B, N, P)")
-    check_tensor("scores", scores, (B, rows), "(B, N)")
-    check_integers("positions", positions, (B, rows), "(B, N)")
-    if (keys_scales is None) != (values_scales is None):
-        raise ValueError("keys_scales and values_scales must both be given or both be None, got one of them")
-    check_optional("keys_scales", keys_scales, (B, rows), "(B, N)")
-    check_optional("values_scales", values_scales, (B, rows), "(B, N)")
+    _check_memory(memory, (B, rows), P)
     check_devices(q=q, k=k, v=v, **memory._asdict())
+
+
+def _check_memory(memory: BoundedMemory, rows: tuple[int, int], width: int, prefix: str = "") -> None:
+    """Check the tensors of a memory of (B, N) rows, whose names in messages begin with `prefix`."""
+    keys, values, scores, positions, keys_scales, values_scales = memory
+    check_rows = check_tensor if keys_scales is None else check_integers
+    check_rows(f"{prefix}keys", keys, (*rows, width), "(B, N, P)")
+    check_rows(f"{prefix}values", values, (*rows, width), "(B, N, P)")
+    check_tensor(f"{prefix}scores", scores, rows, "(B, N)")
+    check_integers(f"{prefix}positions", positions, rows, "(B, N)")
+    if (keys_scales is None) != (values_scales is None):
+        raise ValueError(f"{prefix}keys_scales and {prefix}values_scales must both be given or both be None, got one")
+    check_optional(f"{prefix}keys_scales", keys_scales, rows, "(B, N)")
+    check_optional(f"{prefix}values_scales", values_scales, rows, "(B, N)")
 
 
 def _step_in_triton(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory) -> bool:
@@ -451,8 +457,8 @@ def bounded_attention_matrix(
     Returns:
         (B, H, L, M) in float32 (float64 for float64 inputs), M the real tokens of the longest row with its cached ones.
     """
-    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
+    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     B, L, H, _ = q.shape
@@ -695,13 +701,12 @@ def _check(
         raise ValueError(
             f"decay must be above 0 and at most 1, one or one for each of {len(slots)} key-value heads, got {decay}"
         )
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if initial_state is not None:
-        rows = _memory_rows(slots, sinks, window)
-        check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")
-        check_tensor("initial_state.values", initial_state.values, (B, rows, P), "(B, N, P)")
-        check_tensor("initial_state.scores", initial_state.scores, (B, rows), "(B, N)")
+        rows = B, _memory_rows(slots, sinks, window)
+        _check_memory(initial_state, rows, P, "initial_state.")
+        check_devices(q=q, **{f"initial_state.{name}": part for name, part in initial_state._asdict().items()})
         positions = initial_state.positions
         if B and host_reads(positions) and (latest := int(positions.max())) + L >= _POSITIONS:
             raise ValueError(

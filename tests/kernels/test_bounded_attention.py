@@ -1,5 +1,6 @@
 """Attention over a bounded memory against its definition: whole, in parts, by steps, packed, and its gradients."""
 
+import math
 from typing import Any
 
 import pytest
@@ -332,6 +333,7 @@ def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
         ({"slots": [1]}, "slots must be 2 numbers of at least 0, one for each key-value head, got \\[1\\]"),
         ({"slots": [1, -1]}, "slots must be 2 numbers"),
         ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
+        ({"softcap": math.nan}, "softcap must be positive or None, got nan"),
         ({"decay": 0.0}, "decay must be above 0 and at most 1, .* got 0.0"),
         ({"decay": [0.9]}, "one or one for each of 2 key-value heads, got \\[0.9\\]"),
     ],
@@ -359,3 +361,26 @@ def test_positions_that_float32_does_not_hold_are_refused() -> None:
     bounded_attention(*draw(1, 3), initial_state=far, **options)
     with pytest.raises(ValueError, match=r"must be below 16777211 for 5 more tokens, .* got 16777211"):
         bounded_attention(*draw(1, 5), initial_state=far, **options)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "name", "change", "message"),
+    [
+        (False, "positions", lambda x: x[:, 1:], r"positions must be \(B, N\) = \(1, 24\), got shape \(1, 23\)"),
+        (False, "positions", lambda x: x.float(), "positions must have an integer dtype, got torch.float32"),
+        (False, "positions", lambda x: x.to("meta"), "positions must be on the device of q, cpu, got meta"),
+        (False, "keys", lambda x: x.to("meta"), "keys must be on the device of q, cpu, got meta"),
+        (False, "values", lambda x: x[:, :, 1:], r"values must be \(B, N, P\) = \(1, 24, 6\), got shape"),
+        (True, "values", lambda x: x[:, :, 1:], r"values must be \(B, N, P\) = \(1, 24, 6\), got shape"),
+        (True, "keys_scales", lambda x: x[:, 1:], r"keys_scales must be \(B, N\) = \(1, 24\), got shape"),
+        (True, "keys_scales", lambda x: None, "keys must be floating point, got torch.int8"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(quantised: bool, name: str, change: Any, message: str) -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    _, memory = bounded_attention(*draw(1, 9), **options)
+    memory = memory.quantised() if quantised else memory
+    memory = memory._replace(**{name: change(getattr(memory, name))})
+    with pytest.raises(ValueError, match=f"initial_state.{message}"):
+        bounded_attention(*draw(1, 5), initial_state=memory, **options)
