@@ -281,6 +281,21 @@ def test_norm_of_a_sum(residual: bool, extra: str, rms: bool) -> None:
         agree(got, (expected[0] @ weights["linear_weight"].T + weights["linear_bias"], total), a | weights)
 
 
+def test_a_narrow_weight_does_not_round_the_norm_of_a_sum() -> None:
+    torch.manual_seed(0)
+    x, residual = (draw(4, 64).detach().float() for _ in range(2))
+    weight = torch.rand(64).bfloat16()
+    expected = norm((x + residual).double(), weight.double(), None, 1e-3, 64, True)
+    found = compat.rms_norm_fn(x, weight, None, residual, eps=1e-3)
+    assert found.dtype == torch.float32
+    rtol, atol = TOLERANCES[torch.float32]
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+    for narrow, other in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        once = norm((x.to(narrow) + residual).double(), weight.to(other).double(), None, 1e-3, 64, True).to(narrow)
+        found = compat.rms_norm_fn(x.to(narrow), weight.to(other), None, residual, eps=1e-3)
+        assert (found == once).double().mean() > 0.99  # double rounding would change several in a hundred
+
+
 def test_dropout_of_a_norm_keeps_what_its_masks_say() -> None:
     torch.manual_seed(0)
     x, x1, weight = draw(4, 50), draw(4, 50), draw(50)

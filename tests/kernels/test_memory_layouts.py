@@ -57,10 +57,10 @@ def values(key: str, dtype: torch.dtype) -> dict[str, Tensor]:
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         if name in ("A", "log_decay"):
             x = -x.abs() - 0.1
-        if name in ("dt", "delta", "scale") or (
-            key == "row_distances" and name in ("B", "C")
-        ):  # sums of rows above zero
+        if name in ("dt", "delta", "scale"):
             x = x.abs() + 0.1
+        if key == "row_distances" and name in ("B", "C"):  # so that the sums of rows are not near zero
+            x = x.abs()
         found[name] = x.to(dtype)
     return found
 
