@@ -195,6 +195,7 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     log_decay = log_decay.to(sums)
     real = None
     check_seq_idx(seq_idx, batch, length)
+    log_decay, B, C = blank_padding(seq_idx, log_decay, B, C)
     if seq_idx is not None:
         log_decay, real = _with_documents(log_decay, seq_idx)
     decay = decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
