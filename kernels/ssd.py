@@ -199,7 +199,8 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     if seq_idx is not None:
         log_decay, real = _with_documents(log_decay, seq_idx)
     decay = decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
-    scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
+    with without_autocast(log_decay):
+        scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
     matrix = scores.repeat_interleave(heads // B.shape[2], dim=1) * decay
     if real is not None:
         matrix = matrix * (real[:, None, :, None] & real[:, None, None, :])
