@@ -40,7 +40,6 @@ from .checks import (
     check_tensor,
     choose_implementation,
     empty_batch,
-    recorded,
     without_autocast,
 )
 from .int8_rows import dequantise_rows, quantise_rows
@@ -172,8 +171,8 @@ def bounded_attention_step(
         v: (B, KV, P) values.
         memory: of that function, of at least one token in each row.
         window, slots, sinks, chunk_size, decay, scale, softcap: as there; they are not checked again.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support P > 256, memories that
-            are not contiguous, and calls that autograd records.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support P > 256 and memories
+            that are not contiguous.
 
     Returns:
         (B, H, P) in the dtype of `q`.
@@ -183,11 +182,12 @@ def bounded_attention_step(
     """
     _check_step(q, k, v, memory, slots, _memory_rows(slots, sinks, window))
     # Asked only where it matters: torch on a CPU runs this for every layer and token.
-    served = not (q.is_cuda or implementation == "triton") or _step_in_triton(q, k, v, memory)
+    served = not (q.is_cuda or implementation == "triton") or _step_in_triton(q, memory)
     chosen = choose_implementation(implementation, "bounded_attention_step", q, served, traceable=True)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     options = (tuple(slots), sinks, window, chunk_size, tuple(_per_head(decay, slots)), scale, softcap)
-    return _step(q, k, v, *memory, *options, chosen == "triton")
+    with torch.no_grad():
+        return _step(q, k, v, *memory, *options, chosen == "triton")
 
 
 @launch(
@@ -238,7 +238,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
             weights = scores.softmax(-1)
             shares = weights * memory.values_scales.to(sums)[:, None]
         out = torch.bmm(shares, values).to(q.dtype)
-        received = weights.detach().sum(1)
+        received = weights.sum(1)
     if min(decays) < 1:
         if not (isinstance(age, int) and age):  # later tokens of a chunk have the factor 1
             memory.scores.mul_(rows.begun[age].view(-1, len(rows.near)))
@@ -299,10 +299,10 @@ def _check_memory(memory: BoundedMemory, rows: tuple[int, int], width: int, pref
     check_optional(f"{prefix}values_scales", values_scales, rows, "(B, N)")
 
 
-def _step_in_triton(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory) -> bool:
+def _step_in_triton(q: Tensor, memory: BoundedMemory) -> bool:
     """Return whether the Triton kernels support a step."""
     whole = all(part is None or part.is_contiguous() for part in memory)
-    return q.shape[-1] <= WIDEST_HEAD and whole and not recorded(q, k, v, memory.keys, memory.values)
+    return q.shape[-1] <= WIDEST_HEAD and whole
 
 
 def _next_position(positions: Tensor) -> Any:

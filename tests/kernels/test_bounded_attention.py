@@ -16,6 +16,7 @@ from ssm_zoo.kernels.bounded_attention import (
     bounded_attention_reference,
     bounded_attention_step,
 )
+from with_triton import DEVICE, NEEDS_TRITON
 
 
 def in_parts(inputs: list[Tensor], lengths: list[int], options: dict[str, Any]) -> tuple[Tensor, BoundedMemory]:
@@ -218,6 +219,28 @@ def test_the_last_of_many_documents_is_found() -> None:
             assert plan.last.tolist() == [99_999, 399_999]
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_steps_record_no_gradient(quantised: bool, implementation: str) -> None:
+    """Otherwise one of two steps would change what the gradient of the other needs."""
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    inputs = [tensor.detach().float().to(DEVICE).requires_grad_() for tensor in draw(2, 9)]
+    memories = []
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            _, memory = bounded_attention(*[tensor[:, :7] for tensor in inputs], **options)
+            memory = memory.quantised() if quantised else memory
+            for token in (7, 8):
+                output = bounded_attention_step(
+                    *[tensor[:, token] for tensor in inputs], memory, **options, implementation=implementation
+                )
+                assert not output.requires_grad
+        memories.append(memory)
+    for mine, other in zip(*memories, strict=True):
+        assert mine is other is None or torch.equal(mine, other)
 
 
 def test_rows_of_different_lengths_step_together() -> None:

@@ -224,12 +224,13 @@ def test_triton_quantises_a_new_row_to_the_bit() -> None:
     assert memory.keys[0, 1].tolist() == [127, 0, 2, -2, -126, 3]
 
 
-@pytest.mark.parametrize("why", ["wide", "recorded"])
+@pytest.mark.parametrize("why", ["wide", "strided"])
 def test_what_triton_does_not_support_is_refused(why: str) -> None:
     width = 257 if why == "wide" else 6
     part = torch.zeros(1, 3, width)
-    memory = BoundedMemory(part, part.clone(), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long))
-    q = torch.zeros(1, 2, width, requires_grad=why == "recorded")
+    keys = part.mT.contiguous().mT if why == "strided" else part
+    memory = BoundedMemory(keys, part.clone(), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long))
+    q = torch.zeros(1, 2, width)
     options: dict[str, Any] = {"window": 2, "slots": [1], "chunk_size": 2}
     with pytest.raises(ValueError, match="'triton' of bounded_attention_step is not available for these arguments"):
-        bounded_attention_step(q, q[:, :1].detach(), q[:, :1].detach(), memory, **options, implementation="triton")
+        bounded_attention_step(q, q[:, :1], q[:, :1], memory, **options, implementation="triton")
