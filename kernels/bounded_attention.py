@@ -40,7 +40,6 @@ from .checks import (
     check_tensor,
     choose_implementation,
     empty_batch,
-    recorded,
     without_autocast,
 )
 from .int8_rows import dequantise_rows, quantise_rows
@@ -128,8 +127,8 @@ def bounded_attention(
         ValueError: if a shape, dtype, device, number or `implementation` does not fit, or a row continues a memory with
             two documents.
     """
-    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
+    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     served = q.shape[-1] <= WIDEST_HEAD
     kernels = choose_implementation(implementation, "bounded_attention", q, served, traceable=True) == "triton"
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -172,8 +171,8 @@ def bounded_attention_step(
         v: (B, KV, P) values.
         memory: of that function, of at least one token in each row.
         window, slots, sinks, chunk_size, decay, scale, softcap: as there; they are not checked again.
-        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support P > 256, memories that
-            are not contiguous, and calls that autograd records.
+        implementation: "auto", "triton" or "torch" (see :mod:`checks`). Triton does not support P > 256 and memories
+            that are not contiguous.
 
     Returns:
         (B, H, P) in the dtype of `q`.
@@ -183,11 +182,12 @@ def bounded_attention_step(
     """
     _check_step(q, k, v, memory, slots, _memory_rows(slots, sinks, window))
     # Asked only where it matters: torch on a CPU runs this for every layer and token.
-    served = not (q.is_cuda or implementation == "triton") or _step_in_triton(q, k, v, memory)
+    served = not (q.is_cuda or implementation == "triton") or _step_in_triton(q, memory)
     chosen = choose_implementation(implementation, "bounded_attention_step", q, served, traceable=True)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     options = (tuple(slots), sinks, window, chunk_size, tuple(_per_head(decay, slots)), scale, softcap)
-    return _step(q, k, v, *memory, *options, chosen == "triton")
+    with torch.no_grad():
+        return _step(q, k, v, *memory, *options, chosen == "triton")
 
 
 @launch(
@@ -238,7 +238,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
             weights = scores.softmax(-1)
             shares = weights * memory.values_scales.to(sums)[:, None]
         out = torch.bmm(shares, values).to(q.dtype)
-        received = weights.detach().sum(1)
+        received = weights.sum(1)
     if min(decays) < 1:
         if not (isinstance(age, int) and age):  # later tokens of a chunk have the factor 1
             memory.scores.mul_(rows.begun[age].view(-1, len(rows.near)))
@@ -281,22 +281,28 @@ def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory, slots: l
     check_tensor("v", v, tuple(k.shape), "(B, KV, P)")
     if k.shape[1] != len(slots):
         raise ValueError(f"slots must be {k.shape[1]} numbers, one for each key-value head, got {slots}")
-    check_memory = check_tensor if keys_scales is None else check_integers
-    check_memory("keys", keys, (B, rows, P), "(B, N, P)")
-    check_memory("values", values, (B, rows, P), "(B, N, P)")
-    check_tensor("scores", scores, (B, rows), "(B, N)")
-    check_integers("positions", positions, (B, rows), "(B, N)")
-    if (keys_scales is None) != (values_scales is None):
-        raise ValueError("keys_scales and values_scales must both be given or both be None, got one of them")
-    check_optional("keys_scales", keys_scales, (B, rows), "(B, N)")
-    check_optional("values_scales", values_scales, (B, rows), "(B, N)")
+    _check_memory(memory, (B, rows), P)
     check_devices(q=q, k=k, v=v, **memory._asdict())
 
 
-def _step_in_triton(q: Tensor, k: Tensor, v: Tensor, memory: BoundedMemory) -> bool:
+def _check_memory(memory: BoundedMemory, rows: tuple[int, int], width: int, prefix: str = "") -> None:
+    """Check the tensors of a memory of (B, N) rows, whose names in messages begin with `prefix`."""
+    keys, values, scores, positions, keys_scales, values_scales = memory
+    check_rows = check_tensor if keys_scales is None else check_integers
+    check_rows(f"{prefix}keys", keys, (*rows, width), "(B, N, P)")
+    check_rows(f"{prefix}values", values, (*rows, width), "(B, N, P)")
+    check_tensor(f"{prefix}scores", scores, rows, "(B, N)")
+    check_integers(f"{prefix}positions", positions, rows, "(B, N)")
+    if (keys_scales is None) != (values_scales is None):
+        raise ValueError(f"{prefix}keys_scales and {prefix}values_scales must both be given or both be None, got one")
+    check_optional(f"{prefix}keys_scales", keys_scales, rows, "(B, N)")
+    check_optional(f"{prefix}values_scales", values_scales, rows, "(B, N)")
+
+
+def _step_in_triton(q: Tensor, memory: BoundedMemory) -> bool:
     """Return whether the Triton kernels support a step."""
     whole = all(part is None or part.is_contiguous() for part in memory)
-    return q.shape[-1] <= WIDEST_HEAD and whole and not recorded(q, k, v, memory.keys, memory.values)
+    return q.shape[-1] <= WIDEST_HEAD and whole
 
 
 def _next_position(positions: Tensor) -> Any:
@@ -451,8 +457,8 @@ def bounded_attention_matrix(
     Returns:
         (B, H, L, M) in float32 (float64 for float64 inputs), M the real tokens of the longest row with its cached ones.
     """
-    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     _check(q, k, v, window, slots, sinks, chunk_size, decay, softcap, initial_state, seq_idx)
+    initial_state = None if initial_state is None else initial_state.dequantised(accumulator(q))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     sums = accumulator(q)
     B, L, H, _ = q.shape
@@ -461,6 +467,8 @@ def bounded_attention_matrix(
     state = None if initial_state is None else _packed(initial_state, sums)
     plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
     columns = int((plan.offset + plan.start + plan.count).max()) if plan.documents else L
+    if L == 0:
+        return empty_batch((B, H, L, columns), sums, q, k)
     members = H // k.shape[2]
     matrix = torch.zeros(B * L, k.shape[2], members, columns, dtype=sums, device=q.device)
     with without_autocast(q):
@@ -608,7 +616,7 @@ class _Bounded(torch.autograd.Function):
         B, L, H, P = q.shape
         plan = Plan(B, L, state, seq_idx, window, sinks, slots, chunk_size, q.device)
         dq = q.new_zeros(B, L, k.shape[2], H // k.shape[2], P)
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)  # contiguous: `put_lines` writes to flattened views
         dstate = None if state is None else torch.zeros_like(state)
         do, present = do.reshape(dq.shape), plan.last >= 0
         with without_autocast(q):
@@ -693,13 +701,12 @@ def _check(
         raise ValueError(
             f"decay must be above 0 and at most 1, one or one for each of {len(slots)} key-value heads, got {decay}"
         )
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if initial_state is not None:
-        rows = _memory_rows(slots, sinks, window)
-        check_tensor("initial_state.keys", initial_state.keys, (B, rows, P), "(B, N, P)")
-        check_tensor("initial_state.values", initial_state.values, (B, rows, P), "(B, N, P)")
-        check_tensor("initial_state.scores", initial_state.scores, (B, rows), "(B, N)")
+        rows = B, _memory_rows(slots, sinks, window)
+        _check_memory(initial_state, rows, P, "initial_state.")
+        check_devices(q=q, **{f"initial_state.{name}": part for name, part in initial_state._asdict().items()})
         positions = initial_state.positions
         if B and host_reads(positions) and (latest := int(positions.max())) + L >= _POSITIONS:
             raise ValueError(

@@ -64,6 +64,8 @@ class Plan:
         chunk_size: int,
         device: torch.device,
     ) -> None:
+        if not length:
+            seq_idx = None  # without a token there is no document to tell apart
         self.window, self.sinks, self.chunk, self.length = window, sinks, chunk_size, length
         self.capacity = [number + sinks for number in slots]
         self.held, self.whole = state is not None, state is None and seq_idx is None
@@ -109,8 +111,8 @@ class Plan:
         begin = self.count.cumsum(0) - self.count  # (R) first token of each document among the real ones
         per_row = torch.bincount(row, minlength=batch)
         self.offset = begin - (per_row.cumsum(0) - per_row)[first_row]
-        self.last = torch.full((batch,), -1, device=seq_idx.device)
-        self.last[first_row] = torch.arange(self.documents, device=seq_idx.device)  # of equal rows the last one stays
+        in_row = torch.bincount(first_row, minlength=batch)
+        self.last = (in_row.cumsum(0) - 1).masked_fill(in_row == 0, -1)
         return torch.arange(len(row), device=seq_idx.device) - begin[self.document]
 
     def align(self, x: Tensor, heads: list[int], dtype: torch.dtype) -> Tensor:
@@ -122,9 +124,12 @@ class Plan:
         if self.whole:
             full, rest = divmod(self.length, self.chunk)
             x = x[:, :, _index(heads)]
-            grid[:, :full] = x[:, : full * self.chunk].unflatten(1, (full, self.chunk))
             grid[:, full:] = 0
-            grid[:, full:, :rest] = x[:, None, full * self.chunk :]
+            # Autograd refuses further changes of a tensor whose empty part was set.
+            if full:
+                grid[:, :full] = x[:, : full * self.chunk].unflatten(1, (full, self.chunk))
+            if rest:
+                grid[:, full:, :rest] = x[:, None, full * self.chunk :]
         else:
             place = self.document, self.place // self.chunk, self.place % self.chunk
             grid[place] = x.flatten(0, 1)[self.token][:, _index(heads)].to(dtype)

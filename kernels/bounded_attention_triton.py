@@ -348,14 +348,16 @@ def evict_kernel(
         read = slot | real
         position = tl.load(positions_ptr + row, mask=read, other=-1)
         rank = tl.load(scores_ptr + row, mask=read, other=0.0) * tl.load(norms_ptr + row, mask=read, other=0.0)
-        rank = tl.where((position < sinks) | (rank != rank) | ~read, float("inf"), rank)
-        rank = tl.where(slot & (position < 0), -3.4028234663852886e38, rank)  # loses to all tokens
-        rank = tl.where(leaver & ~real, float("-inf"), rank)
+        # The order as in `chunks_kernel`, after positions that are absent. All ranks are finite, so that C are dropped.
+        rank = tl.where(rank != rank, 2e38, tl.minimum(tl.maximum(rank, 0.0), 1e38))
+        rank = tl.where(position < sinks, 3e38, rank)
+        rank = tl.where(slot & (position < 0), -1.0, rank)
+        rank = tl.where(leaver & ~real, -2.0, rank)
+        rank = tl.where(slot | leaver, rank, float("inf"))
         dropped = c < 0
         for _ in range(chunk_size):
-            least = c == tl.argmin(rank, 0)
+            least = c == tl.argmin(tl.where(dropped, float("inf"), rank), 0)
             dropped = dropped | least
-            rank = tl.where(least, float("inf"), rank)
         winner = real & ~dropped
         loser = slot & dropped
         winners = tl.sum(winner.to(tl.int32), 0)

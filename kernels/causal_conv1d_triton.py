@@ -204,6 +204,7 @@ def _order_of_tokens(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
             of a real token that opens another document than the row's first.
         rows: (B, 2) int32 number of real tokens, and rank of the first token of the last document (0 without one).
     """
+    seq_idx = seq_idx.contiguous()  # and so are the tables, as the kernels read them
     real = seq_idx >= 0
     rank = real.cumsum(1) - 1
     count = rank[:, -1:] + 1

@@ -65,7 +65,8 @@ def layer_norm_fn(
     dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
     mask = mask1 = None
     plain = bias is None and is_rms_norm and dropout_p == 0 and rowscale is None and x1 is None
-    if plain and residual is not None:
+    # `add_rms_norm` rounds to the dtype of a weight that is narrower than the residual.
+    if plain and residual is not None and (weight.dtype == x.dtype or weight.dtype.itemsize >= residual.dtype.itemsize):
         normed, total = add_rms_norm(x, residual, weight, eps)
         normed = normed.to(x.dtype)
     else:

@@ -25,7 +25,7 @@ from .checks import (
     without_autocast,
 )
 from .compat_conv import convolution_activation
-from .recurrence import step_sizes
+from .recurrence import blank_padding, step_sizes
 from .rms_norm import rms_norm
 from .ssd import ssd
 
@@ -137,7 +137,8 @@ def mamba_split_conv1d_scan_combined(
         D: (H) or (H, P) skip.
         chunk_size: tokens per chunk; affects rounding and speed only.
         initial_states: (B, H, P, N) states before the first token. The convolution always starts from zeros.
-        seq_idx: (B, L) document index of each token, as in :func:`mamba_chunk_scan_combined`.
+        seq_idx: (B, L) document index of each token, as in :func:`mamba_chunk_scan_combined`. The output at padding is
+            zero, or the bias of the output projection.
         dt_limit: range to which the step sizes are clamped, after softplus.
         return_final_states: also return the (B, H, P, N) final states.
         activation: activation of the convolution: None, "silu" or "swish" (the same).
@@ -198,6 +199,8 @@ def mamba_split_conv1d_scan_combined(
     check_devices(zxbcdt=zxbcdt, conv1d_weight=conv1d_weight, conv1d_bias=conv1d_bias, dt_bias=dt_bias, A=A, D=D)
     check_devices(zxbcdt=zxbcdt, initial_states=initial_states, seq_idx=seq_idx, rmsnorm_weight=rmsnorm_weight)
     check_devices(zxbcdt=zxbcdt, outproj_weight=outproj_weight, outproj_bias=outproj_bias)
+    check_seq_idx(seq_idx, *zxbcdt.shape[:2])
+    (zxbcdt,) = blank_padding(seq_idx, zxbcdt)
     mlp_gate, mlp, z, convolved, dt = zxbcdt.split([beside, beside, inner, channels, heads], dim=-1)
     convolved = causal_conv1d(
         convolved, conv1d_weight, conv1d_bias, activation=convolution_activation(activation), seq_idx=seq_idx

@@ -43,6 +43,7 @@ from .checks import (
     without_autocast,
 )
 from .matrix_distance_triton import WIDEST, row_distances_triton
+from .recurrence import blank_padding
 from .ssd import ssd_matrix
 from .tracing import opaque, tracing
 
@@ -72,8 +73,9 @@ class SSDFactors(NamedTuple):
     def matrix(self, seq_idx: Tensor | None = None) -> Tensor:
         """Return the whole matrices; `seq_idx` as in :func:`ssd_matrix`."""
         matrix = ssd_matrix(self.log_decay, self.B, self.C, seq_idx=seq_idx)
-        if self.scale is not None:
-            matrix = matrix * self.scale.to(matrix.dtype).transpose(1, 2)[:, :, None, :]
+        (scale,) = blank_padding(seq_idx, self.scale)
+        if scale is not None:
+            matrix = matrix * scale.to(matrix.dtype).transpose(1, 2)[:, :, None, :]
         if self.least_sum is not None:
             matrix = matrix / matrix.sum(-1, keepdim=True).clamp(min=self.least_sum)
         if self.skip is not None:

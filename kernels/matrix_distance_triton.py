@@ -103,7 +103,7 @@ class _RowDistances(torch.autograd.Function):
         row_sums = inner = None
         if least is not None:
             row_sums, inner = torch.empty_like(high), torch.empty_like(high)
-        scale = None if scale is None else scale.contiguous()
+        scale, skip = (None if each is None else each.contiguous() for each in (scale, skip))
         numbers = scaling * math.log2(math.e), smallest, 0.0 if least is None else least
         options = _options(B, queries)[0]
         batch, heads, length = high.shape

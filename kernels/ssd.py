@@ -195,10 +195,12 @@ def ssd_matrix(log_decay: Tensor, B: Tensor, C: Tensor, *, seq_idx: Tensor | Non
     log_decay = log_decay.to(sums)
     real = None
     check_seq_idx(seq_idx, batch, length)
+    log_decay, B, C = blank_padding(seq_idx, log_decay, B, C)
     if seq_idx is not None:
         log_decay, real = _with_documents(log_decay, seq_idx)
     decay = decay_matrix(log_decay.transpose(1, 2)).transpose(-1, -2)  # (B, H, L, L), target by source
-    scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
+    with without_autocast(log_decay):
+        scores = torch.einsum("blgn,bsgn->bgls", C.to(sums), B.to(sums))
     matrix = scores.repeat_interleave(heads // B.shape[2], dim=1) * decay
     if real is not None:
         matrix = matrix * (real[:, None, :, None] & real[:, None, None, :])

@@ -92,7 +92,7 @@ def window_attention(
     if k.shape[0] == 0:
         return empty_batch(tuple(q.shape), q.dtype, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    index = index.long()
+    index = index.long().contiguous()
     starts, ends, real = _visible(index, k, window, positions, seq_idx)
     if implementation == "triton":
         return window_attention_triton(q, k, v, scale, index, starts, ends, real)

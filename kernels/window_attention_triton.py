@@ -63,6 +63,7 @@ def window_attention_triton(
     if not q.dtype == k.dtype == v.dtype:  # the operands of a dot product must have one dtype
         q, k, v = q.float(), k.float(), v.float()
     if real is not None:
+        real = real.contiguous()
         ends = ends.where(real.flatten()[index], 0)
     attend = _traced if tracing() else _WindowAttention.apply
     o: Any = attend(q, k, v, scale, index, starts, ends, real)

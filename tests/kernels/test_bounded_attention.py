@@ -1,5 +1,6 @@
 """Attention over a bounded memory against its definition: whole, in parts, by steps, packed, and its gradients."""
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ssm_zoo.kernels.bounded_attention import (
     bounded_attention_reference,
     bounded_attention_step,
 )
+from with_triton import DEVICE, NEEDS_TRITON
 
 
 def in_parts(inputs: list[Tensor], lengths: list[int], options: dict[str, Any]) -> tuple[Tensor, BoundedMemory]:
@@ -71,6 +73,24 @@ def test_documents_and_padding_stay_apart(options: dict[str, Any]) -> None:
         torch.testing.assert_close(mine[:1], its)
 
 
+@pytest.mark.parametrize("continued", [False, True], ids=["packed", "continued"])
+def test_heads_first_in_memory_have_the_same_gradients(continued: bool) -> None:
+    """Rotary embeddings often leave (B, H, L, P) in memory, of which the op is given a view."""
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    inputs = draw(2, 37)
+    _, memory = bounded_attention(*[tensor.detach() for tensor in inputs], **options)
+    where = {"initial_state": memory} if continued else {"seq_idx": SEQ_IDX}
+    views = [tensor.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in inputs]
+    gradients = []
+    for given in (inputs, views):
+        output, _ = bounded_attention(*given, **where, **options)
+        gradients.append(torch.autograd.grad(output.square().sum(), given))
+    for mine, other in zip(*gradients, strict=True):
+        assert mine.any()
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_matrix_has_the_weights(options: dict[str, Any]) -> None:
     q, k, v = draw(2, 37)
@@ -97,6 +117,21 @@ def test_the_matrix_has_the_gradients_of_the_outputs() -> None:
     cotangent = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(7))
     wanted = torch.autograd.grad(expected, [q, k, v], cotangent)
     for mine, other in zip(torch.autograd.grad(output, [q, k, v], cotangent), wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_matrix_of_less_than_a_chunk_has_gradients(length: int) -> None:
+    q, k, v = draw(2, length)
+    options: dict[str, Any] = {"window": 6, "slots": [3, 5], "sinks": 2, "chunk_size": 4}
+    weights = bounded_attention_matrix(q, k, v, **options)
+    cotangent = torch.randn(weights.shape, dtype=weights.dtype, generator=torch.Generator().manual_seed(7))
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    scores = torch.einsum("blhp,bmhp->bhlm", q, k.repeat_interleave(2, dim=2)) / 6**0.5
+    expected = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(expected, [q, k], cotangent)
+    for mine, other in zip(torch.autograd.grad(weights, [q, k], cotangent), wanted, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
 
@@ -170,6 +205,42 @@ def test_steps_go_on_from_a_prompt_and_leave_the_same_memory(options: dict[str, 
         for mine, other in ((memory.keys, whole.keys), (memory.values, whole.values)):
             wide = [index[..., None].expand(-1, -1, 6) for index in (order, its)]
             torch.testing.assert_close(mine[:, rows].gather(1, wide[0]), other[:, rows].gather(1, wide[1]))
+
+
+def test_the_last_of_many_documents_is_found() -> None:
+    """Writing all documents of a row to one place would leave any of them there if several threads write."""
+    many = torch.arange(300_000).expand(2, -1).clone()
+    many[0, 100_000:] = -1
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(10):
+            plan = bounded_attention_chunks.Plan(2, 300_000, None, many, 4, 0, [1], 2, many.device)
+            assert plan.last.tolist() == [99_999, 399_999]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_steps_record_no_gradient(quantised: bool, implementation: str) -> None:
+    """Otherwise one of two steps would change what the gradient of the other needs."""
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    inputs = [tensor.detach().float().to(DEVICE).requires_grad_() for tensor in draw(2, 9)]
+    memories = []
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            _, memory = bounded_attention(*[tensor[:, :7] for tensor in inputs], **options)
+            memory = memory.quantised() if quantised else memory
+            for token in (7, 8):
+                output = bounded_attention_step(
+                    *[tensor[:, token] for tensor in inputs], memory, **options, implementation=implementation
+                )
+                assert not output.requires_grad
+        memories.append(memory)
+    for mine, other in zip(*memories, strict=True):
+        assert mine is other is None or torch.equal(mine, other)
 
 
 def test_rows_of_different_lengths_step_together() -> None:
@@ -252,6 +323,23 @@ def test_half_precision_keeps_its_dtype_and_sums_in_float32(dtype: torch.dtype) 
     torch.testing.assert_close(output.float(), exact, rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.parametrize("begun", [0, 6])
+def test_no_tokens_leave_the_memory_as_it_is(begun: int) -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    start = [tensor.detach()[:, :begun] for tensor in draw(2, 9)]
+    _, memory = bounded_attention(*start, **options)
+    inputs, none = draw(2, 0), torch.zeros(2, 0, dtype=torch.long)
+    output, after = bounded_attention(*inputs, initial_state=memory if begun else None, seq_idx=none, **options)
+    assert output.shape == (2, 0, 4, 6)
+    for mine, other in zip(after[:4], memory[:4], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    matrix = bounded_attention_matrix(*inputs, initial_state=memory if begun else None, seq_idx=none, **options)
+    assert matrix.shape == (2, 4, 0, begun)
+    for gradient in torch.autograd.grad(output.sum() + matrix.sum(), inputs[:2]):
+        assert gradient.shape[1] == 0
+
+
 def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
     inputs = draw(0, 5)
     output, memory = bounded_attention(*inputs, window=4, slots=[1, 2], chunk_size=2)
@@ -268,6 +356,7 @@ def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
         ({"slots": [1]}, "slots must be 2 numbers of at least 0, one for each key-value head, got \\[1\\]"),
         ({"slots": [1, -1]}, "slots must be 2 numbers"),
         ({"softcap": 0.0}, "softcap must be positive or None, got 0.0"),
+        ({"softcap": math.nan}, "softcap must be positive or None, got nan"),
         ({"decay": 0.0}, "decay must be above 0 and at most 1, .* got 0.0"),
         ({"decay": [0.9]}, "one or one for each of 2 key-value heads, got \\[0.9\\]"),
     ],
@@ -295,3 +384,26 @@ def test_positions_that_float32_does_not_hold_are_refused() -> None:
     bounded_attention(*draw(1, 3), initial_state=far, **options)
     with pytest.raises(ValueError, match=r"must be below 16777211 for 5 more tokens, .* got 16777211"):
         bounded_attention(*draw(1, 5), initial_state=far, **options)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "name", "change", "message"),
+    [
+        (False, "positions", lambda x: x[:, 1:], r"positions must be \(B, N\) = \(1, 24\), got shape \(1, 23\)"),
+        (False, "positions", lambda x: x.float(), "positions must have an integer dtype, got torch.float32"),
+        (False, "positions", lambda x: x.to("meta"), "positions must be on the device of q, cpu, got meta"),
+        (False, "keys", lambda x: x.to("meta"), "keys must be on the device of q, cpu, got meta"),
+        (False, "values", lambda x: x[:, :, 1:], r"values must be \(B, N, P\) = \(1, 24, 6\), got shape"),
+        (True, "values", lambda x: x[:, :, 1:], r"values must be \(B, N, P\) = \(1, 24, 6\), got shape"),
+        (True, "keys_scales", lambda x: x[:, 1:], r"keys_scales must be \(B, N\) = \(1, 24\), got shape"),
+        (True, "keys_scales", lambda x: None, "keys must be floating point, got torch.int8"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(quantised: bool, name: str, change: Any, message: str) -> None:
+    options = OPTIONS[1].values[0]
+    assert isinstance(options, dict)
+    _, memory = bounded_attention(*draw(1, 9), **options)
+    memory = memory.quantised() if quantised else memory
+    memory = memory._replace(**{name: change(getattr(memory, name))})
+    with pytest.raises(ValueError, match=f"initial_state.{message}"):
+        bounded_attention(*draw(1, 5), initial_state=memory, **options)

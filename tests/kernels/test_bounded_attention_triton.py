@@ -224,12 +224,36 @@ def test_triton_quantises_a_new_row_to_the_bit() -> None:
     assert memory.keys[0, 1].tolist() == [127, 0, 2, -2, -126, 3]
 
 
-@pytest.mark.parametrize("why", ["wide", "recorded"])
+@pytest.mark.parametrize("why", ["wide", "strided"])
 def test_what_triton_does_not_support_is_refused(why: str) -> None:
     width = 257 if why == "wide" else 6
     part = torch.zeros(1, 3, width)
-    memory = BoundedMemory(part, part.clone(), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long))
-    q = torch.zeros(1, 2, width, requires_grad=why == "recorded")
+    keys = part.mT.contiguous().mT if why == "strided" else part
+    memory = BoundedMemory(keys, part.clone(), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long))
+    q = torch.zeros(1, 2, width)
     options: dict[str, Any] = {"window": 2, "slots": [1], "chunk_size": 2}
     with pytest.raises(ValueError, match="'triton' of bounded_attention_step is not available for these arguments"):
-        bounded_attention_step(q, q[:, :1].detach(), q[:, :1].detach(), memory, **options, implementation="triton")
+        bounded_attention_step(q, q[:, :1], q[:, :1], memory, **options, implementation="triton")
+
+
+@NEEDS_TRITON
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of NaN
+@torch.no_grad()
+def test_a_head_of_what_is_not_a_number_leaves_the_rows_of_others_alone() -> None:
+    """Where no position can be told from another, as many are dropped as enter the slots."""
+    options: dict[str, Any] = {"window": 4, "slots": [3, 2], "sinks": 1, "chunk_size": 4}
+    rows, results = 3 + 1 + 4, []
+    for broken in (False, True):
+        q, k, v = (moved(x.detach(), DEVICE) for x in draw(1, 24, torch.float32))
+        if broken:
+            k[:, :, 1] = torch.nan
+        _, memory = bounded_attention(q[:, :3], k[:, :3], v[:, :3], **options)
+        outputs = []
+        for token in range(3, 24):
+            given = q[:, token], k[:, token], v[:, token]
+            outputs.append(bounded_attention_step(*given, memory, **options, implementation="triton"))
+        results.append((torch.stack(outputs)[:, :, :2], *(part[:, :rows] for part in memory if part is not None)))
+        positions = memory.positions[0, rows:].tolist()
+        assert len(set(positions[:3])) == 3 and positions[0] == 0  # the slots, and the sink in the first of them
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)

@@ -183,6 +183,27 @@ def test_split_scan_is_the_layer(length: int, skip: str, mlp: int, normed: bool,
     agree(got, (expected, states[-1]), a)
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["no-norm", "norm"])
+def test_split_scan_skips_what_is_not_a_number_at_padding(normed: bool) -> None:
+    torch.manual_seed(0)
+    H, P, N, mlp = 4, 2, 3, 3
+    idx = torch.tensor([[-1, 0, 0, 1, -1, 1], [0, 0, 0, 0, -1, -1]])
+    channels = H * P + 2 * N
+    a: dict[str, Any] = {"zxbcdt": draw(2, 6, 2 * mlp + H * P + channels + H), "conv1d_weight": draw(channels, 3)}
+    a |= {"conv1d_bias": draw(channels), "dt_bias": draw(H), "A": draw(H), "D": draw(H)}
+    a |= {"outproj_weight": draw(5, mlp + H * P)} | ({"rmsnorm_weight": draw(H * P)} if normed else {})
+    results = []
+    for filled in (0.0, torch.nan):
+        a["zxbcdt"].data[idx < 0] = filled
+        y, states = compat.mamba_split_conv1d_scan_combined(
+            **a, chunk_size=4, seq_idx=idx, return_final_states=True, headdim=P
+        )
+        results.append((y, states, *torch.autograd.grad(y.square().sum() + states.square().sum(), list(a.values()))))
+    assert not results[1][0][idx < 0].any()
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=RTOL, atol=ATOL)
+
+
 @pytest.mark.parametrize("bounds", [(0, 7), (0, 1, 5, 7), (0, 3, 3, 7), (0, 2, 5)], ids=str)
 def test_states_of_sequences_are_those_of_the_recurrence(bounds: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -279,6 +300,21 @@ def test_norm_of_a_sum(residual: bool, extra: str, rms: bool) -> None:
             a["x"], a["weight"], a["bias"], *weights.values(), a.get("residual"), 1e-3, True, is_rms_norm=rms
         )
         agree(got, (expected[0] @ weights["linear_weight"].T + weights["linear_bias"], total), a | weights)
+
+
+def test_a_narrow_weight_does_not_round_the_norm_of_a_sum() -> None:
+    torch.manual_seed(0)
+    x, residual = (draw(4, 64).detach().float() for _ in range(2))
+    weight = torch.rand(64).bfloat16()
+    expected = norm((x + residual).double(), weight.double(), None, 1e-3, 64, True)
+    found = compat.rms_norm_fn(x, weight, None, residual, eps=1e-3)
+    assert found.dtype == torch.float32
+    rtol, atol = TOLERANCES[torch.float32]
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+    for narrow, other in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)):
+        once = norm((x.to(narrow) + residual).double(), weight.to(other).double(), None, 1e-3, 64, True).to(narrow)
+        found = compat.rms_norm_fn(x.to(narrow), weight.to(other), None, residual, eps=1e-3)
+        assert (found == once).double().mean() > 0.99  # double rounding would change several in a hundred
 
 
 def test_dropout_of_a_norm_keeps_what_its_masks_say() -> None:

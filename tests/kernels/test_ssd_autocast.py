@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_zoo.kernels.ssd import ssd, ssd_log_decay
+from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_matrix
 
 
 @pytest.mark.parametrize("op", [ssd, ssd_log_decay])
@@ -34,3 +34,17 @@ def test_autocast_leaves_the_sums_in_float32(op: Any) -> None:
         results.append([y, state, inference, *gradients])
     for name, plain, cast in zip(["y", "state", "y without gradients", *leaves], *results, strict=True):
         assert torch.equal(plain, cast), name
+
+
+def test_autocast_does_not_round_the_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_decay = -torch.randn(1, 9, 4, generator=generator).exp()
+    inputs = [log_decay, *(torch.randn(1, 9, 2, 5, generator=generator) for _ in range(2))]
+    inputs = [x.requires_grad_() for x in inputs]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            matrix = ssd_matrix(*inputs)
+        results.append((matrix, *torch.autograd.grad(matrix.square().sum(), inputs)))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssm_zoo.kernels.matrix_distance import SSDFactors
 from ssm_zoo.kernels.ssd import ssd, ssd_log_decay, ssd_matrix
 from tolerances import TOLERANCES
 
@@ -122,3 +123,19 @@ def test_bad_input_raises(change: dict[str, Tensor], message: str) -> None:
     arguments = {"log_decay": torch.zeros(2, 5, 4), "B": torch.zeros(2, 5, 2, 6), "C": torch.zeros(2, 5, 2, 6)}
     with pytest.raises(ValueError, match=message):
         ssd_matrix(**(arguments | change))
+
+
+def test_what_is_not_a_number_at_padding_stays_there() -> None:
+    seq_idx = torch.tensor([[-1, 0, 0, -5, 1, 1, 1, -1, -1, 1, 2, -1]])
+    log_decay, B, C = draw(1, 12, 4, 2, 3)
+    scale = torch.rand(1, 12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for filled in (0.0, torch.nan):
+        inputs = [x.clone() for x in (log_decay, B, C, scale)]
+        for x in inputs:
+            x[seq_idx < 0] = filled
+            x.requires_grad_()
+        matrix = SSDFactors(*inputs).matrix(seq_idx)
+        results.append((matrix, *torch.autograd.grad(matrix.square().sum(), inputs)))
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
