@@ -136,6 +136,8 @@ def pretrain(run: Run, texts: Path, work: Path, row_tokens: int) -> Path:
         entries = entries_of(AutoTokenizer.from_pretrained(texts / "tokenizer"))
         point = Point(arm, "", run.max_tokens, 1, run.width, run.layers, entries, "float32", 1)
         kind, keys = keys_of(arm, point, equal_size(arm, point))
+        # As torch's linear layers begin, and so most of Mamba's; the default of 0.02 is for larger widths.
+        keys["initializer_range"] = (3 * run.width) ** -0.5
         settings = parse_from_scratch(
             {
                 "config": {"model_type": kind.model_type, **keys},

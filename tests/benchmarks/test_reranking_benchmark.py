@@ -124,6 +124,7 @@ def test_a_run_from_corpus_to_table(tmp_path: Path, capsys: pytest.CaptureFixtur
     config = json.loads((folder / "config.json").read_text())
     assert config["bidirectional"] and config["model_type"] == "zoo_hybrid"
     assert set(config["mixer_types"]) == {"full_attention"}
+    assert config["initializer_range"] == pytest.approx(96**-0.5)  # width 32
     (causal,) = (tmp_path / "work").glob("*-pretrained-0-2/model")
     line += ["--pretrained", f"large={causal}"]
     main([*line, "--resume", str(path)])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import translation
 from result_file import ResultFile
+from transformers import CONFIG_MAPPING, AutoModel
 from translation_arms import ARMS, DEFAULT, EQUAL, MAMBA, Sizes, configuration, parameters
 from translation_claims import CLOSE, names_kept, verdicts
 from translation_plot import draw_results
@@ -25,6 +26,22 @@ def test_all_arms_have_as_many_parameters() -> None:
     assert layout["mixer_types"][3] == layout["mixer_types"][7] == "full_attention"
     with pytest.raises(ValueError, match="layers must be a multiple of 4"):
         configuration("retnet", Sizes(width=128, layers=6), 4000)
+
+
+def test_projections_of_all_arms_begin_alike() -> None:
+    """Attention, MLPs and Mamba as torch's linear layers; RetNet's retention as torchscale has it."""
+    sizes, deviations = Sizes(width=96, layers=8), {}
+    for arm in ("mamba", "mamba-mha", "transformer", "retnet", "encdec-transformer"):
+        values = configuration(arm, sizes, 600)
+        config = CONFIG_MAPPING[values.pop("model_type")](**values, vocab_size=600, pad_token_id=0)
+        model = AutoModel.from_config(config)
+        read = ("in_proj.weight", "q_proj.weight", "gate_proj.weight", "fc1.weight")
+        for name, weight in model.named_parameters():
+            if name.endswith(read) and not (arm == "retnet" and "q_proj" in name):
+                deviations[f"{arm}: {name}"] = float(weight.detach().std()) * (3 * weight.shape[1]) ** 0.5
+    kinds = {name.partition(":")[0] for name in deviations}
+    assert len(kinds) == 5, deviations
+    assert all(0.8 < deviation < 1.2 for deviation in deviations.values()), deviations
 
 
 def test_names_are_copied_and_those_of_a_test_are_not_in_training() -> None:
