@@ -125,9 +125,13 @@ SETTINGS: dict[str, Setting] = {
     ),
     "parity": Setting(RunningSum(2, 32), (MAMBA, MAMBA2, TRANSFORMER, GRU), second_halves(32, 64, 256), steps=1000),
     "modular_counting": Setting(
-        RunningSum(3, 32), (MAMBA, MAMBA2, TRANSFORMER, GRU), second_halves(32, 64, 256), steps=1000
+        RunningSum(3, 32),
+        (MAMBA, MAMBA2, TRANSFORMER, GRU),
+        second_halves(32, 64, 256),
+        steps=1000,
+        solved=None,  # a GRU that has just learnt 32 tokens does not count beyond them yet
     ),
-    "needle": Setting(Needle(length=64), ALL, needles((64, 128, 256), (0.0, 0.5, 1.0)), steps=1000),
+    "needle": Setting(Needle(length=64), ALL, needles((64, 128, 256), (0.0, 0.5, 1.0)), steps=3000),
     "linear_regression": Setting(
         LinearRegression(dimension=5, points=11, weights=5, noise=0.5),
         BOTH,
@@ -215,7 +219,11 @@ CLAIMS = (
             Bound("needle", TRANSFORMER, "64 at 50%", least=0.99),
             Above("needle", TRANSFORMER, MAMBA, "64 at 50%", margin=0.02),
         ),
-        (Bound("needle", MAMBA, "64 at 50%", least=0.99), Above("needle", MAMBA, TRANSFORMER, "64 at 50%")),
+        (
+            Bound("needle", MAMBA, "64 at 50%", least=0.99),
+            Above("needle", MAMBA, TRANSFORMER, "64 at 50%", margin=0.02),
+        ),
+        (Bound("needle", TRANSFORMER, "64 at 50%", least=0.5),),
     ),
     *(
         Claim(

@@ -405,6 +405,19 @@ def test_claims_are_about_tests_arms_and_estimators_that_are_run():
             assert not isinstance(condition, NearBaseline) or setting.task.vectors
 
 
+def test_nothing_is_decided_by_models_that_have_learnt_nothing():
+    nothing: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for task, setting in SETTINGS.items():
+        for arm in setting.arms:
+            # By luck, Mamba's guesses are a little better.
+            score = setting.task.chance + (0.01 if arm == MAMBA else 0.0)
+            row = {"tests": dict.fromkeys(setting.tests, score), "baseline": dict.fromkeys(setting.tests, 0.9)}
+            nothing[task, arm] = [row] * 3
+    assert {claim.name: claim.verdict(nothing)["verdict"] for claim in CLAIMS} == {
+        claim.name: UNDECIDED for claim in CLAIMS
+    }
+
+
 COPY_TESTS = {"4": Assessment({}, 8), "9": Assessment({"context": 9}, 8)}
 PARITY_TESTS = {"second half": Assessment({"first": 1}, 8)}
 TINY = {
