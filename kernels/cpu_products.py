@@ -3,7 +3,8 @@
 torch's builds for x86 multiply float32 matrices with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which
 is in the same builds, uses it on AMD's as well (`benchmarks/kernels/cpu_products.py` measures both).
 :func:`fast_products` replaces the CPU kernels of `aten::mm` and `aten::addmm`, by which all linear layers compute their
-forward and backward, for the time of a block. Results differ by rounding.
+forward and backward, for the time of a block; compiled graphs call their variants with `out`, which are replaced as
+well. Results differ by rounding.
 
 The replaced kernels stay registered after the first block, since torch does not allow a kernel to be removed while
 another thread calls it. Outside of blocks they pass each product on to torch's own kernels, which costs 2 to 3
@@ -20,10 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# With fewer rows, or fewer channels on either side, reading and writing take longer than the multiplication.
-_ROWS, _CHANNELS = 8, 16
+# With fewer channels on either side, reading and writing take longer than the multiplication.
+_CHANNELS = 16
 # With fewer multiplications, the Python call costs more than oneDNN saves.
 _LEAST = 2**21
+# Below so many rows a product is bound by reading the weight. From so many entries on oneDNN reads it faster if it has
+# the layout of a linear layer's; those of other layouts it would copy.
+_FEW_ROWS, _LARGE_WEIGHT = 8, 2**18
 
 
 class _Blocks:
@@ -32,6 +36,7 @@ class _Blocks:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.library: torch.library.Library | None = None
+        self.kernels: dict[str, Any] = {}  # torch's own, by name
         self.on = self.off = 0
 
     @property
@@ -45,8 +50,9 @@ class _Blocks:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-                library.impl("mm", _mm, "CPU")
-                library.impl("addmm", _addmm, "CPU")
+                for name, kernel in _REPLACEMENTS.items():
+                    self.kernels[name] = torch.library.get_kernel(f"aten::{name}", "CPU")
+                    library.impl(name, kernel, "CPU")
         except BaseException:
             library._destroy()
             raise
@@ -113,20 +119,50 @@ def _by_onednn(left: Tensor, right: Tensor) -> bool:
     if not (_blocks.fast and left.dtype is right.dtype is torch.float32 and left.dim() == right.dim() == 2):
         return False
     (rows, inner), (found, columns) = left.shape, right.shape
-    if found != inner or rows * inner * columns < _LEAST or rows < _ROWS or min(inner, columns) < _CHANNELS:
+    if found != inner or rows == 0 or min(inner, columns) < _CHANNELS or left.is_neg() or right.is_neg():
         return False
-    return right.stride() in ((columns, 1), (1, inner)) and not (left.is_neg() or right.is_neg())
+    if rows < _FEW_ROWS:
+        return inner * columns >= _LARGE_WEIGHT and right.stride() == (1, inner)
+    return rows * inner * columns >= _LEAST and right.stride() in ((columns, 1), (1, inner))
+
+
+def _by_torch(name: str, *args: Any, **options: Any) -> Tensor:
+    return _blocks.kernels[name].call_boxed(_CPU, *args, **options)
 
 
 def _mm(left: Tensor, right: Tensor) -> Tensor:
     if _by_onednn(left, right):
         return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
-    # The variant with `out` has a kernel of its own, which is torch's.
-    return torch.ops.aten.mm.out(left, right, out=left.new_empty(0))
+    return _by_torch("mm", left, right)
+
+
+def _mm_out(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
+    if _by_onednn(left, right) and _fits(out, left, right):
+        return out.copy_(torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], ""))
+    return _by_torch("mm.out", left, right, out=out)
 
 
 def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    plain = beta == 1 and alpha == 1 and bias.dtype is torch.float32 and bias.dim() == 1 and bias.is_contiguous()
-    if plain and _by_onednn(left, right) and bias.shape[0] == right.shape[1] and not bias.is_neg():
+    if _by_onednn(left, right) and _plain(bias, right, beta, alpha):
         return torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], "")
-    return torch.ops.aten.addmm.out(bias, left, right, beta=beta, alpha=alpha, out=left.new_empty(0))
+    return _by_torch("addmm", bias, left, right, beta=beta, alpha=alpha)
+
+
+def _addmm_out(bias: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1, out: Tensor) -> Tensor:
+    if _by_onednn(left, right) and _plain(bias, right, beta, alpha) and _fits(out, left, right):
+        return out.copy_(torch.ops.mkldnn._linear_pointwise.default(left, right.t(), bias, "none", [], ""))
+    return _by_torch("addmm.out", bias, left, right, beta=beta, alpha=alpha, out=out)
+
+
+def _plain(bias: Tensor, right: Tensor, beta: Any, alpha: Any) -> bool:
+    plain = beta == 1 and alpha == 1 and bias.dtype is torch.float32 and bias.dim() == 1 and bias.is_contiguous()
+    return plain and bias.shape[0] == right.shape[1] and not bias.is_neg()
+
+
+def _fits(out: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Return whether a product may be copied to `out`; torch resizes it otherwise, or says what is wrong."""
+    return out.dtype is torch.float32 and out.shape == (left.shape[0], right.shape[1]) and out.device.type == "cpu"
+
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_REPLACEMENTS = {"mm": _mm, "mm.out": _mm_out, "addmm": _addmm, "addmm.out": _addmm_out}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tracing import tracing
+from .tracing import host_reads
 
 
 def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,11 +20,14 @@ def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-    """Set padding tokens to zero, so that their values (e.g. NaN) affect neither states nor gradients."""
+    """Set padding tokens to zero, so that their values (e.g. NaN) affect neither states nor gradients.
+
+    Where reading would wait for a device, all is copied, whether there is padding or not.
+    """
     if seq_idx is None:
         return tensors
     padding = seq_idx < 0
-    if not tracing() and not bool(padding.any()):
+    if host_reads(padding) and not bool(padding.any()):
         return tensors
     return tuple(
         None if tensor is None else tensor.masked_fill(padding.view(*padding.shape, *[1] * (tensor.dim() - 2)), 0)

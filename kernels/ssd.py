@@ -103,7 +103,8 @@ def ssd(
     """
     _check_inputs(x, "dt", dt, A, B, C, D, z, dt_bias, initial_state, seq_idx)
     implementation = choose_implementation(implementation, "ssd", x, traceable=True)
-    x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
+    if implementation == "torch":
+        x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     operands = x, dt, A, B, C, D, z, initial_state, dt_bias
     y, state, _ = _scan(operands, (dt_softplus, dt_limit), seq_idx, return_final_state, chunk_size, implementation)
     return (y, state) if return_final_state else y
@@ -155,7 +156,8 @@ def ssd_log_decay(
     """
     _check_inputs(x, "log_decay", log_decay, None, B, C, D, z, None, initial_state, seq_idx, row_sums=row_sums)
     implementation = choose_implementation(implementation, "ssd_log_decay", x, traceable=True)
-    x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
+    if implementation == "torch":
+        x, log_decay, B, C, z = blank_padding(seq_idx, x, log_decay, B, C, z)
     operands = x, log_decay, None, B, C, D, z, initial_state, None
     steps = False, (0.0, math.inf)
     y, state, sums = _scan(operands, steps, seq_idx, return_final_state, chunk_size, implementation, row_sums)

@@ -176,6 +176,7 @@ def sums_kernel(
     if marks_ptr is not None:
         mark = tl.load(marks_ptr + batch * length + token, mask=real, other=0)[None, :]
         a = tl.where(mark == 1, -256.0, tl.where(mark == 2, 0.0, a))
+        size = tl.where(mark == 2, 0.0, size)
     a = tl.where(a < -256.0, -256.0, a)
     a = tl.where(inside, a, 0.0)
     coarse = tl.floor(a * 256.0 + 0.5) * 0.00390625
@@ -215,6 +216,7 @@ def gradients_kernel(
     if marks_ptr is not None:
         mark = tl.load(marks_ptr + batch * length + token, mask=real, other=0)[None, :]
         flow = tl.where(mark == 0, flow, 0.0)
+        inside &= mark != 2
     flow = tl.where(inside, flow, 0.0)
     gradient = flow
     if A_ptr is not None:
@@ -232,11 +234,13 @@ def gradients_kernel(
         part = (batch * chunks + first + index) * heads + head
         # A step size beyond the row may be infinite.
         dA = tl.sum(tl.where(inside, flow * _limited(free, lowest, highest), 0.0), 1)
+        gradient = tl.where(inside, gradient, 0.0)
         tl.store(dA_ptr + part, dA, mask=in_heads)
         if bias_ptr is not None:
-            tl.store(dbias_ptr + part, tl.sum(tl.where(inside, gradient, 0.0), 1), mask=in_heads)
+            tl.store(dbias_ptr + part, tl.sum(gradient, 1), mask=in_heads)
     offsets = (batch * length + token)[None, :] * heads + head[:, None]
-    tl.store(gradient_ptr + offsets, narrow(gradient, gradient_ptr.dtype.element_ty, EMULATE), mask=inside)
+    written = in_heads[:, None] & real[None, :]
+    tl.store(gradient_ptr + offsets, narrow(gradient, gradient_ptr.dtype.element_ty, EMULATE), mask=written)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ class ChunkGradients:
         dx, dB, dC, dz: gradients, dz None without a gate.
 
     Args:
-        x, sums, B, C, D, z: what the scan saves; D (H, 1), (H, P) or None.
+        x, sums, marks, B, C, D, z: what the scan saves; D (H, 1), (H, P) or None.
         states: (B, c, H, P or P + 1, N) states entering the chunks.
         dy: (B, L, H, P) gradient of the outputs.
         drow_sums: (B, L, H) gradient of the row sums, or None.
@@ -51,7 +51,7 @@ class ChunkGradients:
         capacity: int,
         options: dict[str, Any],
     ) -> None:
-        x, _, B, C, D, z, states = operands
+        x, _, _, B, C, D, z, states = operands
         batch, _, heads, width = x.shape
         self._operands, self._outer, self._chunk, self._capacity = operands, (dy, drow_sums), chunk, capacity
         self._parts = heads // together
@@ -86,11 +86,11 @@ class ChunkGradients:
             first: first chunk of the section.
             count: chunks of the section.
         """
-        x, sums, B, C, _, z, states = self._operands
+        x, sums, marks, B, C, _, z, states = self._operands
         batch, length, heads, _ = x.shape
         part = slice(first * self._chunk, min((first + count) * self._chunk, length))
         sizes = length, sums.shape[3], states.shape[1], first, count, self._capacity, heads, heads // B.shape[2]
-        inputs = x, sums, B, C, self._skip, z
+        inputs = x, sums, marks, B, C, self._skip, z
         grid = (batch * count * self._parts,)
         options = self._options | {"GRADIENT_ROWS": dstates.shape[3]}
         outputs = flows, passed, self._partial, self._skips, self.dz
@@ -145,11 +145,12 @@ def _crossing(flow, rows, dtype: tl.constexpr, EMULATE: tl.constexpr):
     return tl.sum(tl.where(rows[:, None] > rows[None, :], flow, 0.0), 1)
 
 
-# `sums` are those of `decay_sums`. A decay between tokens is a power of a difference of coarse sums, times a number of
-# the target and one of the source. The difference is masked before exp2: above the diagonal it is positive.
+# `sums` are those of `decay_sums`; `real` is false at padding, which is read as zero. A decay between tokens is a power
+# of a difference of coarse sums, times a number of the target and one of the source. The difference is masked before
+# exp2: above the diagonal it is positive.
 @triton.jit(do_not_specialize=["length", "chunks", "first", "count", "capacity"])
 def target_gradients_kernel(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, dy_ptr, drow_sums_ptr, dstates_ptr,
+    x_ptr, sums_ptr, marks_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, dy_ptr, drow_sums_ptr, dstates_ptr,
     flows_ptr, passed_ptr, dC_ptr, dD_ptr, dz_ptr,
     length, tokens, chunks, first, count, capacity, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
@@ -170,7 +171,10 @@ def target_gradients_kernel(
     in_n = n < SIZE
     begin = chunk * Q
     present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    in_maps = present[:, None] & in_n[None, :]
+    real = present
+    if marks_ptr is not None:
+        real = present & (tl.load(marks_ptr + batch * length + begin + rows, mask=present, other=0) != 2)
+    in_maps = real[:, None] & in_n[None, :]
     first_row = (batch * length + begin) * heads
     dtype = x_ptr.dtype.element_ty
     B_ptr += batch * B_batch + begin * B_token + group * B_group
@@ -207,7 +211,8 @@ def target_gradients_kernel(
         for begin_p in range(0, WIDTH, BLOCK_P):
             p = begin_p + tl.arange(0, BLOCK_P)
             in_p = p < WIDTH
-            in_x = present[:, None] & in_p[None, :]
+            in_x = real[:, None] & in_p[None, :]
+            written = present[:, None] & in_p[None, :]
             in_state = in_p[:, None] & in_n[None, :]
             inside = p[:, None] * SIZE + n[None, :]
             x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
@@ -229,7 +234,7 @@ def target_gradients_kernel(
                     D = tl.load(D_ptr + head * D_head + p * D_width, mask=in_p, other=0.0)
                     dz += x.to(tl.float32) * D[None, :] * slope
                 dense = (first_row + head) * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
-                tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=in_x)
+                tl.store(dz_ptr + dense, narrow(dz, dz_ptr.dtype.element_ty, EMULATE), mask=written)
                 through *= gate
                 dy = narrow(through, dtype, EMULATE)
             if WIDE_SKIP:
@@ -250,7 +255,7 @@ def target_gradients_kernel(
         row = tl.arange(0, BLOCK_P)
         passed_sum = tl.sum(passed_rows + tl.sum(tl.where(row[:, None] == row[None, :], passed, 0.0), 1), 0)
         if GRADIENT_ROWS > WIDTH:
-            drow_sums = tl.load(drow_sums_ptr + first_row + head + rows * heads, mask=present, other=0.0)
+            drow_sums = tl.load(drow_sums_ptr + first_row + head + rows * heads, mask=real, other=0.0)
             dmix += drow_sums[None, :]
             drow_sums *= from_start
             last_row = tl.load(state_ptr + WIDTH * SIZE + n, mask=in_n, other=0.0).to(tl.float32)
@@ -281,7 +286,8 @@ def target_gradients_kernel(
 
 @triton.jit(do_not_specialize=["length", "chunks", "first", "count", "capacity"])
 def source_gradients_kernel(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dy_ptr, drow_sums_ptr, dstates_ptr, dx_ptr, flows_ptr, dB_ptr,
+    x_ptr, sums_ptr, marks_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dy_ptr, drow_sums_ptr, dstates_ptr,
+    dx_ptr, flows_ptr, dB_ptr,
     length, tokens, chunks, first, count, capacity, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head, dy_batch, dy_token, dy_head,
@@ -300,7 +306,10 @@ def source_gradients_kernel(
     in_n = n < SIZE
     begin = (first + index) * Q
     present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    in_maps = present[:, None] & in_n[None, :]
+    real = present
+    if marks_ptr is not None:
+        real = present & (tl.load(marks_ptr + batch * length + begin + rows, mask=present, other=0) != 2)
+    in_maps = real[:, None] & in_n[None, :]
     first_row = (batch * length + begin) * heads
     dtype = x_ptr.dtype.element_ty
     B_ptr += batch * B_batch + begin * B_token + group * B_group
@@ -333,7 +342,8 @@ def source_gradients_kernel(
         for begin_p in range(0, WIDTH, BLOCK_P):
             p = begin_p + tl.arange(0, BLOCK_P)
             in_p = p < WIDTH
-            in_x = present[:, None] & in_p[None, :]
+            in_x = real[:, None] & in_p[None, :]
+            written = present[:, None] & in_p[None, :]
             in_state = in_p[:, None] & in_n[None, :]
             x = tl.load(x_ptr + head * x_head + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
             dy = tl.load(dy_ptr + head * dy_head + rows[:, None] * dy_token + p[None, :], mask=in_x, other=0.0)
@@ -356,10 +366,10 @@ def source_gradients_kernel(
                 else:
                     dx += through * tl.load(D_ptr + head * D_head)
             dense = (first_row + head) * WIDTH + rows[:, None] * (heads * WIDTH) + p[None, :]
-            tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=in_x)
+            tl.store(dx_ptr + dense, narrow(dx, dtype, EMULATE), mask=written)
 
         if GRADIENT_ROWS > WIDTH:
-            drow_sums = tl.load(drow_sums_ptr + first_row + head + rows * heads, mask=present, other=0.0)
+            drow_sums = tl.load(drow_sums_ptr + first_row + head + rows * heads, mask=real, other=0.0)
             dmix += drow_sums[:, None]
             dlast_row = tl.load(dstate_ptr + WIDTH * SIZE + n, mask=in_n, other=0.0).to(tl.float32)
             left += times_vector(B, dlast_row, False, EMULATE) * to_end
@@ -375,4 +385,6 @@ def source_gradients_kernel(
     # (B, capacity Q, parts, N)
     partial = ((batch * capacity + index) * Q * parts + part) * SIZE
     offsets = rows[None, :] * (parts * SIZE) + n[:, None]
+    if marks_ptr is not None:
+        dB = tl.where(real[None, :], dB, 0.0)  # the additional input of row sums is 1 at padding, too
     tl.store(dB_ptr + partial + offsets, dB, mask=in_n[:, None] & present[None, :])

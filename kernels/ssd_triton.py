@@ -70,7 +70,7 @@ def ssd_scan_triton(
 ) -> tuple[Tensor, ...]:
     """Compute `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
 
-    Differentiable. The arguments hold zeros in x, B, C and z at padding.
+    Differentiable. What the arguments hold at padding is not read.
 
     Args:
         x: (B, L, H, P) inputs, L >= 1, not float64.
@@ -141,13 +141,13 @@ class _Scan(torch.autograd.Function):
             sums = decay_sums(Decays(decay, A, dt_bias, marks, *ctx.options), chunk)
             operands = x, sums, B, C, D, z, states
             end = _walk(
-                *(x, None, None, sums, B, initial_state, states, 0, chunks, ctx.chunk_size),
+                *(x, None, None, sums, marks, B, initial_state, states, 0, chunks, ctx.chunk_size),
                 reverse=False,
                 interval=interval,
                 accurate=final,
             )
             spans = states[:, :: CHUNKS_OF_SPAN // interval]
-            y = _output(*operands[:-1], spans, row_sums if ctx.row_sums else None, ctx.chunk_size)
+            y = _output(*operands[:-1], spans, row_sums if ctx.row_sums else None, marks, ctx.chunk_size)
         ctx.save_for_backward(*operands, decay, A, dt_bias, marks)
         ctx.set_materialize_grads(False)
         return y, end, row_sums
@@ -256,6 +256,7 @@ def _walk(
     z: Tensor | None,
     last_value: Tensor | None,
     sums: Tensor,
+    marks: Tensor | None,
     key: Tensor,
     start: Tensor | None,
     states: Tensor,
@@ -272,6 +273,7 @@ def _walk(
         value: (B, L, H, P) values, multiplied by `silu(z)` if it is given, and unless `reverse` by the step sizes.
         last_value: (B, L, H) contiguous value of the last row, if states have P + 1 rows; 1 if not given.
         sums: sums of decays and step sizes (:func:`decay_sums`).
+        marks: (B, L), as in :func:`ssd_scan_triton`.
         key: (B, L, G, N) maps into the state.
         start: (B, H, P or P + 1, N) float32 state to start with; zero if not given.
         states: (B, c, H, P or P + 1, N) output, c >= `count` / `interval`: the states entering the chunks, or leaving
@@ -305,7 +307,7 @@ def _walk(
         passing = end.new_empty(batch, stretches - 1, heads)
     for summary in (True, False) if stretches > 1 else (False,):
         walk_kernel[(tiles, heads, batch * (stretches - summary))](
-            *(value, z, last_value, key, sums, None if start is None else start.contiguous(), states),
+            *(value, z, last_value, key, sums, marks, None if start is None else start.contiguous(), states),
             *(end, summaries, passing),
             *(length, sums.shape[3], first, steps, stretch * of_state, stretches, states.shape[1]),
             *(heads, heads // groups, *strides(3, value, z, key)),
@@ -329,7 +331,7 @@ def _walk(
 
 def _output(*operands: Any) -> Tensor:
     """Return the (B, L, H, P) outputs, computed for every chunk from the state entering its span; write row sums."""
-    x, sums, B, C, D, z, states, row_sums, chunk_size = operands
+    x, sums, B, C, D, z, states, row_sums, marks, chunk_size = operands
     batch, length, heads, width = x.shape
     D = None if D is None else D.expand(heads, width)
     groups, size = B.shape[2:]
@@ -340,7 +342,7 @@ def _output(*operands: Any) -> Tensor:
     y = x.new_empty(x.shape)
     spans = states.shape[1]
     output_kernel[(batch * spans * heads, triton.cdiv(width, block_p))](
-        *(x, sums, B, C, D, z, states, y, row_sums, length, sums.shape[3], spans, heads, heads // groups),
+        *(x, sums, marks, B, C, D, z, states, y, row_sums, length, sums.shape[3], spans, heads, heads // groups),
         *(*strides(3, x, B, C), *strides(2, D), *strides(3, z), *strides(2, states)),
         SPAN=chunk * CHUNKS_OF_SPAN,
         WIDTH=width,
@@ -390,12 +392,13 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
     dstates = states.new_empty(batch, capacity, heads, rows, size)
     tiles = {"BLOCK_P": block_p, "BLOCK_N": block_n}
     of_chunks = ChunkGradients(
-        (x, sums, B, C, D, z, states), dy, drow_sums, decays.A is not None, chunk, together, capacity, tiles | options
+        (x, sums, decays.marks, B, C, D, z, states),
+        *(dy, drow_sums, decays.A is not None, chunk, together, capacity, tiles | options),
     )
     for first in reversed(range(0, chunks, capacity)):
         count = min(capacity, chunks - first)
         dstate = _walk(
-            *(dy, z, drow_sums, sums, C, dstate, dstates, first, count, chunk_size),
+            *(dy, z, drow_sums, sums, decays.marks, C, dstate, dstates, first, count, chunk_size),
             reverse=True,
             interval=1,
             accurate=initial,
@@ -408,11 +411,12 @@ def _gradients(*operands: Any) -> tuple[Tensor | None, ...]:
 
 
 # In each kernel, `sums` are those of `decay_sums`, with three parts of `tokens` tokens for each head. A state has ROWS
-# rows: WIDTH, and with row sums one more, the last, which is a vector here.
+# rows: WIDTH, and with row sums one more, the last, which is a vector here. `real` is false at padding, which is read
+# as zero; results are written there too.
 @triton.jit(do_not_specialize=["length", "first", "count", "stretch", "stretches", "capacity"])
 def walk_kernel(
-    value_ptr, z_ptr, last_value_ptr, key_ptr, sums_ptr, start_ptr, states_ptr, end_ptr, summary_ptr, passing_ptr,
-    length, tokens, first, count, stretch, stretches, capacity, heads, per_group,
+    value_ptr, z_ptr, last_value_ptr, key_ptr, sums_ptr, marks_ptr, start_ptr, states_ptr, end_ptr, summary_ptr,
+    passing_ptr, length, tokens, first, count, stretch, stretches, capacity, heads, per_group,
     value_batch, value_token, value_head, z_batch, z_token, z_head, key_batch, key_token, key_group,
     SPAN: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr, SUMMARY: tl.constexpr, SPLIT: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -469,7 +473,9 @@ def walk_kernel(
                 tl.store(states_ptr + at + last, narrow(last_row, dtype, EMULATE), mask=writes_last)
 
         begin = (tl.zeros((), dtype=tl.int64) + first + index) * Q
-        present = rows < tl.minimum(length - begin, Q).to(tl.int32)
+        real = rows < tl.minimum(length - begin, Q).to(tl.int32)
+        if marks_ptr is not None:
+            real &= tl.load(marks_ptr + batch * length + begin + rows, mask=real, other=0) != 2
         before, fine_before = sums_before(sums_ptr, tokens, begin, SPAN)
         now = sums_ptr + begin
         coarse, end, fine_end = tl.load(now + rows), tl.load(now + Q - 1), tl.load(now + tokens + Q - 1)
@@ -478,7 +484,7 @@ def walk_kernel(
             weight = tl.exp2((coarse - before) + (tl.load(now + tokens + rows) - fine_before))
         else:
             weight = tl.load(now + 2 * tokens + rows) * tl.exp2((end - coarse) + fine_end)
-        in_value = present[:, None] & in_p[None, :]
+        in_value = real[:, None] & in_p[None, :]
         value = tl.load(
             value_ptr + begin * value_token + rows[:, None] * value_token + p[None, :], mask=in_value, other=0.0
         ).to(tl.float32)  # (Q, P)
@@ -487,7 +493,7 @@ def walk_kernel(
             value *= gate
         key = tl.load(
             key_ptr + begin * key_token + rows[:, None] * key_token + n[None, :],
-            mask=present[:, None] & in_n[None, :],
+            mask=real[:, None] & in_n[None, :],
             other=0.0,
         )  # (Q, N)
         weighted = value * weight[:, None]
@@ -505,7 +511,7 @@ def walk_kernel(
         if ROWS > WIDTH:
             if last_value_ptr is not None:
                 at = ((batch * length + begin) * heads + head) + rows * heads
-                weight *= tl.load(last_value_ptr + at, mask=present, other=0.0)
+                weight *= tl.load(last_value_ptr + at, mask=real, other=0.0)
             last_row = last_row * whole + times_vector(tl.trans(key), weight, SPLIT, EMULATE)
     if SUMMARY:
         at = passing + place * heads
@@ -521,7 +527,7 @@ def walk_kernel(
 
 @triton.jit(do_not_specialize=["length", "spans"])
 def output_kernel(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, y_ptr, row_sums_ptr,
+    x_ptr, sums_ptr, marks_ptr, B_ptr, C_ptr, D_ptr, z_ptr, states_ptr, y_ptr, row_sums_ptr,
     length, tokens, spans, heads, per_group,
     x_batch, x_token, x_head, B_batch, B_token, B_group, C_batch, C_token, C_group, D_head, D_width, z_batch,
     z_token, z_head, states_batch, states_span,
@@ -562,8 +568,11 @@ def output_kernel(
     fine_before = tl.zeros((), dtype=tl.float32)
     for done in range(0, left, Q):
         present = rows < left - done
-        in_maps = present[:, None] & in_n[None, :]
-        in_x = present[:, None] & in_p[None, :]
+        real = present
+        if marks_ptr is not None:
+            real = present & (tl.load(marks_ptr + batch * length + begin + done + rows, mask=present, other=0) != 2)
+        in_maps = real[:, None] & in_n[None, :]
+        in_x = real[:, None] & in_p[None, :]
         B = tl.load(B_ptr + done * B_token + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
         C = tl.load(C_ptr + done * C_token + rows[:, None] * C_token + n[None, :], mask=in_maps, other=0.0)
         x = tl.load(x_ptr + done * x_token + rows[:, None] * x_token + p[None, :], mask=in_x, other=0.0)  # (Q, P)
@@ -587,7 +596,8 @@ def output_kernel(
             _, gate = load_gate(z_ptr + done * z_token, rows[:, None] * z_token + p[None, :], in_x)
             y *= gate
         y = narrow(y, y_ptr.dtype.element_ty, EMULATE)
-        tl.store(y_ptr + done * (heads * WIDTH) + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_x)
+        in_y = present[:, None] & in_p[None, :]
+        tl.store(y_ptr + done * (heads * WIDTH) + rows[:, None] * (heads * WIDTH) + p[None, :], y, mask=in_y)
 
         weight = factor * tl.exp2((end - coarse) + fine_end)
         weighted = x.to(tl.float32) * weight[:, None]

@@ -1,7 +1,8 @@
 """Compare float32 matrix products of torch with those of oneDNN (`fast_products`), in one process, in turn.
 
-Layers of three widths by number of rows: forward, gradient of the input and gradient of the weight. With `--teacher`
-also forward and training step of a whole model, and a decode step, which has one row and is left to torch.
+Layers of three widths by number of rows: forward, gradient of the input and gradient of the weight. A product follows
+those of as many other layers as fill 256 MiB, so that a processor's cache does not hold its weight. With `--teacher`
+also forward and training step of a whole model, and decode steps.
 
     python benchmarks/kernels/cpu_products.py --threads 1 --teacher FOLDER
 
@@ -28,7 +29,9 @@ from transformers import AutoModelForCausalLM
 from ssm_zoo.kernels.cpu_products import fast_products, products_pay
 
 WIDTHS = ((576, 1536), (768, 3072), (2048, 2048))
-ROWS = (1, 16, 128, 1024)
+ROWS = (1, 4, 16, 128, 1024)
+# Entries of all layers together.
+ENTRIES = 2**26
 LENGTHS = (256, 1024)
 
 
@@ -51,21 +54,21 @@ def layers(repeats: int) -> list[dict[str, Any]]:
     """Return the comparison of single layers, each computed often enough to be timed."""
     rows = []
     for inputs, outputs in WIDTHS:
-        weight = torch.randn(outputs, inputs)
+        weights = [torch.randn(outputs, inputs) for _ in range(ENTRIES // (inputs * outputs))]
         for count in ROWS:
             x, gradient = torch.randn(count, inputs), torch.randn(count, outputs)
-            times = max(2**31 // (count * inputs * outputs), 1)
-            products: dict[str, Callable[[], Tensor]] = {
-                "forward": lambda x=x, weight=weight: x @ weight.t(),
-                "gradient of the input": lambda gradient=gradient, weight=weight: gradient @ weight,
-                "gradient of the weight": lambda gradient=gradient, x=x: gradient.t() @ x,
+            times = min(max(2**32 // (count * inputs * outputs), 2), len(weights))
+            products: dict[str, Callable[[Tensor], Tensor]] = {
+                "forward": lambda weight, x=x: x @ weight.t(),
+                "gradient of the input": lambda weight, gradient=gradient: gradient @ weight,
+                "gradient of the weight": lambda _, gradient=gradient, x=x: gradient.t() @ x,
             }
             for name, product in products.items():
 
-                def often(product: Callable[[], Tensor] = product, times: int = times) -> Tensor:
-                    for _ in range(times - 1):
-                        product()
-                    return product()
+                def often(
+                    product: Callable[[Tensor], Tensor] = product, read: list[Tensor] = weights[:times]
+                ) -> Tensor:
+                    return [product(weight) for weight in read][-1]
 
                 work = 2e-9 * count * inputs * outputs * times
                 found = compare(often, repeats)

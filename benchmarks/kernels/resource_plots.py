@@ -1,6 +1,6 @@
 """Draw the rows of `resources.py`: for each case and device the predicted time over the roofline; spills are marked.
 
-python benchmarks/kernels/resource_plots.py benchmarks/results/kernel_resources-20261130T221909Z.jsonl
+python benchmarks/kernels/resource_plots.py benchmarks/results/kernel_resources-20261201T065959Z.jsonl
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ NUMBERS = ROOT / "tests" / "kernels" / "kernel_resources.json"
 
 def options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="resources.py", description="Compile the Triton kernels without a GPU.")
-    parser.add_argument("--targets", type=int, nargs="+", default=[90, 100], choices=[90, 100])
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     parser.add_argument("--only", default="", help="regular expression that the name of a case must match")
     parser.add_argument(
         "--triton-path", type=Path, help="folder with another version of Triton, e.g. an unpacked wheel"

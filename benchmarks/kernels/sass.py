@@ -164,7 +164,8 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
             following += [] if meeting is None else [meeting]
         elif one.kind in _ENDS and not one.predicated:
             following = []
-        elif to is not None and one.kind != "CALL":
+        elif to is not None:
+            # Code for sm_80 leaves loops by calls that do not return (CALL.REL.NOINC, with a predicate).
             following = [to] if _UNCONDITIONAL.match(one.text) else [*following, to]
         found.append([place for place in following if place < len(instructions)])
     return found

@@ -47,7 +47,7 @@ def run_the_ops(dtype: torch.dtype, everything: bool) -> None:
     x, state, maps = wide(B, L, H, P), zeros(B, H, P, N), wide(B, L, 1, N)
     extras = {"D": zeros(H), "z": wide(B, L, H, P), "initial_state": state, "seq_idx": seq_idx}
     ssd(x, wide(B, L, H), zeros(H), maps, maps, **some(**extras)).sum().backward()
-    y, row_sums = ssd_log_decay(x, zeros(B, L, H), maps, maps, row_sums=True, **OPTIONS)
+    y, row_sums = ssd_log_decay(x, zeros(B, L, H), maps, maps, row_sums=True, **some(seq_idx=seq_idx))
     (y.sum() + row_sums.sum()).backward()
     x, maps = wide(B, L, D), wide(B, L, 1, 16)
     extras = {"D": zeros(D), "z": wide(B, L, D), "dt_bias": zeros(D), "seq_idx": seq_idx, "dt_softplus": True}

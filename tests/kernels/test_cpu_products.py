@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "_LEAST", 1)
     monkeypatch.setattr(cpu_products, "_CHANNELS", 1)
+    monkeypatch.setattr(cpu_products, "_LARGE_WEIGHT", 1)
 
 
 def _layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def _layouts(rows: int, columns: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("shape", [(8, 3, 5), (33, 16, 7), (9, 1, 1), (7, 4, 4), (1, 8, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 3, 5), (33, 16, 7), (9, 1, 1), (7, 4, 6), (1, 8, 8), (1, 1, 1)], ids=str)
 def test_products_of_every_layout_equal_torch(shape: tuple[int, int, int]) -> None:
     rows, inner, columns = shape
     torch.manual_seed(0)
@@ -55,6 +56,49 @@ def test_products_of_every_layout_equal_torch(shape: tuple[int, int, int]) -> No
                 assert torch.allclose(scaled.double(), 2 * bias - 3 * expected, atol=1e-4), context
 
 
+@pytest.mark.parametrize("rows", [4, 33])
+def test_products_into_a_tensor_equal_torch(rows: int) -> None:
+    torch.manual_seed(0)
+    left, right, bias = torch.randn(rows, 16), torch.randn(16, 24), torch.randn(24)
+    expected = left.double() @ right.double()
+    outs = {
+        "rows": torch.full((rows, 24), torch.nan),
+        "columns": torch.full((24, rows), torch.nan).t(),
+        "part": torch.full((2 * rows, 30), torch.nan)[::2, 3:27],
+        "negative": torch.full((rows, 24), torch.nan, dtype=torch.complex64).conj().imag,
+        "empty": torch.empty(0),
+    }
+    for name, out in outs.items():
+        with fast_products(True):
+            assert torch.mm(left, right, out=out) is out, name
+            assert torch.allclose(out.double(), expected, atol=1e-4), name
+            assert torch.addmm(bias, left, right, out=out) is out, name
+            assert torch.allclose(out.double(), expected + bias, atol=1e-4), name
+            torch.addmm(bias, left, right, beta=0.5, alpha=2, out=out)
+            assert torch.allclose(out.double(), 2 * expected + 0.5 * bias, atol=1e-4), name
+        assert out.shape == (rows, 24)
+    with fast_products(True), pytest.raises(RuntimeError, match="dtype"):
+        torch.mm(left, right, out=torch.empty(rows, 24, dtype=torch.float64))
+
+
+def test_a_compiled_graph_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.SiLU(), torch.nn.Linear(24, 16, bias=False))
+    x = torch.randn(33, 16, requires_grad=True)
+    leaves = [x, *layers.parameters()]
+    compiled = torch.compile(layers, fullgraph=True)
+    expected = torch.autograd.grad(layers(x).square().sum(), leaves)
+    taken = cpu_products._by_onednn
+    found: list[bool] = []
+    monkeypatch.setattr(cpu_products, "_by_onednn", lambda *pair: found.append(taken(*pair)) or found[-1])
+    with fast_products(True):
+        got = torch.autograd.grad(compiled(x).square().sum(), leaves)
+    assert len(found) == 6 and sum(found) >= 4  # two forward, four backward
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
 def test_only_what_onednn_computes_fast_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a part of a weight it has a slow reference only; small products are slower by the calls."""
     left, wide = torch.randn(64, 32), torch.randn(32, 80)
@@ -62,7 +106,12 @@ def test_only_what_onednn_computes_fast_is_taken(monkeypatch: pytest.MonkeyPatch
     assert not taken(left, wide)
     with fast_products(True):
         assert taken(left, wide) and taken(left, torch.randn(48, 32).t()) and taken(left.t().contiguous().t(), wide)
-        assert not taken(left, weight) and not taken(left, wide[:, ::2]) and not taken(left[:1], wide)
+        assert not taken(left, weight) and not taken(left, wide[:, ::2])
+        # Of a few rows, only a large weight in the layout of a linear layer's.
+        assert taken(left[:1], torch.randn(48, 32).t()) and taken(left[:7], torch.randn(48, 32).t())
+        assert not taken(left[:1], wide) and not taken(left[:0], torch.randn(48, 32).t())
+        monkeypatch.setattr(cpu_products, "_LARGE_WEIGHT", 32 * 48 + 1)
+        assert not taken(left[:7], torch.randn(48, 32).t()) and taken(left[:8], torch.randn(48, 32).t())
         monkeypatch.setattr(cpu_products, "_CHANNELS", 33)
         assert not taken(left, wide) and not taken(wide.t(), left.t()) and taken(left.t(), wide.new_ones(64, 80))
         monkeypatch.setattr(cpu_products, "_CHANNELS", 1)

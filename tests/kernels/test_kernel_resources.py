@@ -57,6 +57,7 @@ def compiled(target: int, only: str, folder: Path) -> Numbers:
     ("target", "only"),
     [
         pytest.param(90, "^(rms_norm|masked_mix_step) ", id="some"),
+        pytest.param(80, "", marks=SWEEP, id="all for sm_80"),
         pytest.param(90, "", marks=SWEEP, id="all for sm_90"),
         pytest.param(100, "", marks=SWEEP, id="all for sm_100"),
     ],

@@ -247,3 +247,21 @@ def test_a_state_of_other_rows_is_refused(row_sums: bool) -> None:
     token = {n: v[:, 0] if n in ("x", "log_decay", "B", "C", "z") else v for n, v in values.items()}
     with pytest.raises(ValueError, match=f"^{message}"):
         ssd_log_decay_step(state, **token, row_sums=row_sums)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nan_in_padding_stays_there(op: Callable[..., Any]) -> None:
+    values = draw((2, 4 * Q + 5, 4, 3, 2, 5), torch.float32)
+    layout = torch.zeros(2, 4 * Q + 5, dtype=torch.long)
+    layout[0, :3], layout[0, 20:25], layout[0, 25:], layout[1, -9:] = -1, -1, 1, -1
+    tokens = ("x", "log_decay", "B", "C", "z")
+    found = []
+    for padding in (0.0, math.nan):
+        filled = {name: value.clone() for name, value in values.items()}
+        for name in tokens:
+            filled[name][layout < 0] = padding
+        found.append(results(op, filled, layout))
+    for name, clean in found[0].items():
+        assert clean.isfinite().all() and torch.equal(clean, found[1][name]), name
+        if name in ("y", "row_sums") or name.removeprefix("d") in tokens:
+            assert not clean[layout < 0].any(), name

@@ -6,21 +6,19 @@ interpreted on the CPU where there is no CUDA device, so that a launch on a tens
 
 import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from as_on_a_gpu import WAITS, as_on_a_gpu, replace
 from kernel_ops import OPS, SIZES, Op
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ssm_zoo.kernels import checks, tracing
-from ssm_zoo.kernels._triton import triton
+from ssm_zoo.kernels import tracing
 from tolerances import TOLERANCES
 from with_triton import DEVICE, NEEDS_TRITON
 
@@ -135,13 +133,6 @@ def test_one_graph_serves_several_lengths(key: str, monkeypatch: pytest.MonkeyPa
     assert graphs[0] == graphs[1] > 0
 
 
-def replace(monkeypatch: pytest.MonkeyPatch, original: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Let all kernel files use another function."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("ssm_zoo.kernels.") and getattr(module, original.__name__, None) is original:
-            monkeypatch.setattr(module, original.__name__, other)
-
-
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ops run as if a graph were traced: they call their operators."""
@@ -191,29 +182,6 @@ def test_triton_refuses_packed_mixing_in_a_graph(key: str) -> None:
     assert OPS[key].op(**given, implementation="triton").shape == given["x"].shape
 
 
-@contextlib.contextmanager
-def as_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], launch: Callable[..., Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield arguments without values, which ops treat as CUDA tensors; `launch` takes the place of every launch.
-
-    They say that they are on the CPU: without CUDA, torch cannot index tensors that say otherwise.
-    """
-
-    def choose(implementation: str, name: str, x: Tensor, supports: bool = True, traceable: bool = False) -> str:
-        return "triton" if supports and (traceable or not checks.tracing()) else "torch"
-
-    replace(monkeypatch, checks.choose_implementation, choose)
-    replace(monkeypatch, tracing.host_reads, lambda tensor: False)
-    for kind in (triton.runtime.JITFunction, triton.runtime.interpreter.InterpretedFunction):
-        monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: launch)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield {
-            name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
-            for name, value in given.items()
-        }
-
-
 @NEEDS_TRITON
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("key", "everything"), cases(IMPLEMENTED))
@@ -233,11 +201,8 @@ def test_a_graph_on_a_gpu_holds_the_kernels_of_an_op_and_runs_none(
     assert bool(operators.calls) != in_torch
 
 
-WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 # Ops that read from the device between launches, and why: where there are documents, or always.
 READING = {
-    "ssd": "padding is looked for, because a copy without it takes longer",
-    "ssd_log_decay": "as in ssd",
     "masked_mix": "documents are laid out by their lengths",
     "toeplitz_mix": "as in masked_mix",
     "bounded_attention": "documents are cut into chunks",
