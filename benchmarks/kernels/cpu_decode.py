@@ -7,11 +7,12 @@ time. Models of the size of SmolLM2-135M, untrained, after a short prompt:
 * "zoo_mamba2", "zoo_mamba": the sizes of the published 130M checkpoints;
 * the other names: `zoo_hybrid` with SmolLM2's blocks, all of whose token mixers are of this kind.
 
-Every model takes its steps in float32, with torch's matrix products and with oneDNN's (`fast_products`), and in
-bfloat16. In turn with a step, two measurements of the same weights are made: the layers' matrix products on one row,
-without anything between them, and the reading of the bytes, whose rate is that of a product of a matrix of 256 MiB with
-a vector. `of_limit` is the time of the reading divided by the step's. `operations` lists what a step spends its time
-on, by the profiler, as shares of all operations' own time; what is missing to the step's time is Python's.
+Every model takes its steps in float32, with torch's matrix products and with oneDNN's (`fast_products`), eager and
+compiled (`torch.compile`), and in bfloat16. In turn with a step, two measurements of the same weights are made: the
+layers' matrix products on one row, without anything between them, and the reading of the bytes, whose rate is that of a
+product of a matrix of 256 MiB with a vector. `of_limit` is the time of the reading divided by the step's. `operations`
+lists what a step spends its time on, by the profiler, as shares of all operations' own time; what is missing to the
+step's time is Python's.
 
     python benchmarks/kernels/cpu_decode.py --threads 1
 """
@@ -41,12 +42,13 @@ from ssm_zoo.kernels.cpu_products import fast_products
 from ssm_zoo.modeling import ZooHybridConfig, ZooMamba2Config, ZooMambaConfig
 from ssm_zoo.modeling.token_mixers import TOKEN_MIXERS
 
-PROMPT, WARM_UP, PROFILED = 64, 3, 5
-# Name, dtype of the weights, and whether matrices are multiplied by oneDNN; in bfloat16 they are anyway.
+PROMPT, WARM_UP, PROFILED = 64, 4, 5  # the second step compiles a graph for all lengths
+# Dtype of the weights; whether float32 matrices are multiplied by oneDNN, as those of bfloat16 are; whether compiled.
 WAYS = {
-    "float32": (torch.float32, False),
-    "float32, oneDNN": (torch.float32, True),
-    "bfloat16": (torch.bfloat16, False),
+    "float32": (torch.float32, False, False),
+    "float32, oneDNN": (torch.float32, True, False),
+    "float32, oneDNN, compiled": (torch.float32, True, True),
+    "bfloat16": (torch.bfloat16, False, False),
 }
 # SmolLM2-135M's.
 SIZES = {
@@ -87,12 +89,13 @@ class Generation:
         config: of the model, whose weights are drawn.
         dtype: of the weights; what models keep in float32 stays so.
         onednn: whether float32 matrices are multiplied by oneDNN.
+        compiled: whether the model is compiled for its steps.
 
     Attributes:
         seconds: by what is timed, "step" or "products".
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, onednn: bool) -> None:
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, onednn: bool, compiled: bool) -> None:
         torch.manual_seed(0)
         self.onednn = onednn
         self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -106,11 +109,12 @@ class Generation:
         known = "cache" in inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if known else "past_key_values"
         self.cache = output[self.cache_name]
+        self._call = torch.compile(self.model) if compiled else self.model
         self.seconds: dict[str, list[float]] = {"step": [], "products": []}
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        return self.model(self.token, use_cache=True, **{self.cache_name: self.cache}).logits
+        return self._call(self.token, use_cache=True, **{self.cache_name: self.cache}).logits
 
     @torch.no_grad()
     def products(self) -> None:
@@ -144,6 +148,7 @@ def timed(run: Callable[[], object], onednn: bool = False) -> float:
 
 def measure(config: PreTrainedConfig, steps: int) -> dict[str, dict[str, Any]]:
     """Return what is measured of a model, by the name of the way; they take turns."""
+    torch._dynamo.reset()
     sides = {name: Generation(config, *way) for name, way in WAYS.items()}
     matrix, vector = torch.ones(MATRIX, MATRIX), torch.ones(MATRIX)
     rates = []
@@ -210,7 +215,7 @@ def main(arguments: list[str]) -> None:
         for way, row in measure(configurations()[name], options.steps).items():
             rows.append({"model": name, "way": way, **row, "prompt": PROMPT, "steps": options.steps, **about})
             print(
-                f"{name:20} {way:15} {row['tokens_per_second']:6.1f} tokens/s   step "
+                f"{name:20} {way:25} {row['tokens_per_second']:6.1f} tokens/s   step "
                 f"{1e3 * row['seconds']['step']['median']:6.1f} ms, products "
                 f"{1e3 * row['seconds']['products']['median']:6.1f} ms, reading {1e3 * row['limit_seconds']:6.1f} ms "
                 f"({row['of_limit']:.0%} of the limit)",

@@ -53,15 +53,19 @@ LISTING = """
 """
 
 
-@pytest.fixture
-def code(tmp_path: Path) -> sass.Code:
-    source = tmp_path / "some_triton.py"
+def read(folder: Path, listing: str) -> sass.Code:
+    source = folder / "some_triton.py"
     source.write_text(SOURCE, encoding="utf-8")
-    tool = tmp_path / "nvdisasm"
-    listing = LISTING.replace("{path}", str(source))
+    tool = folder / "nvdisasm"
+    listing = listing.replace("{path}", str(source))
     tool.write_text(f"#!/bin/sh\ncat <<'END'\n{listing}\nEND\n", encoding="utf-8")
     tool.chmod(0o755)
     return sass.read(b"", source, tool)
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> sass.Code:
+    return read(tmp_path, LISTING)
 
 
 def test_loops_are_those_of_the_source(code: sass.Code) -> None:
@@ -70,6 +74,17 @@ def test_loops_are_those_of_the_source(code: sass.Code) -> None:
     assert (outer.source, inner.source) == (sass.SourceLoop("some_kernel", 0, 8, 11), sass.SourceLoop("inner", 0, 3, 4))
     assert inner.inner == [] and inner.own == inner.instructions == {3, 4, 5, 6, 7, 12, 13}
     assert outer.own == {1, 2, 8, 9}
+
+
+def test_a_loop_may_be_left_by_a_call_that_does_not_return(tmp_path: Path) -> None:
+    branch = "        /*0070*/              @!P0 BRA `(.L_x_1) ;"
+    call = "        /*0070*/              @P0 CALL.REL.NOINC `(.L_x_5) ;\n"
+    back = "        /*0078*/                   BRA `(.L_x_1) ;\n.L_x_5:"
+    code = read(tmp_path, LISTING.replace(branch, call + back))
+    (outer,) = code.loops
+    (inner,) = outer.inner
+    assert (outer.source, inner.source) == (sass.SourceLoop("some_kernel", 0, 8, 11), sass.SourceLoop("inner", 0, 3, 4))
+    assert inner.own == {3, 4, 5, 6, 7, 8, 13, 14} and outer.own == {1, 2, 9, 10}
 
 
 def test_accesses_and_products_are_counted(code: sass.Code) -> None:

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import torch._inductor.config
 
 from ssm_zoo.kernels import cpu_products
 from ssm_zoo.kernels.cpu_products import fast_products, products_are_fast
@@ -82,7 +83,6 @@ def test_products_into_a_tensor_equal_torch(rows: int) -> None:
 
 
 def test_a_compiled_graph_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.SiLU(), torch.nn.Linear(24, 16, bias=False))
     x = torch.randn(33, 16, requires_grad=True)
@@ -92,7 +92,7 @@ def test_a_compiled_graph_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) 
     taken = cpu_products._by_onednn
     found: list[bool] = []
     monkeypatch.setattr(cpu_products, "_by_onednn", lambda *pair: found.append(taken(*pair)) or found[-1])
-    with fast_products(True):
+    with torch._inductor.config.patch(compile_threads=1), fast_products(True):  # no pool of processes
         got = torch.autograd.grad(compiled(x).square().sum(), leaves)
     assert len(found) == 6 and sum(found) >= 4  # two forward, four backward
     for a, b in zip(got, expected, strict=True):
