@@ -7,12 +7,12 @@ time. Models of the size of SmolLM2-135M, untrained, after a short prompt:
 * "zoo_mamba2", "zoo_mamba": the sizes of the published 130M checkpoints;
 * the other names: `zoo_hybrid` with SmolLM2's blocks, all of whose token mixers are of this kind.
 
-Every model takes its steps in float32, with torch's matrix products and with oneDNN's (`fast_products`), eager and
-compiled (`torch.compile`), and in bfloat16. In turn with a step, two measurements of the same weights are made: the
-layers' matrix products on one row, without anything between them, and the reading of the bytes, whose rate is that of a
-product of a matrix of 256 MiB with a vector. `of_limit` is the time of the reading divided by the step's. `operations`
-lists what a step spends its time on, by the profiler, as shares of all operations' own time; what is missing to the
-step's time is Python's.
+Every model takes its steps in float32, with torch's matrix products and with oneDNN's (`fast_products`), and in
+bfloat16; those of `--compiled`, which takes a minute or two for each, are also compiled (`torch.compile`). In turn with
+a step, two measurements of the same weights are made: the layers' matrix products on one row, without anything between
+them, and the reading of the bytes, whose rate is that of a product of a matrix of 256 MiB with a vector. `of_limit` is
+the time of the reading divided by the step's. `operations` lists what a step spends its time on, by the profiler, as
+shares of all operations' own time; what is missing to the step's time is Python's.
 
     python benchmarks/kernels/cpu_decode.py --threads 1
 """
@@ -50,6 +50,7 @@ WAYS = {
     "float32, oneDNN, compiled": (torch.float32, True, True),
     "bfloat16": (torch.bfloat16, False, False),
 }
+COMPILED = ["llama", "zoo_mamba2", "zoo_mamba", "discrete_mamba2"]
 # SmolLM2-135M's.
 SIZES = {
     "vocab_size": 49152,
@@ -146,10 +147,10 @@ def timed(run: Callable[[], object], onednn: bool = False) -> float:
         return time.process_time() - start
 
 
-def measure(config: PreTrainedConfig, steps: int) -> dict[str, dict[str, Any]]:
+def measure(config: PreTrainedConfig, steps: int, compiled: bool) -> dict[str, dict[str, Any]]:
     """Return what is measured of a model, by the name of the way; they take turns."""
     torch._dynamo.reset()
-    sides = {name: Generation(config, *way) for name, way in WAYS.items()}
+    sides = {name: Generation(config, *way) for name, way in WAYS.items() if compiled or not way[2]}
     matrix, vector = torch.ones(MATRIX, MATRIX), torch.ones(MATRIX)
     rates = []
     for index in range(WARM_UP + steps):
@@ -203,6 +204,9 @@ def main(arguments: list[str]) -> None:
     names = list(configurations())
     parser = argparse.ArgumentParser(prog="cpu_decode.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--compiled", nargs="*", choices=names, default=COMPILED, metavar="NAME", help="models that are also compiled"
+    )
     parser.add_argument("--steps", type=positive, default=15, help="timed steps of each model and way")
     parser.add_argument("--threads", type=positive, default=1, help="threads, of which the times are added up")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file")
@@ -212,7 +216,7 @@ def main(arguments: list[str]) -> None:
     about = circumstances(now, "kernels/cpu_decode.py", arguments)
     rows: list[dict[str, Any]] = []
     for name in options.models:
-        for way, row in measure(configurations()[name], options.steps).items():
+        for way, row in measure(configurations()[name], options.steps, name in options.compiled).items():
             rows.append({"model": name, "way": way, **row, "prompt": PROMPT, "steps": options.steps, **about})
             print(
                 f"{name:20} {way:25} {row['tokens_per_second']:6.1f} tokens/s   step "
