@@ -20,7 +20,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where circumstances
 
 import torch
 from circumstances import RESULTS, circumstances, positive, quartiles, write_rows
+from cpu_paths import Run
 from torch import Tensor
 from transformers import AutoModel
 
@@ -37,7 +37,6 @@ from ssm_zoo.modeling import ZooHybridConfig, ZooHybridModel
 from ssm_zoo.modeling.token_mixers import TOKEN_MIXERS
 
 WARM_UP = 2
-Run = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Variant:
 
     def timed(self) -> tuple[float, tuple[Tensor, ...]]:
         """Return seconds of CPU time of a run, and its results."""
-        with fast_products(True) if self.onednn else nullcontext():
+        with fast_products(self.onednn):
             start = time.process_time()
             results = self.run()
             return time.process_time() - start, results
