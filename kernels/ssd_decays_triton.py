@@ -244,6 +244,14 @@ def gradients_kernel(
 
 
 @triton.jit
+def real_tokens(marks_ptr, first, rows, present):
+    """Return which of the tokens from `first` on that are `present` are no padding."""
+    if marks_ptr is not None:
+        present &= tl.load(marks_ptr + first + rows, mask=present, other=0) != 2
+    return present
+
+
+@triton.jit
 def sums_before(sums_ptr, tokens, begin, SPAN: tl.constexpr):
     """Return the coarse and the fine sum of the span's tokens before `begin`."""
     later = begin % SPAN > 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, tl, triton
-from .ssd_decays_triton import CHUNKS_OF_SPAN, sums_before
+from .ssd_decays_triton import CHUNKS_OF_SPAN, real_tokens, sums_before
 from .triton_math import dot, load_gate, narrow, strides
 
 
@@ -171,9 +171,7 @@ def target_gradients_kernel(
     in_n = n < SIZE
     begin = chunk * Q
     present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    real = present
-    if marks_ptr is not None:
-        real = present & (tl.load(marks_ptr + batch * length + begin + rows, mask=present, other=0) != 2)
+    real = real_tokens(marks_ptr, batch * length + begin, rows, present)
     in_maps = real[:, None] & in_n[None, :]
     first_row = (batch * length + begin) * heads
     dtype = x_ptr.dtype.element_ty
@@ -306,9 +304,7 @@ def source_gradients_kernel(
     in_n = n < SIZE
     begin = (first + index) * Q
     present = rows < tl.minimum(length - begin, Q).to(tl.int32)
-    real = present
-    if marks_ptr is not None:
-        real = present & (tl.load(marks_ptr + batch * length + begin + rows, mask=present, other=0) != 2)
+    real = real_tokens(marks_ptr, batch * length + begin, rows, present)
     in_maps = real[:, None] & in_n[None, :]
     first_row = (batch * length + begin) * heads
     dtype = x_ptr.dtype.element_ty

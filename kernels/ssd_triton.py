@@ -42,7 +42,7 @@ from torch.autograd.function import once_differentiable
 
 from ._triton import INTERPRETED, tl, triton
 from .checks import recorded
-from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, decay_sums, sums_before
+from .ssd_decays_triton import CHUNKS_OF_SPAN, DecayGradients, Decays, decay_sums, real_tokens, sums_before
 from .ssd_gradients_triton import ChunkGradients, times_vector
 from .tracing import launch, opaque, tracing
 from .triton_math import dot, load_gate, narrow, softplus, strides, unit_stride
@@ -473,9 +473,8 @@ def walk_kernel(
                 tl.store(states_ptr + at + last, narrow(last_row, dtype, EMULATE), mask=writes_last)
 
         begin = (tl.zeros((), dtype=tl.int64) + first + index) * Q
-        real = rows < tl.minimum(length - begin, Q).to(tl.int32)
-        if marks_ptr is not None:
-            real &= tl.load(marks_ptr + batch * length + begin + rows, mask=real, other=0) != 2
+        present = rows < tl.minimum(length - begin, Q).to(tl.int32)
+        real = real_tokens(marks_ptr, batch * length + begin, rows, present)
         before, fine_before = sums_before(sums_ptr, tokens, begin, SPAN)
         now = sums_ptr + begin
         coarse, end, fine_end = tl.load(now + rows), tl.load(now + Q - 1), tl.load(now + tokens + Q - 1)
@@ -568,9 +567,7 @@ def output_kernel(
     fine_before = tl.zeros((), dtype=tl.float32)
     for done in range(0, left, Q):
         present = rows < left - done
-        real = present
-        if marks_ptr is not None:
-            real = present & (tl.load(marks_ptr + batch * length + begin + done + rows, mask=present, other=0) != 2)
+        real = real_tokens(marks_ptr, batch * length + begin + done, rows, present)
         in_maps = real[:, None] & in_n[None, :]
         in_x = real[:, None] & in_p[None, :]
         B = tl.load(B_ptr + done * B_token + rows[:, None] * B_token + n[None, :], mask=in_maps, other=0.0)  # (Q, N)
