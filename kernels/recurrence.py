@@ -22,7 +22,8 @@ def documents(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
 def blank_padding(seq_idx: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
     """Set padding tokens to zero, so that their values (e.g. NaN) affect neither states nor gradients.
 
-    Where reading would wait for a device, all is copied, whether there is padding or not.
+    Outputs are zero there already; for them, it keeps gradients that arrive at padding from those of all else. Where
+    reading would wait for a device, all is copied, whether there is padding or not.
     """
     if seq_idx is None:
         return tensors

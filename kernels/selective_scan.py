@@ -106,6 +106,7 @@ def selective_scan(
     y, state = scan(  # type: ignore[misc]
         x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, real, first, torch.is_grad_enabled()
     )
+    (y,) = blank_padding(seq_idx, y)
     return (y, state) if return_final_state else y
 
 
@@ -190,7 +191,7 @@ def selective_scan_reference(
             state = state.masked_fill(first[:, t, None, None], 0)
         state = state + (dt[:, t] * x[:, t].to(dt.dtype))[..., None] * maps_in[:, t]
         outputs.append((state * maps_out[:, t]).sum(-1))
-    y = skip_and_gate(torch.stack(outputs, dim=1), x, D, z)
+    (y,) = blank_padding(seq_idx, skip_and_gate(torch.stack(outputs, dim=1), x, D, z))
     return (y, state) if return_final_state else y
 
 

@@ -107,6 +107,8 @@ def ssd(
         x, dt, B, C, z = blank_padding(seq_idx, x, dt, B, C, z)
     operands = x, dt, A, B, C, D, z, initial_state, dt_bias
     y, state, _ = _scan(operands, (dt_softplus, dt_limit), seq_idx, return_final_state, chunk_size, implementation)
+    if implementation == "torch":
+        (y,) = blank_padding(seq_idx, y)
     return (y, state) if return_final_state else y
 
 
@@ -161,6 +163,8 @@ def ssd_log_decay(
     operands = x, log_decay, None, B, C, D, z, initial_state, None
     steps = False, (0.0, math.inf)
     y, state, sums = _scan(operands, steps, seq_idx, return_final_state, chunk_size, implementation, row_sums)
+    if implementation == "torch":
+        y, sums = blank_padding(seq_idx, y, sums if row_sums else None)
     return _results(y, sums if row_sums else None, state if return_final_state else None)
 
 
@@ -231,7 +235,7 @@ def ssd_reference(
     dt = step_sizes(dt.to(accumulator(x)), dt_bias, dt_softplus, dt_limit)
     u = x.to(dt.dtype) * dt[..., None]
     y, state = _loop(u, dt * A.to(dt.dtype), B, C, initial_state, seq_idx)
-    y = skip_and_gate(y, x, _spread(D), z)
+    (y,) = blank_padding(seq_idx, skip_and_gate(y, x, _spread(D), z))
     return (y, state) if return_final_state else y
 
 
@@ -255,7 +259,8 @@ def ssd_log_decay_reference(
     y, state = _loop(_with_ones(u) if row_sums else u, log_decay.to(u.dtype), B, C, initial_state, seq_idx)
     if row_sums:
         y, sums = y[..., :-1], y[..., -1]
-    return _results(skip_and_gate(y, x, _spread(D), z), sums, state if return_final_state else None)
+    y, sums = blank_padding(seq_idx, skip_and_gate(y, x, _spread(D), z), sums)
+    return _results(y, sums, state if return_final_state else None)
 
 
 def _loop(

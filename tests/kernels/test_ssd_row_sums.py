@@ -59,12 +59,19 @@ def results(
     values: dict[str, Tensor],
     seq_idx: Tensor | None = None,
     used: tuple[str, ...] = RESULTS,
+    arriving: float | None = None,
 ) -> dict[str, Tensor]:
-    """Results by name, and the gradients of a random linear form of those that are `used`."""
+    """Results by name, and the gradients of a random linear form of those that are `used`.
+
+    `arriving` is the gradient of the outputs and row sums of padding, if given.
+    """
     given = {name: value.detach().requires_grad_() for name, value in values.items()}
     found = dict(zip(RESULTS, op(**given, seq_idx=seq_idx, return_final_state=True, row_sums=True), strict=True))
     generator = torch.Generator().manual_seed(0)
     weights = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for n, v in found.items()}
+    if arriving is not None:
+        for name in ("y", "row_sums"):
+            weights[name][seq_idx < 0] = arriving
     gradients = torch.autograd.grad(
         *([found[name] for name in used], list(given.values()), [weights[name] for name in used]),
         allow_unused=True,
@@ -260,7 +267,7 @@ def test_nan_in_padding_stays_there(op: Callable[..., Any]) -> None:
         filled = {name: value.clone() for name, value in values.items()}
         for name in tokens:
             filled[name][layout < 0] = padding
-        found.append(results(op, filled, layout))
+        found.append(results(op, filled, layout, arriving=padding))
     for name, clean in found[0].items():
         assert clean.isfinite().all() and torch.equal(clean, found[1][name]), name
         if name in ("y", "row_sums") or name.removeprefix("d") in tokens:
