@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from birdie_task import BANDIT, CAUSAL, FIXED, NEXT, PREFIX
+from birdie_task import BANDIT, BLIND, CAUSAL, FIXED, NEXT, PREFIX
 from synthetic_claims import Above, Bound, Claim, Condition
 
 PAPER = "arXiv 2411.01030"
@@ -28,7 +28,7 @@ def claims(summary: dict[str, Any]) -> list[Claim]:
         for name, arm, other, text in pairs:
             # The control only has to name an arm with results: without results the verdict is "not run".
             better = max((arm, other), key=lambda one: summary["arms"].get(one, {}).get(size, {"mean": 0.0})["mean"])
-            control: Condition = Bound(size, better, "fresh", least=LEARNT * chance["a number of the book"])
+            control: Condition = Bound(size, better, "fresh", least=LEARNT * chance[BLIND])
             found.append(
                 Claim(
                     f"{name}-{size}",

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from birdie_task import ARMS, BANDIT
+from birdie_task import ARMS, BANDIT, BLIND
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -38,7 +38,7 @@ def draw_results(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, size in zip(axes[0], sizes, strict=False):
         for index, arm in enumerate(arms):
             _curves(axis, rows, summary, arm, size, f"C{index}")
-        axis.axhline(summary["chance"][size]["a number of the book"], color="grey", linestyle=":", label="chance: book")
+        axis.axhline(summary["chance"][size][BLIND], color="grey", linestyle=":", label="chance")
         axis.set(title=f"{size} entries", xlabel=f"step of {summary['batch']} rows", ylim=(-0.03, 1.03))
         axis.set_ylabel("numbers that are right, validation")
         axis.legend(fontsize="x-small")

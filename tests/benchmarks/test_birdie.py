@@ -11,10 +11,10 @@ import torch
 from birdie import Size, judged, main
 from birdie_claims import verdicts
 from birdie_plot import table
-from birdie_task import ARMS, BANDIT, CAUSAL, EQUAL, FIXED, NEXT, PREFIX, Model, PhoneBooks, answer, mixture
+from birdie_task import ARMS, BANDIT, BLIND, CAUSAL, EQUAL, FIXED, NEXT, PREFIX, Model, PhoneBooks, answer, mixture
 from torch import Tensor
 
-TASK = PhoneBooks((4, 6), 3, 4, sentinels=32)
+TASK = PhoneBooks((4, 6), 3, 16, 5, sentinels=32, easier=(16,))
 TINY = Size(TASK, Model(48, 1, 4, 8), row=80, batch=2, steps=6)
 ARGUMENTS = ["--size", "tiny", "--seeds", "1", "2", "--documents", "20", "--evaluate-every", "3", "--validation", "2"]
 ARGUMENTS += [
@@ -33,14 +33,14 @@ ARGUMENTS += [
 
 def test_a_document_is_a_book_and_numbers_that_are_in_it() -> None:
     documents = TASK.draw(6, 20, torch.Generator().manual_seed(0))
-    assert documents.shape == (20, TASK.length(6)) == (20, 4 * 9 + 2)
+    assert documents.shape == (20, TASK.length(6)) == (20, 2 * 9 + 2)
     for row in documents.tolist():
-        assert row[24] == TASK.end_of_book and row[-1] == TASK.end_of_book + 1
-        entries = [tuple(row[at : at + 4]) for at in range(0, 24, 4)]
-        asked = [tuple(row[at : at + 4]) for at in range(25, 37, 4)]
-        assert len({entry[:2] for entry in entries}) == 6
+        assert row[12] == TASK.end_of_book == 21 and row[-1] == TASK.end_of_book + 1
+        entries = [tuple(row[at : at + 2]) for at in range(0, 12, 2)]
+        asked = [tuple(row[at : at + 2]) for at in range(13, 19, 2)]
+        assert len({name for name, _ in entries}) == 6
         assert set(asked) <= set(entries) and len(set(asked)) == 3
-        assert all(value // 4 == place for entry in entries for place, value in enumerate(entry))
+        assert all(name < 16 <= number < 21 for name, number in entries)
     assert len({tuple(row) for row in documents.tolist()}) == 20
 
 
@@ -52,18 +52,18 @@ def test_tokens_are_apart_and_in_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 3])
-def test_the_judge_counts_whole_numbers(wrong: int) -> None:
-    """A model that copies what is asked, except for one token of the number in some of the lookups."""
+def test_the_judge_counts_numbers(wrong: int) -> None:
+    """A model that copies what is asked, except for the number of some of the lookups."""
     documents = TASK.draw(4, 5, torch.Generator().manual_seed(0))
 
     class Oracle:
         config = SimpleNamespace(prefix_bidirectional=True)
 
         def __call__(self, ids: Tensor, prefix_mask: Tensor, use_cache: bool) -> Any:
-            assert prefix_mask.sum(-1).tolist() == [17] * len(ids)
+            assert prefix_mask.sum(-1).tolist() == [9] * len(ids)
             answers = ids.roll(-1, dims=1).clone()
             for lookup in range(wrong):
-                answers[:, 16 + 4 * lookup + 2 + lookup % 2] = 0
+                answers[:, 9 + 2 * lookup] = 0
             return SimpleNamespace(logits=1e4 * torch.nn.functional.one_hot(answers, TASK.vocabulary).float())
 
         def eval(self) -> None: ...
@@ -71,9 +71,14 @@ def test_the_judge_counts_whole_numbers(wrong: int) -> None:
 
     found = answer(Oracle(), TASK, 4, documents)
     assert found.accuracy == pytest.approx(1 - wrong / 3)
-    # A wrong token is 1e4 nats away; it is one of the two of its number.
-    assert found.loss == pytest.approx(1e4 * wrong / 3 / 2)
-    assert TASK.chance(4) == {"any number": 1 / 16, "a number of the book": 1 / 4}
+    assert found.loss == pytest.approx(1e4 * wrong / 3), "a wrong number is 1e4 nats away"
+
+
+def test_chance_is_the_best_answer_without_looking_up() -> None:
+    """Of two numbers out of two, one in two pairs has both: 3/4 are right. One number is always right."""
+    chance = PhoneBooks((2,), 1, 2, 2).chance(2)
+    assert chance["any number"] == 1 / 2 and chance[BLIND] == pytest.approx(0.75, abs=0.02)
+    assert PhoneBooks((2,), 1, 2, 1).chance(2)[BLIND] == 1
 
 
 def test_both_directions_have_equally_many_parameters() -> None:
@@ -81,17 +86,17 @@ def test_both_directions_have_equally_many_parameters() -> None:
     assert counts[0] < counts[1] <= (1 + EQUAL) * counts[0]
     with pytest.raises(ValueError, match="equal parameters within 5%"):
         Model(8, 1, 16, 4).make(CAUSAL, 8, 0.05, 0)
-    with pytest.raises(ValueError, match=r"entries at most symbols\*\*2 \(16\), got 3 and \(2, 17\)"):
-        PhoneBooks((2, 17), 3, 4)
+    with pytest.raises(ValueError, match=r"entries at most names \(16\), got \(2, 17\), 3 and 5"):
+        PhoneBooks((2, 17), 3, 16, 5)
 
 
 def test_training_has_easier_books_and_about_as_many_tokens_of_every_size() -> None:
     """A book of two entries is looked up twice at most."""
-    task = PhoneBooks((12,), 3, 4, easier=(2,))
-    assert (task.asked(2), task.asked(12)) == (2, 3) and (task.length(2), task.length(12)) == (18, 62)
-    documents = task.documents(80, torch.Generator().manual_seed(0))
-    counts = {length: sum(len(one) == length for one in documents) for length in (18, 62)}
-    assert counts == {18: 62, 62: 18}
+    task = PhoneBooks((12,), 3, 16, 5, easier=(2,))
+    assert (task.asked(2), task.asked(12)) == (2, 3) and (task.length(2), task.length(12)) == (10, 32)
+    documents = task.documents(84, torch.Generator().manual_seed(0))
+    counts = {length: sum(len(one) == length for one in documents) for length in (10, 32)}
+    assert counts == {10: 64, 32: 20}
 
 
 def test_the_mixtures_are_those_of_the_arms() -> None:
@@ -127,7 +132,11 @@ def test_a_run_is_tuned_judged_drawn_and_resumed(
     result = next(row for row in rows if row["purpose"] == "result")
     assert judged(result) == sum(result["curve"][-1]["validation_loss"].values()) / 2
     text = table(summary)
-    assert "| chance: a number of the book | | | 25.0% | 16.7% |" in text and text.count("\n") == 5
+    assert (
+        "| chance: any number | | | 20.0% | 20.0% |" in text
+        and f"| chance: {BLIND} | | |" in text
+        and text.count("\n") == 5
+    )
     assert {found["claim"]: found["verdict"] for found in summary["claims"]}["mix-4"] == "not run"
     monkeypatch.setattr(birdie, "execute", lambda *_: pytest.fail("a run was repeated"))
     main([*ARGUMENTS, "--resume", str(path)])
@@ -142,7 +151,7 @@ def test_claims_follow_from_the_seeds() -> None:
     mix, plain, bandit = f"{FIXED}, {CAUSAL}", f"{NEXT}, {CAUSAL}", f"{BANDIT}, {CAUSAL}"
     seeds = {mix: [0.9, 0.8], plain: [0.3, 0.7], bandit: [0.85, 0.6]}
     arms = {arm: {"4": {"seeds": found, "mean": sum(found) / 2}} for arm, found in seeds.items()}
-    chance = {"a number of the book": 0.1}
+    chance = {BLIND: 0.1}
     summary = {"chance": {"4": chance}, "arms": arms}
 
     def found() -> dict[str, str]:
@@ -156,5 +165,5 @@ def test_claims_follow_from_the_seeds() -> None:
     }
     arms[bandit]["4"]["seeds"] = [0.7, 0.75]
     assert found()["bandit-4"] == "refuted"
-    chance["a number of the book"] = 0.2
+    chance[BLIND] = 0.2
     assert found()["mix-4"] == "undecided"
